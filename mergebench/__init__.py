@@ -1,0 +1,72 @@
+"""Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.
+
+import mergebench
+
+recipe = mergebench.load("recipe.yaml")
+plan = mergebench.plan(recipe)                  # headers only
+result = mergebench.run(plan, "merged/mine")
+results = mergebench.evaluate(recipe, result.out)
+print(mergebench.report(results))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live; each is imported on first use, so that `import mergebench` costs nothing.
+_PUBLIC = {
+    "load": "mergebench.recipe",
+    "plan": "mergebench.api",
+    "run": "mergebench.api",
+    "evaluate": "mergebench.api",
+    "task_vector": "mergebench.api",
+    "report": "mergebench.evaluation",
+    "merge_method": "mergebench.engine.method",
+    "param": "mergebench.engine.method",
+    "PerModel": "mergebench.engine.method",
+    "TaskVectors": "mergebench.engine.method",
+    "Weights": "mergebench.engine.method",
+    "Passes": "mergebench.engine.method",
+    "Context": "mergebench.engine.context",
+    "order_statistics": "mergebench.engine.statistics",
+    "gram": "mergebench.engine.statistics",
+    "MergebenchError": "mergebench.errors",
+}
+
+if TYPE_CHECKING:
+    from mergebench.api import evaluate, plan, run, task_vector
+    from mergebench.engine.context import Context
+    from mergebench.engine.method import Passes, PerModel, TaskVectors, Weights, merge_method, param
+    from mergebench.engine.statistics import gram, order_statistics
+    from mergebench.errors import MergebenchError
+    from mergebench.evaluation import report
+    from mergebench.recipe import load
+
+__all__ = [
+    "Context",
+    "MergebenchError",
+    "Passes",
+    "PerModel",
+    "TaskVectors",
+    "Weights",
+    "__version__",
+    "evaluate",
+    "gram",
+    "load",
+    "merge_method",
+    "order_statistics",
+    "param",
+    "plan",
+    "report",
+    "run",
+    "task_vector",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mergebench' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,65 @@
+"""The model card of a result, and the check that transformers takes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergebench.errors import RunError
+
+
+def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
+    """README.md of a merged model: what was merged, how, with what result, and how to do it again."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.compat import StringIO
+
+    recipe, method = provenance["recipe"], provenance["method"]
+    written = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(json.loads(json.dumps(recipe)), written)
+    models = [entry.get("model") or entry.get("task_vector") for entry in recipe.get("models", [])]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- mergebench",
+        "---",
+        f"# {out.name}",
+        "",
+        f"{len(models)} models merged with `{method['name']}` ({method['paper']}) by "
+        f"mergebench {provenance['mergebench']}.",
+        "",
+    ]
+    if recipe.get("base_model"):
+        lines += [f"- base: `{recipe['base_model']}`"]
+    lines += [f"- model: `{model}`" for model in models]
+    if evaluation:
+        lines += ["", "## Evaluation", "", evaluation.strip()]
+    lines += ["", "## Recipe", "", "```yaml", written.getvalue().strip(), "```", ""]
+    lines += ["Input files, answers of every statistic, bytes, time and memory: `mergebench.json`.", ""]
+    return "\n".join(lines)
+
+
+def verify(directory: Path) -> None:
+    """Load the result on `meta` with transformers: no missing, unexpected or mismatched tensor."""
+    import transformers
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").is_file():
+        raise RunError(f"{directory}: --verify needs a config.json, the base has none")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = AutoConfig.from_pretrained(directory)
+    name = (getattr(config, "architectures", None) or [None])[0]
+    loader = getattr(transformers, name, None) if name else transformers.AutoModel
+    if loader is None:
+        raise RunError(f"{directory}: --verify: transformers has no {name}")
+    _, info = loader.from_pretrained(directory, device_map="meta", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise RunError(
+                f"{directory}: transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}"
+            )

@@ -1,0 +1,119 @@
+"""Hold models against the base, by headers alone: which tensors merge, which are copied, what does not fit.
+
+Names are the files' names. Missing or extra tensors do not fit, except a tied alias (stored twice by
+some tools, once by others) and buffers every model derives from its config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.model import Model
+
+_DERIVED = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias|relative_position_index)$"
+)
+_CAUSAL_MASK = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's [1, 1, n, n]; a real bias has one dimension
+
+# An alias and the tensor it is tied to, by the ends of their names (transformers' `_tied_weights_keys`).
+_TIED = {
+    "lm_head.weight": ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight"),
+    "embed_out.weight": ("embed_in.weight",),
+    "encoder.embed_tokens.weight": ("shared.weight",),
+    "decoder.embed_tokens.weight": ("shared.weight",),
+    "predictions.decoder.weight": ("word_embeddings.weight",),
+    "predictions.decoder.bias": ("predictions.bias",),
+    "lm_head.decoder.weight": ("word_embeddings.weight",),
+    "lm_head.decoder.bias": ("lm_head.bias",),
+}
+
+
+@dataclass
+class Alignment:
+    """What the headers say of a merge."""
+
+    merged: list[str] = field(default_factory=list)  # names, in the base's file order
+    copied: list[str] = field(default_factory=list)  # from the base: excluded, integer or derived
+    sources: dict[str, list[TensorInfo]] = field(default_factory=dict)  # merged name -> one for each model
+    problems: list[str] = field(default_factory=list)  # every mismatch, one line each
+    must_equal: list[tuple[Model, TensorInfo, TensorInfo]] = field(default_factory=list)  # tied, by bytes
+
+
+def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> Alignment:
+    """Match every model's tensors with the base's; `wanted(name)` says which are to be merged."""
+    result = Alignment()
+    for name, info in base.tensors.items():
+        if not wanted(name) or is_derived(info):
+            result.copied.append(name)
+            continue
+        found = [_find(model, name) for model in models]
+        if not info.is_float:
+            for model, other in zip(models, found, strict=True):
+                if other is not None and other.is_float:
+                    result.problems.append(f"{name}: {model.reference} has {other.dtype}, base has {info.dtype}")
+            result.copied.append(name)
+            continue
+        sources = []
+        for model, other in zip(models, found, strict=True):
+            problem = _mismatch(name, info, model, other)
+            if problem:
+                result.problems.append(problem)
+            elif other is not None:
+                sources.append(other)
+        result.merged.append(name)
+        result.sources[name] = sources
+    for model in models:
+        for name in model.tensors.keys() - base.tensors.keys():
+            _judge_extra(result, base, model, name, wanted)
+    result.problems.sort()
+    return result
+
+
+def is_derived(info: TensorInfo) -> bool:
+    """A buffer that every model computes from its config, whether or not it is stored."""
+    return bool(_DERIVED.search(info.name)) or (len(info.shape) == 4 and bool(_CAUSAL_MASK.search(info.name)))
+
+
+def tied_to(name: str, model: Model) -> str | None:
+    """The tensor that `name` is an alias of in this model, if any."""
+    if model.config and not model.config.get("tie_word_embeddings", True):
+        return None
+    for end, targets in _TIED.items():
+        if name == end or name.endswith("." + end):
+            for target in targets:
+                matches = [known for known in model.tensors if known == target or known.endswith("." + target)]
+                if len(matches) == 1 and matches[0] != name:
+                    return matches[0]
+    return None
+
+
+def _find(model: Model, name: str) -> TensorInfo | None:
+    info = model.tensors.get(name)
+    if info is None:
+        target = tied_to(name, model)
+        info = model.tensors[target] if target is not None else None
+    return info
+
+
+def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | None) -> str | None:
+    if other is None:
+        return f"{name}: {model.reference} does not have it, base has {list(info.shape)}"
+    if other.shape != info.shape:
+        return f"{name}: {model.reference} has {list(other.shape)}, base has {list(info.shape)}"
+    if not other.is_float:
+        return f"{name}: {model.reference} has {other.dtype}, base has {info.dtype}"
+    return None
+
+
+def _judge_extra(result: Alignment, base: Model, model: Model, name: str, wanted: Callable[[str], bool]) -> None:
+    info = model.tensors[name]
+    if is_derived(info) or not wanted(name):
+        return
+    target = tied_to(name, model)
+    if target is not None and target in base.tensors:
+        result.must_equal.append((model, info, model.tensors[target]))
+        return
+    result.problems.append(f"{name}: {model.reference} has {list(info.shape)}, base does not have it")

@@ -1,0 +1,134 @@
+"""Read and check the header of one safetensors file. No tensor data is touched, torch is not needed.
+
+A safetensors file is eight bytes of header length (little endian), a JSON header naming every
+tensor's dtype, shape and byte range, and the data, without holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mergebench.errors import ModelError, RunError
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: bytes `offset` to `offset + nbytes` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of one file: its tensors in the order of their data."""
+
+    file: Path
+    tensors: list[TensorInfo]
+    metadata: dict[str, str]
+    sha256: str  # of the header bytes: a cheap fingerprint of names, shapes and layout
+    size: int
+    mtime_ns: int
+
+
+def read_header(file: Path) -> Header:
+    """Read the header of `file`; `RunError` where the file is damaged, `ModelError` where it is missing."""
+    try:
+        with open(file, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            raw_length = stream.read(8)
+            if len(raw_length) < 8:
+                raise damaged(file, f"{status.st_size} bytes are too few for a safetensors file")
+            (length,) = struct.unpack("<Q", raw_length)
+            if length > MAX_HEADER_BYTES:
+                raise damaged(file, f"its header claims {length} bytes, the format allows {MAX_HEADER_BYTES}")
+            if 8 + length > status.st_size:
+                raise damaged(file, f"its header claims {length} bytes, the file has {status.st_size}")
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file") from None
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        entries = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise damaged(file, "its header is not JSON") from None
+    if not isinstance(entries, dict):
+        raise damaged(file, "its header is not a JSON object")
+    metadata = entries.pop("__metadata__", None)
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_layout(file, tensors, 8 + length, status.st_size)
+    return Header(
+        file=file,
+        tensors=tensors,
+        metadata=metadata if isinstance(metadata, dict) else {},
+        sha256=hashlib.sha256(raw).hexdigest(),
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+    )
+
+
+def damaged(file: Path, what: str) -> RunError:
+    return RunError(f"{file}: {what}", "the file is damaged or incomplete: copy or download it again")
+
+
+def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        numel = 1
+        for side in shape:
+            if type(side) is not int or side < 0:
+                raise ValueError
+            numel *= side
+        if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise damaged(file, f"its header entry for '{name}' is malformed") from None
+    item = ITEM_SIZE.get(dtype)
+    if item is None:
+        raise ModelError(f"{file}: {name}: dtype {dtype} is not supported")
+    if stop - start != numel * item:
+        raise damaged(file, f"'{name}' has {stop - start} bytes, {dtype} {list(shape)} needs {numel * item}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start)
+
+
+def _check_layout(file: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
+    """The data must follow the header without holes or overlaps and end with the file."""
+    end = data_start
+    for tensor in tensors:
+        if tensor.offset != end:
+            what = "overlaps" if tensor.offset < end else "leaves a hole after"
+            raise damaged(file, f"the data of '{tensor.name}' {what} the tensor before it")
+        end += tensor.nbytes
+        if end > size:
+            raise damaged(file, f"the data of '{tensor.name}' end at byte {end}, the file has {size}")
+    if end != size:
+        raise damaged(file, f"{size - end} bytes follow the last tensor")

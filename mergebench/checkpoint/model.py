@@ -1,0 +1,145 @@
+"""One model as its files show it: tensors by the names on disk, an adapter on top, side files.
+
+Names, shapes and order are the files', never those of a loaded model's state dict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
+from mergebench.checkpoint.reference import locate
+from mergebench.errors import ModelError, RunError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint on disk, headers read and checked, no data touched."""
+
+    reference: str  # as the user wrote it
+    directory: Path | None  # None for a bare .safetensors file
+    headers: list[Header]
+    tensors: dict[str, TensorInfo]  # in file order, shard after shard
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    adapter: Path | None = None
+    is_task_vector: bool = False  # its tensors already are differences to the base
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, or {} where there is none."""
+        path = self.side_directory / "config.json"
+        if self.directory is None or not path.is_file():
+            return {}
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise RunError(f"{path}: not readable as JSON") from None
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def side_directory(self) -> Path:
+        """Where config and tokenizer files are."""
+        return self.directory if self.directory is not None else next(iter(self.headers)).file.parent
+
+    def files(self) -> Iterator[Header]:
+        """Every file this model is read from, the adapter's too."""
+        yield from self.headers
+
+    def own_directory(self) -> Path | None:
+        """The directory that is this model's alone: the adapter's where there is one."""
+        return self.adapter or self.directory
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All tensors in memory: floats as float32 with the adapter folded in, the others as stored."""
+        from mergebench.checkpoint.read import read_whole
+
+        return {name: read_whole(self, name) for name in self.tensors}
+
+
+def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False) -> Model:
+    """Open the model a reference names: headers only, every one checked.
+
+    Raises `ModelError` where it is missing or no checkpoint, `RunError` where a file is damaged.
+    """
+    place = locate(reference, folders)
+    if place.checkpoint.is_dir():
+        directory, headers = place.checkpoint, _open_directory(reference, place.checkpoint)
+    else:
+        directory = None
+        if place.checkpoint.suffix != ".safetensors":
+            raise ModelError(f"{place.checkpoint}: not a .safetensors file", _PICKLE_HINT)
+        headers = [read_header(place.checkpoint)]
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                raise damaged(header.file, f"'{tensor.name}' also stands in {tensors[tensor.name].file.name}")
+            tensors[tensor.name] = tensor
+    if not tensors:
+        raise ModelError(f"model '{reference}': it holds no tensors")
+    low_rank: dict[str, LowRank] = {}
+    if place.adapter is not None:
+        if not place.adapter.is_dir():
+            raise ModelError(f"{place.adapter}: an adapter is a directory")
+        low_rank, header = read_lora(place.adapter, tensors)
+        headers = [*headers, header]
+    return Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector)
+
+
+_PICKLE_HINT = "pickle files are never loaded, they can run code: save the model as safetensors"
+
+
+def _open_directory(reference: str, directory: Path) -> list[Header]:
+    if (directory / SINGLE).exists():  # as in transformers, a single file wins over an index beside it
+        return [read_header(directory / SINGLE)]
+    if (directory / INDEX).exists():
+        return _open_shards(directory)
+    if is_adapter(directory):
+        raise ModelError(
+            f"model '{reference}': it is an adapter, not a model", f"name the model it belongs to: BASE+{reference}"
+        )
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return [read_header(files[0])]
+    if files:
+        raise ModelError(f"model '{reference}': {len(files)} .safetensors files and no {INDEX}")
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise ModelError(f"model '{reference}': no safetensors file, only {pickles[0]}", _PICKLE_HINT)
+    raise ModelError(f"model '{reference}': the directory holds no .safetensors file")
+
+
+def _open_shards(directory: Path) -> list[Header]:
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names: dict[str, set[str]] = {}
+        for tensor, file in weight_map.items():
+            names.setdefault(file, set()).add(tensor)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise damaged(index, "not a readable index of shards") from None
+    headers = []
+    for file in sorted(names):
+        # An index may name only files beside it; hub snapshots are links, so the name decides.
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise RunError(f"{index}: it names '{file}', which is outside its directory")
+        if not (directory / file).exists():
+            raise damaged(index, f"it names '{file}', which is missing")
+        header = read_header(directory / file)
+        missing = names[file] - {tensor.name for tensor in header.tensors}
+        if missing:
+            raise damaged(index, f"it places '{min(missing)}' in {file}, which does not hold it")
+        headers.append(header)
+    return headers

@@ -1,0 +1,127 @@
+"""Read tensor bytes with `pread` into buffers the caller owns, and turn them into float32.
+
+Memory-mapped pages would count against a user's memory limit; reused buffers do not grow.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import TensorInfo, damaged
+from mergebench.checkpoint.lora import LowRank
+from mergebench.checkpoint.model import Model
+from mergebench.errors import RunError
+
+TORCH_DTYPE = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+LOW_RANK_TILE = 64  # rows of B computed at once: fixed, so that bits do not depend on the chunk
+
+
+class Files:
+    """Open file descriptors, shared by all threads (`pread` has no position to fight over)."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: Path) -> int:
+        number = self._open.get(file)
+        if number is None:
+            with self._lock:
+                if file not in self._open:
+                    try:
+                        self._open[file] = os.open(file, os.O_RDONLY)
+                    except OSError as error:
+                        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+                number = self._open[file]
+        return number
+
+    def close(self) -> None:
+        with self._lock:
+            for number in self._open.values():
+                os.close(number)
+            self._open.clear()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`."""
+        number, got = self.descriptor(file), 0
+        while got < len(buffer):
+            try:
+                count = os.preadv(number, [buffer[got:]], offset + got)
+            except OSError as error:
+                raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+            if count == 0:
+                raise damaged(file, "it became shorter while it was read")
+            got += count
+
+    def read_elements(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
+        """Fill the flat `out` (the tensor's own dtype) with elements `start` onwards."""
+        item = out.element_size()
+        view = out.view(torch.uint8).numpy().data
+        self.read_into(tensor.file, tensor.offset + start * item, view)
+
+    def advise(self, tensor: TensorInfo, start: int, stop: int) -> None:
+        """Tell the kernel that elements `start` to `stop` will be wanted soon."""
+        if hasattr(os, "posix_fadvise") and tensor.numel:
+            item = tensor.nbytes // tensor.numel
+            where, size = tensor.offset + start * item, (stop - start) * item
+            os.posix_fadvise(self.descriptor(tensor.file), where, size, os.POSIX_FADV_WILLNEED)
+
+
+class LowRankReader:
+    """Rows of scale * B @ A, computed in fixed tiles so that a chunk's borders cannot change the bits."""
+
+    def __init__(self, files: Files, delta: LowRank) -> None:
+        a, b = (whole(files, info).float() for info in (delta.a, delta.b))
+        self.left, self.right = (a.T.contiguous(), b.T.contiguous()) if delta.transposed else (b, a)
+        self.right = self.right * delta.scale
+        self.columns = self.right.shape[1]
+
+    def add_into(self, start: int, out: Tensor) -> None:
+        """out += delta[start : start + len(out)] (flat elements)."""
+        stop = start + len(out)
+        step = LOW_RANK_TILE
+        row = start // self.columns // step * step
+        while row * self.columns < stop:
+            tile = (self.left[row : row + step] @ self.right).reshape(-1)
+            at = row * self.columns
+            low, high = max(start, at), min(stop, at + len(tile))
+            out[low - start : high - start] += tile[low - at : high - at]
+            row += step
+
+
+def whole(files: Files, tensor: TensorInfo) -> Tensor:
+    """One tensor as stored."""
+    out = torch.empty(tensor.numel, dtype=TORCH_DTYPE[tensor.dtype])
+    if tensor.numel:
+        files.read_elements(tensor, 0, out)
+    return out.reshape(tensor.shape)
+
+
+def read_whole(model: Model, name: str) -> Tensor:
+    """One tensor of a model: a float as float32 with the adapter folded in, any other as stored."""
+    with Files() as files:
+        info = model.tensors[name]
+        value = whole(files, info)
+        if not info.is_float:
+            return value
+        value = value.float()
+        if name in model.low_rank:
+            LowRankReader(files, model.low_rank[name]).add_into(0, value.reshape(-1))
+        return value

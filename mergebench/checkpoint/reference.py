@@ -1,0 +1,72 @@
+"""From what a user writes for a model to a place on this machine.
+
+A reference is an existing path first (a directory or a `.safetensors` file), else `org/name[@revision]`
+on the hub (the local cache, or a download). `+ADAPTER` puts a LoRA directory on top of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergebench.errors import ModelError
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a reference leads: the checkpoint, and the adapter on top of it, if any."""
+
+    checkpoint: Path
+    adapter: Path | None = None
+
+
+def locate(text: str, folders: Sequence[Path] = ()) -> Location:
+    """Find a model reference; relative paths resolve against the working directory, then `folders`."""
+    whole = _existing(text, folders)
+    if whole is not None:
+        return Location(whole)
+    left, plus, right = text.rpartition("+")
+    if plus and left and right:
+        return Location(_place(left, folders), _place(right, folders))
+    return Location(_place(text, folders))
+
+
+def _existing(text: str, folders: Sequence[Path]) -> Path | None:
+    path = Path(text).expanduser()
+    for candidate in [path, *(folder / path for folder in folders)]:
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def _place(text: str, folders: Sequence[Path]) -> Path:
+    path = _existing(text, folders)
+    if path is not None:
+        return path
+    name, _, revision = text.partition("@")
+    parts = name.split("/")
+    looks_like_hub = len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))
+    if not looks_like_hub or name.endswith(".safetensors"):
+        raise ModelError(f"model '{text}': no such file or directory", "a hub model is written org/name")
+    return _from_hub(text, name, revision or None)
+
+
+def _from_hub(text: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        pass  # not in the cache (or a malformed name, which the second call words better)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ModelError(
+            f"model '{text}': neither a local path nor in the hub cache, and not to be had from the hub: {reason}",
+            "check the name and the network, or give the path of a directory",
+        ) from None

@@ -1,0 +1,132 @@
+"""Never half a result: output is built in `.<name>.partial` beside its target and renamed when complete.
+
+The partial directory is locked for as long as the process lives. Its journal says which shards are
+complete, so that a run that was killed can go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint.write import write_atomically, write_error
+from mergebench.errors import RecipeError, RunError
+
+PROVENANCE = "mergebench.json"
+_JOURNAL = "journal.json"
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """The provenance of a finished result at `out`, or None."""
+    try:
+        found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse an output that is an input (or holds one, or lies in one), or is not empty."""
+    target = out.resolve()
+    for place in inputs:
+        directory = place.resolve()
+        if target == directory or target in directory.parents or directory in target.parents:
+            raise RecipeError(f"{out}: it is, holds or lies in the input {place}", "choose another --out")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RecipeError(f"{out}: it exists and is not a directory", "choose another --out")
+    if any(out.iterdir()):
+        if finished(out) is None:
+            raise RecipeError(f"{out}: it exists and mergebench did not make it", "choose another --out")
+        if not overwrite:
+            raise RecipeError(
+                f"{out}: it holds a finished result", "replace it with --overwrite, or choose another --out"
+            )
+
+
+class Staging:
+    """The partial directory of one run, locked; a context manager that leaves it in place on failure."""
+
+    def __init__(self, out: Path, fingerprint: str, resume: bool) -> None:
+        self.out = out
+        self.directory = out.with_name(f".{out.name}.partial")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory, os.O_RDONLY)
+        except OSError as error:
+            raise write_error(self.directory, error) from None
+        self._take_lock()
+        self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": [], "answers": {}}
+        if resume:
+            self._read_journal(fingerprint)
+        for path in self.directory.iterdir():
+            if path.name != _JOURNAL and path.name not in self.journal["shards"]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.save()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(self._lock), os.stat(self.directory))
+        except (BlockingIOError, FileNotFoundError):
+            same = False
+        if not same:  # held by another process, or just renamed by it
+            os.close(self._lock)
+            raise RunError(f"{self.out}: another run is writing it", "wait for it, or choose another --out")
+
+    def _read_journal(self, fingerprint: str) -> None:
+        try:
+            journal = json.loads((self.directory / _JOURNAL).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # nothing to resume: start afresh
+        if journal.get("fingerprint") != fingerprint:
+            os.close(self._lock)
+            raise RecipeError(
+                f"{self.directory}: it was begun with another recipe or other inputs",
+                "run without --resume to start afresh",
+            )
+        journal["shards"] = [name for name in journal["shards"] if (self.directory / name).is_file()]
+        self.journal = journal
+
+    def save(self) -> None:
+        """Write the journal; what it lists is complete."""
+        write_atomically(self.directory / _JOURNAL, json.dumps(self.journal))
+
+    def publish(self, overwrite: bool, sync: bool) -> None:
+        """Rename the partial directory to its target: the one moment at which a result appears."""
+        (self.directory / _JOURNAL).unlink()
+        if sync:
+            for path in self.directory.iterdir():
+                _fsync(path)
+            _fsync(self.directory)
+        old = self.out.with_name(f".{self.out.name}.old")
+        try:
+            if overwrite and self.out.exists() and any(self.out.iterdir()):
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.out, old)
+            os.rename(self.directory, self.out)
+        except OSError as error:
+            raise write_error(self.out, error) from None
+        if sync:
+            _fsync(self.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+
+def _fsync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

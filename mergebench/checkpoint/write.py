@@ -1,0 +1,163 @@
+"""Write a checkpoint: shards filled in any order, index, config and side files, all by umask.
+
+safetensors has no streaming writer (it wants every tensor of a shard in memory, and makes files of
+mode 0600), so the header is laid out first and chunks are put in place with `pwrite`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
+from mergebench.checkpoint.model import INDEX, SINGLE, Model
+from mergebench.errors import RunError
+
+ALIGN = 64  # the data of a shard start at a multiple of this many bytes
+CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors"}
+_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm"}
+
+
+class OutTensor(NamedTuple):
+    """One tensor of the output: name, stored dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output and what it will hold, in order."""
+
+    file: str
+    tensors: tuple[OutTensor, ...]
+
+    def header(self) -> bytes:
+        """The file's first bytes: length and JSON, padded to `ALIGN`."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.nbytes
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+        raw = json.dumps(entries, separators=(",", ":")).encode()
+        raw += b" " * (-(8 + len(raw)) % ALIGN)
+        return struct.pack("<Q", len(raw)) + raw
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def lay_out(tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size: int) -> list[Shard]:
+    """The output's shards: the base's layout, cut where a shard would exceed `shard_size` bytes."""
+    groups: list[list[OutTensor]] = []
+    file, room = None, 0
+    for info in tensors:
+        dtype = dtypes[info.name]
+        out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
+        if info.file != file or (out.nbytes > room and groups[-1]):
+            groups.append([])
+            file, room = info.file, shard_size
+        groups[-1].append(out)
+        room -= out.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, tuple(groups[0]))]
+    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+
+
+class ShardWriter:
+    """One shard being filled; `write` may be called from any thread, in any order."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self.path = path
+        header = shard.header()
+        self._start, at = {}, len(header)
+        for tensor in shard.tensors:
+            self._start[tensor.name] = at
+            at += tensor.nbytes
+        try:
+            self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file, 0, at)  # a full disk shows here, not after an hour
+            else:
+                os.truncate(self._file, at)
+        except OSError as error:
+            raise write_error(path, error) from None
+        self._put(memoryview(header), 0)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put the flat `values` (already of the stored dtype) at element `start` of a tensor."""
+        raw = values.view(torch.uint8).numpy().data
+        self._put(raw, self._start[name] + start * values.element_size())
+
+    def _put(self, raw: memoryview, at: int) -> None:
+        while raw:
+            try:
+                count = os.pwrite(self._file, raw, at)
+            except OSError as error:
+                raise write_error(self.path, error) from None
+            raw, at = raw[count:], at + count
+
+    def close(self, sync: bool = False) -> None:
+        if sync:
+            os.fsync(self._file)
+        os.close(self._file)
+
+
+def write_error(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written: {error.strerror}", "free some space, then go on with --resume")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put a whole text file in place at once: readers see the old one or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def write_index(directory: Path, shards: list[Shard]) -> None:
+    """The index transformers wants where there is more than one shard."""
+    if len(shards) == 1:
+        return
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> list[str]:
+    """Copy config, tokenizer and code files of `source` byte by byte; config.json names the stored type.
+
+    Returns the names copied. Weights, adapters, earlier results and stale indexes stay behind.
+    """
+    if source.directory is None:
+        return []
+    copied = []
+    for path in sorted(source.directory.iterdir()):
+        skip = path.name in _LEAVE or path.name.startswith((".", "adapter_")) or path.name.endswith(".index.json")
+        if skip or path.suffix not in _SIDE_SUFFIXES or not path.is_file():
+            continue
+        shutil.copyfile(path, directory / path.name)
+        copied.append(path.name)
+    config = dict(source.config)
+    if config and stored_dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        if config.get(key) != CONFIG_DTYPE[stored_dtype]:
+            config[key] = CONFIG_DTYPE[stored_dtype]
+            write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    return copied

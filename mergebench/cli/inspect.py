@@ -1,0 +1,138 @@
+"""`mergebench inspect`, `mergebench diff` and `mergebench methods`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from mergebench.cli import options as opt
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, org/name, or any +ADAPTER.")
+    ],
+    json_: opt.Json = False,
+) -> None:
+    """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards, adapter."""
+    from mergebench.checkpoint import open_model
+
+    found = open_model(model)
+    tensors: list[dict[str, Any]] = [
+        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
+        | ({"adapter_rank": found.low_rank[t.name].a.shape[0]} if t.name in found.low_rank else {})
+        for t in found.tensors.values()
+    ]
+    if json_:
+        typer.echo(json.dumps({"model": model, "architecture": _architecture(found.config), "tensors": tensors}))
+        return
+    from rich.table import Table
+
+    table = Table("tensor", "dtype", "shape", box=None, header_style="bold")
+    for tensor in tensors:
+        rank = f"  + rank {tensor['adapter_rank']}" if "adapter_rank" in tensor else ""
+        table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + rank)
+    _print(table)
+    elements = sum(t.numel for t in found.tensors.values())
+    size = sum(t.nbytes for t in found.tensors.values())
+    files = len({t.file for t in found.tensors.values()})
+    typer.echo(f"{_architecture(found.config) or 'no config'}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
+               f"{size / 1e9:.3f} GB in {files} file{'s' * (files > 1)}"
+               + (f", {len(found.low_rank)} adapted by {found.adapter}" if found.low_rank else ""))  # fmt: skip
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another model of the same architecture.")],
+    base: Annotated[str | None, typer.Option(help="The base of both: then their task vectors are compared.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Show the most changed tensors; 0 for all.")] = 20,
+    json_: opt.Json = False,
+) -> None:
+    """Compare two models tensor by tensor: norm ratio, cosine, changed share, sign conflict of task vectors."""
+    from mergebench.compare import compare
+
+    rows = compare(a, b, base)
+    if json_:
+        typer.echo(json.dumps({"a": a, "b": b, "base": base, "tensors": [row._asdict() for row in rows]}))
+        return
+    from rich.table import Table
+
+    header = ["tensor", "|B|/|A|", "cosine", "|B-A|/|A|", "changed"] + (["sign conflict"] if base else [])
+    table = Table(*header, box=None, header_style="bold")
+    rows.sort(key=lambda row: -row.relative_distance)
+    for row in rows[: top or None]:
+        cells = [f"{row.norm_ratio:.4f}", f"{row.cosine:.4f}", f"{row.relative_distance:.2e}", f"{row.changed:.1%}"]
+        table.add_row(row.tensor, *cells, *([f"{row.sign_conflict:.1%}"] if base else []))
+    _print(table)
+    same = sum(row.changed == 0 for row in rows)
+    typer.echo(
+        f"{len(rows)} tensors, {same} equal"
+        + (f"; the {top} most changed are shown" if top and len(rows) > top else "")
+    )
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with its parameters.")] = None,
+    json_: opt.Json = False,
+) -> None:
+    """List the merge methods, or show one: formula, paper, parameters, defaults."""
+    from mergebench import methods as registry
+
+    names = [name] if name is not None else registry.names()
+    found: list[dict[str, Any]] = []
+    for one in names:
+        method = registry.get(one)
+        parameters = [
+            {
+                "name": p.name,
+                "default": None if p.required else p.default,
+                "required": p.required,
+                "range": p.range_text(),
+                "per_model": p.per_model,
+                "help": p.help,
+            }
+            for p in method.parameters.values()
+        ]
+        found.append(
+            {
+                "name": one, "summary": method.summary, "paper": method.paper, "takes": method.takes,
+                "scope": method.scope, "cut": method.cut, "package": registry.origin(one), "parameters": parameters,
+            }
+        )  # fmt: skip
+    if json_:
+        typer.echo(json.dumps(found if name is None else found[0]))
+        return
+    from rich.table import Table
+
+    if name is None:
+        table = Table("method", "what", "paper", box=None, header_style="bold")
+        for entry in found:
+            table.add_row(entry["name"], entry["summary"], entry["paper"])
+        _print(table)
+        return
+    import inspect as python
+
+    typer.echo(f"{name}  ({found[0]['paper']}; from {found[0]['package']})\n")
+    typer.echo(python.getdoc(registry.get(name).function) or "")
+    typer.echo(f"\ntakes {found[0]['takes'].replace('_', ' ')}; statistics over the {found[0]['scope']}\n")
+    table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
+    for parameter in found[0]["parameters"]:
+        default = "required" if parameter["required"] else str(parameter["default"])
+        each = " (for each model)" if parameter["per_model"] else ""
+        table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
+    _print(table)
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return str((config.get("architectures") or [config.get("model_type") or ""])[0])
+
+
+def _print(table: Any) -> None:
+    import sys
+
+    from rich.console import Console
+
+    # a pipe has no width: give tables the room they need there
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)

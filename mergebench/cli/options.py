@@ -1,0 +1,40 @@
+"""Options that several commands share, and the units they are written in."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from mergebench.errors import RecipeError
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_size(text: str, option: str) -> int:
+    """`400MiB`, `4GB`, `1.5g`, `4096` in bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    unit = match[2].lower() if match else "?"
+    if match is None or unit not in _UNITS or float(match[1]) == 0:
+        raise RecipeError(f"{option}: '{text}' is not a size", "write it like 400MiB or 4GB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set parameters.density=0.2. Repeatable."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of random masks; goes before the recipe's.")]
+Memory = Annotated[str, typer.Option(help="Most memory for buffers and statistics.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads. Default: one a core.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+
+
+def check_device(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"--device: '{device}' is not a device", "auto, cpu or cuda")
+    return device

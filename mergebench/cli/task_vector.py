@@ -1,0 +1,31 @@
+"""`mergebench task-vector`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergebench.cli.progress import note
+from mergebench.errors import RecipeError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def task_vector(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The fine-tuned model.")],
+    base: Annotated[str, typer.Option(help="The model it was fine-tuned from.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")],
+    dtype: Annotated[str, typer.Option(help="Stored type: float32, float16 or bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
+) -> None:
+    """Write MODEL minus its base as a checkpoint; recipes name it with `task_vector:`."""
+    from mergebench import api
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype: '{dtype}' is not a stored type", ", ".join(DTYPES))
+    result = api.task_vector(model, base, out, dtype=dtype, overwrite=overwrite)
+    note(f"wrote {result.provenance['merged_tensors']} tensors in {result.provenance['seconds']:.1f} s", quiet)
+    typer.echo(str(result.out))

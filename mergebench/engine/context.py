@@ -1,0 +1,56 @@
+"""What a method may know about the chunk in its hands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench.engine.noise import bernoulli
+from mergebench.errors import MergebenchError, RunError
+
+
+class Span(NamedTuple):
+    """Elements `start` to `stop` of one tensor, flattened."""
+
+    tensor: str
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Context:
+    """A chunk's surroundings.
+
+    numel: elements the statistics reach over (of the tensor, or of the whole model), the papers' d.
+    models: the models' names, in recipe order: the rows of the chunk.
+    spans: which elements the chunk's columns are. shape: the tensor's, for methods cut by row or tensor.
+    """
+
+    numel: int
+    models: tuple[str, ...]
+    spans: tuple[Span, ...]
+    shape: tuple[int, ...]
+    scope: str
+    seed: int
+    device: torch.device
+
+    def bernoulli(self, shares: Sequence[float]) -> Tensor:
+        """Random 0/1 [models, elements], 1 with probability `shares[i]` for model i.
+
+        The draw of an element depends on (seed, model, tensor, element) alone, so chunks, threads,
+        devices and replays cannot change it.
+        """
+        return bernoulli(self.seed, self.spans, shares, self.device)
+
+    def refuse(self, model: int, why: str, hint: str | None = None) -> MergebenchError:
+        """The error to raise where a model cannot be merged; it names the model (and the tensor)."""
+        where = f"{self.models[model]}" if self.scope == "model" else f"{self.models[model]}: {self.spans[0].tensor}"
+        return RunError(f"{where}: {why}", hint)

@@ -1,0 +1,180 @@
+"""What a merge method is: one function of one chunk, its parameters, and what it needs.
+
+    @dataclass(frozen=True)
+    class Params:
+        weight: PerModel = param(1.0, "weight of the model", per_model=True)
+
+    @merge_method(takes="weights", paper="arXiv:2203.05482")
+    def linear(weights: Weights, p: Params, ctx: Context) -> Passes:
+        ...
+
+A method that needs a number about the whole tensor or the whole model is a generator: it `yield`s a
+statistic and receives the answer (`mergebench.engine.statistics`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergebench.engine.statistics import Statistic
+
+    TaskVectors = Annotated[Tensor, "models elements"]  # float32, model minus base
+    Weights = Annotated[Tensor, "models elements"]  # float32, the models themselves
+    Passes = Tensor | Generator[Statistic, Any, Tensor]  # the merged chunk, or the questions on the way to it
+else:  # torch is imported by the methods, not by who only lists their parameters
+    TaskVectors = Weights = Passes = Any
+
+PerModel = tuple[float, ...]  # one value for each model
+
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as `mergebench methods NAME` shows it and recipes are checked against."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None  # an open lower bound
+    choices: tuple[str, ...] = ()
+    per_model: bool = False
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def range_text(self) -> str:
+        """The allowed values in words, such as `above 0, at most 1`."""
+        if self.choices:
+            return " | ".join(self.choices)
+        bounds = []
+        if self.above is not None:
+            bounds.append(f"above {self.above:g}")
+        if self.low is not None:
+            bounds.append(f"at least {self.low:g}")
+        if self.high is not None:
+            bounds.append(f"at most {self.high:g}")
+        return ", ".join(bounds)
+
+    def complaint(self, value: object) -> str | None:
+        """Why `value` is not allowed, or None where it is."""
+        if self.type is bool:
+            return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
+        if self.type is str:
+            if not isinstance(value, str):
+                return f"must be a word, got {value!r}"
+            if self.choices and value not in self.choices:
+                return f"must be one of {', '.join(self.choices)}, got {value!r}"
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"must be a number, got {value!r}"
+        if value != value or value in (float("inf"), float("-inf")):
+            return f"must be finite, got {value!r}"
+        too_low = (self.low is not None and value < self.low) or (self.above is not None and value <= self.above)
+        if too_low or (self.high is not None and value > self.high):
+            return f"must be {self.range_text()}, got {value!r}"
+        return None
+
+
+def param(
+    default: Any = REQUIRED,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    per_model: bool = False,
+) -> Any:
+    """A parameter of a method: default, meaning and range in one place.
+
+    A trailing underscore keeps Python's keywords out of the way: the field `lambda_` is the recipe's
+    `lambda`. `per_model` parameters may be given once, or once for each model; the method gets a tuple.
+    """
+    about = dict(help=help, low=low, high=high, above=above, choices=choices, per_model=per_model)
+    if default is REQUIRED:
+        return field(metadata={"param": about})
+    return field(default=default, metadata={"param": about})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what the engine must know about it."""
+
+    name: str
+    function: Callable[..., Any]
+    takes: Literal["task_vectors", "weights"]
+    paper: str
+    cut: Literal["element", "row", "tensor"]  # the smallest piece a tensor may be cut into
+    scope: Literal["tensor", "model"]  # default reach of a statistic
+    models: int | None  # exact number of models (base not counted unless it is listed), None for any
+    params: type
+    parameters: Mapping[str, Parameter]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def make_params(self, values: Mapping[str, Any]) -> Any:
+        """The method's `Params` from recipe names to values."""
+        by_field = {f.name.rstrip("_"): f.name for f in dataclasses.fields(self.params)}
+        return self.params(**{by_field[name]: value for name, value in values.items()})
+
+
+def merge_method(
+    *,
+    takes: Literal["task_vectors", "weights"],
+    paper: str,
+    cut: Literal["element", "row", "tensor"] = "element",
+    scope: Literal["tensor", "model"] = "tensor",
+    models: int | None = None,
+) -> Callable[[Callable[..., Any]], Method]:
+    """Declare a function `(chunk, params, ctx)` as a merge method.
+
+    `takes`: the chunk holds task vectors (the result is one too, and the engine adds the base) or
+    weights. `paper`: where the formula stands. `cut`: the smallest piece it may be cut into.
+    `scope`: what its statistics reach over unless the recipe says otherwise. `models`: how many it takes.
+    """
+
+    def declare(function: Callable[..., Any]) -> Method:
+        names = list(inspect.signature(function).parameters)
+        hints = typing.get_type_hints(function)
+        params = hints.get(names[1]) if len(names) == 3 else None
+        if params is None or not dataclasses.is_dataclass(params):
+            raise TypeError(f"{function.__name__}: a merge method takes (chunk, params: a dataclass, ctx)")
+        types = typing.get_type_hints(params)
+        parameters = {}
+        for f in dataclasses.fields(params):
+            about = dict(f.metadata.get("param", {}))
+            default = REQUIRED if f.default is dataclasses.MISSING else f.default
+            kind = float if types[f.name] in (PerModel, float | None) else types[f.name]
+            name = f.name.rstrip("_")
+            parameters[name] = Parameter(name=name, type=kind, default=default, **about)
+        return Method(
+            name=function.__name__.rstrip("_"),
+            function=function,
+            takes=takes,
+            paper=paper,
+            cut=cut,
+            scope=scope,
+            models=models,
+            params=typing.cast(type, params),
+            parameters=parameters,
+        )
+
+    return declare

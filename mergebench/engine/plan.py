@@ -1,0 +1,330 @@
+"""From a resolved merge to a plan: what is read, asked and written, and in how much memory.
+
+Headers only. Everything that can be known to be wrong before the first tensor is read, is found here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.align import Alignment, align
+from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
+from mergebench.checkpoint.lora import LowRank
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.write import Shard, lay_out
+from mergebench.engine.context import Context, Span
+from mergebench.engine.method import Method
+from mergebench.engine.noise import TILE
+from mergebench.engine.statistics import Statistic
+from mergebench.errors import ModelError, RecipeError, RunError
+
+MIB = 1 << 20
+DEFAULT_MEMORY = 400 * MIB
+SHARD_SIZE = 4_000_000_000
+GROUP = 16 * MIB  # at most so many elements have their statistics gathered together, at tensor scope
+TEMPORARIES = 8  # float32 copies of a chunk that a method may hold at once
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A resolved recipe: models opened, parameters checked. What the engine merges."""
+
+    method: Method
+    params: Any
+    base: Model | None
+    models: tuple[Model, ...]
+    names: tuple[str, ...]  # short names of the models, for messages
+    scope: str = "tensor"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str | None = None  # stored type; None keeps each tensor's own
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
+
+    @property
+    def reference(self) -> Model:
+        """The model that gives names, shapes, config and what is not merged."""
+        return self.base if self.base is not None else self.models[0]
+
+    def wanted(self, name: str) -> bool:
+        """Whether a tensor is merged (else it is copied from the base)."""
+        inside = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
+        return inside and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude)
+
+
+class Operand(NamedTuple):
+    """How one model's row of a chunk is made: stored +- base + low-rank, each only where needed."""
+
+    stored: TensorInfo | None
+    base: int  # -1, 0 or 1 times the base
+    low_rank: LowRank | None
+
+
+class Unit(NamedTuple):
+    """The tensors one set of statistics reaches over: a single one, or all."""
+
+    tensors: tuple[str, ...]
+    numel: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units worked on together, then the tensors written: merged or copied, in the output's order."""
+
+    units: tuple[Unit, ...]
+    written: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a merge will be done. Everything here is known from headers."""
+
+    merge: Merge
+    alignment: Alignment
+    operands: dict[str, tuple[Operand, ...]]
+    dtypes: dict[str, str]  # stored type of every tensor of the output
+    shards: list[Shard]
+    groups: list[Group]
+    passes: int  # questions the method asks
+    chunk: int  # elements
+    workers: int
+    memory: int  # bytes for buffers and statistics
+    device: torch.device
+
+    @property
+    def sweeps(self) -> int:
+        """Times every chunk is read: once for each question, and once to apply."""
+        return self.passes + 1
+
+    @property
+    def elements(self) -> int:
+        return sum(self.merge.reference.tensors[name].numel for name in self.alignment.merged)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
+        copied = sum(self.merge.reference.tensors[name].nbytes for name in self.alignment.copied)
+        return copied + sum(
+            self.passes * self.sweep_bytes(name, apply=False) + self.sweep_bytes(name, apply=True)
+            for name in self.alignment.merged
+        )
+
+    def sweep_bytes(self, name: str, apply: bool) -> int:
+        """Bytes read of one tensor in one sweep."""
+        operands = self.operands[name]
+        total = sum(operand.stored.nbytes for operand in operands if operand.stored is not None)
+        return total + (self.merge.reference.tensors[name].nbytes if self.needs_base(name, apply) else 0)
+
+    def needs_base(self, name: str, apply: bool) -> bool:
+        adds = apply and self.merge.method.takes == "task_vectors"
+        return adds or any(operand.base for operand in self.operands[name])
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of all workers' buffers and temporaries."""
+        rows = len(self.merge.models) + 1
+        return self.workers * self.chunk * (rows * (4 + 8) + (rows + 1) * 4 * TEMPORARIES)
+
+    @property
+    def peak_memory(self) -> int:
+        """Buffers plus the most that statistics may hold, in bytes."""
+        return self.buffer_bytes + (self.statistic_room if self.passes else 0)
+
+    @cached_property
+    def statistic_room(self) -> int:
+        """Bytes that the statistics of a group may hold, in all workers together."""
+        largest = max((sum(unit.numel for unit in group.units) for group in self.groups), default=0)
+        return min(self.memory - self.buffer_bytes, largest * len(self.merge.models) * 4)
+
+    def zero_share(self, model: int) -> float:
+        """The share of elements on which a model's task vector is exactly zero, as far as headers tell."""
+        untouched = sum(
+            self.merge.reference.tensors[name].numel
+            for name in self.alignment.merged
+            if self.operands[name][model] == Operand(None, 0, None)
+        )
+        return untouched / max(self.elements, 1)
+
+
+def plan_merge(
+    merge: Merge,
+    *,
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    device: str = "auto",
+    shard_size: int = SHARD_SIZE,
+    chunk: int | None = None,
+) -> Plan:
+    """Plan a merge; `ModelError` where the models do not fit together, listing every mismatch.
+
+    `chunk` (elements) is for tests: results do not depend on it.
+    """
+    method = merge.method
+    _check_models(merge)
+    alignment = align(merge.reference, merge.models, merge.wanted)
+    if alignment.problems:
+        raise Mismatch(alignment.problems)
+    if not alignment.merged:
+        raise RecipeError("include/exclude leave no tensor to merge")
+    operands = {name: _operands(merge, name, alignment.sources[name]) for name in alignment.merged}
+    infos = merge.reference.tensors
+    merged = set(alignment.merged)
+    stored = _STORED.get(merge.dtype or "")
+    dtypes = {name: stored if stored and info.is_float else info.dtype for name, info in infos.items()}
+    shards = lay_out(infos.values(), dtypes, shard_size)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
+    passes = count_passes(merge)
+    size = chunk or _chunk_size(merge, where, memory)
+    plan = Plan(
+        merge=merge,
+        alignment=alignment,
+        operands=operands,
+        dtypes=dtypes,
+        shards=shards,
+        groups=_groups(merge, shards, merged, min(GROUP, memory // (16 * len(merge.models)))),
+        passes=passes,
+        chunk=size,
+        workers=workers or (3 if where.type == "cuda" else _cores()),
+        memory=memory,
+        device=where,
+    )
+    needed = plan.buffer_bytes + (2 * MIB if passes else 0)
+    if needed > memory and chunk is None:
+        raise RecipeError(
+            f"--memory {memory // MIB}MiB: '{method.name}' needs at least {-(-needed // MIB)}MiB here",
+            "give it more memory, or fewer --workers",
+        )
+    return plan
+
+
+class Mismatch(ModelError):
+    """Models that do not fit together: the first mismatch in the message, all in `problems`."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = f" (and {len(problems) - 1} more: see mergebench plan)" if len(problems) > 1 else ""
+        hint = "only models of one architecture merge; exclude the tensor to copy the base's"
+        super().__init__(problems[0] + more, hint)
+        self.problems = list(problems)
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Refuse to start where the output will not fit."""
+    folder = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < plan.bytes_written:
+        need, have = plan.bytes_written / 1e9, free / 1e9
+        raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
+
+
+def toy_context(merge: Merge, numel: int) -> Context:
+    """A context for a chunk that stands in no file."""
+    spans = (Span("toy", 0, numel),)
+    return Context(numel, merge.names, spans, (numel,), merge.scope, merge.seed, torch.device("cpu"))
+
+
+def count_passes(merge: Merge) -> int:
+    """Learn the passes by running the method on a toy chunk (the same yields for all data)."""
+    numel = 61
+    toy = torch.sin(torch.arange(1.0, len(merge.models) * numel + 1)).reshape(len(merge.models), numel) * 0.01
+    running = merge.method(toy, merge.params, toy_context(merge, numel))
+    if not inspect.isgenerator(running):
+        return 0
+    steps = cast("Generator[Statistic, Any, Tensor]", running)
+    count = 0
+    try:
+        statistic = next(steps)
+        while True:
+            count += 1
+            statistic = steps.send(statistic.exact())
+    except StopIteration:
+        return count
+
+
+def _check_models(merge: Merge) -> None:
+    method, count = merge.method, len(merge.models)
+    if method.takes == "task_vectors" and merge.base is None:
+        raise RecipeError(f"base_model: '{method.name}' merges task vectors and needs a base")
+    if method.models is not None and count != method.models:
+        raise RecipeError(f"models: '{method.name}' takes exactly {method.models} models, got {count}")
+    if count == 0:
+        raise RecipeError("models: no model to merge")
+    for model in [*merge.models, merge.reference]:
+        for info in model.tensors.values():
+            if info.dtype.startswith("F8") and merge.wanted(info.name):
+                raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: FP8 is not supported yet")
+
+
+def _operands(merge: Merge, name: str, sources: Sequence[TensorInfo]) -> tuple[Operand, ...]:
+    base = merge.reference.tensors[name]
+    made = []
+    for model, info in zip(merge.models, sources, strict=True):
+        low_rank = model.low_rank.get(info.name)
+        if merge.method.takes == "weights":
+            made.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
+        elif model.is_task_vector:
+            made.append(Operand(info, 0, low_rank))
+        elif (info.file, info.offset) == (base.file, base.offset):
+            made.append(Operand(None, 0, low_rank))  # the model is the base plus an adapter
+        else:
+            made.append(Operand(info, -1, low_rank))
+    return tuple(made)
+
+
+def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) -> list[Group]:
+    infos = merge.reference.tensors
+    order = [[tensor.name for tensor in shard.tensors] for shard in shards]
+    if merge.scope == "model":
+        names = [name for shard in order for name in shard]
+        reached = tuple(name for name in names if name in merged)
+        return [Group((Unit(reached, sum(infos[name].numel for name in reached)),), tuple(names))]
+    groups = []
+    for shard in order:
+        batch: list[str] = []
+        size = 0
+        for name in shard:
+            if batch and size + infos[name].numel > most:
+                groups.append(batch)
+                batch, size = [], 0
+            batch.append(name)
+            size += infos[name].numel
+        groups.append(batch)
+    return [
+        Group(tuple(Unit((name,), infos[name].numel) for name in batch if name in merged), tuple(batch))
+        for batch in groups
+    ]
+
+
+def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
+    """Elements of a chunk: what stays in a core's cache, or what keeps a GPU busy; whole tiles."""
+    infos = merge.reference.tensors
+    if merge.method.cut == "tensor":
+        return max(info.numel for name, info in infos.items() if info.is_float and merge.wanted(name))
+    if device.type == "cuda":
+        return 64 * TILE
+    return TILE
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+__all__ = ["ITEM_SIZE", "Group", "Merge", "Mismatch", "Operand", "Plan", "Unit", "check_disk", "plan_merge"]

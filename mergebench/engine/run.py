@@ -1,0 +1,249 @@
+"""Carry out a plan: sweep, apply, write, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench import __version__
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.read import Files
+from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target, finished
+from mergebench.checkpoint.write import ShardWriter, copy_side_files, write_atomically, write_error, write_index
+from mergebench.engine.memory import keep_freed_memory
+from mergebench.engine.plan import Group, Plan, check_disk
+from mergebench.engine.sweep import Progress, Sweeper, to_device
+from mergebench.errors import ModelError
+
+BLOCK = 1 << 20  # bytes compared or hashed at a time
+
+
+@dataclass(frozen=True)
+class Result:
+    """A merged checkpoint and what it took."""
+
+    out: Path
+    provenance: dict[str, Any]
+    already_done: bool = False  # --resume found it finished
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    sync: bool = False,
+    hash_inputs: bool = False,
+    progress: Progress = lambda _: None,
+    finish: Callable[[Path, dict[str, Any]], None] = lambda directory, provenance: None,
+) -> Result:
+    """Merge into the directory `out`; `finish(directory, provenance)` may add files before it is published.
+
+    Raises `RecipeError` where `out` may not be written, `RunError` where the work fails. Inputs are
+    only ever opened for reading.
+    """
+    started = time.perf_counter()
+    fingerprint = _fingerprint(plan)
+    done = finished(out)
+    if resume and done is not None and done.get("fingerprint") == fingerprint:
+        return Result(out, done, already_done=True)
+    check_target(out, _places(plan), overwrite)
+    check_disk(plan, out)
+    with Files() as files, Staging(out, fingerprint, resume) as staging:
+        for model, alias, tensor in plan.alignment.must_equal:
+            _check_equal(files, model, alias, tensor)
+        output = _Output(plan, staging, sync)
+        threads = torch.get_num_threads()
+        keep_freed_memory()
+        sweeper = Sweeper(plan, files, progress)
+        try:
+            for number, group in enumerate(plan.groups):
+                _work(plan, staging, sweeper, output, str(number), group)
+        finally:
+            sweeper.close()
+            output.close()
+            torch.set_num_threads(threads)
+        write_index(staging.directory, plan.shards)
+        kinds = {plan.dtypes[name] for name in plan.alignment.merged}
+        try:
+            copied = copy_side_files(plan.merge.reference, staging.directory, kinds.pop() if len(kinds) == 1 else None)
+        except OSError as error:
+            raise write_error(staging.directory, error) from None
+        provenance = {
+            "mergebench": __version__,
+            "fingerprint": fingerprint,
+            "recipe": dict(plan.merge.recipe),
+            "method": {"name": plan.merge.method.name, "paper": plan.merge.method.paper, "scope": plan.merge.scope},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "inputs": _inputs(plan, hash_inputs),
+            "merged_tensors": len(plan.alignment.merged),
+            "copied_tensors": len(plan.alignment.copied),
+            "side_files": copied,
+            "answers": _answers_by_tensor(plan, staging.journal["answers"]),
+            "sweeps": plan.sweeps,
+            "bytes_read": plan.bytes_read,
+            "bytes_written": plan.bytes_written,
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory": peak_memory(),
+        }
+        finish(staging.directory, provenance)
+        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+        staging.publish(overwrite, sync)
+    return Result(out, provenance)
+
+
+def _work(plan: Plan, staging: Staging, sweeper: Sweeper, output: _Output, key: str, group: Group) -> None:
+    """One group: the questions that are still open, then what is still to be written."""
+    written = [name for name in group.written if not output.is_done(name)]
+    journal: list[Any] = staging.journal["answers"].setdefault(key, [])
+    if not written:
+        return
+    known: list[list[Any]] = [[] for _ in group.units]
+    for question in range(plan.passes):
+        if question < len(journal):
+            answers = [to_device(plan.device, _decode(answer)) for answer in journal[question]]
+        else:
+            answers = sweeper.answer(group, known)
+            journal.append([_encode(answer) for answer in answers])
+            if plan.merge.scope == "model":
+                staging.save()  # a sweep over the whole model is worth keeping
+        for answers_of_unit, answer in zip(known, answers, strict=True):
+            answers_of_unit.append(answer)
+    sweeper.apply(group, known, written, output.write)
+
+
+class _Output:
+    """The shards being filled: each opened at its first write, closed and journalled at its last."""
+
+    def __init__(self, plan: Plan, staging: Staging, sync: bool) -> None:
+        self._staging, self._sync = staging, sync
+        self._shards = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
+        infos = plan.merge.reference.tensors
+        self._left = {shard.file: sum(infos[t.name].numel for t in shard.tensors) for shard in plan.shards}
+        self._writers: dict[str, ShardWriter] = {}
+        self._lock = threading.Lock()
+        for shard in plan.shards:
+            if not self._left[shard.file] and shard.file not in staging.journal["shards"]:
+                ShardWriter(staging.directory / shard.file, shard).close(sync)  # nothing but empty tensors
+
+    def is_done(self, name: str) -> bool:
+        return self._shards[name].file in self._staging.journal["shards"]
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        shard = self._shards[name]
+        with self._lock:
+            writer = self._writers.get(shard.file)
+            if writer is None:
+                writer = ShardWriter(self._staging.directory / shard.file, shard)
+                self._writers[shard.file] = writer
+        writer.write(name, start, values)
+        with self._lock:
+            self._left[shard.file] -= len(values)
+            if not self._left[shard.file]:
+                self._writers.pop(shard.file).close(self._sync)
+                self._staging.journal["shards"].append(shard.file)
+                self._staging.save()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _places(plan: Plan) -> list[Path]:
+    models = [*plan.merge.models, plan.merge.reference]
+    places = []
+    for model in models:
+        places += [place for place in (model.directory, model.adapter) if place is not None]
+        if model.directory is None:
+            places += [header.file for header in model.headers]
+    return places
+
+
+def _inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
+    """Every input file once: size, time and a hash of the header; of everything with `hash_inputs`."""
+    headers = {h.file: h for model in [plan.merge.reference, *plan.merge.models] for h in model.files()}
+    found = []
+    for file, header in sorted(headers.items()):
+        entry = {
+            "file": str(file),
+            "size": header.size,
+            "mtime_ns": header.mtime_ns,
+            "header_sha256": header.sha256,
+        }
+        if hash_inputs:
+            with open(file, "rb") as stream:
+                entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.append(entry)
+    return found
+
+
+def _fingerprint(plan: Plan) -> str:
+    """What the result depends on: recipe, inputs, layout and version; not workers, memory or device."""
+    made_of = {
+        "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
+        "inputs": _inputs(plan, hash_inputs=False),
+        "shards": [shard.file for shard in plan.shards],
+        "groups": [len(group.written) for group in plan.groups],
+        "mergebench": __version__,
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInfo) -> None:
+    """A tied tensor stored twice must be the same twice: else it is no alias, and dropping it would guess."""
+    same = alias.dtype == tensor.dtype and alias.nbytes == tensor.nbytes
+    for start in range(0, alias.nbytes if same else 0, BLOCK):
+        size = min(BLOCK, alias.nbytes - start)
+        left, right = bytearray(size), bytearray(size)
+        files.read_into(alias.file, alias.offset + start, memoryview(left))
+        files.read_into(tensor.file, tensor.offset + start, memoryview(right))
+        same = same and left == right
+    if not same:
+        raise ModelError(
+            f"{alias.name}: {model.reference} stores it apart from '{tensor.name}', base ties the two",
+            "the heads differ between the models: exclude the tensor to keep the base's",
+        )
+
+
+def _encode(answer: Any) -> dict[str, Any]:
+    if isinstance(answer, tuple):
+        return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
+    return {"gram": answer.tolist()}
+
+
+def _decode(answer: dict[str, Any]) -> Any:
+    if "gram" in answer:
+        return torch.tensor(answer["gram"], dtype=torch.float64)
+    return tuple(torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in answer["order_statistics"])
+
+
+def _answers_by_tensor(plan: Plan, answers: dict[str, Sequence[Any]]) -> dict[str, Any]:
+    """What the method learned: by tensor, or once for the whole model."""
+    if plan.merge.scope == "model":
+        return {"model": answers.get("0", [])}
+    return {
+        unit.tensors[0]: [question[number] for question in answers[str(key)]]
+        for key, group in enumerate(plan.groups)
+        if answers.get(str(key))
+        for number, unit in enumerate(group.units)
+    }

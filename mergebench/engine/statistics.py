@@ -1,0 +1,276 @@
+"""Exact numbers about a whole tensor or a whole model, gathered chunk by chunk.
+
+A statistic is four words: `init` a state, `reduce` a chunk into it, `combine` two states (associative,
+so threads, GPUs and machines can each have one), `finish` it into the answer.
+
+Order statistics are exact in one sweep: a sample, drawn before it, gives a narrow bracket around the
+rank; the sweep counts what lies below and keeps what lies inside. Where the bracket missed (which the
+counts show), the engine sweeps again with a wider one: a miss costs time, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergebench.engine.noise import TILE
+
+Floats = NDArray[np.float32]
+Z = 4.5  # half-width of a bracket in standard errors of the sample
+
+
+def _count(mask: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(mask))
+
+
+class Miss(Exception):
+    """The bracket did not hold the rank: sweep again with a wider one."""
+
+
+class Statistic:
+    """A question about all of `values` [rows, elements], of which a method sees one chunk."""
+
+    needs_sample = False
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> Any:
+        """An empty state for `numel` elements in `tiles` tiles; it may keep `room` values."""
+        raise NotImplementedError
+
+    def reduce(self, state: Any, tile: int) -> None:
+        """Take in this chunk, whose first element starts tile number `tile` of the unit."""
+        raise NotImplementedError
+
+    @staticmethod
+    def combine(state: Any, other: Any) -> Any:
+        raise NotImplementedError
+
+    def finish(self, state: Any) -> Any:
+        """The answer; raises `Miss` where another sweep is needed."""
+        raise NotImplementedError
+
+    def exact(self) -> Any:
+        """The answer where this one chunk is all there is: the oracle of the streamed one."""
+        numel = self.values.shape[1]
+        state = self.init(numel, -(-numel // TILE), None, numel)
+        self.reduce(state, 0)
+        return self.finish(state)
+
+
+class Sample:
+    """Values of a statistic at a sample of pieces spread evenly over all elements."""
+
+    def __init__(self, values: Floats, piece: int, margin: float) -> None:
+        """values: [rows, pieces * piece], the pieces in order of their place."""
+        self.values, self.piece, self.margin = values, piece, margin
+
+    def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float]:
+        """(low, guess, high) around the value of `rank` among `numel` elements."""
+        values = self.values[row]
+        ordered = np.sort(values)
+        size, share = len(ordered), rank / max(numel - 1, 1)
+        guess = ordered[min(size - 1, round(share * (size - 1)))]
+        # The standard error of the share below `guess`, from differences of neighbouring pieces: pieces
+        # are a systematic sample, and a tensor's neighbours are more alike than the model's tensors.
+        below = (values.reshape(-1, self.piece) < guess).mean(axis=1)
+        error = float(np.sqrt(np.square(np.diff(below)).sum() / 2) / len(below)) if len(below) > 1 else 1.0
+        width = self.margin * (Z * error * size + 16)
+        low, high = int(share * size - width), int(share * size + width) + 1
+        return (
+            float(ordered[low]) if low >= 0 else -np.inf,
+            float(guess),
+            float(ordered[high]) if high < size else np.inf,
+        )
+
+
+class Bracket:
+    """Counts the values below `low` and keeps those inside (low, high); edges are counted apart, so a
+    flood of equal values (exact zeros) takes no room."""
+
+    def __init__(self, low: float, guess: float, high: float, room: int) -> None:
+        self.low, self.guess, self.high, self.room = low, guess, high, room
+        self.below = self.at_low = self.at_high = self.held = 0
+        self.parts: list[Floats] = []
+
+    def add(self, values: Floats) -> None:
+        # Comparisons and counts of bytes are the cheapest things NumPy does; picking is done last, of few.
+        above_low, below_high = values > self.low, values < self.high
+        not_above = values.size - _count(above_low)
+        below = _count(values < self.low)
+        self.below += below
+        self.at_low += not_above - below
+        if self.low == self.high:
+            return
+        self.at_high += _count(values <= self.high) - _count(below_high)
+        above_low &= below_high
+        self.parts.append(values[above_low])
+        self.held += self.parts[-1].size
+        if self.held > self.room:
+            self._shrink()
+
+    def inside(self) -> Floats:
+        if len(self.parts) != 1:
+            self.parts = [np.concatenate(self.parts) if self.parts else np.empty(0, np.float32)]
+        return self.parts[0]
+
+    def _shrink(self) -> None:
+        """Out of room: keep the half nearest the guess, count the rest."""
+        ordered = np.sort(self.inside())
+        at = int(np.searchsorted(ordered, self.guess))
+        first, last = at - self.room // 4, at + self.room // 4
+        self.narrow(
+            float(ordered[first]) if first >= 0 else self.low,
+            float(ordered[last]) if last < ordered.size else self.high,
+        )
+
+    def narrow(self, low: float, high: float) -> None:
+        """Move the edges inwards; what falls out below is counted."""
+        values = self.inside()
+        if low > self.low:
+            self.below += self.at_low + _count(values < low)
+            self.at_low = _count(values == low) + (self.at_high if low == self.high else 0)
+        if high < self.high:
+            self.at_high = _count(values == high)
+        self.low, self.high = low, high
+        if low == high:
+            self.at_high = 0
+        self.parts = [values[(values > low) & (values < high)]]
+        self.held = self.parts[0].size
+
+    def merge(self, other: Bracket) -> None:
+        """Take in what another worker gathered, within the narrower of both brackets."""
+        low, high = max(self.low, other.low), min(self.high, other.high)
+        for bracket in (self, other):
+            if (bracket.low, bracket.high) != (low, high):
+                bracket.narrow(low, high)
+        self.below += other.below
+        self.at_low += other.at_low
+        self.at_high += other.at_high
+        self.parts += other.parts
+        self.held += other.held
+        if self.held > 2 * self.room:
+            self._shrink()
+
+    def at(self, rank: int) -> float:
+        """The value of that rank (0 is the smallest)."""
+        rank -= self.below
+        if rank < 0:
+            raise Miss
+        if rank < self.at_low:
+            return self.low
+        rank -= self.at_low
+        if rank < self.held:
+            return float(np.partition(self.inside(), rank)[rank])
+        if rank - self.held < self.at_high:
+            return self.high
+        raise Miss
+
+
+class Extreme:
+    """The smallest or the largest value: no bracket needed."""
+
+    def __init__(self, largest: bool) -> None:
+        self.largest = largest
+        self.value = -np.inf if largest else np.inf
+
+    def add(self, values: Floats) -> None:
+        if values.size:
+            found = float(values.max() if self.largest else values.min())
+            self.value = max(self.value, found) if self.largest else min(self.value, found)
+
+    def merge(self, other: Extreme) -> None:
+        self.value = max(self.value, other.value) if self.largest else min(self.value, other.value)
+
+    def at(self, rank: int) -> float:
+        return self.value
+
+
+class OrderStatistics(Statistic):
+    """The values of given ranks, row by row: what sorting each row would show there."""
+
+    def __init__(self, values: Tensor, ranks: Sequence[Sequence[int]]) -> None:
+        super().__init__(values)
+        self.ranks = ranks  # [questions][rows]
+
+    @property
+    def needs_sample(self) -> bool:  # type: ignore[override]
+        return True
+
+    def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> list[list[Bracket | Extreme]]:
+        rows = len(self.values)
+        share = max(room // max(rows * len(self.ranks), 1), 1024)
+
+        def gatherer(row: int, rank: int) -> Bracket | Extreme:
+            if not 0 <= rank < numel:
+                raise IndexError(f"rank {rank} of {numel} elements")
+            if rank in (0, numel - 1):
+                return Extreme(largest=rank > 0)
+            if sample is None:
+                return Bracket(-np.inf, 0.0, np.inf, numel)
+            return Bracket(*sample.bracket(row, rank, numel), share)
+
+        return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
+
+    def reduce(self, state: list[list[Bracket | Extreme]], tile: int) -> None:
+        rows = self.values.cpu().numpy()
+        for question in state:
+            for gatherer, values in zip(question, rows, strict=True):
+                gatherer.add(values)
+
+    @staticmethod
+    def combine(
+        state: list[list[Bracket | Extreme]], other: list[list[Bracket | Extreme]]
+    ) -> list[list[Bracket | Extreme]]:
+        for mine, theirs in zip(state, other, strict=True):
+            for gatherer, more in zip(mine, theirs, strict=True):
+                gatherer.merge(more)  # type: ignore[arg-type]
+        return state
+
+    def finish(self, state: list[list[Bracket | Extreme]]) -> tuple[Tensor, ...]:
+        """One float32 [rows, 1] for each question."""
+        return tuple(
+            torch.tensor([[g.at(rank)] for g, rank in zip(question, ranks, strict=True)], dtype=torch.float32)
+            for question, ranks in zip(state, self.ranks, strict=True)
+        )
+
+
+class Gram(Statistic):
+    """The dot products of all pairs of rows: float64 sums over fixed tiles, added in tile order."""
+
+    def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
+        return np.zeros((tiles, len(self.values), len(self.values)))
+
+    def reduce(self, state: NDArray[np.float64], tile: int) -> None:
+        for number, start in enumerate(range(0, self.values.shape[1], TILE), tile):
+            block = self.values[:, start : start + TILE].double()
+            state[number] = (block @ block.T).cpu().numpy()
+
+    @staticmethod
+    def combine(state: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+        state += other  # each tile is zero in all states but one
+        return state
+
+    def finish(self, state: NDArray[np.float64]) -> Tensor:
+        """float64 [rows, rows]."""
+        return torch.from_numpy(np.add.accumulate(state, axis=0)[-1].copy())
+
+
+def order_statistics(values: Tensor, ranks: Sequence[int | Sequence[int]]) -> OrderStatistics:
+    """Ask for the values of `ranks` (0 is the smallest) in each row of `values` [models, elements].
+
+    A rank is one integer for all models or one for each. The answer is one [models, 1] for each rank.
+    """
+    rows = len(values)
+    return OrderStatistics(values, [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks])
+
+
+def gram(values: Tensor) -> Gram:
+    """Ask for the dot products of all pairs of rows; the answer is float64 [rows, rows]."""
+    return Gram(values)

@@ -1,0 +1,342 @@
+"""Sweeps: every chunk read once, by all workers; the method replayed up to its next question, or to its end.
+
+for each group of units
+    for each question of the method:  sample -> sweep -> answer
+    apply: sweep once more, write the result
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.read import TORCH_DTYPE, Files
+from mergebench.engine.context import Context, Span
+from mergebench.engine.noise import TILE
+from mergebench.engine.plan import Group, Plan, Unit
+from mergebench.engine.read import ChunkReader
+from mergebench.engine.statistics import Miss, Sample, Statistic
+from mergebench.errors import RunError
+
+SMALL = TILE  # a unit of at most this many elements is gathered whole
+PIECE = 256  # consecutive elements of a sample
+AHEAD = 16  # chunks the kernel is told of before they are needed
+
+Progress = Callable[[int], None]  # called with the bytes that were read
+
+
+class Item(NamedTuple):
+    """One chunk of work: columns of the unit numbered `unit`, the first being in its tile `tile`."""
+
+    unit: int
+    spans: tuple[Span, ...]
+    tile: int
+
+
+def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
+    """Run the method with the answers known so far: the next question, or the merged chunk."""
+    running = plan.merge.method(values, plan.merge.params, ctx)
+    if not inspect.isgenerator(running):
+        return cast(Tensor, running)
+    steps = cast("Generator[Statistic, Any, Tensor]", running)
+    try:
+        statistic = next(steps)
+        for answer in answers:
+            statistic = steps.send(answer)
+    except StopIteration as end:
+        return cast(Tensor, end.value)
+    steps.close()
+    return statistic
+
+
+class Sweeper:
+    """The workers of one run: their buffers, and the loops over chunks."""
+
+    def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
+        self.plan, self.files, self.progress = plan, files, progress
+        self.readers = [ChunkReader(plan, files) for _ in range(plan.workers)]
+        self.pool = ThreadPoolExecutor(plan.workers, "worker", initializer=torch.set_num_threads, initargs=(1,))
+        self.stop = threading.Event()
+
+    def close(self) -> None:
+        self.stop.set()
+        self.pool.shutdown(wait=True)
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def answer(self, group: Group, known: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answers to the method's next question, one for each unit of the group.
+
+        known: the answers so far, [unit][question].
+        """
+        answers: dict[int, Any] = {}
+        attempt = 0
+        while len(answers) < len(group.units):
+            open_units = [number for number in range(len(group.units)) if number not in answers]
+            samples = self._samples(group, known, open_units, attempt)
+            statistics, states = self._gather(group, known, open_units, samples)
+            for number in open_units:
+                try:
+                    answers[number] = to_device(self.plan.device, statistics[number].finish(states[number]))
+                except Miss:
+                    pass
+            attempt += 1
+        return [answers[number] for number in range(len(group.units))]
+
+    def _gather(
+        self, group: Group, known: Sequence[Sequence[Any]], numbers: Sequence[int], samples: dict[int, Sample]
+    ) -> tuple[dict[int, Statistic], dict[int, Any]]:
+        size = sum(unit.numel for unit in group.units)
+        room = self.plan.statistic_room // (4 * self.plan.workers)
+        statistics: dict[int, Statistic] = {}
+
+        def work(reader: ChunkReader, items: Iterable[Item]) -> dict[int, Any]:
+            mine: dict[int, Any] = {}
+            for item in items:
+                unit = group.units[item.unit]
+                values, _ = reader.load(item.spans, apply=False)
+                if not known[item.unit]:
+                    self._check_finite(reader, item, values)
+                statistic = replay(self.plan, values, self._context(unit, item.spans), known[item.unit])
+                assert isinstance(statistic, Statistic), "the method asked fewer questions than it did on the toy chunk"
+                if item.unit not in mine:
+                    tiles = sum(-(-self._numel(name) // TILE) for name in unit.tensors)
+                    share = room * unit.numel // size
+                    mine[item.unit] = statistic.init(unit.numel, tiles, samples.get(item.unit), share)
+                statistic.reduce(mine[item.unit], item.tile)
+                statistic.values = values[:, :0]
+                statistics[item.unit] = statistic
+            return mine
+
+        states: dict[int, Any] = {}
+        for mine in self._run(work, self._items(group, numbers)):
+            for number, state in mine.items():
+                states[number] = statistics[number].combine(states[number], state) if number in states else state
+        return statistics, states
+
+    def _samples(
+        self, group: Group, known: Sequence[Sequence[Any]], numbers: Sequence[int], attempt: int
+    ) -> dict[int, Sample]:
+        """Before a sweep: the statistic's values at pieces spread over each large unit."""
+        if self.plan.merge.method.cut != "element":
+            return {}
+        batches = [
+            (number, batch)
+            for number in numbers
+            if group.units[number].numel > SMALL
+            for batch in self._pieces(group.units[number], attempt)
+        ]
+        found: dict[int, list[Any]] = {number: [] for number, _ in batches}
+        order = iter([Item(number, spans, place) for place, (number, spans) in enumerate(batches)])
+
+        def work(reader: ChunkReader, items: Iterable[Item]) -> list[tuple[int, int, Any]]:
+            got = []
+            for item in items:
+                values, _ = reader.load(item.spans, apply=False)
+                context = self._context(group.units[item.unit], item.spans)
+                statistic = replay(self.plan, values, context, known[item.unit])
+                if isinstance(statistic, Statistic) and statistic.needs_sample:
+                    # a copy: the values may be a view of the reader's buffer
+                    got.append((item.tile, item.unit, np.array(statistic.values.cpu().numpy())))
+            return got
+
+        for _, number, values in sorted(sum(self._run(work, order, advise=False), []), key=lambda one: one[0]):
+            found[number].append(values)
+        return {
+            number: Sample(np.concatenate(parts, axis=1), PIECE, margin=4.0**attempt)
+            for number, parts in found.items()
+            if parts
+        }
+
+    def _pieces(self, unit: Unit, attempt: int) -> Iterator[tuple[Span, ...]]:
+        """Batches of spans of `PIECE` elements, evenly spread with a jitter, in order of their place."""
+        size = max(min(unit.numel // 16, TILE), unit.numel // 256) * 4**attempt
+        count = min(size, unit.numel) // PIECE
+        ends = np.cumsum([self._numel(name) for name in unit.tensors])
+        jitter = np.random.Generator(np.random.PCG64(attempt)).random(count)
+        batch: list[Span] = []
+        for place in ((np.arange(count) + jitter) * (unit.numel / count)).astype(np.int64):
+            number = int(np.searchsorted(ends, place, side="right"))
+            name = unit.tensors[number]
+            numel = self._numel(name)
+            if numel < PIECE:
+                continue
+            start = min(int(place - (ends[number] - numel)), numel - PIECE)
+            batch.append(Span(name, start, start + PIECE))
+            if len(batch) * PIECE >= self.plan.chunk - PIECE + 1:
+                yield tuple(batch)
+                batch = []
+        if batch:
+            yield tuple(batch)
+
+    # -- the result ------------------------------------------------------------------------------
+
+    def apply(self, group: Group, known: Sequence[Sequence[Any]], written: Sequence[str], write: Any) -> None:
+        """Merge and write: `write(tensor, start, values)` gets flat values of the stored dtype.
+
+        known: all answers, [unit][question]. written: the tensors of this group still to be written.
+        """
+        number_of = {name: number for number, unit in enumerate(group.units) for name in unit.tensors}
+        takes_task_vectors = self.plan.merge.method.takes == "task_vectors"
+
+        def work(reader: ChunkReader, items: Iterable[Item]) -> None:
+            for item in items:
+                (span,) = item.spans
+                if item.unit < 0:
+                    self._copy(span, write)
+                    continue
+                values, base = reader.load(item.spans, apply=True)
+                if not self.plan.passes:
+                    self._check_finite(reader, item, values)
+                context = self._context(group.units[item.unit], item.spans)
+                merged = replay(self.plan, values, context, known[item.unit])
+                assert isinstance(merged, Tensor), "the method asked more questions than it did on the toy chunk"
+                if merged.shape != base.shape or merged.dtype != torch.float32:
+                    method = self.plan.merge.method.name
+                    raise RunError(
+                        f"method '{method}' gave {merged.dtype} {list(merged.shape)} for a chunk "
+                        f"of {len(base)} elements, float32 [{len(base)}] was expected"
+                    )
+                if takes_task_vectors:
+                    merged = merged + base
+                stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
+                if not torch.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
+                    raise self._overflow(reader, span)
+                write(span.tensor, span.start, stored.cpu())
+
+        items = (
+            item
+            for name in written
+            for item in (self._chunks(number_of[name], name, 0) if name in number_of else self._copies(name))
+        )
+        self._run(work, items)
+
+    def _copy(self, span: Span, write: Any) -> None:
+        """Copy elements of a tensor that is not merged, converting a float to the stored type."""
+        info = self.plan.merge.reference.tensors[span.tensor]
+        values = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
+        self.files.read_elements(info, span.start, values)
+        write(span.tensor, span.start, values.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]]))
+
+    def _overflow(self, reader: ChunkReader, span: Span) -> RunError:
+        dtype = self.plan.dtypes[span.tensor]
+        return reader.find_non_finite(span) or RunError(
+            f"{span.tensor}: the merged values do not fit into {dtype}", "store them as float32: dtype: float32"
+        )
+
+    def _check_finite(self, reader: ChunkReader, item: Item, values: Tensor) -> None:
+        """A sum shows a NaN or Inf at a thirtieth of the price of looking at each element."""
+        if not torch.isfinite(values.sum()):
+            for span in item.spans:
+                error = reader.find_non_finite(span)
+                if error is not None:
+                    raise error
+            reader.load(item.spans, apply=True)  # it was the sum that overflowed
+
+    # -- chunks and workers ----------------------------------------------------------------------
+
+    def _numel(self, name: str) -> int:
+        return self.plan.merge.reference.tensors[name].numel
+
+    def _context(self, unit: Unit, spans: tuple[Span, ...]) -> Context:
+        merge = self.plan.merge
+        shape = merge.reference.tensors[spans[0].tensor].shape
+        return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, self.plan.device)
+
+    def _items(self, group: Group, numbers: Sequence[int]) -> Iterator[Item]:
+        for number in numbers:
+            tile = 0
+            for name in group.units[number].tensors:
+                yield from self._chunks(number, name, tile)
+                tile += -(-self._numel(name) // TILE)
+
+    def _chunks(self, unit: int, name: str, tile: int) -> Iterator[Item]:
+        numel, size = self._numel(name), self.plan.chunk
+        if self.plan.merge.method.cut == "row":
+            columns = self.plan.merge.reference.tensors[name].shape[-1] if numel else 1
+            size = max(size // columns, 1) * columns
+        for start in range(0, numel, size):
+            yield Item(unit, (Span(name, start, min(start + size, numel)),), tile + start // TILE)
+
+    def _copies(self, name: str) -> Iterator[Item]:
+        for start in range(0, self._numel(name), 16 * TILE):
+            yield Item(-1, (Span(name, start, min(start + 16 * TILE, self._numel(name))),), 0)
+
+    def _run(self, work: Callable[..., Any], items: Iterator[Item], advise: bool = True) -> list[Any]:
+        """Let all workers take items until there are none; their results in the order of the workers."""
+        shared = _Shared(items, self._advise if advise else None, self.stop, self._count)
+
+        def loop(reader: ChunkReader) -> Any:
+            on_gpu = self.plan.device.type == "cuda"  # a stream of its own: workers copy and compute side by side
+            stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+            try:
+                with torch.inference_mode(), stream:
+                    return work(reader, shared)
+            except BaseException:
+                self.stop.set()
+                raise
+
+        futures = [self.pool.submit(loop, reader) for reader in self.readers]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            self.stop.set()
+            for future in futures:
+                future.exception()
+            raise
+
+    def _advise(self, item: Item) -> None:
+        if item.unit < 0:
+            return
+        for span in item.spans:
+            for operand in self.plan.operands[span.tensor]:
+                if operand.stored is not None:
+                    self.files.advise(operand.stored, span.start, span.stop)
+
+    def _count(self, item: Item) -> None:
+        for span in item.spans:
+            reads = [o.stored for o in self.plan.operands.get(span.tensor, ()) if o.stored is not None]
+            self.progress(sum(info.nbytes // info.numel for info in reads) * span.numel)
+
+
+class _Shared:
+    """One iterator for all workers; the kernel is told of the next batch while this one is worked on."""
+
+    def __init__(self, items: Iterator[Item], advise: Any, stop: threading.Event, count: Any) -> None:
+        self._items, self._advise, self._stop, self._count = items, advise, stop, count
+        self._lock = threading.Lock()
+        self._now: list[Item] = []
+        self._next = self._batch()
+
+    def _batch(self) -> list[Item]:
+        batch = list(itertools.islice(self._items, AHEAD))
+        if self._advise is not None:
+            for item in batch:
+                self._advise(item)
+        return batch[::-1]
+
+    def __iter__(self) -> Iterator[Item]:
+        while not self._stop.is_set():
+            with self._lock:
+                if not self._now:
+                    self._now, self._next = self._next, self._batch()
+                    if not self._now:
+                        return
+                item = self._now.pop()
+                self._count(item)
+            yield item
+
+
+def to_device(device: torch.device, answer: Any) -> Any:
+    """An answer where the chunks are."""
+    if device.type == "cpu":
+        return answer
+    return tuple(part.to(device) for part in answer) if isinstance(answer, tuple) else answer

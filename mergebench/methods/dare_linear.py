@@ -1,0 +1,41 @@
+"""DARE: drop at random and rescale, then task arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergebench.engine.chunks import total
+from mergebench.engine.context import Context
+from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.methods.linear import normalized
+
+
+@dataclass(frozen=True)
+class Params:
+    density: PerModel = param(1.0, "share of elements kept", above=0, high=1, per_model=True)
+    weight: PerModel = param(1.0, "weight of the model", per_model=True)
+    lambda_: float = param(1.0, "factor on the merged task vector")
+    normalize: bool = param(False, "divide by the sum of the weights")
+    rescale: bool = param(True, "divide what is kept by the density")
+
+
+@merge_method(takes="task_vectors", paper="arXiv:2311.03099")
+def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+    """Drop elements at random, rescale the rest by 1/density, add them up.
+
+    Yu et al., "Language models are super Mario". The rescale is the paper's (unbiased), not a ratio of
+    norms.
+    """
+    weights = normalized(p.weight) if p.normalize else p.weight
+    return total(drop_and_rescale(tvs, p.density, p.rescale, ctx), weights) * p.lambda_
+
+
+def drop_and_rescale(tvs: Tensor, density: PerModel, rescale: bool, ctx: Context) -> Tensor:
+    """m * tau / density with m ~ Bernoulli(density) (section 3.1)."""
+    kept = ctx.bernoulli(density).mul_(tvs)
+    if rescale:
+        for row, share in zip(kept, density, strict=True):
+            row /= share
+    return kept

@@ -1,0 +1,27 @@
+"""Task arithmetic: the base plus a weighted sum of task vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergebench.engine.chunks import total
+from mergebench.engine.context import Context
+from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.methods.linear import normalized
+
+
+@dataclass(frozen=True)
+class Params:
+    weight: PerModel = param(1.0, "weight of the model", per_model=True)
+    lambda_: float = param(1.0, "factor on the merged task vector")
+    normalize: bool = param(False, "divide by the sum of the weights")
+
+
+@merge_method(takes="task_vectors", paper="arXiv:2212.04089")
+def task_arithmetic(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+    """Base plus the weighted sum of task vectors: theta_0 + lambda sum w_i tau_i.
+
+    Ilharco et al., "Editing models with task arithmetic". A negative weight unlearns.
+    """
+    weights = normalized(p.weight) if p.normalize else p.weight
+    return total(tvs, weights) * p.lambda_

@@ -1,0 +1,51 @@
+"""TIES-Merging: trim, elect sign, disjoint merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergebench.engine.chunks import total, trim
+from mergebench.engine.context import Context
+from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.statistics import order_statistics
+
+
+@dataclass(frozen=True)
+class Params:
+    density: PerModel = param(1.0, "share of elements kept", above=0, high=1, per_model=True)
+    weight: PerModel = param(1.0, "weight of the model", per_model=True)
+    lambda_: float = param(1.0, "factor on the merged task vector")
+    normalize: bool = param(True, "divide by the sum of the weights that agree")
+
+
+@merge_method(takes="task_vectors", paper="arXiv:2306.01708")
+def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+    """Keep the largest elements, elect a sign for each, average those that agree with it.
+
+    Yadav et al., "TIES-Merging". Trimming keeps every element at or above the threshold, as the
+    authors' code does, so ties keep more than `density`. An even vote elects plus.
+    """
+    # trim
+    if min(p.density) < 1:
+        kept = [max(int(ctx.numel * density), 1) for density in p.density]
+        (threshold,) = yield order_statistics(tvs.abs(), [[ctx.numel - k for k in kept]])
+        tvs = trim(tvs, threshold)
+    return elect_and_merge(tvs, p.weight, p.normalize) * p.lambda_
+
+
+def elect_and_merge(tvs: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
+    """Elect each element's sign by mass, then combine the task vectors that have it (sections 3.2, 3.3)."""
+    # elect sign
+    elected = total(tvs, weights).sign_()
+    elected += 1 - elected.abs()  # an even vote elects plus
+    # disjoint merge; along the elected sign, the values that agree are those above zero
+    along = [(tv if weight == 1 else tv * weight) * elected for tv, weight in zip(tvs, weights, strict=True)]
+    agreeing = [values.relu_() for values in along]
+    merged = total(agreeing) * elected
+    if not normalize:
+        return merged
+    mass = total([values.sign_() for values in agreeing], weights)
+    return merged / (mass + (1 - mass.sign().abs_()))  # where nothing agrees, 0 / 1

@@ -1,0 +1,9 @@
+"""Recipes: what to merge and how, read strictly from YAML or a mapping.
+
+`load` checks everything that can be known without opening a model: what it returns names a method that
+exists, with parameters that method takes.
+"""
+
+from mergebench.recipe.recipe import Entry, Evaluation, Recipe, load
+
+__all__ = ["Entry", "Evaluation", "Recipe", "load"]

@@ -1,0 +1,191 @@
+"""The recipe: what to merge, how, and what to measure, checked and complete."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mergebench import methods
+from mergebench.engine.method import Method
+from mergebench.errors import RecipeError, did_you_mean
+from mergebench.recipe import overrides as changes
+from mergebench.recipe import parameters, schema
+from mergebench.recipe.places import Loc, Places
+from mergebench.recipe.source import plain, read
+
+Scope = Literal["tensor", "model"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the recipe: a model, or a task vector (already a difference), and its own parameters."""
+
+    model: str | None = None
+    task_vector: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure: a suite (a file, or written out), and methods to merge with for comparison."""
+
+    suite: str | dict[str, Any]
+    baselines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; made by `load`. Equal recipes make equal merges, wherever they were written."""
+
+    merge_method: str
+    base_model: str | None
+    models: tuple[Entry, ...]
+    parameters: dict[str, Any]  # for all models, the method's defaults filled in
+    scope: Scope
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str | None = None
+    out_dtype: str | None = None
+    evaluate: Evaluation | None = None
+    path: Path | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was ignored, for stderr
+    places: Places = field(default_factory=Places, compare=False, repr=False)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the recipe lies: relative paths are looked up there after the working directory."""
+        return None if self.path is None else self.path.parent
+
+    @property
+    def method(self) -> Method:
+        return methods.get(self.merge_method)
+
+    def where(self, *loc: str | int) -> str:
+        """`recipe.yaml:7:5` for `where("models", 1, "model")`; the nearest thing around it where it is not written."""
+        return self.places.where(loc)
+
+    def params(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Every parameter of the method for these models, as `Method.make_params` takes them."""
+        own: list[tuple[Loc, Mapping[str, Any]]] = []
+        for entry in entries:
+            at = self.models.index(entry) if entry in self.models else len(self.models)
+            own.append((("models", at), entry.parameters))
+        return parameters.resolve(self.method, self.parameters, own, self.places)
+
+    def with_method(self, name: str) -> Recipe:
+        """The same models merged by another method, with that method's defaults: a baseline to compare with."""
+        method = find(name)
+        if method.takes == "task_vectors" and self.base_model is None:
+            raise RecipeError(f"'{name}' merges task vectors, and the recipe has no base_model", NEEDS_BASE)
+        needed = [p.name for p in method.parameters.values() if p.required]
+        if needed:
+            raise RecipeError(f"'{name}' has no default for {', '.join(needed)}", "compare with a method that has")
+        return replace(
+            self,
+            merge_method=name,
+            models=tuple(replace(entry, parameters={}) for entry in self.models),
+            parameters=parameters.defaults(method),
+            scope=method.scope,
+            evaluate=None,
+            notes=(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with every default written out, ready for JSON; `load` makes an equal recipe of it."""
+        measured = self.evaluate
+        whole = {
+            "merge_method": self.merge_method,
+            "base_model": self.base_model,
+            "models": [_given(vars(entry)) for entry in self.models],
+            "parameters": self.parameters,
+            "scope": self.scope,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "out_dtype": self.out_dtype,
+            "evaluate": measured and _given({"suite": measured.suite, "baselines": list(measured.baselines)}),
+        }
+        return copy.deepcopy(_given(whole))
+
+
+NEEDS_BASE = "name the model the others were fine-tuned from: base_model: PATH"
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), seed: int | None = None
+) -> Recipe:
+    """Read and check a recipe: the path of a YAML file, or a mapping.
+
+    `overrides` are `--set` strings such as "parameters.density=0.2"; `seed` goes before the recipe's own.
+    """
+    data, places, path = read(source)
+    changes.apply(data, overrides, places)
+    if seed is not None:
+        places.move(("seed",), f"--seed {seed}")
+        data["seed"] = plain(seed, ("seed",), places)
+    found = schema.check(data, places)
+    try:
+        method = find(found["merge_method"])
+    except RecipeError as error:
+        raise places.error(("merge_method",), error.message, error.hint) from None
+    base = found.get("base_model")
+    if method.takes == "task_vectors" and base is None:
+        raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
+    common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
+    entries = []
+    for i, entry in enumerate(found["models"]):
+        own, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
+        entries.append(Entry(entry.get("model"), entry.get("task_vector"), own))
+        ignored += more
+    recipe = Recipe(
+        merge_method=found["merge_method"],
+        base_model=base,
+        models=tuple(entries),
+        parameters={**parameters.defaults(method), **common},
+        scope=found.get("scope", method.scope),
+        include=tuple(found.get("include", ())),
+        exclude=tuple(found.get("exclude", ())),
+        seed=found.get("seed", 0),
+        dtype=found.get("dtype"),
+        out_dtype=found.get("out_dtype"),
+        evaluate=_evaluation(found.get("evaluate")),
+        path=path,
+        notes=parameters.note(method, ignored, places),
+        places=places,
+    )
+    recipe.params([entry for entry in entries if entry.model is None or entry.model != base])
+    _check_baselines(recipe)
+    return recipe
+
+
+def find(name: str) -> Method:
+    """The method of that name, or a `RecipeError` with the nearest one."""
+    if name not in methods.names():
+        raise RecipeError(f"no method is called '{name}'", did_you_mean(name, methods.names()))
+    return methods.get(name)
+
+
+def _check_baselines(recipe: Recipe) -> None:
+    """Now rather than after the merge, when they are needed."""
+    baselines = recipe.evaluate.baselines if recipe.evaluate else ()
+    for i, name in enumerate(baselines):
+        try:
+            if name in baselines[:i]:
+                raise RecipeError(f"'{name}' is listed twice")
+            recipe.with_method(name)
+        except RecipeError as error:
+            raise recipe.places.error(("evaluate", "baselines", i), error.message, error.hint) from None
+
+
+def _evaluation(found: Mapping[str, Any] | None) -> Evaluation | None:
+    return None if found is None else Evaluation(found["suite"], tuple(found.get("baselines", ())))
+
+
+def _given(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value not in (None, [], {})}

@@ -1,0 +1,136 @@
+"""Which keys a recipe has and what each may hold. What a method's parameters may hold, the method says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergebench.errors import did_you_mean
+from mergebench.recipe.places import Loc, Places, show
+
+DTYPES = ("float32", "float16", "bfloat16")
+SCOPES = ("tensor", "model")
+LIST_MODELS = "list the models to merge as '- model: PATH'"
+SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key may hold: in words, as a test, and for lists what each entry may be."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+    each: Kind | None = None
+    hint: Callable[[Any], str | None] = lambda value: None
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _list(words: str, each: Kind, hint: str | None = None) -> Kind:
+    return Kind(words, lambda value: isinstance(value, list), each, lambda value: hint)
+
+
+NAME = Kind("the name of a merge method", _text)
+MODEL = Kind("a path or org/name", _text)
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+GLOBS = _list("a list of globs", Kind("a glob", _text), "write it in brackets: ['*.bias']")
+SCOPE = Kind("tensor or model", lambda value: value in SCOPES)
+SEED = Kind("a whole number, at least 0", _whole)
+DTYPE = Kind(
+    f"one of {', '.join(DTYPES)}",
+    lambda value: isinstance(value, str) and value.removeprefix("torch.") in DTYPES,
+    hint=lambda value: f"did you mean '{SHORT[value]}'?" if _text(value) and value in SHORT else None,
+)
+
+RECIPE = {
+    "merge_method": NAME,
+    "base_model": MODEL,
+    "models": _list("a list", Kind("a mapping", MAPPING.accepts, hint=lambda value: LIST_MODELS), LIST_MODELS),
+    "parameters": MAPPING,
+    "scope": SCOPE,
+    "include": GLOBS,
+    "exclude": GLOBS,
+    "seed": SEED,
+    "dtype": DTYPE,
+    "out_dtype": DTYPE,
+    "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
+}
+ENTRY = {"model": MODEL, "task_vector": Kind("a path", _text), "parameters": MAPPING}
+EVALUATE = {
+    "suite": Kind("a file or a mapping", lambda value: _text(value) or isinstance(value, dict)),
+    "baselines": _list("a list of merge methods", NAME, "write it in brackets: [linear]"),
+}
+FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
+UNSUPPORTED = {
+    "slices": "merge whole models: list them under models",
+    "modules": "merge whole models: list them under models, choose tensors with include and exclude",
+    "tokenizer": FROM_BASE,
+    "tokenizer_source": FROM_BASE,
+    "chat_template": FROM_BASE,
+    "edits": "leave it out and merge alone",
+    "name": "write one recipe a file; the output is named on the command line",
+}
+
+
+def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
+    """The recipe's keys, each of the right kind; a key with nothing behind it counts as not given."""
+    found = _keys(data, RECIPE, (), places)
+    if "merge_method" not in found:
+        raise places.error(("merge_method",), "missing", "name a method, such as merge_method: linear")
+    if not found.get("models"):
+        raise places.error(("models",), "names no model", LIST_MODELS)
+    for i, entry in enumerate(found["models"]):
+        found["models"][i] = entry = _keys(entry, ENTRY, ("models", i), places)
+        if ("model" in entry) == ("task_vector" in entry):
+            both = "has both model and task_vector" if "model" in entry else "has neither model nor task_vector"
+            raise places.error(("models", i), both, "give one of them")
+        if "task_vector" in entry and "base_model" not in found:
+            raise places.error(
+                ("models", i, "task_vector"), "needs a base_model to be added to", "name it: base_model: PATH"
+            )
+    if "evaluate" in found:
+        found["evaluate"] = _keys(found["evaluate"], EVALUATE, ("evaluate",), places)
+        if not found["evaluate"].get("suite"):
+            raise places.error(("evaluate", "suite"), "missing", "name a suite file, or write its tasks here")
+    return found
+
+
+def _keys(data: Mapping[str, Any], kinds: Mapping[str, Kind], loc: Loc, places: Places) -> dict[str, Any]:
+    found = {}
+    for key, value in data.items():
+        here = (*loc, key)
+        if not loc and key in UNSUPPORTED:
+            _refuse_unsupported(key, value, data, places)
+        elif key not in kinds:
+            hint = did_you_mean(key, kinds) or ""
+            outside = "" if hint.startswith("did") or loc == ("evaluate",) else "; the method's own go under parameters"
+            raise places.error(here, "no such key", hint + outside)
+        elif value is not None:
+            found[key] = _value(value, kinds[key], here, places)
+    return found
+
+
+def _value(value: Any, kind: Kind, loc: Loc, places: Places) -> Any:
+    if not kind.accepts(value):
+        raise places.error(loc, f"must be {kind.words}, got {show(value)}", kind.hint(value))
+    if kind.each is not None:
+        return [_value(item, kind.each, (*loc, i), places) for i, item in enumerate(value)]
+    return value.removeprefix("torch.") if kind is DTYPE else value
+
+
+def _refuse_unsupported(key: str, value: Any, data: Mapping[str, Any], places: Places) -> None:
+    """Keys of the wider language; passed over only where they ask for what happens anyway."""
+    of_base = ["base", data.get("base_model")]
+    asks_nothing = {
+        "tokenizer_source": value in of_base,
+        "tokenizer": isinstance(value, dict) and value.keys() == {"source"} and value["source"] in of_base,
+    }
+    if value is not None and not asks_nothing.get(key, False):
+        raise places.error((key,), "not supported yet", UNSUPPORTED[key])

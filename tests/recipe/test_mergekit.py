@@ -1,0 +1,129 @@
+"""Configurations as mergekit's users write them: taken as they are, or refused by name."""
+
+# ruff: noqa: E501  (a table reads best with a case a line)
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mergebench.errors import RecipeError
+from mergebench.recipe import load
+
+Write = Callable[[str], str]
+
+TIES = """
+models:
+  - model: mistralai/Mistral-7B-v0.1
+    # no parameters necessary for base model
+  - model: org/writer-7b
+    parameters:
+      density: 0.5
+      weight: 0.5
+  - model: org/coder-7b+org/coder-lora
+    parameters:
+      density: 0.5
+      weight: 0.3
+merge_method: ties
+base_model: mistralai/Mistral-7B-v0.1
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+"""
+
+DARE_TIES = """
+base_model: google/gemma-2-9b
+models:
+- model: google/gemma-2-9b
+- model: org/gemma-story@v2
+  parameters: {density: 0.53, weight: 0.4}
+- model: org/gemma-math
+  parameters: {density: 0.53, weight: 0.6}
+merge_method: dare_ties
+parameters:
+  int8_mask: true
+dtype: bfloat16
+out_dtype: float16
+tokenizer_source: google/gemma-2-9b
+"""
+
+LINEAR = """
+merge_method: linear
+models:
+  - model: ./a
+    parameters:
+      weight: 1.0
+  - model: ./b
+    parameters:
+      weight: -0.3
+dtype: float32
+tokenizer:
+  source: base
+"""
+
+SLERP = """
+models:
+  - model: org/left
+  - model: org/right
+merge_method: slerp
+base_model: org/left
+parameters:
+  t: 0.5
+dtype: bfloat16
+"""
+
+
+def test_ties(write: Write) -> None:
+    recipe = load(write(TIES))
+    assert [entry.model for entry in recipe.models] == [
+        "mistralai/Mistral-7B-v0.1",
+        "org/writer-7b",
+        "org/coder-7b+org/coder-lora",
+    ]
+    assert recipe.models[0].parameters == {}
+    assert recipe.params(recipe.models[1:]) == {
+        "density": (0.5, 0.5),
+        "weight": (0.5, 0.3),
+        "lambda": 1.0,
+        "normalize": True,
+    }
+    assert recipe.notes == ("recipe.yaml:16:3: int8_mask: ignored, 'ties' does not take it",)
+    assert (recipe.scope, recipe.dtype) == ("tensor", "float16")
+    assert recipe.where("models", 2) == "recipe.yaml:8:5"
+
+
+def test_dare_ties(write: Write) -> None:
+    recipe = load(write(DARE_TIES))
+    assert recipe.params(recipe.models[1:])["weight"] == (0.4, 0.6)
+    assert (recipe.dtype, recipe.out_dtype) == ("bfloat16", "float16")
+
+
+def test_linear_without_a_base(write: Write) -> None:
+    recipe = load(write(LINEAR))
+    assert recipe.base_model is None
+    assert recipe.params(recipe.models) == {"weight": (1.0, -0.3), "normalize": True}
+    assert recipe.notes == ()
+
+
+def test_slerp(write: Write) -> None:
+    recipe = load(write(SLERP))
+    assert recipe.params(recipe.models) == {"t": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("density: 0.5\n      weight: 0.5", "density: [1, 0.7, 0.1]", "recipe.yaml:6:7: models.1.parameters.density: lists of"),
+        ("weight: 0.3", "weight:\n      - {filter: mlp, value: 1}", "recipe.yaml:11:7: models.2.parameters.weight: lists of {filter"),
+        ("dtype: float16", "tokenizer_source: union", "recipe.yaml:17:1: tokenizer_source: not supported yet"),
+        ("dtype: float16", "chat_template: chatml", "recipe.yaml:17:1: chat_template: not supported yet"),
+        ("models:\n", "slices:\n- sources: [{model: a, layer_range: [0, 8]}]\nmodels:\n", "recipe.yaml:1:1: slices: not supported yet"),
+        ("  normalize: true", "  normalise: true", "recipe.yaml:15:3: parameters.normalise: 'ties' has no such parameter"),
+    ],
+)  # fmt: skip
+def test_what_is_not_taken(write: Write, before: str, after: str, message: str) -> None:
+    assert before in TIES
+    with pytest.raises(RecipeError) as caught:
+        load(write(TIES.replace(before, after)))
+    assert caught.value.message.startswith(message)

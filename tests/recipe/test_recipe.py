@@ -1,0 +1,298 @@
+"""What a good recipe becomes: defaults, parameters for each model, baselines, a dict and back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergebench import methods
+from mergebench.engine.method import Parameter
+from mergebench.errors import RecipeError
+from mergebench.recipe import Entry, Evaluation, Recipe, load
+
+Write = Callable[[str], str]
+
+
+def test_defaults() -> None:
+    recipe = load({"merge_method": "pcb", "base_model": "base", "models": [{"model": "a"}]})
+    assert recipe.models == (Entry(model="a", task_vector=None, parameters={}),)
+    assert recipe.scope == "model"  # the method's own
+    assert recipe.parameters == {"density": 0.1, "lambda": 1.0, "weight": 1.0, "variant": "readme"}
+    assert (recipe.seed, recipe.dtype, recipe.out_dtype, recipe.include, recipe.exclude) == (0, None, None, (), ())
+    assert (recipe.evaluate, recipe.path, recipe.folder, recipe.notes) == (None, None, None, ())
+    assert recipe.method is methods.get("pcb")
+    assert recipe.method.make_params(recipe.params(recipe.models)).clip is None
+
+
+def test_everything(write: Write) -> None:
+    path = write(
+        """
+        merge_method: ties
+        base_model: org/base@main
+        models:
+          - model: org/base@main
+          - model: ./a+./adapter
+            parameters: {weight: 0.5}
+          - task_vector: ./tv
+            parameters:
+        parameters:
+          density: 1e-1
+          weight: 2
+          normalize: false
+        scope: model
+        include: ["model.*"]
+        exclude: ["*.bias", lm_head.weight]
+        seed: 7
+        dtype: torch.bfloat16
+        out_dtype: float16
+        tokenizer_source: base
+        chat_template:
+        evaluate:
+          suite: suite.yaml
+          baselines: [linear, task_arithmetic]
+        """
+    )
+    recipe = load(path)
+    assert recipe == Recipe(
+        merge_method="ties",
+        base_model="org/base@main",
+        models=(
+            Entry(model="org/base@main"),
+            Entry(model="./a+./adapter", parameters={"weight": 0.5}),
+            Entry(task_vector="./tv"),
+        ),
+        parameters={"density": 0.1, "weight": 2.0, "lambda": 1.0, "normalize": False},
+        scope="model",
+        include=("model.*",),
+        exclude=("*.bias", "lm_head.weight"),
+        seed=7,
+        dtype="bfloat16",
+        out_dtype="float16",
+        evaluate=Evaluation("suite.yaml", ("linear", "task_arithmetic")),
+    )
+    assert recipe.path == Path("recipe.yaml")
+    assert recipe.folder == Path()
+    assert recipe.where("models", 1, "model") == "recipe.yaml:5:5"
+    assert recipe.where("models", 2) == "recipe.yaml:7:5"
+    assert recipe.where("nothing") == "recipe.yaml:1:1"
+    assert recipe.params(recipe.models[1:]) == {
+        "density": (0.1, 0.1),
+        "weight": (0.5, 2.0),
+        "lambda": 1.0,
+        "normalize": False,
+    }
+    assert all(type(weight) is float for weight in recipe.params(recipe.models)["weight"])
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_paths_and_equality(write: Write) -> None:
+    write("merge_method: linear\nmodels: [{model: a}]\n")
+    Path("sub").mkdir()
+    Path("recipe.yaml").rename("sub/r.yaml")
+    for path in ("sub/r.yaml", Path("sub/r.yaml")):
+        assert load(path).folder == Path("sub")
+        assert load(path).where("models", 0) == "sub/r.yaml:2:10"
+        assert load(path) == load({"merge_method": "linear", "models": [{"model": Path()}]})
+    assert load(path) != load(path, ["seed=1"])
+    assert load(path).where() == "sub/r.yaml:1:1"
+    assert load({"merge_method": "linear", "models": [{"model": "a"}]}).where("models", 0) == "recipe"
+
+
+def test_values_of_the_model_go_before_the_recipes_own() -> None:
+    data = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b"}],
+        "parameters": {"density": 0.25},
+    }
+    recipe = load(data)
+    assert recipe.params(recipe.models)["density"] == (0.5, 0.25)
+    assert recipe.params(recipe.models)["weight"] == (1.0, 1.0)
+    assert recipe.params(recipe.models[::-1])["density"] == (0.25, 0.5)
+    assert recipe.params([Entry(model="base"), *recipe.models])["density"] == (0.25, 0.5, 0.25)
+    assert recipe.params([])["density"] == ()
+    assert recipe.method.make_params(recipe.params(recipe.models)).density == (0.5, 0.25)
+
+
+def test_a_base_listed_again_may_lack_what_the_others_need(write: Write) -> None:
+    recipe = load(
+        write(
+            """
+            merge_method: picky
+            base_model: base
+            models:
+              - model: base
+              - {model: a, parameters: {share: 0.5}}
+            parameters: {rounds: 2.0}
+            """
+        )
+    )
+    assert recipe.params(recipe.models[1:]) == {"share": (0.5,), "rounds": 2}
+    assert type(recipe.params(recipe.models[1:])["rounds"]) is int
+    with pytest.raises(RecipeError) as caught:
+        recipe.params(recipe.models)
+    assert caught.value.message == "recipe.yaml:4:5: models.0.parameters.share: missing, 'picky' needs it"
+    with pytest.raises(RecipeError) as caught:
+        recipe.params([Entry(model="other")])
+    assert caught.value.message == "recipe.yaml:3:1: models.2.parameters.share: missing, 'picky' needs it"
+
+
+def test_habits_are_noted_once(write: Write) -> None:
+    recipe = load(
+        write(
+            """
+            merge_method: pcb
+            base_model: base
+            models:
+              - {model: a, parameters: {weight: 0.3, rescale: true}}
+              - {model: b, parameters: {rescale: [0, 1]}}
+            parameters: {int8_mask: true, normalize: yes}
+            """
+        )
+    )
+    assert recipe.notes == ("recipe.yaml:6:14: int8_mask, normalize, rescale: ignored, 'pcb' does not take them",)
+    assert recipe.models[0].parameters == {"weight": 0.3}
+    assert "int8_mask" not in recipe.parameters
+    slerp = {"merge_method": "slerp", "models": [{"model": "a", "parameters": {"weight": 1}}], "parameters": {"t": 1}}
+    assert load(slerp).notes == ("recipe: weight: ignored, 'slerp' does not take it",)
+    ties = {"merge_method": "ties", "base_model": "x", "models": [{"model": "a"}], "parameters": {"normalize": True}}
+    assert load(ties).notes == ()
+
+
+def test_nothing_and_the_bases_tokenizer_are_no_wish() -> None:
+    data = {"merge_method": "linear", "base_model": "x", "models": [{"model": "a"}]}
+    same: list[dict[str, Any]] = [
+        {"tokenizer_source": "base"},
+        {"tokenizer_source": "x"},
+        {"tokenizer": {"source": "base"}},
+        {"chat_template": None, "slices": None, "dtype": None, "parameters": None, "evaluate": None},
+    ]
+    for more in same:
+        assert load({**data, **more}) == load(data)
+
+
+def test_none_may_be_written_where_it_is_the_default() -> None:
+    data = {"merge_method": "pcb", "base_model": "x", "models": [{"model": "a"}], "parameters": {"clip": None}}
+    assert load(data).params(())["clip"] is None
+
+
+def test_with_method() -> None:
+    recipe = load(
+        {
+            "merge_method": "ties",
+            "base_model": "base",
+            "models": [{"model": "a", "parameters": {"weight": 2}}, {"task_vector": "b"}],
+            "parameters": {"normalize": False, "density": 0.5},
+            "exclude": ["x"],
+            "seed": 3,
+            "dtype": "float16",
+            "evaluate": {"suite": "s", "baselines": ["linear"]},
+        }
+    )
+    pcb = recipe.with_method("pcb")
+    assert pcb == load(
+        {
+            "merge_method": "pcb",
+            "base_model": "base",
+            "models": [{"model": "a"}, {"task_vector": "b"}],
+            "exclude": ["x"],
+            "seed": 3,
+            "dtype": "float16",
+        }
+    )
+    assert pcb.scope == "model"
+    with pytest.raises(RecipeError, match="'slerp' has no default for t"):
+        recipe.with_method("slerp")
+    with pytest.raises(RecipeError, match="no method is called 'leanear'"):
+        recipe.with_method("leanear")
+    baseless = load({"merge_method": "linear", "models": [{"model": "a"}]})
+    with pytest.raises(RecipeError, match="'ties' merges task vectors, and the recipe has no base_model"):
+        baseless.with_method("ties")
+
+
+def test_an_inline_suite_is_kept_and_copied() -> None:
+    suite = {"tasks": [{"name": "digits", "kind": "labels", "limit": 100, "share": 0.5}]}
+    data = {"merge_method": "linear", "models": [{"model": "a"}], "evaluate": {"suite": suite}}
+    recipe = load(data)
+    assert recipe.evaluate == Evaluation(suite, ())
+    again = recipe.to_dict()
+    again["evaluate"]["suite"]["tasks"].clear()
+    suite["tasks"].clear()
+    assert recipe.to_dict()["evaluate"]["suite"]["tasks"]
+
+
+def test_to_dict_writes_the_defaults_out() -> None:
+    recipe = load({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 3}}]})
+    assert recipe.to_dict() == {
+        "merge_method": "linear",
+        "models": [{"model": "a", "parameters": {"weight": 3.0}}],
+        "parameters": {"weight": 1.0, "normalize": True},
+        "scope": "tensor",
+        "seed": 0,
+    }
+
+
+def values(parameter: Parameter) -> st.SearchStrategy[Any]:
+    if parameter.choices:
+        return st.sampled_from(parameter.choices)
+    if parameter.type in (str, bool):
+        return st.text() if parameter.type is str else st.booleans()
+    low = parameter.above if parameter.low is None else parameter.low
+    numbers = st.floats(low, parameter.high, exclude_min=parameter.above is not None, allow_nan=False)
+    return numbers.filter(lambda x: abs(x) != float("inf"))
+
+
+words = st.text(min_size=1).filter(str.strip)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """Any valid recipe, for any method."""
+    method = methods.get(draw(st.sampled_from([name for name in methods.names() if name != "picky"])))
+    parameters = method.parameters.values()
+    each = st.fixed_dictionaries({}, optional={p.name: values(p) for p in parameters if p.per_model})
+    required = {p.name: values(p) for p in parameters if p.required}
+    optional = {p.name: values(p) for p in parameters if not p.required}
+    entry = st.fixed_dictionaries({"model": words}, optional={"parameters": each})
+    vector = st.fixed_dictionaries({"task_vector": words}, optional={"parameters": each})
+    dtypes = st.sampled_from(["float32", "float16", "bfloat16", "torch.float32"])
+    suite = st.dictionaries(st.text(), st.lists(st.text() | st.booleans() | st.integers(-9, 9)), min_size=1)
+    measured = {"baselines": st.lists(st.sampled_from(["linear", "ties", "pcb"]), unique=True)}
+    evaluate = st.fixed_dictionaries({"suite": words | suite}, optional=measured)
+    return draw(
+        st.fixed_dictionaries(
+            {
+                "merge_method": st.just(method.name),
+                "base_model": words,
+                "models": st.lists(entry | vector, min_size=1, max_size=4),
+                "parameters": st.fixed_dictionaries(required, optional=optional),
+            },
+            optional={
+                "scope": st.sampled_from(["tensor", "model"]),
+                "include": st.lists(words),
+                "exclude": st.lists(words),
+                "seed": st.integers(0, 2**63 - 1),
+                "dtype": dtypes,
+                "out_dtype": dtypes,
+                "evaluate": evaluate,
+            },
+        )
+    )
+
+
+@given(recipes())
+@settings(max_examples=200, deadline=None)
+def test_round_trip(data: dict[str, Any]) -> None:
+    recipe = load(data)
+    again = load(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+    assert again.to_dict() == recipe.to_dict()
+    assert again.params(again.models) == recipe.params(recipe.models)
+    recipe.method.make_params(recipe.params(recipe.models))

@@ -1,0 +1,165 @@
+"""Every mistake in a recipe: where, what, and the way out, word for word."""
+
+# ruff: noqa: E501  (a table reads best with a case a line)
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+from mergebench import methods
+from mergebench.errors import RecipeError
+from mergebench.recipe import load
+
+Write = Callable[[str], str]
+
+START = """
+merge_method: ties
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 0.5}
+  - model: b
+"""  # what a case below adds begins in line 7
+
+KEYS = "base_model, dtype, evaluate, exclude, include, merge_method, models, out_dtype, parameters, scope, seed"
+OWN = "; the method's own go under parameters"
+DENSITY = "share of elements kept, above 0, at most 1"
+GRADIENT = "lists of values over the layers are not supported yet"
+FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
+
+AFTER_START = [
+    # unknown keys
+    ("parameters:\n    densty: 1", "8:5", "parameters.densty: 'ties' has no such parameter", f"did you mean 'density' ({DENSITY})?"),
+    ("parameters: {x: 1}", "7:14", "parameters.x: 'ties' has no such parameter", "it takes density, lambda, normalize, weight"),
+    ("parmeters: {density: 1}", "7:1", "parmeters: no such key", "did you mean 'parameters'?"),
+    ("density: 1", "7:1", "density: no such key", f"known: {KEYS}{OWN}"),
+    ("    wieght: 1", "7:5", "models.1.wieght: no such key", f"known: model, parameters, task_vector{OWN}"),
+    ("    parameters: {wieght: 1}", "7:18", "models.1.parameters.wieght: 'ties' has no such parameter", "did you mean 'weight' (weight of the model)?"),
+    ("evaluate: {suit: a}", "7:12", "evaluate.suit: no such key", "did you mean 'suite'?"),
+    ("evaluate: {x: a}", "7:12", "evaluate.x: no such key", "known: baselines, suite"),
+    ('"a\\nb": 1', "7:1", "'a\\nb': no such key", f"known: {KEYS}{OWN}"),
+    # values of parameters
+    ("parameters:\n  density: 5", "8:3", "parameters.density: must be above 0, at most 1, got 5", "share of elements kept"),
+    ("parameters: {density: 0}", "7:14", "parameters.density: must be above 0, at most 1, got 0", "share of elements kept"),
+    ("parameters: {density: '0.5'}", "7:14", "parameters.density: must be a number, got '0.5'", "share of elements kept"),
+    ("parameters: {density: true}", "7:14", "parameters.density: must be a number, got True", "share of elements kept"),
+    ("parameters: {density: }", "7:14", "parameters.density: must be a number, got nothing", DENSITY),
+    ("parameters: {density: {a: 1}}", "7:14", "parameters.density: must be a number, got a mapping", DENSITY),
+    ("parameters: {normalize: yes}", "7:14", "parameters.normalize: must be true or false, got 'yes'", "divide by the sum of the weights that agree"),
+    ("parameters: {normalize: [true]}", "7:14", "parameters.normalize: must be a single value, got a list", "divide by the sum of the weights that agree"),
+    ("parameters: {lambda: .inf}", "7:14", "parameters.lambda: must be finite, got inf", None),
+    ("    parameters: {lambda: 1}", "7:18", "models.1.parameters.lambda: 'ties' takes it once for all models", "move it to the recipe's own parameters: lambda: 1"),
+    ("    parameters: {density: 2}", "7:18", "models.1.parameters.density: must be above 0, at most 1, got 2", "share of elements kept"),
+    # not yet
+    ("parameters: {density: [0.1, 0.9]}", "7:14", f"parameters.density: {GRADIENT}", "give one number, or one under each model's parameters"),
+    ("parameters: {lambda: [0.1, 0.9]}", "7:14", f"parameters.lambda: {GRADIENT}", "give one number"),
+    ("    parameters: {weight: [0, 1]}", "7:18", f"models.1.parameters.weight: {GRADIENT}", "give one number"),
+    ("parameters:\n  density:\n    - filter: mlp\n      value: 1\n    - value: 0.5", "8:3", "parameters.density: lists of {filter, value} are not supported yet", "give one value for all tensors"),
+    ("slices: []", "7:1", "slices: not supported yet", "merge whole models: list them under models"),
+    ("modules: {}", "7:1", "modules: not supported yet", "merge whole models: list them under models, choose tensors with include and exclude"),
+    ("tokenizer: {source: union}", "7:1", "tokenizer: not supported yet", FROM_BASE),
+    ("tokenizer: {source: base, pad_to_multiple_of: 8}", "7:1", "tokenizer: not supported yet", FROM_BASE),
+    ("tokenizer_source: union", "7:1", "tokenizer_source: not supported yet", FROM_BASE),
+    ("tokenizer_source: a", "7:1", "tokenizer_source: not supported yet", FROM_BASE),
+    ("chat_template: auto", "7:1", "chat_template: not supported yet", FROM_BASE),
+    ("edits: [{edit: surgery}]", "7:1", "edits: not supported yet", "leave it out and merge alone"),
+    ("name: first", "7:1", "name: not supported yet", "write one recipe a file; the output is named on the command line"),
+    # values of the recipe's own keys
+    ("scope: layer", "7:1", "scope: must be tensor or model, got 'layer'", None),
+    ("seed: -1", "7:1", "seed: must be a whole number, at least 0, got -1", None),
+    ("seed: 1.5", "7:1", "seed: must be a whole number, at least 0, got 1.5", None),
+    ("seed: true", "7:1", "seed: must be a whole number, at least 0, got true", None),
+    ("dtype: bf16", "7:1", "dtype: must be one of float32, float16, bfloat16, got 'bf16'", "did you mean 'bfloat16'?"),
+    ("dtype: int8", "7:1", "dtype: must be one of float32, float16, bfloat16, got 'int8'", None),
+    ("out_dtype: [float32]", "7:1", "out_dtype: must be one of float32, float16, bfloat16, got a list", None),
+    ("exclude: lm_head.*", "7:1", "exclude: must be a list of globs, got 'lm_head.*'", "write it in brackets: ['*.bias']"),
+    ("include: [a, 3]", "7:14", "include.1: must be a glob, got 3", None),
+    ("include: [a, '']", "7:14", "include.1: must be a glob, got ''", None),
+    ("parameters: 3", "7:1", "parameters: must be a mapping, got 3", None),
+    ("    parameters: [a]", "7:5", "models.1.parameters: must be a mapping, got a list", None),
+    # models
+    ("  - model: 3", "7:5", "models.2.model: must be a path or org/name, got 3", None),
+    ("  - model: {model: {path: a}}", "7:5", "models.2.model: must be a path or org/name, got a mapping", None),
+    ("  - c", "7:5", "models.2: must be a mapping, got 'c'", "list the models to merge as '- model: PATH'"),
+    ("  - model: ''", "7:5", "models.2.model: must be a path or org/name, got ''", None),
+    ("  - parameters: {weight: 1}", "7:5", "models.2: has neither model nor task_vector", "give one of them"),
+    ("  - {task_vector: a, model: b}", "7:5", "models.2: has both model and task_vector", "give one of them"),
+    # evaluation
+    ("evaluate: suite.yaml", "7:1", "evaluate: must be a mapping, got 'suite.yaml'", "write evaluate: {suite: FILE}"),
+    ("evaluate: {baselines: [linear]}", "7:1", "evaluate.suite: missing", "name a suite file, or write its tasks here"),
+    ("evaluate: {suite: {}}", "7:12", "evaluate.suite: missing", "name a suite file, or write its tasks here"),
+    ("evaluate: {suite: 3}", "7:12", "evaluate.suite: must be a file or a mapping, got 3", None),
+    ("evaluate: {suite: a, baselines: linear}", "7:22", "evaluate.baselines: must be a list of merge methods, got 'linear'", "write it in brackets: [linear]"),
+    ("evaluate: {suite: a, baselines: [linear, lineer]}", "7:42", "evaluate.baselines.1: no method is called 'lineer'", "did you mean 'linear'?"),
+    ("evaluate: {suite: a, baselines: [slerp]}", "7:34", "evaluate.baselines.0: 'slerp' has no default for t", "compare with a method that has"),
+    ("evaluate: {suite: a, baselines: [linear, linear]}", "7:42", "evaluate.baselines.1: 'linear' is listed twice", None),
+]  # fmt: skip
+
+WHOLE = [
+    ("merge_method: linear\n", "recipe.yaml:1:1: models: names no model", "list the models to merge as '- model: PATH'"),
+    ("merge_method: linear\nmodels:\n", "recipe.yaml:2:1: models: names no model", "list the models to merge as '- model: PATH'"),
+    ("merge_method: linear\nmodels: []\n", "recipe.yaml:2:1: models: names no model", "list the models to merge as '- model: PATH'"),
+    ("merge_method: linear\nmodels: a\n", "recipe.yaml:2:1: models: must be a list, got 'a'", "list the models to merge as '- model: PATH'"),
+    ("models: [{model: a}]\n", "recipe.yaml:1:1: merge_method: missing", "name a method, such as merge_method: linear"),
+    ("models: [{model: a}]\nmerge_method: [ties]\n", "recipe.yaml:2:1: merge_method: must be the name of a merge method, got a list", None),
+    ("models: [{model: a}]\nmerge_method: dare-ties\n", "recipe.yaml:2:1: merge_method: no method is called 'dare-ties'", "did you mean 'dare_ties'?"),
+    ("merge_method: ties\nmodels: [{model: a}]\n", "recipe.yaml:1:1: base_model: missing, 'ties' merges task vectors", "name the model the others were fine-tuned from: base_model: PATH"),
+    ("merge_method: ties\nbase_model:\nmodels: [{model: a}]\n", "recipe.yaml:2:1: base_model: missing, 'ties' merges task vectors", "name the model the others were fine-tuned from: base_model: PATH"),
+    ("merge_method: linear\nmodels:\n- task_vector: a\n", "recipe.yaml:3:3: models.0.task_vector: needs a base_model to be added to", "name it: base_model: PATH"),
+    ("merge_method: slerp\nmodels: [{model: a}, {model: b}]\n", "recipe.yaml:1:1: parameters.t: missing, 'slerp' needs it", "place between the base (0) and the other model (1), at least 0, at most 1"),
+    ("merge_method: slerp\nmodels: [{model: a}]\nparameters: {}\n", "recipe.yaml:3:1: parameters.t: missing, 'slerp' needs it", "place between the base (0) and the other model (1), at least 0, at most 1"),
+    ("merge_method: pcb\nbase_model: x\nmodels: [{model: a}]\nparameters: {variant: nlq}\n", "recipe.yaml:4:14: parameters.variant: must be one of readme, nlp, vision-es, vision, got 'nlq'", "which of the authors' four programs"),
+    ("merge_method: pcb\nbase_model: x\nmodels: [{model: a}]\nparameters: {variant: }\n", "recipe.yaml:4:14: parameters.variant: must be readme | nlp | vision-es | vision, got nothing", "which of the authors' four programs, readme | nlp | vision-es | vision"),
+    ("merge_method: pcb\nbase_model: x\nmodels: [{model: a}]\nparameters: {clip: [0.1]}\n", f"recipe.yaml:4:14: parameters.clip: {GRADIENT}", "give one number"),
+    ("merge_method: picky\nmodels:\n- {model: a, parameters: {share: 1}}\n- model: b\n", "recipe.yaml:4:3: models.1.parameters.share: missing, 'picky' needs it", "share of the model, at least 0"),
+    ("merge_method: picky\nmodels: [{model: a}]\nparameters: {share: 1, rounds: 2.5}\n", "recipe.yaml:3:24: parameters.rounds: must be a whole number, got 2.5", "rounds to iterate"),
+    ("merge_method: linear\nmodels: [{model: a}]\nevaluate: {suite: s, baselines: [ties]}\n", "recipe.yaml:3:34: evaluate.baselines.0: 'ties' merges task vectors, and the recipe has no base_model", "name the model the others were fine-tuned from: base_model: PATH"),
+]  # fmt: skip
+
+
+def refused(source: str) -> tuple[str, str | None]:
+    with pytest.raises(RecipeError) as caught:
+        load(source)
+    assert caught.value.exit_code == 2
+    assert "\n" not in caught.value.message
+    return caught.value.message, caught.value.hint
+
+
+@pytest.mark.parametrize(("added", "place", "what", "hint"), AFTER_START)
+def test_one_mistake(write: Write, added: str, place: str, what: str, hint: str | None) -> None:
+    assert refused(write(START + added + "\n")) == (f"recipe.yaml:{place}: {what}", hint)
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), WHOLE)
+def test_whole_recipe(write: Write, text: str, message: str, hint: str | None) -> None:
+    assert refused(write(text)) == (message, hint)
+
+
+def test_the_start_itself_is_fine(write: Write) -> None:
+    assert load(write(START)).merge_method == "ties"
+
+
+def test_the_first_mistake_in_the_file_is_told(write: Write) -> None:
+    message, _ = refused(write("seed: x\nmerge_method: linear\nmodles: []\nscope: y\n"))
+    assert message.startswith("recipe.yaml:1:1: seed: must be")
+
+
+def test_a_mapping_has_no_lines() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load({"merge_method": "linear", "models": [{"model": "a"}], "parameters": {"normalise": True}})
+    assert caught.value.message == "recipe: parameters.normalise: 'linear' has no such parameter"
+    assert caught.value.hint == "did you mean 'normalize' (divide by the sum of the weights)?"
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_refuses_what_it_does_not_take(method: str) -> None:
+    with pytest.raises(RecipeError, match=f"recipe: parameters.no_such: '{method}' has no such parameter"):
+        load({"merge_method": method, "base_model": "x", "models": [{"model": "a"}], "parameters": {"no_such": 1}})
+
+
+def test_several_files_in_one(write: Write) -> None:
+    text = textwrap.dedent(START) + "---\n" + START
+    assert refused(write(text))[0] == "recipe.yaml:7:1: several documents: not supported yet"
