@@ -73,7 +73,7 @@ class Staging:
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(self._lock), os.stat(self.directory))
+            same = os.path.samestat(os.fstat(self._lock), self.directory.stat())
         except (BlockingIOError, FileNotFoundError):
             same = False
         if not same:  # held by another process, or just renamed by it
@@ -109,8 +109,8 @@ class Staging:
         try:
             if overwrite and self.out.exists() and any(self.out.iterdir()):
                 shutil.rmtree(old, ignore_errors=True)
-                os.rename(self.out, old)
-            os.rename(self.directory, self.out)
+                self.out.rename(old)
+            self.directory.rename(self.out)
         except OSError as error:
             raise write_error(self.out, error) from None
         if sync:

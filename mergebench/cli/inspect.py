@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.progress import human
 
 
 def inspect(
@@ -38,9 +39,12 @@ def inspect(
     elements = sum(t.numel for t in found.tensors.values())
     size = sum(t.nbytes for t in found.tensors.values())
     files = len({t.file for t in found.tensors.values()})
-    typer.echo(f"{_architecture(found.config) or 'no config'}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
-               f"{size / 1e9:.3f} GB in {files} file{'s' * (files > 1)}"
-               + (f", {len(found.low_rank)} adapted by {found.adapter}" if found.low_rank else ""))  # fmt: skip
+    kind = _architecture(found.config) or "no config"
+    adapted = f", {len(found.low_rank)} adapted by {found.adapter}" if found.low_rank else ""
+    typer.echo(
+        f"{kind}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
+        f"{human(size)} in {files} file{'s' * (files > 1)}{adapted}"
+    )
 
 
 def diff(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import byte_bar, note
+from mergebench.cli.progress import byte_bar, human, note
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -130,14 +130,13 @@ def plan(
     typer.echo(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
     typer.echo(f"  copied    {facts['copied_tensors']} tensors from the base")
     typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
-    typer.echo(f"  read      {found.bytes_read / 1e9:.3f} GB")
+    typer.echo(f"  read      {human(found.bytes_read)}")
     typer.echo(
         f"  write     {found.bytes_written / 1e9:.3f} GB in {len(found.shards)} file{'s' * (len(found.shards) > 1)} to {out}"
     )
-    typer.echo(f"  disk      {facts['disk_free'] / 1e9:.1f} GB free")
-    typer.echo(
-        f"  memory    {found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB, beside about 300 MB for torch"
-    )
+    typer.echo(f"  disk      {human(facts['disk_free'])} free")
+    memory_text = f"{found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB"
+    typer.echo(f"  memory    {memory_text}, beside about 300 MB for torch")
     typer.echo(f"  workers   {found.workers} on {found.device}")
 
 
@@ -167,7 +166,7 @@ def _summary(plan: Plan) -> str:
     models = len(plan.merge.models)
     return (
         f"{models} model{'s' * (models > 1)}, {plan.elements / 1e6:.1f} M elements, "
-        f"{plan.sweeps} sweep{'s' * (plan.sweeps > 1)}, {plan.bytes_read / 1e9:.2f} GB to read"
+        f"{plan.sweeps} sweep{'s' * (plan.sweeps > 1)}, {human(plan.bytes_read)} to read"
     )
 
 

@@ -17,6 +17,15 @@ def note(text: str, quiet: bool = False) -> None:
         print(text, file=sys.stderr)
 
 
+def human(size: float) -> str:
+    """Bytes in words: `91 kB`, `4.41 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
 @contextmanager
 def byte_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress display over `total` bytes; yields a function to call with bytes done, from any thread."""
@@ -51,6 +60,6 @@ def _lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
                 return
             last, speed = now, seen / (now - started)
             left = max(total - seen, 0) / speed
-        note(f"{label}: {seen / total:.0%} of {total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {left:.0f} s left")
+        note(f"{label}: {seen / total:.0%} of {human(total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left")
 
     yield advance

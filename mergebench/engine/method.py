@@ -103,7 +103,14 @@ def param(
     A trailing underscore keeps Python's keywords out of the way: the field `lambda_` is the recipe's
     `lambda`. `per_model` parameters may be given once, or once for each model; the method gets a tuple.
     """
-    about = dict(help=help, low=low, high=high, above=above, choices=choices, per_model=per_model)
+    about = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+        "per_model": per_model,
+    }
     if default is REQUIRED:
         return field(metadata={"param": about})
     return field(default=default, metadata={"param": about})

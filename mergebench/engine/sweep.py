@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -84,10 +85,8 @@ class Sweeper:
             samples = self._samples(group, known, open_units, attempt)
             statistics, states = self._gather(group, known, open_units, samples)
             for number in open_units:
-                try:
+                with suppress(Miss):
                     answers[number] = to_device(self.plan.device, statistics[number].finish(states[number]))
-                except Miss:
-                    pass
             attempt += 1
         return [answers[number] for number in range(len(group.units))]
 
@@ -148,7 +147,8 @@ class Sweeper:
                     got.append((item.tile, item.unit, np.array(statistic.values.cpu().numpy())))
             return got
 
-        for _, number, values in sorted(sum(self._run(work, order, advise=False), []), key=lambda one: one[0]):
+        got = itertools.chain.from_iterable(self._run(work, order, advise=False))
+        for _, number, values in sorted(got, key=lambda one: one[0]):
             found[number].append(values)
         return {
             number: Sample(np.concatenate(parts, axis=1), PIECE, margin=4.0**attempt)
