@@ -33,11 +33,13 @@ _PUBLIC = {
     "Context": "mergebench.engine.context",
     "order_statistics": "mergebench.engine.statistics",
     "gram": "mergebench.engine.statistics",
+    "total": "mergebench.engine.chunks",
     "MergebenchError": "mergebench.errors",
 }
 
 if TYPE_CHECKING:
     from mergebench.api import evaluate, plan, run, task_vector
+    from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, TaskVectors, Weights, merge_method, param
     from mergebench.engine.statistics import gram, order_statistics
@@ -63,6 +65,7 @@ __all__ = [
     "report",
     "run",
     "task_vector",
+    "total",
 ]
 
 

@@ -131,9 +131,8 @@ def plan(
     typer.echo(f"  copied    {facts['copied_tensors']} tensors from the base")
     typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
     typer.echo(f"  read      {human(found.bytes_read)}")
-    typer.echo(
-        f"  write     {found.bytes_written / 1e9:.3f} GB in {len(found.shards)} file{'s' * (len(found.shards) > 1)} to {out}"
-    )
+    files = f"{len(found.shards)} file{'s' * (len(found.shards) > 1)}"
+    typer.echo(f"  write     {human(found.bytes_written)} in {files} to {out}")
     typer.echo(f"  disk      {human(facts['disk_free'])} free")
     memory_text = f"{found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB"
     typer.echo(f"  memory    {memory_text}, beside about 300 MB for torch")
