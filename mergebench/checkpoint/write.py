@@ -67,7 +67,7 @@ def lay_out(tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size
     for info in tensors:
         dtype = dtypes[info.name]
         out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
-        if info.file != file or (out.nbytes > room and groups[-1]):
+        if info.file is not file or (out.nbytes > room and groups[-1]):
             groups.append([])
             file, room = info.file, shard_size
         groups[-1].append(out)

@@ -181,7 +181,7 @@ def plan_merge(
         raise Mismatch(alignment.problems)
     if not alignment.merged:
         raise RecipeError("include/exclude leave no tensor to merge")
-    operands = {name: _operands(merge, name, alignment.sources[name]) for name in alignment.merged}
+    operands = _operands(merge, alignment.sources)
     infos = merge.reference.tensors
     merged = set(alignment.merged)
     stored = _STORED.get(merge.dtype or "")
@@ -271,20 +271,27 @@ def _check_models(merge: Merge) -> None:
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: FP8 is not supported yet")
 
 
-def _operands(merge: Merge, name: str, sources: Sequence[TensorInfo]) -> tuple[Operand, ...]:
-    base = merge.reference.tensors[name]
-    made = []
-    for model, info in zip(merge.models, sources, strict=True):
-        low_rank = model.low_rank.get(info.name)
-        if merge.method.takes == "weights":
-            made.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
-        elif model.is_task_vector:
-            made.append(Operand(info, 0, low_rank))
-        elif (info.file, info.offset) == (base.file, base.offset):
-            made.append(Operand(None, 0, low_rank))  # the model is the base plus an adapter
-        else:
-            made.append(Operand(info, -1, low_rank))
-    return tuple(made)
+def _operands(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:
+    """How each model's row is made, for every merged tensor; a base read twice would cancel, so it is not read."""
+    tensors = merge.reference.tensors
+    base_files = {header.file for header in merge.reference.headers}
+    columns = []
+    for number, model in enumerate(merge.models):
+        on_base = not base_files.isdisjoint(header.file for header in model.headers)
+        column = []
+        for name, infos in sources.items():
+            info = infos[number]
+            low_rank = model.low_rank.get(info.name)
+            if merge.method.takes == "weights":
+                column.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
+            elif model.is_task_vector:
+                column.append(Operand(info, 0, low_rank))
+            elif on_base and (info.file, info.offset) == (tensors[name].file, tensors[name].offset):
+                column.append(Operand(None, 0, low_rank))  # the model is the base plus an adapter
+            else:
+                column.append(Operand(info, -1, low_rank))
+        columns.append(column)
+    return dict(zip(sources, zip(*columns, strict=True), strict=True))
 
 
 def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) -> list[Group]:

@@ -95,9 +95,11 @@ def run_plan(
             "side_files": copied,
             "answers": _answers_by_tensor(plan, staging.journal["answers"]),
             "sweeps": plan.sweeps,
+            "extra_sweeps": sweeper.extra_sweeps,
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
             "seconds": round(time.perf_counter() - started, 3),
+            "stages": {stage: round(seconds, 3) for stage, seconds in sweeper.seconds.items()},
             "peak_memory": peak_memory(),
         }
         finish(staging.directory, provenance)
@@ -117,8 +119,8 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, output: _Output, key: 
         if question < len(journal):
             answers = [to_device(plan.device, _decode(answer)) for answer in journal[question]]
         else:
-            answers = sweeper.answer(group, known)
-            journal.append([_encode(answer) for answer in answers])
+            answers, remarks = sweeper.answer(group, known)
+            journal.append([_encode(answer) | remark for answer, remark in zip(answers, remarks, strict=True)])
             if plan.merge.scope == "model":
                 staging.save()  # a sweep over the whole model is worth keeping
         for answers_of_unit, answer in zip(known, answers, strict=True):

@@ -56,6 +56,10 @@ class Statistic:
         """The answer; raises `Miss` where another sweep is needed."""
         raise NotImplementedError
 
+    def remarks(self, state: Any) -> dict[str, Any]:
+        """What the finished state tells besides, for provenance."""
+        return {}
+
     def exact(self) -> Any:
         """The answer where this one chunk is all there is: the oracle of the streamed one."""
         numel = self.values.shape[1]
@@ -98,6 +102,7 @@ class Bracket:
         self.low, self.guess, self.high, self.room = low, guess, high, room
         self.below = self.at_low = self.at_high = self.held = 0
         self.parts: list[Floats] = []
+        self.smaller: int | None = None  # how many values are smaller than the answer
 
     def add(self, values: Floats) -> None:
         # Comparisons and counts of bytes are the cheapest things NumPy does; picking is done last, of few.
@@ -160,15 +165,17 @@ class Bracket:
 
     def at(self, rank: int) -> float:
         """The value of that rank (0 is the smallest)."""
-        rank -= self.below
-        if rank < 0:
-            raise Miss
-        if rank < self.at_low:
+        up_to_low = self.below + self.at_low
+        if self.below <= rank < up_to_low:
+            self.smaller = self.below
             return self.low
-        rank -= self.at_low
-        if rank < self.held:
-            return float(np.partition(self.inside(), rank)[rank])
-        if rank - self.held < self.at_high:
+        if up_to_low <= rank < up_to_low + self.held:
+            inside = self.inside()
+            value = float(np.partition(inside, rank - up_to_low)[rank - up_to_low])
+            self.smaller = up_to_low + _count(inside < value)
+            return value
+        if 0 <= rank - up_to_low - self.held < self.at_high:
+            self.smaller = up_to_low + self.held
             return self.high
         raise Miss
 
@@ -178,6 +185,7 @@ class Extreme:
 
     def __init__(self, largest: bool) -> None:
         self.largest = largest
+        self.smaller = None if largest else 0
         self.value = -np.inf if largest else np.inf
 
     def add(self, values: Floats) -> None:
@@ -239,6 +247,10 @@ class OrderStatistics(Statistic):
             torch.tensor([[g.at(rank)] for g, rank in zip(question, ranks, strict=True)], dtype=torch.float32)
             for question, ranks in zip(state, self.ranks, strict=True)
         )
+
+    def remarks(self, state: list[list[Bracket | Extreme]]) -> dict[str, Any]:
+        """How many values are smaller than each answer: with ties, fewer than its rank."""
+        return {"smaller": [[gatherer.smaller for gatherer in question] for question in state]}
 
 
 class Gram(Statistic):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -66,6 +67,8 @@ class Sweeper:
         self.readers = [ChunkReader(plan, files) for _ in range(plan.workers)]
         self.pool = ThreadPoolExecutor(plan.workers, "worker", initializer=torch.set_num_threads, initargs=(1,))
         self.stop = threading.Event()
+        self.seconds = {"questions": 0.0, "apply": 0.0}
+        self.extra_sweeps = 0  # because a bracket missed
 
     def close(self) -> None:
         self.stop.set()
@@ -73,12 +76,14 @@ class Sweeper:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def answer(self, group: Group, known: Sequence[Sequence[Any]]) -> list[Any]:
-        """The answers to the method's next question, one for each unit of the group.
+    def answer(self, group: Group, known: Sequence[Sequence[Any]]) -> tuple[list[Any], list[dict[str, Any]]]:
+        """The answers to the method's next question, one for each unit of the group, and remarks on them.
 
         known: the answers so far, [unit][question].
         """
+        started = time.perf_counter()
         answers: dict[int, Any] = {}
+        remarks: dict[int, dict[str, Any]] = {}
         attempt = 0
         while len(answers) < len(group.units):
             open_units = [number for number in range(len(group.units)) if number not in answers]
@@ -87,8 +92,12 @@ class Sweeper:
             for number in open_units:
                 with suppress(Miss):
                     answers[number] = to_device(self.plan.device, statistics[number].finish(states[number]))
+                    remarks[number] = statistics[number].remarks(states[number])
             attempt += 1
-        return [answers[number] for number in range(len(group.units))]
+        self.extra_sweeps += max(attempt - 1, 0)
+        self.seconds["questions"] += time.perf_counter() - started
+        order = range(len(group.units))
+        return [answers[number] for number in order], [remarks[number] for number in order]
 
     def _gather(
         self, group: Group, known: Sequence[Sequence[Any]], numbers: Sequence[int], samples: dict[int, Sample]
@@ -217,7 +226,9 @@ class Sweeper:
             for name in written
             for item in (self._chunks(number_of[name], name, 0) if name in number_of else self._copies(name))
         )
+        started = time.perf_counter()
         self._run(work, items)
+        self.seconds["apply"] += time.perf_counter() - started
 
     def _copy(self, span: Span, write: Any) -> None:
         """Copy elements of a tensor that is not merged, converting a float to the stored type."""

@@ -1,0 +1,164 @@
+"""Time whole merges against mergekit and against the floor, on the same files, in one run.
+
+    python benchmarks/make_models.py /tmp/models --params 0.55b
+    python benchmarks/speed.py /tmp/models --peer PATH/TO/mergekit-yaml --runs 3
+
+Every figure is a whole process, from start to exit, files in the page cache; ours and the peer's runs
+alternate, and the median counts. The peer lives in an environment of its own. The floor is a process that
+imports what a merge imports, reads every input byte once and writes every output byte once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DENSITY = {"density": 0.2}
+METHODS: dict[str, dict[str, float]] = {
+    "linear": {},
+    "task_arithmetic": {},
+    "slerp": {"t": 0.4},
+    "dare_ties": DENSITY,
+    "ties": DENSITY,
+    "pcb": {"density": 0.1},
+}
+NOT_IN_PEER = {"pcb"}
+
+
+def recipe(folder: Path, models: Path, method: str, dtype: str) -> Path:
+    """One YAML file that both programs accept."""
+    tuned = sorted(path for path in models.glob("ft*") if path.is_dir())
+    lines = [f"merge_method: {method}", f"dtype: {dtype}"]
+    if method != "linear":
+        lines.append(f"base_model: {models / 'base'}")
+    if method == "slerp":
+        tuned = [models / "base", tuned[0]]
+    lines.append("models:")
+    for path in tuned:
+        lines.append(f"  - model: {path}")
+        if method != "slerp":
+            lines.append("    parameters: {weight: 1.0" + "".join(f", {k}: {v}" for k, v in per_model(method)) + "}")
+    top = [(key, value) for key, value in METHODS[method].items() if (key, value) not in per_model(method)]
+    if top:
+        lines += ["parameters:", *(f"  {key}: {value}" for key, value in top)]
+    file = folder / f"{method}.yaml"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def per_model(method: str) -> list[tuple[str, float]]:
+    return [] if method in ("pcb", "slerp") else list(METHODS[method].items())
+
+
+def timed(command: list[str], out: Path) -> tuple[float, float]:
+    """(seconds, peak MB) of a whole process; its output directory is removed before and after."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{said.decode()[-2000:]}")
+    stages = out / "mergebench.json"
+    if stages.exists():
+        LAST_STAGES.clear()
+        LAST_STAGES.update(json.loads(stages.read_text(encoding="utf-8")).get("stages", {}))
+    shutil.rmtree(out, ignore_errors=True)
+    return seconds, usage.ru_maxrss / 1e3
+
+
+LAST_STAGES: dict[str, float] = {}
+
+FLOOR = """
+import os, sys, threading
+import torch, mergebench.api, mergebench.recipe.resolve
+from mergebench.checkpoint import open_model
+out, *models = sys.argv[1:]
+files = [header.file for model in models for header in open_model(model).headers]
+def read(part):
+    buffer = bytearray(1 << 20)
+    for file in files:
+        number = os.open(file, os.O_RDONLY)
+        for at in range(part << 20, os.path.getsize(file), 2 << 20):
+            os.preadv(number, [buffer], at)
+        os.close(number)
+size = os.path.getsize(files[0]) if len(files) == len(models) else sum(os.path.getsize(f) for f in files) // len(models)
+os.makedirs(out)
+target = os.open(os.path.join(out, "out.bin"), os.O_CREAT | os.O_WRONLY)
+os.posix_fallocate(target, 0, size)
+def write(part):
+    buffer = bytes(1 << 20)
+    for at in range(part << 20, size, 2 << 20):
+        os.pwrite(target, buffer[: min(1 << 20, size - at)], at)
+for work in (read, write):
+    threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+
+def main() -> None:
+    """Measure and print two tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, help="folder with base, ft1, ft2, ft3 (benchmarks/make_models.py)")
+    parser.add_argument("--peer", help="path of mergekit-yaml in its own environment")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--peer-runs", type=int, help="runs of the peer, where it is slow (default: --runs)")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--work", type=Path, default=Path("bench-work"), help="scratch folder, removed at the end")
+    options = parser.parse_args()
+    models, work = options.models.resolve(), options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    ours = [str(Path(sys.executable).with_name("mergebench")), "merge"]
+    tuned = [str(path) for path in sorted(models.glob("ft*")) if path.is_dir()]
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, commit {commit()}")
+    print("\n| method | mergebench s | MB | floor s | times the floor | mergekit s | MB | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    stages = {}
+    for method in options.methods:
+        file, out = recipe(work, models, method, options.dtype), work / "out"
+        inputs = [str(models / "base"), tuned[0]] if method == "slerp" else tuned
+        inputs = inputs if method in ("linear", "slerp") else [str(models / "base"), *tuned]
+        mine, floor, peer = [], [], []
+        for run in range(options.runs):
+            mine.append(timed([*ours, str(file), "--out", str(out), "-q"], out))
+            stages[method] = dict(LAST_STAGES)
+            floor.append(timed([sys.executable, "-c", FLOOR, str(out), *inputs], out))
+            if options.peer and method not in NOT_IN_PEER and run < (options.peer_runs or options.runs):
+                peer.append(timed([options.peer, str(file), str(out), "--no-copy-tokenizer"], out))
+        seconds, memory = median(mine)
+        least, _ = median(floor)
+        row = f"| {method} | {seconds:.2f} | {memory:.0f} | {least:.2f} | {seconds / least:.1f} |"
+        if peer:
+            theirs, their_memory = median(peer)
+            row += f" {theirs:.1f} | {their_memory:.0f} | **{theirs / seconds:.1f}** |"
+        print(row if peer else row + " | | |", flush=True)
+    print("\nWhere the time goes (seconds of the last run):\n\n| method | questions | apply |\n|---|---|---|")
+    for method, found in stages.items():
+        print(f"| {method} | {found.get('questions', 0):.2f} | {found.get('apply', 0):.2f} |")
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def median(runs: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(run[0] for run in runs), max(run[1] for run in runs)
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
