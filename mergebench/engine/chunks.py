@@ -34,8 +34,13 @@ def trim(values: Tensor, threshold: Tensor) -> Tensor:
     """Values with magnitude at or above `threshold` [models, 1], zero elsewhere."""
     # hardshrink keeps |x| > limit: the largest float below the threshold makes that "at or above"
     limits = torch.nextafter(threshold, torch.full_like(threshold, -torch.inf)).reshape(-1).tolist()
-    rows = zip(values, limits, strict=True)
-    return torch.stack([row if limit < 0 else torch.nn.functional.hardshrink(row, limit) for row, limit in rows])
+    out = torch.empty_like(values)
+    for row, target, limit in zip(values, out, limits, strict=True):
+        if limit < 0:
+            target.copy_(row)
+        else:
+            torch.hardshrink(row, limit, out=target)
+    return out
 
 
 def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

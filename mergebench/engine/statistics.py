@@ -24,8 +24,8 @@ Floats = NDArray[np.float32]
 Z = 4.5  # half-width of a bracket in standard errors of the sample
 
 
-def _count(mask: NDArray[np.bool_]) -> int:
-    return int(np.count_nonzero(mask))
+def _count(mask: NDArray[np.bool_] | Tensor) -> int:
+    return int(mask.sum()) if isinstance(mask, Tensor) else int(np.count_nonzero(mask))
 
 
 class Miss(Exception):
@@ -76,7 +76,7 @@ class Sample:
         self.values, self.piece, self.margin = values, piece, margin
 
     def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float]:
-        """(low, guess, high) around the value of `rank` among `numel` elements."""
+        """(low, guess, high): the value of `rank` among `numel` elements is very likely in [low, high)."""
         values = self.values[row]
         ordered = np.sort(values)
         size, share = len(ordered), rank / max(numel - 1, 1)
@@ -86,37 +86,48 @@ class Sample:
         below = (values.reshape(-1, self.piece) < guess).mean(axis=1)
         error = float(np.sqrt(np.square(np.diff(below)).sum() / 2) / len(below)) if len(below) > 1 else 1.0
         width = self.margin * (Z * error * size + 16)
-        low, high = int(share * size - width), int(share * size + width) + 1
-        return (
-            float(ordered[low]) if low >= 0 else -np.inf,
-            float(guess),
-            float(ordered[high]) if high < size else np.inf,
-        )
+        first, last = int(share * size - width), int(share * size + width) + 1
+        low = float(ordered[first]) if first >= 0 else -np.inf
+        high = _next(float(ordered[last])) if last < size else np.inf
+        ties = np.searchsorted(ordered, guess, side="right") - np.searchsorted(ordered, guess, side="left")
+        if self.margin == 1 and ties > size // 20:  # a flood (exact zeros): look for this value alone
+            low, high = float(guess), _next(float(guess))
+        return low, float(guess), high
+
+
+def _next(value: float) -> float:
+    """The smallest float32 above `value`."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
 class Bracket:
-    """Counts the values below `low` and keeps those inside (low, high); edges are counted apart, so a
-    flood of equal values (exact zeros) takes no room."""
+    """Counts the values below `low` and keeps those in [low, high).
+
+    Where only one value fits, `high` being the next float, it is counted and takes no room.
+    """
 
     def __init__(self, low: float, guess: float, high: float, room: int) -> None:
         self.low, self.guess, self.high, self.room = low, guess, high, room
-        self.below = self.at_low = self.at_high = self.held = 0
+        self.below = self.held = 0
         self.parts: list[Floats] = []
         self.smaller: int | None = None  # how many values are smaller than the answer
 
-    def add(self, values: Floats) -> None:
-        # Comparisons and counts of bytes are the cheapest things NumPy does; picking is done last, of few.
-        above_low, below_high = values > self.low, values < self.high
-        not_above = values.size - _count(above_low)
-        below = _count(values < self.low)
-        self.below += below
-        self.at_low += not_above - below
-        if self.low == self.high:
+    @property
+    def is_point(self) -> bool:
+        return self.low > -np.inf and self.high == _next(self.low)
+
+    def add(self, values: Floats | Tensor) -> None:
+        # Comparing and counting bytes is the cheapest that NumPy does; picking is done last, of few.
+        from_low = values >= self.low
+        count = _count(from_low)
+        self.below += len(values) - count
+        if self.is_point:
+            self.held += count - _count(values >= self.high)
             return
-        self.at_high += _count(values <= self.high) - _count(below_high)
-        above_low &= below_high
-        self.parts.append(values[above_low])
-        self.held += self.parts[-1].size
+        from_low &= values < self.high
+        picked = values[from_low]
+        self.parts.append(picked.cpu().numpy() if isinstance(picked, Tensor) else picked)
+        self.held += len(picked)
         if self.held > self.room:
             self._shrink()
 
@@ -130,54 +141,42 @@ class Bracket:
         ordered = np.sort(self.inside())
         at = int(np.searchsorted(ordered, self.guess))
         first, last = at - self.room // 4, at + self.room // 4
-        self.narrow(
-            float(ordered[first]) if first >= 0 else self.low,
-            float(ordered[last]) if last < ordered.size else self.high,
-        )
+        low = float(ordered[first]) if first >= 0 else self.low
+        high = _next(float(ordered[last])) if last < ordered.size else self.high
+        self.narrow(low, high)
 
     def narrow(self, low: float, high: float) -> None:
         """Move the edges inwards; what falls out below is counted."""
+        if (low, high) == (self.low, self.high):
+            return
         values = self.inside()
-        if low > self.low:
-            self.below += self.at_low + _count(values < low)
-            self.at_low = _count(values == low) + (self.at_high if low == self.high else 0)
-        if high < self.high:
-            self.at_high = _count(values == high)
-        self.low, self.high = low, high
-        if low == high:
-            self.at_high = 0
-        self.parts = [values[(values > low) & (values < high)]]
-        self.held = self.parts[0].size
+        self.below += _count(values < low)
+        values = values[(values >= low) & (values < high)]
+        self.low, self.high, self.held = low, high, values.size
+        self.parts = [] if self.is_point else [values]
 
     def merge(self, other: Bracket) -> None:
         """Take in what another worker gathered, within the narrower of both brackets."""
         low, high = max(self.low, other.low), min(self.high, other.high)
-        for bracket in (self, other):
-            if (bracket.low, bracket.high) != (low, high):
-                bracket.narrow(low, high)
+        self.narrow(low, high)
+        other.narrow(low, high)
         self.below += other.below
-        self.at_low += other.at_low
-        self.at_high += other.at_high
-        self.parts += other.parts
         self.held += other.held
-        if self.held > 2 * self.room:
+        self.parts += other.parts
+        if self.held > 2 * self.room and not self.is_point:
             self._shrink()
 
     def at(self, rank: int) -> float:
         """The value of that rank (0 is the smallest)."""
-        up_to_low = self.below + self.at_low
-        if self.below <= rank < up_to_low:
+        if not self.below <= rank < self.below + self.held:
+            raise Miss
+        if self.is_point:
             self.smaller = self.below
             return self.low
-        if up_to_low <= rank < up_to_low + self.held:
-            inside = self.inside()
-            value = float(np.partition(inside, rank - up_to_low)[rank - up_to_low])
-            self.smaller = up_to_low + _count(inside < value)
-            return value
-        if 0 <= rank - up_to_low - self.held < self.at_high:
-            self.smaller = up_to_low + self.held
-            return self.high
-        raise Miss
+        inside = self.inside()
+        value = float(np.partition(inside, rank - self.below)[rank - self.below])
+        self.smaller = self.below + _count(inside < value)
+        return value
 
 
 class Extreme:
@@ -188,8 +187,8 @@ class Extreme:
         self.smaller = None if largest else 0
         self.value = -np.inf if largest else np.inf
 
-    def add(self, values: Floats) -> None:
-        if values.size:
+    def add(self, values: Floats | Tensor) -> None:
+        if len(values):
             found = float(values.max() if self.largest else values.min())
             self.value = max(self.value, found) if self.largest else min(self.value, found)
 
@@ -227,7 +226,7 @@ class OrderStatistics(Statistic):
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 
     def reduce(self, state: list[list[Bracket | Extreme]], tile: int) -> None:
-        rows = self.values.cpu().numpy()
+        rows = self.values.numpy() if self.values.device.type == "cpu" else self.values
         for question in state:
             for gatherer, values in zip(question, rows, strict=True):
                 gatherer.add(values)

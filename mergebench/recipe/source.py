@@ -21,7 +21,7 @@ from ruamel.yaml.reader import ReaderError
 from mergebench.errors import RecipeError
 from mergebench.recipe.places import Loc, Places, show
 
-DEEPEST, MOST = 32, 100_000  # levels and values; aliases can make a small file endless
+DEEPEST, MOST = 32, 20_000  # levels and values; aliases can make a small file endless
 TAG = "tag:yaml.org,2002:"
 TOO_LARGE = "too large or nested too deep for a recipe"
 STRAY_STAR = "quote a glob that starts with *, a bare one is a YAML alias"
@@ -78,8 +78,7 @@ class Walk:
         self.count += 1
         if self.count > MOST or len(loc) > DEEPEST:
             raise RecipeError(f"{self.name}: {TOO_LARGE}")
-        self.places.texts.setdefault(loc, self.at(node))  # a mapping's entry is at its key, which came first
-        if not loc:
+        if not loc or loc not in self.places.texts:  # an entry of a mapping stands at its key, noted before
             self.places.texts[loc] = self.at(node)
         if node.tag == TAG + "map" and isinstance(node, MappingNode):
             return self.mapping(node, loc)

@@ -1,0 +1,59 @@
+"""Cutting items into batches, and running batches on every core.
+
+On a CPU each batch runs on one thread and several run at once: small batches stay in the cache, no
+thread waits for another at every layer (which, on a machine busy with other work, costs several times
+the work itself), and the bits do not depend on the number of cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from mergebench.evaluate.task import Tick
+
+T = TypeVar("T")
+
+CPU_TOKENS, GPU_TOKENS = 1024, 32_768  # in a batch, padding included
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Positions of items of similar length, at most `tokens` a batch once padded; the largest lengths first.
+
+    The order is by length, then by position. An item longer than `tokens` is a batch of its own.
+    """
+    out: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # the batch's first item is its longest
+        if not out or lengths[out[-1][0]] * (len(out[-1]) + 1) > tokens:
+            out.append([])
+        out[-1].append(position)
+    return out
+
+
+def run_batches(work: Callable[[list[int]], T], groups: list[list[int]], device: torch.device, tick: Tick) -> list[T]:
+    """`work` of every batch, in their order; `tick` is told the items of each as it is done."""
+    out = []
+    with _each_on_one_thread(device) as run:
+        for group, result in zip(groups, run(work, groups), strict=True):
+            out.append(result)
+            tick(len(group))
+    return out
+
+
+@contextmanager
+def _each_on_one_thread(device: torch.device) -> Iterator[Callable[[Callable[[list[int]], T], list[list[int]]], Iterator[T]]]:
+    if device.type != "cpu":
+        yield map
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # torch keeps the number for the whole process

@@ -1,0 +1,100 @@
+"""A task's head: a linear layer on a pooled encoder, in `head.safetensors` beside the model it belongs to.
+
+Tensors `weight` [classes, hidden] and `bias` [classes]; metadata, all strings: `labels` (a JSON list,
+one for each class), `pooling` (mean | cls), `normalize` (true | false), `max_length` (tokens).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergebench.errors import ModelError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head in memory, float32."""
+
+    file: Path
+    weight: Tensor  # [classes, hidden]
+    bias: Tensor  # [classes]
+    labels: tuple[str, ...]
+    pooling: str  # mean | cls
+    normalize: bool
+    max_length: int | None  # tokens a text was cut to in training
+
+    @property
+    def hidden(self) -> int:
+        return self.weight.shape[1]
+
+    def logits(self, states: Tensor, mask: Tensor) -> Tensor:
+        """[batch, classes] from the encoder's last states [batch, tokens, hidden] and their mask [batch, tokens]."""
+        import torch
+
+        if self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            keep = mask.unsqueeze(-1).to(states.dtype)
+            pooled = (states * keep).sum(1) / keep.sum(1).clamp(min=1)  # a text without tokens pools to zero
+        if self.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        return torch.nn.functional.linear(pooled, self.weight.to(pooled.device), self.bias.to(pooled.device))
+
+
+def read_head(file: Path) -> Head:
+    """Read and check a head; `ModelError` where it is not one."""
+    from safetensors.torch import load_file
+
+    from mergebench.checkpoint.header import read_header
+
+    header = read_header(file)
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    weight, bias = shapes.get("weight", ()), shapes.get("bias", ())
+    floats = all(tensor.dtype in FLOATS for tensor in header.tensors)
+    if shapes.keys() != {"weight", "bias"} or len(weight) != 2 or bias != weight[:1] or not floats:
+        found = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in header.tensors)
+        raise ModelError(
+            f"{file}: not a head: it holds {found or 'no tensors'}",
+            "a head holds weight [classes, hidden] and bias [classes], floating point",
+        )
+    labels = _metadata(file, header.metadata, "labels")
+    if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise _bad(file, "labels", labels, "a JSON list of words")
+    if len(set(labels)) != len(labels) or len(labels) != weight[0]:
+        raise ModelError(f"{file}: {len(set(labels))} different labels for {weight[0]} classes")
+    pooling = header.metadata.get("pooling")
+    if pooling not in ("mean", "cls"):
+        raise _bad(file, "pooling", pooling, "mean or cls")
+    normalize = header.metadata.get("normalize", "false")
+    if normalize not in ("true", "false"):
+        raise _bad(file, "normalize", normalize, "true or false")
+    max_length = None
+    if "max_length" in header.metadata:
+        max_length = _metadata(file, header.metadata, "max_length")
+        if type(max_length) is not int or max_length < 1:
+            raise _bad(file, "max_length", max_length, "a number of tokens")
+    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{file}: {name} holds a value that is not finite")
+    return Head(file, tensors["weight"], tensors["bias"], tuple(labels), pooling, normalize == "true", max_length)
+
+
+def _metadata(file: Path, metadata: dict[str, str], name: str) -> Any:
+    try:
+        return json.loads(metadata[name])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise _bad(file, name, metadata.get(name), "JSON") from None
+
+
+def _bad(file: Path, name: str, value: object, wanted: str) -> ModelError:
+    got = "it has none" if value is None else f"got {value!r:.60}"
+    return ModelError(f"{file}: metadata '{name}' must be {wanted}, {got}", "save the head with its metadata")

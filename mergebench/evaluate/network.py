@@ -1,0 +1,158 @@
+"""One candidate in memory as a transformers model in float32, with the tokenizer that lies beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergebench.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken")
+DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
+
+
+class LoadableModel(Protocol):
+    """What a model must be to be measured; `mergebench.checkpoint.Model` is one."""
+
+    @property
+    def reference(self) -> str:
+        """As the user wrote it."""
+
+    @property
+    def side_directory(self) -> Path:
+        """Where config.json and the tokenizer are."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """float32 tensors by their names in the files."""
+
+
+class Network:
+    """A candidate's model, ready to run."""
+
+    def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
+        self.name = model.reference
+        self.device = device
+        self.directory = model.side_directory
+        self.module: Any = _build(model, auto_class).to(device).eval()
+
+    @property
+    def hidden(self) -> int:
+        """Width of the last states."""
+        return int(self.module.config.hidden_size)
+
+    def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""
+        width = max(1, *map(len, tokens)) if tokens else 1
+        pad = self.module.config.pad_token_id or 0
+        ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in tokens], device=self.device)
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in tokens], device=self.device)
+        return self.module(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """Token ids of each text with the special ones, cut to `max_length` or to what the model takes."""
+        limit = min(max_length, self._tokenizer.model_max_length)
+        with quiet():
+            ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        return ids
+
+    @cached_property
+    def tokenizer_key(self) -> str:
+        """Equal for tokenizers that give equal tokens: a hash of their files, wherever they lie."""
+        digest = hashlib.sha256(self.module.config.model_type.encode())
+        for file in self._tokenizer_files():
+            content = file.read_bytes()
+            digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
+        return digest.hexdigest()
+
+    def _tokenizer_files(self) -> list[Path]:
+        return sorted({file for pattern in TOKENIZER_FILES for file in self.directory.glob(pattern) if file.is_file()})
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if not self._tokenizer_files():
+            raise ModelError(f"model '{self.name}': no tokenizer in {self.directory}", "put tokenizer.json beside it")
+        try:
+            with quiet():
+                return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise _failed(self.name, "its tokenizer", error) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what matters of them is raised as an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _build(model: LoadableModel, auto_class: str) -> Any:
+    """The transformers model of these tensors; their names may be the files' or the module's."""
+    import transformers
+
+    if not (model.side_directory / "config.json").is_file():
+        raise ModelError(
+            f"model '{model.reference}': no config.json in {model.side_directory}",
+            "to be measured, a model needs config.json and its tokenizer beside its weights",
+        )
+    tensors = model.state_dict()
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                model.side_directory, local_files_only=True, trust_remote_code=False
+            )
+            with torch.device("meta"):  # only to learn which class the config stands for
+                architecture: Any = type(getattr(transformers, auto_class).from_config(config))
+            module, report = architecture.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise _failed(model.reference, "the model", error) from None
+    _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class)
+    return module
+
+
+def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
+    """Every tensor has a place and every place a tensor. Poolers and foreign heads are no loss to a bare encoder."""
+    bare = auto_class == "AutoModel"
+    whole = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)  # saved with a head
+    missing = [key for key in report["missing_keys"] if not (bare and "pooler." in key)]
+    unexpected = [
+        key
+        for key in report["unexpected_keys"]
+        if not key.endswith(DERIVED) and not (bare and "pooler." in key) and not (whole and not key.startswith(f"{prefix}."))
+    ]
+    for keys, what in ((missing, "is missing"), (unexpected, "has no place")):
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise ModelError(
+                f"model '{name}': '{min(keys)}' {what} in the model of its config.json{more}",
+                "the checkpoint is incomplete, or the config belongs to another architecture",
+            )
+
+
+def _failed(name: str, what: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"model '{name}': transformers cannot build {what}: {reason}")

@@ -1,0 +1,162 @@
+"""What a kind of task is: the keys it has in a suite, and a function that reads its data and measures.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(Common):
+        data: Path = key("JSON lines: an id, a text and a label each")
+
+    @task(network="AutoModel")
+    def text_classification(p: Params) -> Ready:
+        ...
+
+The function reads and checks the data, before any model is there, and returns a `Ready`, whose
+`measure` is called once for each model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from mergebench.evaluate.network import Network
+
+Direction = Literal["higher", "lower"]  # which values are better
+Tick = Callable[[int], None]  # called with the number of items just measured
+
+REQUIRED: Any = object()
+WORDS = {Path: "a path", str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a task in a suite: what it means and what it may hold."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    low: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def complaint(self, value: object) -> str | None:
+        """What the key must hold, where `value` is something else; else None."""
+        if self.choices:
+            return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
+        kinds: tuple[type, ...] = {Path: (str,), float: (int, float)}.get(self.type, (self.type,))
+        fits = isinstance(value, kinds) and (self.type is bool or not isinstance(value, bool))
+        if isinstance(value, str):
+            fits = fits and bool(value.strip())
+        low = "" if self.low is None else f", at least {self.low:g}"
+        if fits and self.low is not None:
+            fits = typing.cast(float, value) >= self.low
+        return None if fits else f"must be {WORDS[self.type]}{low}"
+
+
+def key(help: str, default: Any = REQUIRED, *, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A key of a task in a suite: meaning, default and range in one place. A `Path` must exist."""
+    about = {"help": help, "low": low, "choices": choices}
+    if default is REQUIRED:
+        return field(metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """The keys every kind of task has, beside `name` and `kind`."""
+
+    split: str = key("what the data are for", "test", choices=("test", "validation"))
+    limit: int | None = key("how many items are used, the first ones", None, low=1)
+
+
+class Prediction(NamedTuple):
+    """What a model answered to one item, and what that is worth (for an accuracy 1 or 0)."""
+
+    output: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's result on a task. `predictions` are by the items' ids, in the order of the data."""
+
+    value: float
+    stderr: float | None
+    n: int
+    predictions: Mapping[str, Prediction]
+    metric: str = "accuracy"
+    direction: Direction = "higher"
+
+
+def accuracy(predictions: Mapping[str, Prediction]) -> Score:
+    """The share p of n right answers, with the standard error sqrt(p (1 - p) / n) of a binomial share."""
+    n = len(predictions)
+    p = sum(prediction.score for prediction in predictions.values()) / n
+    return Score(p, math.sqrt(p * (1 - p) / n), n, predictions)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A task whose data are read and checked."""
+
+    n: int  # items
+    measure: Callable[[Network, Tick], Score]
+    files: tuple[Path, ...] = ()  # everything that was read, to tell results on other data apart
+    home: Path | None = None  # the directory of the task's own fine-tune, if it has one
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of task and what a suite must know about it."""
+
+    name: str  # as suites spell it: text-classification
+    function: Callable[[Any], Ready]
+    network: str  # the transformers auto class its models are built with
+    params: type
+    keys: Mapping[str, Key]
+
+    def __call__(self, params: Any) -> Ready:
+        return self.function(params)
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+
+def task(*, network: str) -> Callable[[Callable[[Any], Ready]], Kind]:
+    """Declare a function `(params) -> Ready` as a kind of task.
+
+    `network` names the transformers class its models are built with, such as AutoModel: tasks that
+    name the same one share the model in memory.
+    """
+
+    def declare(function: Callable[[Any], Ready]) -> Kind:
+        names = list(inspect.signature(function).parameters)
+        params = typing.get_type_hints(function).get(names[0]) if len(names) == 1 else None
+        if not (isinstance(params, type) and issubclass(params, Common) and dataclasses.is_dataclass(params)):
+            raise TypeError(f"{function.__name__}: a task takes (params: a dataclass made from Common)")
+        hints = typing.get_type_hints(params)
+        keys = {}
+        for f in dataclasses.fields(params):
+            default = REQUIRED if f.default is dataclasses.MISSING else f.default
+            keys[f.name] = Key(f.name, _plain(hints[f.name]), default, **f.metadata)
+        return Kind(function.__name__.replace("_", "-"), function, network, params, keys)
+
+    return declare
+
+
+def _plain(hint: Any) -> Any:
+    """`int` for both `int` and `int | None`; None is what a key that is not given holds."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in hint.__args__ if part is not types.NoneType)
+    return hint
