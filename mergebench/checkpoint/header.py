@@ -103,6 +103,8 @@ def damaged(file: Path, what: str) -> RunError:
 def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        if not isinstance(dtype, str) or not isinstance(shape, list):
+            raise ValueError
         numel = 1
         for side in shape:
             if type(side) is not int or side < 0:

@@ -46,7 +46,9 @@ class Model:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise RunError(f"{path}: not readable as JSON") from None
-        return config if isinstance(config, dict) else {}
+        if not isinstance(config, dict):
+            raise RunError(f"{path}: not a JSON object")
+        return config
 
     @property
     def side_directory(self) -> Path:
@@ -95,7 +97,9 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
             raise ModelError(f"{place.adapter}: an adapter is a directory")
         low_rank, header = read_lora(place.adapter, tensors)
         headers = [*headers, header]
-    return Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector)
+    model = Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector)
+    _ = model.config  # a damaged one shows here, not when the work is done
+    return model
 
 
 _PICKLE_HINT = "pickle files are never loaded, they can run code: save the model as safetensors"
@@ -127,6 +131,8 @@ def _open_shards(directory: Path) -> list[Header]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
+            if not isinstance(file, str):
+                raise TypeError
             names.setdefault(file, set()).add(tensor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise damaged(index, "not a readable index of shards") from None

@@ -35,11 +35,13 @@ def locate(text: str, folders: Sequence[Path] = ()) -> Location:
 
 
 def _existing(text: str, folders: Sequence[Path]) -> Path | None:
-    path = Path(text).expanduser()
-    for candidate in [path, *(folder / path for folder in folders)]:
-        if candidate.exists():
-            return candidate
-    return None
+    try:
+        path = Path(text).expanduser()
+        return next((place for place in [path, *(folder / path for folder in folders)] if place.exists()), None)
+    except PermissionError as error:
+        raise ModelError(f"model '{text}': {error.filename}: permission denied") from None
+    except (OSError, RuntimeError):  # longer than a path may be, or the home of an unknown user
+        return None
 
 
 def _place(text: str, folders: Sequence[Path]) -> Path:

@@ -143,13 +143,14 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Buffers plus the most that statistics may hold, in bytes."""
-        return self.buffer_bytes + (self.statistic_room if self.passes else 0)
+        return self.buffer_bytes + (self.statistic_room * 3 // 2 if self.passes else 0)
 
     @cached_property
     def statistic_room(self) -> int:
         """Bytes that the statistics of a group may hold, in all workers together."""
         largest = max((sum(unit.numel for unit in group.units) for group in self.groups), default=0)
-        return min(self.memory - self.buffer_bytes, largest * len(self.merge.models) * 4)
+        # a third is left for the copies that sorting and selecting make
+        return min((self.memory - self.buffer_bytes) * 2 // 3, largest * len(self.merge.models) * 4)
 
     def zero_share(self, model: int) -> float:
         """The share of elements on which a model's task vector is exactly zero, as far as headers tell."""
@@ -261,6 +262,8 @@ def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
     if method.takes == "task_vectors" and merge.base is None:
         raise RecipeError(f"base_model: '{method.name}' merges task vectors and needs a base")
+    if merge.base is None and any(model.is_task_vector for model in merge.models):
+        raise RecipeError("base_model: missing, a task_vector: is a difference to it")
     if method.models is not None and count != method.models:
         raise RecipeError(f"models: '{method.name}' takes exactly {method.models} models, got {count}")
     if count == 0:

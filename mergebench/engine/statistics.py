@@ -101,33 +101,35 @@ def _next(value: float) -> float:
 
 
 class Bracket:
-    """Counts the values below `low` and keeps those in [low, high).
+    """Counts the values below `low`, keeps those in [low, high); copies of `guess` are only counted.
 
-    Where only one value fits, `high` being the next float, it is counted and takes no room.
+    So a flood of one value (exact zeros, differences of bfloat16 numbers) takes no room.
     """
 
     def __init__(self, low: float, guess: float, high: float, room: int) -> None:
         self.low, self.guess, self.high, self.room = low, guess, high, room
-        self.below = self.held = 0
+        self.only_guess = low == guess and high == _next(guess)
+        self.below = self.at_guess = self.held = 0
         self.parts: list[Floats] = []
         self.smaller: int | None = None  # how many values are smaller than the answer
-
-    @property
-    def is_point(self) -> bool:
-        return self.low > -np.inf and self.high == _next(self.low)
 
     def add(self, values: Floats | Tensor) -> None:
         # Comparing and counting bytes is the cheapest that NumPy does; picking is done last, of few.
         from_low = values >= self.low
         count = _count(from_low)
         self.below += len(values) - count
-        if self.is_point:
-            self.held += count - _count(values >= self.high)
+        if self.only_guess:
+            self.at_guess += count - _count(values >= self.high)
             return
         from_low &= values < self.high
         picked = values[from_low]
-        self.parts.append(picked.cpu().numpy() if isinstance(picked, Tensor) else picked)
-        self.held += len(picked)
+        if isinstance(picked, Tensor):
+            picked = picked.cpu().numpy()
+        other = picked != self.guess
+        inside = picked[other]
+        self.at_guess += len(picked) - len(inside)
+        self.parts.append(inside)
+        self.held += len(inside)
         if self.held > self.room:
             self._shrink()
 
@@ -146,14 +148,13 @@ class Bracket:
         self.narrow(low, high)
 
     def narrow(self, low: float, high: float) -> None:
-        """Move the edges inwards; what falls out below is counted."""
+        """Move the edges inwards (the guess stays inside); what falls out below is counted."""
         if (low, high) == (self.low, self.high):
             return
         values = self.inside()
         self.below += _count(values < low)
         values = values[(values >= low) & (values < high)]
-        self.low, self.high, self.held = low, high, values.size
-        self.parts = [] if self.is_point else [values]
+        self.low, self.high, self.held, self.parts = low, high, values.size, [values]
 
     def merge(self, other: Bracket) -> None:
         """Take in what another worker gathered, within the narrower of both brackets."""
@@ -161,21 +162,24 @@ class Bracket:
         self.narrow(low, high)
         other.narrow(low, high)
         self.below += other.below
+        self.at_guess += other.at_guess
         self.held += other.held
         self.parts += other.parts
-        if self.held > 2 * self.room and not self.is_point:
+        if self.held > 2 * self.room:
             self._shrink()
 
     def at(self, rank: int) -> float:
         """The value of that rank (0 is the smallest)."""
-        if not self.below <= rank < self.below + self.held:
+        inside, place = self.inside(), rank - self.below
+        less = _count(inside < self.guess)
+        if not 0 <= place < inside.size + self.at_guess:
             raise Miss
-        if self.is_point:
-            self.smaller = self.below
-            return self.low
-        inside = self.inside()
-        value = float(np.partition(inside, rank - self.below)[rank - self.below])
-        self.smaller = self.below + _count(inside < value)
+        if less <= place < less + self.at_guess:
+            self.smaller = self.below + less
+            return self.guess
+        place -= 0 if place < less else self.at_guess
+        value = float(np.partition(inside, place)[place])
+        self.smaller = self.below + _count(inside < value) + (self.at_guess if value > self.guess else 0)
         return value
 
 

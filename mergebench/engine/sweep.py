@@ -29,7 +29,7 @@ from mergebench.engine.statistics import Miss, Sample, Statistic
 from mergebench.errors import RunError
 
 SMALL = TILE  # a unit of at most this many elements is gathered whole
-PIECE = 256  # consecutive elements of a sample
+MOST_SAMPLED = 1 << 20  # elements of a sample, so that its memory does not grow with the model
 AHEAD = 16  # chunks the kernel is told of before they are needed
 
 Progress = Callable[[int], None]  # called with the bytes that were read
@@ -160,27 +160,28 @@ class Sweeper:
         for _, number, values in sorted(got, key=lambda one: one[0]):
             found[number].append(values)
         return {
-            number: Sample(np.concatenate(parts, axis=1), PIECE, margin=4.0**attempt)
+            number: Sample(np.concatenate(parts, axis=1), _piece(group.units[number]), margin=4.0**attempt)
             for number, parts in found.items()
             if parts
         }
 
     def _pieces(self, unit: Unit, attempt: int) -> Iterator[tuple[Span, ...]]:
-        """Batches of spans of `PIECE` elements, evenly spread with a jitter, in order of their place."""
-        size = max(min(unit.numel // 16, TILE), unit.numel // 256) * 4**attempt
-        count = min(size, unit.numel) // PIECE
+        """Batches of spans of equal size, evenly spread with a jitter, in order of their place."""
+        piece = _piece(unit)
+        size = min(max(unit.numel // 512, TILE), MOST_SAMPLED) * 2**attempt
+        count = min(size, unit.numel // 2) // piece
         ends = np.cumsum([self._numel(name) for name in unit.tensors])
         jitter = np.random.Generator(np.random.PCG64(attempt)).random(count)
+        places = ((np.arange(count) + jitter) * (unit.numel / count)).astype(np.int64)
         batch: list[Span] = []
-        for place in ((np.arange(count) + jitter) * (unit.numel / count)).astype(np.int64):
-            number = int(np.searchsorted(ends, place, side="right"))
+        for place, number in zip(places.tolist(), np.searchsorted(ends, places, side="right").tolist(), strict=True):
             name = unit.tensors[number]
             numel = self._numel(name)
-            if numel < PIECE:
+            if numel < piece:
                 continue
-            start = min(int(place - (ends[number] - numel)), numel - PIECE)
-            batch.append(Span(name, start, start + PIECE))
-            if len(batch) * PIECE >= self.plan.chunk - PIECE + 1:
+            start = min(place - (int(ends[number]) - numel), numel - piece)
+            batch.append(Span(name, start, start + piece))
+            if (len(batch) + 1) * piece > self.plan.chunk:
                 yield tuple(batch)
                 batch = []
         if batch:
@@ -235,13 +236,13 @@ class Sweeper:
         info = self.plan.merge.reference.tensors[span.tensor]
         values = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
         self.files.read_elements(info, span.start, values)
-        write(span.tensor, span.start, values.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]]))
+        stored = values.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
+        if stored.dtype != values.dtype and not torch.equal(torch.isfinite(stored), torch.isfinite(values)):
+            raise _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
+        write(span.tensor, span.start, stored)
 
     def _overflow(self, reader: ChunkReader, span: Span) -> RunError:
-        dtype = self.plan.dtypes[span.tensor]
-        return reader.find_non_finite(span) or RunError(
-            f"{span.tensor}: the merged values do not fit into {dtype}", "store them as float32: dtype: float32"
-        )
+        return reader.find_non_finite(span) or _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
 
     def _check_finite(self, reader: ChunkReader, item: Item, values: Tensor) -> None:
         """A sum shows a NaN or Inf at a thirtieth of the price of looking at each element."""
@@ -316,6 +317,15 @@ class Sweeper:
         for span in item.spans:
             reads = [o.stored for o in self.plan.operands.get(span.tensor, ()) if o.stored is not None]
             self.progress(sum(info.nbytes // info.numel for info in reads) * span.numel)
+
+
+def _does_not_fit(tensor: str, dtype: str) -> RunError:
+    return RunError(f"{tensor}: the merged values do not fit into {dtype}", "store them as float32: dtype: float32")
+
+
+def _piece(unit: Unit) -> int:
+    """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
+    return 1024 if len(unit.tensors) == 1 else 128
 
 
 class _Shared:

@@ -1,17 +1,18 @@
 """Measuring models side by side: suites of tasks, results, and the tables made of them.
 
     suite = load_suite("suite.yaml")
-    results = evaluate([Candidate("base", "base", model), ...], suite)
-    save(results, directory / "evaluation.json")
-    print(markdown(results))
+    results = evaluate_models([Candidate("base", "base", model), ...], suite)
+    results.save(directory)
+    print(report(results))
 
 Neither torch nor transformers is imported before something is measured.
 """
 
-from mergebench.evaluate.report import markdown, table
-from mergebench.evaluate.results import Record, Results, load, mean_relatives, mean_values, save
-from mergebench.evaluate.run import Candidate, LoadableModel, Step, evaluate
+from mergebench.evaluate.report import markdown, report, table
+from mergebench.evaluate.results import Record, Results, mean_relatives, mean_values
+from mergebench.evaluate.run import Candidate, Step, evaluate_models
 from mergebench.evaluate.suite import Suite, Task, load_suite
+from mergebench.evaluate.task import LoadableModel
 
 __all__ = [
     "Candidate",
@@ -21,12 +22,11 @@ __all__ = [
     "Step",
     "Suite",
     "Task",
-    "evaluate",
-    "load",
+    "evaluate_models",
     "load_suite",
     "markdown",
     "mean_relatives",
     "mean_values",
-    "save",
+    "report",
     "table",
 ]

@@ -7,9 +7,8 @@ the work itself), and the bits do not depend on the number of cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -37,23 +36,22 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 def run_batches(work: Callable[[list[int]], T], groups: list[list[int]], device: torch.device, tick: Tick) -> list[T]:
     """`work` of every batch, in their order; `tick` is told the items of each as it is done."""
-    out = []
-    with _each_on_one_thread(device) as run:
-        for group, result in zip(groups, run(work, groups), strict=True):
-            out.append(result)
+
+    def collect(results: Iterable[T]) -> list[T]:
+        done = []
+        for group, result in zip(groups, results, strict=True):
+            done.append(result)
             tick(len(group))
-    return out
+        return done
 
-
-@contextmanager
-def _each_on_one_thread(device: torch.device) -> Iterator[Callable[[Callable[[list[int]], T], list[list[int]]], Iterator[T]]]:
     if device.type != "cpu":
-        yield map
-        return
+        return collect(map(work, groups))
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # torch keeps the number for the whole process
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                return collect(pool.map(work, groups))
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)  # the workers set it for the whole process

@@ -8,33 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError
+from mergebench.evaluate.task import LoadableModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken")
 DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
-
-
-class LoadableModel(Protocol):
-    """What a model must be to be measured; `mergebench.checkpoint.Model` is one."""
-
-    @property
-    def reference(self) -> str:
-        """As the user wrote it."""
-
-    @property
-    def side_directory(self) -> Path:
-        """Where config.json and the tokenizer are."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """float32 tensors by their names in the files."""
 
 
 class Network:
@@ -97,15 +83,15 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _build(model: LoadableModel, auto_class: str) -> Any:
@@ -140,10 +126,10 @@ def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     whole = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)  # saved with a head
     missing = [key for key in report["missing_keys"] if not (bare and "pooler." in key)]
     unexpected = [
-        key
-        for key in report["unexpected_keys"]
-        if not key.endswith(DERIVED) and not (bare and "pooler." in key) and not (whole and not key.startswith(f"{prefix}."))
+        key for key in report["unexpected_keys"] if not (key.endswith(DERIVED) or (bare and "pooler." in key))
     ]
+    if whole:
+        unexpected = [key for key in unexpected if key.startswith(f"{prefix}.")]
     for keys, what in ((missing, "is missing"), (unexpected, "has no place")):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""

@@ -22,9 +22,11 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergebench.evaluate.network import Network
 
 Direction = Literal["higher", "lower"]  # which values are better
@@ -113,6 +115,21 @@ class Ready:
     measure: Callable[[Network, Tick], Score]
     files: tuple[Path, ...] = ()  # everything that was read, to tell results on other data apart
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
+
+
+class LoadableModel(Protocol):
+    """What a model must be to be measured; `mergebench.checkpoint.Model` is one."""
+
+    @property
+    def reference(self) -> str:
+        """As the user wrote it."""
+
+    @property
+    def side_directory(self) -> Path:
+        """Where config.json and the tokenizer are."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """float32 tensors by their names in the files."""
 
 
 @dataclass(frozen=True)

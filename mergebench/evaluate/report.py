@@ -1,0 +1,161 @@
+"""Views of results: a table for the terminal, and the same table in Markdown for files and model cards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mergebench.evaluate.results import Record, Results, mean_relatives, mean_values
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, and whether it is the best of the merged models in its column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    role: str
+    cells: list[Cell]  # one a task, mean, mean relative
+
+
+def table(results: Results) -> Table:
+    """For the terminal; with four tasks and short names it fits 100 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=legend(results), caption_justify="left")
+    out.add_column("model", overflow="fold")
+    out.add_column("", no_wrap=True)
+    for name in _heads(results):
+        out.add_column(Text(name), justify="right", no_wrap=True, overflow="fold")
+    rows = _rows(results)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row.cells]
+        out.add_row(Text(row.model), row.role, *cells, end_section=after is not None and after.role != row.role)
+    return out
+
+
+def report(results: Results, *, width: int | None = None, styled: bool = False) -> str:
+    """The table as text, `width` columns wide (None: the terminal's); `styled` with a terminal's bold."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    system: Literal["auto"] | None = "auto" if styled else None
+    console = Console(file=StringIO(), width=width, force_terminal=styled, color_system=system, highlight=False)
+    with console.capture() as capture:
+        console.print(table(results))
+    return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+
+
+def markdown(results: Results) -> str:
+    """A GitHub table and a line that says how to read it."""
+    heads = ["model", "", *_heads(results)]
+    lines = [_line(map(_escape, heads)), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
+    for row in _rows(results):
+        cells = (f"**{cell.text}**" if cell.best else cell.text for cell in row.cells)
+        lines.append(_line([_escape(row.model), row.role, *cells]))
+    return "\n".join([*lines, "", _escape(legend(results))]) + "\n"
+
+
+def legend(results: Results) -> str:
+    """How to read the table, in a sentence or two."""
+    metrics = dict.fromkeys((record.metric, record.direction) for record in results.records)
+    names = ", ".join(metric + (" in %" if metric in SHARES else f" ({way} is better)") for metric, way in metrics)
+    counts = sorted({record.n for record in results.records})
+    items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "no"
+    splits = ", ".join(dict.fromkeys(record.split for record in results.records))
+    text = f"{names} ± standard error, {items} {splits} items a task"
+    if any(value is not None for value in mean_relatives(results).values()):
+        text += "; relative: mean share of what each task's own fine-tune reaches"
+    if any(cell.best for row in _rows(results) for cell in row.cells):
+        text += "; bold: the best merge"
+    return text[:1].upper() + text[1:] + "."
+
+
+SHARES = ("accuracy",)  # metrics from 0 to 1, shown in percent
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The last parts of each name that tell it from the others: `runs/a/tweets` and `base+b/nouns`
+    become `tweets` and `nouns`."""
+    names = list(dict.fromkeys(names))
+    parts = {name: [part for part in re.split(r"[/+]", name) if part not in ("", ".")] or [name] for name in names}
+    longest = max(map(len, parts.values()), default=1)
+    short = {name: name for name in names}
+    left = set(names)
+    for length in range(1, longest + 1):
+        tails = {name: "/".join(parts[name][-length:]) for name in names}
+        for name in list(left):
+            if list(tails.values()).count(tails[name]) == 1:
+                short[name] = tails[name]
+                left.discard(name)
+    return short
+
+
+def _heads(results: Results) -> list[str]:
+    return [*results.tasks, "mean", "relative"]
+
+
+def _rows(results: Results) -> list[Row]:
+    """One a model, in the order of the results; the best cells among merged models and baselines marked."""
+    means, relatives = mean_values(results), mean_relatives(results)
+    metric = next((record.metric for record in results.records), "")
+    names, rows, values = short_names(results.models), [], []
+    for model in results.models:
+        records = results.of(model)
+        found = [records.get(task) for task in results.tasks]
+        mean, relative = means[model], relatives[model]
+        texts = [NONE if record is None else _value(record) for record in found]
+        texts += [NONE if mean is None else _number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
+        role = next(iter(records.values())).role
+        rows.append(Row(names[model], role, [Cell(text) for text in texts]))
+        values.append([*(None if record is None else record.value for record in found), mean, relative])
+    _mark_best(results, rows, values)
+    return rows
+
+
+def _mark_best(results: Results, rows: list[Row], values: list[list[float | None]]) -> None:
+    """Where at least two merges compete. Equal values are all best."""
+    competing = [i for i, row in enumerate(rows) if row.role in ("merged", "baseline")]
+    if len(competing) < 2:
+        return
+    ways = {record.task: record.direction for record in results.records}
+    common = next(iter(ways.values()))  # means are there only where all tasks agree
+    for column, way in enumerate([*(ways[task] for task in results.tasks), common, common]):
+        known = [value for i in competing if (value := values[i][column]) is not None]
+        best = (max if way == "higher" else min)(known, default=None)
+        for i in competing:
+            if best is not None and values[i][column] == best:
+                rows[i].cells[column] = Cell(rows[i].cells[column].text, best=True)
+
+
+def _value(record: Record) -> str:
+    value = _number(record.value, record.metric)
+    return value if record.stderr is None else f"{value} ± {_number(record.stderr, record.metric)}"
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{100 * value:.1f}" if metric in SHARES else f"{value:.4g}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape(text: str) -> str:
+    """Markdown's own signs taken literally."""
+    return re.sub(r"([\\|*_`<\[\]])", r"\\\1", text)

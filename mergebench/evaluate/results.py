@@ -1,0 +1,133 @@
+"""Results: one record for each model and task, and what made them, in one JSON document.
+
+Tables, the model card and comparisons are views of the records; means are computed, never stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mergebench.errors import RunError
+from mergebench.evaluate.task import Direction, Prediction
+
+Role = Literal["base", "input", "merged", "baseline"]
+FILE, VIEW = "evaluation.json", "evaluation.md"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One model's result on one task."""
+
+    model: str
+    role: Role
+    task: str
+    split: str
+    metric: str
+    direction: Direction  # which values are better
+    value: float
+    stderr: float | None  # of an accuracy p: sqrt(p (1 - p) / n)
+    n: int  # items
+    relative: float | None  # value / value of the task's own fine-tune; None where that was not measured
+    seconds: float
+    predictions: Mapping[str, Prediction]  # by the items' ids; in JSON [output, score]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every record, model by model in the order of the tables, and what made them."""
+
+    made: Mapping[str, Any]
+    records: tuple[Record, ...]
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(record.model for record in self.records))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(record.task for record in self.records))
+
+    def of(self, model: str) -> dict[str, Record]:
+        """A model's records by task."""
+        return {record.task: record for record in self.records if record.model == model}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole document, ready for JSON."""
+        return {"made": dict(self.made), "records": [vars(record) for record in self.records]}
+
+    def save(self, directory: Path) -> None:
+        """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
+        from mergebench.checkpoint.write import write_atomically
+        from mergebench.evaluate.report import markdown
+
+        made = json.dumps(self.made, indent=1, ensure_ascii=False, allow_nan=False)
+        lines = ",\n".join(json.dumps(vars(record), ensure_ascii=False, allow_nan=False) for record in self.records)
+        write_atomically(directory / FILE, f'{{"made": {made},\n"records": [\n{lines}\n]}}\n')
+        write_atomically(directory / VIEW, markdown(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what `save` wrote, from the file or its directory; `RunError` where it holds something else."""
+        path = path / FILE if path.is_dir() else path
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            made, records = document["made"], tuple(_record(entry) for entry in document["records"])
+            if not isinstance(made, dict):
+                raise TypeError("made")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise RunError(f"{path}: not an evaluation", "evaluate again: mergebench writes evaluation.json") from None
+        return cls(made, records)
+
+
+def mean_values(results: Results) -> dict[str, float | None]:
+    """Each model's mean over the tasks; None where tasks are missing or do not share one metric."""
+    comparable = len({(record.metric, record.direction) for record in results.records}) == 1
+    out: dict[str, float | None] = {}
+    for model in results.models:
+        values = [record.value for record in results.of(model).values()]
+        out[model] = _mean(values, len(results.tasks)) if comparable else None
+    return out
+
+
+def mean_relatives(results: Results) -> dict[str, float | None]:
+    """Each model's mean over the tasks of value / value of the task's own fine-tune; None where one is unknown."""
+    one_way = len({record.direction for record in results.records}) == 1
+    out: dict[str, float | None] = {}
+    for model in results.models:
+        known = [record.relative for record in results.of(model).values() if record.relative is not None]
+        out[model] = _mean(known, len(results.tasks)) if one_way else None
+    return out
+
+
+def _mean(values: list[float], wanted: int) -> float | None:
+    return sum(values) / wanted if len(values) == wanted else None
+
+
+def with_relatives(records: list[Record], homes: Mapping[str, str]) -> tuple[Record, ...]:
+    """The records with `relative` filled in; `homes` names each task's own fine-tune, where there is one."""
+    own = {record.task: record.value for record in records if homes.get(record.task) == record.model}
+    return tuple(
+        replace(record, relative=record.value / own[record.task] if own.get(record.task) else None)
+        for record in records
+    )
+
+
+_NAMES = frozenset(field.name for field in fields(Record))
+
+
+def _record(entry: dict[str, Any]) -> Record:
+    """A record of the document. Keys of later versions are passed over."""
+    known = {name: value for name, value in entry.items() if name in _NAMES}
+    if known["role"] not in get_args(Role) or known["direction"] not in get_args(Direction):
+        raise ValueError("role")
+    for name in ("value", "seconds"):
+        known[name] = float(known[name])
+    answers = known["predictions"].items()
+    known["predictions"] = {item: Prediction(str(output), float(score)) for item, (output, score) in answers}
+    return Record(**known)

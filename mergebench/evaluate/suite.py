@@ -1,0 +1,186 @@
+"""Suites: which tasks to measure, read strictly from YAML or a mapping.
+
+    tasks:
+      - name: tweets
+        kind: text-classification
+        data: cache/data/tweets.jsonl
+        head: adapters/tweets/head.safetensors
+
+`load_suite` reads and checks everything that needs no model, the tasks' data included, so that a
+mistake is found before a merge and not after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergebench.errors import RecipeError, RunError, did_you_mean
+from mergebench.evaluate import tasks as kinds
+from mergebench.evaluate.task import Key, Kind, Ready
+from mergebench.recipe.places import Loc, Places, show
+from mergebench.recipe.source import parse, plain
+
+SHAPE = "begin with tasks: and list them as '- name: …'"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite, its data read."""
+
+    name: str
+    kind: Kind
+    params: Any  # the kind's own dataclass
+    ready: Ready
+
+    @property
+    def split(self) -> str:
+        return str(self.params.split)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks in the order of the suite; made by `load_suite`."""
+
+    tasks: tuple[Task, ...]
+    path: Path | None = None
+
+    @property
+    def items(self) -> int:
+        """How many items one model is measured on."""
+        return sum(task.ready.n for task in self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was measured, with a hash of every file read, ready for JSON."""
+        tasks = [
+            {
+                "name": task.name,
+                "kind": task.kind.name,
+                "split": task.split,
+                "limit": task.params.limit,
+                "n": task.ready.n,
+                "sha256": {str(file): _sha256(file) for file in task.ready.files},
+            }
+            for task in self.tasks
+        ]
+        return {"file": None if self.path is None else str(self.path), "tasks": tasks}
+
+
+def load_suite(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    folders: Sequence[Path] = (),
+    *,
+    places: Places | None = None,
+    at: Loc = (),
+) -> Suite:
+    """Read and check a suite: the path of a YAML file, or a mapping.
+
+    Relative paths, the suite's own and those in it, are looked up in the working directory, then the
+    suite file's folder, then `folders` (such as the recipe's). A suite written out in a recipe, or
+    named there, is passed with the recipe's `places` and where it stands `at`, for messages.
+    """
+    if isinstance(source, Mapping):
+        path, loc, places = None, at, places or Places({(): "suite"})
+        data = plain(source, at, places)
+    else:
+        found = _find(source, folders)
+        if found is None:
+            what = f"no such suite file: {os.fspath(source)}"
+            raise places.error(at, what, _looked(folders)) if places else RecipeError(what, _looked(folders))
+        path, loc, places = found, (), Places({(): str(found)})
+        folders = [path.parent, *folders]
+        data = parse(_text(path), str(path), places)
+    if not isinstance(data, dict):
+        raise places.error(loc, f"a suite is a mapping, got {show(data)}", SHAPE)
+    for key in data:
+        if key != "tasks":
+            raise places.error((*loc, key), "no such key", did_you_mean(key, ["tasks"]))
+    entries = data.get("tasks")
+    if not (isinstance(entries, list) and entries):
+        raise places.error((*loc, "tasks"), f"must be a list of tasks, got {show(entries)}", SHAPE)
+    reader = _Reader(places, folders)
+    return Suite(tuple(reader.task(entry, (*loc, "tasks", i)) for i, entry in enumerate(entries)), path)
+
+
+class _Reader:
+    """Reads the entries of one suite; remembers the names it has met."""
+
+    def __init__(self, places: Places, folders: Sequence[Path]) -> None:
+        self.places, self.folders = places, folders
+        self.names: set[str] = set()
+
+    def task(self, entry: Any, loc: Loc) -> Task:
+        if not isinstance(entry, dict):
+            raise self.places.error(loc, f"must be a mapping, got {show(entry)}", SHAPE)
+        given = {key: value for key, value in entry.items() if value is not None}
+        name, kind_name = self.word(given, "name", loc), self.word(given, "kind", loc)
+        if name in self.names:
+            raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too")
+        self.names.add(name)
+        try:
+            kind = kinds.get(kind_name)
+        except RecipeError as error:
+            raise self.places.error((*loc, "kind"), error.message, error.hint) from None
+        values = {key: self.value(kind, key, value, (*loc, key)) for key, value in given.items() if key not in NAMES}
+        for key in kind.keys.values():
+            if key.required and key.name not in values:
+                raise self.places.error((*loc, key.name), f"missing, a '{kind.name}' task needs it", key.help)
+        params = kind.params(**values)
+        return Task(name, kind, params, kind(params))
+
+    def word(self, given: dict[str, Any], name: str, loc: Loc) -> str:
+        if name not in given:
+            raise self.places.error((*loc, name), "missing", f"{name}: {NAMES[name]}")
+        value = given[name]
+        if not (isinstance(value, str) and value.strip() and value.isprintable()):
+            raise self.places.error((*loc, name), f"must be a word, got {show(value)}", "quote it if it is a number")
+        return value
+
+    def value(self, kind: Kind, name: str, value: Any, loc: Loc) -> Any:
+        if name not in kind.keys:
+            hint = did_you_mean(name, [*NAMES, *kind.keys])
+            raise self.places.error(loc, f"'{kind.name}' has no such key", hint)
+        key: Key = kind.keys[name]
+        complaint = key.complaint(value)
+        if complaint:
+            raise self.places.error(loc, f"{complaint}, got {show(value)}", key.help)
+        if key.type is not Path:
+            return value
+        found = _find(value, self.folders)
+        if found is None:
+            raise self.places.error(loc, f"no such file: {value}", _looked(self.folders))
+        return found
+
+
+NAMES = {"name": "the task's name in tables", "kind": "such as text-classification"}
+
+
+def _find(source: str | os.PathLike[str], folders: Sequence[Path]) -> Path | None:
+    path = Path(source).expanduser()
+    return next((place for place in [path, *(folder / path for folder in folders)] if place.is_file()), None)
+
+
+def _looked(folders: Sequence[Path]) -> str:
+    there = "".join(f", then in {folder}" for folder in dict.fromkeys(folders) if folder != Path())
+    return f"looked for in the working directory{there}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8 text", "save the file as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
