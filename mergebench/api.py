@@ -13,7 +13,8 @@ from mergebench import card
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.staging import PROVENANCE, finished
 from mergebench.checkpoint.write import write_atomically
-from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Merge, Plan, plan_merge
+from mergebench.engine.merge import Merge
+from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import RecipeError
 from mergebench.methods import get as get_method

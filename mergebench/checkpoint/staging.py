@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.write import write_atomically, write_error
+from mergebench.checkpoint.write import part_of, write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
 PROVENANCE = "mergebench.json"
-_JOURNAL = "journal.json"
+_JOURNAL = ".journal.json"
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -32,16 +32,21 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuse an output that is an input (or holds one, or lies in one), or is not empty."""
-    target = out.resolve()
+    target = Path(os.path.realpath(out))
+    written = {target, _beside(target, "partial"), _beside(target, "old")}
     for place in inputs:
         directory = place.resolve()
-        if target == directory or target in directory.parents or directory in target.parents:
+        if not written.isdisjoint([directory, *directory.parents]) or directory in target.parents:
             raise RecipeError(f"{out}: it is, holds or lies in the input {place}", "choose another --out")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise RecipeError(f"{out}: it exists and is not a directory", "choose another --out")
-    if any(out.iterdir()):
+    try:
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise RecipeError(f"{out}: it exists and is not a directory", "choose another --out")
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise write_error(out, error) from None
+    if not empty:
         if finished(out) is None:
             raise RecipeError(f"{out}: it exists and mergebench did not make it", "choose another --out")
         if not overwrite:
@@ -50,25 +55,45 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
             )
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Refuse to start where `needed` bytes will not fit; what an interrupted run left gives way or is used."""
+    target = Path(os.path.realpath(out))
+    free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
+    partial = _beside(target, "partial")
+    held = sum(path.stat().st_blocks * 512 for path in partial.iterdir()) if partial.is_dir() else 0
+    if free + held < needed:
+        need, have = needed / 1e9, (free + held) / 1e9
+        raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
+
+
+def _beside(target: Path, what: str) -> Path:
+    """Where a run keeps `what` (`partial`, `old`): a hidden directory in the target's."""
+    return target.with_name(f".{target.name}.{what}") if target.name else target
+
+
 class Staging:
     """The partial directory of one run, locked; a context manager that leaves it in place on failure."""
 
     def __init__(self, out: Path, fingerprint: str, resume: bool) -> None:
         self.out = out
-        self.directory = out.with_name(f".{out.name}.partial")
+        self._target = Path(os.path.realpath(out))  # of a link, what it leads to: a rename replaces that
+        self.directory = _beside(self._target, "partial")
+        self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": [], "answers": {}}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory, os.O_RDONLY)
         except OSError as error:
             raise write_error(self.directory, error) from None
-        self._take_lock()
-        self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": [], "answers": {}}
-        if resume:
-            self._read_journal(fingerprint)
-        for path in self.directory.iterdir():
-            if path.name != _JOURNAL and path.name not in self.journal["shards"]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.save()
+        try:
+            self._take_lock()
+            self._check_ours()
+            if resume:
+                self._read_journal(fingerprint)
+            self._clear()
+            self.save()
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def _take_lock(self) -> None:
         try:
@@ -77,8 +102,21 @@ class Staging:
         except (BlockingIOError, FileNotFoundError):
             same = False
         if not same:  # held by another process, or just renamed by it
-            os.close(self._lock)
             raise RunError(f"{self.out}: another run is writing it", "wait for it, or choose another --out")
+
+    def _check_ours(self) -> None:
+        """What stands here will be deleted: it must be what an interrupted run left."""
+        found = {path.name for path in self.directory.iterdir()}
+        if found and found.isdisjoint({_JOURNAL, part_of(_JOURNAL), PROVENANCE}):
+            raise RecipeError(f"{self.directory}: it exists and mergebench did not make it", "choose another --out")
+
+    def _clear(self) -> None:
+        try:
+            for path in self.directory.iterdir():
+                if path.name != _JOURNAL and path.name not in self.journal["shards"]:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            raise write_error(self.directory, error) from None
 
     def _read_journal(self, fingerprint: str) -> None:
         try:
@@ -86,7 +124,6 @@ class Staging:
         except (OSError, ValueError):
             return  # nothing to resume: start afresh
         if journal.get("fingerprint") != fingerprint:
-            os.close(self._lock)
             raise RecipeError(
                 f"{self.directory}: it was begun with another recipe or other inputs",
                 "run without --resume to start afresh",
@@ -105,16 +142,16 @@ class Staging:
             for path in self.directory.iterdir():
                 _fsync(path)
             _fsync(self.directory)
-        old = self.out.with_name(f".{self.out.name}.old")
+        old = _beside(self._target, "old")
         try:
-            if overwrite and self.out.exists() and any(self.out.iterdir()):
+            if overwrite and self._target.exists() and any(self._target.iterdir()):
                 shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
-            self.directory.rename(self.out)
+                self._target.rename(old)
+            self.directory.rename(self._target)
         except OSError as error:
             raise write_error(self.out, error) from None
         if sync:
-            _fsync(self.out.parent)
+            _fsync(self._target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> Staging:

@@ -6,6 +6,7 @@ mode 0600), so the header is laid out first and chunks are put in place with `pw
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -89,11 +90,15 @@ class ShardWriter:
             at += tensor.nbytes
         try:
             self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        except OSError as error:
+            raise write_error(path, error) from None
+        try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file, 0, at)  # a full disk shows here, not after an hour
             else:
                 os.truncate(self._file, at)
         except OSError as error:
+            os.close(self._file)
             raise write_error(path, error) from None
         self._put(memoryview(header), 0)
 
@@ -117,12 +122,19 @@ class ShardWriter:
 
 
 def write_error(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path}: cannot be written: {error.strerror}", "free some space, then go on with --resume")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "free some space, then go on with --resume" if full else None
+    return RunError(f"{path}: cannot be written: {error.strerror}", hint)
+
+
+def part_of(name: str) -> str:
+    """What a file is called until it is complete."""
+    return f".{name}.part"
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Put a whole text file in place at once: readers see the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(part_of(path.name))
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)

@@ -5,11 +5,10 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.align import Alignment, align
-from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
-from mergebench.checkpoint.lora import LowRank
-from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.header import ITEM_SIZE
 from mergebench.checkpoint.write import Shard, lay_out
 from mergebench.engine.context import Context, Span
-from mergebench.engine.method import Method
+from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
 from mergebench.engine.statistics import Statistic
 from mergebench.errors import ModelError, RecipeError, RunError
@@ -34,41 +31,6 @@ SHARD_SIZE = 4_000_000_000
 GROUP = 16 * MIB  # at most so many elements have their statistics gathered together, at tensor scope
 TEMPORARIES = 8  # float32 copies of a chunk that a method may hold at once
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A resolved recipe: models opened, parameters checked. What the engine merges."""
-
-    method: Method
-    params: Any
-    base: Model | None
-    models: tuple[Model, ...]
-    names: tuple[str, ...]  # short names of the models, for messages
-    scope: str = "tensor"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str | None = None  # stored type; None keeps each tensor's own
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
-
-    @property
-    def reference(self) -> Model:
-        """The model that gives names, shapes, config and what is not merged."""
-        return self.base if self.base is not None else self.models[0]
-
-    def wanted(self, name: str) -> bool:
-        """Whether a tensor is merged (else it is copied from the base)."""
-        inside = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
-        return inside and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude)
-
-
-class Operand(NamedTuple):
-    """How one model's row of a chunk is made: stored +- base + low-rank, each only where needed."""
-
-    stored: TensorInfo | None
-    base: int  # -1, 0 or 1 times the base
-    low_rank: LowRank | None
 
 
 class Unit(NamedTuple):
@@ -182,7 +144,7 @@ def plan_merge(
         raise Mismatch(alignment.problems)
     if not alignment.merged:
         raise RecipeError("include/exclude leave no tensor to merge")
-    operands = _operands(merge, alignment.sources)
+    operands = operands_of(merge, alignment.sources)
     infos = merge.reference.tensors
     merged = set(alignment.merged)
     stored = _STORED.get(merge.dtype or "")
@@ -272,29 +234,6 @@ def _check_models(merge: Merge) -> None:
         for info in model.tensors.values():
             if info.dtype.startswith("F8") and merge.wanted(info.name):
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: FP8 is not supported yet")
-
-
-def _operands(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:
-    """How each model's row is made, for every merged tensor; a base read twice would cancel, so it is not read."""
-    tensors = merge.reference.tensors
-    base_files = {header.file for header in merge.reference.headers}
-    columns = []
-    for number, model in enumerate(merge.models):
-        on_base = not base_files.isdisjoint(header.file for header in model.headers)
-        column = []
-        for name, infos in sources.items():
-            info = infos[number]
-            low_rank = model.low_rank.get(info.name)
-            if merge.method.takes == "weights":
-                column.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
-            elif model.is_task_vector:
-                column.append(Operand(info, 0, low_rank))
-            elif on_base and (info.file, info.offset) == (tensors[name].file, tensors[name].offset):
-                column.append(Operand(None, 0, low_rank))  # the model is the base plus an adapter
-            else:
-                column.append(Operand(info, -1, low_rank))
-        columns.append(column)
-    return dict(zip(sources, zip(*columns, strict=True), strict=True))
 
 
 def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) -> list[Group]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.read import TORCH_DTYPE, Files, LowRankReader
 from mergebench.engine.context import Span
-from mergebench.engine.plan import Operand, Plan
+from mergebench.engine.merge import Operand
+from mergebench.engine.plan import Plan
 from mergebench.errors import RunError
 
 

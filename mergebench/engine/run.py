@@ -9,7 +9,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from mergebench import __version__
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target, finished
+from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
 from mergebench.checkpoint.write import ShardWriter, copy_side_files, write_atomically, write_error, write_index
 from mergebench.engine.memory import keep_freed_memory
-from mergebench.engine.plan import Group, Plan, check_disk
-from mergebench.engine.sweep import Progress, Sweeper, to_device
-from mergebench.errors import ModelError
+from mergebench.engine.plan import Group, Plan
+from mergebench.engine.sweep import Sweeper, to_device
+from mergebench.engine.work import Progress
+from mergebench.errors import ModelError, RunError
 
 BLOCK = 1 << 20  # bytes compared or hashed at a time
 
@@ -62,21 +63,23 @@ def run_plan(
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Result(out, done, already_done=True)
     check_target(out, _places(plan), overwrite)
-    check_disk(plan, out)
-    with Files() as files, Staging(out, fingerprint, resume) as staging:
+    check_room(out, plan.bytes_written)
+    with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             _check_equal(files, model, alias, tensor)
+    with Files() as files, Staging(out, fingerprint, resume) as staging:
         output = _Output(plan, staging, sync)
         threads = torch.get_num_threads()
         keep_freed_memory()
         sweeper = Sweeper(plan, files, progress)
         try:
-            for number, group in enumerate(plan.groups):
-                _work(plan, staging, sweeper, output, str(number), group)
+            for group in plan.groups:
+                _work(plan, staging, sweeper, output, group)
         finally:
             sweeper.close()
             output.close()
             torch.set_num_threads(threads)
+        _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
         try:
@@ -93,7 +96,7 @@ def run_plan(
             "merged_tensors": len(plan.alignment.merged),
             "copied_tensors": len(plan.alignment.copied),
             "side_files": copied,
-            "answers": _answers_by_tensor(plan, staging.journal["answers"]),
+            "answers": staging.journal["answers"],
             "sweeps": plan.sweeps,
             "extra_sweeps": sweeper.extra_sweeps,
             "bytes_read": plan.bytes_read,
@@ -108,19 +111,24 @@ def run_plan(
     return Result(out, provenance)
 
 
-def _work(plan: Plan, staging: Staging, sweeper: Sweeper, output: _Output, key: str, group: Group) -> None:
-    """One group: the questions that are still open, then what is still to be written."""
+def _work(plan: Plan, staging: Staging, sweeper: Sweeper, output: _Output, group: Group) -> None:
+    """One group: the questions that are still open, then what is still to be written.
+
+    Answers are kept by tensor, or once for the model: how units are grouped depends on the memory given.
+    """
     written = [name for name in group.written if not output.is_done(name)]
-    journal: list[Any] = staging.journal["answers"].setdefault(key, [])
     if not written:
         return
+    kept: dict[str, list[Any]] = staging.journal["answers"]
+    keys = ["model" if plan.merge.scope == "model" else unit.tensors[0] for unit in group.units]
     known: list[list[Any]] = [[] for _ in group.units]
     for question in range(plan.passes):
-        if question < len(journal):
-            answers = [to_device(plan.device, _decode(answer)) for answer in journal[question]]
+        if all(question < len(kept.get(key, ())) for key in keys):
+            answers = [to_device(plan.device, _decode(kept[key][question])) for key in keys]
         else:
             answers, remarks = sweeper.answer(group, known)
-            journal.append([_encode(answer) | remark for answer, remark in zip(answers, remarks, strict=True)])
+            for key, answer, remark in zip(keys, answers, remarks, strict=True):
+                kept.setdefault(key, [])[question:] = [_encode(answer) | remark]
             if plan.merge.scope == "model":
                 staging.save()  # a sweep over the whole model is worth keeping
         for answers_of_unit, answer in zip(known, answers, strict=True):
@@ -204,11 +212,20 @@ def _fingerprint(plan: Plan) -> str:
     made_of = {
         "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
         "inputs": _inputs(plan, hash_inputs=False),
-        "shards": [shard.file for shard in plan.shards],
-        "groups": [len(group.written) for group in plan.groups],
+        "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
+        "adapters": [{name: delta.scale for name, delta in model.low_rank.items()} for model in plan.merge.models],
+        "shards": {shard.file: hashlib.sha256(shard.header()).hexdigest() for shard in plan.shards},
         "mergebench": __version__,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_written(plan: Plan, directory: Path) -> None:
+    """Read every header back: the files hold what was planned, also those of an interrupted run."""
+    for shard in plan.shards:
+        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
+        if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]:
+            raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
 
 
 def _check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInfo) -> None:
@@ -237,15 +254,3 @@ def _decode(answer: dict[str, Any]) -> Any:
     if "gram" in answer:
         return torch.tensor(answer["gram"], dtype=torch.float64)
     return tuple(torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in answer["order_statistics"])
-
-
-def _answers_by_tensor(plan: Plan, answers: dict[str, Sequence[Any]]) -> dict[str, Any]:
-    """What the method learned: by tensor, or once for the whole model."""
-    if plan.merge.scope == "model":
-        return {"model": answers.get("0", [])}
-    return {
-        unit.tensors[0]: [question[number] for question in answers[str(key)]]
-        for key, group in enumerate(plan.groups)
-        if answers.get(str(key))
-        for number, unit in enumerate(group.units)
-    }

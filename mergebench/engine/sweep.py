@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from typing import Any, NamedTuple, cast
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,21 +24,11 @@ from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.statistics import Miss, Sample, Statistic
+from mergebench.engine.work import Item, Progress, Workers, chunks_of, copies_of
 from mergebench.errors import RunError
 
 SMALL = TILE  # a unit of at most this many elements is gathered whole
 MOST_SAMPLED = 1 << 20  # elements of a sample, so that its memory does not grow with the model
-AHEAD = 16  # chunks the kernel is told of before they are needed
-
-Progress = Callable[[int], None]  # called with the bytes that were read
-
-
-class Item(NamedTuple):
-    """One chunk of work: columns of the unit numbered `unit`, the first being in its tile `tile`."""
-
-    unit: int
-    spans: tuple[Span, ...]
-    tile: int
 
 
 def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
@@ -63,16 +51,13 @@ class Sweeper:
     """The workers of one run: their buffers, and the loops over chunks."""
 
     def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
-        self.plan, self.files, self.progress = plan, files, progress
-        self.readers = [ChunkReader(plan, files) for _ in range(plan.workers)]
-        self.pool = ThreadPoolExecutor(plan.workers, "worker", initializer=torch.set_num_threads, initargs=(1,))
-        self.stop = threading.Event()
+        self.plan, self.files = plan, files
+        self.workers = Workers(plan, files, progress)
         self.seconds = {"questions": 0.0, "apply": 0.0}
         self.extra_sweeps = 0  # because a bracket missed
 
     def close(self) -> None:
-        self.stop.set()
-        self.pool.shutdown(wait=True)
+        self.workers.close()
 
     # -- questions -------------------------------------------------------------------------------
 
@@ -125,7 +110,7 @@ class Sweeper:
             return mine
 
         states: dict[int, Any] = {}
-        for mine in self._run(work, self._items(group, numbers)):
+        for mine in self.workers.run(work, self._items(group, numbers)):
             for number, state in mine.items():
                 states[number] = statistics[number].combine(states[number], state) if number in states else state
         return statistics, states
@@ -156,7 +141,7 @@ class Sweeper:
                     got.append((item.tile, item.unit, np.array(statistic.values.cpu().numpy())))
             return got
 
-        got = itertools.chain.from_iterable(self._run(work, order, advise=False))
+        got = itertools.chain.from_iterable(self.workers.run(work, order, look_ahead=False))
         for _, number, values in sorted(got, key=lambda one: one[0]):
             found[number].append(values)
         return {
@@ -225,10 +210,12 @@ class Sweeper:
         items = (
             item
             for name in written
-            for item in (self._chunks(number_of[name], name, 0) if name in number_of else self._copies(name))
+            for item in (
+                chunks_of(self.plan, name, number_of[name]) if name in number_of else copies_of(self.plan, name)
+            )
         )
         started = time.perf_counter()
-        self._run(work, items)
+        self.workers.run(work, items)
         self.seconds["apply"] += time.perf_counter() - started
 
     def _copy(self, span: Span, write: Any) -> None:
@@ -253,7 +240,7 @@ class Sweeper:
                     raise error
             reader.load(item.spans, apply=True)  # it was the sum that overflowed
 
-    # -- chunks and workers ----------------------------------------------------------------------
+    # -- what is worked on -----------------------------------------------------------------------
 
     def _numel(self, name: str) -> int:
         return self.plan.merge.reference.tensors[name].numel
@@ -267,56 +254,8 @@ class Sweeper:
         for number in numbers:
             tile = 0
             for name in group.units[number].tensors:
-                yield from self._chunks(number, name, tile)
+                yield from chunks_of(self.plan, name, number, tile)
                 tile += -(-self._numel(name) // TILE)
-
-    def _chunks(self, unit: int, name: str, tile: int) -> Iterator[Item]:
-        numel, size = self._numel(name), self.plan.chunk
-        if self.plan.merge.method.cut == "row":
-            columns = self.plan.merge.reference.tensors[name].shape[-1] if numel else 1
-            size = max(size // columns, 1) * columns
-        for start in range(0, numel, size):
-            yield Item(unit, (Span(name, start, min(start + size, numel)),), tile + start // TILE)
-
-    def _copies(self, name: str) -> Iterator[Item]:
-        for start in range(0, self._numel(name), 16 * TILE):
-            yield Item(-1, (Span(name, start, min(start + 16 * TILE, self._numel(name))),), 0)
-
-    def _run(self, work: Callable[..., Any], items: Iterator[Item], advise: bool = True) -> list[Any]:
-        """Let all workers take items until there are none; their results in the order of the workers."""
-        shared = _Shared(items, self._advise if advise else None, self.stop, self._count)
-
-        def loop(reader: ChunkReader) -> Any:
-            on_gpu = self.plan.device.type == "cuda"  # a stream of its own: workers copy and compute side by side
-            stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
-            try:
-                with torch.inference_mode(), stream:
-                    return work(reader, shared)
-            except BaseException:
-                self.stop.set()
-                raise
-
-        futures = [self.pool.submit(loop, reader) for reader in self.readers]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            self.stop.set()
-            for future in futures:
-                future.exception()
-            raise
-
-    def _advise(self, item: Item) -> None:
-        if item.unit < 0:
-            return
-        for span in item.spans:
-            for operand in self.plan.operands[span.tensor]:
-                if operand.stored is not None:
-                    self.files.advise(operand.stored, span.start, span.stop)
-
-    def _count(self, item: Item) -> None:
-        for span in item.spans:
-            reads = [o.stored for o in self.plan.operands.get(span.tensor, ()) if o.stored is not None]
-            self.progress(sum(info.nbytes // info.numel for info in reads) * span.numel)
 
 
 def _does_not_fit(tensor: str, dtype: str) -> RunError:
@@ -326,34 +265,6 @@ def _does_not_fit(tensor: str, dtype: str) -> RunError:
 def _piece(unit: Unit) -> int:
     """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
     return 1024 if len(unit.tensors) == 1 else 128
-
-
-class _Shared:
-    """One iterator for all workers; the kernel is told of the next batch while this one is worked on."""
-
-    def __init__(self, items: Iterator[Item], advise: Any, stop: threading.Event, count: Any) -> None:
-        self._items, self._advise, self._stop, self._count = items, advise, stop, count
-        self._lock = threading.Lock()
-        self._now: list[Item] = []
-        self._next = self._batch()
-
-    def _batch(self) -> list[Item]:
-        batch = list(itertools.islice(self._items, AHEAD))
-        if self._advise is not None:
-            for item in batch:
-                self._advise(item)
-        return batch[::-1]
-
-    def __iter__(self) -> Iterator[Item]:
-        while not self._stop.is_set():
-            with self._lock:
-                if not self._now:
-                    self._now, self._next = self._next, self._batch()
-                    if not self._now:
-                        return
-                item = self._now.pop()
-                self._count(item)
-            yield item
 
 
 def to_device(device: torch.device, answer: Any) -> Any:

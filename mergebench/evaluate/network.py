@@ -83,7 +83,7 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -123,13 +123,13 @@ def _build(model: LoadableModel, auto_class: str) -> Any:
 def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
     """Every tensor has a place and every place a tensor. Poolers and foreign heads are no loss to a bare encoder."""
     bare = auto_class == "AutoModel"
-    whole = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)  # saved with a head
+    headed = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)
+
+    def no_loss(key: str) -> bool:
+        return key.endswith(DERIVED) or (bare and "pooler." in key) or (headed and not key.startswith(f"{prefix}."))
+
     missing = [key for key in report["missing_keys"] if not (bare and "pooler." in key)]
-    unexpected = [
-        key for key in report["unexpected_keys"] if not (key.endswith(DERIVED) or (bare and "pooler." in key))
-    ]
-    if whole:
-        unexpected = [key for key in unexpected if key.startswith(f"{prefix}.")]
+    unexpected = [key for key in report["unexpected_keys"] if not no_loss(key)]
     for keys, what in ((missing, "is missing"), (unexpected, "has no place")):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""

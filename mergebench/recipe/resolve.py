@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mergebench.checkpoint import Model, open_model
 from mergebench.checkpoint.reference import locate
-from mergebench.engine.plan import Merge
+from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError
 from mergebench.recipe.recipe import Entry, Recipe
 

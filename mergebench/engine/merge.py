@@ -1,0 +1,71 @@
+"""What is to be merged: a resolved recipe in the engine's terms, and how each model's values are made."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.lora import LowRank
+from mergebench.checkpoint.model import Model
+from mergebench.engine.method import Method
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A resolved recipe: models opened, parameters checked. What the engine merges."""
+
+    method: Method
+    params: Any
+    base: Model | None
+    models: tuple[Model, ...]
+    names: tuple[str, ...]  # short names of the models, for messages
+    scope: str = "tensor"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str | None = None  # stored type; None keeps each tensor's own
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
+
+    @property
+    def reference(self) -> Model:
+        """The model that gives names, shapes, config and what is not merged."""
+        return self.base if self.base is not None else self.models[0]
+
+    def wanted(self, name: str) -> bool:
+        """Whether a tensor is merged (else it is copied from the base)."""
+        inside = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
+        return inside and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude)
+
+
+class Operand(NamedTuple):
+    """How one model's row of a chunk is made: stored +- base + low-rank, each only where needed."""
+
+    stored: TensorInfo | None
+    base: int  # -1, 0 or 1 times the base
+    low_rank: LowRank | None
+
+
+def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:
+    """How each model's row is made, for every merged tensor; a base read twice would cancel, so it is not read."""
+    tensors = merge.reference.tensors
+    base_files = {header.file for header in merge.reference.headers}
+    columns = []
+    for number, model in enumerate(merge.models):
+        on_base = not base_files.isdisjoint(header.file for header in model.headers)
+        column = []
+        for name, infos in sources.items():
+            info = infos[number]
+            low_rank = model.low_rank.get(info.name)
+            if merge.method.takes == "weights":
+                column.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
+            elif model.is_task_vector:
+                column.append(Operand(info, 0, low_rank))
+            elif on_base and (info.file, info.offset) == (tensors[name].file, tensors[name].offset):
+                column.append(Operand(None, 0, low_rank))  # the model is the base plus an adapter
+            else:
+                column.append(Operand(info, -1, low_rank))
+        columns.append(column)
+    return dict(zip(sources, zip(*columns, strict=True), strict=True))
