@@ -6,12 +6,13 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench import card
 from mergebench.checkpoint import open_model
-from mergebench.checkpoint.staging import PROVENANCE, finished
+from mergebench.checkpoint.staging import finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.merge import Merge
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
@@ -22,7 +23,8 @@ from mergebench.recipe import Recipe
 from mergebench.recipe.resolve import folders, resolve, short_names
 
 if TYPE_CHECKING:
-    from mergebench.evaluation import Results
+    from mergebench.checkpoint import Model
+    from mergebench.evaluation import Candidate, Results, Step, Suite
 
 
 def plan(
@@ -100,41 +102,65 @@ def run(
     )
 
 
+def read_suite(recipe: Recipe) -> Suite:
+    """The recipe's suite with its data: what is wrong with it shows before the merge, not after."""
+    from mergebench.evaluation import load_suite
+
+    if recipe.evaluate is None:
+        raise RecipeError("the recipe has no evaluate:", "add evaluate: {suite: FILE}")
+    at = ("evaluate", "suite")
+    return load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at)
+
+
 def evaluate(
-    recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Callable[[str], None] | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    suite: Suite | None = None,
+    device: str = "auto",
+    progress: Callable[[Step], None] | None = None,
 ) -> Results:
     """Measure what a recipe made beside what went in, on the recipe's suite.
 
     Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), the
     merged model. Writes `evaluation.json`, `evaluation.md` and the card's table into `out`.
     """
-    from mergebench.evaluation import Candidate, evaluate_models, load_suite, markdown
+    from mergebench.evaluation import evaluate_models, markdown
 
     out = Path(out)
-    if recipe.evaluate is None:
-        raise RecipeError("the recipe has no evaluate:", "add evaluate: {suite: FILE}")
-    suite = load_suite(recipe.evaluate.suite, folders(recipe))
-    merge = resolve(recipe)
-    candidates = []
-    models = [model for model in merge.models if model is not merge.base and not model.is_task_vector]
-    if merge.base is not None:
-        candidates.append(Candidate("base", "base", merge.base, merge.base.own_directory()))
-        models = [model for model in models if model.own_directory() != merge.base.own_directory()]
-    names = short_names([model.reference for model in models])
-    candidates += [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, models, strict=True)]
+    suite = suite if suite is not None else read_suite(recipe)
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        for name in recipe.evaluate.baselines:
-            place = Path(folder) / name
-            run_plan(plan_merge(resolve(recipe.with_method(name)), device=device), place)
-            candidates.append(Candidate(name, "baseline", open_model(str(place)), None))
-        merged = open_model(str(out))
-        candidates.append(Candidate(recipe.merge_method, "merged", merged, None))
+        candidates = _candidates(recipe, out, Path(folder), device)
         results = evaluate_models(candidates, suite, device=device, progress=progress)
     results.save(out)
     provenance = finished(out)
     if provenance is not None:
         write_atomically(out / "README.md", card.text(out, provenance, markdown(results)))
     return results
+
+
+def _candidates(recipe: Recipe, out: Path, folder: Path, device: str) -> list[Candidate]:
+    """The table's rows in order. A baseline is merged into `folder` when its turn comes."""
+    from mergebench.evaluation import Candidate
+
+    merge = resolve(recipe)
+    base = None if merge.base is None else merge.base.own_directory()
+    inputs = [m for m in merge.models if not m.is_task_vector and (base is None or m.own_directory() != base)]
+    baselines = recipe.evaluate.baselines if recipe.evaluate else ()
+    taken = {"base", recipe.merge_method, *baselines}
+    names = [f"{n} (input)" if n in taken else n for n in short_names([model.reference for model in inputs])]
+    found = [] if merge.base is None else [Candidate("base", "base", merge.base, base)]
+    found += [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
+
+    def baseline(name: str) -> Model:
+        run_plan(plan_merge(resolve(recipe.with_method(name)), device=device), folder / name)
+        return open_model(str(folder / name))
+
+    for name in baselines:
+        label = f"{name} (defaults)" if name == recipe.merge_method else name
+        found.append(Candidate(label, "baseline", partial(baseline, name), None))
+    found.append(Candidate(recipe.merge_method, "merged", open_model(str(out)), None))
+    return found
 
 
 def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Result:
@@ -153,4 +179,4 @@ def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32
     return run_plan(plan_merge(merge), Path(out), overwrite=overwrite)
 
 
-__all__ = ["PROVENANCE", "Result", "default_out", "evaluate", "plan", "run", "task_vector"]
+__all__ = ["Result", "default_out", "evaluate", "plan", "read_suite", "run", "task_vector"]

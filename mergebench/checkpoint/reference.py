@@ -6,6 +6,7 @@ on the hub (the local cache, or a download). `+ADAPTER` puts a LoRA directory on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ def _from_hub(text: str, name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+        cached = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+        if _has_weights(cached):
+            return cached
     except (LocalEntryNotFoundError, ValueError):
         pass  # not in the cache (or a malformed name, which the second call words better)
     try:
@@ -72,3 +75,16 @@ def _from_hub(text: str, name: str, revision: str | None) -> Path:
             f"model '{text}': neither a local path nor in the hub cache, and not to be had from the hub: {reason}",
             "check the name and the network, or give the path of a directory",
         ) from None
+
+
+def _has_weights(snapshot: Path) -> bool:
+    """Whether a cached snapshot is more than the config and tokenizer that some other tool wanted."""
+    try:
+        shards = [
+            file
+            for index in snapshot.glob("*.safetensors.index.json")
+            for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        ]
+        return any(snapshot.glob("*.safetensors")) and all((snapshot / file).exists() for file in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True  # not for us to judge: opening it says what is wrong

@@ -11,6 +11,8 @@ from mergebench import __version__
 from mergebench.cli import inspect, merge, task_vector
 from mergebench.errors import MergebenchError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="mergebench",
     help="Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
@@ -47,13 +49,23 @@ def main() -> None:
     try:
         app()
     except MergebenchError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        _fail(error.message, error.hint, error.exit_code)
+    except OSError as error:  # a disk that fails, a file taken away
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None, 1)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # what typer makes of Ctrl-C
+            raise
         print("interrupted: what is complete is kept; go on with --resume", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `mergebench ... | head`
-        sys.stderr.close()
-        sys.exit(0)
+        sys.exit(INTERRUPTED)
+
+
+def _fail(message: str, hint: str | None, code: int) -> None:
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    if hint:
+        print(f"hint: {_one_line(hint)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    """Names come out of files: line breaks and terminal codes in them are shown, not obeyed."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

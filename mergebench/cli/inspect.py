@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 import typer
@@ -59,7 +60,8 @@ def diff(
 
     rows = compare(a, b, base)
     if json_:
-        typer.echo(json.dumps({"a": a, "b": b, "base": base, "tensors": [row._asdict() for row in rows]}))
+        tensors = [{name: _finite(value) for name, value in row._asdict().items()} for row in rows]
+        typer.echo(json.dumps({"a": a, "b": b, "base": base, "tensors": tensors}))
         return
     from rich.table import Table
 
@@ -127,6 +129,11 @@ def methods(
         each = " (for each model)" if parameter["per_model"] else ""
         table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
     _print(table)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for infinity (a ratio to a norm of zero)."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import byte_bar, human, note
+from mergebench.cli.progress import byte_bar, human, item_bar, note
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -55,6 +55,7 @@ def merge(
         shard_size=opt.parse_size(shard_size, "--shard-size"),
     )
     target = out or api.default_out(loaded)
+    suite = api.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
     with byte_bar("merging", plan.bytes_read, quiet) as progress:
         result = api.run(
@@ -70,8 +71,9 @@ def merge(
     _say_done(result, quiet)
     results = None
     missing = not (target / "evaluation.json").exists()
-    if loaded.evaluate is not None and not no_eval and (missing or not result.already_done):
-        results = api.evaluate(loaded, target, device=device, progress=lambda text: note(text, quiet))
+    if suite is not None and (missing or not result.already_done):
+        with item_bar("evaluating", quiet) as step:
+            results = api.evaluate(loaded, target, suite=suite, device=device, progress=step)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
         if results is not None:

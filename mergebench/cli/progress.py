@@ -7,6 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergebench.evaluation import Step
 
 EVERY = 10.0  # seconds between plain lines
 
@@ -19,11 +23,11 @@ def note(text: str, quiet: bool = False) -> None:
 
 def human(size: float) -> str:
     """Bytes in words: `91 kB`, `4.41 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:.3g} GB" if size < 999.5 else f"{size:.0f} GB"
 
 
 @contextmanager
@@ -58,8 +62,38 @@ def _lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
             now = time.monotonic()
             if now - last < EVERY:
                 return
-            last, speed = now, seen / (now - started)
-            left = max(total - seen, 0) / speed
-        note(f"{label}: {seen / total:.0%} of {human(total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left")
+            last, speed = now, seen / max(now - started, 1e-9)
+            left = f", {max(total - seen, 0) / speed:.0f} s left" if speed else ""
+            note(f"{label}: {seen / max(total, 1):.0%} of {human(total)}, {speed / 1e9:.2f} GB/s{left}")
 
     yield advance
+
+
+@contextmanager
+def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
+    """A progress display over an evaluation's steps: a bar on a terminal, a line a model otherwise."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        yield from _item_bar(label)
+    else:
+        named: set[str] = set()
+
+        def line(step: Step) -> None:
+            if step.model not in named:
+                named.add(step.model)
+                note(f"{label}: {step.model}")
+
+        yield line
+
+
+def _item_bar(label: str) -> Iterator[Callable[[Step], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(label, total=None)
+        yield lambda step: progress.update(
+            bar, description=f"{label} {step.model} on {step.task}", completed=step.done, total=step.total
+        )

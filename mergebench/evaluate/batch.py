@@ -17,7 +17,7 @@ from mergebench.evaluate.task import Tick
 
 T = TypeVar("T")
 
-CPU_TOKENS, GPU_TOKENS = 1024, 32_768  # in a batch, padding included
+CPU_TOKENS, GPU_TOKENS = 512, 32_768  # in a batch, padding included
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -129,17 +129,17 @@ def _rows(results: Results) -> list[Row]:
 
 
 def _mark_best(results: Results, rows: list[Row], values: list[list[float | None]]) -> None:
-    """Where at least two merges compete. Equal values are all best."""
+    """Where merges differ, the best ones: several where they are equal."""
     competing = [i for i, row in enumerate(rows) if row.role in ("merged", "baseline")]
-    if len(competing) < 2:
-        return
     ways = {record.task: record.direction for record in results.records}
     common = next(iter(ways.values()))  # means are there only where all tasks agree
     for column, way in enumerate([*(ways[task] for task in results.tasks), common, common]):
-        known = [value for i in competing if (value := values[i][column]) is not None]
-        best = (max if way == "higher" else min)(known, default=None)
+        known = {value for i in competing if (value := values[i][column]) is not None}
+        if len(known) < 2:
+            continue
+        best = max(known) if way == "higher" else min(known)
         for i in competing:
-            if best is not None and values[i][column] == best:
+            if values[i][column] == best:
                 rows[i].cells[column] = Cell(rows[i].cells[column].text, best=True)
 
 

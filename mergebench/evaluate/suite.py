@@ -160,8 +160,11 @@ NAMES = {"name": "the task's name in tables", "kind": "such as text-classificati
 
 
 def _find(source: str | os.PathLike[str], folders: Sequence[Path]) -> Path | None:
-    path = Path(source).expanduser()
-    return next((place for place in [path, *(folder / path for folder in folders)] if place.is_file()), None)
+    try:
+        path = Path(source).expanduser()
+        return next((place for place in [path, *(folder / path for folder in folders)] if place.is_file()), None)
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or the home of nobody
+        return None
 
 
 def _looked(folders: Sequence[Path]) -> str:
