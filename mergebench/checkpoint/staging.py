@@ -123,7 +123,7 @@ class Staging:
             journal = json.loads((self.directory / _JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return  # nothing to resume: start afresh
-        if journal.get("fingerprint") != fingerprint:
+        if not isinstance(journal, dict) or journal.get("fingerprint") != fingerprint:
             raise RecipeError(
                 f"{self.directory}: it was begun with another recipe or other inputs",
                 "run without --resume to start afresh",

@@ -141,7 +141,7 @@ class Sweeper:
                     got.append((item.tile, item.unit, np.array(statistic.values.cpu().numpy())))
             return got
 
-        got = itertools.chain.from_iterable(self.workers.run(work, order, look_ahead=False))
+        got = itertools.chain.from_iterable(self.workers.run(work, order))
         for _, number, values in sorted(got, key=lambda one: one[0]):
             found[number].append(values)
         return {
@@ -215,7 +215,7 @@ class Sweeper:
             )
         )
         started = time.perf_counter()
-        self.workers.run(work, items)
+        self.workers.run(work, items, apply=True)
         self.seconds["apply"] += time.perf_counter() - started
 
     def _copy(self, span: Span, write: Any) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +62,9 @@ class Workers:
         self._stop.set()
         self._pool.shutdown(wait=True)
 
-    def run(self, work: Callable[..., Any], items: Iterator[Item], look_ahead: bool = True) -> list[Any]:
+    def run(self, work: Callable[..., Any], items: Iterator[Item], *, apply: bool = False) -> list[Any]:
         """Let all workers take items until there are none; their results in the order of the workers."""
-        shared = _Shared(items, self._stop, self._advise if look_ahead else None, self._count)
+        shared = _Shared(items, self._stop, self._advise, partial(self._count, apply))
 
         def loop(reader: ChunkReader) -> Any:
             on_gpu = self._plan.device.type == "cuda"  # a stream of its own: workers copy and compute side by side
@@ -92,10 +93,14 @@ class Workers:
                 if operand.stored is not None:
                     self._files.advise(operand.stored, span.start, span.stop)
 
-    def _count(self, item: Item) -> None:
+    def _count(self, apply: bool, item: Item) -> None:
         for span in item.spans:
-            reads = [o.stored for o in self._plan.operands.get(span.tensor, ()) if o.stored is not None]
-            self._progress(sum(info.nbytes // info.numel for info in reads) * span.numel)
+            numel = self._plan.merge.reference.tensors[span.tensor].numel
+            if item.unit < 0:
+                whole = self._plan.merge.reference.tensors[span.tensor].nbytes
+            else:
+                whole = self._plan.sweep_bytes(span.tensor, apply)
+            self._progress(whole * span.numel // numel)
 
 
 class _Shared:
@@ -105,7 +110,7 @@ class _Shared:
         self,
         items: Iterator[Item],
         stop: threading.Event,
-        advise: Callable[[Item], None] | None,
+        advise: Callable[[Item], None],
         count: Callable[[Item], None],
     ) -> None:
         self._items, self._advise, self._stop, self._count = items, advise, stop, count
@@ -115,9 +120,8 @@ class _Shared:
 
     def _batch(self) -> list[Item]:
         batch = list(itertools.islice(self._items, AHEAD))
-        if self._advise is not None:
-            for item in batch:
-                self._advise(item)
+        for item in batch:
+            self._advise(item)
         return batch[::-1]
 
     def __iter__(self) -> Iterator[Item]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mergebench.evaluate.results import Record, Results, mean_relatives, mean_values
 
@@ -31,16 +31,16 @@ class Row:
 
 
 def table(results: Results) -> Table:
-    """For the terminal; with four tasks and short names it fits 100 columns."""
+    """For the terminal; four tasks and names of up to 20 letters fit 100 columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=legend(results), caption_justify="left")
-    out.add_column("model", overflow="fold")
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=legend(results), caption_justify="left")
+    out.add_column("model", overflow="fold", min_width=8)
     out.add_column("", no_wrap=True)
     for name in _heads(results):
-        out.add_column(Text(name), justify="right", no_wrap=True, overflow="fold")
+        out.add_column(Text(name), justify="right", overflow="fold")
     rows = _rows(results)
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row.cells]
@@ -48,14 +48,13 @@ def table(results: Results) -> Table:
     return out
 
 
-def report(results: Results, *, width: int | None = None, styled: bool = False) -> str:
-    """The table as text, `width` columns wide (None: the terminal's); `styled` with a terminal's bold."""
+def report(results: Results, *, width: int | None = None) -> str:
+    """The table as plain text, at most `width` columns wide (None: as wide as it needs)."""
     from io import StringIO
 
     from rich.console import Console
 
-    system: Literal["auto"] | None = "auto" if styled else None
-    console = Console(file=StringIO(), width=width, force_terminal=styled, color_system=system, highlight=False)
+    console = Console(file=StringIO(), width=width or 10_000, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table(results))
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
@@ -132,7 +131,7 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
     """Where merges differ, the best ones: several where they are equal."""
     competing = [i for i, row in enumerate(rows) if row.role in ("merged", "baseline")]
     ways = {record.task: record.direction for record in results.records}
-    common = next(iter(ways.values()))  # means are there only where all tasks agree
+    common = next(iter(ways.values()), "higher")  # means are there only where all tasks agree
     for column, way in enumerate([*(ways[task] for task in results.tasks), common, common]):
         known = {value for i in competing if (value := values[i][column]) is not None}
         if len(known) < 2:

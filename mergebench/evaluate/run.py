@@ -63,24 +63,25 @@ def evaluate_models(
     meter = _Meter(progress, len(candidates) * suite.items)
     records: list[Record] = []
     for candidate in candidates:
-        found: dict[str, Record] = {}
-        for network_class in dict.fromkeys(task.kind.network for task in suite.tasks):
-            network = _network(candidate, network_class, place)
-            for task in suite.tasks:
-                if task.kind.network == network_class:
-                    found[task.name] = _measure(candidate, task, network, meter)
-            del network  # before the next one comes
-        records += [found[task.name] for task in suite.tasks]
+        records += _records(candidate, suite, place, meter)
     made = {**_versions(), "suite": suite.to_dict(), "device": str(place), "date": date.isoformat(timespec="seconds")}
     made["seconds"] = round(time.perf_counter() - start, 3)
     return Results(made, with_relatives(records, _homes(candidates, suite)))
 
 
-def _network(candidate: Candidate, network_class: str, device: torch.device) -> Network:
+def _records(candidate: Candidate, suite: Suite, device: torch.device, meter: _Meter) -> list[Record]:
+    """One model's records in the order of the suite; tasks of one network class share the model in memory."""
     from mergebench.evaluate.network import Network
 
     model = candidate.model() if callable(candidate.model) else candidate.model
-    return Network(model, network_class, device)
+    found: dict[str, Record] = {}
+    for network_class in dict.fromkeys(task.kind.network for task in suite.tasks):
+        network = Network(model, network_class, device)
+        for task in suite.tasks:
+            if task.kind.network == network_class:
+                found[task.name] = _measure(candidate, task, network, meter)
+        del network  # before the next one comes
+    return [found[task.name] for task in suite.tasks]
 
 
 def _measure(candidate: Candidate, task: Task, network: Network, meter: _Meter) -> Record:
