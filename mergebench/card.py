@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,46 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
 
 def verify(directory: Path) -> None:
     """Load the result on `meta` with transformers: no missing, unexpected or mismatched tensor."""
-    import transformers
-    from transformers import AutoConfig
-
     if not (directory / "config.json").is_file():
         raise RunError(f"{directory}: --verify needs a config.json, the base has none")
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    config = AutoConfig.from_pretrained(directory)
-    name = (getattr(config, "architectures", None) or [None])[0]
-    loader = getattr(transformers, name, None) if name else transformers.AutoModel
-    if loader is None:
-        raise RunError(f"{directory}: --verify: transformers has no {name}")
-    _, info = loader.from_pretrained(directory, device_map="meta", output_loading_info=True)
+    try:
+        with _quiet():
+            info = _loading_info(directory)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # whatever it has against the config
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise RunError(f"{directory}: transformers cannot load it: {reason}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             raise RunError(
                 f"{directory}: transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}"
             )
+
+
+def _loading_info(directory: Path) -> dict[str, Any]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+    loader = getattr(transformers, name, None)
+    if loader is None:
+        raise ValueError(f"it has no {name}")
+    _, info = loader.from_pretrained(
+        directory, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    return dict(info)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and reports of transformers: what it finds is said in one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -12,8 +12,8 @@ from mergebench.checkpoint import open_model
 from mergebench.checkpoint.read import Files
 from mergebench.engine.context import Span
 from mergebench.engine.memory import keep_freed_memory
-from mergebench.engine.noise import TILE
 from mergebench.engine.merge import Merge
+from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.read import ChunkReader
 from mergebench.methods import get

@@ -1,6 +1,6 @@
 """The same merge on a CUDA device: equal to the CPU to 1e-6 of the largest weight.
 
-    python -m pytest -m gpu tests/test_gpu.py
+python -m pytest -m gpu tests/test_gpu.py
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Alignment:
     """What the headers say of a merge."""
 
     merged: list[str] = field(default_factory=list)  # names, in the base's file order
-    copied: list[str] = field(default_factory=list)  # from the base: excluded, integer or derived
+    copied: list[str] = field(default_factory=list)  # from the base: excluded, integer, derived or empty
     sources: dict[str, list[TensorInfo]] = field(default_factory=dict)  # merged name -> one for each model
     problems: list[str] = field(default_factory=list)  # every mismatch, one line each
     must_equal: list[tuple[Model, TensorInfo, TensorInfo]] = field(default_factory=list)  # tied, by bytes
@@ -63,6 +63,9 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
                 result.problems.append(problem)
             elif other is not None:
                 sources.append(other)
+        if not info.numel:  # no elements to ask about
+            result.copied.append(name)
+            continue
         result.merged.append(name)
         result.sources[name] = sources
     for model in models:

@@ -107,9 +107,11 @@ def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo
             raise ValueError
         numel = 1
         for side in shape:
-            if type(side) is not int or side < 0:
+            if type(side) is not int or not 0 <= side < 2**63:
                 raise ValueError
             numel *= side
+            if numel >= 2**63:
+                raise ValueError
         if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
             raise ValueError
     except (TypeError, KeyError, ValueError):

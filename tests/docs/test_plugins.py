@@ -1,6 +1,6 @@
 """The worked example of docs/plugins.md, run as a reader would: defined, proved, shipped, merged with.
 
-    python -m pytest tests/docs
+python -m pytest tests/docs
 """
 
 from __future__ import annotations

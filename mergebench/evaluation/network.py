@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError
-from mergebench.evaluate.task import LoadableModel
+from mergebench.evaluation.task import LoadableModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken")
+FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
 DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
 
 
@@ -112,7 +113,12 @@ def _build(model: LoadableModel, auto_class: str) -> Any:
             with torch.device("meta"):  # only to learn which class the config stands for
                 architecture: Any = type(getattr(transformers, auto_class).from_config(config))
             module, report = architecture.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are in the report, with their names
+                output_loading_info=True,
             )
     except Exception as error:  # transformers raises whatever its parts raise
         raise _failed(model.reference, "the model", error) from None
@@ -130,12 +136,14 @@ def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], 
 
     missing = [key for key in report["missing_keys"] if not (bare and "pooler." in key)]
     unexpected = [key for key in report["unexpected_keys"] if not no_loss(key)]
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(f"model '{name}': '{key}' has {list(found)}, its config.json asks for {list(wanted)}", FOREIGN)
     for keys, what in ((missing, "is missing"), (unexpected, "has no place")):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ModelError(
                 f"model '{name}': '{min(keys)}' {what} in the model of its config.json{more}",
-                "the checkpoint is incomplete, or the config belongs to another architecture",
+                FOREIGN,
             )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from mergebench.evaluate.results import Record, Results, mean_relatives, mean_values
+from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "–"
+WIDEST, MEASURE = 10_000, 72  # columns: more than any table has; what a line of text takes at least
 
 
 @dataclass(frozen=True)
@@ -36,28 +39,36 @@ def table(results: Results) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=legend(results), caption_justify="left")
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("model", overflow="fold", min_width=8)
     out.add_column("", no_wrap=True)
     for name in _heads(results):
         out.add_column(Text(name), justify="right", overflow="fold")
     rows = _rows(results)
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
+    for row, after in zip_longest(rows, rows[1:]):
         cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row.cells]
-        out.add_row(Text(row.model), row.role, *cells, end_section=after is not None and after.role != row.role)
+        last = after is not None and after.role != row.role
+        out.add_row(Text(row.model), row.role, *cells, end_section=last)
     return out
 
 
-def report(results: Results, *, width: int | None = None) -> str:
-    """The table as plain text, at most `width` columns wide (None: as wide as it needs)."""
-    from io import StringIO
+def report(results: Results, *, width: int | None = None, styled: bool = False) -> str:
+    """Table and legend as text, at most `width` columns wide (None: as wide as it needs).
 
+    `styled`: with a terminal's codes for bold; plain text does not mark the best.
+    """
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(file=StringIO(), width=width or 10_000, color_system=None, force_terminal=False)
+    console = Console(
+        width=width or WIDEST, force_terminal=styled, color_system="standard" if styled else None, legacy_windows=False
+    )
     with console.capture() as capture:
         console.print(table(results))
-    return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    across = min(width or WIDEST, max(MEASURE, *(Text.from_ansi(line).cell_len for line in lines)))
+    lines += textwrap.wrap(legend(results, bold=styled), across - 1, initial_indent=" ", subsequent_indent=" ")
+    return "\n".join(lines).strip("\n")
 
 
 def markdown(results: Results) -> str:
@@ -70,8 +81,8 @@ def markdown(results: Results) -> str:
     return "\n".join([*lines, "", _escape(legend(results))]) + "\n"
 
 
-def legend(results: Results) -> str:
-    """How to read the table, in a sentence or two."""
+def legend(results: Results, *, bold: bool = True) -> str:
+    """How to read the table, in a sentence or two; `bold` where it can show what is best."""
     metrics = dict.fromkeys((record.metric, record.direction) for record in results.records)
     names = ", ".join(metric + (" in %" if metric in SHARES else f" ({way} is better)") for metric, way in metrics)
     counts = sorted({record.n for record in results.records})
@@ -80,7 +91,7 @@ def legend(results: Results) -> str:
     text = f"{names} ± standard error, {items} {splits} items a task"
     if any(value is not None for value in mean_relatives(results).values()):
         text += "; relative: mean share of what each task's own fine-tune reaches"
-    if any(cell.best for row in _rows(results) for cell in row.cells):
+    if bold and any(cell.best for row in _rows(results) for cell in row.cells):
         text += "; bold: the best merge"
     return text[:1].upper() + text[1:] + "."
 
@@ -156,5 +167,5 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Markdown's own signs taken literally."""
-    return re.sub(r"([\\|*_`<\[\]])", r"\\\1", text)
+    """Markdown's own signs taken literally, on one line."""
+    return re.sub(r"([\\|*_`<\[\]])", r"\\\1", " ".join(text.split()))

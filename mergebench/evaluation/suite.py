@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.errors import RecipeError, RunError, did_you_mean
-from mergebench.evaluate import tasks as kinds
-from mergebench.evaluate.task import Key, Kind, Ready
+from mergebench.evaluation import tasks as kinds
+from mergebench.evaluation.task import Key, Kind, Ready
 from mergebench.recipe.places import Loc, Places, show
 from mergebench.recipe.source import parse, plain
 

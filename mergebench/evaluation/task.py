@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergebench.evaluate.network import Network
+    from mergebench.evaluation.network import Network
 
 Direction = Literal["higher", "lower"]  # which values are better
 Tick = Callable[[int], None]  # called with the number of items just measured

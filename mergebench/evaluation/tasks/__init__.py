@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from mergebench.errors import RecipeError, did_you_mean
-from mergebench.evaluate.task import Kind
+from mergebench.evaluation.task import Kind
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from mergebench.evaluate.task import Tick
+from mergebench.evaluation.task import Tick
 
 T = TypeVar("T")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
-from mergebench.evaluate.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
-from mergebench.evaluate.head import read_head
-from mergebench.evaluate.items import read_rows
-from mergebench.evaluate.network import Network
-from mergebench.evaluate.task import Common, Prediction, Ready, Score, Tick, accuracy, key, task
+from mergebench.evaluation.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
+from mergebench.evaluation.head import read_head
+from mergebench.evaluation.items import read_rows
+from mergebench.evaluation.network import Network
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, accuracy, key, task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import mergebench
 from mergebench.errors import RecipeError, RunError
-from mergebench.evaluate.results import Record, Results, Role, with_relatives
-from mergebench.evaluate.suite import Suite, Task
+from mergebench.evaluation.results import Record, Results, Role, with_relatives
+from mergebench.evaluation.suite import Suite, Task
 
 if TYPE_CHECKING:
     import torch
 
-    from mergebench.evaluate.network import Network
-    from mergebench.evaluate.task import LoadableModel
+    from mergebench.evaluation.network import Network
+    from mergebench.evaluation.task import LoadableModel
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def evaluate_models(
 
 def _records(candidate: Candidate, suite: Suite, device: torch.device, meter: _Meter) -> list[Record]:
     """One model's records in the order of the suite; tasks of one network class share the model in memory."""
-    from mergebench.evaluate.network import Network
+    from mergebench.evaluation.network import Network
 
     model = candidate.model() if callable(candidate.model) else candidate.model
     found: dict[str, Record] = {}

@@ -8,11 +8,11 @@
 Neither torch nor transformers is imported before something is measured.
 """
 
-from mergebench.evaluate.report import markdown, report, table
-from mergebench.evaluate.results import Record, Results, mean_relatives, mean_values
-from mergebench.evaluate.run import Candidate, Step, evaluate_models
-from mergebench.evaluate.suite import Suite, Task, load_suite
-from mergebench.evaluate.task import LoadableModel
+from mergebench.evaluation.report import legend, markdown, report, table
+from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
+from mergebench.evaluation.run import Candidate, Step, evaluate_models
+from mergebench.evaluation.suite import Suite, Task, load_suite
+from mergebench.evaluation.task import LoadableModel
 
 __all__ = [
     "Candidate",
@@ -23,6 +23,7 @@ __all__ = [
     "Suite",
     "Task",
     "evaluate_models",
+    "legend",
     "load_suite",
     "markdown",
     "mean_relatives",

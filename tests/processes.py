@@ -1,0 +1,148 @@
+"""Merges in processes of their own, to be killed, starved or counted.
+
+A server that has torch loaded forks one process for each command line, so a run costs its work and not
+two seconds of imports. Run as a script it is that server: one JSON request a line on stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+
+class Server:
+    """The forking server, seen from the test."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._ask({"ready": True})
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, *args: Any, folder: Path, **how: Any) -> Run:
+        """Start `mergebench ARGS` in `folder`.
+
+        die_at: kill -9 at the n-th change to the file system below `folder`. count: write the number of
+        such changes to this file. largest_file: no file may grow beyond so many bytes.
+        """
+        return Run(self, self._ask({"args": [*map(str, args)], "folder": str(folder), **how}), folder)
+
+    def run(self, *args: Any, folder: Path, **how: Any) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr); the code is negative for the signal that ended it."""
+        return self.start(*args, folder=folder, **how).wait()
+
+    def wait(self, number: int) -> int:
+        return int(self._ask({"wait": number}))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+class Run:
+    """One running command."""
+
+    def __init__(self, server: Server, number: int, folder: Path) -> None:
+        self._server, self._number, self._folder = server, number, folder
+
+    def signal(self, what: signal.Signals) -> None:
+        os.kill(self._number, what)  # its server has not waited for it: the number is still its own
+
+    def wait(self) -> tuple[int, str, str]:
+        status = self._server.wait(self._number)
+        out, err = (self._folder.parent / f"{self._number}.{name}" for name in ("out", "err"))
+        said = status, out.read_text(), err.read_text()
+        out.unlink()
+        err.unlink()
+        return said
+
+
+def changes(event: str, args: tuple[Any, ...], folder: str) -> bool:
+    """Whether an audit event is a change to the file system below `folder`."""
+    if event == "open":
+        path, _, flags = args
+        writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
+    else:
+        path, writes = args[0], event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+    return writes and isinstance(path, (str, os.PathLike)) and Path(folder) in Path(path).absolute().parents
+
+
+def watch(folder: str, die_at: int | None, count: str | None) -> None:
+    seen = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if changes(event, args, folder):
+            seen += 1
+            if seen == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if count:
+                with open(count, "w") as stream:
+                    stream.write(str(seen))
+
+    sys.addaudithook(hook)
+
+
+def child(request: dict[str, Any], stdin: IO[str]) -> None:
+    from mergebench.cli import main
+
+    stdin.close()
+    folder = Path(request["folder"])
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder.parent / f"{os.getpid()}.{name}", os.O_CREAT | os.O_WRONLY, 0o666)
+        os.dup2(file, number)
+    os.chdir(folder)
+    if "largest_file" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    if "die_at" in request or "count" in request:
+        watch(str(folder), request.get("die_at"), request.get("count"))
+    sys.argv = ["mergebench", *request["args"]]
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # type: ignore[arg-type]  # taking torch down politely takes a second
+
+
+def serve() -> None:
+    import transformers  # noqa: F401
+    import typer._adapters  # noqa: F401
+
+    import mergebench.api
+    import mergebench.methods.pcb
+    import mergebench.methods.ties  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = os.waitstatus_to_exitcode(status)
+        elif "args" in request:
+            answer = os.fork()
+            if not answer:
+                child(request, sys.stdin)
+        else:
+            answer = 0
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
