@@ -19,7 +19,7 @@ from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import RecipeError
 from mergebench.methods import get as get_method
-from mergebench.recipe import Recipe
+from mergebench.recipe import Baseline, Recipe
 from mergebench.recipe.resolve import folders, resolve, short_names
 
 if TYPE_CHECKING:
@@ -147,18 +147,18 @@ def _candidates(recipe: Recipe, out: Path, folder: Path, device: str) -> list[Ca
     base = None if merge.base is None else merge.base.own_directory()
     inputs = [m for m in merge.models if not m.is_task_vector and (base is None or m.own_directory() != base)]
     baselines = recipe.evaluate.baselines if recipe.evaluate else ()
-    taken = {"base", recipe.merge_method, *baselines}
+    taken = {"base", recipe.merge_method, *(one.label for one in baselines)}
     names = [f"{n} (input)" if n in taken else n for n in short_names([model.reference for model in inputs])]
     found = [] if merge.base is None else [Candidate("base", "base", merge.base, base)]
     found += [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
 
-    def baseline(name: str) -> Model:
-        run_plan(plan_merge(resolve(recipe.with_method(name)), device=device), folder / name)
-        return open_model(str(folder / name))
+    def merged(baseline: Baseline, place: Path) -> Model:
+        run_plan(plan_merge(resolve(recipe.with_method(baseline)), device=device), place)
+        return open_model(str(place))
 
-    for name in baselines:
-        label = f"{name} (defaults)" if name == recipe.merge_method else name
-        found.append(Candidate(label, "baseline", partial(baseline, name), None))
+    for number, one in enumerate(baselines):
+        label = f"{one.label} (defaults)" if one.label == recipe.merge_method else one.label
+        found.append(Candidate(label, "baseline", partial(merged, one, folder / str(number)), None))
     found.append(Candidate(recipe.merge_method, "merged", open_model(str(out)), None))
     return found
 

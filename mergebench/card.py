@@ -82,7 +82,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(50)  # nothing below critical
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield

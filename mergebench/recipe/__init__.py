@@ -4,6 +4,6 @@
 exists, with parameters that method takes.
 """
 
-from mergebench.recipe.recipe import Entry, Evaluation, Recipe, load
+from mergebench.recipe.recipe import Baseline, Entry, Evaluation, Recipe, load
 
-__all__ = ["Entry", "Evaluation", "Recipe", "load"]
+__all__ = ["Baseline", "Entry", "Evaluation", "Recipe", "load"]

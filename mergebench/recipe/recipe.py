@@ -30,11 +30,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """A method to compare with: its own defaults, but for the parameters given here."""
+
+    method: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """`ties`, or `ties density 0.2`."""
+        return " ".join([self.method, *(f"{name} {value}" for name, value in self.parameters.items())])
+
+    def to_plain(self) -> str | dict[str, Any]:
+        return {self.method: dict(self.parameters)} if self.parameters else self.method
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What to measure: a suite (a file, or written out), and methods to merge with for comparison."""
 
     suite: str | dict[str, Any]
-    baselines: tuple[str, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,19 +93,20 @@ class Recipe:
             own.append((("models", at), entry.parameters))
         return parameters.resolve(self.method, self.parameters, own, self.places)
 
-    def with_method(self, name: str) -> Recipe:
+    def with_method(self, baseline: Baseline) -> Recipe:
         """The same models merged by another method, with that method's defaults: a baseline to compare with."""
-        method = find(name)
+        method = find(baseline.method)
         if method.takes == "task_vectors" and self.base_model is None:
-            raise RecipeError(f"'{name}' merges task vectors, and the recipe has no base_model", NEEDS_BASE)
-        needed = [p.name for p in method.parameters.values() if p.required]
+            raise RecipeError(f"'{method.name}' merges task vectors, and the recipe has no base_model", NEEDS_BASE)
+        needed = [p.name for p in method.parameters.values() if p.required and p.name not in baseline.parameters]
         if needed:
-            raise RecipeError(f"'{name}' has no default for {', '.join(needed)}", "compare with a method that has")
+            hint = f"give it: {{{baseline.method}: {{{needed[0]}: VALUE}}}}"
+            raise RecipeError(f"'{method.name}' has no default for {', '.join(needed)}", hint)
         return replace(
             self,
-            merge_method=name,
+            merge_method=baseline.method,
             models=tuple(replace(entry, parameters={}) for entry in self.models),
-            parameters=parameters.defaults(method),
+            parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,
             evaluate=None,
             notes=(),
@@ -109,7 +126,10 @@ class Recipe:
             "seed": self.seed,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
-            "evaluate": measured and _given({"suite": measured.suite, "baselines": list(measured.baselines)}),
+            "evaluate": measured
+            and _given(
+                {"suite": measured.suite, "baselines": [baseline.to_plain() for baseline in measured.baselines]}
+            ),
         }
         return copy.deepcopy(_given(whole))
 
@@ -154,7 +174,7 @@ def load(
         seed=found.get("seed", 0),
         dtype=found.get("dtype"),
         out_dtype=found.get("out_dtype"),
-        evaluate=_evaluation(found.get("evaluate")),
+        evaluate=_evaluation(found.get("evaluate"), places),
         path=path,
         notes=parameters.note(method, ignored, places),
         places=places,
@@ -171,20 +191,34 @@ def find(name: str) -> Method:
     return methods.get(name)
 
 
+def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation | None:
+    """The evaluate: key, its baselines' parameters checked."""
+    if found is None:
+        return None
+    baselines = []
+    for i, written in enumerate(found.get("baselines", ())):
+        loc: Loc = ("evaluate", "baselines", i)
+        name, given = next(iter(written.items())) if isinstance(written, dict) else (written, {})
+        try:
+            method = find(name)
+        except RecipeError as error:
+            raise places.error(loc, error.message, error.hint) from None
+        if not isinstance(given, dict):
+            raise places.error((*loc, name), "must be a mapping of parameters", "write it as {ties: {density: 0.2}}")
+        baselines.append(Baseline(name, parameters.check(method, given, (*loc, name), places)[0]))
+    return Evaluation(found["suite"], tuple(baselines))
+
+
 def _check_baselines(recipe: Recipe) -> None:
     """Now rather than after the merge, when they are needed."""
     baselines = recipe.evaluate.baselines if recipe.evaluate else ()
-    for i, name in enumerate(baselines):
+    for i, baseline in enumerate(baselines):
         try:
-            if name in baselines[:i]:
-                raise RecipeError(f"'{name}' is listed twice")
-            recipe.with_method(name)
+            if baseline in baselines[:i]:
+                raise RecipeError(f"'{baseline.label}' is listed twice")
+            recipe.with_method(baseline)
         except RecipeError as error:
             raise recipe.places.error(("evaluate", "baselines", i), error.message, error.hint) from None
-
-
-def _evaluation(found: Mapping[str, Any] | None) -> Evaluation | None:
-    return None if found is None else Evaluation(found["suite"], tuple(found.get("baselines", ())))
 
 
 def _given(data: Mapping[str, Any]) -> dict[str, Any]:

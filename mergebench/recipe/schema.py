@@ -38,6 +38,11 @@ def _list(words: str, each: Kind, hint: str | None = None) -> Kind:
 
 
 NAME = Kind("the name of a merge method", _text)
+BASELINE = Kind(
+    "the name of a merge method, or one with parameters",
+    lambda value: _text(value) or (isinstance(value, dict) and len(value) == 1 and all(map(_text, value))),
+    hint=lambda value: "write it as ties, or {ties: {density: 0.2}}",
+)
 MODEL = Kind("a path or org/name", _text)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 GLOBS = _list("a list of globs", Kind("a glob", _text), "write it in brackets: ['*.bias']")
@@ -65,7 +70,7 @@ RECIPE = {
 ENTRY = {"model": MODEL, "task_vector": Kind("a path", _text), "parameters": MAPPING}
 EVALUATE = {
     "suite": Kind("a file or a mapping", lambda value: _text(value) or isinstance(value, dict)),
-    "baselines": _list("a list of merge methods", NAME, "write it in brackets: [linear]"),
+    "baselines": _list("a list of merge methods", BASELINE, "write it in brackets: [linear]"),
 }
 FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
 UNSUPPORTED = {

@@ -247,7 +247,7 @@ def test_tensors_that_do_not_fit(broken: Path, suite: Suite) -> None:
     refused(ModelError, Changed(broken, "m", lambda t: t.pop(lost)), suite, f"model 'm': '{lost}' is missing")
     refused(ModelError, Changed(broken, "m", lambda t: t.update(extra=t[lost])), suite, "'extra' has no place")
     evaluate_models([Candidate("m", "input", Changed(broken, "m", lambda t: t.pop("pooler.dense.weight")))], suite)
-    buffer = {"embeddings.position_ids": torch.arange(40)[None]}
+    buffer = {"embeddings.position_ids": torch.arange(40)[None], "encoder.layer.0.masked_bias": torch.zeros(1)}
     evaluate_models([Candidate("m", "input", Changed(broken, "m", lambda t: t.update(buffer)))], suite)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,10 @@ def test_tokenized_once_for_all_models(
     assert len(calls) == 2  # one a task
     evaluate_models(candidates, suite)
     assert len(calls) == 2
-    config = json.loads((other / "tokenizer.json").read_text())
-    config["model"]["vocab"]["w1"], config["model"]["vocab"]["w2"] = 5, 4
-    (other / "tokenizer.json").write_text(json.dumps(config))
+    tokenizer = (other / "tokenizer.json").read_text()
+    assert '"w1": 5' in tokenizer
+    swapped = tokenizer.replace('"w1": 5', '"w1": 4').replace('"w0": 4', '"w0": 5')
+    (other / "tokenizer.json").write_text(swapped)  # as long as before
     second = evaluate_models(candidates, suite)
     assert len(calls) == 4  # another tokenizer gives other tokens
     assert first.of("0")["a"].predictions == second.of("0")["a"].predictions
@@ -183,6 +185,8 @@ def test_bits_do_not_depend_on_threads(encoder: Path, place: Path, entry: Callab
         torch.set_num_threads(threads)
         outcomes.append(run_batches(work, groups, torch.device("cpu"), ticks.append))
         assert torch.get_num_threads() == threads
+        with ThreadPoolExecutor(1) as later:  # a thread that begins afterwards, as the engine's do
+            assert later.submit(torch.get_num_threads).result() == threads
     assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
     assert ticks == 2 * [len(group) for group in groups]
 
@@ -197,10 +201,19 @@ def test_a_failing_batch_ends_the_run_with_its_error() -> None:
         if group == [1]:
             raise ZeroDivisionError
 
+    groups = [[number] for number in range(1000)]
     with pytest.raises(ZeroDivisionError):
-        run_batches(work, [[number] for number in range(1000)], torch.device("cpu"), lambda items: None)
+        run_batches(work, groups, torch.device("cpu"), lambda items: None)
     assert torch.get_num_threads() == 2
     assert len(done) < 1000
+
+    def stop(items: int) -> None:
+        raise KeyboardInterrupt
+
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_batches(work, [[0], *groups[2:]], torch.device("cpu"), stop)
+    assert len(done) < 998
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=80), tokens=st.integers(1, 120))

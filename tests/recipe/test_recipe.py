@@ -12,7 +12,7 @@ import pytest
 
 from mergebench import methods
 from mergebench.errors import RecipeError
-from mergebench.recipe import Entry, Evaluation, Recipe, load
+from mergebench.recipe import Baseline, Entry, Evaluation, Recipe, load
 
 Write = Callable[[str], str]
 
@@ -53,7 +53,7 @@ def test_everything(write: Write) -> None:
         chat_template:
         evaluate:
           suite: suite.yaml
-          baselines: [linear, task_arithmetic]
+          baselines: [linear, {ties: {density: 0.2}}]
         """
     )
     recipe = load(path)
@@ -72,7 +72,7 @@ def test_everything(write: Write) -> None:
         seed=7,
         dtype="bfloat16",
         out_dtype="float16",
-        evaluate=Evaluation("suite.yaml", ("linear", "task_arithmetic")),
+        evaluate=Evaluation("suite.yaml", (Baseline("linear"), Baseline("ties", {"density": 0.2}))),
     )
     assert recipe.path == Path("recipe.yaml")
     assert recipe.folder == Path()
@@ -201,7 +201,7 @@ def test_with_method() -> None:
             "evaluate": {"suite": "s", "baselines": ["linear"]},
         }
     )
-    pcb = recipe.with_method("pcb")
+    pcb = recipe.with_method(Baseline("pcb"))
     assert pcb == load(
         {
             "merge_method": "pcb",
@@ -214,12 +214,12 @@ def test_with_method() -> None:
     )
     assert pcb.scope == "model"
     with pytest.raises(RecipeError, match="'slerp' has no default for t"):
-        recipe.with_method("slerp")
+        recipe.with_method(Baseline("slerp"))
     with pytest.raises(RecipeError, match="no method is called 'leanear'"):
-        recipe.with_method("leanear")
+        recipe.with_method(Baseline("leanear"))
     baseless = load({"merge_method": "linear", "models": [{"model": "a"}]})
     with pytest.raises(RecipeError, match="'ties' merges task vectors, and the recipe has no base_model"):
-        baseless.with_method("ties")
+        baseless.with_method(Baseline("ties"))
 
 
 def test_an_inline_suite_is_kept_and_copied() -> None:

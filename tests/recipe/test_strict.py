@@ -94,7 +94,10 @@ AFTER_START = [
     ("evaluate: {suite: 3}", "7:12", "evaluate.suite: must be a file or a mapping, got 3", None),
     ("evaluate: {suite: a, baselines: linear}", "7:22", "evaluate.baselines: must be a list of merge methods, got 'linear'", "write it in brackets: [linear]"),
     ("evaluate: {suite: a, baselines: [linear, lineer]}", "7:42", "evaluate.baselines.1: no method is called 'lineer'", "did you mean 'linear'?"),
-    ("evaluate: {suite: a, baselines: [slerp]}", "7:34", "evaluate.baselines.0: 'slerp' has no default for t", "compare with a method that has"),
+    ("evaluate: {suite: a, baselines: [slerp]}", "7:34", "evaluate.baselines.0: 'slerp' has no default for t", "give it: {slerp: {t: VALUE}}"),
+    ("evaluate: {suite: a, baselines: [{ties: {densty: 0.2}}]}", "7:42", "evaluate.baselines.0.ties.densty: 'ties' has no such parameter", "did you mean 'density' (share of elements kept, above 0, at most 1)?"),
+    ("evaluate: {suite: a, baselines: [{ties: 0.2}]}", "7:35", "evaluate.baselines.0.ties: must be a mapping of parameters", "write it as {ties: {density: 0.2}}"),
+    ("evaluate: {suite: a, baselines: [{ties: {}, linear: {}}]}", "7:34", "evaluate.baselines.0: must be the name of a merge method, or one with parameters, got a mapping", "write it as ties, or {ties: {density: 0.2}}"),
     ("evaluate: {suite: a, baselines: [linear, linear]}", "7:42", "evaluate.baselines.1: 'linear' is listed twice", None),
 ]  # fmt: skip
 
