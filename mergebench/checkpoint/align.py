@@ -40,12 +40,16 @@ class Alignment:
     sources: dict[str, list[TensorInfo]] = field(default_factory=dict)  # merged name -> one for each model
     problems: list[str] = field(default_factory=list)  # every mismatch, one line each
     must_equal: list[tuple[Model, TensorInfo, TensorInfo]] = field(default_factory=list)  # tied, by bytes
+    aliases: dict[str, str] = field(default_factory=dict)  # tied tensors that the base stores twice
 
 
 def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> Alignment:
     """Match every model's tensors with the base's; `wanted(name)` says which are to be merged."""
     result = Alignment()
     for name, info in base.tensors.items():
+        target = tied_to(name, base)
+        if target is not None:
+            result.aliases[name] = target
         if not wanted(name) or is_derived(info):
             result.copied.append(name)
             continue

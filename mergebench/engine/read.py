@@ -94,7 +94,8 @@ class ChunkReader:
                     "a merge with it would be broken: use another checkpoint, or exclude the tensor",
                 )
         values, _ = self.load([span], apply=False)
-        for number, row in enumerate(values):
-            if not torch.isfinite(row).all():
-                return RunError(f"{span.tensor}: the difference of {merge.names[number]} to the base overflows")
+        for name, row in zip(merge.names, values, strict=True):
+            bad = row[~torch.isfinite(row)]
+            if len(bad):  # an adapter's product, or an overflow of the subtraction
+                return RunError(f"{span.tensor}: what {name} makes of it has {bad[0].item()}", "use another checkpoint")
         return None

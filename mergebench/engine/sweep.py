@@ -246,8 +246,10 @@ class Sweeper:
         return self.plan.merge.reference.tensors[name].numel
 
     def _context(self, unit: Unit, spans: tuple[Span, ...]) -> Context:
-        merge = self.plan.merge
+        merge, aliases = self.plan.merge, self.plan.alignment.aliases
         shape = merge.reference.tensors[spans[0].tensor].shape
+        if aliases:  # tied tensors that are stored twice draw the same noise, and stay equal
+            spans = tuple(span._replace(tensor=aliases.get(span.tensor, span.tensor)) for span in spans)
         return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, self.plan.device)
 
     def _items(self, group: Group, numbers: Sequence[int]) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""The same recipe gives the numbers that mergekit 0.1.5 gives (float32; recorded in tests/golden/mergekit.safetensors)."""
+"""The same recipe gives the numbers that mergekit 0.1.5 gives, in float32, as recorded in tests/golden."""
 
 from __future__ import annotations
 
