@@ -83,13 +83,16 @@ def read_header(file: Path) -> Header:
     if not isinstance(entries, dict):
         raise damaged(file, "its header is not a JSON object")
     metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(file, "its metadata is not a mapping of texts")
     tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_layout(file, tensors, 8 + length, status.st_size)
     return Header(
         file=file,
         tensors=tensors,
-        metadata=metadata if isinstance(metadata, dict) else {},
+        metadata=metadata,
         sha256=hashlib.sha256(raw).hexdigest(),
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,

@@ -131,7 +131,7 @@ scraps = st.recursive(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["a", "empty", "b", "c"]),
+            st.sampled_from(["a", "empty", "b", "c", "__metadata__"]),
             st.sampled_from(["dtype", "shape", "data_offsets", None]),
             scraps | st.lists(numbers, min_size=2, max_size=2),
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def train(model: Any, seed: int = 1) -> None:
                 value.copy_(0.3 * torch.randn_like(value))
 
 
-def make(folder: Path, config: Any, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make(
+    folder: Path, config: Any, settings: dict[str, Any], dtype: torch.dtype = torch.float32, **how: Any
+) -> dict[str, Tensor]:
     """A base, an adapter on it, both saved; what PEFT makes of the two, as saved."""
     auto = transformers.AutoModel if config is BERT else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
@@ -78,7 +81,7 @@ def make(folder: Path, config: Any, settings: dict[str, Any], dtype: torch.dtype
     with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(auto.from_pretrained(folder / "base"), LoraConfig(**settings))
         train(model)
-        model.save_pretrained(folder / "lora")
+        model.save_pretrained(folder / "lora", **{"save_embedding_layers": False, **how})
         again = PeftModel.from_pretrained(auto.from_pretrained(folder / "base"), folder / "lora")
         again.merge_and_unload().save_pretrained(folder / "folded")
     return read_model(folder / "folded")
@@ -181,7 +184,7 @@ def test_any_split_gives_the_same_bits(tmp_path_factory: pytest.TempPathFactory,
     with Files() as files:
         reader = LowRankReader(files, model.low_rank["layer.weight"])
         pieces = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             piece = torch.zeros(stop - start)
             reader.add_into(start, piece)
             pieces.append(piece)
@@ -224,6 +227,13 @@ def test_refused(tmp_path: Path, kind: str) -> None:
     settings = {"r": 2, "target_modules": PROJECTIONS, **REFUSED[kind]}
     make(tmp_path, GPT2 if kind == "a LoRA bias" else LLAMA, settings)
     with pytest.raises(ModelError, match=str(tmp_path / "lora")):
+        fold(tmp_path)
+
+
+def test_a_head_saved_whole_is_refused(tmp_path: Path) -> None:
+    """PEFT stores the base's head beside the factors of an adapted one, unless told not to."""
+    make(tmp_path, *KINDS["untied head"], save_embedding_layers="auto")
+    with pytest.raises(ModelError, match=r"lm_head\.base_layer\.weight: not a LoRA factor"):
         fold(tmp_path)
 
 

@@ -102,6 +102,12 @@ def test_the_document_as_other_tools_read_it(tmp_path: Path) -> None:
     assert sum(line.startswith('{"model"') for line in text.splitlines()) == 2  # one record a line
 
 
+def test_json_has_no_word_for_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        Results({}, (record(value=float("nan")),)).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_keys_of_later_versions_are_passed_over(tmp_path: Path) -> None:
     document = Results({}, (record(),)).to_dict()
     document["records"][0] = {**document["records"][0], "flips": 3}

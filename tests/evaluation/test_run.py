@@ -21,6 +21,7 @@ from mergebench.checkpoint import open_model
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Results, Step, Suite, evaluate_models, load_suite
 from mergebench.evaluation.network import Network
+from mergebench.evaluation.run import _homes as homes
 from tests.evaluate.conftest import Files, write_encoder, write_head
 
 Entry = Callable[..., dict[str, Any]]
@@ -73,7 +74,9 @@ def test_relative_to_the_input_whose_directory_holds_the_head(encoder: Path, pla
         Candidate("twin", "input", Files(encoder), place / "a"),
         Candidate("pcb", "merged", Files(merged), place / "a"),
     ]
-    results = evaluate_models(candidates, load_suite({"tasks": tasks}))
+    suite = load_suite({"tasks": tasks})
+    assert homes(candidates, suite) == {"a": "own"}  # the first one
+    results = evaluate_models(candidates, suite)
     value = {model: results.of(model)["a"].value for model in results.models}
     assert len(set(value.values())) > 1
     assert {model: results.of(model)["a"].relative for model in results.models} == {

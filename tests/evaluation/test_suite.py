@@ -71,9 +71,10 @@ def test_paths_are_looked_up_here_then_beside_the_suite_then_in_the_folders(
     write_head(place / "third/a")
     (place / "beside/suite.yaml").write_text("tasks:\n" + TASK)
     (place / "data.jsonl").rename(place / "beside/data.jsonl")
+    write_data(place / "third/data.jsonl", count=3)
     (place / "a/head.safetensors").unlink()
     monkeypatch.chdir(place / "here")
-    suite = load_suite("suite.yaml", [place / "beside", place / "third"])
+    suite = load_suite("suite.yaml", [place / "third", place / "beside"])
     assert suite.tasks[0].ready.files == (place / "beside/data.jsonl", place / "third/a/head.safetensors")
     write_data(place / "here/data.jsonl", count=2)
     assert load_suite(place / "beside/suite.yaml", [place / "third"]).items == 2
