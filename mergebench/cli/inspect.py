@@ -145,5 +145,6 @@ def _print(table: Any) -> None:
 
     from rich.console import Console
 
-    # a pipe has no width: give tables the room they need there
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    # a pipe has no width: give tables the room they need there. A name's brackets and colons are its own.
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)

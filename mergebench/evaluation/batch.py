@@ -7,8 +7,9 @@ the work itself), and the bits do not depend on the number of cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,17 @@ from mergebench.evaluation.task import Tick
 T = TypeVar("T")
 
 CPU_TOKENS, GPU_TOKENS = 512, 32_768  # in a batch, padding included
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread for a while; what begins afterwards has as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -46,12 +58,9 @@ def run_batches(work: Callable[[list[int]], T], groups: list[list[int]], device:
 
     if device.type != "cpu":
         return collect(map(work, groups))
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                return collect(pool.map(work, groups))
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)  # the workers set it for the whole process
+    cores = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return collect(pool.map(work, groups))
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError
+from mergebench.evaluation.batch import one_thread
 from mergebench.evaluation.task import LoadableModel
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Network:
         self.name = model.reference
         self.device = device
         self.directory = model.side_directory
-        self.module: Any = _build(model, auto_class).to(device).eval()
+        with one_thread():  # many small steps, which threads would only wait for one another in
+            self.module: Any = _build(model, auto_class).to(device).eval()
 
     @property
     def hidden(self) -> int:

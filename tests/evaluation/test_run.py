@@ -114,6 +114,19 @@ def test_one_model_in_memory(encoder: Path, suite: Suite, monkeypatch: pytest.Mo
     assert opened == ["x", "y", "z"]
 
 
+def test_a_model_is_read_on_one_thread(encoder: Path, suite: Suite) -> None:
+    """On a busy machine the small steps of loading take many times as long on several."""
+    before = torch.get_num_threads()
+    seen = []
+    torch.set_num_threads(2)
+    try:
+        model = Changed(encoder, "m", lambda tensors: seen.append(torch.get_num_threads()))
+        evaluate_models([Candidate("m", "input", model)], suite)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_progress_counts_every_item_once(encoder: Path, suite: Suite) -> None:
     steps: list[Step] = []
     evaluate_models([Candidate(name, "input", Files(encoder)) for name in "xy"], suite, progress=steps.append)

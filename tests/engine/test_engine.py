@@ -1,0 +1,136 @@
+"""The engine on real files: misses, many tensors, noise, tied tensors, the memory it says it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mergebench
+from mergebench.engine import statistics, sweep
+from mergebench.engine.context import Span
+from mergebench.engine.noise import TILE, bernoulli
+from mergebench.engine.run import Result
+
+CPU = torch.device("cpu")
+
+
+def files(folder: Path, shapes: dict[str, tuple[int, ...]], models: int = 2) -> tuple[dict[str, Tensor], list[Any]]:
+    """A base and fine-tunes as files, and their tensors."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tuned = [
+        {name: value + 0.01 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        for _ in range(models)
+    ]
+    for name, tensors in zip(["base", "ft0", "ft1", "ft2"], [base, *tuned], strict=False):
+        save_file(tensors, folder / f"{name}.safetensors")
+    return base, tuned
+
+
+def merge(folder: Path, out: str, method: str = "ties", models: int = 2, plan: Any = None, **more: Any) -> Result:
+    recipe = mergebench.load(
+        {
+            "merge_method": method,
+            "base_model": str(folder / "base.safetensors"),
+            "models": [{"model": str(folder / f"ft{number}.safetensors")} for number in range(models)],
+            **more,
+        }
+    )
+    return mergebench.run(mergebench.plan(recipe, **(plan or {})), folder / out)
+
+
+def test_a_bracket_that_misses_costs_a_sweep_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, {"w": (5 * TILE,)})
+    right = merge(tmp_path, "right", parameters={"density": 0.2})
+
+    def poisoned(sample: Any, row: int, rank: int, numel: int) -> tuple[float, float, float]:
+        return (10.0, 11.0, 12.0) if sample.margin == 1 else honest(sample, row, rank, numel)
+
+    honest = statistics.Sample.bracket
+    monkeypatch.setattr(statistics.Sample, "bracket", poisoned)
+    missed = merge(tmp_path, "missed", parameters={"density": 0.2})
+
+    assert (0, 1) == (right.provenance["extra_sweeps"], missed.provenance["extra_sweeps"])
+    assert torch.equal(
+        load_file(right.out / "model.safetensors")["w"], load_file(missed.out / "model.safetensors")["w"]
+    )
+
+
+def test_global_ties_trims_over_all_tensors(tmp_path: Path) -> None:
+    base, tuned = files(tmp_path, {"a": (3, 70_000), "b": (41,), "c": (), "d": (TILE + 1,)})
+    tuned[0]["b"] += 1  # far larger than the others: all of it is kept
+    save_file(tuned[0], tmp_path / "ft0.safetensors")
+    density = 0.3
+
+    out = merge(tmp_path, "out", models=1, scope="model", parameters={"density": density}).out
+
+    flat = torch.cat([(tuned[0][name] - base[name]).reshape(-1) for name in base])
+    threshold = flat.abs().sort(descending=True).values[int(density * len(flat)) - 1]
+    merged = load_file(out / "model.safetensors")
+    for name in base:
+        vector = tuned[0][name] - base[name]
+        expected = base[name] + torch.where(vector.abs() >= threshold, vector, 0.0)
+        assert torch.equal(expected, merged[name])
+
+
+def test_what_ties_keeps_is_reported(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(8)}, tmp_path / "base.safetensors")
+    save_file({"w": torch.tensor([1.0, 1, 1, 1, 2, 0, 0, 0])}, tmp_path / "ft0.safetensors")
+
+    done = merge(tmp_path, "out", models=1, parameters={"density": 0.25})
+
+    (answer,) = done.provenance["answers"]["w"]
+    assert {"order_statistics": [[1.0]], "smaller": [[3]]} == answer  # five of eight are kept, not two
+
+
+def test_noise_does_not_depend_on_the_borders_of_chunks() -> None:
+    whole = bernoulli(3, [Span("w", 0, TILE + 100)], [0.3, 0.8], CPU)
+    starts = range(0, TILE + 100, 7777)
+    pieces = [bernoulli(3, [Span("w", at, min(at + 7777, TILE + 100))], [0.3, 0.8], CPU) for at in starts]
+
+    assert torch.equal(whole, torch.cat(pieces, dim=1))
+
+
+def test_noise_is_fair_and_independent() -> None:
+    size, share = 4 * TILE, 0.3
+    draws = bernoulli(0, [Span("w", 0, size)], [share] * 2, CPU)
+    others = [bernoulli(seed, [Span(name, 0, size)], [share], CPU)[0] for seed, name in ((1, "w"), (0, "v"))]
+    error = (share * (1 - share) / size) ** 0.5
+
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    for row in (*draws, *others):
+        assert abs(float(row.mean()) - share) < 5 * error
+        neighbours = float((row[1:] * row[:-1]).mean())
+        assert abs(neighbours - share**2) < 5 * (share**2 / size) ** 0.5
+    for other in (draws[1], *others):
+        both = float((draws[0] * other).mean())
+        assert abs(both - share**2) < 5 * (share**2 / size) ** 0.5
+    assert torch.equal(torch.ones(1, 9), bernoulli(0, [Span("w", 0, 9)], [1.0], CPU))
+
+
+def test_dare_keeps_the_mean(tmp_path: Path) -> None:
+    base, tuned = files(tmp_path, {"w": (20 * TILE,)}, models=1)
+    tuned[0]["w"] = base["w"] + 1
+    save_file(tuned[0], tmp_path / "ft0.safetensors")
+
+    merged = load_file(merge(tmp_path, "out", "dare_linear", 1, parameters={"density": 0.25}).out / "model.safetensors")
+
+    change = (merged["w"] - base["w"]).double()
+    assert {0.0, 4.0} == set(np.unique(np.round(change.numpy(), 3)).tolist())
+    assert abs(float(change.mean()) - 1) < 5 * (3 / (20 * TILE)) ** 0.5
+
+
+def test_the_answer_does_not_depend_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, {"a": (6 * TILE,), "b": (5 * TILE,)})
+    monkeypatch.setattr(sweep, "SMALL", 100)
+    generous = merge(tmp_path, "generous", "pcb", plan={"memory": 400 << 20})
+    tight = merge(tmp_path, "tight", "pcb", plan={"memory": 32 << 20, "workers": 1})
+
+    left, right = (load_file(result.out / "model.safetensors") for result in (generous, tight))
+    assert all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,134 @@
+"""Order statistics against sorting, dot products against float64, whatever the chunks, samples and room.
+
+python -m pytest tests/engine
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mergebench.engine.noise import TILE
+from mergebench.engine.statistics import Bracket, Miss, Sample, _next, gram, order_statistics
+
+FLOATS = hnp.arrays(
+    np.float32,
+    st.integers(1, 400),
+    elements=st.one_of(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]),  # floods of ties
+        st.floats(-4, 4, width=32),
+    ),
+)
+
+
+def gathered(values: np.ndarray, bracket: tuple[float, float, float], room: int, workers: int, cuts: int) -> Bracket:
+    """Values streamed through several workers' brackets, in pieces, then combined."""
+    brackets = [Bracket(*bracket, room) for _ in range(workers)]
+    for number, part in enumerate(np.array_split(values, cuts)):
+        brackets[number % workers].add(part)
+    for other in brackets[1:]:
+        brackets[0].merge(other)
+    return brackets[0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(FLOATS, st.data())
+def test_a_bracket_is_exact_or_says_that_it_missed(values: np.ndarray, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, len(values) - 1))
+    edges = sorted(data.draw(st.tuples(*[st.sampled_from(values.tolist())] * 3)))
+    bracket = (edges[0], edges[1], _next(edges[2]))
+    room = data.draw(st.sampled_from([4, 16, 1000]))
+
+    found = gathered(values, bracket, room, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)))
+
+    expected = np.sort(values)[rank]
+    try:
+        assert expected == found.at(rank)
+        assert found.smaller == np.count_nonzero(values < expected)
+    except Miss:
+        inside = edges[0] <= expected <= edges[2]
+        assert not inside or room < len(values)  # only a value outside, or one that had to make room, is missed
+
+
+@settings(max_examples=100, deadline=None)
+@given(FLOATS, st.integers(1, 7), st.integers(1, 3))
+def test_without_a_sample_everything_is_kept_and_exact(values: np.ndarray, cuts: int, workers: int) -> None:
+    found = gathered(values, (-np.inf, 0.0, np.inf), len(values), workers, cuts)
+
+    assert np.sort(values).tolist() == [found.at(rank) for rank in range(len(values))]
+
+
+def test_a_bracket_never_holds_more_than_its_room() -> None:
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    bracket = Bracket(-np.inf, 0.0, np.inf, 1000)
+    for part in np.array_split(values, 200):
+        bracket.add(part)
+        assert bracket.held <= 1000
+
+    assert np.sort(values)[50_000] == bracket.at(50_000) or abs(np.sort(values)[50_000]) > bracket.high
+
+
+def test_a_flood_takes_no_room() -> None:
+    values = np.zeros(100_000, np.float32)
+    values[:10] = 1
+    bracket = Bracket(-1.0, 0.0, 2.0, 1000)
+    bracket.add(values)
+
+    assert (10, 99_990) == (bracket.held, bracket.at_guess)
+    assert bracket.at(5) == 0.0
+    assert bracket.at(99_995) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.999])
+def test_a_sample_brackets_the_rank_of_what_it_was_drawn_from(share: float) -> None:
+    generator = np.random.default_rng(1)
+    values = np.abs(generator.standard_normal(1_000_000)).astype(np.float32)
+    starts = np.sort(generator.choice(len(values) - 128, 200, replace=False))
+    sample = np.concatenate([values[start : start + 128] for start in starts])[None]
+    rank = int(share * (len(values) - 1))
+
+    low, _, high = Sample(sample, 128, 1.0).bracket(0, rank, len(values))
+
+    assert low <= np.sort(values)[rank] < high
+    assert np.count_nonzero((values >= low) & (values < high)) < 0.1 * len(values)
+
+
+def test_ranks_outside_are_refused() -> None:
+    statistic = order_statistics(torch.ones(1, 5), [5])
+    with pytest.raises(IndexError, match="rank 5 of 5"):
+        statistic.exact()
+
+
+@settings(max_examples=50, deadline=None)
+@given(FLOATS)
+def test_order_statistics_of_a_whole_equal_sorting(values: np.ndarray) -> None:
+    rows = torch.from_numpy(np.stack([values, -values]))
+    ranks = sorted({0, len(values) // 3, len(values) - 1})
+
+    answers = order_statistics(rows, ranks).exact()
+
+    ordered = rows.sort(dim=1).values
+    for rank, answer in zip(ranks, answers, strict=True):
+        assert torch.equal(ordered[:, rank : rank + 1], answer)
+
+
+@pytest.mark.parametrize("chunk", [TILE, 2 * TILE, 5 * TILE])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_dot_products_have_the_same_bits_for_any_chunks_and_workers(chunk: int, workers: int) -> None:
+    values = torch.randn(3, 4 * TILE + 17, generator=torch.Generator().manual_seed(0))
+    tiles = 5
+    states = [gram(values[:, :0]).init(values.shape[1], tiles, None, 0) for _ in range(workers)]
+    for number, start in enumerate(range(0, values.shape[1], chunk)):
+        gram(values[:, start : start + chunk]).reduce(states[number % workers], start // TILE)
+    state = states[0]
+    for other in states[1:]:
+        state = gram(values).combine(state, other)
+
+    streamed = gram(values).finish(state)
+
+    assert torch.equal(gram(values).exact(), streamed)
+    torch.testing.assert_close(values.double() @ values.double().T, streamed, rtol=1e-12, atol=1e-9)

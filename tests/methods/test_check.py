@@ -1,0 +1,66 @@
+"""Every built-in method streams to the bits it has in memory, and the check itself has teeth.
+
+python -m pytest tests/methods
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from mergebench import Context, Passes, TaskVectors, merge_method, methods, param, total
+from mergebench.testing import check_method
+
+VALUES = {
+    "slerp": {"t": 0.3},
+    "ties": {"density": 0.2},
+    "dare_linear": {"density": 0.4},
+    "dare_ties": {"density": (0.4, 0.7, 1.0)},
+    "pcb": {"density": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_streamed_equals_in_memory(name: str) -> None:
+    check_method(methods.get(name), **VALUES.get(name, {}))
+
+
+@pytest.mark.parametrize("variant", ["nlp", "vision-es", "vision"])
+def test_pcb_variants_stream(variant: str) -> None:
+    check_method(methods.get("pcb"), variant=variant, density=0.2)
+
+
+@dataclass(frozen=True)
+class Params:
+    scale: float = param(1.0, "factor")
+
+
+def test_a_method_that_sees_its_chunk_is_caught() -> None:
+    @merge_method(takes="task_vectors", paper="none")
+    def by_chunk(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+        """Divides by the largest value of the chunk, as if that were the tensor's."""
+        return total(tvs) / (1 + tvs.abs().max())
+
+    with pytest.raises(AssertionError, match="must not depend on where a chunk ends"):
+        check_method(by_chunk)
+
+
+def test_a_method_that_writes_into_its_input_is_caught() -> None:
+    @merge_method(takes="task_vectors", paper="none")
+    def careless(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+        """Scales in place."""
+        return tvs.mul_(2)[0].clone()
+
+    with pytest.raises(AssertionError, match="writes into its input"):
+        check_method(careless)
+
+
+def test_a_method_without_a_source_is_caught() -> None:
+    @merge_method(takes="task_vectors", paper="")
+    def nameless(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+        """Sums."""
+        return total(tvs)
+
+    with pytest.raises(AssertionError, match="names no source"):
+        check_method(nameless)
