@@ -8,7 +8,7 @@
 WordNet (a Debian package) is not on PyPI, so 300 of its glosses ship in `recipes/quickstart/data`; `--write-nouns`
 writes that file. The other test texts are those fetch.py writes. Train, validation and test texts share no text and no
 group (film, customer's review). Validation chooses the learning rate; the test texts are read once for each task, with
-the adapter as it was saved. All four tasks take about 35 minutes on one core. Needs `peft`.
+the adapter as it was saved. All four tasks took 43 minutes on one busy core. Needs `peft`.
 """
 
 import argparse

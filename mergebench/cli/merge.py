@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,7 @@ def merge(
     elif results is not None:
         from mergebench.evaluation import report
 
-        typer.echo(report(results))
+        typer.echo(report(results, styled=sys.stdout.isatty()))
     else:
         typer.echo(str(result.out))
 

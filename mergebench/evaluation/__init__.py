@@ -8,10 +8,10 @@
 Neither torch nor transformers is imported before something is measured.
 """
 
-from mergebench.evaluation.report import legend, markdown, report, table
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
 from mergebench.evaluation.run import Candidate, Step, evaluate_models
 from mergebench.evaluation.suite import Suite, Task, load_suite
+from mergebench.evaluation.tables import legend, markdown, report, table
 from mergebench.evaluation.task import LoadableModel
 
 __all__ = [

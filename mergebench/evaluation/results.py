@@ -62,7 +62,7 @@ class Results:
     def save(self, directory: Path) -> None:
         """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
         from mergebench.checkpoint.write import write_atomically
-        from mergebench.evaluation.report import markdown
+        from mergebench.evaluation.tables import markdown
 
         made = json.dumps(self.made, indent=1, ensure_ascii=False, allow_nan=False)
         lines = ",\n".join(json.dumps(vars(record), ensure_ascii=False, allow_nan=False) for record in self.records)

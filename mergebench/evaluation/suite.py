@@ -101,7 +101,8 @@ def load_suite(
             raise places.error((*loc, key), "no such key", did_you_mean(key, ["tasks"]))
     entries = data.get("tasks")
     if not (isinstance(entries, list) and entries):
-        raise places.error((*loc, "tasks"), f"must be a list of tasks, got {show(entries)}", SHAPE)
+        what = "names no task" if entries in ([], None) else f"must be a list of tasks, got {show(entries)}"
+        raise places.error((*loc, "tasks"), what, SHAPE)
     reader = _Reader(places, folders)
     return Suite(tuple(reader.task(entry, (*loc, "tasks", i)) for i, entry in enumerate(entries)), path)
 
@@ -119,7 +120,7 @@ class _Reader:
         given = {key: value for key, value in entry.items() if value is not None}
         name, kind_name = self.word(given, "name", loc), self.word(given, "kind", loc)
         if name in self.names:
-            raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too")
+            raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too", "rename one")
         self.names.add(name)
         try:
             kind = kinds.get(kind_name)

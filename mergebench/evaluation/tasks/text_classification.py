@@ -39,7 +39,7 @@ def text_classification(p: Params) -> Ready:
     for row in read_rows(p.data, p.id, (p.text, p.label), p.limit):
         text, label = row.values
         if not isinstance(text, str):
-            raise RunError(f"{row.where}: {p.text} must be text")
+            raise RunError(f"{row.where}: {p.text} must be text, got {text!r:.60}")
         label = str(label) if type(label) is int else label
         if label not in head.labels:
             close = did_you_mean(label, head.labels) if isinstance(label, str) else None

@@ -100,10 +100,13 @@ SHARES = ("accuracy",)  # metrics from 0 to 1, shown in percent
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last parts of each name that tell it from the others: `runs/a/tweets` and `base+b/nouns`
-    become `tweets` and `nouns`."""
+    """The last parts of each name that tell it from the others.
+
+    `runs/a/tweets` and `base+b/nouns` become `tweets` and `nouns`; what is in brackets is left whole.
+    """
     names = list(dict.fromkeys(names))
-    parts = {name: [part for part in re.split(r"[/+]", name) if part not in ("", ".")] or [name] for name in names}
+    split = {name: re.split(r"[/+](?![^(]*\))", name) for name in names}
+    parts = {name: [part for part in split[name] if part not in ("", ".")] or [name] for name in names}
     longest = max(map(len, parts.values()), default=1)
     short = {name: name for name in names}
     left = set(names)

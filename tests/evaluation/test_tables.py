@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mergebench.evaluation import Record, Results, markdown, report, table
-from mergebench.evaluation.report import short_names
+from mergebench.evaluation.tables import short_names
 from mergebench.evaluation.task import Prediction, accuracy
 
 RIGHT = {  # of 300, by model; columns are the tasks
@@ -180,6 +180,7 @@ def test_nothing_measured() -> None:
         (["base+a/tweets", "base+b/nouns/"], ["tweets", "nouns"]),
         (["org/name@main", "/abs/olute"], ["name@main", "olute"]),
         (["a+b", "a/b"], ["a+b", "a/b"]),
+        (["runs/ties (lambda 1e+3)", "b/ties (x/y)"], ["ties (lambda 1e+3)", "ties (x/y)"]),
         (["tweets (input)", "./"], ["tweets (input)", "./"]),
         ([], []),
     ],
