@@ -34,8 +34,8 @@ class Server:
     def start(self, *args: Any, folder: Path, **how: Any) -> Run:
         """Start `mergebench ARGS` in `folder`.
 
-        die_at: kill -9 at the n-th change to the file system below `folder`. count: write the number of
-        such changes to this file. largest_file: no file may grow beyond so many bytes.
+        die_at: kill -9 (or the signal `by`) at the n-th change to the file system below `folder`. count:
+        write the number of such changes to this file. largest_file: no file may grow beyond so many bytes.
         """
         return Run(self, self._ask({"args": [*map(str, args)], "folder": str(folder), **how}), folder)
 
@@ -81,7 +81,7 @@ def changes(event: str, args: tuple[Any, ...], folder: str) -> bool:
     return writes and isinstance(path, (str, os.PathLike)) and Path(folder) in Path(path).absolute().parents
 
 
-def watch(folder: str, die_at: int | None, count: str | None) -> None:
+def watch(folder: str, die_at: int | None, by: int, count: str | None) -> None:
     seen = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -89,7 +89,7 @@ def watch(folder: str, die_at: int | None, count: str | None) -> None:
         if changes(event, args, folder):
             seen += 1
             if seen == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
             if count:
                 with open(count, "w") as stream:
                     stream.write(str(seen))
@@ -109,7 +109,7 @@ def child(request: dict[str, Any], stdin: IO[str]) -> None:
     if "largest_file" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
     if "die_at" in request or "count" in request:
-        watch(str(folder), request.get("die_at"), request.get("count"))
+        watch(str(folder), request.get("die_at"), request.get("by", signal.SIGKILL), request.get("count"))
     sys.argv = ["mergebench", *request["args"]]
     try:
         main()

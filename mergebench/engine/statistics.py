@@ -21,6 +21,7 @@ from torch import Tensor
 from mergebench.engine.noise import TILE
 
 Floats = NDArray[np.float32]
+FIRST_BUFFER = 8192  # values a bracket has room for at first
 Z = 4.5  # half-width of a bracket in standard errors of the sample
 
 
@@ -110,7 +111,7 @@ class Bracket:
         self.low, self.guess, self.high, self.room = low, guess, high, room
         self.only_guess = low == guess and high == _next(guess)
         self.below = self.at_guess = self.held = 0
-        self.parts: list[Floats] = []
+        self._buffer = np.empty(min(FIRST_BUFFER, room), np.float32)
         self.smaller: int | None = None  # how many values are smaller than the answer
 
     def add(self, values: Floats | Tensor) -> None:
@@ -128,15 +129,23 @@ class Bracket:
         other = picked != self.guess
         inside = picked[other]
         self.at_guess += len(picked) - len(inside)
-        self.parts.append(inside)
-        self.held += len(inside)
+        self._keep(inside)
         if self.held > self.room:
             self._shrink()
 
+    def _keep(self, values: Floats) -> None:
+        # Into one growing buffer: thousands of small blocks that live long would split the memory which
+        # the chunks' temporaries use again and again, and the process would grow with the model.
+        end = self.held + len(values)
+        if end > len(self._buffer):
+            grown = np.empty(max(end, 2 * len(self._buffer)), np.float32)
+            grown[: self.held] = self.inside()
+            self._buffer = grown
+        self._buffer[self.held : end] = values
+        self.held = end
+
     def inside(self) -> Floats:
-        if len(self.parts) != 1:
-            self.parts = [np.concatenate(self.parts) if self.parts else np.empty(0, np.float32)]
-        return self.parts[0]
+        return self._buffer[: self.held]
 
     def _shrink(self) -> None:
         """Out of room: keep the half nearest the guess, count the rest."""
@@ -154,7 +163,8 @@ class Bracket:
         values = self.inside()
         self.below += _count(values < low)
         values = values[(values >= low) & (values < high)]
-        self.low, self.high, self.held, self.parts = low, high, values.size, [values]
+        self.low, self.high, self.held = low, high, values.size
+        self._buffer[: values.size] = values
 
     def merge(self, other: Bracket) -> None:
         """Take in what another worker gathered, within the narrower of both brackets."""
@@ -163,8 +173,7 @@ class Bracket:
         other.narrow(low, high)
         self.below += other.below
         self.at_guess += other.at_guess
-        self.held += other.held
-        self.parts += other.parts
+        self._keep(other.inside())
         if self.held > 2 * self.room:
             self._shrink()
 

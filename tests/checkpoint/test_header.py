@@ -181,6 +181,15 @@ def test_any_claimed_length(tmp_path: Path, length: int) -> None:
     assert check_like_the_library(file) == (length == len(json.dumps(HEALTHY)))
 
 
+@pytest.mark.parametrize("shape", [[2**40, 2**40, 0], [0, 2**64], [0, 2**63], [2**62, 2], [2**32, 2**32]])
+def test_sides_that_no_computer_has(tmp_path: Path, shape: list[int]) -> None:
+    """Also where a side of zero makes the bytes come out right."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(pack({"a": {"dtype": "I8", "shape": shape, "data_offsets": [0, 0]}}, b""))
+    with pytest.raises(RunError, match="'a'"):
+        read_header(file)
+
+
 def test_a_huge_claim_is_not_believed(tmp_path: Path) -> None:
     """No memory is set aside for a header that the file cannot hold."""
     file = tmp_path / "model.safetensors"

@@ -430,6 +430,19 @@ def verified(folder: Path, out: Path) -> None:
     raise failed.value
 
 
+def test_verify_runs_no_code_of_the_model(zoo: Any, tmp_path: Path) -> None:
+    """A config that names a class in a file beside it: the file is copied, never run."""
+    folder = tmp_path / "models"
+    shutil.copytree(zoo("llama", torch.float32), folder)
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    (folder / "base" / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    with pytest.raises(MergebenchError, match="trust_remote_code"):
+        verified(folder, tmp_path / "out")
+    assert not (tmp_path / "was run").exists()
+
+
 @pytest.mark.parametrize("change, says", [
     ({"num_hidden_layers": 3}, "missing keys"),
     ({"num_hidden_layers": 1}, "unexpected keys"),

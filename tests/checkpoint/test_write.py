@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo, read_header
 from mergebench.checkpoint.model import INDEX, SINGLE
-from mergebench.checkpoint.read import TORCH_DTYPE
+from mergebench.checkpoint.read import TORCH_DTYPE, Files, whole
 from mergebench.checkpoint.write import (
     ALIGN,
     OutTensor,
@@ -92,6 +92,30 @@ def test_the_library_reads_what_was_written(tmp_path: Path, tensors: list[OutTen
     found = read_header(file)
     assert [(t.name, t.dtype, t.shape, t.nbytes) for t in found.tensors] == tensors
     assert found.tensors[0].offset % ALIGN == 0
+
+
+def test_reads_and_writes_that_stop_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may take, or give, fewer bytes than it was asked to."""
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, raw, at: pwrite(file, raw[:100], at))
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:100]], at))
+    content = torch.arange(1000.0)
+    writer = ShardWriter(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (1000,), 4000),)))
+    writer.write("a", 0, content)
+    writer.close()
+    (tensor,) = read_header(tmp_path / "x").tensors
+    with Files() as files:
+        assert torch.equal(whole(files, tensor), content)
+    assert torch.equal(load_file(tmp_path / "x")["a"], content)
+
+
+def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+    """Cut off between its header and its data being read: an error, no endless loop, no old bytes."""
+    ShardWriter(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (1000,), 4000),))).close()
+    (tensor,) = read_header(tmp_path / "x").tensors
+    os.truncate(tmp_path / "x", 2000)
+    with Files() as files, pytest.raises(RunError, match="became shorter"):
+        whole(files, tensor)
 
 
 def test_the_file_has_its_size_from_the_start(tmp_path: Path) -> None:

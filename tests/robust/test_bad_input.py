@@ -293,6 +293,11 @@ def _(s: Setup) -> None:
     (s.base / "config.json").write_text('{"model_type": ')
 
 
+@case("config of a fine-tune is not JSON", FAILED, "ft1/config.json", "not readable as JSON")
+def _(s: Setup) -> None:
+    (s.ft1 / "config.json").write_text("")
+
+
 @case("config is not text", FAILED, "base/config.json", "not readable as JSON")
 def _(s: Setup) -> None:
     (s.base / "config.json").write_bytes(b"\xff\xfe\x00")

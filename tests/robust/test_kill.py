@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import fine_tuned, hashes, read_model, write_model, write_recipe
+from models import INDEX, SINGLE, fine_tuned, hashes, read_model, write_model, write_recipe
 from processes import Server
 
 METHODS = {"pcb": {}, "ties": {"parameters": {"density": 0.3}}}
@@ -267,6 +267,9 @@ def test_another_recipe_is_not_resumed(server: Server, interrupted: Path, change
     assert err.count("\n") == 2 and "hint: run without --resume" in err
     assert hashes(interrupted) == before
     assert server.run(*half_way(*CHANGES[change]), folder=interrupted)[0] == 0
+    files = {path.name for path in (interrupted / "out").glob("*.safetensors")}
+    index = interrupted / "out" / INDEX  # nothing of the interrupted run stays
+    assert files == (set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE})
 
 
 def test_the_same_number_of_other_shards_is_not_resumed(server: Server, tmp_path: Path) -> None:
@@ -348,22 +351,37 @@ def test_a_finished_result_says_so(server: Server, small: Path) -> None:
 # -- Ctrl-C ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [0.15, 0.3, 0.45])
-def test_interrupt(server: Server, large: Path, undisturbed: Any, moment: float) -> None:
+def check_interrupted(ran: tuple[int, str, str], folder: Path) -> None:
+    assert ran == (130, "", "interrupted: what is complete is kept; go on with --resume\n")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_interrupt(server: Server, small: Path, undisturbed: Any, share: float) -> None:
     """Exit 130 and one line, at any moment; what is complete is kept."""
-    run = server.start(*command("pcb", "out"), folder=large)
-    deadline = time.monotonic() + 20
-    while not (large / ".out.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(moment * 0.5)
-    run.signal(signal.SIGINT)
-    code, out, err = run.wait()
-    if code == 0:  # it was faster
-        clean(large, "out")
-        return
-    assert (code, out) == (130, "")
-    assert err == "interrupted: what is complete is kept; go on with --resume\n"
-    assert not (large / "out").exists()
+    total = steps(server, small, *command("ties", "out"))
+    clean(small, "out")
+    moment = round(share * total)
+    check_interrupted(server.run(*command("ties", "out"), folder=small, die_at=moment, by=signal.SIGINT), small)
+    assert server.run(*command("ties", "out"), "--resume", folder=small)[0] == 0
+    assert contents(small / "out") == undisturbed[small, "ties"]
+    clean(small, "out")
+
+
+def test_interrupt_of_the_arithmetic(server: Server, large: Path, undisturbed: Any) -> None:
+    """Workers stop at their next chunk."""
+    moments = random.Random(1)
+    for _ in range(20):
+        run = server.start(*command("pcb", "out"), folder=large)
+        while not (large / ".out.partial").exists():
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.1))
+        run.signal(signal.SIGINT)
+        ran = run.wait()
+        if ran[0] != 0:
+            break
+        clean(large, "out")  # it was faster
+    check_interrupted(ran, large)
     assert server.run(*command("pcb", "out"), "--resume", folder=large)[0] == 0
     assert contents(large / "out") == undisturbed[large, "pcb"]
     clean(large, "out")
