@@ -1,7 +1,7 @@
 """Prove that a merge method keeps the rules: `check_method(my_method)` in a plugin's tests.
 
-The oracle is `in_memory`: the method run on everything at once, its questions answered by brute force.
-`streamed` is the engine on real files. The two must agree bit for bit, however the work is cut.
+The oracle is the method run on everything in memory at once, its questions answered by brute force. The
+streamed result must equal it bit for bit, however the work was cut.
 """
 
 from __future__ import annotations
@@ -9,392 +9,201 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast, overload
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergebench import methods, recipe
 from mergebench.checkpoint import Model, open_model
 from mergebench.engine.context import Context, Span
 from mergebench.engine.merge import Merge
 from mergebench.engine.method import Method
 from mergebench.engine.noise import TILE
-from mergebench.engine.plan import count_passes, plan_merge
+from mergebench.engine.plan import plan_merge
 from mergebench.engine.run import run_plan
 from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.errors import MergebenchError
 
 Tensors = Mapping[str, Tensor]
-ALL = 1 << 40  # a chunk larger than any tensor here
+SMALL = {"matrix": (13, 11), "bias": (23,), "scale": ()}
+LARGE = {"matrix": (2, TILE + 465), "bias": (300,), "scale": (), "long": (7 * TILE + 5,)}
 
 
-class _Whole(NamedTuple):
-    """All that a set of statistics reaches over, in one chunk."""
-
-    values: Tensor  # [models, elements]
-    shapes: tuple[tuple[int, ...], ...]  # of the tensors the columns are made of
-    context: Context
-
-
-# -- the oracle ----------------------------------------------------------------------------------
-
-
-@overload
 def in_memory(
-    method: Method, models: Tensor, values: Mapping[str, Any] | None = None, *, scope: str | None = None, seed: int = 0
-) -> Tensor: ...
-@overload
-def in_memory(
-    method: Method,
-    models: Sequence[Tensors],
-    values: Mapping[str, Any] | None = None,
-    *,
-    base: Tensors | None = None,
-    scope: str | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]: ...
-def in_memory(
-    method: Method,
-    models: Tensor | Sequence[Tensors],
-    values: Mapping[str, Any] | None = None,
-    *,
-    base: Tensors | None = None,
-    scope: str | None = None,
-    seed: int = 0,
-) -> Tensor | dict[str, Tensor]:
-    """What a method makes of models that are all in memory, in float32.
+    method: Method, base: Tensors, models: Sequence[Tensors], params: Any, scope: str = "", seed: int = 0
+) -> dict[str, Tensor]:
+    """What the method makes of whole tensors (or, at scope model, of all of them as one), float32.
 
-    models: either tensors by name for each model (then the result is a merged model), or one tensor
-    [models, elements] of what the method takes, task vectors or weights (then it is the merged row). values:
-    parameters by the recipe's names. Order statistics are answered by sorting everything; other
-    statistics are taken over the engine's tiles, in their order, as the bits of a sum depend on it.
+    base, models: float tensors by name. params: the method's own dataclass.
     """
-    params = make_params(method, values or {}, len(models))
     scope = scope or method.scope
-    if isinstance(models, Tensor):
-        return run_whole(method, params, _whole([{"tensor": row} for row in models], ["tensor"], None, scope, seed))
-    reference = base if base is not None else models[0]
-    units = [list(reference)] if scope == "model" else [[name] for name in reference]
+    units = [list(base)] if scope == "model" else [[name] for name in base]
     merged = {}
     for names in units:
-        difference = base if method.takes == "task_vectors" else None
-        result = run_whole(method, params, _whole(models, names, difference, scope, seed))
-        for name, part in zip(names, torch.split(result, [reference[name].numel() for name in names]), strict=True):
-            part = part.reshape(reference[name].shape)
-            merged[name] = part if difference is None else part + difference[name].float()
+        rows = [torch.cat([tensors[name].float().reshape(-1) for name in names]) for tensors in models]
+        origin = torch.cat([base[name].float().reshape(-1) for name in names])
+        values = torch.stack(rows)
+        if method.takes == "task_vectors":
+            values = values - origin
+        sizes = [base[name].numel() for name in names]
+        spans = tuple(Span(name, 0, size) for name, size in zip(names, sizes, strict=True))
+        labels = tuple(f"model{number}" for number in range(len(models)))
+        shape = tuple(base[names[0]].shape)
+        context = Context(values.shape[1], labels, spans, shape, scope, seed, torch.device("cpu"))
+        result = run_whole(method, values, params, context, sizes)
+        result = result + origin if method.takes == "task_vectors" else result
+        for name, part in zip(names, torch.split(result, sizes), strict=True):
+            merged[name] = part.reshape(base[name].shape)
     return merged
 
 
-def _whole(models: Sequence[Tensors], names: Sequence[str], base: Tensors | None, scope: str, seed: int) -> _Whole:
-    def row(tensors: Tensors) -> Tensor:
-        return torch.cat([tensors[name].float().reshape(-1) for name in names])
-
-    values = torch.stack([row(tensors) if base is None else row(tensors) - row(base) for tensors in models])
-    shapes = tuple(tuple(models[0][name].shape) for name in names)
-    spans = tuple(Span(name, 0, models[0][name].numel()) for name in names)
-    labels = tuple(f"model{number}" for number in range(len(models)))
-    context = Context(values.shape[1], labels, spans, shapes[0], scope, seed, torch.device("cpu"))
-    return _Whole(values, shapes, context)
-
-
-def make_params(method: Method, values: Mapping[str, Any], models: int) -> Any:
-    """A method's `Params` from recipe names: defaults filled in, one value for each model where it takes that."""
-    values = {name.rstrip("_"): value for name, value in values.items()}
-    unknown = values.keys() - method.parameters.keys()
-    assert not unknown, f"{method.name}: it has no parameter '{min(unknown)}', it has {', '.join(method.parameters)}"
-    found = {}
-    for name, parameter in method.parameters.items():
-        assert name in values or not parameter.required, f"{method.name}: '{name}' has no default: give it a value"
-        value = values.get(name, parameter.default)
-        each = tuple(value) if isinstance(value, (tuple, list)) else (value,) * (models if parameter.per_model else 1)
-        for one in each:
-            complaint = None if one is None and parameter.default is None else parameter.complaint(one)
-            assert complaint is None, f"{method.name}: {name} {complaint}"
-        found[name] = each if parameter.per_model else value
-    return method.make_params(found)
-
-
-def run_whole(method: Method, params: Any, whole: _Whole) -> Tensor:
-    """Run a method on one chunk that is all there is."""
-    with _one_thread():
-        running: Any = method(whole.values, params, whole.context)
-        if not inspect.isgenerator(running):
-            return cast(Tensor, running)
-        try:
-            statistic = next(running)
-            while True:
-                assert isinstance(statistic, Statistic), (
-                    f"{method.name}: it yields {type(statistic).__name__}, and only a statistic can be answered"
-                )
-                statistic = running.send(brute_force(statistic, method.cut, whole.shapes))
-        except StopIteration as end:
-            return cast(Tensor, end.value)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As the engine's workers compute: a library may add in another order with more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def run_whole(method: Method, values: Tensor, params: Any, context: Context, sizes: Sequence[int]) -> Tensor:
+    """Run a method on one chunk that is all there is; `sizes` are the tensors it is made of."""
+    running: Any = method(values, params, context)
+    if not inspect.isgenerator(running):
+        return cast(Tensor, running)
+    steps = cast("Generator[Statistic, Any, Tensor]", running)
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        statistic = next(steps)
+        while True:
+            statistic = steps.send(_brute_force(statistic, sizes))
+    except StopIteration as end:
+        return cast(Tensor, end.value)
 
 
-def brute_force(statistic: Statistic, cut: str, shapes: Sequence[tuple[int, ...]]) -> Any:
-    """The answer to a question about a chunk that is all of the tensors of these shapes."""
+def _brute_force(statistic: Statistic, sizes: Sequence[int]) -> Any:
+    """Order statistics by sorting; sums over the same tiles as the engine's, so that bits can be compared."""
     if isinstance(statistic, OrderStatistics):
         ordered = np.sort(statistic.values.numpy(), axis=1)
         picked = [[row[rank] for row, rank in zip(ordered, ranks, strict=True)] for ranks in statistic.ranks]
         return tuple(torch.tensor(np.array(column)).unsqueeze(1) for column in picked)
-    sizes = [int(np.prod(shape)) for shape in shapes]
     tiles = [-(-size // TILE) for size in sizes]
     state, first = statistic.init(sum(sizes), sum(tiles), None, sum(sizes)), 0
-    for part, shape, count in zip(torch.split(statistic.values, sizes, dim=1), shapes, tiles, strict=True):
-        columns = shape[-1] if shape else 1
-        step = {"element": TILE, "row": max(TILE // columns, 1) * columns, "tensor": part.shape[1]}[cut]
-        for start in range(0, part.shape[1], step):
-            piece = copy.copy(statistic)
-            piece.values = part[:, start : start + step]
-            piece.reduce(state, first + start // TILE)
+    for part, count in zip(torch.split(statistic.values, list(sizes), dim=1), tiles, strict=True):
+        piece = copy.copy(statistic)
+        piece.values = part
+        piece.reduce(state, first)
         first += count
     return statistic.finish(state)
-
-
-# -- the product ---------------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """Models written to a folder once, to be merged by the engine many times."""
-
-    def __init__(self, folder: Path, models: Sequence[Tensors], base: Tensors | None = None) -> None:
-        self.folder = folder
-        self.models = tuple(self._write(f"model{number}", tensors) for number, tensors in enumerate(models))
-        self.base = None if base is None else self._write("base", base)
-
-    def _write(self, name: str, tensors: Tensors) -> Model:
-        file = self.folder / f"{name}.safetensors"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
-        return open_model(str(file))
-
-    def merge(
-        self, method: Method, params: Any, *, scope: str | None = None, seed: int = 0, **planned: Any
-    ) -> dict[str, Tensor]:
-        """The merged model as stored; `planned` goes to `plan_merge`: chunk, workers, memory."""
-        names = tuple(f"model{number}" for number in range(len(self.models)))
-        merge = Merge(method, params, self.base, self.models, names, scope=scope or method.scope, seed=seed)
-        out = self.folder / "out"
-        run_plan(plan_merge(merge, device="cpu", **planned), out, overwrite=True)
-        return dict(load_file(out / "model.safetensors"))
-
-    def hashes(self) -> dict[str, str]:
-        """The inputs' bytes, to see that they were left alone."""
-        files = sorted(self.folder.glob("*.safetensors"))
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def streamed(
-    method: Method,
-    models: Sequence[Tensors],
-    values: Mapping[str, Any] | None = None,
-    *,
-    base: Tensors | None = None,
-    scope: str | None = None,
-    seed: int = 0,
-    **planned: Any,
-) -> dict[str, Tensor]:
-    """What the engine makes of the same models written to files: `in_memory`'s counterpart, stored types kept."""
-    params = make_params(method, values or {}, len(models))
-    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        return Checkpoints(Path(folder), models, base).merge(method, params, scope=scope, seed=seed, **planned)
-
-
-# -- the check -----------------------------------------------------------------------------------
 
 
 def check_method(method: Method, **values: Any) -> None:
     """Assert that a merge method keeps the rules; `values` are parameters by the recipe's names.
 
-    Small checkpoints are written and merged, streamed and in memory. What the method does wrong is an
-    `AssertionError` with a sentence that says what, and why it matters.
+    Raises `AssertionError` with a sentence that says what it does wrong.
     """
-    count = method.models or 3
-    params = make_params(method, values, count)
-    _check_declaration(method)
-    _check_recipe(method, params, count)
-    _check_function(method, params, count)
-    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        _check_streaming(method, params, count, Path(folder))
-    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        _check_zero(method, params, count, Path(folder))
-
-
-def _check_declaration(method: Method) -> None:
     name = method.name
-    assert method.summary, f"{name}: it has no docstring, which `mergebench methods` shows: say what it computes"
-    assert method.paper, (
-        f"{name}: it names no source, so nobody can check it: paper='arXiv:...', or where it is derived"
-    )
+    assert inspect.getdoc(method.function), f"{name}: it has no docstring: say what it computes"
+    assert method.paper, f"{name}: it names no source: paper='arXiv:...' or where the formula stands"
+    params = _params(method, values)
+    with tempfile.TemporaryDirectory() as folder:
+        for shapes, chunks in ((SMALL, (7, TILE)), (LARGE, (TILE, 7 * TILE, 16 * TILE))):
+            place = Path(folder) / str(len(shapes))
+            place.mkdir()
+            bench = _Bench(method, params, shapes, place)
+            bench.check_streaming(chunks if method.cut == "element" else chunks[-1:])
+        bench.check_zero()
+
+
+def _params(method: Method, values: Mapping[str, Any]) -> Any:
+    count = method.models or 3
+    found = {}
     for parameter in method.parameters.values():
-        assert parameter.help, f"{name}: parameter '{parameter.name}' does not say what it means: param(..., 'help')"
-        if not parameter.required and parameter.default is not None:
-            complaint = parameter.complaint(parameter.default)
-            assert complaint is None, f"{name}: the default of '{parameter.name}' is out of its own range: {complaint}"
+        value = values.get(parameter.name, parameter.default)
+        assert parameter.name in values or not parameter.required, f"{method.name}: give check_method {parameter.name}="
+        each = parameter.per_model and not isinstance(value, tuple)
+        found[parameter.name] = (value,) * count if each else value
+    return method.make_params(found)
 
 
-def _check_recipe(method: Method, params: Any, count: int) -> None:
-    """Parameters written in a recipe reach the method as they were meant. Only for methods a recipe can name."""
-    if method.name not in methods.names() or methods.get(method.name) is not method:
-        return
-    given = {name: getattr(params, field) for name, field in method.fields.items()}
-    each = {name for name, parameter in method.parameters.items() if parameter.per_model}
-    source = {
-        "merge_method": method.name,
-        "base_model": "base",
-        "models": [
-            {"model": f"model{number}", "parameters": {name: given[name][number] for name in each}}
-            for number in range(count)
-        ],
-        "parameters": {name: value for name, value in given.items() if name not in each and value is not None},
-    }
-    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        file = Path(folder) / "recipe.yaml"
-        for _ in range(2):  # as written by hand, and as written out by the recipe itself
-            file.write_text(json.dumps(source), encoding="utf-8")  # JSON is YAML
-            loaded = recipe.load(file)
-            found = method.make_params(loaded.params(loaded.models))
-            assert found == params, f"{method.name}: a recipe turns {params} into {found}: parameters must survive YAML"
-            source = loaded.to_dict()
+class _Bench:
+    """Small checkpoints on disk and in memory, and the comparisons made with them."""
+
+    def __init__(self, method: Method, params: Any, shapes: Mapping[str, tuple[int, ...]], place: Path) -> None:
+        self.method, self.params, self.place = method, params, place
+        generator = torch.Generator().manual_seed(len(shapes))
+
+        def noise(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.base = {key: noise(shape).to(_DTYPES[key]) for key, shape in shapes.items()}
+        self.tensors = []
+        for _ in range(method.models or 3):
+            deltas = {key: noise(shape) * (noise(shape) > 0) * 0.01 for key, shape in shapes.items()}
+            self.tensors.append({key: (self.base[key].float() + deltas[key]).to(_DTYPES[key]) for key in shapes})
+        self.opened = [self._save(f"model{i}", tensors) for i, tensors in enumerate(self.tensors)]
+        self.origin = self._save("base", self.base)
+
+    def _save(self, name: str, tensors: Tensors) -> Model:
+        file = self.place / f"{name}.safetensors"
+        save_file(dict(tensors), file)
+        return open_model(str(file))
+
+    def streamed(self, models: Sequence[Model], chunk: int, workers: int) -> dict[str, Tensor]:
+        names = tuple(f"model{number}" for number in range(len(models)))
+        merge = Merge(self.method, self.params, self.origin, tuple(models), names, scope=self.method.scope)
+        plan = plan_merge(merge, chunk=chunk, workers=workers, device="cpu")
+        out = self.place / "out"
+        run_plan(plan, out, overwrite=True)
+        return load_file(out / "model.safetensors")
+
+    def check_streaming(self, chunks: Sequence[int]) -> None:
+        name, before = self.method.name, self._hashes()
+        expected = in_memory(self._pure(), self.base, self.tensors, self.params)
+        for tensor, value in expected.items():
+            assert value.dtype == torch.float32, f"{name}: it gives {value.dtype}, float32 is wanted"
+            assert torch.isfinite(value).all(), f"{name}: {tensor} is not finite"
+        for chunk in chunks:
+            for workers in (1, 2, 3):
+                merged = self.streamed(self.opened, chunk, workers)
+                for tensor, value in expected.items():
+                    same = torch.equal(value.to(_DTYPES[tensor]), merged[tensor])
+                    assert same, (
+                        f"{name}: {tensor} differs when merged in chunks of {chunk} by {workers} workers: "
+                        "the result must not depend on where a chunk ends"
+                    )
+        assert before == self._hashes(), f"{name}: an input file changed"
+
+    def check_zero(self) -> None:
+        """Models equal to the base: a finite result, or an error that says so."""
+        try:
+            merged = self.streamed([self._save(f"zero{i}", self.base) for i in range(len(self.opened))], TILE, 1)
+        except MergebenchError:
+            return
+        for tensor, value in merged.items():
+            assert torch.isfinite(value).all(), f"{self.method.name}: {tensor} is not finite where no model differs"
+
+    def _pure(self) -> Method:
+        """The method, watched: it may not write into its input."""
+        method, function = self.method, self.method.function
+
+        def watched(values: Tensor, params: Any, context: Context) -> Any:
+            before = values.clone()
+            running = function(values, params, context)
+            if not inspect.isgenerator(running):
+                assert torch.equal(before, values), f"{method.name}: it writes into its input"
+                return running
+            return _watch(running, before, values, method.name)
+
+        changed: Callable[..., Any] = watched
+        copied = copy.copy(method)
+        object.__setattr__(copied, "function", changed)
+        return copied
+
+    def _hashes(self) -> list[str]:
+        files = sorted(self.place.glob("*.safetensors"))
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-def _check_function(method: Method, params: Any, count: int) -> None:
-    """The function itself, on chunks in memory: its form, its input left alone, the same questions always."""
-    name, random = method.name, torch.Generator().manual_seed(1)
-    passes = count_passes(Merge(method, params, None, (None,) * count, ("",) * count, scope=method.scope))  # type: ignore[arg-type]
-    chunks = {
-        "ordinary values": torch.randn(count, 500, generator=random),
-        "small values": torch.randn(count, 500, generator=random) * 1e-3,
-        "one element": torch.ones(count, 1),
-    }
-    for kind, values in chunks.items():
-        whole = _whole([{"tensor": row} for row in values], ["tensor"], None, method.scope, 0)
-        asked: list[Statistic] = []
-        result = run_whole(_watched(method, asked), params, whole)
-        assert isinstance(result, Tensor), f"{name}: it gives {type(result).__name__}, a tensor [elements] is wanted"
-        shape, dtype = list(result.shape), result.dtype
-        assert shape == [values.shape[1]], f"{name}: it gives {shape} for {list(values.shape)}, [elements] is wanted"
-        assert dtype == torch.float32, f"{name}: it gives {dtype}; methods work in float32, the writer casts once"
-        assert torch.isfinite(result).all(), f"{name}: it gives NaN or Inf for {kind}"
-        assert len(asked) == passes, (
-            f"{name}: it asks {len(asked)} questions for {kind} and {passes} for others: "
-            "the engine plans its sweeps before it sees the data, so the questions must be the same for all"
-        )
-        again = run_whole(method, params, whole)
-        assert torch.equal(result, again), (
-            f"{name}: two runs on the same values differ: it is replayed for every chunk, "
-            "so it may keep no state, and its randomness must come from ctx.bernoulli"
-        )
+def _watch(running: Any, before: Tensor, values: Tensor, name: str) -> Any:
+    result = yield from running
+    assert torch.equal(before, values), f"{name}: it writes into its input"
+    return result
 
 
-def _watched(method: Method, asked: list[Statistic]) -> Method:
-    """The method, its questions noted down and its input compared after each step."""
-    function = method.function
-
-    def watched(values: Tensor, params: Any, context: Context) -> Any:
-        before = values.clone()
-
-        def check() -> None:
-            assert torch.equal(before, values), (
-                f"{method.name}: it writes into its input, a buffer that the engine reads again: work on a copy"
-            )
-
-        def ask(running: Any) -> Any:
-            answer = None
-            while True:
-                try:
-                    statistic = running.send(answer)
-                except StopIteration as end:
-                    check()
-                    return end.value
-                check()
-                asked.append(statistic)
-                answer = yield statistic
-
-        running = function(values, params, context)
-        if inspect.isgenerator(running):
-            return ask(running)
-        check()
-        return running
-
-    changed: Callable[..., Any] = watched
-    copied = copy.copy(method)
-    object.__setattr__(copied, "function", changed)
-    return copied
-
-
-_SMALL = {"matrix": (13, 11), "bias": (23,), "scale": ()}
-_LARGE = {"matrix": (3, TILE // 2 + 465), "bias": (300,), "scale": (), "one": (1,), "long": (7 * TILE + 5,)}
-_DTYPES = {"matrix": torch.bfloat16, "bias": torch.float16}  # the others float32
-
-
-def _models(shapes: Mapping[str, tuple[int, ...]], count: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """A base and fine-tunes: near it and with exact zeros but for `long`, where they go their own ways."""
-    random = torch.Generator().manual_seed(len(shapes))
-
-    def tensor(name: str, origin: Tensor | None = None) -> Tensor:
-        value = torch.randn(shapes[name], generator=random)
-        if origin is not None and name != "long":
-            value = origin.float() + value * 0.01 * (torch.rand(shapes[name], generator=random) > 0.4)
-        return value
-
-    base = {name: tensor(name).to(_DTYPES.get(name, torch.float32)) for name in shapes}
-    tuned = [{name: tensor(name, base[name]).to(base[name].dtype) for name in shapes} for _ in range(count)]
-    tuned[-1]["matrix"] = tuned[-1]["matrix"].float()  # models may be stored in other float types than the base
-    steps = {"steps": torch.arange(5)}
-    return base | steps, [tensors | steps for tensors in tuned]
-
-
-def _check_streaming(method: Method, params: Any, count: int, place: Path) -> None:
-    """The engine against the oracle, however the work is cut, by however many workers, at either scope."""
-    other = "tensor" if method.scope == "model" else "model"
-    asked: list[Statistic] = []
-    whole = _whole([{"tensor": row} for row in torch.eye(count)], ["tensor"], None, method.scope, 0)
-    run_whole(_watched(method, asked), params, whole)
-    sums = any(not isinstance(statistic, OrderStatistics) for statistic in asked)  # taken over whole tiles
-    if method.cut != "element":
-        small, large = [(None, 1, method.scope), (None, 2, other)], [(None, 1), (None, 3)]
-    else:
-        small = [(TILE, 1, method.scope)] if sums else [(7, 1, method.scope), (7, 2, other)]
-        large = [(TILE, 1), (TILE, 2), (TILE, 3), (7 * TILE, 2), (ALL, 1)]
-    far = [(chunk, workers, method.scope) for chunk, workers in large] + [
-        (large[-1][0], 2, other),
-        (large[0][0], 3, other),
-    ]
-    for shapes, cuts in ((_SMALL, small), (_LARGE, far)):
-        folder = place / str(len(shapes))
-        folder.mkdir()
-        base, models = _models(shapes, count)
-        files = Checkpoints(folder, models, base)
-        before = files.hashes()
-        expected = {scope: _oracle(method, params, base, models, scope) for scope in (method.scope, other)}
-        for chunk, workers, scope in cuts:
-            merged = files.merge(
-                method, params, scope=scope, seed=5, workers=workers, chunk=min(chunk, 16 * TILE) if chunk else None
-            )
-            for tensor, value in expected[scope].items():
-                assert torch.isfinite(value).all(), f"{method.name}: {tensor} is not finite"
-                assert torch.equal(value.to(base[tensor].dtype), merged[tensor]), (
-                    f"{method.name}: {tensor} {list(value.shape)} merged at scope {scope} in chunks of {chunk or 'its own'} "
-                    f"by {workers} workers differs from merged in memory: the result must not depend on where a chunk ends"
-                )
-            assert torch.equal(base["steps"], merged["steps"]), f"{method.name}: an integer tensor is not the base's"
-        assert before == files.hashes(), f"{method.name}: an input file changed"
+_DTYPES = {"matrix": torch.bfloat16, "bias": torch.float32, "scale": torch.float32, "long": torch.float32}

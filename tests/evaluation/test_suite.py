@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Suite, load_suite
 from mergebench.recipe.places import Places
-from tests.evaluate.conftest import LABELS, write_data, write_head
+from tests.evaluation.conftest import LABELS, write_data, write_head
 
 Entry = Callable[..., dict[str, Any]]
 TASK = """\

@@ -14,7 +14,7 @@ from mergebench.errors import RecipeError
 from mergebench.evaluation import Candidate, evaluate_models, load_suite, tasks
 from mergebench.evaluation.network import Network
 from mergebench.evaluation.task import Common, Key, Ready, Score, Tick, key, task
-from tests.evaluate.conftest import Files
+from tests.evaluation.conftest import Files
 
 
 @dataclass(frozen=True, kw_only=True)

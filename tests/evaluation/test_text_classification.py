@@ -21,7 +21,7 @@ from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
 from mergebench.evaluation import batch as batching
 from mergebench.evaluation.batch import batches, run_batches
 from mergebench.evaluation.network import Network
-from tests.evaluate.conftest import LABELS, Files, write_data, write_encoder, write_head
+from tests.evaluation.conftest import LABELS, Files, write_data, write_encoder, write_head
 
 
 def rows(path: Path) -> list[dict[str, str]]:
