@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli
 from models import SINGLE, fine_tuned, names, read_model, tiny_tensors, write_model, write_recipe
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from mergebench.cli import progress
 from mergebench.cli.options import parse_size
 from mergebench.cli.progress import byte_bar, human
 from mergebench.errors import RecipeError
+from tests.conftest import Cli
 
 Tensors = dict[str, Tensor]
 FLOATS = 11 * 8 + 8 * 8 + 8 + 8 * 8 + 8 + 3  # elements of tiny_tensors

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli, Ran
 from models import INDEX, SINGLE, fine_tuned, hashes, pack, tiny_tensors, unpack, write_model, write_recipe
 from safetensors.torch import save_file
+
+from tests.conftest import Cli, Ran
 
 OK, FAILED, USAGE, MODEL = 0, 1, 2, 3
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli
 from models import INDEX, SINGLE, fine_tuned, read_model, tiny_tensors, write_model, write_recipe
+
+from tests.conftest import Cli
 
 REVISIONS = {"main": "a" * 40, "old": "b" * 40}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli
 from models import (
     INDEX,
     SINGLE,
@@ -24,6 +23,8 @@ from models import (
 )
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.conftest import Cli
 
 Tensors = dict[str, Tensor]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli
 from models import fine_tuned, hashes, names, read_model, write_model, write_recipe
 from processes import Server
+
+from tests.conftest import Cli
 
 HOLD = """
 import fcntl, os, sys
