@@ -438,7 +438,7 @@ def test_verify_runs_no_code_of_the_model(zoo: Any, tmp_path: Path) -> None:
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
     (folder / "base" / "config.json").write_text(json.dumps(config))
     (folder / "base" / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
-    with pytest.raises(MergebenchError, match="custom code|trust_remote_code"):
+    with pytest.raises(MergebenchError, match=r"custom code|trust_remote_code"):
         verified(folder, tmp_path / "out")
     assert not (tmp_path / "was run").exists()
 

@@ -561,14 +561,14 @@ def test_sizes_in_words(size: int, text: str) -> None:
     "text, size",
     [
         ("4096", 4096), ("400MiB", 400 << 20), ("4GB", 4 * 10**9), ("1.5g", 15 * 10**8), ("2 Ki", 2048),
-        ("1TB", 10**12), ("1kB", 1000), ("3gib", 3 << 30), ("100b", 100),
+        ("1TB", 10**12), ("1kB", 1000), ("3gib", 3 << 30), ("2TiB", 2 << 40), ("100b", 100),
     ],
 )  # fmt: skip
 def test_sizes_as_written(text: str, size: int) -> None:
     assert parse_size(text, "--memory") == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "0", "0GB", "1TiB", "1 2", "1e9", "GB", "1..5GB"])
+@pytest.mark.parametrize("text", ["", "x", "-1", "0", "0GB", "1PiB", "1 2", "1e9", "GB", "1..5GB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(RecipeError, match=r"--memory: .* is not a size"):
         parse_size(text, "--memory")

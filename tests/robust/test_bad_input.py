@@ -491,6 +491,15 @@ def _(s: Setup) -> None:
     s.recipe("linear", base=None)
 
 
+@case("NaN far into a tensor", FAILED, "embed.weight", "ft2", "nan", "[300, 123]", leaves_partial=True)
+def _(s: Setup) -> None:
+    for model in (s.base, s.ft1, s.ft2):
+        s.rewrite(model, embed__weight=torch.ones(400, 256))
+    broken = torch.ones(400, 256)
+    broken[300, 123] = float("nan")
+    s.rewrite(s.ft2, embed__weight=broken)
+
+
 @case("NaN in an adapter", FAILED, "layers.0.weight", "lora", "nan", leaves_partial=True)
 def _(s: Setup) -> None:
     lora = s.adapter()

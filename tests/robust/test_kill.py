@@ -193,7 +193,7 @@ def test_killed_at_random(server: Server, large: Path, undisturbed: Any, method:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_often(server: Server, large: Path, undisturbed: Any, method: str, seed: int) -> None:
-    die_at_random(server, large, undisturbed[large, method], method, kills=25, seed=seed)
+    die_at_random(server, large, undisturbed[large, method], method, kills=12, seed=seed)
 
 
 def test_resume_goes_on(server: Server, large: Path, undisturbed: Any) -> None:

@@ -207,6 +207,26 @@ def test_bare_files(base: Tensors, cli: Cli) -> None:
     assert names(Path("out")) == ["README.md", "mergebench.json", SINGLE]
 
 
+def test_paths_from_the_recipe(base: Tensors, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are looked up in the working directory, then beside the recipe; outputs in the former."""
+    Path("deep").mkdir()
+    write_model(Path("deep/ft"), fine_tuned(base, 5))
+    write_recipe(Path("recipe.yaml"), "linear", ["base", "ft"])
+    monkeypatch.chdir("deep")
+    assert cli("merge", "../recipe.yaml", "--out", "out", "-q").code == 0
+    check_mean(read_model(Path("out")), base, fine_tuned(base, 5))  # the ft of the working directory
+
+
+def test_an_adapter_on_a_bare_file(base: Tensors, cli: Cli) -> None:
+    (Path("base") / SINGLE).rename("base.safetensors")
+    Path("lora").mkdir()
+    Path("lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    factors = {"layers.0.lora_A.weight": torch.ones(1, 8), "layers.0.lora_B.weight": torch.ones(8, 1)}
+    save_file(factors, "lora/adapter_model.safetensors")
+    adapted = base | {"layers.0.weight": base["layers.0.weight"] + 2}
+    check_mean(average(cli, "base.safetensors+lora", "ft"), adapted, fine_tuned(base, 1))
+
+
 def test_odd_names(base: Tensors, cli: Cli) -> None:
     """Spaces, plus signs and letters of all kinds, in files, directories and tensors."""
     tensors = {f"schicht ü.{name}+x": value for name, value in base.items()}
