@@ -79,7 +79,7 @@ def run_whole(method: Method, values: Tensor, params: Any, context: Context, siz
 def _brute_force(statistic: Statistic, sizes: Sequence[int]) -> Any:
     """Order statistics by sorting; sums over the same tiles as the engine's, so that bits can be compared."""
     if isinstance(statistic, OrderStatistics):
-        ordered = np.sort(statistic.values.numpy(), axis=1)
+        ordered = np.sort(statistic.keyed(), axis=1)
         picked = [[row[rank] for row, rank in zip(ordered, ranks, strict=True)] for ranks in statistic.ranks]
         return tuple(torch.tensor(np.array(column)).unsqueeze(1) for column in picked)
     tiles = [-(-size // TILE) for size in sizes]

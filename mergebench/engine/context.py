@@ -43,7 +43,7 @@ class Context:
     device: torch.device
 
     def bernoulli(self, shares: Sequence[float]) -> Tensor:
-        """Random 0/1 [models, elements], 1 with probability `shares[i]` for model i.
+        """Random bool [models, elements], true with probability `shares[i]` for model i.
 
         The draw of an element depends on (seed, model, tensor, element) alone, so chunks, threads,
         devices and replays cannot change it.

@@ -12,7 +12,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 TILE = 65_536
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # as signed 32-bit integers
-_ONE = 0x3F800000  # the bits of 1.0
+_STEP = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: neighbours start far apart
+
+Ints = Any  # an int32 array of NumPy, which is faster on a CPU, or of torch: they share operators and bits
 
 
 @cache
-def _counter(device: torch.device) -> Tensor:
-    return (torch.arange(TILE, dtype=torch.int32, device=device) * (0x9E3779B9 - 2**32)).contiguous()
+def _counter(device: torch.device) -> Ints:
+    count = torch.arange(TILE, dtype=torch.int32, device=device) * _STEP
+    return count.numpy() if device.type == "cpu" else count
 
 
 def _key(seed: int, model: int, tensor: str, tile: int) -> tuple[int, int]:
@@ -35,29 +38,33 @@ def _key(seed: int, model: int, tensor: str, tile: int) -> tuple[int, int]:
     return struct.unpack("<ii", hashlib.blake2b(text, digest_size=8).digest())
 
 
-def _bits(key: tuple[int, int], device: torch.device) -> Tensor:
-    """31 random bits for each element of a tile, int32; the high bits are the good ones."""
-    x = _counter(device) ^ key[0]
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST).bitwise_xor_(key[1])
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_SECOND)
-    return x.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
+def _draws(seed: int, model: int, span: Span, device: torch.device) -> Ints:
+    """A random int32 for each element of a span; the high bits are the good ones."""
+    first, last = span.start // TILE, -(-span.stop // TILE)
+    keys = torch.tensor([_key(seed, model, span.tensor, tile) for tile in range(first, last)], dtype=torch.int32)
+    one, two = keys.to(device).T.unsqueeze(2) if device.type != "cpu" else keys.T.unsqueeze(2).numpy()
+    x = _counter(device) ^ one  # [tiles, TILE]
+    shifted = x >> 16
+    shifted &= 0xFFFF  # as if it had no sign
+    x ^= shifted
+    x *= _FIRST
+    x ^= two
+    shifted = x >> 15
+    shifted &= 0x1FFFF
+    x ^= shifted
+    x *= _SECOND
+    return x.reshape(-1)[span.start - first * TILE : span.stop - first * TILE]
 
 
 def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float], device: torch.device) -> Tensor:
-    """0/1 as float32 [models, elements of the spans], 1 with probability `shares[i]` in row i."""
-    out = torch.empty(len(shares), sum(span.numel for span in spans), dtype=torch.float32, device=device)
+    """Bool [models, elements of the spans], true with probability `shares[i]` in row i."""
+    out = torch.empty(len(shares), sum(span.numel for span in spans), dtype=torch.bool, device=device)
     for model, share in enumerate(shares):
-        limit, at = min(round(share * 2**31), 2**31 - 1), 0
+        if share >= 1:
+            out[model] = True
+            continue
+        limit, at = min(round(share * 2**32), 2**32 - 1) - 2**31, 0
         for span in spans:
-            for tile in range(span.start // TILE, -(-span.stop // TILE)):
-                low, high = max(span.start, tile * TILE), min(span.stop, (tile + 1) * TILE)
-                row = out[model, at : at + high - low]
-                at += high - low
-                if share >= 1:
-                    row.fill_(1.0)
-                    continue
-                draw = _bits(_key(seed, model, span.tensor, tile), device)
-                # (draw - limit) >> 31 is all ones where draw < limit: the mask without a slow comparison
-                mask = draw.sub_(limit).bitwise_right_shift_(31).bitwise_and_(_ONE)
-                row.copy_(mask.view(torch.float32)[low - tile * TILE : high - tile * TILE])
+            out[model, at : at + span.numel] = torch.as_tensor(_draws(seed, model, span, device) < limit)
+            at += span.numel
     return out

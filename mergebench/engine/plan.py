@@ -267,7 +267,7 @@ def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
         return max(info.numel for name, info in infos.items() if info.is_float and merge.wanted(name))
     if device.type == "cuda":
         return 64 * TILE
-    return TILE
+    return 2 * TILE
 
 
 def _cores() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ class ChunkReader:
         rows, pinned = len(plan.merge.models), plan.device.type == "cuda"
         self._values = torch.empty(rows * plan.chunk, dtype=torch.float32, device=plan.device)
         self._base = torch.empty(plan.chunk, dtype=torch.float32, device=plan.device)
-        self._raw = [torch.empty(plan.chunk * 8, dtype=torch.uint8, pin_memory=pinned) for _ in range(rows + 1)]
+        self._raw = torch.empty((rows + 1) * plan.chunk * 8, dtype=torch.uint8, pin_memory=pinned)
+        self._bytes = self._raw.numpy().data  # the same memory: slicing it is quicker than slicing a tensor
         self._low_rank: dict[tuple[str, int], LowRankReader] = {}
 
     def load(self, spans: Sequence[Span], apply: bool) -> tuple[Tensor, Tensor]:
@@ -33,32 +36,47 @@ class ChunkReader:
         values = self._values[: len(self.plan.merge.models) * numel].view(-1, numel)
         base = self._base[:numel]
         at = 0
-        for span in spans:
-            self._fill(span, values[:, at : at + span.numel], base[at : at + span.numel], apply)
-            at += span.numel
+        for name, group in groupby(spans, key=lambda span: span.tensor):
+            pieces = list(group)
+            stop = at + sum(span.numel for span in pieces)
+            self._fill(name, pieces, values[:, at:stop], base[at:stop], apply)
+            at = stop
         return values, base
 
-    def _fill(self, span: Span, values: Tensor, base: Tensor, apply: bool) -> None:
-        if self.plan.needs_base(span.tensor, apply):
-            self._stored(self.plan.merge.reference.tensors[span.tensor], span.start, base, self._raw[-1])
-        for number, operand in enumerate(self.plan.operands[span.tensor]):
-            row = values[number]
-            if operand.stored is None:
-                row.zero_()
+    def _fill(self, name: str, pieces: Sequence[Span], values: Tensor, base: Tensor, apply: bool) -> None:
+        """Pieces of one tensor. Models that are stored alike share the calls: on a chunk in the cache, a
+        call costs as much as its arithmetic."""
+        if self.plan.needs_base(name, apply):
+            self._stored([self.plan.merge.reference.tensors[name]], pieces, base[None], len(values))
+        at = 0
+        for (stored, sign), group in groupby(self.plan.operands[name], key=_kind):
+            operands = list(group)
+            rows = values[at : at + len(operands)]
+            if stored is None:
+                rows.zero_()
             else:
-                self._stored(operand.stored, span.start, row, self._raw[number])
-            if operand.base:
-                row.add_(base) if operand.base > 0 else row.sub_(base)
+                self._stored([cast(TensorInfo, operand.stored) for operand in operands], pieces, rows, at)
+            if sign:
+                rows.add_(base) if sign > 0 else rows.sub_(base)
+            at += len(operands)
+        for number, operand in enumerate(self.plan.operands[name]):
             if operand.low_rank is not None:
-                self._add_low_rank(span, number, operand, row)
+                at = 0
+                for span in pieces:
+                    self._add_low_rank(span, number, operand, values[number, at : at + span.numel])
+                    at += span.numel
 
-    def _stored(self, tensor: TensorInfo, start: int, out: Tensor, raw: Tensor) -> None:
-        dtype = TORCH_DTYPE[tensor.dtype]
-        if dtype == torch.float32 and out.device.type == "cpu":
-            self.files.read_elements(tensor, start, out)
-            return
-        stored = raw[: len(out) * dtype.itemsize].view(dtype)
-        self.files.read_elements(tensor, start, stored)
+    def _stored(self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], out: Tensor, place: int) -> None:
+        """The same pieces of tensors of one type, as float32: out [tensors, elements], rows `place` onwards."""
+        dtype = TORCH_DTYPE[tensors[0].dtype]
+        first = at = place * self.plan.chunk * 8  # its own place: a copy to a GPU may still be under way
+        for tensor in tensors:
+            for span in pieces:
+                stop = at + span.numel * dtype.itemsize
+                offset = tensor.offset + span.start * dtype.itemsize
+                self.files.read_into(tensor.file, offset, self._bytes[at:stop])
+                at = stop
+        stored = self._raw[first:at].view(dtype).view(out.shape)
         out.copy_(stored.to(out.device, non_blocking=True))
 
     def _add_low_rank(self, span: Span, number: int, operand: Operand, row: Tensor) -> None:
@@ -99,3 +117,8 @@ class ChunkReader:
             if len(bad):  # an adapter's product, or an overflow of the subtraction
                 return RunError(f"{span.tensor}: what {name} makes of it has {bad[0].item()}", "use another checkpoint")
         return None
+
+
+def _kind(operand: Operand) -> tuple[str | None, int]:
+    """How a model's tensor is stored, and what the base does to it."""
+    return operand.stored and operand.stored.dtype, operand.base

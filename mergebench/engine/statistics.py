@@ -10,8 +10,8 @@ counts show), the engine sweeps again with a wider one: a miss costs time, never
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,16 @@ from torch import Tensor
 from mergebench.engine.noise import TILE
 
 Floats = NDArray[np.float32]
+Key = Callable[[Tensor], Tensor]
 FIRST_BUFFER = 8192  # values a bracket has room for at first
 Z = 4.5  # half-width of a bracket in standard errors of the sample
 
 
-def _count(mask: NDArray[np.bool_] | Tensor) -> int:
-    return int(mask.sum()) if isinstance(mask, Tensor) else int(np.count_nonzero(mask))
+def _counts(mask: NDArray[np.bool_] | Tensor) -> list[int]:
+    """How many are true in each row."""
+    if isinstance(mask, Tensor):
+        return cast("list[int]", mask.sum(dim=1).tolist())
+    return [int(np.count_nonzero(row)) for row in mask]
 
 
 class Miss(Exception):
@@ -35,8 +39,6 @@ class Miss(Exception):
 
 class Statistic:
     """A question about all of `values` [rows, elements], of which a method sees one chunk."""
-
-    needs_sample = False
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -109,26 +111,18 @@ class Bracket:
 
     def __init__(self, low: float, guess: float, high: float, room: int) -> None:
         self.low, self.guess, self.high, self.room = low, guess, high, room
-        self.only_guess = low == guess and high == _next(guess)
         self.below = self.at_guess = self.held = 0
         self._buffer = np.empty(min(FIRST_BUFFER, room), np.float32)
         self.smaller: int | None = None  # how many values are smaller than the answer
 
     def add(self, values: Floats | Tensor) -> None:
-        # Comparing and counting bytes is the cheapest that NumPy does; picking is done last, of few.
-        from_low = values >= self.low
-        count = _count(from_low)
-        self.below += len(values) - count
-        if self.only_guess:
-            self.at_guess += count - _count(values >= self.high)
-            return
-        from_low &= values < self.high
-        picked = values[from_low]
-        if isinstance(picked, Tensor):
-            picked = picked.cpu().numpy()
-        other = picked != self.guess
-        inside = picked[other]
-        self.at_guess += len(picked) - len(inside)
+        """Take in values [elements]."""
+        gather([self], values[None])
+
+    def take(self, below: int, at_guess: int, inside: Floats) -> None:
+        """Take in what of a chunk lies below the bracket, at the guess, and elsewhere inside."""
+        self.below += below
+        self.at_guess += at_guess
         self._keep(inside)
         if self.held > self.room:
             self._shrink()
@@ -161,7 +155,7 @@ class Bracket:
         if (low, high) == (self.low, self.high):
             return
         values = self.inside()
-        self.below += _count(values < low)
+        self.below += int(np.count_nonzero(values < low))
         values = values[(values >= low) & (values < high)]
         self.low, self.high, self.held = low, high, values.size
         self._buffer[: values.size] = values
@@ -180,7 +174,7 @@ class Bracket:
     def at(self, rank: int) -> float:
         """The value of that rank (0 is the smallest)."""
         inside, place = self.inside(), rank - self.below
-        less = _count(inside < self.guess)
+        less = int(np.count_nonzero(inside < self.guess))
         if not 0 <= place < inside.size + self.at_guess:
             raise Miss
         if less <= place < less + self.at_guess:
@@ -188,8 +182,29 @@ class Bracket:
             return self.guess
         place -= 0 if place < less else self.at_guess
         value = float(np.partition(inside, place)[place])
-        self.smaller = self.below + _count(inside < value) + (self.at_guess if value > self.guess else 0)
+        self.smaller = self.below + int(np.count_nonzero(inside < value)) + (self.at_guess if value > self.guess else 0)
         return value
+
+
+def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
+    """Give each bracket its row of a chunk [brackets, elements].
+
+    Comparing and counting is the cheapest that NumPy does; picking is done last, of few. All rows go
+    through each comparison together: threads wait for one another at every call, not at every element.
+    """
+    edges = [[b.low for b in brackets], [b.guess for b in brackets], [b.high for b in brackets]]
+    if isinstance(rows, Tensor):
+        low, guess, high = torch.tensor(edges, dtype=rows.dtype, device=rows.device).unsqueeze(2)
+    else:
+        low, guess, high = np.array(edges, rows.dtype)[:, :, None]
+    inside = rows >= low
+    from_low = _counts(inside)
+    inside &= rows < high
+    counts = _counts(inside)
+    inside &= rows != guess
+    for bracket, row, mask, not_below, count in zip(brackets, rows, inside, from_low, counts, strict=True):
+        picked = row[mask].cpu().numpy() if isinstance(row, Tensor) else row.compress(mask)
+        bracket.take(len(row) - not_below, count - len(picked), picked)
 
 
 class Extreme:
@@ -215,13 +230,10 @@ class Extreme:
 class OrderStatistics(Statistic):
     """The values of given ranks, row by row: what sorting each row would show there."""
 
-    def __init__(self, values: Tensor, ranks: Sequence[Sequence[int]]) -> None:
+    def __init__(self, values: Tensor, ranks: Sequence[Sequence[int]], key: Key | None) -> None:
         super().__init__(values)
         self.ranks = ranks  # [questions][rows]
-
-    @property
-    def needs_sample(self) -> bool:  # type: ignore[override]
-        return True
+        self.key = key
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> list[list[Bracket | Extreme]]:
         rows = len(self.values)
@@ -239,10 +251,20 @@ class OrderStatistics(Statistic):
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 
     def reduce(self, state: list[list[Bracket | Extreme]], tile: int) -> None:
-        rows = self.values.numpy() if self.values.device.type == "cpu" else self.values
+        keyed = self.values if self.key is None else self.key(self.values)
+        rows = keyed.numpy() if keyed.device.type == "cpu" else keyed
         for question in state:
-            for gatherer, values in zip(question, rows, strict=True):
-                gatherer.add(values)
+            bracketed = [number for number, gatherer in enumerate(question) if isinstance(gatherer, Bracket)]
+            if bracketed:
+                brackets = [cast(Bracket, question[number]) for number in bracketed]
+                gather(brackets, rows if len(bracketed) == len(question) else rows[bracketed])
+            for gatherer, row in zip(question, rows, strict=True):
+                if isinstance(gatherer, Extreme):
+                    gatherer.add(row)
+
+    def keyed(self) -> Floats:
+        """A copy of what is ordered [rows, elements], for a sample."""
+        return np.array((self.values if self.key is None else self.key(self.values)).cpu().numpy())
 
     @staticmethod
     def combine(
@@ -286,13 +308,15 @@ class Gram(Statistic):
         return torch.from_numpy(np.add.accumulate(state, axis=0)[-1].copy())
 
 
-def order_statistics(values: Tensor, ranks: Sequence[int | Sequence[int]]) -> OrderStatistics:
+def order_statistics(values: Tensor, ranks: Sequence[int | Sequence[int]], key: Key | None = None) -> OrderStatistics:
     """Ask for the values of `ranks` (0 is the smallest) in each row of `values` [models, elements].
 
-    A rank is one integer for all models or one for each. The answer is one [models, 1] for each rank.
+    A rank is one integer for all models or one for each. `key` is applied first, elementwise, as in
+    `sorted`: a method that needs the magnitudes for nothing else does not make them when it is applied.
+    The answer is one [models, 1] for each rank.
     """
     rows = len(values)
-    return OrderStatistics(values, [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks])
+    return OrderStatistics(values, [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks], key)
 
 
 def gram(values: Tensor) -> Gram:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -23,12 +24,12 @@ from mergebench.engine.context import Context, Span
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
 from mergebench.engine.read import ChunkReader
-from mergebench.engine.statistics import Miss, Sample, Statistic
+from mergebench.engine.statistics import Miss, OrderStatistics, Sample, Statistic
 from mergebench.engine.work import Item, Progress, Workers, chunks_of, copies_of
 from mergebench.errors import RunError
 
 SMALL = TILE  # a unit of at most this many elements is gathered whole
-MOST_SAMPLED = 1 << 20  # elements of a sample, so that its memory does not grow with the model
+LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 20  # elements of a sample: its memory does not grow with the model
 
 
 def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
@@ -136,9 +137,8 @@ class Sweeper:
                 values, _ = reader.load(item.spans, apply=False)
                 context = self._context(group.units[item.unit], item.spans)
                 statistic = replay(self.plan, values, context, known[item.unit])
-                if isinstance(statistic, Statistic) and statistic.needs_sample:
-                    # a copy: the values may be a view of the reader's buffer
-                    got.append((item.tile, item.unit, np.array(statistic.values.cpu().numpy())))
+                if isinstance(statistic, OrderStatistics):
+                    got.append((item.tile, item.unit, statistic.keyed()))
             return got
 
         got = itertools.chain.from_iterable(self.workers.run(work, order))
@@ -153,7 +153,7 @@ class Sweeper:
     def _pieces(self, unit: Unit, attempt: int) -> Iterator[tuple[Span, ...]]:
         """Batches of spans of equal size, evenly spread with a jitter, in order of their place."""
         piece = _piece(unit)
-        size = min(max(unit.numel // 512, TILE), MOST_SAMPLED) * 2**attempt
+        size = min(max(unit.numel // 512, LEAST_SAMPLED), MOST_SAMPLED) * 2**attempt
         count = min(size, unit.numel // 2) // piece
         ends = np.cumsum([self._numel(name) for name in unit.tensors])
         jitter = np.random.Generator(np.random.PCG64(attempt)).random(count)
@@ -166,7 +166,7 @@ class Sweeper:
                 continue
             start = min(place - (int(ends[number]) - numel), numel - piece)
             batch.append(Span(name, start, start + piece))
-            if (len(batch) + 1) * piece > self.plan.chunk:
+            if (len(batch) + 1) * piece > min(LEAST_SAMPLED // 2, self.plan.chunk):
                 yield tuple(batch)
                 batch = []
         if batch:
@@ -203,7 +203,7 @@ class Sweeper:
                 if takes_task_vectors:
                     merged = merged + base
                 stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
-                if not torch.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
+                if not math.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
                     raise self._overflow(reader, span)
                 write(span.tensor, span.start, stored.cpu())
 
@@ -233,7 +233,7 @@ class Sweeper:
 
     def _check_finite(self, reader: ChunkReader, item: Item, values: Tensor) -> None:
         """A sum shows a NaN or Inf at a thirtieth of the price of looking at each element."""
-        if not torch.isfinite(values.sum()):
+        if not math.isfinite(values.sum()):
             for span in item.spans:
                 error = reader.find_non_finite(span)
                 if error is not None:
@@ -266,7 +266,7 @@ def _does_not_fit(tensor: str, dtype: str) -> RunError:
 
 def _piece(unit: Unit) -> int:
     """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
-    return 1024 if len(unit.tensors) == 1 else 128
+    return 512 if len(unit.tensors) == 1 else 128
 
 
 def to_device(device: torch.device, answer: Any) -> Any:

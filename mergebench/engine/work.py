@@ -85,13 +85,13 @@ class Workers:
                 future.exception()
             raise
 
-    def _advise(self, item: Item) -> None:
-        if item.unit < 0:
-            return
-        for span in item.spans:
-            for operand in self._plan.operands[span.tensor]:
+    def _advise(self, batch: list[Item]) -> None:
+        spans = [item.spans[0] for item in batch if item.unit >= 0 and len(item.spans) == 1]  # no scattered samples
+        for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
+            pieces = list(group)
+            for operand in self._plan.operands[name]:
                 if operand.stored is not None:
-                    self._files.advise(operand.stored, span.start, span.stop)
+                    self._files.advise(operand.stored, pieces[0].start, pieces[-1].stop)
 
     def _count(self, apply: bool, item: Item) -> None:
         for span in item.spans:
@@ -110,7 +110,7 @@ class _Shared:
         self,
         items: Iterator[Item],
         stop: threading.Event,
-        advise: Callable[[Item], None],
+        advise: Callable[[list[Item]], None],
         count: Callable[[Item], None],
     ) -> None:
         self._items, self._advise, self._stop, self._count = items, advise, stop, count
@@ -120,8 +120,7 @@ class _Shared:
 
     def _batch(self) -> list[Item]:
         batch = list(itertools.islice(self._items, AHEAD))
-        for item in batch:
-            self._advise(item)
+        self._advise(batch)
         return batch[::-1]
 
     def __iter__(self) -> Iterator[Item]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergebench.engine.chunks import total
+from mergebench.engine.chunks import column, keep, total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.methods.linear import normalized
@@ -34,8 +34,5 @@ def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
 
 def drop_and_rescale(tvs: Tensor, density: PerModel, rescale: bool, ctx: Context) -> Tensor:
     """m * tau / density with m ~ Bernoulli(density) (section 3.1)."""
-    kept = ctx.bernoulli(density).mul_(tvs)
-    if rescale:
-        for row, share in zip(kept, density, strict=True):
-            row /= share
-    return kept
+    kept = keep(tvs, ctx.bernoulli(density))
+    return kept.div_(column(kept, density)) if rescale else kept

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from mergebench.engine.chunks import total, trim
+from mergebench.engine.chunks import total, trim, weighted
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.engine.statistics import order_statistics
@@ -31,21 +32,22 @@ def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     # trim
     if min(p.density) < 1:
         kept = [max(int(ctx.numel * density), 1) for density in p.density]
-        (threshold,) = yield order_statistics(tvs.abs(), [[ctx.numel - k for k in kept]])
+        (threshold,) = yield order_statistics(tvs, [[ctx.numel - k for k in kept]], key=torch.abs)
         tvs = trim(tvs, threshold)
     return elect_and_merge(tvs, p.weight, p.normalize) * p.lambda_
 
 
 def elect_and_merge(tvs: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Elect each element's sign by mass, then combine the task vectors that have it (sections 3.2, 3.3)."""
+    tvs = weighted(tvs, weights)
     # elect sign
-    elected = total(tvs, weights).sign_()
-    elected += 1 - elected.abs()  # an even vote elects plus
-    # disjoint merge; along the elected sign, the values that agree are those above zero
-    along = [(tv if weight == 1 else tv * weight) * elected for tv, weight in zip(tvs, weights, strict=True)]
-    agreeing = [values.relu_() for values in along]
-    merged = total(agreeing) * elected
+    elected = total(tvs).sign_().add_(0.5).sign_()  # an even vote elects plus
+    # disjoint merge: along the elected sign, the values that agree are those above zero
+    agreeing = (tvs * elected).relu_()
+    merged = total(agreeing).mul_(elected)
     if not normalize:
         return merged
-    mass = total([values.sign_() for values in agreeing], weights)
-    return merged / (mass + (1 - mass.sign().abs_()))  # where nothing agrees, 0 / 1
+    mass = total(agreeing.sign_(), weights)
+    if min(weights) > 0:
+        return merged.div_(mass.clamp_(min=min(weights)))  # where nothing agrees, 0 by any number
+    return merged.div_(mass.masked_fill_(mass == 0, 1))

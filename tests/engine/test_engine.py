@@ -99,8 +99,8 @@ def test_noise_does_not_depend_on_the_borders_of_chunks() -> None:
 
 def test_noise_is_fair_and_independent() -> None:
     size, share = 4 * TILE, 0.3
-    draws = bernoulli(0, [Span("w", 0, size)], [share] * 2, CPU)
-    others = [bernoulli(seed, [Span(name, 0, size)], [share], CPU)[0] for seed, name in ((1, "w"), (0, "v"))]
+    draws = bernoulli(0, [Span("w", 0, size)], [share] * 2, CPU).float()
+    others = [bernoulli(seed, [Span(name, 0, size)], [share], CPU)[0].float() for seed, name in ((1, "w"), (0, "v"))]
     error = (share * (1 - share) / size) ** 0.5
 
     assert set(draws.unique().tolist()) == {0.0, 1.0}
@@ -111,7 +111,7 @@ def test_noise_is_fair_and_independent() -> None:
     for other in (draws[1], *others):
         both = float((draws[0] * other).mean())
         assert abs(both - share**2) < 5 * (share**2 / size) ** 0.5
-    assert torch.equal(torch.ones(1, 9), bernoulli(0, [Span("w", 0, 9)], [1.0], CPU))
+    assert torch.equal(torch.ones(1, 9, dtype=torch.bool), bernoulli(0, [Span("w", 0, 9)], [1.0], CPU))
 
 
 def test_dare_keeps_the_mean(tmp_path: Path) -> None:
