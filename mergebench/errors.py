@@ -20,6 +20,9 @@ class MergebenchError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[MergebenchError], tuple[str, str | None]]:
+        return type(self), (self.message, self.hint)  # worker processes send their errors home
+
 
 class RunError(MergebenchError):
     """The work failed: a damaged file, a non-finite value, a full disk."""

@@ -140,8 +140,8 @@ class Staging:
         (self.directory / _JOURNAL).unlink()
         if sync:
             for path in self.directory.iterdir():
-                _fsync(path)
-            _fsync(self.directory)
+                fsync(path)
+            fsync(self.directory)
         old = _beside(self._target, "old")
         try:
             if overwrite and self._target.exists() and any(self._target.iterdir()):
@@ -151,7 +151,7 @@ class Staging:
         except OSError as error:
             raise write_error(self.out, error) from None
         if sync:
-            _fsync(self._target.parent)
+            fsync(self._target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> Staging:
@@ -161,7 +161,8 @@ class Staging:
         os.close(self._lock)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

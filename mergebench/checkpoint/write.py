@@ -78,47 +78,56 @@ def lay_out(tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size
     return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
 
 
-class ShardWriter:
-    """One shard being filled; `write` may be called from any thread, in any order."""
-
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self.path = path
-        header = shard.header()
-        self._start, at = {}, len(header)
-        for tensor in shard.tensors:
-            self._start[tensor.name] = at
-            at += tensor.nbytes
-        try:
-            self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
-        except OSError as error:
-            raise write_error(path, error) from None
+def create(path: Path, shard: Shard) -> None:
+    """Make a shard's file: its header, and room for its tensors."""
+    header = shard.header()
+    size = len(header) + shard.nbytes
+    try:
+        file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file, 0, at)  # a full disk shows here, not after an hour
+                os.posix_fallocate(file, 0, size)  # a full disk shows here, not after an hour
             else:
-                os.truncate(self._file, at)
-        except OSError as error:
-            os.close(self._file)
-            raise write_error(path, error) from None
-        self._put(memoryview(header), 0)
+                os.truncate(file, size)
+            _put(file, memoryview(header), 0)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+class ShardFiles:
+    """The shards of a directory, created before; `write` puts elements in place, in any order."""
+
+    def __init__(self, directory: Path, shards: Iterable[Shard]) -> None:
+        self._place: dict[str, tuple[Path, int]] = {}
+        self._open: dict[Path, int] = {}
+        for shard in shards:
+            path, at = directory / shard.file, len(shard.header())
+            for tensor in shard.tensors:
+                self._place[tensor.name] = (path, at)
+                at += tensor.nbytes
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Put the flat `values` (already of the stored dtype) at element `start` of a tensor."""
-        raw = values.view(torch.uint8).numpy().data
-        self._put(raw, self._start[name] + start * values.element_size())
+        path, at = self._place[name]
+        try:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_WRONLY)
+            _put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
+        except OSError as error:
+            raise write_error(path, error) from None
 
-    def _put(self, raw: memoryview, at: int) -> None:
-        while raw:
-            try:
-                count = os.pwrite(self._file, raw, at)
-            except OSError as error:
-                raise write_error(self.path, error) from None
-            raw, at = raw[count:], at + count
+    def close(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+        self._open.clear()
 
-    def close(self, sync: bool = False) -> None:
-        if sync:
-            os.fsync(self._file)
-        os.close(self._file)
+
+def _put(file: int, raw: memoryview, at: int) -> None:
+    while raw:
+        count = os.pwrite(file, raw, at)
+        raw, at = raw[count:], at + count
 
 
 def write_error(path: Path, error: OSError) -> RunError:

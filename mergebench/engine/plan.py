@@ -28,7 +28,7 @@ from mergebench.errors import ModelError, RecipeError, RunError
 MIB = 1 << 20
 DEFAULT_MEMORY = 400 * MIB
 SHARD_SIZE = 4_000_000_000
-GROUP = 16 * MIB  # at most so many elements have their statistics gathered together, at tensor scope
+GROUP = 64 * MIB  # at most so many elements have their statistics gathered together, at tensor scope
 TEMPORARIES = 8  # float32 copies of a chunk that a method may hold at once
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -161,7 +161,7 @@ def plan_merge(
         operands=operands,
         dtypes=dtypes,
         shards=shards,
-        groups=_groups(merge, shards, merged, min(GROUP, memory // (16 * len(merge.models)))),
+        groups=_groups(merge, shards, merged, min(GROUP, memory // (4 * len(merge.models)))),
         passes=passes,
         chunk=size,
         workers=workers or (3 if where.type == "cuda" else _cores()),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from mergebench.checkpoint.read import TORCH_DTYPE, Files, LowRankReader
 from mergebench.engine.context import Span
 from mergebench.engine.merge import Operand
 from mergebench.engine.plan import Plan
-from mergebench.errors import RunError
 
 
 class ChunkReader:
@@ -91,32 +89,6 @@ class ChunkReader:
             delta = torch.zeros(len(row))
             self._low_rank[key].add_into(span.start, delta)
             row.add_(delta.to(row.device))
-
-    def find_non_finite(self, span: Span) -> RunError | None:
-        """The error that names the model and the place of a non-finite value, or None: it was an overflow
-        of the sum that raised the suspicion."""
-        merge = self.plan.merge
-        sources = [(merge.reference, merge.reference.tensors[span.tensor])]
-        sources += list(zip(merge.models, self.plan.alignment.sources[span.tensor], strict=True))
-        row = torch.empty(span.numel)
-        for model, info in sources:
-            stored = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
-            self.files.read_elements(info, span.start, stored)
-            row.copy_(stored)
-            bad = torch.nonzero(~torch.isfinite(row))
-            if len(bad):
-                first = int(bad[0])
-                place = [int(i) for i in np.unravel_index(span.start + first, info.shape)] if info.shape else []
-                return RunError(
-                    f"{span.tensor}: {model.reference} has {row[first].item()} at {place}",
-                    "a merge with it would be broken: use another checkpoint, or exclude the tensor",
-                )
-        values, _ = self.load([span], apply=False)
-        for name, row in zip(merge.names, values, strict=True):
-            bad = row[~torch.isfinite(row)]
-            if len(bad):  # an adapter's product, or an overflow of the subtraction
-                return RunError(f"{span.tensor}: what {name} makes of it has {bad[0].item()}", "use another checkpoint")
-        return None
 
 
 def _kind(operand: Operand) -> tuple[str | None, int]:

@@ -7,22 +7,21 @@ import json
 import platform
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mergebench import __version__
 from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
-from mergebench.checkpoint.write import ShardWriter, copy_side_files, write_atomically, write_error, write_index
+from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
+from mergebench.checkpoint.write import copy_side_files, create, write_atomically, write_error, write_index
 from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.plan import Group, Plan
 from mergebench.engine.sweep import Sweeper, to_device
@@ -67,18 +66,16 @@ def run_plan(
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             _check_equal(files, model, alias, tensor)
-    with Files() as files, Staging(out, fingerprint, resume) as staging:
-        output = _Output(plan, staging, sync)
-        threads = torch.get_num_threads()
-        keep_freed_memory()
-        sweeper = Sweeper(plan, files, progress)
-        try:
-            for group in plan.groups:
-                _work(plan, staging, sweeper, output, group)
-        finally:
-            sweeper.close()
-            output.close()
-            torch.set_num_threads(threads)
+    keep_freed_memory()
+    # the workers come first, so that none inherits the lock, which dies with this process
+    with (
+        Files() as files,
+        closing(Sweeper(plan, files, progress)) as sweeper,
+        Staging(out, fingerprint, resume) as staging,
+    ):
+        for group in plan.groups:
+            _work(plan, staging, sweeper, group, sync)
+        memory = peak_memory() + sweeper.workers.memory()
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
@@ -103,7 +100,7 @@ def run_plan(
             "bytes_written": plan.bytes_written,
             "seconds": round(time.perf_counter() - started, 3),
             "stages": {stage: round(seconds, 3) for stage, seconds in sweeper.seconds.items()},
-            "peak_memory": peak_memory(),
+            "peak_memory": memory,
         }
         finish(staging.directory, provenance)
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
@@ -111,13 +108,19 @@ def run_plan(
     return Result(out, provenance)
 
 
-def _work(plan: Plan, staging: Staging, sweeper: Sweeper, output: _Output, group: Group) -> None:
-    """One group: the questions that are still open, then what is still to be written.
+def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bool) -> None:
+    """One group: the questions that are still open, then what is still to be written, shard by shard.
 
     Answers are kept by tensor, or once for the model: how units are grouped depends on the memory given.
     """
-    written = [name for name in group.written if not output.is_done(name)]
-    if not written:
+    wanted = set(group.written)
+    shards = [
+        (shard, [tensor.name for tensor in shard.tensors if tensor.name in wanted])
+        for shard in plan.shards
+        if shard.file not in staging.journal["shards"]
+    ]
+    shards = [(shard, names) for shard, names in shards if names or not shard.tensors]
+    if not shards:
         return
     kept: dict[str, list[Any]] = staging.journal["answers"]
     keys = ["model" if plan.merge.scope == "model" else unit.tensors[0] for unit in group.units]
@@ -133,44 +136,16 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, output: _Output, group
                 staging.save()  # a sweep over the whole model is worth keeping
         for answers_of_unit, answer in zip(known, answers, strict=True):
             answers_of_unit.append(answer)
-    sweeper.apply(group, known, written, output.write)
-
-
-class _Output:
-    """The shards being filled: each opened at its first write, closed and journalled at its last."""
-
-    def __init__(self, plan: Plan, staging: Staging, sync: bool) -> None:
-        self._staging, self._sync = staging, sync
-        self._shards = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
-        infos = plan.merge.reference.tensors
-        self._left = {shard.file: sum(infos[t.name].numel for t in shard.tensors) for shard in plan.shards}
-        self._writers: dict[str, ShardWriter] = {}
-        self._lock = threading.Lock()
-        for shard in plan.shards:
-            if not self._left[shard.file] and shard.file not in staging.journal["shards"]:
-                ShardWriter(staging.directory / shard.file, shard).close(sync)  # nothing but empty tensors
-
-    def is_done(self, name: str) -> bool:
-        return self._shards[name].file in self._staging.journal["shards"]
-
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        shard = self._shards[name]
-        with self._lock:
-            writer = self._writers.get(shard.file)
-            if writer is None:
-                writer = ShardWriter(self._staging.directory / shard.file, shard)
-                self._writers[shard.file] = writer
-        writer.write(name, start, values)
-        with self._lock:
-            self._left[shard.file] -= len(values)
-            if not self._left[shard.file]:
-                self._writers.pop(shard.file).close(self._sync)
-                self._staging.journal["shards"].append(shard.file)
-                self._staging.save()
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+    for shard, names in shards:
+        path = staging.directory / shard.file
+        if not path.exists():
+            create(path, shard)
+        sweeper.apply(group, known, names, staging.directory)
+        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
+            if sync:
+                fsync(path)
+            staging.journal["shards"].append(shard.file)
+            staging.save()
 
 
 def peak_memory() -> int:

@@ -1,14 +1,26 @@
-"""Pieces of work, and the threads that do them: chunks in file order, the next ones already asked for."""
+"""Who does the work: chunks in file order, handed out in batches to processes, or to threads.
+
+Python runs one thread at a time. Between the calls that do arithmetic, threads wait for one another: on
+two cores the second one adds a third, on sixteen most would stand still. So a large merge on a CPU is
+done by forked processes, which share what was planned and nothing else. A small one, one on a GPU (whose
+arithmetic runs elsewhere) and one where there is no fork is done by threads.
+"""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import nullcontext, suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
 
 import torch
 
@@ -16,20 +28,14 @@ from mergebench.checkpoint.read import Files
 from mergebench.engine.context import Span
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Plan
-from mergebench.engine.read import ChunkReader
+from mergebench.engine.worker import Item, Worker
+from mergebench.errors import MergebenchError, RunError
 
-AHEAD = 16  # chunks the kernel is told of before they are needed
+BATCH = 8  # chunks handed out at once; the kernel is told of the next ones before they are needed
 COPIED = 16 * TILE  # elements of a piece that is only copied
+FORK_FROM = 200_000_000  # bytes read, from which processes are worth their start
 
 Progress = Callable[[int], None]  # called with the bytes that were read
-
-
-class Item(NamedTuple):
-    """One chunk of work: columns of the unit numbered `unit`, the first being in its tile `tile`."""
-
-    unit: int
-    spans: tuple[Span, ...]
-    tile: int
 
 
 def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]:
@@ -49,34 +55,79 @@ def copies_of(plan: Plan, name: str) -> Iterator[Item]:
         yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
 
 
-class Workers:
-    """The threads of one run, each with its buffers."""
+def start_workers(plan: Plan, files: Files, progress: Progress) -> Threads | Processes:
+    """The workers of one run."""
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if can_fork and plan.device.type == "cpu" and plan.workers > 1 and plan.bytes_read >= FORK_FROM:
+        return Processes(plan, files, progress)
+    return Threads(plan, files, progress)
+
+
+class _Batches:
+    """The items of one task in batches, in order; whoever takes one has the kernel told of the next."""
+
+    def __init__(self, plan: Plan, files: Files, items: Iterator[Item], apply: bool, progress: Progress) -> None:
+        self._plan, self._files, self._apply, self._progress = plan, files, apply, progress
+        self._items, self._lock = items, threading.Lock()
+        self._next = self._advised()
+
+    def take(self) -> list[Item]:
+        """The next batch; empty at the end."""
+        with self._lock:
+            batch = self._next
+            if batch:
+                self._next = self._advised()
+                self._progress(sum(self._bytes(item.unit, span) for item in batch for span in item.spans))
+            return batch
+
+    def _advised(self) -> list[Item]:
+        batch = list(itertools.islice(self._items, BATCH))
+        spans = [item.spans[0] for item in batch if item.unit >= 0 and len(item.spans) == 1]  # no scattered samples
+        for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
+            pieces = list(group)
+            for operand in self._plan.operands[name]:
+                if operand.stored is not None:
+                    self._files.advise(operand.stored, pieces[0].start, pieces[-1].stop)
+        return batch
+
+    def _bytes(self, unit: int, span: Span) -> int:
+        info = self._plan.merge.reference.tensors[span.tensor]
+        whole = info.nbytes if unit < 0 else self._plan.sweep_bytes(span.tensor, self._apply)
+        return whole * span.numel // info.numel
+
+
+class Threads:
+    """Workers in threads of this process."""
 
     def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
         self._plan, self._files, self._progress = plan, files, progress
-        self._readers = [ChunkReader(plan, files) for _ in range(plan.workers)]
+        self._workers = [Worker(plan, files) for _ in range(plan.workers)]
         self._pool = ThreadPoolExecutor(plan.workers, "worker", initializer=torch.set_num_threads, initargs=(1,))
         self._stop = threading.Event()
+        self._threads = torch.get_num_threads()
 
-    def close(self) -> None:
-        self._stop.set()
-        self._pool.shutdown(wait=True)
+    def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
+        """Let each worker do `task` on batches of items until there are none; their results."""
+        batches = _Batches(self._plan, self._files, items, task == "apply", self._progress)
 
-    def run(self, work: Callable[..., Any], items: Iterator[Item], *, apply: bool = False) -> list[Any]:
-        """Let all workers take items until there are none; their results in the order of the workers."""
-        shared = _Shared(items, self._stop, self._advise, partial(self._count, apply))
+        def stream() -> Iterator[Item]:
+            while batch := batches.take():
+                for item in batch:
+                    if self._stop.is_set():
+                        return
+                    yield item
 
-        def loop(reader: ChunkReader) -> Any:
+        def work(worker: Worker) -> Any:
             on_gpu = self._plan.device.type == "cuda"  # a stream of its own: workers copy and compute side by side
-            stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+            cuda = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
             try:
-                with torch.inference_mode(), stream:
-                    return work(reader, shared)
+                with torch.inference_mode(), cuda:
+                    return getattr(worker, task)(stream(), *arguments)
             except BaseException:
                 self._stop.set()
                 raise
 
-        futures = [self._pool.submit(loop, reader) for reader in self._readers]
+        futures = [self._pool.submit(work, worker) for worker in self._workers]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -85,51 +136,101 @@ class Workers:
                 future.exception()
             raise
 
-    def _advise(self, batch: list[Item]) -> None:
-        spans = [item.spans[0] for item in batch if item.unit >= 0 and len(item.spans) == 1]  # no scattered samples
-        for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
-            pieces = list(group)
-            for operand in self._plan.operands[name]:
-                if operand.stored is not None:
-                    self._files.advise(operand.stored, pieces[0].start, pieces[-1].stop)
+    def memory(self) -> int:
+        """Bytes held beside this process's own: none."""
+        return 0
 
-    def _count(self, apply: bool, item: Item) -> None:
-        for span in item.spans:
-            numel = self._plan.merge.reference.tensors[span.tensor].numel
-            if item.unit < 0:
-                whole = self._plan.merge.reference.tensors[span.tensor].nbytes
-            else:
-                whole = self._plan.sweep_bytes(span.tensor, apply)
-            self._progress(whole * span.numel // numel)
+    def close(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True)
+        for worker in self._workers:
+            worker.close()
+        torch.set_num_threads(self._threads)
 
 
-class _Shared:
-    """One iterator for all workers; the kernel is told of the next batch while this one is worked on."""
+class Processes:
+    """Workers in forked processes. They ask for batches; this process hands them out and collects results."""
 
-    def __init__(
-        self,
-        items: Iterator[Item],
-        stop: threading.Event,
-        advise: Callable[[list[Item]], None],
-        count: Callable[[Item], None],
-    ) -> None:
-        self._items, self._advise, self._stop, self._count = items, advise, stop, count
-        self._lock = threading.Lock()
-        self._now: list[Item] = []
-        self._next = self._batch()
+    def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
+        self._plan, self._files, self._progress = plan, files, progress
+        self._connections: list[Connection] = []
+        self._processes = []
+        context = multiprocessing.get_context("fork")
+        for _ in range(plan.workers):
+            mine, theirs = context.Pipe()
+            inherited = [*self._connections, mine]
+            process = context.Process(target=_serve, args=(plan, files, theirs, inherited, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(mine)
+            self._processes.append(process)
 
-    def _batch(self) -> list[Item]:
-        batch = list(itertools.islice(self._items, AHEAD))
-        self._advise(batch)
-        return batch[::-1]
+    def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
+        """Let each worker do `task` on batches of items until there are none; their results."""
+        order = pickle.dumps((task, arguments))
+        for connection in self._connections:
+            connection.send_bytes(order)
+        batches = _Batches(self._plan, self._files, items, task == "apply", self._progress)
+        results: dict[Any, Any] = {}
+        while len(results) < len(self._connections):
+            for connection in cast("list[Connection]", wait([one for one in self._connections if one not in results])):
+                try:
+                    kind, value = pickle.loads(connection.recv_bytes())
+                    if kind == "next":
+                        connection.send_bytes(pickle.dumps(batches.take()))
+                    elif kind == "done":
+                        results[connection] = value
+                    else:
+                        raise value
+                except (EOFError, ConnectionError):
+                    raise RunError(
+                        "a worker process was killed (is the machine out of memory?)",
+                        "use fewer --workers, and go on with --resume",
+                    ) from None
+        return [results[connection] for connection in self._connections]
 
-    def __iter__(self) -> Iterator[Item]:
-        while not self._stop.is_set():
-            with self._lock:
-                if not self._now:
-                    self._now, self._next = self._next, self._batch()
-                    if not self._now:
-                        return
-                item = self._now.pop()
-                self._count(item)
-            yield item
+    def memory(self) -> int:
+        """Bytes that the processes hold and do not share with this one."""
+        return sum(self.run("private_memory", iter(())))
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+
+def _serve(plan: Plan, files: Files, connection: Connection, inherited: list[Connection], parent: int) -> None:
+    """The life of a forked worker: tasks in, results out, until the connection closes or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for other in inherited:  # else the end of the parent would not close them
+        other.close()
+    torch.set_num_threads(1)
+    worker = Worker(plan, files)
+
+    def stream() -> Iterator[Item]:
+        ask = pickle.dumps(("next", None))
+        connection.send_bytes(ask)
+        while batch := pickle.loads(connection.recv_bytes()):
+            connection.send_bytes(ask)  # for the batch after this one
+            for item in batch:
+                if os.getppid() != parent:
+                    os._exit(1)
+                yield item
+
+    with suppress(EOFError, ConnectionError), torch.inference_mode():
+        while True:
+            task, arguments = pickle.loads(connection.recv_bytes())
+            try:
+                answer = ("done", getattr(worker, task)(stream(), *arguments))
+            except (EOFError, ConnectionError):
+                raise
+            except MergebenchError as error:
+                answer = ("failed", error)
+            except Exception as error:
+                error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+                answer = ("failed", error)
+            connection.send_bytes(pickle.dumps(answer))
+    os._exit(0)  # what the parent registered to be done at its end is not this process's to do

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
-from mergebench.engine import statistics, sweep
+from mergebench.engine import brackets, sweep
 from mergebench.engine.context import Span
 from mergebench.engine.noise import TILE, bernoulli
 from mergebench.engine.run import Result
@@ -52,8 +52,8 @@ def test_a_bracket_that_misses_costs_a_sweep_and_nothing_else(tmp_path: Path, mo
     def poisoned(sample: Any, row: int, rank: int, numel: int) -> tuple[float, float, float]:
         return (10.0, 11.0, 12.0) if sample.margin == 1 else honest(sample, row, rank, numel)
 
-    honest = statistics.Sample.bracket
-    monkeypatch.setattr(statistics.Sample, "bracket", poisoned)
+    honest = brackets.Sample.bracket
+    monkeypatch.setattr(brackets.Sample, "bracket", poisoned)
     missed = merge(tmp_path, "missed", parameters={"density": 0.2})
 
     assert (0, 1) == (right.provenance["extra_sweeps"], missed.provenance["extra_sweeps"])

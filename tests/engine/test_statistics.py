@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mergebench.engine.brackets import Bracket, Miss, Sample, _next
 from mergebench.engine.noise import TILE
-from mergebench.engine.statistics import Bracket, Miss, Sample, _next, gram, order_statistics
+from mergebench.engine.statistics import gram, order_statistics
 
 FLOATS = hnp.arrays(
     np.float32,

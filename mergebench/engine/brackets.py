@@ -1,0 +1,187 @@
+"""Exact order statistics in one sweep.
+
+A sample, drawn before it, gives a narrow bracket around the rank; the sweep counts what lies below and
+keeps what lies inside. Where the bracket missed (which the counts show), the engine sweeps again with a
+wider one: a miss costs time, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float32]
+FIRST_BUFFER = 8192  # values a bracket has room for at first
+Z = 4.5  # half-width of a bracket in standard errors of the sample
+
+
+class Miss(Exception):
+    """The bracket did not hold the rank: sweep again with a wider one."""
+
+
+class Sample:
+    """Values of a statistic at a sample of pieces spread evenly over all elements."""
+
+    def __init__(self, values: Floats, piece: int, margin: float) -> None:
+        """values: [rows, pieces * piece], the pieces in order of their place."""
+        self.values, self.piece, self.margin = values, piece, margin
+
+    def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float]:
+        """(low, guess, high): the value of `rank` among `numel` elements is very likely in [low, high)."""
+        values = self.values[row]
+        ordered = np.sort(values)
+        size, share = len(ordered), rank / max(numel - 1, 1)
+        guess = ordered[min(size - 1, round(share * (size - 1)))]
+        # The standard error of the share below `guess`, from differences of neighbouring pieces: pieces
+        # are a systematic sample, and a tensor's neighbours are more alike than the model's tensors.
+        below = (values.reshape(-1, self.piece) < guess).mean(axis=1)
+        error = float(np.sqrt(np.square(np.diff(below)).sum() / 2) / len(below)) if len(below) > 1 else 1.0
+        width = self.margin * (Z * error * size + 16)
+        first, last = int(share * size - width), int(share * size + width) + 1
+        low = float(ordered[first]) if first >= 0 else -np.inf
+        high = _next(float(ordered[last])) if last < size else np.inf
+        ties = np.searchsorted(ordered, guess, side="right") - np.searchsorted(ordered, guess, side="left")
+        if self.margin == 1 and ties > size // 20:  # a flood (exact zeros): look for this value alone
+            low, high = float(guess), _next(float(guess))
+        return low, float(guess), high
+
+
+def _next(value: float) -> float:
+    """The smallest float32 above `value`."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
+class Bracket:
+    """Counts the values below `low`, keeps those in [low, high); copies of `guess` are only counted.
+
+    So a flood of one value (exact zeros, differences of bfloat16 numbers) takes no room.
+    """
+
+    def __init__(self, low: float, guess: float, high: float, room: int) -> None:
+        self.low, self.guess, self.high, self.room = low, guess, high, room
+        self.below = self.at_guess = self.held = 0
+        self._buffer = np.empty(min(FIRST_BUFFER, room), np.float32)
+        self.smaller: int | None = None  # how many values are smaller than the answer
+
+    def add(self, values: Floats | Tensor) -> None:
+        """Take in values [elements]."""
+        gather([self], values[None])
+
+    def take(self, below: int, at_guess: int, inside: Floats) -> None:
+        """Take in what of a chunk lies below the bracket, at the guess, and elsewhere inside."""
+        self.below += below
+        self.at_guess += at_guess
+        self._keep(inside)
+        if self.held > self.room:
+            self._shrink()
+
+    def _keep(self, values: Floats) -> None:
+        # Into one growing buffer: thousands of small blocks that live long would split the memory which
+        # the chunks' temporaries use again and again, and the process would grow with the model.
+        end = self.held + len(values)
+        if end > len(self._buffer):
+            grown = np.empty(max(end, 2 * len(self._buffer)), np.float32)
+            grown[: self.held] = self.inside()
+            self._buffer = grown
+        self._buffer[self.held : end] = values
+        self.held = end
+
+    def inside(self) -> Floats:
+        return self._buffer[: self.held]
+
+    def _shrink(self) -> None:
+        """Out of room: keep the half nearest the guess, count the rest."""
+        ordered = np.sort(self.inside())
+        at = int(np.searchsorted(ordered, self.guess))
+        first, last = at - self.room // 4, at + self.room // 4
+        low = float(ordered[first]) if first >= 0 else self.low
+        high = _next(float(ordered[last])) if last < ordered.size else self.high
+        self.narrow(low, high)
+
+    def narrow(self, low: float, high: float) -> None:
+        """Move the edges inwards (the guess stays inside); what falls out below is counted."""
+        if (low, high) == (self.low, self.high):
+            return
+        values = self.inside()
+        self.below += int(np.count_nonzero(values < low))
+        values = values[(values >= low) & (values < high)]
+        self.low, self.high, self.held = low, high, values.size
+        self._buffer[: values.size] = values
+
+    def merge(self, other: Bracket) -> None:
+        """Take in what another worker gathered, within the narrower of both brackets."""
+        low, high = max(self.low, other.low), min(self.high, other.high)
+        self.narrow(low, high)
+        other.narrow(low, high)
+        self.below += other.below
+        self.at_guess += other.at_guess
+        self._keep(other.inside())
+        if self.held > 2 * self.room:
+            self._shrink()
+
+    def at(self, rank: int) -> float:
+        """The value of that rank (0 is the smallest)."""
+        inside, place = self.inside(), rank - self.below
+        less = int(np.count_nonzero(inside < self.guess))
+        if not 0 <= place < inside.size + self.at_guess:
+            raise Miss
+        if less <= place < less + self.at_guess:
+            self.smaller = self.below + less
+            return self.guess
+        place -= 0 if place < less else self.at_guess
+        value = float(np.partition(inside, place)[place])
+        self.smaller = self.below + int(np.count_nonzero(inside < value)) + (self.at_guess if value > self.guess else 0)
+        return value
+
+
+def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
+    """Give each bracket its row of a chunk [brackets, elements].
+
+    Comparing and counting is the cheapest that NumPy does; picking is done last, of few. All rows go
+    through each comparison together: threads wait for one another at every call, not at every element.
+    """
+    edges = [[b.low for b in brackets], [b.guess for b in brackets], [b.high for b in brackets]]
+    if isinstance(rows, Tensor):
+        low, guess, high = torch.tensor(edges, dtype=rows.dtype, device=rows.device).unsqueeze(2)
+    else:
+        low, guess, high = np.array(edges, rows.dtype)[:, :, None]
+    inside = rows >= low
+    from_low = _counts(inside)
+    inside &= rows < high
+    counts = _counts(inside)
+    inside &= rows != guess
+    for bracket, row, mask, not_below, count in zip(brackets, rows, inside, from_low, counts, strict=True):
+        picked = row[mask].cpu().numpy() if isinstance(row, Tensor) else row.compress(mask)
+        bracket.take(len(row) - not_below, count - len(picked), picked)
+
+
+class Extreme:
+    """The smallest or the largest value: no bracket needed."""
+
+    def __init__(self, largest: bool) -> None:
+        self.largest = largest
+        self.smaller = None if largest else 0
+        self.value = -np.inf if largest else np.inf
+
+    def add(self, values: Floats | Tensor) -> None:
+        if len(values):
+            found = float(values.max() if self.largest else values.min())
+            self.value = max(self.value, found) if self.largest else min(self.value, found)
+
+    def merge(self, other: Extreme) -> None:
+        self.value = max(self.value, other.value) if self.largest else min(self.value, other.value)
+
+    def at(self, rank: int) -> float:
+        return self.value
+
+
+def _counts(mask: NDArray[np.bool_] | Tensor) -> list[int]:
+    """How many are true in each row."""
+    if isinstance(mask, Tensor):
+        return cast("list[int]", mask.sum(dim=1).tolist())
+    return [int(np.count_nonzero(row)) for row in mask]

@@ -1,0 +1,179 @@
+"""What is done with one chunk at a time. Each thread or process of a run has one worker, with its own buffers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.read import TORCH_DTYPE, Files
+from mergebench.checkpoint.write import ShardFiles
+from mergebench.engine.brackets import Floats
+from mergebench.engine.context import Context, Span
+from mergebench.engine.plan import Plan, Unit
+from mergebench.engine.read import ChunkReader
+from mergebench.engine.statistics import OrderStatistics, Statistic
+from mergebench.errors import RunError
+
+Known = Sequence[Sequence[Any]]  # the answers so far, [unit][question]
+
+
+class Item(NamedTuple):
+    """One chunk of work: columns of the unit numbered `unit` (-1: to be copied), the first in its tile `tile`."""
+
+    unit: int
+    spans: tuple[Span, ...]
+    tile: int
+
+
+def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
+    """Run the method with the answers known so far: the next question, or the merged chunk."""
+    running = plan.merge.method(values, plan.merge.params, ctx)
+    if not inspect.isgenerator(running):
+        return cast(Tensor, running)
+    steps = cast("Generator[Statistic, Any, Tensor]", running)
+    try:
+        statistic = next(steps)
+        for answer in answers:
+            statistic = steps.send(answer)
+    except StopIteration as end:
+        return cast(Tensor, end.value)
+    steps.close()
+    return statistic
+
+
+def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
+    """The surroundings of a chunk."""
+    merge, aliases = plan.merge, plan.alignment.aliases
+    shape = merge.reference.tensors[spans[0].tensor].shape
+    if aliases:  # tied tensors that are stored twice draw the same noise, and stay equal
+        spans = tuple(span._replace(tensor=aliases.get(span.tensor, span.tensor)) for span in spans)
+    return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, plan.device)
+
+
+class Worker:
+    """Three tasks over a stream of chunks: `sample` and `gather` before an answer, `apply` after the last."""
+
+    def __init__(self, plan: Plan, files: Files) -> None:
+        self.plan, self.files = plan, files
+        self.reader = ChunkReader(plan, files)
+        self._output: ShardFiles | None = None
+
+    def close(self) -> None:
+        if self._output is not None:
+            self._output.close()
+
+    def sample(self, items: Iterable[Item], units: Sequence[Unit], known: Known) -> list[tuple[int, int, Floats]]:
+        """(place, unit, values) of an order statistic at the pieces of each item."""
+        found = []
+        for item in items:
+            values, _ = self.reader.load(item.spans, apply=False)
+            statistic = replay(self.plan, values, context_of(self.plan, units[item.unit], item.spans), known[item.unit])
+            if isinstance(statistic, OrderStatistics):
+                found.append((item.tile, item.unit, statistic.keyed()))
+        return found
+
+    def gather(
+        self, items: Iterable[Item], units: Sequence[Unit], known: Known, empty: dict[int, Any]
+    ) -> dict[int, Any]:
+        """The state of the next statistic of each unit, over the chunks that came here."""
+        states: dict[int, Any] = {}
+        for item in items:
+            values, _ = self.reader.load(item.spans, apply=False)
+            if not known[item.unit]:
+                self._check_finite(item, values)
+            statistic = replay(self.plan, values, context_of(self.plan, units[item.unit], item.spans), known[item.unit])
+            assert isinstance(statistic, Statistic), "the method asked fewer questions than it did on the toy chunk"
+            if item.unit not in states:
+                states[item.unit] = copy.deepcopy(empty[item.unit])
+            statistic.reduce(states[item.unit], item.tile)
+        return states
+
+    def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path) -> None:
+        """Merge, or copy, and write into the shards in `directory`."""
+        if self._output is None:
+            self._output = ShardFiles(directory, self.plan.shards)
+        for item in items:
+            (span,) = item.spans
+            stored = self._copied(span) if item.unit < 0 else self._merged(item, units[item.unit], known[item.unit])
+            self._output.write(span.tensor, span.start, stored)
+
+    def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> Tensor:
+        (span,) = item.spans
+        values, base = self.reader.load(item.spans, apply=True)
+        if not self.plan.passes:
+            self._check_finite(item, values)
+        merged = replay(self.plan, values, context_of(self.plan, unit, item.spans), answers)
+        assert isinstance(merged, Tensor), "the method asked more questions than it did on the toy chunk"
+        method = self.plan.merge.method
+        if merged.shape != base.shape or merged.dtype != torch.float32:
+            raise RunError(
+                f"method '{method.name}' gave {merged.dtype} {list(merged.shape)} for a chunk "
+                f"of {len(base)} elements, float32 [{len(base)}] was expected"
+            )
+        if method.takes == "task_vectors":
+            merged = merged + base
+        stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
+        if not math.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
+            raise self._find_non_finite(span) or _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
+        return stored.cpu()
+
+    def _copied(self, span: Span) -> Tensor:
+        """Elements of a tensor that is not merged, a float converted to the stored type."""
+        info = self.plan.merge.reference.tensors[span.tensor]
+        values = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
+        self.files.read_elements(info, span.start, values)
+        stored = values.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
+        if stored.dtype != values.dtype and not torch.equal(torch.isfinite(stored), torch.isfinite(values)):
+            raise _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
+        return stored
+
+    def private_memory(self, items: Iterable[Item]) -> int:
+        """Bytes this process holds and shares with no other."""
+        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+        return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Private_"))
+
+    # -- values that are no numbers ----------------------------------------------------------------
+
+    def _check_finite(self, item: Item, values: Tensor) -> None:
+        """A sum shows a NaN or Inf at a thirtieth of the price of looking at each element."""
+        if not math.isfinite(values.sum()):
+            for span in item.spans:
+                error = self._find_non_finite(span)
+                if error is not None:
+                    raise error
+            self.reader.load(item.spans, apply=True)  # it was the sum that overflowed
+
+    def _find_non_finite(self, span: Span) -> RunError | None:
+        """The error that names the model and the place of a non-finite value, or None: it was an overflow
+        of the sum that raised the suspicion."""
+        merge = self.plan.merge
+        sources = [(merge.reference, merge.reference.tensors[span.tensor])]
+        sources += list(zip(merge.models, self.plan.alignment.sources[span.tensor], strict=True))
+        for model, info in sources:
+            stored = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
+            self.files.read_elements(info, span.start, stored)
+            bad = torch.nonzero(~torch.isfinite(stored.float()))
+            if len(bad):
+                first = int(bad[0])
+                place = torch.unravel_index(torch.tensor(span.start + first), info.shape) if info.shape else ()
+                return RunError(
+                    f"{span.tensor}: {model.reference} has {stored[first].item()} at {[int(i) for i in place]}",
+                    "a merge with it would be broken: use another checkpoint, or exclude the tensor",
+                )
+        values, _ = self.reader.load([span], apply=False)
+        for name, row in zip(merge.names, values, strict=True):
+            bad = row[~torch.isfinite(row)]
+            if len(bad):  # an adapter's product, or an overflow of the subtraction
+                return RunError(f"{span.tensor}: what {name} makes of it has {bad[0].item()}", "use another checkpoint")
+        return None
+
+
+def _does_not_fit(tensor: str, dtype: str) -> RunError:
+    return RunError(f"{tensor}: the merged values do not fit into {dtype}", "store them as float32: dtype: float32")
