@@ -1,6 +1,6 @@
 """`python -m mergebench`."""
 
-from mergebench.cli import main
+from mergebench.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -42,6 +44,23 @@ app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)
 app.command("methods")(inspect.methods)
+
+
+def command() -> NoReturn:
+    """The program `mergebench`: `main`, a third of a second faster.
+
+    Torch's hundred thousand objects are not searched for garbage again and again while they are imported,
+    and not taken down one by one at the end.
+    """
+    gc.set_threshold(100_000, 20, 100)
+    code: int | str | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ wider one: a miss costs time, never a wrong answer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 FIRST_BUFFER = 8192  # values a bracket has room for at first
+COMMON = 3  # values that a bracket counts by themselves, at most
 Z = 4.5  # half-width of a bracket in standard errors of the sample
 
 
@@ -31,8 +33,11 @@ class Sample:
         """values: [rows, pieces * piece], the pieces in order of their place."""
         self.values, self.piece, self.margin = values, piece, margin
 
-    def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float]:
-        """(low, guess, high): the value of `rank` among `numel` elements is very likely in [low, high)."""
+    def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float, tuple[float, ...]]:
+        """(low, guess, high, common): the value of `rank` among `numel` elements is very likely in [low, high).
+
+        common: the values there that many elements have.
+        """
         values = self.values[row]
         ordered = np.sort(values)
         size, share = len(ordered), rank / max(numel - 1, 1)
@@ -48,7 +53,9 @@ class Sample:
         ties = np.searchsorted(ordered, guess, side="right") - np.searchsorted(ordered, guess, side="left")
         if self.margin == 1 and ties > size // 20:  # a flood (exact zeros): look for this value alone
             low, high = float(guess), _next(float(guess))
-        return low, float(guess), high
+        found, counts = np.unique(ordered[(ordered >= low) & (ordered < high)], return_counts=True)
+        most = np.argsort(-counts, kind="stable")[:COMMON]
+        return low, float(guess), high, tuple(found[most][counts[most] > size / 256].tolist())
 
 
 def _next(value: float) -> float:
@@ -57,14 +64,16 @@ def _next(value: float) -> float:
 
 
 class Bracket:
-    """Counts the values below `low`, keeps those in [low, high); copies of `guess` are only counted.
+    """Counts the values below `low`, keeps those in [low, high); of `common` values there it keeps counts only.
 
-    So a flood of one value (exact zeros, differences of bfloat16 numbers) takes no room.
+    So a flood (exact zeros, differences of bfloat16 numbers) takes no room and little time. `guess` is where
+    to hold on when room gets short.
     """
 
-    def __init__(self, low: float, guess: float, high: float, room: int) -> None:
+    def __init__(self, low: float, guess: float, high: float, room: int, common: Sequence[float] = ()) -> None:
         self.low, self.guess, self.high, self.room = low, guess, high, room
-        self.below = self.at_guess = self.held = 0
+        self.common = dict.fromkeys(common, 0)
+        self.below = self.held = 0
         self._buffer = np.empty(min(FIRST_BUFFER, room), np.float32)
         self.smaller: int | None = None  # how many values are smaller than the answer
 
@@ -72,10 +81,11 @@ class Bracket:
         """Take in values [elements]."""
         gather([self], values[None])
 
-    def take(self, below: int, at_guess: int, inside: Floats) -> None:
-        """Take in what of a chunk lies below the bracket, at the guess, and elsewhere inside."""
+    def take(self, below: int, common: Sequence[int], inside: Floats) -> None:
+        """Take in what of a chunk lies below the bracket, how often each common value came, and the rest inside."""
         self.below += below
-        self.at_guess += at_guess
+        for value, count in zip(self.common, common, strict=False):
+            self.common[value] += count
         self._keep(inside)
         if self.held > self.room:
             self._shrink()
@@ -107,6 +117,10 @@ class Bracket:
         """Move the edges inwards (the guess stays inside); what falls out below is counted."""
         if (low, high) == (self.low, self.high):
             return
+        for value, count in self.common.items():
+            if not low <= value < high:
+                self.below += count if value < low else 0
+                self.common[value] = 0
         values = self.inside()
         self.below += int(np.count_nonzero(values < low))
         values = values[(values >= low) & (values < high)]
@@ -119,7 +133,8 @@ class Bracket:
         self.narrow(low, high)
         other.narrow(low, high)
         self.below += other.below
-        self.at_guess += other.at_guess
+        for value, count in other.common.items():
+            self.common[value] += count
         self._keep(other.inside())
         if self.held > 2 * self.room:
             self._shrink()
@@ -127,16 +142,21 @@ class Bracket:
     def at(self, rank: int) -> float:
         """The value of that rank (0 is the smallest)."""
         inside, place = self.inside(), rank - self.below
-        less = int(np.count_nonzero(inside < self.guess))
-        if not 0 <= place < inside.size + self.at_guess:
+        if not 0 <= place < inside.size + sum(self.common.values()):
             raise Miss
-        if less <= place < less + self.at_guess:
-            self.smaller = self.below + less
-            return self.guess
-        place -= 0 if place < less else self.at_guess
-        value = float(np.partition(inside, place)[place])
-        self.smaller = self.below + int(np.count_nonzero(inside < value)) + (self.at_guess if value > self.guess else 0)
-        return value
+        passed, answer = 0, None  # common values smaller than the answer
+        for value, count in sorted(self.common.items()):
+            start = passed + int(np.count_nonzero(inside < value))
+            if place < start:
+                break
+            if place < start + count:
+                answer = value
+                break
+            passed += count
+        if answer is None:
+            answer = float(np.partition(inside, place - passed)[place - passed])
+        self.smaller = self.below + passed + int(np.count_nonzero(inside < answer))
+        return answer
 
 
 def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
@@ -145,19 +165,23 @@ def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
     Comparing and counting is the cheapest that NumPy does; picking is done last, of few. All rows go
     through each comparison together: threads wait for one another at every call, not at every element.
     """
-    edges = [[b.low for b in brackets], [b.guess for b in brackets], [b.high for b in brackets]]
+    most = max(len(bracket.common) for bracket in brackets)
+    edges = [[bracket.low, bracket.high, *bracket.common] for bracket in brackets]
+    edges = [row + [np.nan] * (2 + most - len(row)) for row in edges]  # no value equals NaN
     if isinstance(rows, Tensor):
-        low, guess, high = torch.tensor(edges, dtype=rows.dtype, device=rows.device).unsqueeze(2)
+        low, high, *common = torch.tensor(edges, dtype=rows.dtype, device=rows.device).T.unsqueeze(2)
     else:
-        low, guess, high = np.array(edges, rows.dtype)[:, :, None]
+        low, high, *common = np.array(edges, rows.dtype).T[:, :, None]
     inside = rows >= low
-    from_low = _counts(inside)
+    left = [_counts(inside)]  # how many are from `low` upwards, then in the bracket, then without each common value
     inside &= rows < high
-    counts = _counts(inside)
-    inside &= rows != guess
-    for bracket, row, mask, not_below, count in zip(brackets, rows, inside, from_low, counts, strict=True):
+    left.append(_counts(inside))
+    for value in common:
+        inside &= rows != value
+        left.append(_counts(inside))
+    for bracket, row, mask, counts in zip(brackets, rows, inside, zip(*left, strict=True), strict=True):
         picked = row[mask].cpu().numpy() if isinstance(row, Tensor) else row.compress(mask)
-        bracket.take(len(row) - not_below, count - len(picked), picked)
+        bracket.take(len(row) - counts[0], [a - b for a, b in itertools.pairwise(counts[1:])], picked)
 
 
 class Extreme:

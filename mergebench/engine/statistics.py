@@ -73,7 +73,8 @@ class OrderStatistics(Statistic):
                 return Extreme(largest=rank > 0)
             if sample is None:
                 return Bracket(-np.inf, 0.0, np.inf, numel)
-            return Bracket(*sample.bracket(row, rank, numel), share)
+            low, guess, high, common = sample.bracket(row, rank, numel)
+            return Bracket(low, guess, high, share, common)
 
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 

@@ -49,8 +49,8 @@ def test_a_bracket_that_misses_costs_a_sweep_and_nothing_else(tmp_path: Path, mo
     files(tmp_path, {"w": (5 * TILE,)})
     right = merge(tmp_path, "right", parameters={"density": 0.2})
 
-    def poisoned(sample: Any, row: int, rank: int, numel: int) -> tuple[float, float, float]:
-        return (10.0, 11.0, 12.0) if sample.margin == 1 else honest(sample, row, rank, numel)
+    def poisoned(sample: Any, row: int, rank: int, numel: int) -> tuple[float, float, float, tuple[float, ...]]:
+        return (10.0, 11.0, 12.0, ()) if sample.margin == 1 else honest(sample, row, rank, numel)
 
     honest = brackets.Sample.bracket
     monkeypatch.setattr(brackets.Sample, "bracket", poisoned)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mergebench.engine.brackets import Bracket, Miss, Sample, _next
+from mergebench.engine.brackets import Bracket, Miss, Sample, _next, gather
 from mergebench.engine.noise import TILE
 from mergebench.engine.statistics import gram, order_statistics
 
@@ -26,9 +26,11 @@ FLOATS = hnp.arrays(
 )
 
 
-def gathered(values: np.ndarray, bracket: tuple[float, float, float], room: int, workers: int, cuts: int) -> Bracket:
+def gathered(
+    values: np.ndarray, bracket: tuple[float, float, float], room: int, workers: int, cuts: int, common: list[float]
+) -> Bracket:
     """Values streamed through several workers' brackets, in pieces, then combined."""
-    brackets = [Bracket(*bracket, room) for _ in range(workers)]
+    brackets = [Bracket(*bracket, room, common) for _ in range(workers)]
     for number, part in enumerate(np.array_split(values, cuts)):
         brackets[number % workers].add(part)
     for other in brackets[1:]:
@@ -43,8 +45,9 @@ def test_a_bracket_is_exact_or_says_that_it_missed(values: np.ndarray, data: st.
     edges = sorted(data.draw(st.tuples(*[st.sampled_from(values.tolist())] * 3)))
     bracket = (edges[0], edges[1], _next(edges[2]))
     room = data.draw(st.sampled_from([4, 16, 1000]))
+    common = data.draw(st.lists(st.sampled_from(values.tolist()), unique=True, max_size=3))
 
-    found = gathered(values, bracket, room, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)))
+    found = gathered(values, bracket, room, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)), common)
 
     expected = np.sort(values)[rank]
     try:
@@ -58,7 +61,7 @@ def test_a_bracket_is_exact_or_says_that_it_missed(values: np.ndarray, data: st.
 @settings(max_examples=100, deadline=None)
 @given(FLOATS, st.integers(1, 7), st.integers(1, 3))
 def test_without_a_sample_everything_is_kept_and_exact(values: np.ndarray, cuts: int, workers: int) -> None:
-    found = gathered(values, (-np.inf, 0.0, np.inf), len(values), workers, cuts)
+    found = gathered(values, (-np.inf, 0.0, np.inf), len(values), workers, cuts, [])
 
     assert np.sort(values).tolist() == [found.at(rank) for rank in range(len(values))]
 
@@ -76,12 +79,29 @@ def test_a_bracket_never_holds_more_than_its_room() -> None:
 def test_a_flood_takes_no_room() -> None:
     values = np.zeros(100_000, np.float32)
     values[:10] = 1
-    bracket = Bracket(-1.0, 0.0, 2.0, 1000)
+    bracket = Bracket(-1.0, 0.0, 2.0, 1000, [0.0])
     bracket.add(values)
 
-    assert (10, 99_990) == (bracket.held, bracket.at_guess)
+    assert (10, {0.0: 99_990}) == (bracket.held, bracket.common)
     assert bracket.at(5) == 0.0
     assert bracket.at(99_995) == 1.0
+
+
+def test_rows_gather_together_what_they_gather_alone() -> None:
+    generator = np.random.default_rng(2)
+    rows = generator.integers(0, 9, (3, 5000)).astype(np.float32)
+    edges = [(2.0, 3.0, 6.0, []), (1.0, 4.0, 5.0, [4.0]), (0.0, 0.0, 9.0, [8.0, 0.0, 3.0])]
+    together = [Bracket(low, guess, high, 5000, common) for low, guess, high, common in edges]
+    alone = [Bracket(low, guess, high, 5000, common) for low, guess, high, common in edges]
+    gather(together, rows)
+    for bracket, row in zip(alone, rows, strict=True):
+        bracket.add(row)
+
+    for left, right, row in zip(together, alone, rows, strict=True):
+        assert (left.below, left.common) == (right.below, right.common)
+        assert np.array_equal(left.inside(), right.inside())
+        assert {value: np.count_nonzero(row == value) for value in left.common} == left.common
+        assert np.sort(row)[2300] == left.at(2300)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.999])
@@ -92,7 +112,7 @@ def test_a_sample_brackets_the_rank_of_what_it_was_drawn_from(share: float) -> N
     sample = np.concatenate([values[start : start + 128] for start in starts])[None]
     rank = int(share * (len(values) - 1))
 
-    low, _, high = Sample(sample, 128, 1.0).bracket(0, rank, len(values))
+    low, _, high, _ = Sample(sample, 128, 1.0).bracket(0, rank, len(values))
 
     assert low <= np.sort(values)[rank] < high
     assert np.count_nonzero((values >= low) & (values < high)) < 0.1 * len(values)
