@@ -50,9 +50,6 @@ class Sample:
         first, last = int(share * size - width), int(share * size + width) + 1
         low = float(ordered[first]) if first >= 0 else -np.inf
         high = _next(float(ordered[last])) if last < size else np.inf
-        ties = np.searchsorted(ordered, guess, side="right") - np.searchsorted(ordered, guess, side="left")
-        if self.margin == 1 and ties > size // 20:  # a flood (exact zeros): look for this value alone
-            low, high = float(guess), _next(float(guess))
         found, counts = np.unique(ordered[(ordered >= low) & (ordered < high)], return_counts=True)
         most = np.argsort(-counts, kind="stable")[:COMMON]
         return low, float(guess), high, tuple(found[most][counts[most] > size / 256].tolist())

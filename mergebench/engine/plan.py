@@ -99,8 +99,7 @@ class Plan:
     @property
     def buffer_bytes(self) -> int:
         """Memory of all workers' buffers and temporaries."""
-        rows = len(self.merge.models) + 1
-        return self.workers * self.chunk * (rows * (4 + 8) + (rows + 1) * 4 * TEMPORARIES)
+        return self.workers * self.chunk * _bytes_per_element(len(self.merge.models))
 
     @property
     def peak_memory(self) -> int:
@@ -154,7 +153,8 @@ def plan_merge(
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
     passes = count_passes(merge)
-    size = chunk or _chunk_size(merge, where, memory)
+    workers = workers or (3 if where.type == "cuda" else _cores())
+    size = chunk or _chunk_size(merge, where, memory // workers)
     plan = Plan(
         merge=merge,
         alignment=alignment,
@@ -164,7 +164,7 @@ def plan_merge(
         groups=_groups(merge, shards, merged, min(GROUP, memory // (4 * len(merge.models)))),
         passes=passes,
         chunk=size,
-        workers=workers or (3 if where.type == "cuda" else _cores()),
+        workers=workers,
         memory=memory,
         device=where,
     )
@@ -260,14 +260,23 @@ def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) 
     ]
 
 
+def _bytes_per_element(models: int) -> int:
+    """What one worker holds for each element of a chunk: rows read, rows in float32, temporaries."""
+    rows = models + 1
+    return rows * (4 + 8) + (rows + 1) * 4 * TEMPORARIES
+
+
 def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
-    """Elements of a chunk: what stays in a core's cache, or what keeps a GPU busy; whole tiles."""
+    """Elements of a chunk: what stays in a core's cache, or what keeps a GPU busy; whole tiles.
+
+    memory: bytes for one worker.
+    """
     infos = merge.reference.tensors
     if merge.method.cut == "tensor":
         return max(info.numel for name, info in infos.items() if info.is_float and merge.wanted(name))
-    if device.type == "cuda":
-        return 64 * TILE
-    return 2 * TILE
+    most = 64 if device.type == "cuda" else 2
+    fitting = memory // (2 * _bytes_per_element(len(merge.models)) * TILE)  # the other half is for statistics
+    return max(min(most, fitting), 1) * TILE
 
 
 def _cores() -> int:

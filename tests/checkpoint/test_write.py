@@ -27,7 +27,8 @@ from mergebench.checkpoint.write import (
     ALIGN,
     OutTensor,
     Shard,
-    ShardWriter,
+    ShardFiles,
+    create,
     lay_out,
     write_atomically,
     write_error,
@@ -56,6 +57,12 @@ def values(spec: OutTensor, seed: int) -> Tensor:
     return raw.view(TORCH_DTYPE[spec.dtype])
 
 
+def written(folder: Path, shard: Shard) -> ShardFiles:
+    """The shard's file in `folder`, created and ready to be filled."""
+    create(folder / shard.file, shard)
+    return ShardFiles(folder, [shard])
+
+
 def bits(tensor: Tensor) -> bytes:
     return bytes(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
@@ -76,7 +83,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path, tensors: list[OutTen
             start = stop
     order.shuffle(pieces)
 
-    writer = ShardWriter(file, Shard(file.name, tuple(tensors)))
+    writer = written(tmp_path, Shard(file.name, tuple(tensors)))
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda piece: writer.write(piece[0], piece[1], content[piece[0]][piece[1] : piece[2]]), pieces))
     writer.close()
@@ -100,7 +107,7 @@ def test_reads_and_writes_that_stop_short(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "pwrite", lambda file, raw, at: pwrite(file, raw[:100], at))
     monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:100]], at))
     content = torch.arange(1000.0)
-    writer = ShardWriter(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (1000,), 4000),)))
+    writer = written(tmp_path, Shard("x", (OutTensor("a", "F32", (1000,), 4000),)))
     writer.write("a", 0, content)
     writer.close()
     (tensor,) = read_header(tmp_path / "x").tensors
@@ -111,7 +118,7 @@ def test_reads_and_writes_that_stop_short(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
     """Cut off between its header and its data being read: an error, no endless loop, no old bytes."""
-    ShardWriter(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (1000,), 4000),))).close()
+    create(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (1000,), 4000),)))
     (tensor,) = read_header(tmp_path / "x").tensors
     os.truncate(tmp_path / "x", 2000)
     with Files() as files, pytest.raises(RunError, match="became shorter"):
@@ -121,10 +128,9 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
 def test_the_file_has_its_size_from_the_start(tmp_path: Path) -> None:
     """A full disk shows when a shard is begun; the bytes not written yet are zeros."""
     shard = Shard("x", (OutTensor("a", "F32", (1000,), 4000),))
-    writer = ShardWriter(tmp_path / "x", shard)
+    create(tmp_path / "x", shard)
     assert (tmp_path / "x").stat().st_size == len(shard.header()) + 4000
     assert (tmp_path / "x").stat().st_blocks * 512 >= 4000
-    writer.close()
     assert torch.equal(load_file(tmp_path / "x")["a"], torch.zeros(1000))
 
 
@@ -132,7 +138,7 @@ def test_the_file_has_its_size_from_the_start(tmp_path: Path) -> None:
 def test_mode_by_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        ShardWriter(tmp_path / "x", Shard("x", ())).close(sync=True)
+        create(tmp_path / "x", Shard("x", ()))
         write_atomically(tmp_path / "y", "text")
     finally:
         os.umask(before)
@@ -142,20 +148,25 @@ def test_mode_by_umask(tmp_path: Path, mask: int) -> None:
 
 def test_what_stood_there_is_gone(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\xff" * 10_000)
-    ShardWriter(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (4,), 16),))).close()
+    create(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (4,), 16),)))
     assert torch.equal(load_file(tmp_path / "x")["a"], torch.zeros(4))
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     """Neither by a shard that was written, nor by one that could not be."""
+    small = Shard("y", (OutTensor("a", "F32", (4,), 16),))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     shard = Shard("x", (OutTensor("a", "F32", (1 << 60,), 4 << 60),))
     for _ in range(3):
         with pytest.raises(RunError, match="cannot be written"):
-            ShardWriter(tmp_path / "x", shard)
+            create(tmp_path / "x", shard)
         with pytest.raises(RunError, match="cannot be written"):
-            ShardWriter(tmp_path / "nowhere" / "x", shard)
-        ShardWriter(tmp_path / "y", Shard("y", ())).close()
+            create(tmp_path / "nowhere" / "x", shard)
+        with pytest.raises(RunError, match="cannot be written"):
+            ShardFiles(tmp_path / "nowhere", [small]).write("a", 0, torch.zeros(4))
+        files = written(tmp_path, small)
+        files.write("a", 0, torch.zeros(4))
+        files.close()
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
