@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,7 @@ class Server:
 
         die_at: kill -9 (or the signal `by`) at the n-th change to the file system below `folder`. count:
         write the number of such changes to this file. largest_file: no file may grow beyond so many bytes.
+        forked: do the work in forked processes, however small it is.
         """
         return Run(self, self._ask({"args": [*map(str, args)], "folder": str(folder), **how}), folder)
 
@@ -97,7 +99,18 @@ def watch(folder: str, die_at: int | None, by: int, count: str | None) -> None:
     sys.addaudithook(hook)
 
 
+def at_work(folder: Path) -> list[int]:
+    """The processes whose working directory is `folder`."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (place / "cwd").readlink() == folder and "State:\tZ" not in (place / "status").read_text():
+                found.append(int(place.name))
+    return found
+
+
 def child(request: dict[str, Any], stdin: IO[str]) -> None:
+    import mergebench.engine.work
     from mergebench.cli import main
 
     stdin.close()
@@ -108,6 +121,8 @@ def child(request: dict[str, Any], stdin: IO[str]) -> None:
     os.chdir(folder)
     if "largest_file" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    if request.get("forked"):
+        mergebench.engine.work.FORK_FROM = 0
     if "die_at" in request or "count" in request:
         watch(str(folder), request.get("die_at"), request.get("by", signal.SIGKILL), request.get("count"))
     sys.argv = ["mergebench", *request["args"]]

@@ -8,6 +8,7 @@ arithmetic runs elsewhere) and one where there is no fork is done by threads.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from mergebench.errors import MergebenchError, RunError
 BATCH = 8  # chunks handed out at once; the kernel is told of the next ones before they are needed
 COPIED = 16 * TILE  # elements of a piece that is only copied
 FORK_FROM = 200_000_000  # bytes read, from which processes are worth their start
+_PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
 
 Progress = Callable[[int], None]  # called with the bytes that were read
 
@@ -66,8 +68,8 @@ def start_workers(plan: Plan, files: Files, progress: Progress) -> Threads | Pro
 class _Batches:
     """The items of one task in batches, in order; whoever takes one has the kernel told of the next."""
 
-    def __init__(self, plan: Plan, files: Files, items: Iterator[Item], apply: bool, progress: Progress) -> None:
-        self._plan, self._files, self._apply, self._progress = plan, files, apply, progress
+    def __init__(self, plan: Plan, files: Files, items: Iterator[Item], task: str, progress: Progress) -> None:
+        self._plan, self._files, self._task, self._progress = plan, files, task, progress
         self._items, self._lock = items, threading.Lock()
         self._next = self._advised()
 
@@ -77,12 +79,13 @@ class _Batches:
             batch = self._next
             if batch:
                 self._next = self._advised()
-                self._progress(sum(self._bytes(item.unit, span) for item in batch for span in item.spans))
+                if self._task != "sample":  # what comes before a sweep is no part of it
+                    self._progress(sum(self._bytes(item.unit, *item.spans) for item in batch))
             return batch
 
     def _advised(self) -> list[Item]:
         batch = list(itertools.islice(self._items, BATCH))
-        spans = [item.spans[0] for item in batch if item.unit >= 0 and len(item.spans) == 1]  # no scattered samples
+        spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # those are scattered
         for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
             pieces = list(group)
             for operand in self._plan.operands[name]:
@@ -92,7 +95,7 @@ class _Batches:
 
     def _bytes(self, unit: int, span: Span) -> int:
         info = self._plan.merge.reference.tensors[span.tensor]
-        whole = info.nbytes if unit < 0 else self._plan.sweep_bytes(span.tensor, self._apply)
+        whole = info.nbytes if unit < 0 else self._plan.sweep_bytes(span.tensor, self._task == "apply")
         return whole * span.numel // info.numel
 
 
@@ -108,7 +111,7 @@ class Threads:
 
     def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
         """Let each worker do `task` on batches of items until there are none; their results."""
-        batches = _Batches(self._plan, self._files, items, task == "apply", self._progress)
+        batches = _Batches(self._plan, self._files, items, task, self._progress)
 
         def stream() -> Iterator[Item]:
             while batch := batches.take():
@@ -156,21 +159,27 @@ class Processes:
         self._connections: list[Connection] = []
         self._processes = []
         context = multiprocessing.get_context("fork")
-        for _ in range(plan.workers):
-            mine, theirs = context.Pipe()
-            inherited = [*self._connections, mine]
-            process = context.Process(target=_serve, args=(plan, files, theirs, inherited, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()
-            self._connections.append(mine)
-            self._processes.append(process)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's to handle
+        try:
+            for _ in range(plan.workers):
+                mine, theirs = context.Pipe()
+                inherited = [*self._connections, mine]
+                process = context.Process(
+                    target=_serve, args=(plan, files, theirs, inherited, os.getpid()), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._connections.append(mine)
+                self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
         """Let each worker do `task` on batches of items until there are none; their results."""
         order = pickle.dumps((task, arguments))
         for connection in self._connections:
             connection.send_bytes(order)
-        batches = _Batches(self._plan, self._files, items, task == "apply", self._progress)
+        batches = _Batches(self._plan, self._files, items, task, self._progress)
         results: dict[Any, Any] = {}
         while len(results) < len(self._connections):
             for connection in cast("list[Connection]", wait([one for one in self._connections if one not in results])):
@@ -190,8 +199,8 @@ class Processes:
         return [results[connection] for connection in self._connections]
 
     def memory(self) -> int:
-        """Bytes that the processes hold and do not share with this one."""
-        return sum(self.run("private_memory", iter(())))
+        """Bytes that the processes held at most and do not share with this one."""
+        return sum(self.run("peak_memory", iter(())))
 
     def close(self) -> None:
         for connection in self._connections:
@@ -204,7 +213,9 @@ class Processes:
 
 def _serve(plan: Plan, files: Files, connection: Connection, inherited: list[Connection], parent: int) -> None:
     """The life of a forked worker: tasks in, results out, until the connection closes or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it writes nothing once the lock is free
+    if os.getppid() != parent:
+        os._exit(1)
     for other in inherited:  # else the end of the parent would not close them
         other.close()
     torch.set_num_threads(1)
@@ -215,22 +226,30 @@ def _serve(plan: Plan, files: Files, connection: Connection, inherited: list[Con
         connection.send_bytes(ask)
         while batch := pickle.loads(connection.recv_bytes()):
             connection.send_bytes(ask)  # for the batch after this one
-            for item in batch:
-                if os.getppid() != parent:
-                    os._exit(1)
-                yield item
+            yield from batch
 
     with suppress(EOFError, ConnectionError), torch.inference_mode():
         while True:
             task, arguments = pickle.loads(connection.recv_bytes())
             try:
                 answer = ("done", getattr(worker, task)(stream(), *arguments))
+                worker.note_memory()
             except (EOFError, ConnectionError):
                 raise
-            except MergebenchError as error:
-                answer = ("failed", error)
             except Exception as error:
-                error.add_note(f"in a worker process:\n{traceback.format_exc()}")
-                answer = ("failed", error)
+                answer = ("failed", _portable(error))
             connection.send_bytes(pickle.dumps(answer))
     os._exit(0)  # what the parent registered to be done at its end is not this process's to do
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent: ours as it is, a fault in a method with the place where it happened."""
+    if isinstance(error, MergebenchError):
+        return error
+    place = f"in a worker process:\n{traceback.format_exc()}"
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(place)
+    return error

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -64,6 +65,7 @@ class Worker:
         self.plan, self.files = plan, files
         self.reader = ChunkReader(plan, files)
         self._output: ShardFiles | None = None
+        self._peak = 0
 
     def close(self) -> None:
         if self._output is not None:
@@ -134,10 +136,16 @@ class Worker:
             raise _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
         return stored
 
-    def private_memory(self, items: Iterable[Item]) -> int:
-        """Bytes this process holds and shares with no other."""
-        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-        return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Private_"))
+    def note_memory(self) -> None:
+        """Remember the most that this process has held and shares with no other."""
+        with suppress(OSError):  # some sandboxes do not tell
+            rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+            private = sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Private_"))
+            self._peak = max(self._peak, private)
+
+    def peak_memory(self, items: Iterable[Item]) -> int:
+        """Bytes this process held at most and shared with no other."""
+        return self._peak
 
     # -- values that are no numbers ----------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from models import INDEX, SINGLE, fine_tuned, hashes, read_model, write_model, write_recipe
-from processes import Server
+from processes import Server, at_work
 
 METHODS = {"pcb": {}, "ties": {"parameters": {"density": 0.3}}}
 OPTIONS = ("--workers", "1", "-q")
@@ -160,22 +160,26 @@ def test_killed_while_replacing_an_earlier_result(server: Server, small: Path, u
 # -- at random moments -------------------------------------------------------------------------------
 
 
-def die_at_random(server: Server, folder: Path, whole: dict[str, Any], method: str, kills: int, seed: int) -> None:
+def die_at_random(
+    server: Server, folder: Path, whole: dict[str, Any], method: str, kills: int, seed: int, forked: bool = False
+) -> None:
     """Kill the run and every resumption of it at random moments, `kills` times in all."""
     moments = random.Random(seed)
+    workers = ["--workers", "2"] if forked else []
     started = time.monotonic()
-    assert server.run(*command(method, "out"), folder=folder)[0] == 0
+    assert server.run(*command(method, "out"), *workers, folder=folder, forked=forked)[0] == 0
     took = time.monotonic() - started
     clean(folder, "out")
     killed = 0
     while killed < kills:
         resume = ["--resume"] if (folder / ".out.partial").exists() else []
-        run = server.start(*command(method, "out"), *resume, folder=folder)
+        run = server.start(*command(method, "out"), *workers, *resume, folder=folder, forked=forked)
         time.sleep(moments.uniform(0.1, 1.0) * took)
         run.signal(signal.SIGKILL)
         code, _, err = run.wait()
         killed += code == -signal.SIGKILL
         assert err == ""
+        check_nobody(folder)
         check_crash(folder, "out", [whole])
         if (folder / "out").exists():  # it was done before the signal came
             clean(folder, "out")
@@ -184,16 +188,28 @@ def die_at_random(server: Server, folder: Path, whole: dict[str, Any], method: s
     clean(folder, "out")
 
 
+def check_nobody(folder: Path) -> None:
+    """Forked workers end with the process that started them, before they write once more."""
+    deadline = time.monotonic() + 2
+    while at_work(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not at_work(folder)
+
+
+@pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_at_random(server: Server, large: Path, undisturbed: Any, method: str) -> None:
-    die_at_random(server, large, undisturbed[large, method], method, kills=3, seed=7)
+def test_killed_at_random(server: Server, large: Path, undisturbed: Any, method: str, forked: bool) -> None:
+    die_at_random(server, large, undisturbed[large, method], method, kills=3, seed=7, forked=forked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_at_random_often(server: Server, large: Path, undisturbed: Any, method: str, seed: int) -> None:
-    die_at_random(server, large, undisturbed[large, method], method, kills=12, seed=seed)
+def test_killed_at_random_often(
+    server: Server, large: Path, undisturbed: Any, method: str, forked: bool, seed: int
+) -> None:
+    die_at_random(server, large, undisturbed[large, method], method, kills=12, seed=seed, forked=forked)
 
 
 def test_resume_goes_on(server: Server, large: Path, undisturbed: Any) -> None:
@@ -368,11 +384,13 @@ def test_interrupt(server: Server, small: Path, undisturbed: Any, share: float) 
     clean(small, "out")
 
 
-def test_interrupt_of_the_arithmetic(server: Server, large: Path, undisturbed: Any) -> None:
-    """Workers stop at their next chunk."""
+@pytest.mark.parametrize("forked", [False, True])
+def test_interrupt_of_the_arithmetic(server: Server, large: Path, undisturbed: Any, forked: bool) -> None:
+    """Threads stop at their next chunk, processes at once."""
     moments = random.Random(1)
+    workers = ["--workers", "2"] if forked else []
     for _ in range(20):
-        run = server.start(*command("pcb", "out"), folder=large)
+        run = server.start(*command("pcb", "out"), *workers, folder=large, forked=forked)
         while not (large / ".out.partial").exists():
             time.sleep(0.002)
         time.sleep(moments.uniform(0.0, 0.1))
@@ -382,6 +400,7 @@ def test_interrupt_of_the_arithmetic(server: Server, large: Path, undisturbed: A
             break
         clean(large, "out")  # it was faster
     check_interrupted(ran, large)
+    check_nobody(large)
     assert server.run(*command("pcb", "out"), "--resume", folder=large)[0] == 0
     assert contents(large / "out") == undisturbed[large, "pcb"]
     clean(large, "out")
