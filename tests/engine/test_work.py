@@ -196,10 +196,14 @@ def test_children_die_with_their_parent(folder: Path) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    assert seen_at_work(folder, 3)
-    process.kill()
-    process.join()
-    assert seen_at_work(folder, 0)
+    try:
+        assert seen_at_work(folder, 3)
+        process.kill()
+        process.join()
+        assert seen_at_work(folder, 0)
+    finally:
+        for number in at_work(folder):
+            os.kill(number, signal.SIGKILL)
 
 
 def seen_at_work(folder: Path, count: int) -> bool:
