@@ -192,6 +192,7 @@ def test_children_die_with_their_parent(folder: Path) -> None:
         global PARENT
         PARENT = os.getpid()
         os.chdir(folder)
+        torch.set_num_threads(1)  # the pool of threads stayed in the process that was forked
         merged(folder, method_that(lambda: time.sleep(60)))
 
     process = multiprocessing.get_context("fork").Process(target=run)
