@@ -3,9 +3,11 @@
     python benchmarks/make_models.py /tmp/models --params 0.55b
     python benchmarks/speed.py /tmp/models --peer PATH/TO/mergekit-yaml --runs 3
 
-Every figure is a whole process, from start to exit, files in the page cache; ours and the peer's runs
-alternate, and the median counts. The peer lives in an environment of its own. The floor is a process that
-imports what a merge imports, reads every input byte once and writes every output byte once.
+Every figure is a whole process, from start to exit; ours and the peer's runs alternate, and the median
+counts. Before each, the input files are read, so that they are in the page cache, and some memory is
+touched and freed, so that a virtual machine that gives idle memory back to its host has it again. The peer
+lives in an environment of its own. The floor is a process that imports what a merge imports, reads every
+input byte once and writes every output byte once.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ METHODS: dict[str, dict[str, float]] = {
     "linear": {},
     "task_arithmetic": {},
     "slerp": {"t": 0.4},
+    "dare_linear": DENSITY,
     "dare_ties": DENSITY,
     "ties": DENSITY,
     "pcb": {"density": 0.1},
@@ -58,24 +61,35 @@ def per_model(method: str) -> list[tuple[str, float]]:
     return [] if method in ("pcb", "slerp") else list(METHODS[method].items())
 
 
-def timed(command: list[str], out: Path) -> tuple[float, float]:
-    """(seconds, peak MB) of a whole process; its output directory is removed before and after."""
+def warm(models: Path) -> None:
+    """Have the inputs in the page cache, and free memory that is really there."""
+    block = bytearray(16 << 20)
+    for file in sorted(models.glob("*/*.safetensors")):
+        with open(file, "rb", buffering=0) as stream:
+            while stream.readinto(block):
+                pass
+    subprocess.run([sys.executable, "-c", f"bytearray(b'1' * {4 << 30})"], check=True)
+
+
+def timed(command: list[str], out: Path, models: Path) -> float:
+    """Seconds of a whole process; its output directory is removed before and after."""
     shutil.rmtree(out, ignore_errors=True)
+    warm(models)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
     said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    code = process.wait()
     seconds = time.perf_counter() - started
-    if status:
+    if code:
         sys.exit(f"{' '.join(command)} failed:\n{said.decode()[-2000:]}")
     stages = out / "mergebench.json"
     if stages.exists():
         LAST_STAGES.clear()
         LAST_STAGES.update(json.loads(stages.read_text(encoding="utf-8")).get("stages", {}))
     shutil.rmtree(out, ignore_errors=True)
-    return seconds, usage.ru_maxrss / 1e3
+    return seconds
 
 
 LAST_STAGES: dict[str, float] = {}
@@ -124,8 +138,8 @@ def main() -> None:
     ours = [str(Path(sys.executable).with_name("mergebench")), "merge"]
     tuned = [str(path) for path in sorted(models.glob("ft*")) if path.is_dir()]
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, commit {commit()}")
-    print("\n| method | mergebench s | MB | floor s | times the floor | mergekit s | MB | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| method | mergebench s | floor s | times the floor | mergekit s | ratio |")
+    print("|---|---|---|---|---|---|")
     stages = {}
     for method in options.methods:
         file, out = recipe(work, models, method, options.dtype), work / "out"
@@ -133,26 +147,26 @@ def main() -> None:
         inputs = inputs if method in ("linear", "slerp") else [str(models / "base"), *tuned]
         mine, floor, peer = [], [], []
         for run in range(options.runs):
-            mine.append(timed([*ours, str(file), "--out", str(out), "-q"], out))
+            mine.append(timed([*ours, str(file), "--out", str(out), "-q"], out, models))
             stages[method] = dict(LAST_STAGES)
-            floor.append(timed([sys.executable, "-c", FLOOR, str(out), *inputs], out))
+            floor.append(timed([sys.executable, "-c", FLOOR, str(out), *inputs], out, models))
             if options.peer and method not in NOT_IN_PEER and run < (options.peer_runs or options.runs):
-                peer.append(timed([options.peer, str(file), str(out), "--no-copy-tokenizer"], out))
-        seconds, memory = median(mine)
-        least, _ = median(floor)
-        row = f"| {method} | {seconds:.2f} | {memory:.0f} | {least:.2f} | {seconds / least:.1f} |"
+                peer.append(timed([options.peer, str(file), str(out), "--no-copy-tokenizer"], out, models))
+        seconds, least = statistics.median(mine), statistics.median(floor)
+        row = f"| {method} | {seconds:.2f} | {least:.2f} | {seconds / least:.1f} |"
         if peer:
-            theirs, their_memory = median(peer)
-            row += f" {theirs:.1f} | {their_memory:.0f} | **{theirs / seconds:.1f}** |"
-        print(row if peer else row + " | | |", flush=True)
+            theirs = statistics.median(peer)
+            row += f" {theirs:.1f} | **{theirs / seconds:.1f}** |"
+        print(row if peer else row + " | |", flush=True)
+        print(f"  runs: {rounded(mine)} floor {rounded(floor)} peer {rounded(peer)}", file=sys.stderr, flush=True)
     print("\nWhere the time goes (seconds of the last run):\n\n| method | questions | apply |\n|---|---|---|")
     for method, found in stages.items():
         print(f"| {method} | {found.get('questions', 0):.2f} | {found.get('apply', 0):.2f} |")
     shutil.rmtree(work, ignore_errors=True)
 
 
-def median(runs: list[tuple[float, float]]) -> tuple[float, float]:
-    return statistics.median(run[0] for run in runs), max(run[1] for run in runs)
+def rounded(runs: list[float]) -> str:
+    return " ".join(f"{run:.2f}" for run in runs)
 
 
 def commit() -> str:
