@@ -38,7 +38,7 @@ def plan(
 ) -> Plan:
     """Plan a recipe's merge from headers alone; raises where anything does not fit.
 
-    memory: bytes for buffers and statistics. workers: threads (None: one a core). device: auto, cpu or
+    memory: bytes for buffers and statistics. workers: processes or threads (None: one a core). device: auto, cpu or
     cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do not depend on it.
     """
     with _no_collection():
@@ -80,7 +80,7 @@ def run(
 
     resume: go on with what an interrupted run left. overwrite: replace an earlier result. sync: fsync
     (for power cuts). hash_inputs: record full hashes of the inputs. verify: load the result on `meta`.
-    progress: called with the number of bytes just read, from several threads.
+    progress: called with the number of bytes just read, perhaps from several threads.
     """
 
     target = Path(out)

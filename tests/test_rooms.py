@@ -9,7 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mergebench"
 # From top to bottom. Top-level modules stand between the command line and the rooms.
-ROOMS = ["cli", "", "evaluation", "recipe", "edits", "probes", "adapters", "methods", "engine", "checkpoint", "errors"]
+ROOMS = [
+    "cli",
+    "",
+    "evaluation",
+    "recipe",
+    "edits",
+    "probes",
+    "adapters",
+    "methods",
+    "engine",
+    "checkpoint",
+    "registry",
+    "errors",
+]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_symlink())
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mergebench import methods
 from mergebench.engine.method import Method
-from mergebench.errors import RecipeError, did_you_mean
+from mergebench.errors import RecipeError
 from mergebench.recipe import overrides as changes
 from mergebench.recipe import parameters, schema
 from mergebench.recipe.places import Loc, Places
@@ -95,7 +95,7 @@ class Recipe:
 
     def with_method(self, baseline: Baseline) -> Recipe:
         """The same models merged by another method, with that method's defaults: a baseline to compare with."""
-        method = find(baseline.method)
+        method = methods.get(baseline.method)
         if method.takes == "task_vectors" and self.base_model is None:
             raise RecipeError(f"'{method.name}' merges task vectors, and the recipe has no base_model", NEEDS_BASE)
         needed = [p.name for p in method.parameters.values() if p.required and p.name not in baseline.parameters]
@@ -151,7 +151,7 @@ def load(
         data["seed"] = plain(seed, ("seed",), places)
     found = schema.check(data, places)
     try:
-        method = find(found["merge_method"])
+        method = methods.get(found["merge_method"])
     except RecipeError as error:
         raise places.error(("merge_method",), error.message, error.hint) from None
     base = found.get("base_model")
@@ -184,13 +184,6 @@ def load(
     return recipe
 
 
-def find(name: str) -> Method:
-    """The method of that name, or a `RecipeError` with the nearest one."""
-    if name not in methods.names():
-        raise RecipeError(f"no method is called '{name}'", did_you_mean(name, methods.names()))
-    return methods.get(name)
-
-
 def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation | None:
     """The evaluate: key, its baselines' parameters checked."""
     if found is None:
@@ -200,7 +193,7 @@ def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation |
         loc: Loc = ("evaluate", "baselines", i)
         name, given = next(iter(written.items())) if isinstance(written, dict) else (written, {})
         try:
-            method = find(name)
+            method = methods.get(name)
         except RecipeError as error:
             raise places.error(loc, error.message, error.hint) from None
         if not isinstance(given, dict):

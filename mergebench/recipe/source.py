@@ -23,7 +23,7 @@ from mergebench.recipe.places import Loc, Places, show
 
 DEEPEST, MOST = 32, 20_000  # levels and values; aliases can make a small file endless
 TAG = "tag:yaml.org,2002:"
-TOO_LARGE = "too large or nested too deep for a recipe"
+TOO_LARGE = "too large or nested too deep"
 STRAY_STAR = "quote a glob that starts with *, a bare one is a YAML alias"
 
 
@@ -57,7 +57,7 @@ def parse(text: str, name: str, places: Places) -> Any:
         at, problem = error.problem_mark or error.context_mark, error.problem or error.context
         where = name if at is None else f"{name}:{at.line + 1}:{at.column + 1}"
         if problem == "but found another document":
-            raise RecipeError(f"{where}: several documents: not supported yet", "write one recipe a file") from None
+            raise RecipeError(f"{where}: several documents: not supported yet", "write one document a file") from None
         hint = STRAY_STAR if problem and "undefined alias" in problem else None
         raise RecipeError(f"{where}: not valid YAML: {problem}", hint) from None
     except YAMLError as error:
@@ -86,7 +86,7 @@ class Walk:
             return [self.value(item, (*loc, i)) for i, item in enumerate(node.value)]
         if node.tag not in {TAG + tag for tag in ("str", "int", "float", "bool", "null")}:
             tag = str(node.tag).removeprefix(TAG)
-            raise RecipeError(f"{self.at(node)}: no place for a YAML {tag} in a recipe", "quote it if it is text")
+            raise RecipeError(f"{self.at(node)}: no place for a YAML {tag} here", "quote it if it is text")
         try:
             return plain(self.scalars.construct_object(node), loc, self.places)
         except (ValueError, KeyError):  # `!!int x`, or more digits than Python converts
@@ -142,7 +142,7 @@ def plain(value: Any, loc: Loc, places: Places) -> Any:
         return {str(key): plain(item, (*loc, key), places) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, (*loc, i), places) for i, item in enumerate(value)]
-    raise places.error(loc, f"no place for a Python {type(value).__name__} in a recipe")
+    raise places.error(loc, f"no place for a Python {type(value).__name__} here")
 
 
 def spot(name: str, before: str) -> str:
@@ -156,7 +156,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path}: a directory, not a recipe", "name the YAML file itself") from None
+        raise RecipeError(f"{path}: a directory, not a YAML file", "name the file itself") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:
