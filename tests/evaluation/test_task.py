@@ -112,7 +112,7 @@ def test_numbers(value: object, complaint: str | None) -> None:
 
 def test_names_that_clash_or_lead_nowhere(plugins: list[EntryPoint], monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.append(point("other", "not_a_task"))
-    with pytest.raises(RecipeError, match="'other' of .* is not made with @task"):
+    with pytest.raises(RecipeError, match=r"'other' of .* is not made with @task"):
         tasks.get("other")
     with pytest.raises(RecipeError, match="no kind of task is called 'othr'") as caught:
         tasks.get("othr")
