@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,13 @@ class Run:
 
     def signal(self, what: signal.Signals) -> None:
         os.kill(self._number, what)  # its server has not waited for it: the number is still its own
+
+    def wait_until_stopped(self) -> None:
+        """Wait until a SIGSTOP has come."""
+        deadline = time.monotonic() + 60
+        while "State:\tT" not in Path(f"/proc/{self._number}/status").read_text():
+            assert time.monotonic() < deadline, "it never stopped"
+            time.sleep(0.002)
 
     def wait(self) -> tuple[int, str, str]:
         status = self._server.wait(self._number)

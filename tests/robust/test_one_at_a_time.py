@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,9 +56,8 @@ def test_two_real_runs(server: Server, folder: Path) -> None:
     """While one is at work (stopped on the way: it holds its lock), a second is refused; the first is not disturbed."""
     args = ["merge", "recipe.yaml", "--out", "out", "--workers", "1", "-q"]
     first = server.start(*args, folder=folder, die_at=6, by=signal.SIGSTOP)
-    deadline = time.monotonic() + 20
-    while not (folder / ".out.partial" / ".journal.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
+    first.wait_until_stopped()
+    assert (folder / ".out.partial" / ".journal.json").exists()
     code, _, err = server.run(*args, folder=folder)
     first.signal(signal.SIGCONT)
     assert first.wait() == (0, "out\n", "")
