@@ -176,5 +176,7 @@ def _say_done(result: Result, quiet: bool) -> None:
     if result.already_done:
         note(f"{result.out}: already finished, nothing to resume", quiet)
         return
+    kept = ", ".join(f"{model} {share:.2%}" for model, share in result.provenance["kept"].items())
+    note(f"kept at or above the thresholds: {kept}", quiet or not kept)
     seconds, peak = result.provenance["seconds"], result.provenance["peak_memory"] / 1e6
     note(f"wrote {result.out} in {seconds:.1f} s, peak memory {peak:.0f} MB", quiet)

@@ -182,20 +182,34 @@ def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
 
 
 class Extreme:
-    """The smallest or the largest value: no bracket needed."""
+    """The smallest or the largest of `numel` values: no bracket needed."""
 
-    def __init__(self, largest: bool) -> None:
-        self.largest = largest
-        self.smaller = None if largest else 0
+    def __init__(self, largest: bool, numel: int) -> None:
+        self.largest, self.numel = largest, numel
         self.value = -np.inf if largest else np.inf
+        self.count = 0  # of values equal to it
+
+    @property
+    def smaller(self) -> int:
+        return self.numel - self.count if self.largest else 0
 
     def add(self, values: Floats | Tensor) -> None:
         if len(values):
             found = float(values.max() if self.largest else values.min())
-            self.value = max(self.value, found) if self.largest else min(self.value, found)
+            if not self._beyond(found):
+                self._take(found, int((values == found).sum()))
 
     def merge(self, other: Extreme) -> None:
-        self.value = max(self.value, other.value) if self.largest else min(self.value, other.value)
+        if not self._beyond(other.value):
+            self._take(other.value, other.count)
+
+    def _beyond(self, value: float) -> bool:
+        """Whether the value so far lies beyond another."""
+        return self.value > value if self.largest else self.value < value
+
+    def _take(self, value: float, count: int) -> None:
+        self.count = count + (self.count if value == self.value else 0)
+        self.value = value
 
     def at(self, rank: int) -> float:
         return self.value

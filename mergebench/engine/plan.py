@@ -6,6 +6,7 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mergebench.checkpoint.write import Shard, lay_out
 from mergebench.engine.context import Context, Span
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
-from mergebench.engine.statistics import Statistic
+from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.errors import ModelError, RecipeError, RunError
 
 MIB = 1 << 20
@@ -154,7 +155,7 @@ def plan_merge(
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
     passes = count_passes(merge)
     workers = workers or (3 if where.type == "cuda" else _cores())
-    size = chunk or _chunk_size(merge, where, memory // workers)
+    size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
     plan = Plan(
         merge=merge,
         alignment=alignment,
@@ -215,6 +216,8 @@ def count_passes(merge: Merge) -> int:
         statistic = next(steps)
         while True:
             count += 1
+            if merge.method.cut == "row" and not isinstance(statistic, OrderStatistics):
+                raise TypeError(f"{merge.method.name}: sums are taken over whole tiles, not rows: use cut='tensor'")
             statistic = steps.send(statistic.exact())
     except StopIteration:
         return count
@@ -266,14 +269,20 @@ def _bytes_per_element(models: int) -> int:
     return rows * (4 + 8) + (rows + 1) * 4 * TEMPORARIES
 
 
+def _least_chunk(merge: Merge) -> int:
+    """Elements of the largest piece that the method will not have cut: a row, or a whole tensor."""
+    infos = merge.reference.tensors
+    shapes = [info.shape for name, info in infos.items() if info.is_float and merge.wanted(name)]
+    if merge.method.cut == "row":
+        return max(shape[-1] if shape else 1 for shape in shapes)
+    return max(math.prod(shape) for shape in shapes) if merge.method.cut == "tensor" else 1
+
+
 def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
     """Elements of a chunk: what stays in a core's cache, or what keeps a GPU busy; whole tiles.
 
     memory: bytes for one worker.
     """
-    infos = merge.reference.tensors
-    if merge.method.cut == "tensor":
-        return max(info.numel for name, info in infos.items() if info.is_float and merge.wanted(name))
     most = 64 if device.type == "cuda" else 2
     fitting = memory // (2 * _bytes_per_element(len(merge.models)) * TILE)  # the other half is for statistics
     return max(min(most, fitting), 1) * TILE

@@ -23,7 +23,7 @@ from mergebench.checkpoint.read import Files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.checkpoint.write import copy_side_files, create, write_atomically, write_error, write_index
 from mergebench.engine.memory import keep_freed_memory
-from mergebench.engine.plan import Group, Plan
+from mergebench.engine.plan import Group, Plan, Unit
 from mergebench.engine.sweep import Sweeper, to_device
 from mergebench.engine.work import Progress
 from mergebench.errors import ModelError, RunError
@@ -94,6 +94,7 @@ def run_plan(
             "copied_tensors": len(plan.alignment.copied),
             "side_files": copied,
             "answers": staging.journal["answers"],
+            "kept": _kept(plan, staging.journal["answers"]),
             "sweeps": plan.sweeps,
             "extra_sweeps": sweeper.extra_sweeps,
             "bytes_read": plan.bytes_read,
@@ -123,7 +124,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
     if not shards:
         return
     kept: dict[str, list[Any]] = staging.journal["answers"]
-    keys = ["model" if plan.merge.scope == "model" else unit.tensors[0] for unit in group.units]
+    keys = [_key(plan, unit) for unit in group.units]
     known: list[list[Any]] = [[] for _ in group.units]
     for question in range(plan.passes):
         if all(question < len(kept.get(key, ())) for key in keys):
@@ -146,6 +147,22 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
                 fsync(path)
             staging.journal["shards"].append(shard.file)
             staging.save()
+
+
+def _key(plan: Plan, unit: Unit) -> str:
+    """What a unit's answers are kept under."""
+    return "model" if plan.merge.scope == "model" else unit.tensors[0]
+
+
+def _kept(plan: Plan, answers: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The share of each model's elements that a trim at its thresholds kept; empty for methods without one."""
+    kept, total = [0.0] * len(plan.merge.models), 0
+    for unit in (unit for group in plan.groups for unit in group.units):
+        for answer in answers.get(_key(plan, unit), ()):
+            if "kept" in answer:
+                kept = [sum_ + share * unit.numel for sum_, share in zip(kept, answer["kept"], strict=True)]
+                total += unit.numel
+    return {name: sum_ / total for name, sum_ in zip(plan.merge.names, kept, strict=True)} if total else {}
 
 
 def peak_memory() -> int:

@@ -42,8 +42,8 @@ class Statistic:
         """The answer; raises `Miss` where another sweep is needed."""
         raise NotImplementedError
 
-    def remarks(self, state: Any) -> dict[str, Any]:
-        """What the finished state tells besides, for provenance."""
+    def remarks(self, state: Any, numel: int) -> dict[str, Any]:
+        """What the finished state of `numel` elements tells besides, for provenance."""
         return {}
 
     def exact(self) -> Any:
@@ -57,10 +57,10 @@ class Statistic:
 class OrderStatistics(Statistic):
     """The values of given ranks, row by row: what sorting each row would show there."""
 
-    def __init__(self, values: Tensor, ranks: Sequence[Sequence[int]], key: Key | None) -> None:
+    def __init__(self, values: Tensor, ranks: Sequence[Sequence[int]], key: Key | None, trim: bool) -> None:
         super().__init__(values)
         self.ranks = ranks  # [questions][rows]
-        self.key = key
+        self.key, self.trim = key, trim
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> list[list[Bracket | Extreme]]:
         rows = len(self.values)
@@ -70,7 +70,7 @@ class OrderStatistics(Statistic):
             if not 0 <= rank < numel:
                 raise IndexError(f"rank {rank} of {numel} elements")
             if rank in (0, numel - 1):
-                return Extreme(largest=rank > 0)
+                return Extreme(rank > 0, numel)
             if sample is None:
                 return Bracket(-np.inf, 0.0, np.inf, numel)
             low, guess, high, common = sample.bracket(row, rank, numel)
@@ -110,9 +110,11 @@ class OrderStatistics(Statistic):
             for question, ranks in zip(state, self.ranks, strict=True)
         )
 
-    def remarks(self, state: list[list[Bracket | Extreme]]) -> dict[str, Any]:
-        """How many values are smaller than each answer: with ties, fewer than its rank."""
-        return {"smaller": [[gatherer.smaller for gatherer in question] for question in state]}
+    def remarks(self, state: list[list[Bracket | Extreme]], numel: int) -> dict[str, Any]:
+        """Where the answer is the threshold of a trim, the share of each row at or above it."""
+        if not self.trim:
+            return {}
+        return {"kept": [1 - (gatherer.smaller or 0) / numel for gatherer in state[0]]}
 
 
 class Gram(Statistic):
@@ -136,15 +138,19 @@ class Gram(Statistic):
         return torch.from_numpy(np.add.accumulate(state, axis=0)[-1].copy())
 
 
-def order_statistics(values: Tensor, ranks: Sequence[int | Sequence[int]], key: Key | None = None) -> OrderStatistics:
+def order_statistics(
+    values: Tensor, ranks: Sequence[int | Sequence[int]], key: Key | None = None, trim: bool = False
+) -> OrderStatistics:
     """Ask for the values of `ranks` (0 is the smallest) in each row of `values` [models, elements].
 
     A rank is one integer for all models or one for each. `key` is applied first, elementwise, as in
     `sorted`: a method that needs the magnitudes for nothing else does not make them when it is applied.
-    The answer is one [models, 1] for each rank.
+    `trim` says that the first answer is a threshold and what lies at or above it is kept: with equal values
+    that is more than was asked for, and provenance has the share. The answer is one [models, 1] for each rank.
     """
     rows = len(values)
-    return OrderStatistics(values, [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks], key)
+    each = [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks]
+    return OrderStatistics(values, each, key, trim)
 
 
 def gram(values: Tensor) -> Gram:

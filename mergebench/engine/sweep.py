@@ -58,7 +58,7 @@ class Sweeper:
             for number in open_units:
                 with suppress(Miss):
                     answers[number] = to_device(self.plan.device, statistics[number].finish(states[number]))
-                    remarks[number] = statistics[number].remarks(states[number])
+                    remarks[number] = statistics[number].remarks(states[number], group.units[number].numel)
             attempt += 1
         self.extra_sweeps += max(attempt - 1, 0)
         self.seconds["questions"] += time.perf_counter() - started

@@ -32,7 +32,7 @@ def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     # trim
     if min(p.density) < 1:
         kept = [max(int(ctx.numel * density), 1) for density in p.density]
-        (threshold,) = yield order_statistics(tvs, [[ctx.numel - k for k in kept]], key=torch.abs)
+        (threshold,) = yield order_statistics(tvs, [[ctx.numel - k for k in kept]], key=torch.abs, trim=True)
         tvs = trim(tvs, threshold)
     return elect_and_merge(tvs, p.weight, p.normalize) * p.lambda_
 

@@ -128,6 +128,7 @@ def test_stdout_is_the_result(base: Tensors, cli: Cli) -> None:
     assert (code, out) == (0, "out\n")
     assert re.fullmatch(
         r"ties: 2 models, 0\.0 M elements, 2 sweeps, [\d.]+ kB to read\n"
+        r"kept at or above the thresholds: ft1 4\d\.\d\d%, ft2 4\d\.\d\d%\n"
         r"wrote out in \d+\.\d s, peak memory \d+ MB\n",
         err,
     )
@@ -221,7 +222,7 @@ def test_plain_lines_where_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
     _, out, err = cli("merge", "recipe.yaml", "--out", "out")
-    lines = err.splitlines()[1:-1]
+    lines = err.splitlines()[1:-2]
     assert out == "out\n" and lines
     total = document(cli("plan", "recipe.yaml", "--json").out)["bytes_read"]
     for line in lines:

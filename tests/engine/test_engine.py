@@ -79,14 +79,27 @@ def test_global_ties_trims_over_all_tensors(tmp_path: Path) -> None:
         assert torch.equal(expected, merged[name])
 
 
-def test_what_ties_keeps_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("density", "threshold", "kept"), [(0.25, 1.0, 5), (0.5, 1.0, 5), (0.125, 2.0, 2), (1.0, None, 8)]
+)
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_what_ties_keeps_is_reported(
+    tmp_path: Path, density: float, threshold: float | None, kept: int, scope: str
+) -> None:
+    """Everything at or above the threshold: with equal values, more than the density."""
     save_file({"w": torch.zeros(8)}, tmp_path / "base.safetensors")
-    save_file({"w": torch.tensor([1.0, 1, 1, 1, 2, 0, 0, 0])}, tmp_path / "ft0.safetensors")
+    values = [1.0, 1, 1, 2, 2, 0, 0, 0] if density == 0.125 else [1.0, 1, 1, 1, 2, 0, 0, 0]
+    save_file({"w": torch.tensor(values)}, tmp_path / "ft0.safetensors")
 
-    done = merge(tmp_path, "out", models=1, parameters={"density": 0.25})
+    done = merge(tmp_path, "out", models=1, scope=scope, parameters={"density": density})
 
-    (answer,) = done.provenance["answers"]["w"]
-    assert {"order_statistics": [[1.0]], "smaller": [[3]]} == answer  # five of eight are kept, not two
+    if threshold is None:
+        assert (done.provenance["answers"], done.provenance["kept"]) == ({}, {})
+        return
+    (answer,) = done.provenance["answers"]["w" if scope == "tensor" else "model"]
+    assert {"order_statistics": [[threshold]], "kept": [kept / 8]} == answer
+    assert done.provenance["kept"] == {"ft0": kept / 8}
+    assert kept == np.count_nonzero(load_file(done.out / "model.safetensors")["w"])
 
 
 def test_noise_does_not_depend_on_the_borders_of_chunks() -> None:

@@ -5,11 +5,13 @@ python -m pytest tests/methods
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from mergebench import Context, Passes, TaskVectors, merge_method, methods, param, total
+from mergebench import Context, Passes, TaskVectors, Weights, gram, merge_method, methods, param, total
 from mergebench.testing import check_method
 
 VALUES = {
@@ -64,3 +66,41 @@ def test_a_method_without_a_source_is_caught() -> None:
 
     with pytest.raises(AssertionError, match="names no source"):
         check_method(nameless)
+
+
+@merge_method(takes="weights", paper="none", cut="row")
+def unit_rows(weights: Weights, p: Params, ctx: Context) -> Passes:
+    """The mean of the models' rows, each scaled to a largest value of one."""
+    rows = weights.reshape(len(weights), -1, ctx.shape[-1] if ctx.shape else 1)
+    largest = rows.abs().amax(dim=2, keepdim=True)
+    return total((rows / (largest + 1e-6)).reshape(weights.shape)) / len(weights)
+
+
+@merge_method(takes="weights", paper="none", cut="tensor")
+def running_sum(weights: Weights, p: Params, ctx: Context) -> Passes:
+    """Each element added to all before it."""
+    return total(weights).cumsum(0) / 1000 * p.scale
+
+
+@pytest.mark.parametrize("method", [unit_rows, running_sum])
+def test_methods_that_need_rows_or_tensors_get_them(method: Any) -> None:
+    check_method(method)
+
+
+@pytest.mark.parametrize("method", [unit_rows, running_sum])
+def test_a_method_that_says_it_needs_less_is_caught(method: Any) -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_method(dataclasses.replace(method, cut="element"))
+
+
+def test_sums_over_rows_are_refused() -> None:
+    """They are taken over whole tiles, which rows do not respect."""
+
+    @merge_method(takes="task_vectors", paper="none", cut="row")
+    def rows_and_sums(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+        """Weights each model by its length."""
+        dots = yield gram(tvs)
+        return total(tvs, dots.diagonal().tolist())
+
+    with pytest.raises(TypeError, match="cut='tensor'"):
+        check_method(rows_and_sums)

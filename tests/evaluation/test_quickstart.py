@@ -1,0 +1,42 @@
+"""The quickstart, whole, gives the table that the README shows.
+
+make quickstart && python -m pytest -m real tests/evaluation/test_quickstart.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not (ROOT / "recipes" / "quickstart" / "cache").is_dir(), reason="make quickstart fetches it"),
+]
+
+
+def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ran = cli("merge", "recipes/quickstart.yaml", "--out", tmp_path / "out")
+    assert ran.code == 0
+
+    shown = {}
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if re.search(r" (base|input|baseline|merged) .*%$", line):
+            name, numbers = re.split(r"  +(?:base|input|baseline|merged)  +", line.strip())
+            shown[name] = [float(number) for number in re.findall(r"([\d.]+) ±", numbers)]
+    found: dict[str, list[float]] = {}
+    for record in json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["records"]:
+        assert record["n"] == 300
+        found.setdefault(record["model"], []).append(100 * record["value"])
+
+    assert len(shown) == 8
+    assert found.keys() == shown.keys()
+    for name, values in found.items():  # another processor may round a text or two the other way
+        assert values == pytest.approx(shown[name], abs=1.1), name
