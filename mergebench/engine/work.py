@@ -163,10 +163,7 @@ class Processes:
         try:
             for _ in range(plan.workers):
                 mine, theirs = context.Pipe()
-                inherited = [*self._connections, mine]
-                process = context.Process(
-                    target=_serve, args=(plan, files, theirs, inherited, os.getpid()), daemon=True
-                )
+                process = context.Process(target=_serve, args=(plan, files, theirs, os.getpid()), daemon=True)
                 process.start()
                 theirs.close()
                 self._connections.append(mine)
@@ -211,13 +208,11 @@ class Processes:
             process.join()
 
 
-def _serve(plan: Plan, files: Files, connection: Connection, inherited: list[Connection], parent: int) -> None:
-    """The life of a forked worker: tasks in, results out, until the connection closes or the parent is gone."""
+def _serve(plan: Plan, files: Files, connection: Connection, parent: int) -> None:
+    """The life of a forked worker: tasks in, results out, until the parent ends it or is gone."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it writes nothing once the lock is free
     if os.getppid() != parent:
         os._exit(1)
-    for other in inherited:  # else the end of the parent would not close them
-        other.close()
     torch.set_num_threads(1)
     worker = Worker(plan, files)
 

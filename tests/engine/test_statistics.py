@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mergebench.engine.brackets import Bracket, Miss, Sample, _next, gather
+from mergebench.engine.brackets import Bracket, Extreme, Miss, Sample, _next, gather
 from mergebench.engine.noise import TILE
 from mergebench.engine.statistics import gram, order_statistics
 
@@ -56,6 +56,20 @@ def test_a_bracket_is_exact_or_says_that_it_missed(values: np.ndarray, data: st.
     except Miss:
         inside = edges[0] <= expected <= edges[2]
         assert not inside or room < len(values)  # only a value outside, or one that had to make room, is missed
+
+
+@settings(max_examples=100, deadline=None)
+@given(FLOATS, st.integers(1, 7), st.integers(1, 3), st.booleans())
+def test_extremes(values: np.ndarray, cuts: int, workers: int, largest: bool) -> None:
+    extremes = [Extreme(largest, len(values)) for _ in range(workers)]
+    for number, part in enumerate(np.array_split(values, cuts)):
+        extremes[number % workers].add(part)
+    for other in extremes[1:]:
+        extremes[0].merge(other)
+
+    expected = values.max() if largest else values.min()
+    assert extremes[0].at(0) == expected
+    assert extremes[0].smaller == np.count_nonzero(values < expected)
 
 
 @settings(max_examples=100, deadline=None)
