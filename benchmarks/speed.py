@@ -4,9 +4,9 @@
     python benchmarks/speed.py /tmp/models --peer PATH/TO/mergekit-yaml --runs 3
 
 Every figure is a whole process, from start to exit; ours and the peer's runs alternate, and the median
-counts. Before each, the input files are read, so that they are in the page cache, and some memory is
-touched and freed, so that a virtual machine that gives idle memory back to its host has it again. The peer
-lives in an environment of its own. The floor is a process that imports what a merge imports, reads every
+counts. Before each, the program's libraries are imported and the input files are read, so that both are in
+the page cache, and some memory is touched and freed, so that a virtual machine that gives idle memory back
+to its host has it again. The peer lives in an environment of its own. The floor is a process that imports what a merge imports, reads every
 input byte once and writes every output byte once.
 """
 
@@ -61,8 +61,9 @@ def per_model(method: str) -> list[tuple[str, float]]:
     return [] if method in ("pcb", "slerp") else list(METHODS[method].items())
 
 
-def warm(models: Path) -> None:
-    """Have the inputs in the page cache, and free memory that is really there."""
+def warm(models: Path, interpreter: Path) -> None:
+    """Have the program's libraries and the inputs in the page cache, and free memory that is really there."""
+    subprocess.run([interpreter, "-c", "import torch, transformers"], check=True)
     block = bytearray(16 << 20)
     for file in sorted(models.glob("*/*.safetensors")):
         with open(file, "rb", buffering=0) as stream:
@@ -74,7 +75,7 @@ def warm(models: Path) -> None:
 def timed(command: list[str], out: Path, models: Path) -> float:
     """Seconds of a whole process; its output directory is removed before and after."""
     shutil.rmtree(out, ignore_errors=True)
-    warm(models)
+    warm(models, Path(command[0]).with_name("python"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
