@@ -6,8 +6,8 @@
 Every figure is a whole process, from start to exit; ours and the peer's runs alternate, and the median
 counts. Before each, the program's libraries are imported and the input files are read, so that both are in
 the page cache, and some memory is touched and freed, so that a virtual machine that gives idle memory back
-to its host has it again. The peer lives in an environment of its own. The floor is a process that imports what a merge imports, reads every
-input byte once and writes every output byte once.
+to its host has it again. The peer lives in an environment of its own. The floor is a process that imports
+what a merge imports, reads every input byte once and writes every output byte once.
 """
 
 from __future__ import annotations

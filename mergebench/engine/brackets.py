@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float32]
-FIRST_BUFFER = 8192  # values a bracket has room for at first
+FIRST_BLOCK, BLOCK = 1 << 13, 1 << 18  # values of the first block that a bracket keeps, and of a later one at most
 COMMON = 3  # values that a bracket counts by themselves, at most
 Z = 4.5  # half-width of a bracket in standard errors of the sample
 
@@ -71,7 +71,8 @@ class Bracket:
         self.low, self.guess, self.high, self.room = low, guess, high, room
         self.common = dict.fromkeys(common, 0)
         self.below = self.held = 0
-        self._buffer = np.empty(min(FIRST_BUFFER, room), np.float32)
+        self._full: list[Floats] = []
+        self._block, self._filled = np.empty(0, np.float32), 0
         self.smaller: int | None = None  # how many values are smaller than the answer
 
     def add(self, values: Floats | Tensor) -> None:
@@ -88,18 +89,23 @@ class Bracket:
             self._shrink()
 
     def _keep(self, values: Floats) -> None:
-        # Into one growing buffer: thousands of small blocks that live long would split the memory which
-        # the chunks' temporaries use again and again, and the process would grow with the model.
-        end = self.held + len(values)
-        if end > len(self._buffer):
-            grown = np.empty(max(end, 2 * len(self._buffer)), np.float32)
-            grown[: self.held] = self.inside()
-            self._buffer = grown
-        self._buffer[self.held : end] = values
-        self.held = end
+        # Into blocks that are never copied to grow: what they left behind would stay with the process. And
+        # not each chunk's values by themselves: thousands of small blocks that live long would split the
+        # memory which the chunks' temporaries use again and again.
+        self.held += len(values)
+        while len(values):
+            if self._filled == len(self._block):
+                self._full.append(self._block)
+                size = min(max(2 * len(self._block), FIRST_BLOCK), BLOCK)
+                self._block, self._filled = np.empty(size, np.float32), 0
+            part = values[: len(self._block) - self._filled]
+            self._block[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            values = values[len(part) :]
 
     def inside(self) -> Floats:
-        return self._buffer[: self.held]
+        """The values kept, in any order."""
+        return np.concatenate([*self._full, self._block[: self._filled]])
 
     def _shrink(self) -> None:
         """Out of room: keep the half nearest the guess, count the rest."""
@@ -122,7 +128,11 @@ class Bracket:
         self.below += int(np.count_nonzero(values < low))
         values = values[(values >= low) & (values < high)]
         self.low, self.high, self.held = low, high, values.size
-        self._buffer[: values.size] = values
+        self._full, self._block, self._filled = [], values, values.size
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is sent to another process: not the room for more."""
+        return self.__dict__ | {"_block": self._block[: self._filled]}
 
     def merge(self, other: Bracket) -> None:
         """Take in what another worker gathered, within the narrower of both brackets."""
@@ -132,7 +142,8 @@ class Bracket:
         self.below += other.below
         for value, count in other.common.items():
             self.common[value] += count
-        self._keep(other.inside())
+        self._full += [*other._full, other._block[: other._filled]]
+        self.held += other.held
         if self.held > 2 * self.room:
             self._shrink()
 

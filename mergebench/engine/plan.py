@@ -105,14 +105,14 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Buffers plus the most that statistics may hold, in bytes."""
-        return self.buffer_bytes + (self.statistic_room * 3 // 2 if self.passes else 0)
+        return self.buffer_bytes + (self.statistic_room * 4 if self.passes else 0)
 
     @cached_property
     def statistic_room(self) -> int:
         """Bytes that the statistics of a group may hold, in all workers together."""
         largest = max((sum(unit.numel for unit in group.units) for group in self.groups), default=0)
-        # a third is left for the copies that sorting and selecting make
-        return min((self.memory - self.buffer_bytes) * 2 // 3, largest * len(self.merge.models) * 4)
+        # the rest is for copies: on their way from the workers, and of all workers' together
+        return min((self.memory - self.buffer_bytes) // 4, largest * len(self.merge.models) * 4)
 
     def zero_share(self, model: int) -> float:
         """The share of elements on which a model's task vector is exactly zero, as far as headers tell."""

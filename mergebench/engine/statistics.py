@@ -130,8 +130,7 @@ class Gram(Statistic):
 
     @staticmethod
     def combine(state: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-        state += other  # each tile is zero in all states but one
-        return state
+        return state + other  # each tile is zero in all states but one
 
     def finish(self, state: NDArray[np.float64]) -> Tensor:
         """float64 [rows, rows]."""

@@ -27,7 +27,7 @@ from mergebench.engine.work import Progress, chunks_of, copies_of, start_workers
 from mergebench.engine.worker import Item, Known, context_of, replay
 
 SMALL = TILE  # a unit of at most this many elements is gathered whole
-LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 20  # elements of a sample: its memory does not grow with the model
+LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 21  # elements of a sample: its memory does not grow with the model
 
 
 class Sweeper:

@@ -181,7 +181,7 @@ class Processes:
         while len(results) < len(self._connections):
             for connection in cast("list[Connection]", wait([one for one in self._connections if one not in results])):
                 try:
-                    kind, value = pickle.loads(connection.recv_bytes())
+                    kind, value = _receive(connection)
                     if kind == "next":
                         connection.send_bytes(pickle.dumps(batches.take()))
                     elif kind == "done":
@@ -217,10 +217,9 @@ def _serve(plan: Plan, files: Files, connection: Connection, parent: int) -> Non
     worker = Worker(plan, files)
 
     def stream() -> Iterator[Item]:
-        ask = pickle.dumps(("next", None))
-        connection.send_bytes(ask)
+        _send(connection, ("next", None))
         while batch := pickle.loads(connection.recv_bytes()):
-            connection.send_bytes(ask)  # for the batch after this one
+            _send(connection, ("next", None))  # for the batch after this one
             yield from batch
 
     with suppress(EOFError, ConnectionError), torch.inference_mode():
@@ -233,8 +232,25 @@ def _serve(plan: Plan, files: Files, connection: Connection, parent: int) -> Non
                 raise
             except Exception as error:
                 answer = ("failed", _portable(error))
-            connection.send_bytes(pickle.dumps(answer))
+            _send(connection, answer)
+            del answer  # its memory is wanted for the next task
     os._exit(0)  # what the parent registered to be done at its end is not this process's to do
+
+
+def _send(connection: Connection, value: Any) -> None:
+    """Send home a value; its arrays go as they are, without a copy."""
+    arrays: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    connection.send_bytes(len(arrays).to_bytes(8, "little") + rest)
+    for array in arrays:
+        connection.send_bytes(array.raw())
+
+
+def _receive(connection: Connection) -> Any:
+    """A value that was sent; its arrays lie in the memory they came in, and cannot be written to."""
+    rest = connection.recv_bytes()
+    arrays = [connection.recv_bytes() for _ in range(int.from_bytes(rest[:8], "little"))]
+    return pickle.loads(rest[8:], buffers=arrays)
 
 
 def _portable(error: Exception) -> Exception:
