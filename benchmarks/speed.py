@@ -4,7 +4,7 @@
     python benchmarks/speed.py /tmp/models --peer PATH/TO/mergekit-yaml --runs 3
 
 Every figure is a whole process, from start to exit; ours and the peer's runs alternate, and the median
-counts. Before each, the program's libraries are imported and the input files are read, so that both are in
+counts. Before each, what was written is synced, the libraries are imported and the inputs are read, so that they are in
 the page cache, and some memory is touched and freed, so that a virtual machine that gives idle memory back
 to its host has it again. The peer lives in an environment of its own. The floor is a process that imports
 what a merge imports, reads every input byte once and writes every output byte once.
@@ -63,6 +63,7 @@ def per_model(method: str) -> list[tuple[str, float]]:
 
 def warm(models: Path, interpreter: Path) -> None:
     """Have the program's libraries and the inputs in the page cache, and free memory that is really there."""
+    os.sync()  # what the program before has written does not go to disk meanwhile
     subprocess.run([interpreter, "-c", "import torch, transformers"], check=True)
     block = bytearray(16 << 20)
     for file in sorted(models.glob("*/*.safetensors")):
