@@ -4,10 +4,10 @@
     python benchmarks/speed.py /tmp/models --peer PATH/TO/mergekit-yaml --runs 3
 
 Every figure is a whole process, from start to exit; ours and the peer's runs alternate, and the median
-counts. Before each, what was written is synced, the libraries are imported and the inputs are read, so that they are in
-the page cache, and some memory is touched and freed, so that a virtual machine that gives idle memory back
-to its host has it again. The peer lives in an environment of its own. The floor is a process that imports
-what a merge imports, reads every input byte once and writes every output byte once.
+counts. Before each, what was written is synced, the libraries are imported and the inputs are read, so
+that they are in the page cache, and some memory is touched and freed, so that a virtual machine that gives
+idle memory back to its host has it again. The peer lives in an environment of its own. The floor is a
+process that imports what a merge imports, reads every input byte once and writes every output byte once.
 """
 
 from __future__ import annotations

@@ -117,6 +117,14 @@ def at_work(folder: Path) -> list[int]:
     return found
 
 
+def check_at_work(folder: Path, count: int) -> None:
+    """That many processes work in `folder`, now or in a moment."""
+    deadline = time.monotonic() + 10
+    while len(at_work(folder)) != count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(at_work(folder)) == count
+
+
 def child(request: dict[str, Any], stdin: IO[str]) -> None:
     import mergebench.engine.work
     from mergebench.cli import main

@@ -23,9 +23,8 @@ from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.model import INDEX, SINGLE, Model
 from mergebench.errors import RunError
 
-AT_ONCE = (
-    128 << 10
-)  # bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
+# bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
+AT_ONCE = 128 << 10
 ALIGN = 64  # the data of a shard start at a multiple of this many bytes
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors"}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from models import fine_tuned, write_model
-from processes import at_work
+from processes import at_work, check_at_work
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -198,17 +198,10 @@ def test_children_die_with_their_parent(folder: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     try:
-        assert seen_at_work(folder, 3)
+        check_at_work(folder, 3)
         process.kill()
         process.join()
-        assert seen_at_work(folder, 0)
+        check_at_work(folder, 0)
     finally:
         for number in at_work(folder):
             os.kill(number, signal.SIGKILL)
-
-
-def seen_at_work(folder: Path, count: int) -> bool:
-    deadline = time.monotonic() + 10
-    while len(at_work(folder)) != count and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return len(at_work(folder)) == count

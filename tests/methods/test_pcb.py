@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mergebench import methods
-from mergebench.engine.context import Context, Span
 from mergebench.errors import RunError
 from mergebench.methods.pcb import CLIP
-from mergebench.testing import run_whole
+from tests.methods.whole import whole
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 import pcb_inputs
 
-PCB = methods.get("pcb")
 TAU = torch.tensor(
     [
         [0.10, -0.40, 0.05, 0.30, -0.20, 0.00, 0.60, -0.10, 0.25, -0.35, 0.15, 0.45],
         [0.20, 0.30, -0.05, 0.35, -0.10, 0.50, -0.20, 0.40, 0.00, -0.30, 0.12, 0.07],
     ]
 )
-
-
-def pcb(tvs: Tensor, scope: str = "model", **values: Any) -> Tensor:
-    defaults = {"density": 0.1, "lambda": 1.0, "weight": (1.0,) * len(tvs), "variant": "readme", "clip": None}
-    params = PCB.make_params({**defaults, **values})
-    names = tuple(f"ft{number}" for number in range(len(tvs)))
-    spans = (Span("w", 0, tvs.shape[1]),)
-    context = Context(tvs.shape[1], names, spans, (tvs.shape[1],), scope, 0, torch.device("cpu"))
-    return run_whole(PCB, tvs, params, context, [tvs.shape[1]])
+pcb = partial(whole, "pcb", scope="model")
 
 
 @pytest.mark.parametrize(
