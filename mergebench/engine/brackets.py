@@ -1,15 +1,15 @@
 """Exact order statistics in one sweep.
 
 A sample, drawn before it, gives a narrow bracket around the rank; the sweep counts what lies below and
-keeps what lies inside. Where the bracket missed (which the counts show), the engine sweeps again with a
-wider one: a miss costs time, never a wrong answer.
+keeps the distinct values inside, each with how often it came. Where the bracket missed (which the counts
+show), the engine sweeps again with a wider one: a miss costs time, never a wrong answer.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float32]
-FIRST_BLOCK, BLOCK = 1 << 13, 1 << 18  # values of the first block that a bracket keeps, and of a later one at most
+Counts = NDArray[np.int64]
+LEAST_NEW, MOST_NEW = 1 << 13, 1 << 18  # values that a bracket gathers before it counts the distinct ones
+BYTES = 12  # of a distinct value and its count
 COMMON = 3  # values that a bracket counts by themselves, at most
 Z = 4.5  # half-width of a bracket in standard errors of the sample
 
@@ -32,14 +34,14 @@ class Sample:
     def __init__(self, values: Floats, piece: int, margin: float) -> None:
         """values: [rows, pieces * piece], the pieces in order of their place."""
         self.values, self.piece, self.margin = values, piece, margin
+        self._ordered = np.sort(values, axis=1)
 
     def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float, tuple[float, ...]]:
         """(low, guess, high, common): the value of `rank` among `numel` elements is very likely in [low, high).
 
         common: the values there that many elements have.
         """
-        values = self.values[row]
-        ordered = np.sort(values)
+        values, ordered = self.values[row], self._ordered[row]
         size, share = len(ordered), rank / max(numel - 1, 1)
         guess = ordered[min(size - 1, round(share * (size - 1)))]
         # The standard error of the share below `guess`, from differences of neighbouring pieces: pieces
@@ -61,18 +63,19 @@ def _next(value: float) -> float:
 
 
 class Bracket:
-    """Counts the values below `low`, keeps those in [low, high); of `common` values there it keeps counts only.
+    """Counts the values below `low`; of those in [low, high) keeps the distinct ones, and how often each came.
 
-    So a flood (exact zeros, differences of bfloat16 numbers) takes no room and little time. `guess` is where
-    to hold on when room gets short.
+    There are few float32 numbers in a narrow bracket, so this hardly grows with the model. `common` values
+    are counted chunk by chunk and never gathered, so that a flood (exact zeros, differences of bfloat16
+    numbers) takes little time. `guess` is where to hold on when there are more than `room` distinct values.
     """
 
     def __init__(self, low: float, guess: float, high: float, room: int, common: Sequence[float] = ()) -> None:
         self.low, self.guess, self.high, self.room = low, guess, high, room
-        self.common = dict.fromkeys(common, 0)
-        self.below = self.held = 0
-        self._full: list[Floats] = []
-        self._block, self._filled = np.empty(0, np.float32), 0
+        self.below = 0
+        self.values, self.counts = np.empty(0, np.float32), np.empty(0, np.int64)  # distinct, ascending
+        self.common, self._came = tuple(common), np.zeros(len(common), np.int64)
+        self._new, self._filled = np.empty(0, np.float32), 0  # not counted yet
         self.smaller: int | None = None  # how many values are smaller than the answer
 
     def add(self, values: Floats | Tensor) -> None:
@@ -82,89 +85,73 @@ class Bracket:
     def take(self, below: int, common: Sequence[int], inside: Floats) -> None:
         """Take in what of a chunk lies below the bracket, how often each common value came, and the rest inside."""
         self.below += below
-        for value, count in zip(self.common, common, strict=False):
-            self.common[value] += count
-        self._keep(inside)
-        if self.held > self.room:
-            self._shrink()
-
-    def _keep(self, values: Floats) -> None:
-        # Into blocks that are never copied to grow: what they left behind would stay with the process. And
-        # not each chunk's values by themselves: thousands of small blocks that live long would split the
-        # memory which the chunks' temporaries use again and again.
-        self.held += len(values)
-        while len(values):
-            if self._filled == len(self._block):
-                self._full.append(self._block)
-                size = min(max(2 * len(self._block), FIRST_BLOCK), BLOCK)
-                self._block, self._filled = np.empty(size, np.float32), 0
-            part = values[: len(self._block) - self._filled]
-            self._block[self._filled : self._filled + len(part)] = part
+        self._came = self._came + np.array(common[: len(self.common)], np.int64)
+        while len(inside):
+            if self._filled == len(self._new):
+                self.count()
+                self._new = np.empty(min(max(len(self.values), LEAST_NEW), MOST_NEW), np.float32)
+            part = inside[: len(self._new) - self._filled]
+            self._new[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
-            values = values[len(part) :]
+            inside = inside[len(part) :]
 
-    def inside(self) -> Floats:
-        """The values kept, in any order."""
-        return np.concatenate([*self._full, self._block[: self._filled]])
+    def count(self) -> None:
+        """Bring `values` and `counts` up to date."""
+        if self._filled:
+            self._add(*np.unique(self._new[: self._filled], return_counts=True))
+            self._filled = 0
+        if self._came.any():
+            self._add(np.array(self.common, np.float32)[self._came > 0], self._came[self._came > 0])
+            self._came = np.zeros_like(self._came)
+        if len(self.values) > self.room:
+            self._shrink()
+        self.narrow(self.low, self.high)  # some were picked before the edges moved
+
+    def _add(self, values: Floats, counts: Counts) -> None:
+        both = np.union1d(self.values, values)
+        total = np.zeros(len(both), np.int64)
+        total[np.searchsorted(both, self.values)] += self.counts
+        total[np.searchsorted(both, values)] += counts
+        self.values, self.counts = both, total
 
     def _shrink(self) -> None:
-        """Out of room: keep the half nearest the guess, count the rest."""
-        ordered = np.sort(self.inside())
-        at = int(np.searchsorted(ordered, self.guess))
+        """Out of room: move the edges so that the half nearest the guess stays."""
+        at = int(np.searchsorted(self.values, self.guess))
         first, last = at - self.room // 4, at + self.room // 4
-        low = float(ordered[first]) if first >= 0 else self.low
-        high = _next(float(ordered[last])) if last < ordered.size else self.high
-        self.narrow(low, high)
+        self.low = float(self.values[first]) if first >= 0 else self.low
+        self.high = _next(float(self.values[last])) if last < len(self.values) else self.high
 
     def narrow(self, low: float, high: float) -> None:
-        """Move the edges inwards (the guess stays inside); what falls out below is counted."""
-        if (low, high) == (self.low, self.high):
-            return
-        for value, count in self.common.items():
-            if not low <= value < high:
-                self.below += count if value < low else 0
-                self.common[value] = 0
-        values = self.inside()
-        self.below += int(np.count_nonzero(values < low))
-        values = values[(values >= low) & (values < high)]
-        self.low, self.high, self.held = low, high, values.size
-        self._full, self._block, self._filled = [], values, values.size
+        """Move the edges inwards; what falls out below is counted there."""
+        self.low, self.high = low, high
+        first, last = np.searchsorted(self.values, np.array([low, high], np.float32)).tolist()
+        self.below += int(self.counts[:first].sum())
+        self.values, self.counts = self.values[first:last], self.counts[first:last]
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         """What is sent to another process: not the room for more."""
-        return self.__dict__ | {"_block": self._block[: self._filled]}
+        self.count()
+        return self.__dict__ | {"_new": self._new[:0]}
 
     def merge(self, other: Bracket) -> None:
         """Take in what another worker gathered, within the narrower of both brackets."""
+        self.count()
+        other.count()
         low, high = max(self.low, other.low), min(self.high, other.high)
         self.narrow(low, high)
         other.narrow(low, high)
         self.below += other.below
-        for value, count in other.common.items():
-            self.common[value] += count
-        self._full += [*other._full, other._block[: other._filled]]
-        self.held += other.held
-        if self.held > 2 * self.room:
-            self._shrink()
+        self._add(other.values, other.counts)
 
     def at(self, rank: int) -> float:
         """The value of that rank (0 is the smallest)."""
-        inside, place = self.inside(), rank - self.below
-        if not 0 <= place < inside.size + sum(self.common.values()):
+        self.count()
+        ends = self.below + np.cumsum(self.counts)
+        place = int(np.searchsorted(ends, rank, side="right"))
+        if rank < self.below or place == len(ends):
             raise Miss
-        passed, answer = 0, None  # common values smaller than the answer
-        for value, count in sorted(self.common.items()):
-            start = passed + int(np.count_nonzero(inside < value))
-            if place < start:
-                break
-            if place < start + count:
-                answer = value
-                break
-            passed += count
-        if answer is None:
-            answer = float(np.partition(inside, place - passed)[place - passed])
-        self.smaller = self.below + passed + int(np.count_nonzero(inside < answer))
-        return answer
+        self.smaller = int(ends[place] - self.counts[place])
+        return float(self.values[place]) + 0.0  # of the two zeros always the same
 
 
 def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:

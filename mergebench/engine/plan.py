@@ -20,6 +20,7 @@ from torch import Tensor
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import ITEM_SIZE
 from mergebench.checkpoint.write import Shard, lay_out
+from mergebench.engine.brackets import BYTES
 from mergebench.engine.context import Context, Span
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
@@ -112,7 +113,7 @@ class Plan:
         """Bytes that the statistics of a group may hold, in all workers together."""
         largest = max((sum(unit.numel for unit in group.units) for group in self.groups), default=0)
         # the rest is for copies: on their way from the workers, and of all workers' together
-        return min((self.memory - self.buffer_bytes) // 4, largest * len(self.merge.models) * 4)
+        return min((self.memory - self.buffer_bytes) // 4, largest * len(self.merge.models) * BYTES)
 
     def zero_share(self, model: int) -> float:
         """The share of elements on which a model's task vector is exactly zero, as far as headers tell."""
@@ -205,9 +206,9 @@ def toy_context(merge: Merge, numel: int) -> Context:
 
 def count_passes(merge: Merge) -> int:
     """Learn the passes by running the method on a toy chunk (the same yields for all data)."""
-    numel = 61
+    numel, method = 61, merge.method
     toy = torch.sin(torch.arange(1.0, len(merge.models) * numel + 1)).reshape(len(merge.models), numel) * 0.01
-    running = merge.method(toy, merge.params, toy_context(merge, numel))
+    running = method(toy, merge.params, toy_context(merge, numel))
     if not inspect.isgenerator(running):
         return 0
     steps = cast("Generator[Statistic, Any, Tensor]", running)
@@ -216,8 +217,12 @@ def count_passes(merge: Merge) -> int:
         statistic = next(steps)
         while True:
             count += 1
-            if merge.method.cut == "row" and not isinstance(statistic, OrderStatistics):
-                raise TypeError(f"{merge.method.name}: sums are taken over whole tiles, not rows: use cut='tensor'")
+            least = "element" if isinstance(statistic, OrderStatistics) else "tensor"
+            if method.cut not in ("element", least):
+                raise TypeError(
+                    f"{method.name}: ranks are sampled at elements, sums are taken over whole tiles: "
+                    f"it cannot ask with cut='{method.cut}', use '{least}'"
+                )
             statistic = steps.send(statistic.exact())
     except StopIteration:
         return count

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergebench.engine.brackets import Bracket, Extreme, Floats, Sample, gather
+from mergebench.engine.brackets import BYTES, LEAST_NEW, Bracket, Extreme, Floats, Sample, gather
 from mergebench.engine.noise import TILE
 
 Key = Callable[[Tensor], Tensor]
@@ -27,7 +27,7 @@ class Statistic:
         self.values = values
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> Any:
-        """An empty state for `numel` elements in `tiles` tiles; it may keep `room` values."""
+        """An empty state for `numel` elements in `tiles` tiles; it may take `room` bytes."""
         raise NotImplementedError
 
     def reduce(self, state: Any, tile: int) -> None:
@@ -49,7 +49,7 @@ class Statistic:
     def exact(self) -> Any:
         """The answer where this one chunk is all there is: the oracle of the streamed one."""
         numel = self.values.shape[1]
-        state = self.init(numel, -(-numel // TILE), None, numel)
+        state = self.init(numel, -(-numel // TILE), None, 0)
         self.reduce(state, 0)
         return self.finish(state)
 
@@ -63,8 +63,8 @@ class OrderStatistics(Statistic):
         self.key, self.trim = key, trim
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> list[list[Bracket | Extreme]]:
-        rows = len(self.values)
-        share = max(room // max(rows * len(self.ranks), 1), 1024)
+        brackets = sum(0 < rank < numel - 1 for ranks in self.ranks for rank in ranks)
+        share = max(room // (BYTES * max(brackets, 1)), LEAST_NEW)
 
         def gatherer(row: int, rank: int) -> Bracket | Extreme:
             if not 0 <= rank < numel:
@@ -79,7 +79,7 @@ class OrderStatistics(Statistic):
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 
     def reduce(self, state: list[list[Bracket | Extreme]], tile: int) -> None:
-        keyed = self.values if self.key is None else self.key(self.values)
+        keyed = self._keyed()
         rows = keyed.numpy() if keyed.device.type == "cpu" else keyed
         for question in state:
             bracketed = [number for number, gatherer in enumerate(question) if isinstance(gatherer, Bracket)]
@@ -92,7 +92,10 @@ class OrderStatistics(Statistic):
 
     def keyed(self) -> Floats:
         """A copy of what is ordered [rows, elements], for a sample."""
-        return np.array((self.values if self.key is None else self.key(self.values)).cpu().numpy())
+        return np.array(self._keyed().cpu().numpy())
+
+    def _keyed(self) -> Tensor:
+        return self.values if self.key is None else self.key(self.values)
 
     @staticmethod
     def combine(

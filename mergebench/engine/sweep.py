@@ -22,12 +22,12 @@ from mergebench.engine.brackets import Miss, Sample
 from mergebench.engine.context import Span
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
-from mergebench.engine.statistics import Statistic
+from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.engine.work import Progress, chunks_of, copies_of, start_workers
 from mergebench.engine.worker import Item, Known, context_of, replay
 
 SMALL = TILE  # a unit of at most this many elements is gathered whole
-LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 21  # elements of a sample: its memory does not grow with the model
+LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 19  # elements of a sample: its memory does not grow with the model
 
 
 class Sweeper:
@@ -53,7 +53,8 @@ class Sweeper:
         attempt = 0
         while len(answers) < len(group.units):
             open_units = [number for number in range(len(group.units)) if number not in answers]
-            samples = self._samples(group, known, open_units, attempt)
+            ranked = [number for number in open_units if isinstance(statistics[number], OrderStatistics)]
+            samples = self._samples(group, known, ranked, attempt)
             states = self._gather(group, known, statistics, open_units, samples)
             for number in open_units:
                 with suppress(Miss):
@@ -82,7 +83,7 @@ class Sweeper:
         samples: dict[int, Sample],
     ) -> dict[int, Any]:
         size = sum(unit.numel for unit in group.units)
-        room = self.plan.statistic_room // (4 * self.plan.workers)
+        room = self.plan.statistic_room // self.plan.workers
         empty = {}
         for number in numbers:
             unit = group.units[number]
@@ -105,8 +106,6 @@ class Sweeper:
 
     def _samples(self, group: Group, known: Known, numbers: Sequence[int], attempt: int) -> dict[int, Sample]:
         """Before a sweep: the statistic's values at pieces spread over each large unit."""
-        if self.plan.merge.method.cut != "element":
-            return {}
         batches = [
             (number, batch)
             for number in numbers

@@ -77,8 +77,8 @@ class Worker:
         for item in items:
             values, _ = self.reader.load(item.spans, apply=False)
             statistic = replay(self.plan, values, context_of(self.plan, units[item.unit], item.spans), known[item.unit])
-            if isinstance(statistic, OrderStatistics):
-                found.append((item.tile, item.unit, statistic.keyed()))
+            assert isinstance(statistic, OrderStatistics)
+            found.append((item.tile, item.unit, statistic.keyed()))
         return found
 
     def gather(

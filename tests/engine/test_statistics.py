@@ -5,6 +5,11 @@ python -m pytest tests/engine
 
 from __future__ import annotations
 
+import math
+import pickle
+from contextlib import suppress
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mergebench.engine import brackets
 from mergebench.engine.brackets import Bracket, Extreme, Miss, Sample, _next, gather
 from mergebench.engine.noise import TILE
 from mergebench.engine.statistics import gram, order_statistics
@@ -21,6 +27,7 @@ FLOATS = hnp.arrays(
     st.integers(1, 400),
     elements=st.one_of(
         st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]),  # floods of ties
+        st.integers(-30, 30).map(float),
         st.floats(-4, 4, width=32),
     ),
 )
@@ -30,12 +37,12 @@ def gathered(
     values: np.ndarray, bracket: tuple[float, float, float], room: int, workers: int, cuts: int, common: list[float]
 ) -> Bracket:
     """Values streamed through several workers' brackets, in pieces, then combined."""
-    brackets = [Bracket(*bracket, room, common) for _ in range(workers)]
+    states = [Bracket(*bracket, room, common) for _ in range(workers)]
     for number, part in enumerate(np.array_split(values, cuts)):
-        brackets[number % workers].add(part)
-    for other in brackets[1:]:
-        brackets[0].merge(other)
-    return brackets[0]
+        states[number % workers].add(part)
+    for other in states[1:]:
+        states[0].merge(other)
+    return states[0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -44,10 +51,15 @@ def test_a_bracket_is_exact_or_says_that_it_missed(values: np.ndarray, data: st.
     rank = data.draw(st.integers(0, len(values) - 1))
     edges = sorted(data.draw(st.tuples(*[st.sampled_from(values.tolist())] * 3)))
     bracket = (edges[0], edges[1], _next(edges[2]))
-    room = data.draw(st.sampled_from([4, 16, 1000]))
+    room = data.draw(st.sampled_from([4, 16, 40, 1000]))
     common = data.draw(st.lists(st.sampled_from(values.tolist()), unique=True, max_size=3))
 
-    found = gathered(values, bracket, room, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)), common)
+    workers, cuts, gathered_first = data.draw(
+        st.tuples(st.integers(1, 3), st.integers(1, 7), st.sampled_from([3, 8192]))
+    )
+
+    with mock.patch.object(brackets, "LEAST_NEW", gathered_first):
+        found = gathered(values, bracket, room, workers, cuts, common)
 
     expected = np.sort(values)[rank]
     try:
@@ -85,9 +97,30 @@ def test_a_bracket_never_holds_more_than_its_room() -> None:
     bracket = Bracket(-np.inf, 0.0, np.inf, 1000)
     for part in np.array_split(values, 200):
         bracket.add(part)
-        assert bracket.held <= 1000
+        bracket.count()
+        assert len(bracket.values) <= 1000
 
     assert np.sort(values)[50_000] == bracket.at(50_000) or abs(np.sort(values)[50_000]) > bracket.high
+
+
+def test_a_value_that_comes_often_is_held_once() -> None:
+    values = np.random.default_rng(3).integers(0, 50, 3_000_000).astype(np.float32)
+    bracket = Bracket(-np.inf, 0.0, np.inf, 1000)
+    for part in np.array_split(values, 30):
+        bracket.add(part)
+
+    sent = pickle.dumps(bracket)
+    assert len(sent) < 5000
+    assert [np.sort(values)[rank] for rank in (0, 700_000, 2_999_999)] == [
+        pickle.loads(sent).at(rank) for rank in (0, 700_000, 2_999_999)
+    ]
+
+
+def test_both_zeros_are_one_value() -> None:
+    for values in ([-0.0, 0.0], [0.0, -0.0], [-0.0, -0.0]):
+        bracket = Bracket(-1.0, 0.0, 1.0, 1000)
+        bracket.add(np.array(values, np.float32))
+        assert [1.0, 1.0] == [math.copysign(1, bracket.at(rank)) for rank in (0, 1)]
 
 
 def test_a_flood_takes_no_room() -> None:
@@ -96,7 +129,6 @@ def test_a_flood_takes_no_room() -> None:
     bracket = Bracket(-1.0, 0.0, 2.0, 1000, [0.0])
     bracket.add(values)
 
-    assert (10, {0.0: 99_990}) == (bracket.held, bracket.common)
     assert bracket.at(5) == 0.0
     assert bracket.at(99_995) == 1.0
 
@@ -112,10 +144,11 @@ def test_rows_gather_together_what_they_gather_alone() -> None:
         bracket.add(row)
 
     for left, right, row in zip(together, alone, rows, strict=True):
-        assert (left.below, left.common) == (right.below, right.common)
-        assert np.array_equal(left.inside(), right.inside())
-        assert {value: np.count_nonzero(row == value) for value in left.common} == left.common
-        assert np.sort(row)[2300] == left.at(2300)
+        assert np.sort(row)[2300] == left.at(2300) == right.at(2300)
+        assert left.below == right.below == np.count_nonzero(row < left.low)
+        inside = np.unique(row[(row >= left.low) & (row < left.high)], return_counts=True)
+        for bracket in (left, right):
+            assert np.array_equal(inside, (bracket.values, bracket.counts))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.999])
@@ -167,3 +200,19 @@ def test_dot_products_have_the_same_bits_for_any_chunks_and_workers(chunk: int, 
 
     assert torch.equal(gram(values).exact(), streamed)
     torch.testing.assert_close(values.double() @ values.double().T, streamed, rtol=1e-12, atol=1e-9)
+
+
+def test_what_came_before_the_edges_moved_is_looked_at_again() -> None:
+    """A chunk's values, picked with the old edges, when room gets short amid them."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    with mock.patch.object(brackets, "LEAST_NEW", 3):
+        for _ in range(500):
+            values = generator.integers(0, 60, 100).astype(np.float32)
+            bracket = Bracket(-np.inf, float(values[0]), np.inf, 16)
+            bracket.add(values)
+            rank = int(generator.integers(100))
+            with suppress(Miss):
+                assert np.sort(values)[rank] == bracket.at(rank)
+                hits += 1
+    assert hits > 50

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from mergebench import Context, Passes, TaskVectors, Weights, gram, merge_method, methods, param, total
+from mergebench import (
+    Context,
+    Passes,
+    TaskVectors,
+    Weights,
+    gram,
+    merge_method,
+    methods,
+    order_statistics,
+    param,
+    total,
+)
 from mergebench.testing import check_method
 
 VALUES = {
@@ -93,8 +104,8 @@ def test_a_method_that_says_it_needs_less_is_caught(method: Any) -> None:
         check_method(dataclasses.replace(method, cut="element"))
 
 
-def test_sums_over_rows_are_refused() -> None:
-    """They are taken over whole tiles, which rows do not respect."""
+def test_questions_that_cannot_be_asked_of_such_pieces_are_refused() -> None:
+    """Sums are taken over whole tiles, which rows do not respect; ranks are sampled at single elements."""
 
     @merge_method(takes="task_vectors", paper="none", cut="row")
     def rows_and_sums(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
@@ -102,5 +113,13 @@ def test_sums_over_rows_are_refused() -> None:
         dots = yield gram(tvs)
         return total(tvs, dots.diagonal().tolist())
 
-    with pytest.raises(TypeError, match="cut='tensor'"):
+    @merge_method(takes="task_vectors", paper="none", cut="tensor")
+    def tensors_and_ranks(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+        """Takes off the median."""
+        (median,) = yield order_statistics(tvs, [ctx.numel // 2])
+        return total(tvs - median)
+
+    with pytest.raises(TypeError, match="cut='row', use 'tensor'"):
         check_method(rows_and_sums)
+    with pytest.raises(TypeError, match="cut='tensor', use 'element'"):
+        check_method(tensors_and_ranks)
