@@ -5,9 +5,9 @@
 
 Every figure is a whole process, from start to exit; ours and the peer's runs alternate, and the median
 counts. Before each, what was written is synced, the libraries are imported and the inputs are read, so
-that they are in the page cache, and some memory is touched and freed, so that a virtual machine that gives
-idle memory back to its host has it again. The peer lives in an environment of its own. The floor is a
-process that imports what a merge imports, reads every input byte once and writes every output byte once.
+that they are in the page cache; memory is kept warm (warm_memory.py). The peer lives in an environment of
+its own. The floor is a process that imports what a merge imports, reads every input byte once and writes
+every output byte once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DENSITY = {"density": 0.2}
@@ -34,6 +36,7 @@ METHODS: dict[str, dict[str, float]] = {
     "pcb": {"density": 0.1},
 }
 NOT_IN_PEER = {"pcb"}
+KEEPER, WARM_MIB = Path(__file__).with_name("warm_memory.py"), 4096
 
 
 def recipe(folder: Path, models: Path, method: str, dtype: str) -> Path:
@@ -61,30 +64,36 @@ def per_model(method: str) -> list[tuple[str, float]]:
     return [] if method in ("pcb", "slerp") else list(METHODS[method].items())
 
 
-def warm(models: Path, interpreter: Path) -> None:
-    """Have the program's libraries and the inputs in the page cache, and free memory that is really there."""
-    os.sync()  # what the program before has written does not go to disk meanwhile
+@contextmanager
+def warm(models: Path, interpreter: Path) -> Iterator[None]:
+    """The program's libraries and the inputs in the page cache, the disk at rest, and memory to take."""
+    os.sync()
     subprocess.run([interpreter, "-c", "import torch, transformers"], check=True)
     block = bytearray(16 << 20)
     for file in sorted(models.glob("*/*.safetensors")):
         with open(file, "rb", buffering=0) as stream:
             while stream.readinto(block):
                 pass
-    subprocess.run([sys.executable, "-c", f"b'1' * {2 << 30}"], check=True)
+    keeper = subprocess.Popen([sys.executable, KEEPER, str(WARM_MIB)], stdout=subprocess.PIPE)
+    assert keeper.stdout is not None
+    keeper.stdout.readline()
+    try:
+        yield
+    finally:
+        keeper.kill()
+        keeper.communicate()
 
 
 def timed(command: list[str], out: Path, models: Path) -> float:
     """Seconds of a whole process; its output directory is removed before and after."""
     shutil.rmtree(out, ignore_errors=True)
-    warm(models, Path(command[0]).with_name("python"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    code = process.wait()
-    seconds = time.perf_counter() - started
-    if code:
+    with warm(models, Path(command[0]).with_name("python")):
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        _, said = process.communicate()
+        seconds = time.perf_counter() - started
+    if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{said.decode()[-2000:]}")
     stages = out / "mergebench.json"
     if stages.exists():
