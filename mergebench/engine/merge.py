@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.lora import LowRank
 from mergebench.checkpoint.model import Model
-from mergebench.engine.method import Method
+from mergebench.engine.method import Cut, Method
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Merge:
     """A resolved recipe: models opened, parameters checked. What the engine merges."""
 
     method: Method
-    params: Any
+    params: Any  # what holds for every tensor that is not in by_tensor
     base: Model | None
     models: tuple[Model, ...]
     names: tuple[str, ...]  # short names of the models, for messages
@@ -27,12 +27,26 @@ class Merge:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     dtype: str | None = None  # stored type; None keeps each tensor's own
+    by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
 
     @property
     def reference(self) -> Model:
         """The model that gives names, shapes, config and what is not merged."""
         return self.base if self.base is not None else self.models[0]
+
+    @property
+    def from_base(self) -> bool:
+        """Whether the method is given differences to the base, and gives one."""
+        return self.method.takes == "task_vectors" and self.base is not None
+
+    @property
+    def cut(self) -> Cut:
+        return self.method.cut_with(self.params)
+
+    def params_for(self, name: str) -> Any:
+        """The parameters that hold for a tensor."""
+        return self.by_tensor.get(name, self.params)
 
     def wanted(self, name: str) -> bool:
         """Whether a tensor is merged (else it is copied from the base)."""
@@ -59,7 +73,7 @@ def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> di
         for name, infos in sources.items():
             info = infos[number]
             low_rank = model.low_rank.get(info.name)
-            if merge.method.takes == "weights":
+            if not merge.from_base:
                 column.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
             elif model.is_task_vector:
                 column.append(Operand(info, 0, low_rank))

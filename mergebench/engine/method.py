@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 else:  # torch is imported by the methods, not by who only lists their parameters
     TaskVectors = Weights = Passes = Any
 
+Cut = Literal["element", "row", "tensor"]
 PerModel = tuple[float, ...]  # one value for each model
 
 REQUIRED: Any = object()
@@ -124,14 +125,23 @@ class Method:
     function: Callable[..., Any]
     takes: Literal["task_vectors", "weights"]
     paper: str
-    cut: Literal["element", "row", "tensor"]  # the smallest piece a tensor may be cut into
+    cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
     scope: Literal["tensor", "model"]  # default reach of a statistic
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
+    optional_base: bool  # task vectors without a base are the weights themselves
     params: type
     parameters: Mapping[str, Parameter]
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
+
+    @property
+    def needs_base(self) -> bool:
+        return self.takes == "task_vectors" and not self.optional_base
+
+    def cut_with(self, params: Any) -> Cut:
+        """The smallest piece a tensor may be cut into with these parameters."""
+        return self.cut(params) if callable(self.cut) else self.cut
 
     @property
     def summary(self) -> str:
@@ -147,15 +157,17 @@ def merge_method(
     *,
     takes: Literal["task_vectors", "weights"],
     paper: str,
-    cut: Literal["element", "row", "tensor"] = "element",
+    cut: Cut | Callable[[Any], Cut] = "element",
     scope: Literal["tensor", "model"] = "tensor",
     models: int | None = None,
+    optional_base: bool = False,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a function `(chunk, params, ctx)` as a merge method.
 
     `takes`: the chunk holds task vectors (the result is one too, and the engine adds the base) or
-    weights. `paper`: where the formula stands. `cut`: the smallest piece it may be cut into.
-    `scope`: what its statistics reach over unless the recipe says otherwise. `models`: how many it takes.
+    weights. `paper`: where the formula stands. `cut`: the smallest piece it may be cut into (a function
+    of the parameters where they decide). `scope`: what its statistics reach over unless the recipe says
+    otherwise. `models`: how many it takes. `optional_base`: without a base, the weights themselves are merged.
     """
 
     def declare(function: Callable[..., Any]) -> Method:
@@ -180,6 +192,7 @@ def merge_method(
             cut=cut,
             scope=scope,
             models=models,
+            optional_base=optional_base,
             params=typing.cast(type, params),
             parameters=parameters,
         )

@@ -95,8 +95,7 @@ class Plan:
         return total + (self.merge.reference.tensors[name].nbytes if self.needs_base(name, apply) else 0)
 
     def needs_base(self, name: str, apply: bool) -> bool:
-        adds = apply and self.merge.method.takes == "task_vectors"
-        return adds or any(operand.base for operand in self.operands[name])
+        return (apply and self.merge.from_base) or any(operand.base for operand in self.operands[name])
 
     @property
     def buffer_bytes(self) -> int:
@@ -217,12 +216,11 @@ def count_passes(merge: Merge) -> int:
         statistic = next(steps)
         while True:
             count += 1
-            least = "element" if isinstance(statistic, OrderStatistics) else "tensor"
-            if method.cut not in ("element", least):
-                raise TypeError(
-                    f"{method.name}: ranks are sampled at elements, sums are taken over whole tiles: "
-                    f"it cannot ask with cut='{method.cut}', use '{least}'"
-                )
+            # ranks are sampled (at rows of one length), sums are taken over whole tiles
+            other = "tensor" if not isinstance(statistic, OrderStatistics) else "row"
+            if merge.cut not in ("element", other) or (merge.cut == "row" and merge.scope == "model"):
+                kind = type(statistic).__name__
+                raise TypeError(f"{method.name}: {kind} cannot be asked with cut='{merge.cut}', scope '{merge.scope}'")
             statistic = steps.send(statistic.exact())
     except StopIteration:
         return count
@@ -230,7 +228,7 @@ def count_passes(merge: Merge) -> int:
 
 def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
-    if method.takes == "task_vectors" and merge.base is None:
+    if method.needs_base and merge.base is None:
         raise RecipeError(f"base_model: '{method.name}' merges task vectors and needs a base")
     if merge.base is None and any(model.is_task_vector for model in merge.models):
         raise RecipeError("base_model: missing, a task_vector: is a difference to it")
@@ -278,9 +276,9 @@ def _least_chunk(merge: Merge) -> int:
     """Elements of the largest piece that the method will not have cut: a row, or a whole tensor."""
     infos = merge.reference.tensors
     shapes = [info.shape for name, info in infos.items() if info.is_float and merge.wanted(name)]
-    if merge.method.cut == "row":
+    if merge.cut == "row":
         return max(shape[-1] if shape else 1 for shape in shapes)
-    return max(math.prod(shape) for shape in shapes) if merge.method.cut == "tensor" else 1
+    return max(math.prod(shape) for shape in shapes) if merge.cut == "tensor" else 1
 
 
 def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:

@@ -27,6 +27,7 @@ from mergebench.engine.work import Progress, chunks_of, copies_of, start_workers
 from mergebench.engine.worker import Item, Known, context_of, replay
 
 SMALL = TILE  # a unit of at most this many elements is gathered whole
+LEAST_PIECES = 16
 LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 19  # elements of a sample: its memory does not grow with the model
 
 
@@ -67,10 +68,11 @@ class Sweeper:
         return [answers[number] for number in order], [remarks[number] for number in order]
 
     def _statistic(self, unit: Unit, answers: Sequence[Any]) -> Statistic:
-        """The next question about a unit, as asked about one of its elements: the same is asked about all."""
+        """The next question about a unit, as asked about its first elements: the same is asked about all."""
         name = next(name for name in unit.tensors if self._numel(name))
-        values = torch.zeros(len(self.plan.merge.models), 1, device=self.plan.device)
-        statistic = replay(self.plan, values, context_of(self.plan, unit, (Span(name, 0, 1),)), answers)
+        size = {"element": 1, "row": self._piece(unit), "tensor": self._numel(name)}[self.plan.merge.cut]
+        values = torch.zeros(len(self.plan.merge.models), size, device=self.plan.device)
+        statistic = replay(self.plan, values, context_of(self.plan, unit, (Span(name, 0, size),)), answers)
         assert isinstance(statistic, Statistic)
         return statistic
 
@@ -118,15 +120,15 @@ class Sweeper:
         for _, number, values in sorted(got, key=lambda one: one[0]):
             found.setdefault(number, []).append(values)
         return {
-            number: Sample(np.concatenate(parts, axis=1), _piece(group.units[number]), margin=4.0**attempt)
+            number: Sample(np.concatenate(parts, axis=1), self._piece(group.units[number]), margin=4.0**attempt)
             for number, parts in found.items()
         }
 
     def _pieces(self, unit: Unit, attempt: int) -> Iterator[tuple[Span, ...]]:
         """Batches of spans of equal size, evenly spread with a jitter, in order of their place."""
-        piece = _piece(unit)
+        piece = self._piece(unit)
         size = min(max(unit.numel // 512, LEAST_SAMPLED), MOST_SAMPLED) * 2**attempt
-        count = min(size, unit.numel // 2) // piece
+        count = max(min(size, unit.numel // 2) // piece, min(unit.numel // piece, LEAST_PIECES))
         ends = np.cumsum([self._numel(name) for name in unit.tensors])
         jitter = np.random.Generator(np.random.PCG64(attempt)).random(count)
         places = ((np.arange(count) + jitter) * (unit.numel / count)).astype(np.int64)
@@ -137,6 +139,11 @@ class Sweeper:
             if numel < piece:
                 continue
             start = min(place - (int(ends[number]) - numel), numel - piece)
+            if self.plan.merge.cut == "row":
+                start -= start % piece
+            if batch and self.plan.merge.params_for(name) is not self.plan.merge.params_for(batch[0].tensor):
+                yield tuple(batch)
+                batch = []
             batch.append(Span(name, start, start + piece))
             if (len(batch) + 1) * piece > min(LEAST_SAMPLED // 2, self.plan.chunk):
                 yield tuple(batch)
@@ -160,13 +167,14 @@ class Sweeper:
         self.workers.run("apply", items, group.units, known, directory)
         self.seconds["apply"] += time.perf_counter() - started
 
+    def _piece(self, unit: Unit) -> int:
+        """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
+        if self.plan.merge.cut == "row":
+            return (self.plan.merge.reference.tensors[unit.tensors[0]].shape or (1,))[-1]
+        return 512 if len(unit.tensors) == 1 else 128
+
     def _numel(self, name: str) -> int:
         return self.plan.merge.reference.tensors[name].numel
-
-
-def _piece(unit: Unit) -> int:
-    """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
-    return 512 if len(unit.tensors) == 1 else 128
 
 
 def to_device(device: torch.device, answer: Any) -> Any:

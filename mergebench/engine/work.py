@@ -43,7 +43,7 @@ Progress = Callable[[int], None]  # called with the bytes that were read
 def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]:
     """A merged tensor in chunks; `tile` is the number of its first tile in the unit."""
     info, size = plan.merge.reference.tensors[name], plan.chunk
-    if plan.merge.method.cut == "row":
+    if plan.merge.cut == "row":
         columns = info.shape[-1] if info.shape else 1
         size = max(size // max(columns, 1), 1) * columns
     for start in range(0, info.numel, size):

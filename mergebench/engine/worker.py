@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
 def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
     """Run the method with the answers known so far: the next question, or the merged chunk."""
-    running = plan.merge.method(values, plan.merge.params, ctx)
+    running = plan.merge.method(values, plan.merge.params_for(ctx.spans[0].tensor), ctx)
     if not inspect.isgenerator(running):
         return cast(Tensor, running)
     steps = cast("Generator[Statistic, Any, Tensor]", running)
@@ -119,7 +119,7 @@ class Worker:
                 f"method '{method.name}' gave {merged.dtype} {list(merged.shape)} for a chunk "
                 f"of {len(base)} elements, float32 [{len(base)}] was expected"
             )
-        if method.takes == "task_vectors":
+        if self.plan.merge.from_base:
             merged = merged + base
         stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
         if not math.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():

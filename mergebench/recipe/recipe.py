@@ -96,7 +96,7 @@ class Recipe:
     def with_method(self, baseline: Baseline) -> Recipe:
         """The same models merged by another method, with that method's defaults: a baseline to compare with."""
         method = methods.get(baseline.method)
-        if method.takes == "task_vectors" and self.base_model is None:
+        if method.needs_base and self.base_model is None:
             raise RecipeError(f"'{method.name}' merges task vectors, and the recipe has no base_model", NEEDS_BASE)
         needed = [p.name for p in method.parameters.values() if p.required and p.name not in baseline.parameters]
         if needed:
@@ -155,7 +155,7 @@ def load(
     except RecipeError as error:
         raise places.error(("merge_method",), error.message, error.hint) from None
     base = found.get("base_model")
-    if method.takes == "task_vectors" and base is None:
+    if method.needs_base and base is None:
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
     common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
     entries = []

@@ -28,7 +28,7 @@ def resolve(recipe: Recipe) -> Merge:
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
         others = [pair for pair in entries if not _same(pair[1], base)]
-        if method.takes == "task_vectors":
+        if method.takes == "task_vectors":  # whose own would be zero
             entries = others
         elif method.models is not None:
             entries = [*(listed or [(Entry(recipe.base_model), base)]), *others]

@@ -93,7 +93,16 @@ def running_sum(weights: Weights, p: Params, ctx: Context) -> Passes:
     return total(weights).cumsum(0) / 1000 * p.scale
 
 
-@pytest.mark.parametrize("method", [unit_rows, running_sum])
+@merge_method(takes="weights", paper="none", cut="row")
+def rows_and_ranks(weights: Weights, p: Params, ctx: Context) -> Passes:
+    """The mean of what lies above the median of the rows scaled to a largest value of one."""
+    rows = weights.reshape(len(weights), -1, ctx.shape[-1] if ctx.shape else 1)
+    scaled = (rows / (rows.abs().amax(dim=2, keepdim=True) + 1e-6)).reshape(weights.shape)
+    (median,) = yield order_statistics(scaled, [ctx.numel // 2])
+    return total((scaled - median).relu()) / len(weights)
+
+
+@pytest.mark.parametrize("method", [unit_rows, running_sum, rows_and_ranks])
 def test_methods_that_need_rows_or_tensors_get_them(method: Any) -> None:
     check_method(method)
 
@@ -119,7 +128,9 @@ def test_questions_that_cannot_be_asked_of_such_pieces_are_refused() -> None:
         (median,) = yield order_statistics(tvs, [ctx.numel // 2])
         return total(tvs - median)
 
-    with pytest.raises(TypeError, match="cut='row', use 'tensor'"):
+    with pytest.raises(TypeError, match="Gram cannot be asked with cut='row', scope 'tensor'"):
         check_method(rows_and_sums)
-    with pytest.raises(TypeError, match="cut='tensor', use 'element'"):
+    with pytest.raises(TypeError, match="OrderStatistics cannot be asked with cut='tensor'"):
         check_method(tensors_and_ranks)
+    with pytest.raises(TypeError, match="OrderStatistics cannot be asked with cut='row', scope 'model'"):
+        check_method(dataclasses.replace(tensors_and_ranks, cut="row", scope="model"))
