@@ -25,6 +25,11 @@ def total(values: Tensor | Sequence[Tensor], weights: Sequence[float] | None = N
     return result
 
 
+def times(values: Tensor, factor: float) -> Tensor:
+    """Values times a number."""
+    return values if factor == 1 else values * factor
+
+
 def weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
     """Each model's row times its weight."""
     return values if all(weight == 1 for weight in weights) else values * column(values, weights)

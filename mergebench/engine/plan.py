@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import ITEM_SIZE
 from mergebench.checkpoint.write import Shard, lay_out
-from mergebench.engine.brackets import BYTES
+from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.context import Context, Span
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
@@ -30,7 +30,7 @@ from mergebench.errors import ModelError, RecipeError, RunError
 MIB = 1 << 20
 DEFAULT_MEMORY = 400 * MIB
 SHARD_SIZE = 4_000_000_000
-GROUP = 64 * MIB  # at most so many elements have their statistics gathered together, at tensor scope
+GROUP = 2048 * MIB  # bytes of input worked on together at tensor scope: still in the page cache at the second sweep
 TEMPORARIES = 8  # float32 copies of a chunk that a method may hold at once
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -162,7 +162,7 @@ def plan_merge(
         operands=operands,
         dtypes=dtypes,
         shards=shards,
-        groups=_groups(merge, shards, merged, min(GROUP, memory // (4 * len(merge.models)))),
+        groups=_groups(merge, operands, shards, merged, memory // 8),
         passes=passes,
         chunk=size,
         workers=workers,
@@ -242,7 +242,11 @@ def _check_models(merge: Merge) -> None:
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: FP8 is not supported yet")
 
 
-def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) -> list[Group]:
+def _groups(
+    merge: Merge, operands: Mapping[str, Sequence[Operand]], shards: Sequence[Shard], merged: set[str], room: int
+) -> list[Group]:
+    """Tensors worked on together: all of them at model scope; else few enough that statistics fit into `room`
+    bytes (small tensors are gathered whole) and inputs into the page cache, since each phase waits for all."""
     infos = merge.reference.tensors
     order = [[tensor.name for tensor in shard.tensors] for shard in shards]
     if merge.scope == "model":
@@ -252,13 +256,15 @@ def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) 
     groups = []
     for shard in order:
         batch: list[str] = []
-        size = 0
+        size = held = 0
         for name in shard:
-            if batch and size + infos[name].numel > most:
+            reads = infos[name].nbytes + sum(o.stored.nbytes for o in operands.get(name, ()) if o.stored is not None)
+            holds = len(merge.models) * BYTES * min(infos[name].numel, 2 * LEAST_NEW) if name in merged else 0
+            if batch and (size + reads > GROUP or held + holds > room):
                 groups.append(batch)
-                batch, size = [], 0
+                batch, size, held = [], 0, 0
             batch.append(name)
-            size += infos[name].numel
+            size, held = size + reads, held + holds
         groups.append(batch)
     return [
         Group(tuple(Unit((name,), infos[name].numel) for name in batch if name in merged), tuple(batch))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergebench.engine.chunks import column, keep, total
+from mergebench.engine.chunks import column, keep, times, total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.methods.linear import normalized
@@ -29,7 +29,7 @@ def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     norms.
     """
     weights = normalized(p.weight) if p.normalize else p.weight
-    return total(drop_and_rescale(tvs, p.density, p.rescale, ctx), weights) * p.lambda_
+    return times(total(drop_and_rescale(tvs, p.density, p.rescale, ctx), weights), p.lambda_)
 
 
 def drop_and_rescale(tvs: Tensor, density: PerModel, rescale: bool, ctx: Context) -> Tensor:

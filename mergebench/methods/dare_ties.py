@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergebench.engine.chunks import times
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.methods.dare_linear import Params, drop_and_rescale
@@ -15,4 +16,4 @@ def dare_ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     Yu et al., "Language models are super Mario", with TIES (arXiv:2306.01708) after it; the random
     drop takes the place of the trim.
     """
-    return elect_and_merge(drop_and_rescale(tvs, p.density, p.rescale, ctx), p.weight, p.normalize) * p.lambda_
+    return times(elect_and_merge(drop_and_rescale(tvs, p.density, p.rescale, ctx), p.weight, p.normalize), p.lambda_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergebench.engine.chunks import total
+from mergebench.engine.chunks import times, total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.methods.linear import normalized
@@ -24,4 +24,4 @@ def task_arithmetic(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     Ilharco et al., "Editing models with task arithmetic". A negative weight unlearns.
     """
     weights = normalized(p.weight) if p.normalize else p.weight
-    return total(tvs, weights) * p.lambda_
+    return times(total(tvs, weights), p.lambda_)

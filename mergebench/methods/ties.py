@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergebench.engine.chunks import total, trim, weighted
+from mergebench.engine.chunks import times, total, trim, weighted
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.engine.statistics import order_statistics
@@ -34,7 +34,7 @@ def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
         kept = [max(int(ctx.numel * density), 1) for density in p.density]
         (threshold,) = yield order_statistics(tvs, [[ctx.numel - k for k in kept]], key=torch.abs, trim=True)
         tvs = trim(tvs, threshold)
-    return elect_and_merge(tvs, p.weight, p.normalize) * p.lambda_
+    return times(elect_and_merge(tvs, p.weight, p.normalize), p.lambda_)
 
 
 def elect_and_merge(tvs: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
