@@ -6,7 +6,7 @@ Names, shapes and order are the files', never those of a loaded model's state di
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ class Model:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     adapter: Path | None = None
     is_task_vector: bool = False  # its tensors already are differences to the base
+    config_changes: Mapping[str, Any] | None = None  # of a model put together from slices of others
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -48,7 +49,7 @@ class Model:
             raise RunError(f"{path}: not readable as JSON") from None
         if not isinstance(config, dict):
             raise RunError(f"{path}: not a JSON object")
-        return config
+        return config | dict(self.config_changes or {})
 
     @property
     def side_directory(self) -> Path:

@@ -63,14 +63,16 @@ class Shard:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def lay_out(tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size: int) -> list[Shard]:
-    """The output's shards: the base's layout, cut where a shard would exceed `shard_size` bytes."""
+def lay_out(
+    tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size: int, by_file: bool = True
+) -> list[Shard]:
+    """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes."""
     groups: list[list[OutTensor]] = []
     file, room = None, 0
     for info in tensors:
         dtype = dtypes[info.name]
         out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
-        if info.file is not file or (out.nbytes > room and groups[-1]):
+        if (info.file is not file and (by_file or file is None)) or (out.nbytes > room and groups[-1]):
             groups.append([])
             file, room = info.file, shard_size
         groups[-1].append(out)
@@ -178,9 +180,11 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         shutil.copyfile(path, directory / path.name)
         copied.append(path.name)
     config = dict(source.config)
+    changed = bool(source.config_changes)
     if config and stored_dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        if config.get(key) != CONFIG_DTYPE[stored_dtype]:
-            config[key] = CONFIG_DTYPE[stored_dtype]
-            write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        changed |= config.get(key) != CONFIG_DTYPE[stored_dtype]
+        config[key] = CONFIG_DTYPE[stored_dtype]
+    if config and changed:
+        write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
     return copied

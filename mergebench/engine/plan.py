@@ -5,26 +5,23 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 
 from __future__ import annotations
 
-import inspect
 import math
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import ITEM_SIZE
 from mergebench.checkpoint.write import Shard, lay_out
+from mergebench.engine import questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
-from mergebench.engine.context import Context, Span
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
-from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.errors import ModelError, RecipeError, RunError
 
 MIB = 1 << 20
@@ -40,6 +37,7 @@ class Unit(NamedTuple):
 
     tensors: tuple[str, ...]
     numel: int
+    passes: int  # questions asked about it
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,16 @@ class Plan:
     dtypes: dict[str, str]  # stored type of every tensor of the output
     shards: list[Shard]
     groups: list[Group]
-    passes: int  # questions the method asks
+    asked: dict[str, int]  # questions about each merged tensor
     chunk: int  # elements
     workers: int
     memory: int  # bytes for buffers and statistics
     device: torch.device
+
+    @cached_property
+    def passes(self) -> int:
+        """Questions the method asks, at most."""
+        return max(self.asked.values())
 
     @property
     def sweeps(self) -> int:
@@ -84,7 +87,7 @@ class Plan:
         """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
         copied = sum(self.merge.reference.tensors[name].nbytes for name in self.alignment.copied)
         return copied + sum(
-            self.passes * self.sweep_bytes(name, apply=False) + self.sweep_bytes(name, apply=True)
+            self.asked[name] * self.sweep_bytes(name, apply=False) + self.sweep_bytes(name, apply=True)
             for name in self.alignment.merged
         )
 
@@ -146,14 +149,13 @@ def plan_merge(
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
     infos = merge.reference.tensors
-    merged = set(alignment.merged)
     stored = _STORED.get(merge.dtype or "")
     dtypes = {name: stored if stored and info.is_float else info.dtype for name, info in infos.items()}
-    shards = lay_out(infos.values(), dtypes, shard_size)
+    shards = lay_out(infos.values(), dtypes, shard_size, by_file=merge.reference.config_changes is None)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
-    passes = count_passes(merge)
+    asked = questions.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else _cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
     plan = Plan(
@@ -162,14 +164,14 @@ def plan_merge(
         operands=operands,
         dtypes=dtypes,
         shards=shards,
-        groups=_groups(merge, operands, shards, merged, memory // 8),
-        passes=passes,
+        groups=_groups(merge, operands, shards, asked, memory // 8),
+        asked=asked,
         chunk=size,
         workers=workers,
         memory=memory,
         device=where,
     )
-    needed = plan.buffer_bytes + (2 * MIB if passes else 0)
+    needed = plan.buffer_bytes + (2 * MIB if plan.passes else 0)
     if needed > memory and chunk is None:
         raise RecipeError(
             f"--memory {memory // MIB}MiB: '{method.name}' needs at least {-(-needed // MIB)}MiB here",
@@ -197,35 +199,6 @@ def check_disk(plan: Plan, out: Path) -> None:
         raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
 
 
-def toy_context(merge: Merge, numel: int) -> Context:
-    """A context for a chunk that stands in no file."""
-    spans = (Span("toy", 0, numel),)
-    return Context(numel, merge.names, spans, (numel,), merge.scope, merge.seed, torch.device("cpu"))
-
-
-def count_passes(merge: Merge) -> int:
-    """Learn the passes by running the method on a toy chunk (the same yields for all data)."""
-    numel, method = 61, merge.method
-    toy = torch.sin(torch.arange(1.0, len(merge.models) * numel + 1)).reshape(len(merge.models), numel) * 0.01
-    running = method(toy, merge.params, toy_context(merge, numel))
-    if not inspect.isgenerator(running):
-        return 0
-    steps = cast("Generator[Statistic, Any, Tensor]", running)
-    count = 0
-    try:
-        statistic = next(steps)
-        while True:
-            count += 1
-            # ranks are sampled (at rows of one length), sums are taken over whole tiles
-            other = "tensor" if not isinstance(statistic, OrderStatistics) else "row"
-            if merge.cut not in ("element", other) or (merge.cut == "row" and merge.scope == "model"):
-                kind = type(statistic).__name__
-                raise TypeError(f"{method.name}: {kind} cannot be asked with cut='{merge.cut}', scope '{merge.scope}'")
-            statistic = steps.send(statistic.exact())
-    except StopIteration:
-        return count
-
-
 def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
     if method.needs_base and merge.base is None:
@@ -243,7 +216,11 @@ def _check_models(merge: Merge) -> None:
 
 
 def _groups(
-    merge: Merge, operands: Mapping[str, Sequence[Operand]], shards: Sequence[Shard], merged: set[str], room: int
+    merge: Merge,
+    operands: Mapping[str, Sequence[Operand]],
+    shards: Sequence[Shard],
+    asked: Mapping[str, int],
+    room: int,
 ) -> list[Group]:
     """Tensors worked on together: all of them at model scope; else few enough that statistics fit into `room`
     bytes (small tensors are gathered whole) and inputs into the page cache, since each phase waits for all."""
@@ -251,15 +228,16 @@ def _groups(
     order = [[tensor.name for tensor in shard.tensors] for shard in shards]
     if merge.scope == "model":
         names = [name for shard in order for name in shard]
-        reached = tuple(name for name in names if name in merged)
-        return [Group((Unit(reached, sum(infos[name].numel for name in reached)),), tuple(names))]
+        reached = tuple(name for name in names if name in asked)
+        numel = sum(infos[name].numel for name in reached)
+        return [Group((Unit(reached, numel, asked[reached[0]]),), tuple(names))]
     groups = []
     for shard in order:
         batch: list[str] = []
         size = held = 0
         for name in shard:
             reads = infos[name].nbytes + sum(o.stored.nbytes for o in operands.get(name, ()) if o.stored is not None)
-            holds = len(merge.models) * BYTES * min(infos[name].numel, 2 * LEAST_NEW) if name in merged else 0
+            holds = len(merge.models) * BYTES * min(infos[name].numel, 2 * LEAST_NEW) if asked.get(name) else 0
             if batch and (size + reads > GROUP or held + holds > room):
                 groups.append(batch)
                 batch, size, held = [], 0, 0
@@ -267,7 +245,7 @@ def _groups(
             size, held = size + reads, held + holds
         groups.append(batch)
     return [
-        Group(tuple(Unit((name,), infos[name].numel) for name in batch if name in merged), tuple(batch))
+        Group(tuple(Unit((name,), infos[name].numel, asked[name]) for name in batch if name in asked), tuple(batch))
         for batch in groups
     ]
 

@@ -126,17 +126,18 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
     kept: dict[str, list[Any]] = staging.journal["answers"]
     keys = [_key(plan, unit) for unit in group.units]
     known: list[list[Any]] = [[] for _ in group.units]
-    for question in range(plan.passes):
-        if all(question < len(kept.get(key, ())) for key in keys):
-            answers = [to_device(plan.device, _decode(kept[key][question])) for key in keys]
+    for question in range(max((unit.passes for unit in group.units), default=0)):
+        asked = [number for number, unit in enumerate(group.units) if question < unit.passes]
+        if all(question < len(kept.get(keys[number], ())) for number in asked):
+            answers = {number: to_device(plan.device, _decode(kept[keys[number]][question])) for number in asked}
         else:
-            answers, remarks = sweeper.answer(group, known)
-            for key, answer, remark in zip(keys, answers, remarks, strict=True):
-                kept.setdefault(key, [])[question:] = [_encode(answer) | remark]
+            answers, remarks = sweeper.answer(group, known, asked)
+            for number in asked:
+                kept.setdefault(keys[number], [])[question:] = [_encode(answers[number]) | remarks[number]]
             if plan.merge.scope == "model":
                 staging.save()  # a sweep over the whole model is worth keeping
-        for answers_of_unit, answer in zip(known, answers, strict=True):
-            answers_of_unit.append(answer)
+        for number in asked:
+            known[number].append(answers[number])
     for shard, names in shards:
         path = staging.directory / shard.file
         if not path.exists():
@@ -176,8 +177,7 @@ def _places(plan: Plan) -> list[Path]:
     places = []
     for model in models:
         places += [place for place in (model.directory, model.adapter) if place is not None]
-        if model.directory is None:
-            places += [header.file for header in model.headers]
+        places += [header.file.parent if model.directory else header.file for header in model.headers]
     return places
 
 

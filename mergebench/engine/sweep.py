@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,17 @@ class Sweeper:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def answer(self, group: Group, known: Known) -> tuple[list[Any], list[dict[str, Any]]]:
-        """The answers to the method's next question, one for each unit of the group, and remarks on them."""
+    def answer(
+        self, group: Group, known: Known, asked: Sequence[int]
+    ) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
+        """The answers to the method's next question about the units numbered `asked`, and remarks on them."""
         started = time.perf_counter()
-        statistics = [self._statistic(unit, answers) for unit, answers in zip(group.units, known, strict=True)]
+        statistics = {number: self._statistic(group.units[number], known[number]) for number in asked}
         answers: dict[int, Any] = {}
         remarks: dict[int, dict[str, Any]] = {}
         attempt = 0
-        while len(answers) < len(group.units):
-            open_units = [number for number in range(len(group.units)) if number not in answers]
+        while len(answers) < len(asked):
+            open_units = [number for number in asked if number not in answers]
             ranked = [number for number in open_units if isinstance(statistics[number], OrderStatistics)]
             samples = self._samples(group, known, ranked, attempt)
             states = self._gather(group, known, statistics, open_units, samples)
@@ -64,8 +66,7 @@ class Sweeper:
             attempt += 1
         self.extra_sweeps += max(attempt - 1, 0)
         self.seconds["questions"] += time.perf_counter() - started
-        order = range(len(group.units))
-        return [answers[number] for number in order], [remarks[number] for number in order]
+        return answers, remarks
 
     def _statistic(self, unit: Unit, answers: Sequence[Any]) -> Statistic:
         """The next question about a unit, as asked about its first elements: the same is asked about all."""
@@ -80,7 +81,7 @@ class Sweeper:
         self,
         group: Group,
         known: Known,
-        statistics: Sequence[Statistic],
+        statistics: Mapping[int, Statistic],
         numbers: Sequence[int],
         samples: dict[int, Sample],
     ) -> dict[int, Any]:

@@ -109,7 +109,7 @@ class Worker:
     def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> Tensor:
         (span,) = item.spans
         values, base = self.reader.load(item.spans, apply=True)
-        if not self.plan.passes:
+        if not unit.passes:
             self._check_finite(item, values)
         merged = replay(self.plan, values, context_of(self.plan, unit, item.spans), answers)
         assert isinstance(merged, Tensor), "the method asked more questions than it did on the toy chunk"

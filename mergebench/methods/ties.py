@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergebench.engine.chunks import times, total, trim, weighted
+from mergebench.engine.chunks import column, times, total, trim, weighted
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.engine.statistics import order_statistics
@@ -33,8 +34,15 @@ def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     if min(p.density) < 1:
         kept = [max(int(ctx.numel * density), 1) for density in p.density]
         (threshold,) = yield order_statistics(tvs, [[ctx.numel - k for k in kept]], key=torch.abs, trim=True)
-        tvs = trim(tvs, threshold)
+        tvs = trim(tvs, nothing_kept(threshold, p.density))
     return times(elect_and_merge(tvs, p.weight, p.normalize), p.lambda_)
+
+
+def nothing_kept(threshold: Tensor, density: Sequence[float]) -> Tensor:
+    """The thresholds, out of reach where a gradient's density is zero."""
+    if min(density) > 0:
+        return threshold
+    return threshold.masked_fill(column(threshold, density) == 0, math.inf)
 
 
 def elect_and_merge(tvs: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergebench.engine.method import Method, Parameter
 from mergebench.recipe.places import Loc, Places, show
+from mergebench.recipe.varying import fits, scalars, value_at
 
 HABITS = ("int8_mask", "normalize", "rescale", "weight")  # written from habit under methods that do not take them
 
@@ -24,7 +27,7 @@ def check(method: Method, given: Mapping[str, Any], loc: Loc, places: Places) ->
         here = (*loc, name)
         parameter = method.parameters.get(name)
         if parameter is not None:
-            if loc[0] == "models" and not parameter.per_model:
+            if ("models" in loc or "sources" in loc) and not parameter.per_model:
                 hint = f"move it to the recipe's own parameters: {name}: {show(value)}"
                 raise places.error(here, f"'{method.name}' takes it once for all models", hint)
             taken[name] = _value(value, parameter, here, places)
@@ -44,25 +47,51 @@ def note(method: Method, ignored: list[Loc], places: Places) -> tuple[str, ...]:
     return (f"{places.where(ignored[0])}: {', '.join(names)}: ignored, '{method.name}' does not take {them}",)
 
 
+Given = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model's own parameters: where they stand, and what the tensor is called in that model."""
+
+    loc: Loc
+    given: Given
+    tensor: str = ""
+
+
 def resolve(
-    method: Method, common: Mapping[str, Any], own: Sequence[tuple[Loc, Mapping[str, Any]]], places: Places
+    method: Method, common: Sequence[Given], own: Sequence[Source], places: Places, tensor: str = "", depth: float = 0.0
 ) -> dict[str, Any]:
     """What `Method.make_params` takes: a tuple over the models where a parameter is per model, else one value.
 
-    `common` holds for every model; `own` has each model's location in the recipe and its own parameters.
+    A model's own parameters go before those in `common`, the first of which goes before the next; of what
+    varies, the value for this tensor, `depth` of the way through the layers, holds.
     """
+
+    def first(parameter: Parameter, sources: Sequence[Given], name: str, loc: Loc) -> Any:
+        written = False
+        for given in sources:
+            if parameter.name in given:
+                written = True
+                value = value_at(given[parameter.name], name, depth)
+                if value is not None:
+                    return value
+        if parameter.required:
+            if written and not name:  # no tensor in particular: any value that is written
+                return scalars(next(given[parameter.name] for given in sources if parameter.name in given))[0]
+            if written:
+                raise places.error((*loc, parameter.name), f"no filter fits '{name}'", "end the list with {value: ...}")
+            raise _missing((*loc, parameter.name), parameter, method, places)
+        return parameter.default
+
     values: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
-        if not parameter.per_model:
-            if name in common:
-                values[name] = common[name]
-            elif parameter.required:
-                raise _missing(("parameters", name), parameter, method, places)
-            continue
-        for loc, mine in own:
-            if name not in mine and name not in common and parameter.required:
-                raise _missing((*loc, "parameters", name), parameter, method, places)
-        values[name] = tuple(mine.get(name, common.get(name, parameter.default)) for _, mine in own)
+        if parameter.per_model:
+            values[name] = tuple(
+                first(parameter, [one.given, *common], one.tensor or tensor, (*one.loc, "parameters")) for one in own
+            )
+        else:
+            values[name] = first(parameter, common, tensor, ("parameters",))
     return values
 
 
@@ -84,14 +113,39 @@ def _meant(name: str, method: Method) -> str:
 
 
 def _value(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
+    """A value, a gradient (a list of values) or a list of {filter, value}, each single value checked."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return _single(value, parameter, loc, places)
+    if not value:
+        raise places.error(loc, "an empty list", "give one number, a gradient, or {filter, value} entries")
+    if any(isinstance(item, dict) for item in value):
+        return [_condition(item, parameter, (*loc, i), places) for i, item in enumerate(value)]
+    open_end = replace(parameter, above=None, low=parameter.low if parameter.above is None else parameter.above)
+    return [_single(item, open_end, (*loc, i), places) for i, item in enumerate(value)]
+
+
+def _condition(item: Any, parameter: Parameter, loc: Loc, places: Places) -> dict[str, Any]:
+    if not isinstance(item, dict) or item.get("value") is None or item.keys() - {"filter", "value"}:
+        raise places.error(loc, f"must be {{filter, value}} or {{value}}, got {show(item)}")
+    pattern = item.get("filter")
+    if pattern is not None and not isinstance(pattern, str):
+        raise places.error((*loc, "filter"), f"must be a part of a name, a glob or a /regex/, got {show(pattern)}")
+    try:
+        fits(pattern, "")
+    except re.error as error:
+        raise places.error((*loc, "filter"), f"no regular expression: {error}") from None
+    return {
+        **({} if pattern is None else {"filter": pattern}),
+        "value": _value(item["value"], parameter, (*loc, "value"), places),
+    }
+
+
+def _single(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
     if value is None and parameter.default is None:
         return None
     number = parameter.type not in (str, bool)
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        raise places.error(loc, "lists of {filter, value} are not supported yet", "give one value for all tensors")
-    if isinstance(value, list) and number:
-        each = ", or one under each model's parameters" if parameter.per_model and loc[0] != "models" else ""
-        raise places.error(loc, "lists of values over the layers are not supported yet", f"give one number{each}")
     if isinstance(value, (list, dict)) or value is None:
         wanted = parameter.range_text() if parameter.choices else "a number" if number else "a single value"
         raise places.error(loc, f"must be {wanted}, got {show(value)}", about(parameter) or None)

@@ -15,7 +15,9 @@ from mergebench.errors import RecipeError
 from mergebench.recipe import overrides as changes
 from mergebench.recipe import parameters, schema
 from mergebench.recipe.places import Loc, Places
+from mergebench.recipe.slices import Slice, Source, check_ranges
 from mergebench.recipe.source import plain, read
+from mergebench.recipe.varying import varies
 
 Scope = Literal["tensor", "model"]
 
@@ -59,9 +61,10 @@ class Recipe:
 
     merge_method: str
     base_model: str | None
-    models: tuple[Entry, ...]
+    models: tuple[Entry, ...]  # with slices: every model that one of them names
     parameters: dict[str, Any]  # for all models, the method's defaults filled in
     scope: Scope
+    slices: tuple[Slice, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -85,13 +88,31 @@ class Recipe:
         """`recipe.yaml:7:5` for `where("models", 1, "model")`; the nearest thing around it where it is not written."""
         return self.places.where(loc)
 
-    def params(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        """Every parameter of the method for these models, as `Method.make_params` takes them."""
-        own: list[tuple[Loc, Mapping[str, Any]]] = []
+    def params(self, entries: Sequence[Entry], tensor: str = "", depth: float = 0.0) -> dict[str, Any]:
+        """Every parameter of the method for these models, as `Method.make_params` takes them.
+
+        What varies has the value that holds for `tensor`, `depth` of the way through the layers.
+        """
+        own = []
         for entry in entries:
             at = self.models.index(entry) if entry in self.models else len(self.models)
-            own.append((("models", at), entry.parameters))
-        return parameters.resolve(self.method, self.parameters, own, self.places)
+            own.append(parameters.Source(("models", at), entry.parameters))
+        return parameters.resolve(self.method, [self.parameters], own, self.places, tensor, depth)
+
+    def slice_params(self, number: int, sources: Mapping[int, str], tensor: str, depth: float) -> dict[str, Any]:
+        """The same for slice `number`; sources: places among its sources, and what the tensor is called there."""
+        one = self.slices[number]
+        own = [
+            parameters.Source(("slices", number, "sources", at), one.sources[at].parameters, name)
+            for at, name in sources.items()
+        ]
+        return parameters.resolve(self.method, [one.parameters, self.parameters], own, self.places, tensor, depth)
+
+    @property
+    def varies(self) -> bool:
+        """Whether any parameter differs from tensor to tensor."""
+        given = [self.parameters, *(entry.parameters for entry in self.models)]
+        return bool(self.slices) or any(varies(value) for one in given for value in one.values())
 
     def with_method(self, baseline: Baseline) -> Recipe:
         """The same models merged by another method, with that method's defaults: a baseline to compare with."""
@@ -106,6 +127,7 @@ class Recipe:
             self,
             merge_method=baseline.method,
             models=tuple(replace(entry, parameters={}) for entry in self.models),
+            slices=tuple(Slice(tuple(replace(source, parameters={}) for source in one.sources)) for one in self.slices),
             parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,
             evaluate=None,
@@ -118,7 +140,8 @@ class Recipe:
         whole = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "models": [_given(vars(entry)) for entry in self.models],
+            "models": [] if self.slices else [_given(vars(entry)) for entry in self.models],
+            "slices": [one.to_plain() for one in self.slices],
             "parameters": self.parameters,
             "scope": self.scope,
             "include": list(self.include),
@@ -159,16 +182,35 @@ def load(
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
     common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
     entries = []
-    for i, entry in enumerate(found["models"]):
+    for i, entry in enumerate(found.get("models", ())):
         own, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
         entries.append(Entry(entry.get("model"), entry.get("task_vector"), own))
         ignored += more
+    slices = []
+    for i, one in enumerate(found.get("slices", ())):
+        sources = []
+        for k, layers in enumerate(one["sources"]):
+            loc = ("slices", i, "sources", k, "parameters")
+            own, more = parameters.check(method, layers.get("parameters", {}), loc, places)
+            first, end = layers["layer_range"]
+            sources.append(Source(layers["model"], first, end, own))
+            ignored += more
+        shared, more = parameters.check(method, one.get("parameters", {}), ("slices", i, "parameters"), places)
+        slices.append(Slice(tuple(sources), shared))
+        ignored += more
+    if slices:
+        wrong = check_ranges(slices)
+        if wrong is not None:
+            raise places.error(*wrong)
+        named = dict.fromkeys(source.model for one in slices for source in one.sources)
+        entries = [Entry(model) for model in named]
     recipe = Recipe(
         merge_method=found["merge_method"],
         base_model=base,
         models=tuple(entries),
         parameters={**parameters.defaults(method), **common},
         scope=found.get("scope", method.scope),
+        slices=tuple(slices),
         include=tuple(found.get("include", ())),
         exclude=tuple(found.get("exclude", ())),
         seed=found.get("seed", 0),
@@ -179,7 +221,8 @@ def load(
         notes=parameters.note(method, ignored, places),
         places=places,
     )
-    recipe.params([entry for entry in entries if entry.model is None or entry.model != base])
+    if not slices:
+        recipe.params([entry for entry in entries if entry.model is None or entry.model != base])
     _check_baselines(recipe)
     return recipe
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mergebench.checkpoint import Model, open_model
 from mergebench.checkpoint.reference import locate
 from mergebench.engine.merge import Merge
-from mergebench.errors import MergebenchError
+from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.recipe import Entry, Recipe
+from mergebench.recipe.slices import pieces_of, put_together
+from mergebench.recipe.varying import depths
 
 
 def resolve(recipe: Recipe) -> Merge:
@@ -25,6 +29,8 @@ def resolve(recipe: Recipe) -> Merge:
     for number, entry in enumerate(recipe.models):
         key = "model" if entry.model is not None else "task_vector"
         entries.append((entry, _open(recipe, entry, ("models", number, key))))
+    if recipe.slices:
+        return _sliced(recipe, base, [model for _, model in entries])
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
         others = [pair for pair in entries if not _same(pair[1], base)]
@@ -33,12 +39,24 @@ def resolve(recipe: Recipe) -> Merge:
         elif method.models is not None:
             entries = [*(listed or [(Entry(recipe.base_model), base)]), *others]
     models = tuple(model for _, model in entries)
+    merge = _merge(recipe, base, models, method.make_params(recipe.params([entry for entry, _ in entries])))
+    if not recipe.varies:
+        return merge
+    depth = depths(merge.reference.tensors)
+    own = [entry for entry, _ in entries]
+    merged = [name for name, info in merge.reference.tensors.items() if info.is_float and merge.wanted(name)]
+    return _varying(merge, {name: recipe.params(own, name, depth.get(name, 0.0)) for name in merged})
+
+
+def _merge(
+    recipe: Recipe, base: Model | None, models: Sequence[Model], params: Any, names: Sequence[str] = ()
+) -> Merge:
     return Merge(
-        method=method,
-        params=method.make_params(recipe.params([entry for entry, _ in entries])),
+        method=recipe.method,
+        params=params,
         base=base,
-        models=models,
-        names=short_names([model.reference for model in models]),
+        models=tuple(models),
+        names=tuple(names) or short_names([model.reference for model in models]),
         scope=recipe.scope,
         include=recipe.include,
         exclude=recipe.exclude,
@@ -46,6 +64,51 @@ def resolve(recipe: Recipe) -> Merge:
         dtype=recipe.out_dtype or recipe.dtype,
         recipe=recipe.to_dict(),
     )
+
+
+def _varying(merge: Merge, values: Mapping[str, dict[str, Any]]) -> Merge:
+    """The merge with parameters for each tensor; equal ones are one object."""
+    made: dict[tuple[Any, ...], Any] = {}
+    by_tensor = {}
+    for name, given in values.items():
+        key = tuple(given.values())
+        if key not in made:
+            made[key] = merge.method.make_params(given)
+        by_tensor[name] = made[key]
+    return replace(merge, params=next(iter(made.values())), by_tensor=by_tensor)
+
+
+def _sliced(recipe: Recipe, base: Model | None, models: Sequence[Model]) -> Merge:
+    """Models put together from slices; the base's layers are those of the source that names it."""
+    opened = {str(entry.model): model for entry, model in zip(recipe.models, models, strict=True)}
+    method, slices = recipe.method, recipe.slices
+    pieces = pieces_of(slices, opened[slices[0].sources[0].model])
+    rows = [list(range(len(slices[0].sources)))] * len(slices)  # places among the sources, slice by slice
+    whole_base = None
+    if base is not None:
+        places = []
+        for number, one in enumerate(slices):
+            found = [at for at, source in enumerate(one.sources) if _same(opened[source.model], base)]
+            if len(found) != 1:
+                where = recipe.where("slices", number, "sources")
+                raise RecipeError(f"{where}: the base_model must be one of the sources: which of its layers is meant?")
+            places += found
+        whole_base = put_together(pieces, slices, places, opened)
+        if method.takes == "task_vectors":  # its own would be zero
+            rows = [[k for k in rows[0] if k != at] for at in places]
+        elif method.models is not None:
+            rows = [[at, *(k for k in rows[0] if k != at)] for at in places]
+    values = {}
+    for name, piece in pieces.items():
+        names = {at: piece.names[at] for at in rows[piece.slice]}
+        values[name] = recipe.slice_params(piece.slice, names, name, piece.depth)
+    columns = [put_together(pieces, slices, column, opened) for column in zip(*rows, strict=True)]
+    short = dict(zip(opened, short_names([model.reference for model in models]), strict=True))
+    labels = []
+    for column in zip(*rows, strict=True):
+        used = (short[one.sources[at].model] for one, at in zip(slices, column, strict=True))
+        labels.append("|".join(dict.fromkeys(used)))
+    return _varying(_merge(recipe, whole_base, columns, None, labels), values)
 
 
 def short_names(references: Sequence[str]) -> tuple[str, ...]:

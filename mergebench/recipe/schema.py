@@ -11,6 +11,7 @@ from mergebench.recipe.places import Loc, Places, show
 
 DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("tensor", "model")
+LIST_SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 LIST_MODELS = "list the models to merge as '- model: PATH'"
 SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
 
@@ -58,6 +59,7 @@ RECIPE = {
     "merge_method": NAME,
     "base_model": MODEL,
     "models": _list("a list", Kind("a mapping", MAPPING.accepts, hint=lambda value: LIST_MODELS), LIST_MODELS),
+    "slices": _list("a list", Kind("a mapping", MAPPING.accepts, hint=lambda value: LIST_SLICES), LIST_SLICES),
     "parameters": MAPPING,
     "scope": SCOPE,
     "include": GLOBS,
@@ -67,6 +69,16 @@ RECIPE = {
     "out_dtype": DTYPE,
     "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
 }
+RANGE = Kind(
+    "two layer numbers, [first, one past the last]",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_whole, value)) and value[0] < value[1],
+)
+SLICE = {
+    "sources": _list("a list", Kind("a mapping", MAPPING.accepts, hint=lambda value: LIST_SLICES), LIST_SLICES),
+    "parameters": MAPPING,
+    "base_model": MODEL,
+}
+SOURCE = {"model": MODEL, "layer_range": RANGE, "parameters": MAPPING}
 ENTRY = {"model": MODEL, "task_vector": Kind("a path", _text), "parameters": MAPPING}
 EVALUATE = {
     "suite": Kind("a file or a mapping", lambda value: _text(value) or isinstance(value, dict)),
@@ -74,7 +86,6 @@ EVALUATE = {
 }
 FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
 UNSUPPORTED = {
-    "slices": "merge whole models: list them under models",
     "modules": "merge whole models: list them under models, choose tensors with include and exclude",
     "tokenizer": FROM_BASE,
     "tokenizer_source": FROM_BASE,
@@ -89,9 +100,12 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
     found = _keys(data, RECIPE, (), places)
     if "merge_method" not in found:
         raise places.error(("merge_method",), "missing", "name a method, such as merge_method: linear")
-    if not found.get("models"):
+    if not found.get("models") and not found.get("slices"):
         raise places.error(("models",), "names no model", LIST_MODELS)
-    for i, entry in enumerate(found["models"]):
+    if found.get("models") and found.get("slices"):
+        raise places.error(("slices",), "stands beside models", "give one of them")
+    _check_slices(found, places)
+    for i, entry in enumerate(found.get("models", ())):
         found["models"][i] = entry = _keys(entry, ENTRY, ("models", i), places)
         if ("model" in entry) == ("task_vector" in entry):
             both = "has both model and task_vector" if "model" in entry else "has neither model nor task_vector"
@@ -105,6 +119,20 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
         if not found["evaluate"].get("suite"):
             raise places.error(("evaluate", "suite"), "missing", "name a suite file, or write its tasks here")
     return found
+
+
+def _check_slices(found: dict[str, Any], places: Places) -> None:
+    for i, one in enumerate(found.get("slices", ())):
+        found["slices"][i] = one = _keys(one, SLICE, ("slices", i), places)
+        if not one.get("sources"):
+            raise places.error(("slices", i, "sources"), "names no model", LIST_SLICES)
+        if one.get("base_model", found.get("base_model")) != found.get("base_model"):
+            raise places.error(("slices", i, "base_model"), "a base of its own is not supported yet", "leave it out")
+        for k, source in enumerate(one["sources"]):
+            one["sources"][k] = source = _keys(source, SOURCE, ("slices", i, "sources", k), places)
+            for key in ("model", "layer_range"):
+                if key not in source:
+                    raise places.error(("slices", i, "sources", k, key), "missing", LIST_SLICES)
 
 
 def _keys(data: Mapping[str, Any], kinds: Mapping[str, Kind], loc: Loc, places: Places) -> dict[str, Any]:

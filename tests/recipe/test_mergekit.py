@@ -114,11 +114,9 @@ def test_slerp(write: Write) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("density: 0.5\n      weight: 0.5", "density: [1, 0.7, 0.1]", "recipe.yaml:6:7: models.1.parameters.density: lists of"),
-        ("weight: 0.3", "weight:\n      - {filter: mlp, value: 1}", "recipe.yaml:11:7: models.2.parameters.weight: lists of {filter"),
         ("dtype: float16", "tokenizer_source: union", "recipe.yaml:17:1: tokenizer_source: not supported yet"),
         ("dtype: float16", "chat_template: chatml", "recipe.yaml:17:1: chat_template: not supported yet"),
-        ("models:\n", "slices:\n- sources: [{model: a, layer_range: [0, 8]}]\nmodels:\n", "recipe.yaml:1:1: slices: not supported yet"),
+        ("models:\n", "slices:\n- sources: [{model: a, layer_range: [0, 8]}]\nmodels:\n", "recipe.yaml:1:1: slices: stands beside models"),
         ("  normalize: true", "  normalise: true", "recipe.yaml:15:3: parameters.normalise: 'ties' has no such parameter"),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ NOT_YET = {
     "nuslerp", "nuslerp-base", "nuslerp-rows", "nuslerp-columns", "multislerp", "multislerp-base", "multislerp-raw",
     "karcher", "karcher-base", "breadcrumbs", "breadcrumbs-default", "breadcrumbs_ties", "sce", "sce-all", "ram",
     "ramplus_tl", "model_stock", "model_stock-rows", "nearswap", "arcee_fusion", "passthrough", "passthrough-scale",
-    "gradient", "gradient-weights", "filters", "slices", "stack", "shifted",
+    "stack",
 }  # fmt: skip
 
 

@@ -24,10 +24,10 @@ models:
   - model: b
 """  # what a case below adds begins in line 7
 
-KEYS = "base_model, dtype, evaluate, exclude, include, merge_method, models, out_dtype, parameters, scope, seed"
+KEYS = "base_model, dtype, evaluate, exclude, include, merge_method, models, out_dtype, parameters, scope, seed, slices"
 OWN = "; the method's own go under parameters"
 DENSITY = "share of elements kept, above 0, at most 1"
-GRADIENT = "lists of values over the layers are not supported yet"
+SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
 
 AFTER_START = [
@@ -47,18 +47,23 @@ AFTER_START = [
     ("parameters: {density: '0.5'}", "7:14", "parameters.density: must be a number, got '0.5'", "share of elements kept"),
     ("parameters: {density: true}", "7:14", "parameters.density: must be a number, got True", "share of elements kept"),
     ("parameters: {density: }", "7:14", "parameters.density: must be a number, got nothing", DENSITY),
-    ("parameters: {density: {a: 1}}", "7:14", "parameters.density: must be a number, got a mapping", DENSITY),
+    ("parameters: {density: {a: 1}}", "7:14", "parameters.density.0: must be {filter, value} or {value}, got a mapping", None),
     ("parameters: {normalize: yes}", "7:14", "parameters.normalize: must be true or false, got 'yes'", "divide by the sum of the weights that agree"),
-    ("parameters: {normalize: [true]}", "7:14", "parameters.normalize: must be a single value, got a list", "divide by the sum of the weights that agree"),
+    ("parameters: {normalize: [[true]]}", "7:26", "parameters.normalize.0: must be a single value, got a list", "divide by the sum of the weights that agree"),
     ("parameters: {lambda: .inf}", "7:14", "parameters.lambda: must be finite, got inf", None),
     ("    parameters: {lambda: 1}", "7:18", "models.1.parameters.lambda: 'ties' takes it once for all models", "move it to the recipe's own parameters: lambda: 1"),
     ("    parameters: {density: 2}", "7:18", "models.1.parameters.density: must be above 0, at most 1, got 2", "share of elements kept"),
+    # what varies
+    ("parameters: {density: []}", "7:14", "parameters.density: an empty list", "give one number, a gradient, or {filter, value} entries"),
+    ("parameters: {density: [0.1, 5]}", "7:29", "parameters.density.1: must be at least 0, at most 1, got 5", "share of elements kept"),
+    ("parameters: {density: [0.1, a]}", "7:29", "parameters.density.1: must be a number, got 'a'", "share of elements kept"),
+    ("parameters: {density: [0.1, {value: 1}]}", "7:24", "parameters.density.0: must be {filter, value} or {value}, got 0.1", None),
+    ("parameters: {density: [{filter: mlp, value: 0}]}", "7:38", "parameters.density.0.value: must be above 0, at most 1, got 0", "share of elements kept"),
+    ("parameters: {density: [{filter: mlp}]}", "7:24", "parameters.density.0: must be {filter, value} or {value}, got a mapping", None),
+    ("parameters: {density: [{filtre: mlp, value: 1}]}", "7:24", "parameters.density.0: must be {filter, value} or {value}, got a mapping", None),
+    ("parameters: {density: [{filter: '/(/', value: 1}]}", "7:25", "parameters.density.0.filter: no regular expression: missing ), unterminated subpattern at position 0", None),
     # not yet
-    ("parameters: {density: [0.1, 0.9]}", "7:14", f"parameters.density: {GRADIENT}", "give one number, or one under each model's parameters"),
-    ("parameters: {lambda: [0.1, 0.9]}", "7:14", f"parameters.lambda: {GRADIENT}", "give one number"),
-    ("    parameters: {weight: [0, 1]}", "7:18", f"models.1.parameters.weight: {GRADIENT}", "give one number"),
-    ("parameters:\n  density:\n    - filter: mlp\n      value: 1\n    - value: 0.5", "8:3", "parameters.density: lists of {filter, value} are not supported yet", "give one value for all tensors"),
-    ("slices: []", "7:1", "slices: not supported yet", "merge whole models: list them under models"),
+    ("slices: [{sources: [{model: a, layer_range: [0, 2]}]}]", "7:1", "slices: stands beside models", "give one of them"),
     ("modules: {}", "7:1", "modules: not supported yet", "merge whole models: list them under models, choose tensors with include and exclude"),
     ("tokenizer: {source: union}", "7:1", "tokenizer: not supported yet", FROM_BASE),
     ("tokenizer: {source: base, pad_to_multiple_of: 8}", "7:1", "tokenizer: not supported yet", FROM_BASE),
@@ -116,7 +121,13 @@ WHOLE = [
     ("merge_method: slerp\nmodels: [{model: a}]\nparameters: {}\n", "recipe.yaml:3:1: parameters.t: missing, 'slerp' needs it", "place between the base (0) and the other model (1), at least 0, at most 1"),
     ("merge_method: pcb\nbase_model: x\nmodels: [{model: a}]\nparameters: {variant: nlq}\n", "recipe.yaml:4:14: parameters.variant: must be one of readme, nlp, vision-es, vision, got 'nlq'", "which of the authors' four programs"),
     ("merge_method: pcb\nbase_model: x\nmodels: [{model: a}]\nparameters: {variant: }\n", "recipe.yaml:4:14: parameters.variant: must be readme | nlp | vision-es | vision, got nothing", "which of the authors' four programs, readme | nlp | vision-es | vision"),
-    ("merge_method: pcb\nbase_model: x\nmodels: [{model: a}]\nparameters: {clip: [0.1]}\n", f"recipe.yaml:4:14: parameters.clip: {GRADIENT}", "give one number"),
+    ("merge_method: linear\nslices: [{sources: []}]\n", "recipe.yaml:2:11: slices.0.sources: names no model", SLICES),
+    ("merge_method: linear\nslices: [{}]\n", "recipe.yaml:2:10: slices.0.sources: names no model", SLICES),
+    ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "recipe.yaml:2:21: slices.0.sources.0.layer_range: missing", SLICES),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]\n", "recipe.yaml:2:32: slices.0.sources.0.layer_range: must be two layer numbers, [first, one past the last], got a list", None),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]\n", "recipe.yaml:2:10: slices.0: its sources have different numbers of layers", None),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}], residual_weight: 1}]\n", "recipe.yaml:2:55: slices.0.residual_weight: no such key", f"known: base_model, parameters, sources{OWN}"),
+    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [0, 2], parameters: {t: 1}}]}]\n", "recipe.yaml:2:66: slices.0.sources.0.parameters.t: 'slerp' takes it once for all models", "move it to the recipe's own parameters: t: 1"),
     ("merge_method: picky\nmodels:\n- {model: a, parameters: {share: 1}}\n- model: b\n", "recipe.yaml:4:3: models.1.parameters.share: missing, 'picky' needs it", "share of the model, at least 0"),
     ("merge_method: picky\nmodels: [{model: a}]\nparameters: {share: 1, rounds: 2.5}\n", "recipe.yaml:3:24: parameters.rounds: must be a whole number, got 2.5", "rounds to iterate"),
     ("merge_method: linear\nmodels: [{model: a}]\nevaluate: {suite: s, baselines: [ties]}\n", "recipe.yaml:3:34: evaluate.baselines.0: 'ties' merges task vectors, and the recipe has no base_model", "name the model the others were fine-tuned from: base_model: PATH"),

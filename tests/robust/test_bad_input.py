@@ -554,7 +554,6 @@ recipe_case("missing parameter", USAGE, "parameters.t", "'slerp'", method="slerp
 recipe_case("weights add up to zero", USAGE, "parameters.weight", "zero", method="linear", base=None, models=[
     {"model": "ft1", "parameters": {"weight": 1}}, {"model": "ft2", "parameters": {"weight": -1}}])  # fmt: skip
 for key, setting in {
-    "slices": [{"sources": [{"model": "ft1", "layer_range": [0, 2]}]}],
     "modules": {"text": {}},
     "tokenizer": {"source": "union"},
     "tokenizer_source": "union",
@@ -562,9 +561,13 @@ for key, setting in {
     "edits": [{"edit": "surgery"}],
 }.items():
     recipe_case(f"not supported yet: {key}", USAGE, "recipe.yaml:", key, "not supported yet", **{key: setting})
-recipe_case("not supported yet: gradient", USAGE, "density", "not supported yet", parameters={"density": [0.1, 0.9]})
-recipe_case("not supported yet: filter", USAGE, "density", "not supported yet",
-            parameters={"density": [{"filter": "mlp", "value": 0.5}, {"value": 1}]})  # fmt: skip
+recipe_case("a gradient out of range", USAGE, "density.1", "at most 1", parameters={"density": [0.1, 9]})
+BARE = [{"filter": "mlp"}]
+recipe_case("a filter without a value", USAGE, "density.0", "{filter, value}", parameters={"density": BARE})
+    "a filter without a value", USAGE, "density.0", "{filter, value}", parameters={"density": [{"filter": "mlp"}]}
+)
+recipe_case("slices beside models", USAGE, "slices", "stands beside models",
+            slices=[{"sources": [{"model": "ft1", "layer_range": [0, 1]}]}])  # fmt: skip
 
 for what, text, says in [
     ("empty recipe", "", ("recipe.yaml", "empty")),

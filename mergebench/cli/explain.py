@@ -1,0 +1,73 @@
+"""`mergebench explain`: what holds for every tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.merge import Recipe
+from mergebench.cli.progress import note
+
+if TYPE_CHECKING:
+    from mergebench.engine.plan import Plan
+
+
+def explain(recipe: Recipe, set_: opt.Set = None, seed: opt.Seed = None, json_: opt.Json = False) -> None:
+    """Print where each tensor of the result comes from and the parameters that hold for it, from headers alone."""
+    from mergebench import api
+    from mergebench.recipe import load
+
+    loaded = load(recipe, set_ or (), seed)
+    for line in loaded.notes:
+        note(f"note: {line}", json_)
+    plan = api.plan(loaded)
+    tensors = [_about(plan, name) for name in plan.merge.reference.tensors]
+    if json_:
+        typer.echo(json.dumps({"method": plan.merge.method.name, "scope": plan.merge.scope, "tensors": tensors}))
+        return
+    typer.echo(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
+    same = {key: value for key, value in tensors[0].get("parameters", {}).items() if _everywhere(tensors, key, value)}
+    typer.echo("everywhere: " + (_written(same) or "no parameters"))
+    width = max(len(one["tensor"]) for one in tensors)
+    for one in tensors:
+        own = {key: value for key, value in one.get("parameters", {}).items() if key not in same}
+        said = "copied from the base" if "parameters" not in one else _written(own)
+        renamed = [source for source in one.get("sources", ()) if not source.endswith(f":{one['tensor']}")]
+        origin = f"  from {', '.join(one['sources'])}" if renamed else ""
+        typer.echo(f"{one['tensor']:{width}}  {said}{origin}".rstrip())
+
+
+def _about(plan: Plan, name: str) -> dict[str, Any]:
+    if name not in plan.alignment.sources:
+        return {"tensor": name}
+    sources = [
+        f"{label}:{info.name}" for label, info in zip(plan.merge.names, plan.alignment.sources[name], strict=True)
+    ]
+    if plan.merge.reference.config_changes is not None:  # put together from slices: by file and place
+        stored = {
+            (tensor.file, tensor.offset): f"{tensor.file.parent.name}:{tensor.name}"
+            for model in plan.merge.models
+            for header in model.headers
+            for tensor in header.tensors
+        }
+        sources = [stored[info.file, info.offset] for info in plan.alignment.sources[name]]
+    given = dataclasses.asdict(plan.merge.params_for(name))
+    return {"tensor": name, "sources": sources, "parameters": {key.rstrip("_"): value for key, value in given.items()}}
+
+
+def _everywhere(tensors: list[dict[str, Any]], key: str, value: Any) -> bool:
+    return all(one["parameters"][key] == value for one in tensors if "parameters" in one)
+
+
+def _written(parameters: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {_value(value)}" for key, value in parameters.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
