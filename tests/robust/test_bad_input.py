@@ -564,8 +564,6 @@ for key, setting in {
 recipe_case("a gradient out of range", USAGE, "density.1", "at most 1", parameters={"density": [0.1, 9]})
 BARE = [{"filter": "mlp"}]
 recipe_case("a filter without a value", USAGE, "density.0", "{filter, value}", parameters={"density": BARE})
-    "a filter without a value", USAGE, "density.0", "{filter, value}", parameters={"density": [{"filter": "mlp"}]}
-)
 recipe_case("slices beside models", USAGE, "slices", "stands beside models",
             slices=[{"sources": [{"model": "ft1", "layer_range": [0, 1]}]}])  # fmt: skip
 
