@@ -20,7 +20,7 @@ from mergebench.engine.run import Result, run_plan
 from mergebench.errors import RecipeError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Baseline, Recipe
-from mergebench.recipe.resolve import folders, resolve, short_names
+from mergebench.recipe.resolve import folders, open_all, resolve, short_names
 
 if TYPE_CHECKING:
     from mergebench.checkpoint import Model
@@ -143,13 +143,14 @@ def _candidates(recipe: Recipe, out: Path, folder: Path, device: str) -> list[Ca
     """The table's rows in order. A baseline is merged into `folder` when its turn comes."""
     from mergebench.evaluation import Candidate
 
-    merge = resolve(recipe)
-    base = None if merge.base is None else merge.base.own_directory()
-    inputs = [m for m in merge.models if not m.is_task_vector and (base is None or m.own_directory() != base)]
+    origin, entries = open_all(recipe)
+    base = None if origin is None else origin.own_directory()
+    models = [model for _, model in entries]
+    inputs = [m for m in models if not m.is_task_vector and (base is None or m.own_directory() != base)]
     baselines = recipe.evaluate.baselines if recipe.evaluate else ()
     taken = {"base", recipe.merge_method, *(one.label for one in baselines)}
     names = [f"{n} (input)" if n in taken else n for n in short_names([model.reference for model in inputs])]
-    found = [] if merge.base is None else [Candidate("base", "base", merge.base, base)]
+    found = [] if origin is None else [Candidate("base", "base", origin, base)]
     found += [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
 
     def merged(baseline: Baseline, place: Path) -> Model:

@@ -12,6 +12,7 @@ from mergebench.checkpoint import Model, open_model
 from mergebench.checkpoint.reference import locate
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
+from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together
 from mergebench.recipe.varying import depths
@@ -24,11 +25,7 @@ def resolve(recipe: Recipe) -> Merge:
     zero), methods that take a fixed number of weights have it first, others count it where it stands.
     """
     method = recipe.method
-    base = None if recipe.base_model is None else _open(recipe, Entry(recipe.base_model), ("base_model",))
-    entries: list[tuple[Entry, Model]] = []
-    for number, entry in enumerate(recipe.models):
-        key = "model" if entry.model is not None else "task_vector"
-        entries.append((entry, _open(recipe, entry, ("models", number, key))))
+    base, entries = open_all(recipe)
     if recipe.slices:
         return _sliced(recipe, base, [model for _, model in entries])
     if base is not None:
@@ -46,6 +43,23 @@ def resolve(recipe: Recipe) -> Merge:
     own = [entry for entry, _ in entries]
     merged = [name for name, info in merge.reference.tensors.items() if info.is_float and merge.wanted(name)]
     return _varying(merge, {name: recipe.params(own, name, depth.get(name, 0.0)) for name in merged})
+
+
+def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
+    """The base and every model that the recipe names, as they lie on disk."""
+    base = None if recipe.base_model is None else _open(recipe, Entry(recipe.base_model), ("base_model",))
+    entries: list[tuple[Entry, Model]] = []
+    for number, entry in enumerate(recipe.models):
+        loc: Loc = ("models", number, "model" if entry.model is not None else "task_vector")
+        if recipe.slices:
+            loc = next(
+                ("slices", i, "sources", k, "model")
+                for i, one in enumerate(recipe.slices)
+                for k, source in enumerate(one.sources)
+                if source.model == entry.model
+            )
+        entries.append((entry, _open(recipe, entry, loc)))
+    return base, entries
 
 
 def _merge(

@@ -119,6 +119,14 @@ def test_mistakes(folder: Path, data: dict[str, Any], message: str) -> None:
     assert message in caught.value.message
 
 
+def test_a_missing_model_is_named_where_it_stands(folder: Path) -> None:
+    lines = ["merge_method: linear", "slices:", "- sources:"]
+    lines += [f"  - {{model: {model}, layer_range: [0, 2]}}" for model in ("ft1", "ft9")]
+    Path("recipe.yaml").write_text("\n".join(lines))
+    with pytest.raises(MergebenchError, match=r"recipe.yaml:5:6: model 'ft9'"):
+        mergebench.plan(mergebench.load("recipe.yaml"))
+
+
 def test_the_output_may_not_be_an_input(folder: Path) -> None:
     data = recipe("linear", [source("ft1", 0, 2)], [source("ft2", 2, 4)])
     plan = mergebench.plan(mergebench.load(data))
