@@ -31,6 +31,10 @@ VALUES = {
     "dare_linear": {"density": 0.4},
     "dare_ties": {"density": (0.4, 0.7, 1.0)},
     "pcb": {"density": 0.1},
+    "nearswap": {"t": 0.005},
+    "nuslerp": {"weight": (0.3, 0.9)},
+    "multislerp": {"weight": (0.5, 0.3, 0.4)},
+    "passthrough": {"scale": 0.7},
 }
 
 
