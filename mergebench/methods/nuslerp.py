@@ -53,8 +53,8 @@ def nuslerp(values: TaskVectors, p: Params, ctx: Context) -> Passes:
 
 def arc(one: Tensor, cross: Tensor, two: Tensor, t: float) -> list[Tensor]:
     """sin((1-t)w)/sin(w) and sin(tw)/sin(w), w the angle between vectors of these dot products (float64)."""
-    lengths = one.sqrt().clamp(min=1e-7) * two.sqrt().clamp(min=1e-7)
-    cosine = (cross / lengths).clamp(-1, 1)
+    lengths = one.sqrt() * two.sqrt()
+    cosine = (cross / lengths.masked_fill(lengths == 0, 1)).clamp(-1, 1)
     straight = 1 - cosine * cosine <= PARALLEL
     angle = torch.acos(cosine)
     sine = angle.sin().masked_fill(straight, 1)

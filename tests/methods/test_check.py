@@ -48,6 +48,23 @@ def test_pcb_variants_stream(variant: str) -> None:
     check_method(methods.get("pcb"), variant=variant, density=0.2)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("nuslerp", {"nuslerp_flatten": False}),
+        ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+        ("model_stock", {"filter_wise": True}),
+    ],
+)
+def test_row_wise_variants_stream(name: str, more: dict[str, Any]) -> None:
+    check_method(methods.get(name), **VALUES.get(name, {}), **more)
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "karcher", "model_stock"])
+def test_directions_may_be_those_of_whole_models(name: str) -> None:
+    check_method(dataclasses.replace(methods.get(name), scope="model"), **VALUES.get(name, {}))
+
+
 @dataclass(frozen=True)
 class Params:
     scale: float = param(1.0, "factor")
