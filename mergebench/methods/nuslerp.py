@@ -57,5 +57,4 @@ def arc(one: Tensor, cross: Tensor, two: Tensor, t: float) -> list[Tensor]:
     cosine = (cross / lengths.masked_fill(lengths == 0, 1)).clamp(-1, 1)
     straight = 1 - cosine * cosine <= PARALLEL
     angle = torch.acos(cosine)
-    sine = angle.sin().masked_fill(straight, 1)
-    return [torch.where(straight, share, (angle * share).sin() / sine) for share in (1 - t, t)]
+    return [torch.where(straight, share, (angle * share).sin() / angle.sin()) for share in (1 - t, t)]
