@@ -7,6 +7,7 @@ streamed result must equal it bit for bit, however the work was cut.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import inspect
 import tempfile
@@ -122,12 +123,18 @@ def check_method(method: Method, **values: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # sums are taken over whole tiles, so only methods without them can be cut anywhere
         least = TILE if _asks_for_sums(method, params) else 7
-        for shapes, chunks in ((SMALL, (least, TILE)), (LARGE, (TILE, 7 * TILE, 16 * TILE))):
-            place = Path(folder) / str(len(shapes))
-            place.mkdir()
-            bench = _Bench(method, params, shapes, place)
-            bench.check_streaming(chunks)
-        bench.check_zero()
+        for number, given in enumerate(_given(method)):
+            for shapes, chunks in ((SMALL, (least, TILE)), (LARGE, (TILE, 7 * TILE, 16 * TILE))):
+                place = Path(folder) / f"{number}-{len(shapes)}"
+                place.mkdir()
+                bench = _Bench(given, params, shapes, place)
+                bench.check_streaming(chunks)
+            bench.check_zero()
+
+
+def _given(method: Method) -> list[Method]:
+    """The method; and as it is without a base, where that is optional: it is given the weights."""
+    return [method, dataclasses.replace(method, takes="weights")] if method.optional_base else [method]
 
 
 def _params(method: Method, values: Mapping[str, Any]) -> Any:

@@ -101,10 +101,11 @@ def methods(
             }
             for p in method.parameters.values()
         ]
+        cut = "by its parameters" if callable(method.cut) else method.cut
         found.append(
             {
                 "name": one, "summary": method.summary, "paper": method.paper, "takes": method.takes,
-                "scope": method.scope, "cut": method.cut, "package": registry.origin(one), "parameters": parameters,
+                "scope": method.scope, "cut": cut, "package": registry.origin(one), "parameters": parameters,
             }
         )  # fmt: skip
     if json_:

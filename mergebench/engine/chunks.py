@@ -76,6 +76,27 @@ def exp(values: Tensor) -> Tensor:
     return torch.from_numpy(np.exp(values.numpy())) if values.device.type == "cpu" else values.exp()
 
 
+def log(values: Tensor) -> Tensor:
+    """The natural logarithm. On a CPU by NumPy, as `exp`."""
+    return torch.from_numpy(np.log(values.numpy())) if values.device.type == "cpu" else values.log()
+
+
 def tanh(values: Tensor) -> Tensor:
     """The hyperbolic tangent. On a CPU by NumPy, which takes a tenth of torch's time here."""
     return torch.from_numpy(np.tanh(values.numpy())) if values.device.type == "cpu" else values.tanh()
+
+
+def rows_of(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """The chunk as [models, rows, columns] of a tensor of this shape, for methods cut by row."""
+    return values.reshape(len(values), -1, shape[-1] if shape else 1)
+
+
+def row_total(values: Tensor) -> Tensor:
+    """The sum over the last dimension, [..., 1]: halves added to each other, whatever stands beside the row."""
+    while (width := values.shape[-1]) > 1:
+        half = width // 2
+        folded = values[..., :half] + values[..., half : 2 * half]
+        if width % 2:
+            folded[..., :1] += values[..., -1:]
+        values = folded
+    return values

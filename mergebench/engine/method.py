@@ -129,6 +129,7 @@ class Method:
     scope: Literal["tensor", "model"]  # default reach of a statistic
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
     optional_base: bool  # task vectors without a base are the weights themselves
+    base_counts: bool  # a base is one more model, listed or not
     params: type
     parameters: Mapping[str, Parameter]
 
@@ -161,6 +162,7 @@ def merge_method(
     scope: Literal["tensor", "model"] = "tensor",
     models: int | None = None,
     optional_base: bool = False,
+    base_counts: bool = False,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a function `(chunk, params, ctx)` as a merge method.
 
@@ -168,6 +170,7 @@ def merge_method(
     weights. `paper`: where the formula stands. `cut`: the smallest piece it may be cut into (a function
     of the parameters where they decide). `scope`: what its statistics reach over unless the recipe says
     otherwise. `models`: how many it takes. `optional_base`: without a base, the weights themselves are merged.
+    `base_counts`: a base that is not listed among the models is one more of them.
     """
 
     def declare(function: Callable[..., Any]) -> Method:
@@ -193,6 +196,7 @@ def merge_method(
             scope=scope,
             models=models,
             optional_base=optional_base,
+            base_counts=base_counts,
             params=typing.cast(type, params),
             parameters=parameters,
         )

@@ -206,7 +206,10 @@ def _check_models(merge: Merge) -> None:
     if merge.base is None and any(model.is_task_vector for model in merge.models):
         raise RecipeError("base_model: missing, a task_vector: is a difference to it")
     if method.models is not None and count != method.models:
-        raise RecipeError(f"models: '{method.name}' takes exactly {method.models} models, got {count}")
+        wanted = f"{method.models} model{'s' * (method.models > 1)}"
+        beside = " beside the base" if merge.from_base else ""
+        hint = "base_model counts as one of them" if merge.base is not None and not merge.from_base else None
+        raise RecipeError(f"models: '{method.name}' takes exactly {wanted}{beside}, got {count}", hint)
     if count == 0:
         raise RecipeError("models: no model to merge")
     for model in [*merge.models, merge.reference]:

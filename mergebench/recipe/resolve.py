@@ -23,6 +23,7 @@ def resolve(recipe: Recipe) -> Merge:
 
     A base that is listed again among the models: methods on task vectors skip it (its task vector is
     zero), methods that take a fixed number of weights have it first, others count it where it stands.
+    One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
     method = recipe.method
     base, entries = open_all(recipe)
@@ -33,7 +34,7 @@ def resolve(recipe: Recipe) -> Merge:
         others = [pair for pair in entries if not _same(pair[1], base)]
         if method.takes == "task_vectors":  # whose own would be zero
             entries = others
-        elif method.models is not None:
+        elif method.models is not None or (method.base_counts and not listed):
             entries = [*(listed or [(Entry(recipe.base_model), base)]), *others]
     models = tuple(model for _, model in entries)
     merge = _merge(recipe, base, models, method.make_params(recipe.params([entry for entry, _ in entries])))

@@ -479,6 +479,11 @@ def test_methods(cli: Cli) -> None:
     assert sorted(found) == sorted(names)
     one = document(cli("methods", "ties", "--json").out)
     assert one == found["ties"]
+    assert [found[name]["cut"] for name in ("ties", "arcee_fusion", "nuslerp")] == [
+        "element",
+        "row",
+        "by its parameters",
+    ]
     assert (one["paper"], one["takes"], one["scope"]) == ("arXiv:2306.01708", "task_vectors", "tensor")
     density = next(parameter for parameter in one["parameters"] if parameter["name"] == "density")
     assert density["range"] == "above 0, at most 1" and density["per_model"] and not density["required"]

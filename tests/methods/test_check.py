@@ -31,6 +31,10 @@ VALUES = {
     "dare_linear": {"density": 0.4},
     "dare_ties": {"density": (0.4, 0.7, 1.0)},
     "pcb": {"density": 0.1},
+    "nearswap": {"t": 0.005},
+    "nuslerp": {"weight": (0.3, 0.9)},
+    "multislerp": {"weight": (0.5, 0.3, 0.4)},
+    "passthrough": {"scale": 0.7},
 }
 
 
@@ -42,6 +46,23 @@ def test_streamed_equals_in_memory(name: str) -> None:
 @pytest.mark.parametrize("variant", ["nlp", "vision-es", "vision"])
 def test_pcb_variants_stream(variant: str) -> None:
     check_method(methods.get("pcb"), variant=variant, density=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("nuslerp", {"nuslerp_flatten": False}),
+        ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+        ("model_stock", {"filter_wise": True}),
+    ],
+)
+def test_row_wise_variants_stream(name: str, more: dict[str, Any]) -> None:
+    check_method(methods.get(name), **VALUES.get(name, {}), **more)
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "karcher", "model_stock"])
+def test_directions_may_be_those_of_whole_models(name: str) -> None:
+    check_method(dataclasses.replace(methods.get(name), scope="model"), **VALUES.get(name, {}))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""Multi-SLERP: the direction between any number of models, at their mean length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergebench.engine.chunks import total
+from mergebench.engine.context import Context
+from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.statistics import gram
+from mergebench.errors import RunError
+from mergebench.methods.linear import normalized
+
+CANCELLED = 1e-6  # share of the directions' lengths left in their sum, below which it is float32's rounding
+
+
+@dataclass(frozen=True)
+class Params:
+    weight: PerModel = param(1.0, "weight of the model", per_model=True)
+    normalize_weights: bool = param(True, "divide by the sum of the weights")
+    eps: float = param(1e-8, "added to lengths before dividing by them", above=0)
+
+
+@merge_method(takes="task_vectors", paper="goddard.blog/posts/multislerp-wow-what-a-cool-idea", optional_base=True)
+def multislerp(values: TaskVectors, p: Params, ctx: Context) -> Passes:
+    """Average the models' directions, at their average length: sum w_i |x_i| m, m along sum w_i x_i / |x_i|.
+
+    Goddard, "Multi-SLERP", on task vectors where there is a base. The published step in the tangent space
+    at m is left out: what it adds, the part of sum w_i x_i / |x_i| across m, is zero. Two directions that
+    cancel are averaged as they are; more are refused. A tensor that is zero in all models stays zero.
+    """
+    weights = np.array(normalized(p.weight) if p.normalize_weights else p.weight)
+    dots = (yield gram(values)).cpu().numpy()
+    lengths = np.sqrt(dots.diagonal())
+    shares = weights / (lengths + p.eps)
+    length = np.sqrt(max(shares @ dots @ shares, 0.0))
+    if length > CANCELLED * (abs(shares) @ lengths):
+        return total(values, (shares * (weights @ lengths / length)).tolist())
+    if len(values) > 2 and lengths.any():
+        where = "the models" if ctx.scope == "model" else ctx.spans[0].tensor
+        raise RunError(f"{where}: the directions of the models cancel", "use other weights, or exclude the tensor")
+    return total(values, weights.tolist())
