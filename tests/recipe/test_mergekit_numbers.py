@@ -17,9 +17,8 @@ import mergekit_cases
 GOLDEN = load_file(Path(mergekit_cases.__file__).with_name("mergekit.safetensors"))
 NOT_YET = {
     "nuslerp", "nuslerp-base", "nuslerp-rows", "nuslerp-columns", "multislerp", "multislerp-base", "multislerp-raw",
-    "karcher", "karcher-base", "breadcrumbs", "breadcrumbs-default", "breadcrumbs_ties", "sce", "sce-all", "ram",
-    "ramplus_tl", "model_stock", "model_stock-rows", "nearswap", "arcee_fusion", "passthrough", "passthrough-scale",
-    "gradient", "gradient-weights", "filters", "slices", "stack", "shifted",
+    "karcher", "karcher-base", "model_stock", "model_stock-rows", "nearswap", "arcee_fusion", "passthrough",
+    "passthrough-scale", "gradient", "gradient-weights", "filters", "slices", "stack", "shifted",
 }  # fmt: skip
 
 
