@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -43,9 +44,8 @@ def sce(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
 
 
 def spread(tvs: Tensor) -> Tensor:
-    """Each element's variance over the models, times their number [1, elements]; exactly zero where they agree."""
-    apart = tvs[1:] - tvs[0]
-    if not len(apart):
-        return torch.zeros_like(tvs)
-    mean = total(apart) / len(tvs)
-    return total([mean.square(), *(apart - mean).square_()]).unsqueeze(0)
+    """Each element's variance over n models, times n^2, as a row: exactly zero where the models agree."""
+    result = torch.zeros_like(tvs[:1])
+    for one, other in combinations(tvs, 2):
+        result += (one - other).square_()
+    return result
