@@ -18,6 +18,8 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
         return st.sampled_from(parameter.choices)
     if parameter.type in (str, bool):
         return st.text() if parameter.type is str else st.booleans()
+    if parameter.type is int:
+        return st.integers(None if parameter.low is None else int(parameter.low), 2**53)
     low = parameter.above if parameter.low is None else parameter.low
     numbers = st.floats(low, parameter.high, exclude_min=parameter.above is not None, allow_nan=False)
     return numbers.filter(lambda x: abs(x) != float("inf"))
