@@ -24,6 +24,11 @@ METHODS = {
     "ties": {"density": 0.2},
     "dare_ties": {"density": 0.5},
     "pcb": {"density": 0.1},
+    "breadcrumbs": {"density": 0.3, "gamma": 0.05},
+    "della": {"density": 0.4},
+    "sce": {"select_topk": 0.3},
+    "ramplus_tl": {"epsilon": 0.005},
+    "consensus_ta": {},
 }
 
 

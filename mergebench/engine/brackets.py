@@ -76,7 +76,7 @@ class Bracket:
         self.values, self.counts = np.empty(0, np.float32), np.empty(0, np.int64)  # distinct, ascending
         self.common, self._came = tuple(common), np.zeros(len(common), np.int64)
         self._new, self._filled = np.empty(0, np.float32), 0  # not counted yet
-        self.smaller: int | None = None  # how many values are smaller than the answer
+        self.smaller = self.upto = 0  # how many values are smaller than the answer; and how many not larger
 
     def add(self, values: Floats | Tensor) -> None:
         """Take in values [elements]."""
@@ -150,7 +150,8 @@ class Bracket:
         place = int(np.searchsorted(ends, rank, side="right"))
         if rank < self.below or place == len(ends):
             raise Miss
-        self.smaller = int(ends[place] - self.counts[place])
+        self.upto = int(ends[place])
+        self.smaller = self.upto - int(self.counts[place])
         return float(self.values[place]) + 0.0  # of the two zeros always the same
 
 
@@ -190,6 +191,10 @@ class Extreme:
     @property
     def smaller(self) -> int:
         return self.numel - self.count if self.largest else 0
+
+    @property
+    def upto(self) -> int:
+        return self.numel if self.largest else self.count
 
     def add(self, values: Floats | Tensor) -> None:
         if len(values):

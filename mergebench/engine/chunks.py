@@ -52,8 +52,13 @@ def clamp(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(values, low), high)
 
 
-def trim(values: Tensor, threshold: Tensor) -> Tensor:
-    """Values with magnitude at or above `threshold` [models, 1], zero elsewhere."""
+def plus_or_minus(values: Tensor) -> Tensor:
+    """Minus one where a value is below zero, plus one elsewhere."""
+    return values.sign().add_(0.5).sign_()
+
+
+def trim(values: Tensor, threshold: Tensor, most: Tensor | None = None) -> Tensor:
+    """Values with magnitude at or above `threshold` (and at or below `most`) [models, 1], zero elsewhere."""
     # hardshrink keeps |x| > limit: the largest float below the threshold makes that "at or above"
     limits = np.nextafter(threshold.cpu().numpy(), np.float32(-np.inf)).ravel().tolist()
     out = torch.empty_like(values)
@@ -62,7 +67,30 @@ def trim(values: Tensor, threshold: Tensor) -> Tensor:
             target.copy_(row)
         else:
             torch.hardshrink(row, limit, out=target)
+    if most is not None:
+        for target, limit in zip(out, most.ravel().tolist(), strict=True):
+            target -= torch.hardshrink(target, limit)
     return out
+
+
+def by_rank(values: Tensor, numbers: Tensor) -> Tensor:
+    """numbers[r] where a value has rank r among the magnitudes of its row [rows, columns].
+
+    Equal magnitudes are ranked in the order they stand in.
+    """
+    magnitudes = values.abs()
+    if values.device.type == "cpu":
+        # Magnitude and place as one integer: sorting these takes a third of an argsort's time (a stable one's: a
+        # twentieth), and the outcome is the same on every machine. Floats above zero are ordered as their bits are.
+        keys = magnitudes.numpy().view(np.uint32).astype(np.uint64)
+        keys <<= np.uint64(32)
+        keys |= np.arange(values.shape[1], dtype=np.uint64)
+        keys.sort(axis=1)
+        keys &= np.uint64(0xFFFFFFFF)
+        order = torch.from_numpy(keys.view(np.int64))
+    else:
+        order = torch.argsort(magnitudes, dim=1, stable=True)
+    return magnitudes.scatter_(1, order, numbers.expand(values.shape))
 
 
 def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

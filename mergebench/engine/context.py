@@ -42,8 +42,8 @@ class Context:
     seed: int
     device: torch.device
 
-    def bernoulli(self, shares: Sequence[float]) -> Tensor:
-        """Random bool [models, elements], true with probability `shares[i]` for model i.
+    def bernoulli(self, shares: Sequence[float] | Tensor) -> Tensor:
+        """Random bool [models, elements], true with probability `shares[i]` for model i, or each element's own.
 
         The draw of an element depends on (seed, model, tensor, element) alone, so chunks, threads,
         devices and replays cannot change it.

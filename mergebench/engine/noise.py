@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,23 @@ def _key(seed: int, model: int, tensor: str, tile: int) -> tuple[int, int]:
     return struct.unpack("<ii", hashlib.blake2b(text, digest_size=8).digest())
 
 
-def _draws(seed: int, model: int, span: Span, device: torch.device) -> Ints:
-    """A random int32 for each element of a span; the high bits are the good ones."""
+def _draws(seed: int, model: int, span: Span, device: torch.device) -> Iterator[tuple[int, int, Ints]]:
+    """(start, stop, a random int32 for each element there) over a span; the high bits are the good ones."""
     first, last = span.start // TILE, -(-span.stop // TILE)
-    keys = torch.tensor([_key(seed, model, span.tensor, tile) for tile in range(first, last)], dtype=torch.int32)
-    one, two = keys.to(device).T.unsqueeze(2) if device.type != "cpu" else keys.T.unsqueeze(2).numpy()
-    x = _counter(device) ^ one  # [tiles, TILE]
+    keys = [_key(seed, model, span.tensor, tile) for tile in range(first, last)]
+    if device.type == "cpu":  # tile by tile, in the cache
+        for tile, (one, two) in enumerate(keys, first):
+            start, stop = max(span.start - tile * TILE, 0), min(span.stop - tile * TILE, TILE)
+            at = tile * TILE - span.start
+            yield at + start, at + stop, _mixed(_counter(device)[start:stop], one, two)
+    else:
+        one, two = torch.tensor(keys, dtype=torch.int32, device=device).T.unsqueeze(2)
+        drawn = _mixed(_counter(device), one, two).reshape(-1)  # [tiles, TILE]
+        yield 0, span.numel, drawn[span.start - first * TILE : span.stop - first * TILE]
+
+
+def _mixed(counter: Ints, one: Any, two: Any) -> Ints:
+    x = counter ^ one
     shifted = x >> 16
     shifted &= 0xFFFF  # as if it had no sign
     x ^= shifted
@@ -53,18 +64,33 @@ def _draws(seed: int, model: int, span: Span, device: torch.device) -> Ints:
     shifted &= 0x1FFFF
     x ^= shifted
     x *= _SECOND
-    return x.reshape(-1)[span.start - first * TILE : span.stop - first * TILE]
+    return x
 
 
-def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float], device: torch.device) -> Tensor:
-    """Bool [models, elements of the spans], true with probability `shares[i]` in row i."""
+def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Bool [models, elements of the spans], true with probability `shares[i]` in row i, or each element's own."""
     out = torch.empty(len(shares), sum(span.numel for span in spans), dtype=torch.bool, device=device)
     for model, share in enumerate(shares):
-        if share >= 1:
+        each = isinstance(share, Tensor)
+        if not each and share >= 1:
             out[model] = True
             continue
-        limit, at = min(round(share * 2**32), 2**32 - 1) - 2**31, 0
+        # shares of the elements are held against 24 bits, all that a float32 has
+        limits = share * 2**24 - 2**23 if each else min(round(share * 2**32), 2**32 - 1) - 2**31
+        at = 0
         for span in spans:
-            out[model, at : at + span.numel] = torch.as_tensor(_draws(seed, model, span, device) < limit)
+            for start, stop, drawn in _draws(seed, model, span, device):
+                here = slice(at + start, at + stop)
+                if each:
+                    drawn >>= 8
+                    out[model, here] = _below(torch.as_tensor(drawn).float(), limits[here])
+                else:
+                    out[model, here] = torch.as_tensor(drawn < limits)
             at += span.numel
     return out
+
+
+def _below(values: Tensor, limits: Tensor) -> Tensor:
+    if values.device.type == "cpu":  # by NumPy: torch takes ten times as long to compare
+        return torch.from_numpy(values.numpy() < limits.numpy())
+    return values < limits

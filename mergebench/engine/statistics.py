@@ -114,10 +114,13 @@ class OrderStatistics(Statistic):
         )
 
     def remarks(self, state: list[list[Bracket | Extreme]], numel: int) -> dict[str, Any]:
-        """Where the answer is the threshold of a trim, the share of each row at or above it."""
+        """Where the answers are the thresholds of a trim, the share of each row that lies between them."""
         if not self.trim:
             return {}
-        return {"kept": [1 - (gatherer.smaller or 0) / numel for gatherer in state[0]]}
+        if len(state) == 1:
+            return {"kept": [1 - low.smaller / numel for low in state[0]]}
+        low_and_high = zip(*state, strict=True)
+        return {"kept": [max(high.upto - low.smaller, 0) / numel for low, high in low_and_high]}
 
 
 class Gram(Statistic):
@@ -147,8 +150,9 @@ def order_statistics(
 
     A rank is one integer for all models or one for each. `key` is applied first, elementwise, as in
     `sorted`: a method that needs the magnitudes for nothing else does not make them when it is applied.
-    `trim` says that the first answer is a threshold and what lies at or above it is kept: with equal values
-    that is more than was asked for, and provenance has the share. The answer is one [models, 1] for each rank.
+    `trim` says that the first answer is a threshold and what lies at or above it is kept, at or below the second
+    where there are two: with equal values that is more than was asked for, and provenance has the share.
+    The answer is one [models, 1] for each rank.
     """
     rows = len(values)
     each = [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks]

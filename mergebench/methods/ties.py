@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergebench.engine.chunks import column, times, total, trim, weighted
+from mergebench.engine.chunks import column, plus_or_minus, times, total, trim, weighted
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.engine.statistics import order_statistics
@@ -48,9 +48,12 @@ def nothing_kept(threshold: Tensor, density: Sequence[float]) -> Tensor:
 def elect_and_merge(tvs: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Elect each element's sign by mass, then combine the task vectors that have it (sections 3.2, 3.3)."""
     tvs = weighted(tvs, weights)
-    # elect sign
-    elected = total(tvs).sign_().add_(0.5).sign_()  # an even vote elects plus
-    # disjoint merge: along the elected sign, the values that agree are those above zero
+    return merge_agreeing(tvs, plus_or_minus(total(tvs)), weights, normalize)  # an even vote elects plus
+
+
+def merge_agreeing(tvs: Tensor, elected: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
+    """The sum of those weighted task vectors that have the elected sign, by default over the sum of their weights."""
+    # along the elected sign, the values that agree are those above zero
     agreeing = (tvs * elected).relu_()
     merged = total(agreeing).mul_(elected)
     if not normalize:

@@ -102,12 +102,48 @@ def test_what_ties_keeps_is_reported(
     assert kept == np.count_nonzero(load_file(done.out / "model.safetensors")["w"])
 
 
+def test_what_lies_between_two_thresholds_is_reported(tmp_path: Path) -> None:
+    """Breadcrumbs drops from both ends; what equals a threshold stays."""
+    save_file({"w": torch.zeros(10)}, tmp_path / "base.safetensors")
+    save_file({"w": torch.tensor([9.0, 8, 7, 6, 5, 5, 4, 3, 2, 1])}, tmp_path / "ft0.safetensors")
+
+    done = merge(tmp_path, "out", "breadcrumbs", models=1, parameters={"density": 0.3, "gamma": 0.2})
+
+    (answer,) = done.provenance["answers"]["w"]
+    assert {"order_statistics": [[5.0], [7.0]], "kept": [0.4]} == answer
+    assert [0, 0, 7, 6, 5, 5, 0, 0, 0, 0] == load_file(done.out / "model.safetensors")["w"].tolist()
+
+
 def test_noise_does_not_depend_on_the_borders_of_chunks() -> None:
     whole = bernoulli(3, [Span("w", 0, TILE + 100)], [0.3, 0.8], CPU)
     starts = range(0, TILE + 100, 7777)
     pieces = [bernoulli(3, [Span("w", at, min(at + 7777, TILE + 100))], [0.3, 0.8], CPU) for at in starts]
 
     assert torch.equal(whole, torch.cat(pieces, dim=1))
+
+
+def test_noise_with_a_share_for_each_element() -> None:
+    """The draws of `bernoulli(share)`, held against each element's own: 0 is never drawn, 1 always is."""
+    span = Span("w", 100, TILE + 300)
+    shares = torch.rand(2, span.numel, generator=torch.Generator().manual_seed(0))
+    shares[:, ::5], shares[:, 1::5] = 0.0, 1.0
+
+    drawn = bernoulli(3, [span], shares, CPU)
+
+    assert not drawn[:, ::5].any()
+    assert drawn[:, 1::5].all()
+    for share in (0.25, 0.75):
+        never, always = shares < share, shares > share
+        constant = bernoulli(3, [span], [share] * 2, CPU)
+        assert not (drawn & never & ~constant).any()
+        assert not (constant & always & ~drawn).any()
+    left, right = Span("w", 100, 7777), Span("w", 7777, TILE + 300)
+    pieces = [
+        bernoulli(3, [left], shares[:, : left.numel], CPU),
+        bernoulli(3, [right], shares[:, left.numel :], CPU),
+    ]
+    assert torch.equal(drawn, torch.cat(pieces, dim=1))
+    assert torch.equal(drawn, bernoulli(3, [left, right], shares, CPU))
 
 
 def test_noise_is_fair_and_independent() -> None:

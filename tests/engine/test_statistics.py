@@ -64,7 +64,10 @@ def test_a_bracket_is_exact_or_says_that_it_missed(values: np.ndarray, data: st.
     expected = np.sort(values)[rank]
     try:
         assert expected == found.at(rank)
-        assert found.smaller == np.count_nonzero(values < expected)
+        assert (found.smaller, found.upto) == (
+            np.count_nonzero(values < expected),
+            np.count_nonzero(values <= expected),
+        )
     except Miss:
         inside = edges[0] <= expected <= edges[2]
         assert not inside or room < len(values)  # only a value outside, or one that had to make room, is missed
@@ -82,6 +85,7 @@ def test_extremes(values: np.ndarray, cuts: int, workers: int, largest: bool) ->
     expected = values.max() if largest else values.min()
     assert extremes[0].at(0) == expected
     assert extremes[0].smaller == np.count_nonzero(values < expected)
+    assert extremes[0].upto == np.count_nonzero(values <= expected)
 
 
 @settings(max_examples=100, deadline=None)

@@ -89,6 +89,7 @@ def _case(method: str, *entries: str, base: str | None = None, parameters: str =
 
 THREE = ("ft1 weight 0.5", "ft2 weight 0.3", "ft3 weight 0.4")
 TRIMMED = ("ft1 weight 0.5 density 0.3", "ft2 weight 1.0 density 0.5", "ft3 weight 0.5 density 0.3")
+MOST = ("ft1 weight 0.5 density 0.9 gamma 0.3", "ft2 weight 0.7 density 1.0", "ft3 weight 0.5 density 0.004")
 ROWS = "nuslerp_flatten: false, nuslerp_row_wise: true"
 GRADIENT = (
     "{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}, {value: 0.5}"
@@ -121,8 +122,11 @@ CASES = {
     "breadcrumbs": _case("breadcrumbs", *TRIMMED, base="base", parameters="gamma: 0.05"),
     "breadcrumbs-default": _case("breadcrumbs", *TRIMMED, base="base"),
     "breadcrumbs_ties": _case("breadcrumbs_ties", *TRIMMED, base="base", parameters="gamma: 0.05, lambda: 0.8"),
+    "breadcrumbs-mean": _case("breadcrumbs", *MOST, base="base", parameters="normalize: true"),
+    "breadcrumbs_ties-mean": _case("breadcrumbs_ties", *MOST, base="base", parameters="normalize: true"),
     "sce": _case("sce", "ft1", "ft2", "ft3", base="base", parameters="select_topk: 0.3"),
     "sce-all": _case("sce", "ft1", "ft2", "ft3", base="base"),
+    "sce-two": _case("sce", "ft1", "ft3", base="base", parameters="select_topk: 0.75"),
     "ram": _case("ram", "ft1", "ft2", "ft3", base="base", parameters="epsilon: 0.08"),
     "ramplus_tl": _case("ramplus_tl", "ft1", "ft2", "ft3", base="base", parameters="epsilon: 0.08, r: 0.2, alpha: 0.3"),
     "model_stock": _case("model_stock", "ft1", "ft2", "ft3", base="base"),

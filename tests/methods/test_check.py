@@ -35,12 +35,31 @@ VALUES = {
     "nuslerp": {"weight": (0.3, 0.9)},
     "multislerp": {"weight": (0.5, 0.3, 0.4)},
     "passthrough": {"scale": 0.7},
+    "breadcrumbs": {"density": (0.4, 0.3, 1.0), "gamma": 0.05},
+    "breadcrumbs_ties": {"density": 0.3, "normalize": True},
+    "della": {"density": (0.4, 0.7, 1.0), "epsilon": 0.2},
+    "della_linear": {"density": 0.3},
+    "sce": {"select_topk": 0.3},
+    "ram": {"epsilon": 0.005},
+    "ramplus_tl": {"epsilon": 0.005, "alpha": 0.8},
+    "consensus_ta": {"k": 1},
+    "tall_mask": {"task": 2},
+    "localize_stitch": {"density": (0.05, 0.3, 0.1)},
 }
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_streamed_equals_in_memory(name: str) -> None:
     check_method(methods.get(name), **VALUES.get(name, {}))
+
+
+@pytest.mark.parametrize("name", ["breadcrumbs", "breadcrumbs_ties", "sce", "ramplus_tl"])
+def test_streamed_equals_in_memory_at_model_scope(name: str) -> None:
+    check_method(dataclasses.replace(methods.get(name), scope="model"), **VALUES[name])
+
+
+def test_sce_of_all_elements_streams() -> None:
+    check_method(methods.get("sce"))
 
 
 @pytest.mark.parametrize("variant", ["nlp", "vision-es", "vision"])

@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 import mergekit_cases
 
 GOLDEN = load_file(Path(mergekit_cases.__file__).with_name("mergekit.safetensors"))
-NOT_YET = {
-    "breadcrumbs", "breadcrumbs-default", "breadcrumbs_ties", "sce", "sce-all", "ram", "ramplus_tl",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", [case for case in mergekit_cases.CASES if case not in NOT_YET])
+@pytest.mark.parametrize("case", mergekit_cases.CASES)
 def test_a_mergekit_recipe_gives_mergekits_numbers(
     case: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,28 @@
+"""MagMax: the largest change wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from mergebench.engine.chunks import plus_or_minus
+from mergebench.engine.context import Context
+from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+
+
+@dataclass(frozen=True)
+class Params:
+    lambda_: float = param(1.0, "factor on the merged task vector")
+
+
+@merge_method(takes="task_vectors", paper="arXiv:2407.06322")
+def magmax(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+    """For each element the change of largest magnitude among the models: theta_0 + lambda tau.
+
+    Marczak et al., "MagMax". Of equal magnitudes with different signs, plus is taken.
+    """
+    high, low = reduce(torch.maximum, tvs), reduce(torch.minimum, tvs)
+    magnitude = torch.maximum(high, -low)
+    return magnitude * plus_or_minus(high + low) * p.lambda_
