@@ -28,7 +28,7 @@ from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.run import run_plan
 from mergebench.engine.statistics import OrderStatistics, Statistic
-from mergebench.engine.whole import run_in_memory
+from mergebench.engine.whole import run_at_once
 from mergebench.errors import MergebenchError
 
 Tensors = Mapping[str, Tensor]
@@ -66,7 +66,7 @@ def in_memory(
 
 def run_whole(method: Method, values: Tensor, params: Any, context: Context, sizes: Sequence[int]) -> Tensor:
     """Run a method on one chunk that is all there is; `sizes` are the tensors it is made of."""
-    return run_in_memory(method, values, params, context, partial(_brute_force, sizes=sizes))
+    return run_at_once(method, values, params, context, partial(_brute_force, sizes=sizes))
 
 
 def _brute_force(statistic: Statistic, sizes: Sequence[int]) -> Any:

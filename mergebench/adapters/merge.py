@@ -27,7 +27,7 @@ from mergebench.checkpoint.read import Files, whole
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
 from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, create, write_atomically
 from mergebench.engine.context import Context, Span
-from mergebench.engine.whole import run_in_memory
+from mergebench.engine.whole import run_in_chunks
 from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
 
 EXACT = ("linear", "cat", "svd")  # sums: done on the factors
@@ -236,7 +236,7 @@ def _run(opened: Files, job: _Job, parts: Sequence[Factors | None], module: str,
     names = tuple(adapter.directory.name for adapter in job.adapters)
     span = Span(f"{module}.weight", 0, numel)
     context = Context(numel, names, (span,), shape, "tensor", job.seed, torch.device("cpu"))
-    return run_in_memory(method, rows.reshape(len(parts), numel), method.make_params(values), context).reshape(shape)
+    return run_in_chunks(method, rows.reshape(len(parts), numel), method.make_params(values), context).reshape(shape)
 
 
 def _read(opened: Files, tensor: TensorInfo) -> Tensor:

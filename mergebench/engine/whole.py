@@ -1,26 +1,29 @@
-"""Run a merge method on rows that are all there is: small enough for memory, no files, no sweeps."""
+"""Run a merge method on rows in memory: no files, no workers, no shards."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from mergebench.engine.context import Context
+from mergebench.engine.brackets import Floats
+from mergebench.engine.context import Context, Span
 from mergebench.engine.method import Method
-from mergebench.engine.statistics import Statistic
+from mergebench.engine.noise import TILE
+from mergebench.engine.statistics import OrderStatistics, Statistic
+
+CHUNK = 2 * TILE  # elements that stay in a core's cache
 
 
-def run_in_memory(
-    method: Method,
-    values: Tensor,
-    params: Any,
-    context: Context,
-    answer: Callable[[Statistic], Any] = lambda statistic: statistic.exact(),
+def run_at_once(
+    method: Method, values: Tensor, params: Any, context: Context, answer: Callable[[Statistic], Any]
 ) -> Tensor:
-    """What the method makes of `values` [models, elements]; `answer` answers its questions."""
+    """What the method makes of `values` [models, elements] as one chunk; `answer` answers its questions."""
     running: Any = method(values, params, context)
     if not inspect.isgenerator(running):
         return cast(Tensor, running)
@@ -31,3 +34,61 @@ def run_in_memory(
             statistic = steps.send(answer(statistic))
     except StopIteration as end:
         return cast(Tensor, end.value)
+
+
+def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:
+    """The same for a method that may be cut anywhere, in chunks and a fraction of the memory; equal bits.
+
+    values: all elements of the one tensor in `context.spans`.
+    """
+    numel, name = values.shape[1], context.spans[0].tensor
+    out = torch.empty(numel)
+    answers: list[Any] = []
+    while True:
+        question: Statistic | None = None
+        state: Any = None
+        for start in range(0, numel, chunk):
+            piece = values[:, start : start + chunk].contiguous()
+            stop = start + piece.shape[1]
+            here = dataclasses.replace(context, spans=(Span(name, start, stop),))
+            result = _replay(method, piece, params, here, answers)
+            if isinstance(result, Tensor):
+                out[start:stop] = result
+            elif isinstance(result, OrderStatistics):
+                question, state = result, np.empty(values.shape, np.float32) if state is None else state
+                state[:, start:stop] = result.keyed()
+            else:
+                question = result
+                state = result.init(numel, -(-numel // TILE), None, 0) if state is None else state
+                result.reduce(state, start // TILE)
+        if question is None:
+            return out
+        ordered = isinstance(question, OrderStatistics)
+        answers.append(_pick(state, cast(OrderStatistics, question).ranks) if ordered else question.finish(state))
+
+
+def _replay(
+    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Any]
+) -> Statistic | Tensor:
+    """The method's next question after these answers, or its result."""
+    running: Any = method(values, params, context)
+    if not inspect.isgenerator(running):
+        return cast(Tensor, running)
+    steps = cast("Generator[Statistic, Any, Tensor]", running)
+    try:
+        statistic = next(steps)
+        for answer in answers:
+            statistic = steps.send(answer)
+        return statistic
+    except StopIteration as end:
+        return cast(Tensor, end.value)
+
+
+def _pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """The values of these ranks, by partition: with everything at hand, brackets would hold it a second time."""
+    columns: list[list[float]] = [[] for _ in ranks]
+    for row, wanted in zip(rows, zip(*ranks, strict=True), strict=True):
+        row.partition(sorted(set(wanted)))
+        for column, rank in zip(columns, wanted, strict=True):
+            column.append(float(row[rank]))
+    return tuple(torch.tensor(column, dtype=torch.float32).unsqueeze(1) for column in columns)
