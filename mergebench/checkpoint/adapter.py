@@ -104,6 +104,9 @@ def read_adapter(directory: Path) -> Adapter:
     modules = {module: _factors(directory, module, found, config) for module, found in parts.items()}
     if not modules:
         raise ModelError(f"{directory}: the adapter holds no " + ("LoRA factors" if whole else "tensors"))
+    for saved in _saved_modules(config):
+        if not any(f"{saved}." in name for name in whole):
+            raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
     return Adapter(directory, config, header, modules, whole)
 
 
@@ -112,7 +115,8 @@ def _config(directory: Path) -> dict[str, Any]:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
-            f"{directory}: not an adapter: no {CONFIG}", "name a LoRA directory, as PEFT saves it"
+            f"{directory}: not an adapter: no {CONFIG}",
+            "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
         ) from None
     except (OSError, ValueError):
         raise RunError(f"{directory / CONFIG}: not readable as JSON") from None
@@ -139,11 +143,15 @@ def _whole_name(directory: Path, stored: str, name: str, config: Mapping[str, An
     bias = _BIAS.fullmatch(name)
     if bias is not None and config.get("bias", "none") != "none":
         return f"{bias[1]}.bias"
-    saved = config.get("modules_to_save") or []
-    inside = isinstance(saved, list) and any(f"{module}." in name for module in saved)
+    inside = any(f"{module}." in name for module in _saved_modules(config))
     if not inside or "lora_" in name or ".base_layer." in name:
         raise ModelError(f"{directory}: {stored}: not a LoRA factor of a linear layer: not supported yet")
     return name
+
+
+def _saved_modules(config: Mapping[str, Any]) -> list[str]:
+    saved = config.get("modules_to_save") or []
+    return [str(module) for module in (saved if isinstance(saved, list) else [saved])]
 
 
 def _factors(directory: Path, module: str, found: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Factors:

@@ -70,6 +70,10 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
             raise ModelError(f"{directory}: {tensor.name}: '{name}' is changed twice")
         _check(adapter, stored, tensor.shape, base[name])
         whole[name] = tensor._replace(name=name)
+    if adapter.config.get("bias", "none") != "none":
+        for name in [f"{name.removesuffix('.weight')}.bias" for name in deltas]:
+            if name in base and name not in whole and name not in deltas:
+                raise ModelError(f"{directory}: bias: {adapter.config['bias']}, but it holds no '{name}'")
     return Changes(deltas, whole, adapter.header)
 
 
