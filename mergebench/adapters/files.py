@@ -112,6 +112,6 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         "",
         made,
     ]
-    lines += ["", f"- base: `{adapters[0]['base_model']}`"]
+    lines += ["", *(f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base)]
     lines += [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
     return "\n".join([*lines, "", "Input files, and the energy kept in each module: `mergebench.json`.", ""])
