@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.run import run_plan
 from mergebench.engine.statistics import OrderStatistics, Statistic
+from mergebench.engine.whole import run_at_once
 from mergebench.errors import MergebenchError
 
 Tensors = Mapping[str, Tensor]
@@ -65,16 +67,7 @@ def in_memory(
 
 def run_whole(method: Method, values: Tensor, params: Any, context: Context, sizes: Sequence[int]) -> Tensor:
     """Run a method on one chunk that is all there is; `sizes` are the tensors it is made of."""
-    running: Any = method(values, params, context)
-    if not inspect.isgenerator(running):
-        return cast(Tensor, running)
-    steps = cast("Generator[Statistic, Any, Tensor]", running)
-    try:
-        statistic = next(steps)
-        while True:
-            statistic = steps.send(_brute_force(statistic, sizes))
-    except StopIteration as end:
-        return cast(Tensor, end.value)
+    return run_at_once(method, values, params, context, partial(_brute_force, sizes=sizes))
 
 
 def _brute_force(statistic: Statistic, sizes: Sequence[int]) -> Any:

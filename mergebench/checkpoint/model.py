@@ -6,6 +6,7 @@ Names, shapes and order are the files', never those of a loaded model's state di
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ class Model:
     adapter: Path | None = None
     is_task_vector: bool = False  # its tensors already are differences to the base
     config_changes: Mapping[str, Any] | None = None  # of a model put together from slices of others
+    replaced: dict[str, TensorInfo] = field(default_factory=dict)  # what the base has where the adapter has its own
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -55,6 +57,11 @@ class Model:
     def side_directory(self) -> Path:
         """Where config and tokenizer files are."""
         return self.directory if self.directory is not None else next(iter(self.headers)).file.parent
+
+    def layout(self) -> Iterator[TensorInfo]:
+        """The tensors as the base stores them, also those that the adapter holds whole."""
+        for name, info in self.tensors.items():
+            yield self.replaced.get(name, info)
 
     def files(self) -> Iterator[Header]:
         """Every file this model is read from, the adapter's too."""
@@ -93,16 +100,32 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
     low_rank: dict[str, LowRank] = {}
+    replaced: dict[str, TensorInfo] = {}
     if place.adapter is not None:
         if not place.adapter.is_dir():
             raise ModelError(f"{place.adapter}: an adapter is a directory")
-        low_rank, header = read_lora(place.adapter, tensors)
+        low_rank, whole, header = read_lora(place.adapter, tensors)
         headers = [*headers, header]
-    model = Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector)
+        replaced = {name: tensors[name] for name in whole}
+        tensors |= whole
+    model = Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector, replaced=replaced)
     _ = model.config  # a damaged one shows here, not when the work is done
+    _check_tied(model)
     return model
 
 
+def _check_tied(model: Model) -> None:
+    """Half of a tied pair cannot change alone: what PEFT makes of the other half is not in the files."""
+    tied = model.config.get("tie_word_embeddings", True)
+    for name, info in model.replaced.items():
+        if tied and len(info.shape) == 2 and _TIED.search(name):
+            raise ModelError(
+                f"{model.adapter}: '{name}' is saved whole, the base ties input and output embeddings",
+                "fold it with PEFT's merge_and_unload() and name the model that gives",
+            )
+
+
+_TIED = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|shared|word_embeddings|lm_head|embed_out|decoder)\.weight$")
 _PICKLE_HINT = "pickle files are never loaded, they can run code: save the model as safetensors"
 
 

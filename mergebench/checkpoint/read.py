@@ -85,13 +85,16 @@ class Files:
 
 
 class LowRankReader:
-    """Rows of scale * B @ A, computed in fixed tiles so that a chunk's borders cannot change the bits."""
+    """Rows of a low-rank difference, computed in fixed tiles so that a chunk's borders cannot change the bits."""
 
     def __init__(self, files: Files, delta: LowRank) -> None:
-        a, b = (whole(files, info).float() for info in (delta.a, delta.b))
+        b = whole(files, delta.b).float()
+        a = torch.ones(1, 1) if delta.a is None else whole(files, delta.a).float()
+        b = b.reshape(len(b), len(a))
         self.left, self.right = (a.T.contiguous(), b.T.contiguous()) if delta.transposed else (b, a)
         self.right = self.right * delta.scale
         self.columns = self.right.shape[1]
+        self._dora = None if delta.magnitude is None else _Dora(files, delta, self)
 
     def add_into(self, start: int, out: Tensor) -> None:
         """out += delta[start : start + len(out)] (flat elements)."""
@@ -99,11 +102,49 @@ class LowRankReader:
         step = LOW_RANK_TILE
         row = start // self.columns // step * step
         while row * self.columns < stop:
-            tile = (self.left[row : row + step] @ self.right).reshape(-1)
+            tile = (self.product(row) if self._dora is None else self._dora.tile(row)).reshape(-1)
             at = row * self.columns
             low, high = max(start, at), min(stop, at + len(tile))
             out[low - start : high - start] += tile[low - at : high - at]
             row += step
+
+    def product(self, row: int) -> Tensor:
+        """The tile of scale * B @ A that begins at `row`."""
+        return self.left[row : row + LOW_RANK_TILE] @ self.right
+
+
+class _Dora:
+    """DoRA's difference m * (W + delta) / |W + delta| - W, tile by tile: the norms are those of output rows."""
+
+    def __init__(self, files: Files, delta: LowRank, low_rank: LowRankReader) -> None:
+        assert delta.magnitude is not None and delta.base is not None
+        self._files, self._base, self._low_rank = files, delta.base, low_rank
+        self._magnitude = whole(files, delta.magnitude).float()
+        self._last = -1, torch.empty(0)  # chunks are smaller than a tile of wide rows: do not read it again for each
+        self._factor = None
+        if delta.transposed:  # an output row is a column of the stored tensor: all of it before any of it
+            squares = torch.zeros(low_rank.columns, dtype=torch.float64)
+            for row in range(0, len(low_rank.left), LOW_RANK_TILE):
+                squares += self._adapted(row)[1].double().square().sum(0)
+            self._factor = self._magnitude / squares.sqrt().float()
+
+    def tile(self, row: int) -> Tensor:
+        if self._last[0] != row:
+            base, adapted = self._adapted(row)
+            factor = self._factor
+            if factor is None:
+                norms = torch.linalg.vector_norm(adapted, dim=1)
+                factor = (self._magnitude[row : row + len(adapted)] / norms).unsqueeze(1)
+            self._last = row, adapted.mul_(factor).sub_(base)
+        return self._last[1]
+
+    def _adapted(self, row: int) -> tuple[Tensor, Tensor]:
+        """The tile of W that begins at `row`, and of W + scale * B @ A."""
+        product = self._low_rank.product(row)
+        base = torch.empty(product.numel(), dtype=TORCH_DTYPE[self._base.dtype])
+        self._files.read_elements(self._base, row * self._low_rank.columns, base)
+        base = base.float().reshape(product.shape)
+        return base, product.add_(base)
 
 
 def whole(files: Files, tensor: TensorInfo) -> Tensor:

@@ -24,7 +24,11 @@ def inspect(
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
-        | ({"adapter_rank": found.low_rank[t.name].a.shape[0]} if t.name in found.low_rank else {})
+        | (
+            {"adapter_rank": found.low_rank[t.name].b.shape[1]}
+            if t.name in found.low_rank and len(t.shape) == 2
+            else {}
+        )
         for t in found.tensors.values()
     ]
     if json_:

@@ -148,10 +148,10 @@ def plan_merge(
     if not alignment.merged:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    infos = merge.reference.tensors
+    layout = list(merge.reference.layout())
     stored = _STORED.get(merge.dtype or "")
-    dtypes = {name: stored if stored and info.is_float else info.dtype for name, info in infos.items()}
-    shards = lay_out(infos.values(), dtypes, shard_size, by_file=merge.reference.config_changes is None)
+    dtypes = {info.name: stored if stored and info.is_float else info.dtype for info in layout}
+    shards = lay_out(layout, dtypes, shard_size, by_file=merge.reference.config_changes is None)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")

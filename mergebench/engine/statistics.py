@@ -67,8 +67,7 @@ class OrderStatistics(Statistic):
         share = max(room // (BYTES * max(brackets, 1)), LEAST_NEW)
 
         def gatherer(row: int, rank: int) -> Bracket | Extreme:
-            if not 0 <= rank < numel:
-                raise IndexError(f"rank {rank} of {numel} elements")
+            _check_rank(rank, numel)
             if rank in (0, numel - 1):
                 return Extreme(rank > 0, numel)
             if sample is None:
@@ -97,6 +96,11 @@ class OrderStatistics(Statistic):
     def _keyed(self) -> Tensor:
         return self.values if self.key is None else self.key(self.values)
 
+    def exact(self) -> tuple[Tensor, ...]:
+        for rank in (rank for ranks in self.ranks for rank in ranks):
+            _check_rank(rank, self.values.shape[1])
+        return pick(self.keyed(), self.ranks)
+
     @staticmethod
     def combine(
         state: list[list[Bracket | Extreme]], other: list[list[Bracket | Extreme]]
@@ -121,6 +125,21 @@ class OrderStatistics(Statistic):
             return {"kept": [1 - low.smaller / numel for low in state[0]]}
         low_and_high = zip(*state, strict=True)
         return {"kept": [max(high.upto - low.smaller, 0) / numel for low, high in low_and_high]}
+
+
+def _check_rank(rank: int, numel: int) -> None:
+    if not 0 <= rank < numel:
+        raise IndexError(f"rank {rank} of {numel} elements")
+
+
+def pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """The values of ranks [questions][rows] where everything is at hand; rows are put into another order."""
+    columns: list[list[float]] = [[] for _ in ranks]
+    for row, wanted in zip(rows, zip(*ranks, strict=True), strict=True):
+        row.partition(sorted(set(wanted)))
+        for column, rank in zip(columns, wanted, strict=True):
+            column.append(float(row[rank]) + 0.0)  # of the two zeros always the same
+    return tuple(torch.tensor(column, dtype=torch.float32).unsqueeze(1) for column in columns)
 
 
 class Gram(Statistic):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergebench.checkpoint.read import TORCH_DTYPE, Files
 from mergebench.checkpoint.write import ShardFiles
+from mergebench.engine import whole
 from mergebench.engine.brackets import Floats
 from mergebench.engine.context import Context, Span
 from mergebench.engine.plan import Plan, Unit
@@ -35,18 +35,7 @@ class Item(NamedTuple):
 
 def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
     """Run the method with the answers known so far: the next question, or the merged chunk."""
-    running = plan.merge.method(values, plan.merge.params_for(ctx.spans[0].tensor), ctx)
-    if not inspect.isgenerator(running):
-        return cast(Tensor, running)
-    steps = cast("Generator[Statistic, Any, Tensor]", running)
-    try:
-        statistic = next(steps)
-        for answer in answers:
-            statistic = steps.send(answer)
-    except StopIteration as end:
-        return cast(Tensor, end.value)
-    steps.close()
-    return statistic
+    return whole.replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, answers)
 
 
 def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:

@@ -114,6 +114,7 @@ def put_together(
         headers=list(headers.values()),
         tensors=tensors,
         low_rank=low_rank,
+        replaced={},
         config_changes=_config_changes(models[0].config, layers),
     )
 

@@ -33,6 +33,7 @@ BERT = transformers.BertConfig(
     vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
 )
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
+CONV = {"r": 3, "lora_alpha": 5, "fan_in_fan_out": True}
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (LLAMA, {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}),
@@ -59,6 +60,22 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Conv1D": (GPT2, {"r": 3, "lora_alpha": 5, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "square Conv1D": (GPT2, {"r": 3, "target_modules": ["attn.c_proj"], "fan_in_fan_out": True, "use_rslora": True}),
     "encoder": (BERT, {"r": 4, "lora_alpha": 8, "target_modules": ["query", "dense"]}),
+    "DoRA": (LLAMA, {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, "use_dora": True}),
+    "DoRA, rank-stabilised, patterns": (
+        LLAMA,
+        {
+            "r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, "use_dora": True, "use_rslora": True,
+            "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3},
+        },
+    ),
+    "DoRA, Conv1D": (GPT2, CONV | {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    "DoRA, square Conv1D": (GPT2, CONV | {"target_modules": ["attn.c_proj"], "use_dora": True}),
+    "bias of B": (BERT, {"r": 4, "lora_alpha": 6, "target_modules": ["query", "dense"], "lora_bias": True}),
+    "bias of B, Conv1D": (GPT2, CONV | {"target_modules": ["c_attn"], "lora_bias": True, "use_rslora": True}),
+    "biases of the adapted": (BERT, {"r": 4, "target_modules": ["query", "dense"], "bias": "lora_only"}),
+    "all biases": (GPT2, CONV | {"target_modules": ["c_attn"], "bias": "all"}),
+    "modules saved whole": (LLAMA, {"r": 2, "target_modules": PROJECTIONS, "modules_to_save": ["lm_head", "norm"]}),
+    "a pooler saved whole": (BERT, {"r": 2, "target_modules": ["query"], "modules_to_save": ["pooler"]}),
 }  # fmt: skip
 
 
@@ -67,8 +84,12 @@ def train(model: Any, seed: int = 1) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                value.mul_(1 + 0.3 * torch.randn_like(value))
+            elif "lora_" in name:
                 value.copy_(0.3 * torch.randn_like(value))
+            elif value.requires_grad:  # a bias, a module saved whole
+                value.add_(0.3 * torch.randn_like(value))
 
 
 def make(
@@ -102,7 +123,7 @@ def test_folds_like_peft(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["patterns", "Conv1D"])
+@pytest.mark.parametrize("kind", ["patterns", "Conv1D", "DoRA", "DoRA, Conv1D", "bias of B", "all biases"])
 def test_merges_like_peft(tmp_path: Path, kind: str) -> None:
     """A recipe with BASE+ADAPTER gives what it gives with the folded model."""
     make(tmp_path, *KINDS[kind])
@@ -120,6 +141,25 @@ def test_merges_like_peft(tmp_path: Path, kind: str) -> None:
     for one, other in ((results[0], results[2]), (results[1], results[3])):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "modules saved whole", "biases of the adapted"])
+def test_merges_without_a_base(tmp_path: Path, kind: str) -> None:
+    """The model with the adapter gives the layout: the base's file, order and types."""
+    expected = make(tmp_path, *KINDS[kind], dtype=torch.bfloat16 if kind == "modules saved whole" else torch.float32)
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": f"{tmp_path / 'base'}+{tmp_path / 'lora'}"}, {"model": str(tmp_path / "folded")}],
+    }
+    out = mergebench.run(mergebench.plan(mergebench.load(recipe), device="cpu"), tmp_path / "out").out
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    layouts = [
+        [(t.name, t.dtype) for t in open_model(str(place)).tensors.values()] for place in (tmp_path / "base", out)
+    ]
+    assert layouts[0] == layouts[1]
+    for name, value in read_model(out).items():
+        close = {"rtol": 2e-2, "atol": 1e-3} if value.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(value, expected[name], **close)
 
 
 def test_half_precision_is_added_in_float32(tmp_path: Path) -> None:
@@ -176,7 +216,8 @@ def test_any_split_gives_the_same_bits(tmp_path_factory: pytest.TempPathFactory,
     conv = data.draw(st.booleans())
     folder = tmp_path_factory.mktemp("lora")
     torch.manual_seed(rows * columns + rank)
-    _write_adapter(folder, rows, columns, rank, fan_in_fan_out=conv)
+    dora = data.draw(st.booleans())
+    _write_adapter(folder, rows, columns, rank, fan_in_fan_out=conv, use_dora=dora)
     model = open_model(f"{folder / 'base'}+{folder / 'lora'}")
     whole = read_whole(model, "layer.weight").reshape(-1)
     cuts = data.draw(st.lists(st.integers(0, rows * columns), max_size=6))
@@ -192,14 +233,21 @@ def test_any_split_gives_the_same_bits(tmp_path_factory: pytest.TempPathFactory,
     assert torch.equal(read_model(folder / "base")["layer.weight"].reshape(-1) + delta, whole)
     factors = load_file(folder / "lora" / "adapter_model.safetensors")
     product = factors["layer.lora_B.weight"].double() @ factors["layer.lora_A.weight"].double() * (3 / rank)
-    expected = (product.T if conv else product).reshape(-1)
-    torch.testing.assert_close(delta.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = product.T if conv else product
+    if dora:
+        base = read_model(folder / "base")["layer.weight"].double()
+        norms = (base + expected).norm(dim=0 if conv else 1, keepdim=True)
+        magnitude = factors["layer.lora_magnitude_vector"].double()
+        expected = (magnitude if conv else magnitude[:, None]) / norms * (base + expected) - base
+    torch.testing.assert_close(delta.double(), expected.reshape(-1), rtol=1e-4, atol=1e-5)
 
 
 def _write_adapter(folder: Path, rows: int, columns: int, rank: int, **config: Any) -> None:
     wide, high = (rows, columns) if config.get("fan_in_fan_out") else (columns, rows)
     write_model(folder / "base", {"layer.weight": torch.randn(rows, columns)})
     factors = {"layer.lora_A.weight": torch.randn(rank, wide), "layer.lora_B.weight": torch.randn(high, rank)}
+    if config.get("use_dora"):
+        factors["layer.lora_magnitude_vector"] = torch.randn(high)
     (folder / "lora").mkdir()
     save_file(factors, folder / "lora" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, **config}
@@ -209,10 +257,6 @@ def _write_adapter(folder: Path, rows: int, columns: int, rank: int, **config: A
 # -- what is refused ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "DoRA": {"use_dora": True},
-    "biases": {"bias": "lora_only"},
-    "a LoRA bias": {"lora_bias": True, "target_modules": ["c_attn"]},
-    "modules saved whole": {"modules_to_save": ["lm_head"]},
     "trained tokens": {"trainable_token_indices": [1, 2]},
     "embeddings": {"target_modules": ["embed_tokens", "wte"]},
     "PiSSA": {"init_lora_weights": "pissa"},
@@ -225,7 +269,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_refused(tmp_path: Path, kind: str) -> None:
     """Kinds whose factors alone do not say what the model is: named, not half applied."""
     settings = {"r": 2, "target_modules": PROJECTIONS, **REFUSED[kind]}
-    make(tmp_path, GPT2 if kind == "a LoRA bias" else LLAMA, settings)
+    make(tmp_path, LLAMA, settings)
     with pytest.raises(ModelError, match=str(tmp_path / "lora")):
         fold(tmp_path)
 
@@ -235,6 +279,38 @@ def test_a_head_saved_whole_is_refused(tmp_path: Path) -> None:
     make(tmp_path, *KINDS["untied head"], save_embedding_layers="auto")
     with pytest.raises(ModelError, match=r"lm_head\.base_layer\.weight: not a LoRA factor"):
         fold(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_half_of_a_tied_pair_is_refused(tmp_path: Path, module: str) -> None:
+    settings = {"r": 2, "target_modules": PROJECTIONS, "modules_to_save": [module]}
+    make(tmp_path, LLAMA, settings)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match=rf"{module}\.weight' is saved whole, the base ties"):
+        fold(tmp_path)
+
+
+@pytest.mark.parametrize("key, part", [("use_dora", "magnitude_vector"), ("lora_bias", "B.bias")])
+def test_a_vector_and_its_setting_go_together(tmp_path: Path, key: str, part: str) -> None:
+    _write_adapter(tmp_path, 4, 4, 2)
+    config, weights = tmp_path / "lora" / "adapter_config.json", tmp_path / "lora" / "adapter_model.safetensors"
+    factors, plain = load_file(weights), json.loads(config.read_text())
+    cases = [({key: True}, {}), ({}, {f"layer.lora_{part}": torch.ones(4)})]
+    cases += [({key: True}, {f"layer.lora_{part}": torch.ones(5)})]
+    for changed, vector in cases:
+        config.write_text(json.dumps(plain | changed))
+        save_file(factors | vector, weights)
+        with pytest.raises(ModelError, match=rf"layer: ({key} is|{part[:4]}.* does not fit|bias \[5\] does not fit)"):
+            open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
+
+
+def test_factors_stored_twice(tmp_path: Path) -> None:
+    _write_adapter(tmp_path, 4, 4, 2)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.layer.lora_A.weight": torch.ones(2, 4)}, file)
+    with pytest.raises(ModelError, match="layer: a second lora_A"):
+        open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
 
 
 def test_a_changed_base_is_what_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""What a LoRA directory (PEFT's format) holds: factors by module, tensors saved whole, their settings.
+
+Read from config and header alone, without the base the adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint.header import Header, TensorInfo, read_header
+from mergebench.errors import ModelError, RunError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before a module's name
+_UNSUPPORTED = {
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "LoRA of bare parameters",
+    "layer_replication": "layers used more than once",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+_RESIDUAL = ("pissa", "corda", "olora", "loftq")  # begin as a part of the base, which is taken out of it
+_PARTS = {
+    "A": re.compile(r"(.+)\.lora_A(?:\.default)?\.weight"),
+    "B": re.compile(r"(.+)\.lora_B(?:\.default)?\.weight"),
+    "bias": re.compile(r"(.+)\.lora_B(?:\.default)?\.bias"),
+    "magnitude": re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"),
+}
+_BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's part of an adapter: scale * B @ A, with DoRA's magnitude and the bias of B where it has them."""
+
+    a: TensorInfo
+    b: TensorInfo
+    scale: float
+    magnitude: TensorInfo | None
+    bias: TensorInfo | None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in], whichever way the base stores it."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA directory, config and header read and checked, no data touched."""
+
+    directory: Path
+    config: dict[str, Any]
+    header: Header
+    modules: dict[str, Factors]  # by the module's name, without PEFT's prefix, in file order
+    whole: dict[str, TensorInfo]  # tensors that take the place of the base's (biases, modules_to_save)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base stores its weights [in, out] (GPT-2's Conv1D)."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+
+def is_adapter(directory: Path) -> bool:
+    return (directory / CONFIG).is_file()
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read a LoRA directory; `ModelError` where it is none, or of a kind not supported."""
+    config = _config(directory)
+    if not (directory / WEIGHTS).is_file():
+        found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
+        raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
+    header = read_header(directory / WEIGHTS)
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    whole: dict[str, TensorInfo] = {}
+    for tensor in header.tensors:
+        name = tensor.name.removeprefix(PREFIX)
+        for part, pattern in _PARTS.items():
+            match = pattern.fullmatch(name)
+            if match is not None:
+                found_parts = parts.setdefault(match[1], {})
+                if part in found_parts:
+                    raise ModelError(f"{directory}: {match[1]}: a second lora_{part}: '{tensor.name}'")
+                found_parts[part] = tensor
+                break
+        else:
+            whole[_whole_name(directory, tensor.name, name, config)] = tensor
+    modules = {module: _factors(directory, module, found, config) for module, found in parts.items()}
+    if not modules:
+        raise ModelError(f"{directory}: the adapter holds no " + ("LoRA factors" if whole else "tensors"))
+    for saved in _saved_modules(config):
+        if not any(f"{saved}." in name for name in whole):
+            raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
+    return Adapter(directory, config, header, modules, whole)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{directory}: not an adapter: no {CONFIG}",
+            "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
+        ) from None
+    except (OSError, ValueError):
+        raise RunError(f"{directory / CONFIG}: not readable as JSON") from None
+    if not isinstance(config, dict):
+        raise RunError(f"{directory / CONFIG}: not a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{directory}: adapter type {config.get('peft_type')!r} is not supported, only LORA is")
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            raise ModelError(f"{directory}: {what} ({key}) is not supported yet")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
+        raise ModelError(
+            f"{directory}: init_lora_weights: {start}: its factors belong to a changed base",
+            "let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise ModelError(f"{directory / CONFIG}: r and lora_alpha must be numbers")
+    return config
+
+
+def _whole_name(directory: Path, stored: str, name: str, config: Mapping[str, Any]) -> str:
+    """The name of the base's tensor that a tensor saved whole replaces, without PEFT's wrappers."""
+    bias = _BIAS.fullmatch(name)
+    if bias is not None and config.get("bias", "none") != "none":
+        return f"{bias[1]}.bias"
+    inside = any(f"{module}." in name for module in _saved_modules(config))
+    if not inside or "lora_" in name or ".base_layer." in name:
+        raise ModelError(f"{directory}: {stored}: not a LoRA factor of a linear layer: not supported yet")
+    return name
+
+
+def _saved_modules(config: Mapping[str, Any]) -> list[str]:
+    saved = config.get("modules_to_save") or []
+    return [str(module) for module in (saved if isinstance(saved, list) else [saved])]
+
+
+def _factors(directory: Path, module: str, found: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Factors:
+    if not {"A", "B"} <= found.keys():
+        raise ModelError(f"{directory}: {module}: only one of lora_A and lora_B is there")
+    a, b = found["A"], found["B"]
+    rank = a.shape[0] if a.shape else 0
+    if not (a.is_float and b.is_float and len(a.shape) == len(b.shape) == 2 and rank == b.shape[1] and rank):
+        raise ModelError(f"{directory}: {module}: factors {list(a.shape)} and {list(b.shape)} do not multiply")
+    for part, key in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        vector = found.get(part)
+        if (vector is not None) != bool(config.get(key)):
+            raise ModelError(f"{directory}: {module}: {key} is {config.get(key)!r}, but its vector tells otherwise")
+        if vector is not None and (vector.shape != b.shape[:1] or not vector.is_float):
+            raise ModelError(f"{directory}: {module}: {part} {list(vector.shape)} does not fit B {list(b.shape)}")
+    scale = _alpha(directory, module, config) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Factors(a, b, scale, found.get("magnitude"), found.get("bias"))
+
+
+def _alpha(directory: Path, module: str, config: Mapping[str, Any]) -> float:
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return float(value)
+    except (re.error, AttributeError, TypeError, ValueError):
+        raise ModelError(f"{directory / CONFIG}: alpha_pattern must map modules to numbers") from None
+    return float(config["lora_alpha"])
