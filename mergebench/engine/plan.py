@@ -6,7 +6,6 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 from __future__ import annotations
 
 import inspect
-import math
 import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -62,6 +61,7 @@ class Plan:
     groups: list[Group]
     passes: int  # questions the method asks
     chunk: int  # elements
+    whole: frozenset[str]  # tensors that come in one chunk, however large
     workers: int
     memory: int  # bytes for buffers and statistics
     device: torch.device
@@ -97,10 +97,20 @@ class Plan:
     def needs_base(self, name: str, apply: bool) -> bool:
         return (apply and self.merge.from_base) or any(operand.base for operand in self.operands[name])
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        """Elements of the largest chunk."""
+        return max([self.chunk, *(self.merge.reference.tensors[name].numel for name in self.whole)])
+
+    @cached_property
     def buffer_bytes(self) -> int:
         """Memory of all workers' buffers and temporaries."""
-        return self.workers * self.chunk * _bytes_per_element(len(self.merge.models))
+        models, workspace = len(self.merge.models), self.merge.method.workspace
+        longest, temporaries = self.longest, [_temporary_bytes(models) * (self.chunk if workspace else self.longest)]
+        if workspace:  # beside it: the merged chunk, plus the base, as it is stored
+            wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
+            temporaries += [workspace(info.shape, models, p) + 3 * 4 * info.numel for info, p in wholes]
+        return self.workers * (longest * _buffer_bytes(models) + max(temporaries))
 
     @property
     def peak_memory(self) -> int:
@@ -165,6 +175,7 @@ def plan_merge(
         groups=_groups(merge, shards, merged, min(GROUP, memory // (4 * len(merge.models)))),
         passes=passes,
         chunk=size,
+        whole=frozenset(name for name in merged if merge.whole(infos[name], alignment.aliases.get(name))),
         workers=workers,
         memory=memory,
         device=where,
@@ -266,19 +277,21 @@ def _groups(merge: Merge, shards: Sequence[Shard], merged: set[str], most: int) 
     ]
 
 
-def _bytes_per_element(models: int) -> int:
-    """What one worker holds for each element of a chunk: rows read, rows in float32, temporaries."""
-    rows = models + 1
-    return rows * (4 + 8) + (rows + 1) * 4 * TEMPORARIES
+def _buffer_bytes(models: int) -> int:
+    """What one worker's buffers hold for each element of a chunk: rows as read and in float32, the base's too."""
+    return (models + 1) * (4 + 8)
+
+
+def _temporary_bytes(models: int) -> int:
+    """What a method may hold for each element of a chunk."""
+    return (models + 2) * 4 * TEMPORARIES
 
 
 def _least_chunk(merge: Merge) -> int:
-    """Elements of the largest piece that the method will not have cut: a row, or a whole tensor."""
+    """Elements of the longest row, where the method will not have one cut."""
     infos = merge.reference.tensors
     shapes = [info.shape for name, info in infos.items() if info.is_float and merge.wanted(name)]
-    if merge.cut == "row":
-        return max(shape[-1] if shape else 1 for shape in shapes)
-    return max(math.prod(shape) for shape in shapes) if merge.cut == "tensor" else 1
+    return max(shape[-1] if shape else 1 for shape in shapes) if merge.cut == "row" else 1
 
 
 def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
@@ -287,7 +300,8 @@ def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
     memory: bytes for one worker.
     """
     most = 64 if device.type == "cuda" else 2
-    fitting = memory // (2 * _bytes_per_element(len(merge.models)) * TILE)  # the other half is for statistics
+    each = _buffer_bytes(len(merge.models)) + _temporary_bytes(len(merge.models))
+    fitting = memory // (2 * each * TILE)  # the other half is for statistics
     return max(min(most, fitting), 1) * TILE
 
 
