@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean, svd, svd_bytes
+from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.methods._svd import svd, svd_bytes
 
 
 @dataclass(frozen=True)

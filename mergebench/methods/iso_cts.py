@@ -9,7 +9,8 @@ import torch
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean, nearest_orthogonal, svd, svd_bytes
+from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Params:
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     """The stacked vectors twice, a task matrix less the common space, beside a decomposition."""
-    return 4 * (2 * sum(shape) * min(shape) + shape[0] * shape[1]) + svd_bytes(*shape)
+    stacked = 2 * 4 * sum(shape) * min(shape)
+    return stacked + max(4 * shape[0] * shape[1] + svd_bytes(*shape), gram_bytes(max(shape), min(shape)))
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2502.04959", cut="tensor", whole=is_matrix, workspace=workspace)

@@ -10,7 +10,8 @@ from torch import Tensor
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean, svd_bytes
+from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.methods._svd import svd, svd_bytes
 from mergebench.methods.ties import elect_and_merge
 
 NEGLIGIBLE = 1e-5  # singular values up to it are dropped
@@ -45,7 +46,7 @@ def knots(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     beside = torch.cat([matrix.double().mT for matrix in stack])
     triangle = torch.linalg.qr(beside, mode="r").R
     del beside
-    left, s, _ = torch.linalg.svd(triangle.mT, full_matrices=False)
+    left, s, _ = svd(triangle.mT)
     left = left[:, s > NEGLIGIBLE]
     if not left.numel():
         return torch.zeros_like(tvs[0])

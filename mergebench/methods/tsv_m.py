@@ -8,7 +8,8 @@ import torch
 
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean, nearest_orthogonal, svd, svd_bytes
+from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Params:
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     """The stacked vectors twice (as gathered, and orthogonal), beside a decomposition."""
-    return 2 * 4 * sum(shape) * min(shape) + svd_bytes(*shape)
+    return 2 * 4 * sum(shape) * min(shape) + max(svd_bytes(*shape), gram_bytes(max(shape), min(shape)))
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2412.00081", cut="tensor", whole=is_matrix, workspace=workspace)

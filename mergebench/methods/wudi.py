@@ -24,9 +24,8 @@ class Params:
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     """The task matrices at length one, their Gram matrix (and its eigenvectors), and the size of tau a few times."""
     size, gram = shape[0] * shape[1], min(shape[1], models * shape[0]) ** 2
-    if p.solve == "adam":
-        return 4 * ((models + 6) * size + gram) + (1 << 20)
-    return 8 * ((2 * models + 3) * size + 6 * gram) + (1 << 20)
+    adam, closed = 4 * ((models + 6) * size + gram), 8 * ((2 * models + 3) * size + 6 * gram)
+    return (adam if p.solve == "adam" else closed) + (1 << 20)
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2503.08099", cut="tensor", whole=is_matrix, workspace=workspace)
@@ -65,8 +64,7 @@ def closed(units: Tensor, pull: Tensor) -> Tensor:
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     values, vectors = values[kept], vectors[:, kept]
     rows = (vectors / values.sqrt()).mT @ units if wide else vectors.mT
-    merged: Tensor = (pull @ rows.mT / values) @ rows
-    return merged.float()
+    return torch.linalg.multi_dot([pull, rows.mT / values, rows]).float()
 
 
 def adam(tau: Tensor, units: Tensor, pull: Tensor, p: Params) -> Tensor:
