@@ -106,11 +106,12 @@ class Plan:
     def buffer_bytes(self) -> int:
         """Memory of all workers' buffers and temporaries."""
         models, workspace = len(self.merge.models), self.merge.method.workspace
-        longest, temporaries = self.longest, [_temporary_bytes(models) * (self.chunk if workspace else self.longest)]
-        if workspace:  # beside it: the merged chunk, plus the base, as it is stored
+        temporaries = _temporary_bytes(models) * (self.chunk if workspace else self.longest)
+        if workspace:  # in addition, as freed memory is kept; with the merged chunk, plus the base, as it is stored
             wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
-            temporaries += [workspace(info.shape, models, p) + 3 * 4 * info.numel for info, p in wholes]
-        return self.workers * (longest * _buffer_bytes(models) + max(temporaries))
+            taken = [workspace(info.shape, models, params) + 3 * 4 * info.numel for info, params in wholes]
+            temporaries += max(taken, default=0)
+        return self.workers * (self.longest * _buffer_bytes(models) + temporaries)
 
     @property
     def peak_memory(self) -> int:

@@ -10,7 +10,7 @@ from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method, param
 from mergebench.methods._matrices import is_matrix, matrices, mean
-from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
+from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_by_gram, svd_bytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Params:
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     """The stacked vectors twice, a task matrix less the common space, beside a decomposition."""
     stacked = 2 * 4 * sum(shape) * min(shape)
-    return stacked + max(4 * shape[0] * shape[1] + svd_bytes(*shape), gram_bytes(max(shape), min(shape)))
+    return stacked + 4 * shape[0] * shape[1] + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2502.04959", cut="tensor", whole=is_matrix, workspace=workspace)
@@ -43,7 +43,7 @@ def iso_cts(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     lefts, values, rights = [u], [s], [v]
     for matrix in stack if each else ():
         size = torch.linalg.matrix_norm(matrix).item()
-        own = first(svd(matrix - u @ (u.mT @ matrix), size), each)
+        own = first(svd_by_gram(matrix - u @ (u.mT @ matrix), size), each)
         for kept, part in zip((lefts, values, rights), own, strict=True):
             kept.append(part.clone())
         del own

@@ -33,10 +33,9 @@ def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Minimise the disturbance sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2 for each matrix.
 
     Cheng et al., "Whoever started the interference should end it". `adam` is the paper's: `steps` of Adam from
-    sum tau_i, stopped early, so that the result depends on the scale of the task vectors. `closed` is the
-    stationary point sum tau_i C_i (sum C_i)^+ with C_i = tau_i^T tau_i / |tau_i|^2, in float64, the
-    pseudo-inverse without eigenvalues at rounding level. A zero task matrix disturbs nothing and is left out.
-    Other tensors, embeddings and heads are averaged.
+    sum tau_i, stopped early: the result depends on the scale of the task vectors. `closed` is the stationary
+    point sum tau_i C_i (sum C_i)^+ with C_i = tau_i^T tau_i / |tau_i|^2, in float64, the pseudo-inverse without
+    eigenvalues at rounding level. A zero task matrix has no say. Other tensors, embeddings and heads are averaged.
     """
     stack = matrices(tvs, ctx)
     if stack is None:
@@ -64,7 +63,8 @@ def closed(units: Tensor, pull: Tensor) -> Tensor:
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     values, vectors = values[kept], vectors[:, kept]
     rows = (vectors / values.sqrt()).mT @ units if wide else vectors.mT
-    return torch.linalg.multi_dot([pull, rows.mT / values, rows]).float()
+    merged: Tensor = torch.linalg.multi_dot([pull, rows.mT / values, rows])
+    return merged.float()
 
 
 def adam(tau: Tensor, units: Tensor, pull: Tensor, p: Params) -> Tensor:
