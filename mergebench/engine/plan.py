@@ -300,7 +300,7 @@ def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
 
     memory: bytes for one worker.
     """
-    most = 64 if device.type == "cuda" else 2
+    most = 64 if device.type == "cuda" else 1 if merge.method.workspace else 2
     each = _buffer_bytes(len(merge.models)) + _temporary_bytes(len(merge.models))
     fitting = memory // (2 * each * TILE)  # the other half is for statistics
     return max(min(most, fitting), 1) * TILE

@@ -25,10 +25,10 @@ class Params:
 
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
-    """The task matrices in float64, aligned, and trimmed, beside a decomposition of their triangle."""
-    rows, columns = shape
-    least = min(rows, models * columns)
-    return (8 + 4 * 5) * models * rows * columns + svd_bytes(rows, least, 8) + 3 * 8 * rows * least
+    """The most of: all in float64, twice; the triangle's decomposition; aligned, trimmed, and those that agree."""
+    (rows, columns), rank = shape, min(shape[0], models * shape[1])
+    aligned = 6 * 4 * models * rank * columns + 2 * 8 * columns * (rank + rows)
+    return 8 * rows * rank + max(17 * models * rows * columns, svd_bytes(rows, rank, 8), aligned)
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2410.19735", cut="tensor", whole=is_matrix, workspace=workspace)
