@@ -106,4 +106,7 @@ def test_a_matrix_that_does_not_fit_is_refused(method: str, parameters: dict[str
     plan = planned(folder, method, parameters, workers=1, memory=needed * MIB)
     assert needed - 1 < plan.peak_memory / MIB <= needed
     assert plan.longest == 900 * 800
+    assert [item.spans[0].numel for item in work.chunks_of(plan, "model.layers.0.up.weight", 0)] == [plan.longest]
+    rows_read, results_and_sum = 4 * (4 + 8), 4 * 4
+    assert needed * MIB > plan.longest * (rows_read + results_and_sum)
     assert planned(folder, method, parameters, workers=2, memory=2 * needed * MIB).peak_memory == 2 * plan.peak_memory

@@ -226,6 +226,25 @@ def test_iso_cts_with_nothing_but_common_space_is_iso_c() -> None:
     close(merged("iso_cts", stack, common_space_fraction=1.0), merged("iso_c", stack).double().numpy())
 
 
+def test_what_a_task_has_outside_of_the_common_space_may_be_nothing() -> None:
+    """Then no direction is made of the rounding that is left."""
+    left, _ = torch.linalg.qr(task_matrices(1, (20, 20), seed=1)[0])
+    right, _ = torch.linalg.qr(task_matrices(1, (30, 20), seed=2)[0])
+    inside = 5 * torch.outer(left[:, 0], right[:, 0])
+    found = merged("iso_cts", torch.stack([left * torch.arange(30.0, 10, -1) @ right.T, inside]))
+
+    values = torch.linalg.svdvals(found.double())
+    assert (values > 0.01).sum() == 18
+    close(found, values[0].item() * (left[:, :18] @ right[:, :18].T).double().numpy(), 1e-4)
+
+
+def test_wudi_closed_keeps_weak_directions() -> None:
+    stack = task_matrices(1, (20, 12), 1.0)
+    stack[0, :, 3] *= 1e-4
+
+    close(merged("wudi/closed", stack)[:, 3], stack[0, :, 3].double().numpy(), 2e-2)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("shape", [(24, 24), (40, 15), (12, 33)])
 def test_the_order_of_models_does_not_matter(name: str, shape: tuple[int, int]) -> None:
