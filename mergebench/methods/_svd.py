@@ -55,4 +55,4 @@ def svd_bytes(rows: int, columns: int, itemsize: int = 4) -> int:
 
 def gram_bytes(rows: int, columns: int) -> int:
     """What `nearest_orthogonal` holds beside its input: float64 copies, and LAPACK's workspace (as measured)."""
-    return (3 * rows * columns + 5 * min(rows, columns) ** 2) * 8 + (1 << 20)
+    return (3 * rows * columns + 7 * min(rows, columns) ** 2) * 8 + (1 << 20)

@@ -20,9 +20,9 @@ class Params:
 
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
-    """The stacked vectors twice, a task matrix less the common space, beside a decomposition."""
-    stacked = 2 * 4 * sum(shape) * min(shape)
-    return stacked + 4 * shape[0] * shape[1] + max(svd_bytes(*shape), gram_bytes(*shape))
+    """The stacked vectors three times, a task matrix less the common space, beside a decomposition."""
+    stacked = 3 * 4 * sum(shape) * min(shape)
+    return stacked + 2 * 4 * shape[0] * shape[1] + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2502.04959", cut="tensor", whole=is_matrix, workspace=workspace)

@@ -27,7 +27,7 @@ class Params:
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     """The most of: all in float64, twice; the triangle's decomposition; aligned, trimmed, and those that agree."""
     (rows, columns), rank = shape, min(shape[0], models * shape[1])
-    aligned = 6 * 4 * models * rank * columns + 2 * 8 * columns * (rank + rows)
+    aligned = 8 * 4 * models * rank * columns + 2 * 8 * columns * (rank + rows)
     return 8 * rows * rank + max(17 * models * rows * columns, svd_bytes(rows, rank, 8), aligned)
 
 

@@ -18,8 +18,8 @@ class Params:
 
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
-    """The stacked vectors twice (as gathered, and orthogonal), beside a decomposition."""
-    return 2 * 4 * sum(shape) * min(shape) + max(svd_bytes(*shape), gram_bytes(*shape))
+    """The stacked vectors three times (gathered, side by side, orthogonal), beside a decomposition."""
+    return 3 * 4 * sum(shape) * min(shape) + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
 @merge_method(takes="task_vectors", paper="arXiv:2412.00081", cut="tensor", whole=is_matrix, workspace=workspace)
