@@ -44,6 +44,10 @@ class Merge:
     def cut(self) -> Cut:
         return self.method.cut_with(self.params)
 
+    def whole(self, info: TensorInfo, alias: str | None = None) -> bool:
+        """Whether a tensor must come in one chunk; `alias`: what it is tied to, by whose name methods know it."""
+        return self.cut == "tensor" and self.method.whole(alias or info.name, info.shape)
+
     def params_for(self, name: str) -> Any:
         """The parameters that hold for a tensor."""
         return self.by_tensor.get(name, self.params)

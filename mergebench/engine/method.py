@@ -33,6 +33,8 @@ else:  # torch is imported by the methods, not by who only lists their parameter
     TaskVectors = Weights = Passes = Any
 
 Cut = Literal["element", "row", "tensor"]
+Whole = Callable[[str, tuple[int, ...]], bool]  # of a tensor's name and shape
+Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, number of models and parameters
 PerModel = tuple[float, ...]  # one value for each model
 
 REQUIRED: Any = object()
@@ -126,6 +128,8 @@ class Method:
     takes: Literal["task_vectors", "weights"]
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
+    whole: Whole  # with cut "tensor", those that must come whole; the others may be cut at any element
+    workspace: Workspace | None  # what the method takes for a tensor that comes whole; None: `TEMPORARIES`
     scope: Literal["tensor", "model"]  # default reach of a statistic
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
     optional_base: bool  # task vectors without a base are the weights themselves
@@ -159,6 +163,8 @@ def merge_method(
     takes: Literal["task_vectors", "weights"],
     paper: str,
     cut: Cut | Callable[[Any], Cut] = "element",
+    whole: Whole = lambda name, shape: True,
+    workspace: Workspace | None = None,
     scope: Literal["tensor", "model"] = "tensor",
     models: int | None = None,
     optional_base: bool = False,
@@ -168,9 +174,12 @@ def merge_method(
 
     `takes`: the chunk holds task vectors (the result is one too, and the engine adds the base) or
     weights. `paper`: where the formula stands. `cut`: the smallest piece it may be cut into (a function
-    of the parameters where they decide). `scope`: what its statistics reach over unless the recipe says
-    otherwise. `models`: how many it takes. `optional_base`: without a base, the weights themselves are merged.
-    `base_counts`: a base that is not listed among the models is one more of them.
+    of the parameters where they decide). `whole`: with cut "tensor", whether the tensor of that name and
+    shape must come whole; the others are treated element by element, and cut anywhere. `workspace`: the
+    bytes it holds at most beside a whole chunk, by shape, number of models and parameters. `scope`: what its
+    statistics reach over unless the recipe says otherwise. `models`: how many it takes. `optional_base`:
+    without a base, the weights themselves are merged. `base_counts`: a base that is not listed among the
+    models is one more of them.
     """
 
     def declare(function: Callable[..., Any]) -> Method:
@@ -193,6 +202,8 @@ def merge_method(
             takes=takes,
             paper=paper,
             cut=cut,
+            whole=whole,
+            workspace=workspace,
             scope=scope,
             models=models,
             optional_base=optional_base,

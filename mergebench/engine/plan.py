@@ -5,7 +5,6 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +59,7 @@ class Plan:
     groups: list[Group]
     asked: dict[str, int]  # questions about each merged tensor
     chunk: int  # elements
+    whole: frozenset[str]  # tensors that come in one chunk, however large
     workers: int
     memory: int  # bytes for buffers and statistics
     device: torch.device
@@ -100,10 +100,21 @@ class Plan:
     def needs_base(self, name: str, apply: bool) -> bool:
         return (apply and self.merge.from_base) or any(operand.base for operand in self.operands[name])
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        """Elements of the largest chunk."""
+        return max([self.chunk, *(self.merge.reference.tensors[name].numel for name in self.whole)])
+
+    @cached_property
     def buffer_bytes(self) -> int:
         """Memory of all workers' buffers and temporaries."""
-        return self.workers * self.chunk * _bytes_per_element(len(self.merge.models))
+        models, workspace = len(self.merge.models), self.merge.method.workspace
+        temporaries = _temporary_bytes(models) * (self.chunk if workspace else self.longest)
+        if workspace:  # in addition, as freed memory is kept; with the merged chunk, plus the base, as it is stored
+            wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
+            taken = [workspace(info.shape, models, params) + 3 * 4 * info.numel for info, params in wholes]
+            temporaries += max(taken, default=0)
+        return self.workers * (self.longest * _buffer_bytes(models) + temporaries)
 
     @property
     def peak_memory(self) -> int:
@@ -167,6 +178,9 @@ def plan_merge(
         groups=_groups(merge, operands, shards, asked, memory // 8),
         asked=asked,
         chunk=size,
+        whole=frozenset(
+            name for name in alignment.merged if merge.whole(merge.reference.tensors[name], alignment.aliases.get(name))
+        ),
         workers=workers,
         memory=memory,
         device=where,
@@ -253,19 +267,21 @@ def _groups(
     ]
 
 
-def _bytes_per_element(models: int) -> int:
-    """What one worker holds for each element of a chunk: rows read, rows in float32, temporaries."""
-    rows = models + 1
-    return rows * (4 + 8) + (rows + 1) * 4 * TEMPORARIES
+def _buffer_bytes(models: int) -> int:
+    """What one worker's buffers hold for each element of a chunk: rows as read and in float32, the base's too."""
+    return (models + 1) * (4 + 8)
+
+
+def _temporary_bytes(models: int) -> int:
+    """What a method may hold for each element of a chunk."""
+    return (models + 2) * 4 * TEMPORARIES
 
 
 def _least_chunk(merge: Merge) -> int:
-    """Elements of the largest piece that the method will not have cut: a row, or a whole tensor."""
+    """Elements of the longest row, where the method will not have one cut."""
     infos = merge.reference.tensors
     shapes = [info.shape for name, info in infos.items() if info.is_float and merge.wanted(name)]
-    if merge.cut == "row":
-        return max(shape[-1] if shape else 1 for shape in shapes)
-    return max(math.prod(shape) for shape in shapes) if merge.cut == "tensor" else 1
+    return max(shape[-1] if shape else 1 for shape in shapes) if merge.cut == "row" else 1
 
 
 def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
@@ -273,8 +289,9 @@ def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
 
     memory: bytes for one worker.
     """
-    most = 64 if device.type == "cuda" else 2
-    fitting = memory // (2 * _bytes_per_element(len(merge.models)) * TILE)  # the other half is for statistics
+    most = 64 if device.type == "cuda" else 1 if merge.method.workspace else 2
+    each = _buffer_bytes(len(merge.models)) + _temporary_bytes(len(merge.models))
+    fitting = memory // (2 * each * TILE)  # the other half is for statistics
     return max(min(most, fitting), 1) * TILE
 
 

@@ -22,9 +22,9 @@ class ChunkReader:
     def __init__(self, plan: Plan, files: Files) -> None:
         self.plan, self.files = plan, files
         rows, pinned = len(plan.merge.models), plan.device.type == "cuda"
-        self._values = torch.empty(rows * plan.chunk, dtype=torch.float32, device=plan.device)
-        self._base = torch.empty(plan.chunk, dtype=torch.float32, device=plan.device)
-        self._raw = torch.empty((rows + 1) * plan.chunk * 8, dtype=torch.uint8, pin_memory=pinned)
+        self._values = torch.empty(rows * plan.longest, dtype=torch.float32, device=plan.device)
+        self._base = torch.empty(plan.longest, dtype=torch.float32, device=plan.device)
+        self._raw = torch.empty((rows + 1) * plan.longest * 8, dtype=torch.uint8, pin_memory=pinned)
         self._bytes = self._raw.numpy().data  # the same memory: slicing it is quicker than slicing a tensor
         self._low_rank: dict[tuple[str, int], LowRankReader] = {}
 
@@ -67,7 +67,7 @@ class ChunkReader:
     def _stored(self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], out: Tensor, place: int) -> None:
         """The same pieces of tensors of one type, as float32: out [tensors, elements], rows `place` onwards."""
         dtype = TORCH_DTYPE[tensors[0].dtype]
-        first = at = place * self.plan.chunk * 8  # its own place: a copy to a GPU may still be under way
+        first = at = place * self.plan.longest * 8  # its own place: a copy to a GPU may still be under way
         for tensor in tensors:
             for span in pieces:
                 stop = at + span.numel * dtype.itemsize

@@ -71,7 +71,9 @@ class Sweeper:
     def _statistic(self, unit: Unit, answers: Sequence[Any]) -> Statistic:
         """The next question about a unit, as asked about its first elements: the same is asked about all."""
         name = next(name for name in unit.tensors if self._numel(name))
-        size = {"element": 1, "row": self._piece(unit), "tensor": self._numel(name)}[self.plan.merge.cut]
+        size = (
+            self._numel(name) if name in self.plan.whole else self._piece(unit) if self.plan.merge.cut == "row" else 1
+        )
         values = torch.zeros(len(self.plan.merge.models), size, device=self.plan.device)
         statistic = replay(self.plan, values, context_of(self.plan, unit, (Span(name, 0, size),)), answers)
         assert isinstance(statistic, Statistic)

@@ -46,6 +46,8 @@ def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]
     if plan.merge.cut == "row":
         columns = info.shape[-1] if info.shape else 1
         size = max(size // max(columns, 1), 1) * columns
+    elif name in plan.whole:
+        size = info.numel
     for start in range(0, info.numel, size):
         yield Item(unit, (Span(name, start, min(start + size, info.numel)),), tile + start // TILE)
 
@@ -84,7 +86,8 @@ class _Batches:
             return batch
 
     def _advised(self) -> list[Item]:
-        batch = list(itertools.islice(self._items, BATCH))
+        # one whole matrix may take seconds: a batch of them would keep a worker busy when the others are done
+        batch = list(itertools.islice(self._items, 1 if self._plan.whole else BATCH))
         spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # those are scattered
         for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
             pieces = list(group)

@@ -1,0 +1,37 @@
+"""Iso-C: isotropic merging in the common subspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergebench.engine.chunks import total
+from mergebench.engine.context import Context
+from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.methods._svd import svd, svd_bytes
+
+
+@dataclass(frozen=True)
+class Params:
+    lambda_: float = param(1.0, "factor on the merged task vector, the paper's alpha")
+
+
+def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
+    """The sum, beside its decomposition."""
+    return 4 * shape[0] * shape[1] + svd_bytes(*shape)
+
+
+@merge_method(takes="task_vectors", paper="arXiv:2502.04959", cut="tensor", whole=is_matrix, workspace=workspace)
+def iso_c(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+    """The sum of the task matrices with every singular value replaced by their mean.
+
+    Marczak et al., "No task left behind": sum tau_i = U S V^T becomes mean(S) U V^T. Other tensors,
+    embeddings and heads are averaged. Where the sum is of lower rank than min(m, n), the mean is over the
+    triplets it has (the paper's further directions are arbitrary).
+    """
+    stack = matrices(tvs, ctx)
+    if stack is None:
+        return mean(tvs) * p.lambda_
+    u, s, v = svd(total(stack))
+    flat = s.mean().item() if len(s) else 0.0
+    return (u @ v).view(-1).mul_(flat * p.lambda_)
