@@ -23,16 +23,12 @@ def run_at_once(
     method: Method, values: Tensor, params: Any, context: Context, answer: Callable[[Statistic], Any]
 ) -> Tensor:
     """What the method makes of `values` [models, elements] as one chunk; `answer` answers its questions."""
-    running: Any = method(values, params, context)
-    if not inspect.isgenerator(running):
-        return cast(Tensor, running)
-    steps = cast("Generator[Statistic, Any, Tensor]", running)
-    try:
-        statistic = next(steps)
-        while True:
-            statistic = steps.send(answer(statistic))
-    except StopIteration as end:
-        return cast(Tensor, end.value)
+    answers: list[Any] = []
+    while True:
+        result = replay(method, values, params, context, answers)
+        if isinstance(result, Tensor):
+            return result
+        answers.append(answer(result))
 
 
 def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:

@@ -74,15 +74,13 @@ class Worker:
         self, items: Iterable[Item], units: Sequence[Unit], known: Known, empty: dict[int, Any]
     ) -> dict[int, Any]:
         """The state of the next statistic of each unit, over the chunks that came here."""
-        states: dict[int, Any] = {}
-        for item in items:
+        states = copy.deepcopy(empty)  # all before the first chunk: small things that live long, made amid the chunks'
+        for item in items:  # temporaries, would split the memory that those use again and again
             values, _ = self.reader.load(item.spans, apply=False)
             if not known[item.unit]:
                 self._check_finite(item, values)
             statistic = replay(self.plan, values, context_of(self.plan, units[item.unit], item.spans), known[item.unit])
             assert isinstance(statistic, Statistic), "the method asked fewer questions than it did on the toy chunk"
-            if item.unit not in states:
-                states[item.unit] = copy.deepcopy(empty[item.unit])
             statistic.reduce(states[item.unit], item.tile)
         return states
 
