@@ -120,7 +120,7 @@ def _allowed(parameter: Parameter) -> Any:
         return max(1, math.ceil(low or 0))
     if low is None:
         return 1.0 if parameter.high is None else parameter.high
-    return low + 0.05 if parameter.high is None else (low + parameter.high) / 2
+    return low + (0.05 if parameter.high is None else 0.3 * (parameter.high - low))  # the middle may be special
 
 
 def make_base() -> dict[str, Tensor]:

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from mergebench.engine.chunks import clamp, exp, rescale, tanh, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Identity, Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
 from mergebench.engine.statistics import order_statistics
 
 CLIP = {"readme": 1e-4, "nlp": 0.01, "vision-es": 0.01, "vision": 0.01}
 
-ALONE: tuple[Identity, ...] = ("one model", "equal models")
-CUT_OFF = "both ends of the magnitudes and the lowest score are cut off at any density"
+FACTORS = "weights are factors of the models, not shares: equal models at weight 1 give that model"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Params:
     clip: float | None = param(None, "share winsorised at each end (default: the variant's own)", low=0, high=0.49)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2410.02396", scope="model", exempt=dict.fromkeys(ALONE, CUT_OFF))
+@merge_method(takes="task_vectors", paper="arXiv:2410.02396", scope="model", exempt={"equal models": FACTORS})
 def pcb(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Let parameters compete within and across tasks, drop the losers, average the rest by their scores.
 
