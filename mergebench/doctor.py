@@ -23,6 +23,7 @@ from mergebench.trial import GRID, Broken, Inapplicable, Trial, check_finite, ma
 
 OK, SKIPPED = "ok", "-"
 CUT = {"matrix": (2, TILE + 465), "bias": (300,), "scale": ()}
+# parameters, by name, with which nothing is dropped, and with which half is
 KEEP_ALL: dict[str, float] = {"density": 1, "select_topk": 1, "gamma": 0, "epsilon": 0, "clip": 0, "tall_lambda": 0}
 KEEP_HALF: dict[str, float] = {"density": 0.5}
 ROUNDINGS = 4  # units of float32 that a sum of three may differ by in another order
