@@ -1,8 +1,8 @@
 """The identities that any merge tool must keep, tried on the installed methods: `mergebench doctor`.
 
 Small checkpoints of two stored types are merged by the engine. Parameters are chosen by name and range, so a
-method of another package is tried like a built-in one; what an identity is not true of by definition says so
-(`merge_method(exempt=...)`).
+method of another package is tried like a built-in one. A method that departs from an identity by definition
+declares it: `merge_method(exempt=...)`.
 """
 
 from __future__ import annotations
