@@ -33,6 +33,7 @@ from mergebench.engine.whole import run_at_once
 from mergebench.errors import MergebenchError
 
 Tensors = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 SMALL = {"matrix": (13, 11), "bias": (23,), "scale": ()}
 LARGE = {"matrix": (2, TILE + 465), "bias": (300,), "scale": (), "long": (7 * TILE + 5,)}
 
@@ -114,18 +115,24 @@ def check_method(method: Method, **values: Any) -> None:
     assert method.paper, f"{name}: it names no source: paper='arXiv:...' or where the formula stands"
     params = _params(method, values)
     with tempfile.TemporaryDirectory() as folder:
-        # sums are taken over whole tiles, so only methods without them can be cut anywhere
-        least = TILE if _asks_for_sums(method, params) else 7
-        for number, given in enumerate(_given(method)):
-            for shapes, chunks in ((SMALL, (least, TILE)), (LARGE, (TILE, 7 * TILE, 16 * TILE))):
-                place = Path(folder) / f"{number}-{len(shapes)}"
-                place.mkdir()
-                bench = _Bench(given, params, shapes, place)
-                bench.check_streaming(chunks)
-            bench.check_zero()
+        for number, given in enumerate(variants(method)):
+            check_cuts(given, params, Path(folder) / str(number)).check_zero()
 
 
-def _given(method: Method) -> list[Method]:
+def check_cuts(
+    method: Method, params: Any, place: Path, large: Shapes = LARGE, cuts: Sequence[int] = (TILE, 7 * TILE, 16 * TILE)
+) -> Bench:
+    """Assert that chunks and workers change nothing; the bench of the `large` tensors, `cuts` are their chunks."""
+    # sums are taken over whole tiles, so only methods without them can be cut anywhere
+    least = TILE if _asks_for_sums(method, params) else 7
+    for name, shapes, chunks in (("small", SMALL, (least, TILE)), ("large", large, cuts)):
+        base, models = _sample(shapes, method.models or 3)
+        bench = Bench(method, params, base, models, place / name)
+        bench.check_streaming(chunks)
+    return bench
+
+
+def variants(method: Method) -> list[Method]:
     """The method; and as it is without a base, where that is optional: it is given the weights."""
     return [method, dataclasses.replace(method, takes="weights")] if method.optional_base else [method]
 
@@ -141,21 +148,27 @@ def _params(method: Method, values: Mapping[str, Any]) -> Any:
     return method.make_params(found)
 
 
-class _Bench:
+def _sample(shapes: Shapes, count: int) -> tuple[Tensors, list[Tensors]]:
+    """A base and models that differ from it in half of the elements."""
+    generator = torch.Generator().manual_seed(len(shapes))
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base = {key: noise(shape).to(_DTYPES[key]) for key, shape in shapes.items()}
+    models: list[Tensors] = []
+    for _ in range(count):
+        deltas = {key: noise(shape) * (noise(shape) > 0) * 0.01 for key, shape in shapes.items()}
+        models.append({key: (base[key].float() + deltas[key]).to(_DTYPES[key]) for key in shapes})
+    return base, models
+
+
+class Bench:
     """Small checkpoints on disk and in memory, and the comparisons made with them."""
 
-    def __init__(self, method: Method, params: Any, shapes: Mapping[str, tuple[int, ...]], place: Path) -> None:
-        self.method, self.params, self.place = method, params, place
-        generator = torch.Generator().manual_seed(len(shapes))
-
-        def noise(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        self.base = {key: noise(shape).to(_DTYPES[key]) for key, shape in shapes.items()}
-        self.tensors = []
-        for _ in range(method.models or 3):
-            deltas = {key: noise(shape) * (noise(shape) > 0) * 0.01 for key, shape in shapes.items()}
-            self.tensors.append({key: (self.base[key].float() + deltas[key]).to(_DTYPES[key]) for key in shapes})
+    def __init__(self, method: Method, params: Any, base: Tensors, tensors: Sequence[Tensors], place: Path) -> None:
+        self.method, self.params, self.place, self.base, self.tensors = method, params, place, base, tensors
+        place.mkdir(parents=True)
         self.opened = [self._save(f"model{i}", tensors) for i, tensors in enumerate(self.tensors)]
         self.origin = self._save("base", self.base)
 
@@ -187,7 +200,7 @@ class _Bench:
             for workers in (1, 2, 3):
                 merged = self.streamed(self.opened, chunk, workers)
                 for tensor, value in expected.items():
-                    same = torch.equal(value.to(_DTYPES[tensor]), merged[tensor])
+                    same = torch.equal(value.to(self.base[tensor].dtype), merged[tensor])
                     assert same, (
                         f"{name}: {tensor} differs when merged in chunks of {chunk} by {workers} workers: "
                         "the result must not depend on where a chunk ends"

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mergebench import __version__
-from mergebench.cli import adapters, explain, inspect, merge, task_vector
+from mergebench.cli import adapters, doctor, explain, inspect, merge, task_vector
 from mergebench.errors import MergebenchError
 
 INTERRUPTED = 130
@@ -46,6 +46,7 @@ app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)
 app.command("methods")(inspect.methods)
+app.command("doctor")(doctor.doctor)
 
 
 def command() -> NoReturn:

@@ -40,7 +40,7 @@ def inspect(
     for tensor in tensors:
         rank = f"  + rank {tensor['adapter_rank']}" if "adapter_rank" in tensor else ""
         table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + rank)
-    _print(table)
+    print_table(table)
     elements = sum(t.numel for t in found.tensors.values())
     size = sum(t.nbytes for t in found.tensors.values())
     files = len({t.file for t in found.tensors.values()})
@@ -75,7 +75,7 @@ def diff(
     for row in rows[: top or None]:
         cells = [f"{row.norm_ratio:.4f}", f"{row.cosine:.4f}", f"{row.relative_distance:.2e}", f"{row.changed:.1%}"]
         table.add_row(row.tensor, *cells, *([f"{row.sign_conflict:.1%}"] if base else []))
-    _print(table)
+    print_table(table)
     same = sum(row.changed == 0 for row in rows)
     typer.echo(
         f"{len(rows)} tensors, {same} equal"
@@ -121,7 +121,7 @@ def methods(
         table = Table("method", "what", "paper", box=None, header_style="bold")
         for entry in found:
             table.add_row(entry["name"], entry["summary"], entry["paper"])
-        _print(table)
+        print_table(table)
         return
     import inspect as python
 
@@ -133,7 +133,7 @@ def methods(
         default = "required" if parameter["required"] else str(parameter["default"])
         each = " (for each model)" if parameter["per_model"] else ""
         table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
-    _print(table)
+    print_table(table)
 
 
 def _finite(value: Any) -> Any:
@@ -145,7 +145,8 @@ def _architecture(config: dict[str, Any]) -> str:
     return str((config.get("architectures") or [config.get("model_type") or ""])[0])
 
 
-def _print(table: Any) -> None:
+def print_table(table: Any) -> None:
+    """A table on stdout, as wide as it needs to be."""
     import sys
 
     from rich.console import Console

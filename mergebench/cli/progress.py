@@ -75,7 +75,8 @@ def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
     if quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        yield from _item_bar(label)
+        with _item_bar() as update:
+            yield lambda step: update(f"{label} {step.model} on {step.task}", step.done, step.total)
     else:
         named: set[str] = set()
 
@@ -87,13 +88,22 @@ def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
         yield line
 
 
-def _item_bar(label: str) -> Iterator[Callable[[Step], None]]:
+@contextmanager
+def check_bar(label: str, quiet: bool) -> Iterator[Callable[[str, str, int, int], None]]:
+    """A bar over checks where there is a terminal; yields a function of the method, check, checks done and of all."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda method, check, done, total: None
+    else:
+        with _item_bar() as update:
+            yield lambda method, check, done, total: update(f"{label} {method}: {check}", done, total)
+
+
+@contextmanager
+def _item_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(label, total=None)
-        yield lambda step: progress.update(
-            bar, description=f"{label} {step.model} on {step.task}", completed=step.done, total=step.total
-        )
+        bar = progress.add_task("", total=None)
+        yield lambda text, done, total: progress.update(bar, description=text, completed=done, total=total)

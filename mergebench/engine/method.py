@@ -35,6 +35,7 @@ else:  # torch is imported by the methods, not by who only lists their parameter
 Cut = Literal["element", "row", "tensor"]
 Whole = Callable[[str, tuple[int, ...]], bool]  # of a tensor's name and shape
 Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, number of models and parameters
+Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
 PerModel = tuple[float, ...]  # one value for each model
 
 REQUIRED: Any = object()
@@ -136,6 +137,7 @@ class Method:
     base_counts: bool  # a base is one more model, listed or not
     params: type
     parameters: Mapping[str, Parameter]
+    exempt: Mapping[Identity, str]  # identities that it is not to keep, by its definition, and why
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
@@ -169,6 +171,7 @@ def merge_method(
     models: int | None = None,
     optional_base: bool = False,
     base_counts: bool = False,
+    exempt: Mapping[Identity, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a function `(chunk, params, ctx)` as a merge method.
 
@@ -179,10 +182,15 @@ def merge_method(
     bytes it holds at most beside a whole chunk, by shape, number of models and parameters. `scope`: what its
     statistics reach over unless the recipe says otherwise. `models`: how many it takes. `optional_base`:
     without a base, the weights themselves are merged. `base_counts`: a base that is not listed among the
-    models is one more of them.
+    models is one more of them. `exempt`: identities that do not hold by definition, and why: `one model`
+    (merged alone it comes out as it went in), `equal models` (so do several equal ones, with weights that add
+    up to one), `order` (of the models, with their weights).
     """
 
     def declare(function: Callable[..., Any]) -> Method:
+        for identity in exempt or ():
+            if identity not in typing.get_args(Identity):
+                raise TypeError(f"{function.__name__}: exempt: '{identity}' is none of {typing.get_args(Identity)}")
         names = list(inspect.signature(function).parameters)
         hints = typing.get_type_hints(function)
         params = hints.get(names[1]) if len(names) == 3 else None
@@ -210,6 +218,7 @@ def merge_method(
             base_counts=base_counts,
             params=typing.cast(type, params),
             parameters=parameters,
+            exempt=dict(exempt or {}),
         )
 
     return declare

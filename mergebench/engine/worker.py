@@ -110,7 +110,10 @@ class Worker:
             merged = merged + base
         stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
         if not math.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
-            raise self._find_non_finite(span) or _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
+            error = self._find_non_finite(span)
+            if error is None and torch.isnan(stored).any():
+                error = RunError(f"{span.tensor}: '{method.name}' makes nan of finite values", "exclude the tensor")
+            raise error or _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
         return stored.cpu()
 
     def _copied(self, span: Span) -> Tensor:

@@ -12,13 +12,15 @@ from mergebench.engine.method import Passes, Weights, merge_method
 from mergebench.engine.statistics import order_statistics
 from mergebench.errors import RecipeError
 
+ORDER = "the first model is the one that is kept"
+
 
 @dataclass(frozen=True)
 class Params:
     pass
 
 
-@merge_method(takes="weights", paper="arcee.ai", cut="row", models=2)
+@merge_method(takes="weights", paper="arcee.ai", cut="row", models=2, exempt={"order": ORDER})
 def arcee_fusion(weights: Weights, p: Params, ctx: Context) -> Passes:
     """Keep the base but for the elements that differ most, which come from the other model.
 

@@ -20,7 +20,11 @@ class Params:
     lambda_: float = param(1.0, "factor on the merged task vector, the paper's alpha")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2405.07813")
+@merge_method(
+    takes="task_vectors",
+    paper="arXiv:2405.07813",
+    exempt={"equal models": "it gives the sum of the task vectors, not their mean"},
+)
 def consensus_ta(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Task arithmetic on the elements that at least k models' TALL masks hold.
 

@@ -21,7 +21,14 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 4 * shape[0] * shape[1] + svd_bytes(*shape)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2502.04959", cut="tensor", whole=is_matrix, workspace=workspace)
+@merge_method(
+    takes="task_vectors",
+    paper="arXiv:2502.04959",
+    cut="tensor",
+    whole=is_matrix,
+    workspace=workspace,
+    exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
+)
 def iso_c(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """The sum of the task matrices with every singular value replaced by their mean.
 

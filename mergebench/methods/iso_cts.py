@@ -25,7 +25,14 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return stacked + 2 * 4 * shape[0] * shape[1] + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2502.04959", cut="tensor", whole=is_matrix, workspace=workspace)
+@merge_method(
+    takes="task_vectors",
+    paper="arXiv:2502.04959",
+    cut="tensor",
+    whole=is_matrix,
+    workspace=workspace,
+    exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
+)
 def iso_cts(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Iso-C with the sum's weakest directions given to what each task has outside of it.
 

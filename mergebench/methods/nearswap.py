@@ -13,7 +13,12 @@ class Params:
     t: float = param(help="most that an element moves", low=0)
 
 
-@merge_method(takes="task_vectors", paper="huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", models=1)
+@merge_method(
+    takes="task_vectors",
+    paper="huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    models=1,
+    exempt={"one model": "an element moves by t at most"},
+)
 def nearswap(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Swap in the other model where it is near the base: theta_0 + clamp(tau, -t, t).
 

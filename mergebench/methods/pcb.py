@@ -14,6 +14,8 @@ from mergebench.engine.statistics import order_statistics
 
 CLIP = {"readme": 1e-4, "nlp": 0.01, "vision-es": 0.01, "vision": 0.01}
 
+FACTORS = "weights are factors of the models, not shares: equal models at weight 1 give that model"
+
 
 @dataclass(frozen=True)
 class Params:
@@ -24,7 +26,7 @@ class Params:
     clip: float | None = param(None, "share winsorised at each end (default: the variant's own)", low=0, high=0.49)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2410.02396", scope="model")
+@merge_method(takes="task_vectors", paper="arXiv:2410.02396", scope="model", exempt={"equal models": FACTORS})
 def pcb(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Let parameters compete within and across tasks, drop the losers, average the rest by their scores.
 

@@ -10,6 +10,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, Weights, merge_method, param
 from mergebench.engine.statistics import gram
 
+ORDER = "t counts from the first model to the second"
 PARALLEL = 0.9995  # cosine above which two tensors are interpolated along the chord
 
 
@@ -18,7 +19,7 @@ class Params:
     t: float = param(help="place between the base (0) and the other model (1)", low=0, high=1)
 
 
-@merge_method(takes="weights", paper="doi:10.1145/325334.325242", models=2)
+@merge_method(takes="weights", paper="doi:10.1145/325334.325242", models=2, exempt={"order": ORDER})
 def slerp(weights: Weights, p: Params, ctx: Context) -> Passes:
     """Interpolate along the arc between two models, each tensor (or the model) as one vector.
 

@@ -18,7 +18,14 @@ class Params:
     lambda_: float = param(1.0, "factor on the masked task vector")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2405.07813")
+@merge_method(
+    takes="task_vectors",
+    paper="arXiv:2405.07813",
+    exempt={
+        "equal models": "it gives the sum of the task vectors, not their mean",
+        "order": "`task` counts the models",
+    },
+)
 def tall_mask(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """The sum of the task vectors where one model's mask holds it: what the mask preserves of that model.
 

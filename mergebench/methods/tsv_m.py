@@ -22,7 +22,14 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 3 * 4 * sum(shape) * min(shape) + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2412.00081", cut="tensor", whole=is_matrix, workspace=workspace)
+@merge_method(
+    takes="task_vectors",
+    paper="arXiv:2412.00081",
+    cut="tensor",
+    whole=is_matrix,
+    workspace=workspace,
+    exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},
+)
 def tsv_m(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Low-rank task matrices side by side, their singular vectors made orthogonal across tasks.
 

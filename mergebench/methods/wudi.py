@@ -28,7 +28,17 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return (adam if p.solve == "adam" else closed) + (1 << 20)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2503.08099", cut="tensor", whole=is_matrix, workspace=workspace)
+@merge_method(
+    takes="task_vectors",
+    paper="arXiv:2503.08099",
+    cut="tensor",
+    whole=is_matrix,
+    workspace=workspace,
+    exempt={
+        "one model": "Adam makes steps of one length, also along a gradient that is rounding",
+        "equal models": "it starts at the sum of the task vectors and stops early",
+    },
+)
 def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Minimise the disturbance sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2 for each matrix.
 

@@ -86,7 +86,7 @@ sys.exit(f"loaded: {{loaded}}" if loaded else 0)
 def test_help_and_version(shell: Cli) -> None:
     code, out, err = shell("--help")
     assert (code, err) == (0, "")
-    for command in ("merge", "plan", "adapters", "task-vector", "inspect", "diff", "methods"):
+    for command in ("merge", "plan", "explain", "adapters", "task-vector", "inspect", "diff", "methods", "doctor"):
         assert command in out
     assert shell("-h").out == out
     assert shell("--version") == (0, f"mergebench {mergebench.__version__}\n", "")
