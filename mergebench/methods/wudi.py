@@ -10,6 +10,7 @@ from torch import Tensor
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.methods._adam import adam
 from mergebench.methods._matrices import is_matrix, matrices, mean
 
 
@@ -34,10 +35,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     cut="tensor",
     whole=is_matrix,
     workspace=workspace,
-    exempt={
-        "one model": "Adam makes steps of one length, also along a gradient that is rounding",
-        "equal models": "it starts at the sum of the task vectors and stops early",
-    },
+    exempt=dict.fromkeys(("one model", "equal models"), "Adam's steps are of one length, and it stops early"),
 )
 def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Minimise the disturbance sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2 for each matrix.
@@ -52,7 +50,7 @@ def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
         return mean(tvs) * p.lambda_
     if p.solve == "closed":
         return closed(*directions(stack, torch.float64)).view(-1) * p.lambda_
-    return adam(total(stack), *directions(stack, torch.float32), p).view(-1) * p.lambda_
+    return descend(total(stack), *directions(stack, torch.float32), p).view(-1) * p.lambda_
 
 
 def directions(stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,14 +75,11 @@ def closed(units: Tensor, pull: Tensor) -> Tensor:
     return merged.float()
 
 
-def adam(tau: Tensor, units: Tensor, pull: Tensor, p: Params) -> Tensor:
-    """Adam (arXiv:1412.6980) from `tau` along the gradient 2 (tau sum C_i - sum tau_i C_i)."""
-    first, second = torch.zeros_like(tau), torch.zeros_like(tau)
+def descend(tau: Tensor, units: Tensor, pull: Tensor, p: Params) -> Tensor:
+    """From `tau` along the gradient 2 (tau sum C_i - sum tau_i C_i)."""
     gram = units.mT @ units if units.shape[1] <= len(units) else None
-    for step in range(1, p.steps + 1):
-        gradient = (tau @ units.mT @ units if gram is None else tau @ gram).sub_(pull).mul_(2)
-        first.lerp_(gradient, 1 - 0.9)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
-        spread = torch.div(second, 1 - 0.999**step, out=gradient).sqrt_().add_(1e-8)
-        tau.addcdiv_(first, spread, value=-p.lr / (1 - 0.9**step))
-    return tau
+
+    def gradient(tau: Tensor) -> Tensor:
+        return (tau @ units.mT @ units if gram is None else tau @ gram).sub_(pull).mul_(2)
+
+    return adam(tau, gradient, p.steps, p.lr)
