@@ -114,7 +114,8 @@ def put_together(
         headers=list(headers.values()),
         tensors=tensors,
         low_rank=low_rank,
-        config_changes=_config_changes(models[0].config, layers),
+        sliced=True,
+        config_changes={**(models[0].config_changes or {}), **_config_changes(models[0].config, layers)},
     )
 
 
