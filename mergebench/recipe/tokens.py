@@ -76,7 +76,7 @@ def _token(written: Any, loc: Loc, places: Places) -> TokenSource:
         return TokenSource(source, force=force)
     here = (*loc, "source")
     kind = source.get("kind") if isinstance(source, dict) else None
-    if kind not in _ROWS or source.keys() - {"kind"} - _ROWS[kind]:
+    if not isinstance(kind, str) or kind not in _ROWS or source.keys() - {"kind"} - _ROWS[kind]:
         raise places.error(here, f"must be a model, or of kind zero or model_token, got {show(source)}", _SOURCE)
     if kind == "zero":
         return TokenSource(force=force)

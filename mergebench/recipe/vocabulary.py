@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import is_vocabulary, tied_to
 from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.rows import choose
-from mergebench.errors import RecipeError, did_you_mean
+from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.recipe import tokenizers
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Recipe
@@ -75,8 +76,7 @@ def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tupl
         out = tokenizers.union(base, each, sizes)
         files = tokenizers.saved(out)
     else:
-        folders = [] if recipe.folder is None else [recipe.folder]
-        source = locate(wanted.source, folders).checkpoint
+        source = _find(recipe, wanted.source)
         out = tokenizers.load(source if source.is_dir() else None, wanted.source)
         files = tokenizers.stored(source)
     known = out.get_vocab()
@@ -95,6 +95,15 @@ def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tupl
     rows = _rows_of(recipe, wanted, models, vocabularies, ids, have)
     padding = -count % wanted.pad_to_multiple_of if wanted.pad_to_multiple_of else 0
     return Tokens(count, padding, have, rows), files
+
+
+def _find(recipe: Recipe, source: str) -> Path:
+    """The directory of the model whose tokenizer is wanted."""
+    loc = ("tokenizer_source",) if ("tokenizer_source",) in recipe.places.texts else ("tokenizer", "source")
+    try:
+        return locate(source, [] if recipe.folder is None else [recipe.folder]).checkpoint
+    except ModelError as error:
+        raise ModelError(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
 
 
 def _rows_of(
@@ -148,14 +157,14 @@ def _row(
             raise recipe.places.error(loc, f"'{source.model}' has {size} tokens, the last is {size - 1}")
         return number, source.token_id
     row = int(have[number, place])
-    wants = token if source.token is None else source.token
+    wants = source.token or token
     if source.token is not None:
         row = vocabularies[number].get(wants, -1)
         size = _rows(models[number])
         row = -1 if size is not None and row >= size else row
     if row < 0:
-        hint = did_you_mean(wants, list(vocabularies[number])) if len(vocabularies[number]) < 10_000 else None
-        raise recipe.places.error(loc, f"'{source.model}' has no token '{wants}'", hint)
+        near = did_you_mean(wants, list(vocabularies[number])) if len(vocabularies[number]) < 10_000 else None
+        raise recipe.places.error(loc, f"'{source.model}' has no token '{wants}'", near)
     return number, row
 
 
