@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -37,11 +38,15 @@ class Rows:
     _mean: Tensor | None = None
 
     @cached_property
+    def _as_is(self) -> bool:
+        """Whether rows are copied as they are stored."""
+        one_type = len({info.dtype for info in self.stored}) == 1
+        return bool(one_type and not self.padding and ((self.chosen >= 0).sum(axis=0) <= 1).all())
+
+    @property
     def dtype(self) -> str:
-        """The stored type where rows are copied as they are, else float32."""
-        kinds = {info.dtype for info in self.stored}
-        as_is = len(kinds) == 1 and not self.padding and ((self.chosen >= 0).sum(axis=0) <= 1).all()
-        return kinds.pop() if as_is else "F32"
+        """The stored type where rows are copied, else float32."""
+        return self.stored[0].dtype if self._as_is else "F32"
 
     @property
     def columns(self) -> int:
@@ -68,39 +73,47 @@ class Rows:
 
     def read(self, files: Files, start: int, out: Tensor) -> None:
         """Fill the flat `out` (of this tensor's type) with elements `start` onwards."""
-        columns, starts, stop = self.columns, self._starts, start + len(out)
+        columns, stop = self.columns, start + len(out)
         end = self.chosen.shape[1] * columns
         if start < end:
-            first = int(np.searchsorted(starts, start // columns, side="right")) - 1
-            last = int(np.searchsorted(starts, (min(stop, end) - 1) // columns, side="right"))
-            edges = starts[first : last + 1].tolist()
-            sources = self.chosen[:, starts[first:last]].T.tolist()
-            for at, until, rows in zip(edges[:-1], edges[1:], sources, strict=True):
-                low, high = max(start, at * columns), min(stop, until * columns)
-                self._read_run(files, rows, low - at * columns, out[low - start : high - start])
+            (self._copy if self._as_is else self._mix)(files, start, out[: end - start])
         if stop > end:
             low = max(start, end)
             at = torch.arange(low - end, stop - end) % columns
             out[low - start :] = self._mean_row(files)[at]
 
-    def _read_run(self, files: Files, rows: Sequence[int], offset: int, out: Tensor) -> None:
-        """Elements of one run, from its element `offset` onwards; `rows`: its first row in each stored tensor."""
-        count = 0
-        for info, row in zip(self.stored, rows, strict=True):
-            if row < 0:
-                continue
-            at = row * self.columns + offset
-            if count == 0 and TORCH_DTYPE[info.dtype] == out.dtype:
-                files.read_elements(info, at, out)
+    def _copy(self, files: Files, start: int, out: Tensor) -> None:
+        """Stored rows as they are, run by run."""
+        size = self.columns * out.element_size()
+        begin, view = start * out.element_size(), out.view(torch.uint8).numpy().data
+        end = begin + len(view)
+        first = int(np.searchsorted(self._starts, begin // size, side="right")) - 1
+        last = int(np.searchsorted(self._starts, (end - 1) // size, side="right"))
+        edges = (self._starts[first : last + 1] * size).tolist()
+        sources = self.chosen[:, self._starts[first:last]].T.tolist()
+        for at, until, rows in zip(edges[:-1], edges[1:], sources, strict=True):
+            low, high = max(begin, at), min(end, until)
+            piece = view[low - begin : high - begin]
+            for info, row in zip(self.stored, rows, strict=True):
+                if row >= 0:
+                    files.read_into(info.file, info.offset + row * size + low - at, piece)
+                    break
             else:
-                part = torch.empty(len(out), dtype=TORCH_DTYPE[info.dtype])
-                files.read_elements(info, at, part)
-                out.add_(part) if count else out.copy_(part)
-            count += 1
-        if count == 0:
-            out.zero_()
-        elif count > 1:
-            out.div_(count)
+                piece[:] = bytes(len(piece))
+
+    def _mix(self, files: Files, start: int, out: Tensor) -> None:
+        """Means of stored rows, added in the order of the models; whole rows are read."""
+        columns = self.columns
+        first, last = start // columns, -(-(start + len(out)) // columns)
+        total = torch.zeros((last - first, columns))
+        chosen = self.chosen[:, first:last]
+        for info, rows in zip(self.stored, chosen, strict=True):
+            places = np.flatnonzero(rows >= 0)
+            if len(places):
+                part = _rows(files, info, rows[places], columns).float()
+                total.index_add_(0, torch.from_numpy(places), part)
+        total /= torch.from_numpy((chosen >= 0).sum(axis=0).clip(1).astype(np.float32)).unsqueeze(1)
+        out.copy_(total.view(-1)[start - first * columns :][: len(out)])
 
     def settle(self, files: Files) -> None:
         """Compute now what all workers need: where runs start, and the row that pads, which takes a sweep."""
@@ -109,16 +122,31 @@ class Rows:
             self._mean_row(files)
 
     def _mean_row(self, files: Files) -> Tensor:
+        """The mean of all rows: how often each stored row counts, times that row, in the order of the files."""
         if self._mean is None:
-            count, columns = self.chosen.shape[1], self.columns
+            columns, count = self.columns, self.chosen.shape[1]
+            parts = (self.chosen >= 0).sum(axis=0).clip(1)
             total = torch.zeros(columns, dtype=torch.float64)
             step = max(BLOCK // columns, 1)
-            for row in range(0, count, step):
-                block = torch.empty(min(step, count - row) * columns, dtype=TORCH_DTYPE[self.dtype])
-                self.read(files, row * columns, block)
-                total += block.view(-1, columns).sum(dim=0, dtype=torch.float64)
-            self._mean = (total / count).to(TORCH_DTYPE[self.dtype])
+            for info, rows in zip(self.stored, self.chosen, strict=True):
+                used = rows >= 0
+                share = np.bincount(rows[used], 1 / parts[used], info.shape[0])
+                for row in range(0, info.shape[0], step):
+                    block = torch.empty(min(step, info.shape[0] - row) * columns, dtype=TORCH_DTYPE[info.dtype])
+                    files.read_elements(info, row * columns, block)
+                    total += torch.from_numpy(share[row : row + step]) @ block.view(-1, columns).double()
+            self._mean = (total / count).float()
         return self._mean
+
+
+def _rows(files: Files, info: TensorInfo, rows: NDArray[np.int32], columns: int) -> Tensor:
+    """Rows of a stored tensor, [rows, columns]; neighbours are read at once."""
+    out = torch.empty(len(rows) * columns, dtype=TORCH_DTYPE[info.dtype])
+    view, size = out.view(torch.uint8).numpy().data, columns * out.element_size()
+    edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    for low, high in pairwise(edges):
+        files.read_into(info.file, info.offset + int(rows[low]) * size, view[low * size : high * size])
+    return out.view(-1, columns)
 
 
 def choose(own: TensorInfo, stored: Sequence[TensorInfo], chosen: NDArray[np.int64], padding: int) -> TensorInfo:
