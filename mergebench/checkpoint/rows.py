@@ -119,7 +119,12 @@ class Rows:
         """Compute now what all workers need: where runs start, and the row that pads, which takes a sweep."""
         _ = self._starts
         if self.padding:
-            self._mean_row(files)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # so that its bits do not depend on how many there are
+            try:
+                self._mean_row(files)
+            finally:
+                torch.set_num_threads(threads)
 
     def _mean_row(self, files: Files) -> Tensor:
         """The mean of all rows: how often each stored row counts, times that row, in the order of the files."""
