@@ -66,7 +66,7 @@ BASED = "base_model: base\nmodels: [{model: base, parameters: {weight: 0.5}}, {m
 TOKENS = """\
 tokenizer:
   source: union
-  pad_to_multiple_of: 16
+  pad_to_multiple_of: 20
   tokens:
     <r>: {source: right}
     <l>: {source: {kind: zero}, force: true}
