@@ -16,6 +16,10 @@ from mergebench.checkpoint.model import Model
 _DERIVED = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias|relative_position_index)$"
 )
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|lm_head|shared|tok_embeddings|lm_head\.decoder"
+    r"|predictions\.decoder)\.(weight|bias)$|(^|\.)(predictions|lm_head)\.bias$"
+)
 _CAUSAL_MASK = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's [1, 1, n, n]; a real bias has one dimension
 
 # An alias and the tensor it is tied to, by the ends of their names (transformers' `_tied_weights_keys`).
@@ -39,6 +43,7 @@ class Alignment:
     copied: list[str] = field(default_factory=list)  # from the base: excluded, integer, derived or empty
     sources: dict[str, list[TensorInfo]] = field(default_factory=dict)  # merged name -> one for each model
     problems: list[str] = field(default_factory=list)  # every mismatch, one line each
+    other_tokens: set[str] = field(default_factory=set)  # problems that are another number of tokens
     must_equal: list[tuple[Model, TensorInfo, TensorInfo]] = field(default_factory=list)  # tied, by bytes
     aliases: dict[str, str] = field(default_factory=dict)  # tied tensors that the base stores twice
 
@@ -65,6 +70,8 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
             problem = _mismatch(name, info, model, other)
             if problem:
                 result.problems.append(problem)
+                if other is not None and is_vocabulary(name) and other.shape[1:] == info.shape[1:]:
+                    result.other_tokens.add(problem)
             elif other is not None:
                 sources.append(other)
         if not info.numel:  # no elements to ask about
@@ -77,6 +84,11 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
             _judge_extra(result, base, model, name, wanted)
     result.problems.sort()
     return result
+
+
+def is_vocabulary(name: str) -> bool:
+    """An embedding or head by its name: a row for each token."""
+    return bool(_VOCABULARY.search(name))
 
 
 def is_derived(info: TensorInfo) -> bool:

@@ -13,9 +13,12 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergebench.errors import ModelError, RunError
+
+if TYPE_CHECKING:
+    from mergebench.checkpoint.rows import Rows
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -36,10 +39,16 @@ class TensorInfo(NamedTuple):
     file: Path
     offset: int
     nbytes: int
+    rows: Rows | None = None  # under another vocabulary: where each row comes from
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type on disk; rows made of several are read as float32."""
+        return self.dtype if self.rows is None else self.rows.own.dtype
 
     @property
     def is_float(self) -> bool:

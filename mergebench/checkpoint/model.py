@@ -36,7 +36,9 @@ class Model:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     adapter: Path | None = None
     is_task_vector: bool = False  # its tensors already are differences to the base
-    config_changes: Mapping[str, Any] | None = None  # of a model put together from slices of others
+    config_changes: Mapping[str, Any] | None = None  # of a model put together from others, or with other tokens
+    sliced: bool = False  # put together from layers of others: the order of its tensors is no file's
+    tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
     replaced: dict[str, TensorInfo] = field(default_factory=dict)  # what the base has where the adapter has its own
 
     @cached_property

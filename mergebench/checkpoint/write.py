@@ -28,6 +28,11 @@ AT_ONCE = 128 << 10
 ALIGN = 64  # the data of a shard start at a multiple of this many bytes
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors"}
+TOKENIZER_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+}  # fmt: skip
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm"}
 
 
@@ -173,12 +178,17 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
     if source.directory is None:
         return []
     copied = []
+    replaced = source.tokenizer_files
     for path in sorted(source.directory.iterdir()):
         skip = path.name in _LEAVE or path.name.startswith((".", "adapter_")) or path.name.endswith(".index.json")
+        skip |= replaced is not None and path.name in TOKENIZER_FILES
         if skip or path.suffix not in _SIDE_SUFFIXES or not path.is_file():
             continue
         shutil.copyfile(path, directory / path.name)
         copied.append(path.name)
+    for name, content in (replaced or {}).items():
+        (directory / name).write_bytes(content)
+        copied.append(name)
     config = dict(source.config)
     changed = bool(source.config_changes)
     if config and stored_dtype is not None:

@@ -47,7 +47,7 @@ def _about(plan: Plan, name: str) -> dict[str, Any]:
     sources = [
         f"{label}:{info.name}" for label, info in zip(plan.merge.names, plan.alignment.sources[name], strict=True)
     ]
-    if plan.merge.reference.config_changes is not None:  # put together from slices: by file and place
+    if plan.merge.reference.sliced:  # put together from slices: by file and place
         stored = {
             (tensor.file, tensor.offset): f"{tensor.file.parent.name}:{tensor.name}"
             for model in plan.merge.models

@@ -6,7 +6,7 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,14 +155,14 @@ def plan_merge(
     _check_models(merge)
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
-        raise Mismatch(alignment.problems)
+        raise Mismatch(alignment.problems, alignment.other_tokens)
     if not alignment.merged:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
     layout = list(merge.reference.layout())
     stored = _STORED.get(merge.dtype or "")
-    dtypes = {info.name: stored if stored and info.is_float else info.dtype for info in layout}
-    shards = lay_out(layout, dtypes, shard_size, by_file=merge.reference.config_changes is None)
+    dtypes = {info.name: stored if stored and info.is_float else info.stored_dtype for info in layout}
+    shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
@@ -197,9 +197,11 @@ def plan_merge(
 class Mismatch(ModelError):
     """Models that do not fit together: the first mismatch in the message, all in `problems`."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], other_tokens: Collection[str] = ()) -> None:
         more = f" (and {len(problems) - 1} more: see mergebench plan)" if len(problems) > 1 else ""
         hint = "only models of one architecture merge; exclude the tensor to copy the base's"
+        if problems[0] in other_tokens:
+            hint = "their vocabularies differ: add tokenizer_source: union (or base), or exclude the tensor"
         super().__init__(problems[0] + more, hint)
         self.problems = list(problems)
 

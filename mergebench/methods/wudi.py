@@ -50,7 +50,10 @@ def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
         return mean(tvs) * p.lambda_
     if p.solve == "closed":
         return closed(*directions(stack, torch.float64)).view(-1) * p.lambda_
-    return descend(total(stack), *directions(stack, torch.float32), p).view(-1) * p.lambda_
+    units, pull = directions(stack, torch.float32)
+    sides = [units.mT @ units] if units.shape[1] <= len(units) else [units.mT, units]  # the cheaper way round
+    tau = adam(total(stack), lambda tau: torch.linalg.multi_dot([tau, *sides]).sub_(pull).mul_(2), p.steps, p.lr)
+    return tau.view(-1) * p.lambda_
 
 
 def directions(stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,13 +76,3 @@ def closed(units: Tensor, pull: Tensor) -> Tensor:
     rows = (vectors / values.sqrt()).mT @ units if wide else vectors.mT
     merged: Tensor = torch.linalg.multi_dot([pull, rows.mT / values, rows])
     return merged.float()
-
-
-def descend(tau: Tensor, units: Tensor, pull: Tensor, p: Params) -> Tensor:
-    """From `tau` along the gradient 2 (tau sum C_i - sum tau_i C_i)."""
-    gram = units.mT @ units if units.shape[1] <= len(units) else None
-
-    def gradient(tau: Tensor) -> Tensor:
-        return (tau @ units.mT @ units if gram is None else tau @ gram).sub_(pull).mul_(2)
-
-    return adam(tau, gradient, p.steps, p.lr)

@@ -13,7 +13,7 @@ from mergebench import methods
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
 from mergebench.recipe import overrides as changes
-from mergebench.recipe import parameters, schema
+from mergebench.recipe import parameters, schema, tokens
 from mergebench.recipe.places import Loc, Places
 from mergebench.recipe.slices import Slice, Source, check_ranges
 from mergebench.recipe.source import plain, read
@@ -70,6 +70,8 @@ class Recipe:
     seed: int = 0
     dtype: str | None = None
     out_dtype: str | None = None
+    vocabulary: tokens.Vocabulary | None = None  # None: the models' tokens are the base's
+    chat_template: str | None = None  # written out, or "auto"
     evaluate: Evaluation | None = None
     path: Path | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was ignored, for stderr
@@ -149,6 +151,8 @@ class Recipe:
             "seed": self.seed,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
+            "tokenizer": self.vocabulary and self.vocabulary.to_plain(),
+            "chat_template": self.chat_template,
             "evaluate": measured
             and _given(
                 {"suite": measured.suite, "baselines": [baseline.to_plain() for baseline in measured.baselines]}
@@ -216,6 +220,8 @@ def load(
         seed=found.get("seed", 0),
         dtype=found.get("dtype"),
         out_dtype=found.get("out_dtype"),
+        vocabulary=tokens.vocabulary(found, places),
+        chat_template=tokens.chat_template(found.get("chat_template"), places),
         evaluate=_evaluation(found.get("evaluate"), places),
         path=path,
         notes=parameters.note(method, ignored, places),

@@ -26,7 +26,7 @@ def resolve(recipe: Recipe) -> Merge:
     One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
     method = recipe.method
-    base, entries = open_all(recipe)
+    base, entries = _with_tokens(recipe, *open_all(recipe))
     if recipe.slices:
         return _sliced(recipe, base, [model for _, model in entries])
     if base is not None:
@@ -61,6 +61,26 @@ def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
             )
         entries.append((entry, _open(recipe, entry, loc)))
     return base, entries
+
+
+def _with_tokens(
+    recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
+) -> tuple[Model | None, list[tuple[Entry, Model]]]:
+    """The models under the vocabulary, and with the chat template, that the recipe asks for."""
+    if recipe.vocabulary is None and recipe.chat_template is None:
+        return base, entries
+    from mergebench.recipe.vocabulary import share_vocabulary
+
+    models = {} if base is None else {_key(base): base}  # a base listed again is one model
+    for _, model in entries:
+        models.setdefault(_key(model), model)
+    shared = dict(zip(models, share_vocabulary(recipe, list(models.values())), strict=True))
+    return base and shared[_key(base)], [(entry, shared[_key(model)]) for entry, model in entries]
+
+
+def _key(model: Model) -> tuple[Path, Path | None, bool]:
+    place = (model.directory or model.headers[0].file).resolve()
+    return place, model.adapter and model.adapter.resolve(), model.is_task_vector
 
 
 def _merge(

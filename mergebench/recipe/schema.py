@@ -47,6 +47,7 @@ BASELINE = Kind(
 MODEL = Kind("a path or org/name", _text)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 GLOBS = _list("a list of globs", Kind("a glob", _text), "write it in brackets: ['*.bias']")
+VOCABULARY = Kind("base, union or a model", _text)
 SCOPE = Kind("tensor or model", lambda value: value in SCOPES)
 SEED = Kind("a whole number, at least 0", _whole)
 DTYPE = Kind(
@@ -67,6 +68,9 @@ RECIPE = {
     "seed": SEED,
     "dtype": DTYPE,
     "out_dtype": DTYPE,
+    "tokenizer_source": VOCABULARY,
+    "tokenizer": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write tokenizer: {source: union}"),
+    "chat_template": Kind("auto, chatml or a chat template", _text),
     "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
 }
 RANGE = Kind(
@@ -84,12 +88,14 @@ EVALUATE = {
     "suite": Kind("a file or a mapping", lambda value: _text(value) or isinstance(value, dict)),
     "baselines": _list("a list of merge methods", BASELINE, "write it in brackets: [linear]"),
 }
-FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
+TOKENIZER = {
+    "source": VOCABULARY,
+    "tokens": Kind("a mapping of tokens", lambda value: isinstance(value, dict) and all(map(_text, value))),
+    "pad_to_multiple_of": Kind("a whole number, at least 1", lambda value: _whole(value) and value > 0),
+}
+_OWN = (("evaluate",), ("tokenizer",))  # keys with nothing of the method's beneath them
 UNSUPPORTED = {
     "modules": "merge whole models: list them under models, choose tensors with include and exclude",
-    "tokenizer": FROM_BASE,
-    "tokenizer_source": FROM_BASE,
-    "chat_template": FROM_BASE,
     "edits": "leave it out and merge alone",
     "name": "write one recipe a file; the output is named on the command line",
 }
@@ -114,6 +120,8 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
             raise places.error(
                 ("models", i, "task_vector"), "needs a base_model to be added to", "name it: base_model: PATH"
             )
+    if "tokenizer" in found:
+        found["tokenizer"] = _keys(found["tokenizer"], TOKENIZER, ("tokenizer",), places)
     if "evaluate" in found:
         found["evaluate"] = _keys(found["evaluate"], EVALUATE, ("evaluate",), places)
         if not found["evaluate"].get("suite"):
@@ -140,10 +148,11 @@ def _keys(data: Mapping[str, Any], kinds: Mapping[str, Kind], loc: Loc, places: 
     for key, value in data.items():
         here = (*loc, key)
         if not loc and key in UNSUPPORTED:
-            _refuse_unsupported(key, value, data, places)
+            if value is not None:
+                raise places.error((key,), "not supported yet", UNSUPPORTED[key])
         elif key not in kinds:
             hint = did_you_mean(key, kinds) or ""
-            outside = "" if hint.startswith("did") or loc == ("evaluate",) else "; the method's own go under parameters"
+            outside = "" if hint.startswith("did") or loc[:1] in _OWN else "; the method's own go under parameters"
             raise places.error(here, "no such key", hint + outside)
         elif value is not None:
             found[key] = _value(value, kinds[key], here, places)
@@ -156,14 +165,3 @@ def _value(value: Any, kind: Kind, loc: Loc, places: Places) -> Any:
     if kind.each is not None:
         return [_value(item, kind.each, (*loc, i), places) for i, item in enumerate(value)]
     return value.removeprefix("torch.") if kind is DTYPE else value
-
-
-def _refuse_unsupported(key: str, value: Any, data: Mapping[str, Any], places: Places) -> None:
-    """Keys of the wider language; passed over only where they ask for what happens anyway."""
-    of_base = ["base", data.get("base_model")]
-    asks_nothing = {
-        "tokenizer_source": value in of_base,
-        "tokenizer": isinstance(value, dict) and value.keys() == {"source"} and value["source"] in of_base,
-    }
-    if value is not None and not asks_nothing.get(key, False):
-        raise places.error((key,), "not supported yet", UNSUPPORTED[key])

@@ -115,7 +115,8 @@ def put_together(
         tensors=tensors,
         low_rank=low_rank,
         replaced={},
-        config_changes=_config_changes(models[0].config, layers),
+        sliced=True,
+        config_changes={**(models[0].config_changes or {}), **_config_changes(models[0].config, layers)},
     )
 
 

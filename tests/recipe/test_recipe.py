@@ -6,13 +6,13 @@ import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mergebench import methods
 from mergebench.errors import RecipeError
 from mergebench.recipe import Baseline, Entry, Evaluation, Recipe, load
+from mergebench.recipe.tokens import Vocabulary
 
 Write = Callable[[str], str]
 
@@ -72,6 +72,7 @@ def test_everything(write: Write) -> None:
         seed=7,
         dtype="bfloat16",
         out_dtype="float16",
+        vocabulary=Vocabulary("base"),
         evaluate=Evaluation("suite.yaml", (Baseline("linear"), Baseline("ties", {"density": 0.2}))),
     )
     assert recipe.path == Path("recipe.yaml")
@@ -171,16 +172,11 @@ def test_habits_are_noted_once(write: Write) -> None:
     assert load({**slerp, "models": [{"model": "a"}]}) == load(slerp)  # a note changes nothing
 
 
-def test_nothing_and_the_bases_tokenizer_are_no_wish() -> None:
+def test_nothing_is_no_wish() -> None:
     data = {"merge_method": "linear", "base_model": "x", "models": [{"model": "a"}]}
-    same: list[dict[str, Any]] = [
-        {"tokenizer_source": "base"},
-        {"tokenizer_source": "x"},
-        {"tokenizer": {"source": "base"}},
-        {"chat_template": None, "slices": None, "dtype": None, "parameters": None, "evaluate": None},
-    ]
-    for more in same:
-        assert load({**data, **more}) == load(data)
+    empty = ("chat_template", "slices", "dtype", "parameters", "evaluate", "tokenizer", "tokenizer_source")
+    assert load({**data, **dict.fromkeys(empty)}) == load(data)
+    assert load({**data, "tokenizer_source": "base"}) == load({**data, "tokenizer": {"source": "base"}}) != load(data)
 
 
 def test_none_may_be_written_where_it_is_the_default() -> None:

@@ -24,11 +24,15 @@ models:
   - model: b
 """  # what a case below adds begins in line 7
 
-KEYS = "base_model, dtype, evaluate, exclude, include, merge_method, models, out_dtype, parameters, scope, seed, slices"
+KEYS = (
+    "base_model, chat_template, dtype, evaluate, exclude, include, merge_method, models, out_dtype, parameters, scope, "
+    "seed, slices, tokenizer, tokenizer_source"
+)
 OWN = "; the method's own go under parameters"
 DENSITY = "share of elements kept, above 0, at most 1"
 SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
-FROM_BASE = "leave it out: the tokenizer and its chat template come from the base"
+TOKEN = "write {source: MODEL}, {source: {kind: zero}} or {source: {kind: model_token, model: MODEL, token: TEXT}}"
+TEMPLATE = "write auto (what most of the models have), chatml, or the template itself"
 
 AFTER_START = [
     # unknown keys
@@ -65,13 +69,23 @@ AFTER_START = [
     # not yet
     ("slices: [{sources: [{model: a, layer_range: [0, 2]}]}]", "7:1", "slices: stands beside models", "give one of them"),
     ("modules: {}", "7:1", "modules: not supported yet", "merge whole models: list them under models, choose tensors with include and exclude"),
-    ("tokenizer: {source: union}", "7:1", "tokenizer: not supported yet", FROM_BASE),
-    ("tokenizer: {source: base, pad_to_multiple_of: 8}", "7:1", "tokenizer: not supported yet", FROM_BASE),
-    ("tokenizer_source: union", "7:1", "tokenizer_source: not supported yet", FROM_BASE),
-    ("tokenizer_source: a", "7:1", "tokenizer_source: not supported yet", FROM_BASE),
-    ("chat_template: auto", "7:1", "chat_template: not supported yet", FROM_BASE),
     ("edits: [{edit: surgery}]", "7:1", "edits: not supported yet", "leave it out and merge alone"),
     ("name: first", "7:1", "name: not supported yet", "write one recipe a file; the output is named on the command line"),
+    # tokens
+    ("tokenizer: union", "7:1", "tokenizer: must be a mapping, got 'union'", "write tokenizer: {source: union}"),
+    ("tokenizer_source: [union]", "7:1", "tokenizer_source: must be base, union or a model, got a list", None),
+    ("tokenizer: {sauce: base}", "7:13", "tokenizer.sauce: no such key", "did you mean 'source'?"),
+    ("tokenizer: {x: base}", "7:13", "tokenizer.x: no such key", "known: pad_to_multiple_of, source, tokens"),
+    ("tokenizer: {pad_to_multiple_of: 0}", "7:13", "tokenizer.pad_to_multiple_of: must be a whole number, at least 1, got 0", None),
+    ("tokenizer: {tokens: [a]}", "7:13", "tokenizer.tokens: must be a mapping of tokens, got a list", None),
+    ("tokenizer: {tokens: {a: x}}", "7:22", "tokenizer.tokens.a: must be a mapping with a source, got 'x'", TOKEN),
+    ("tokenizer: {tokens: {a: {source: x, force: 1}}}", "7:37", "tokenizer.tokens.a.force: must be true or false, got 1", None),
+    ("tokenizer: {tokens: {a: {source: {kind: [x]}}}}", "7:26", "tokenizer.tokens.a.source: must be a model, or of kind zero or model_token, got a mapping", TOKEN),
+    ("tokenizer: {tokens: {a: {source: {kind: zero, model: x}}}}", "7:26", "tokenizer.tokens.a.source: must be a model, or of kind zero or model_token, got a mapping", TOKEN),
+    ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x}}}}", "7:26", "tokenizer.tokens.a.source: must name a model, and either a token or a token_id", TOKEN),
+    ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x, token: 3}}}}", "7:64", "tokenizer.tokens.a.source.token: must be text, got 3", "put it in quotes"),
+    ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x, token_id: -3}}}}", "7:64", "tokenizer.tokens.a.source.token_id: must be a whole number, at least 0, got -3", None),
+    ("chat_template: vicuna", "7:1", "chat_template: must be a chat template, got 'vicuna'", TEMPLATE),
     # values of the recipe's own keys
     ("scope: layer", "7:1", "scope: must be tensor or model, got 'layer'", None),
     ("seed: -1", "7:1", "seed: must be a whole number, at least 0, got -1", None),

@@ -555,12 +555,10 @@ recipe_case("weights add up to zero", USAGE, "parameters.weight", "zero", method
     {"model": "ft1", "parameters": {"weight": 1}}, {"model": "ft2", "parameters": {"weight": -1}}])  # fmt: skip
 for key, setting in {
     "modules": {"text": {}},
-    "tokenizer": {"source": "union"},
-    "tokenizer_source": "union",
-    "chat_template": "auto",
     "edits": [{"edit": "surgery"}],
 }.items():
     recipe_case(f"not supported yet: {key}", USAGE, "recipe.yaml:", key, "not supported yet", **{key: setting})
+recipe_case("no tokenizer to join", MODEL, "model 'base'", "no tokenizer", tokenizer_source="union")
 recipe_case("a gradient out of range", USAGE, "density.1", "at most 1", parameters={"density": [0.1, 9]})
 BARE = [{"filter": "mlp"}]
 recipe_case("a filter without a value", USAGE, "density.0", "{filter, value}", parameters={"density": BARE})

@@ -1,0 +1,144 @@
+"""Tokenizers of the models, and the one that a merge of different vocabularies gets."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint import Model
+from mergebench.checkpoint.write import TOKENIZER_FILES
+from mergebench.errors import ModelError
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a config says its model has."""
+    own = config.get("vocab_size")
+    nested = config.get("text_config")
+    size = nested.get("vocab_size") if own is None and isinstance(nested, dict) else own
+    return size if isinstance(size, int) else None
+
+
+def with_vocab_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """What config.json must say of another number of tokens."""
+    if vocab_size(config) in (None, size):
+        return {}
+    if "vocab_size" in config:
+        return {"vocab_size": size}
+    return {"text_config": {**config["text_config"], "vocab_size": size}}
+
+
+def load(directory: Path | None, reference: str) -> Any:
+    """The tokenizer in a directory, by transformers; code in it is never run."""
+    if directory is None or not any((directory / name).is_file() for name in _VOCABULARIES):
+        hint = "put tokenizer files beside its weights (copy the base's if it shares the base's tokens)"
+        raise ModelError(f"model '{reference}': it has no tokenizer", hint)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {reason}") from None
+
+
+def tokens_of(tokenizer: Any) -> dict[str, int]:
+    """A tokenizer's tokens and their ids, in the order of the ids."""
+    return dict(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
+
+
+def without_unused(tokenizer: Any, size: int | None, reference: str) -> Any:
+    """The tokenizer without the tokens that a model of `size` tokens has no row for; itself where there is none."""
+    unused = {token for token, number in tokenizer.get_vocab().items() if size is not None and number >= size}
+    if not unused:
+        return tokenizer
+    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
+        tokenizer.save_pretrained(folder)
+        path = Path(folder) / "tokenizer.json"
+        whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        model = whole.get("model", {})
+        added = {one["content"] for one in whole.get("added_tokens", ())}
+        if model.get("type") != "BPE" and not unused <= added:
+            raise ModelError(f"model '{reference}': its tokenizer has {len(unused)} tokens that it has no rows for")
+        whole["added_tokens"] = [one for one in whole["added_tokens"] if one["id"] < size]
+        model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in unused}
+        if "merges" in model:
+            pairs = ((one, one.split(" ") if isinstance(one, str) else one) for one in model["merges"])
+            model["merges"] = [one for one, pair in pairs if unused.isdisjoint((*pair, "".join(pair)))]
+        path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        return load(Path(folder), reference)
+
+
+def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> Any:
+    """The base's tokenizer and, after its tokens, those of the others: ordinary ones first, then added ones.
+
+    Where several add a token with different settings, the first one's hold.
+    """
+    words: dict[str, None] = {}
+    added: dict[str, Any] = {}
+    for tokenizer, size in zip(tokenizers, sizes, strict=True):
+        most = size if size is not None else len(tokenizer.get_vocab())
+        own = {number: token for number, token in sorted(tokenizer.added_tokens_decoder.items()) if number < most}
+        marked = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        for token, number in tokens_of(tokenizer).items():
+            if number < most and token not in marked:
+                words.setdefault(token)
+        for token in own.values():
+            added.setdefault(token.content, token)
+    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
+        base.save_pretrained(folder)
+        result = load(Path(folder), "base")
+    known = base.get_vocab()
+    result.add_tokens([token for token in words if token not in added and token not in known])
+    result.add_tokens(list(added.values()))
+    return result
+
+
+def saved(tokenizer: Any) -> dict[str, bytes]:
+    """The files that transformers writes for a tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
+        tokenizer.save_pretrained(folder)
+        return stored(Path(folder))
+
+
+def stored(directory: Path) -> dict[str, bytes]:
+    """The tokenizer files in a directory."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name in TOKENIZER_FILES}
+
+
+def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """Tokenizer files with another chat template."""
+    found = {name: content for name, content in files.items() if name != "chat_template.json"}
+    config = _config(files)
+    if config.pop("chat_template", None) is not None:
+        found[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return found | {_TEMPLATE: template.encode()}
+
+
+def usual_template(models: Sequence[Model]) -> str | None:
+    """The chat template that most models have, the first of several; None where none has any."""
+    found: Counter[str] = Counter()
+    for model in models:
+        files = stored(model.directory) if model.directory is not None else {}
+        template: Any = files[_TEMPLATE].decode() if _TEMPLATE in files else _config(files).get("chat_template")
+        if isinstance(template, list):
+            template = {one.get("name"): one.get("template") for one in template}
+        if isinstance(template, dict):
+            template = template.get("default")
+        if isinstance(template, str) and template.strip():
+            found[template.strip()] += 1
+    return found.most_common(1)[0][0] if found else None
+
+
+def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        config = json.loads(files.get(_CONFIG, b"{}"))
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,230 @@
+"""Models under one vocabulary: the rows of each embedding and head as the output's tokens want them.
+
+A token that a model lacks gets the base's row, else the row of the only model that has it, else the mean of those
+that have it; one that no model has is zero. By headers and tokenizer files alone, as mergekit decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergebench.checkpoint import Model, TensorInfo
+from mergebench.checkpoint.align import is_vocabulary, tied_to
+from mergebench.checkpoint.reference import locate
+from mergebench.checkpoint.rows import choose
+from mergebench.errors import ModelError, RecipeError, did_you_mean
+from mergebench.recipe import tokenizers
+from mergebench.recipe.places import Loc
+from mergebench.recipe.recipe import Recipe
+from mergebench.recipe.tokens import TokenSource, Vocabulary
+from mergebench.recipe.varying import layer_of
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The output's tokens: how many rows they take, and where each model has them."""
+
+    count: int
+    padding: int
+    have: Ids  # [models, count]: the model's row of each token, -1 where it has none
+    rows: list[Ids]  # for each model [models, count]: whose rows make its row, -1 for no part
+
+
+def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
+    """The models with embeddings and heads of the output's tokens; `models[0]` gives config and tokenizer."""
+    wanted, template = recipe.vocabulary, recipe.chat_template
+    files = None
+    changed = list(models)
+    if wanted is not None:
+        for model in models:
+            if model.is_task_vector:
+                raise RecipeError(
+                    f"tokenizer: task vector '{model.reference}' has no tokens of its own",
+                    "name the model it belongs to with model:",
+                )
+        tokens, files = _tokens(recipe, wanted, models)
+        changed = _remap(models, tokens)
+        size = tokens.count + tokens.padding
+        changes = tokenizers.with_vocab_size(models[0].config, size)
+        if changes:
+            changed[0] = replace(changed[0], config_changes=changes)
+    if template == "auto":
+        template = tokenizers.usual_template(models)
+    if template is not None and models[0].directory is not None:
+        files = tokenizers.with_template(files or tokenizers.stored(models[0].directory), template)
+    changed[0] = replace(changed[0], tokenizer_files=files)
+    return changed
+
+
+def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tuple[Tokens, dict[str, bytes] | None]:
+    """The output's tokens, and its tokenizer's files where they are not the first model's."""
+    sizes = [_rows(model) for model in models]
+    each = [tokenizers.load(model.directory, model.reference) for model in models]
+    each[0] = base = tokenizers.without_unused(original := each[0], sizes[0], models[0].reference)
+    vocabularies = [tokenizers.tokens_of(tokenizer) for tokenizer in each]
+    if wanted.source == "base":
+        out = base
+        files = None if base is original else tokenizers.saved(base)
+    elif wanted.source == "union":
+        out = tokenizers.union(base, each, sizes)
+        files = tokenizers.saved(out)
+    else:
+        source = _find(recipe, wanted.source)
+        out = tokenizers.load(source if source.is_dir() else None, wanted.source)
+        files = tokenizers.stored(source)
+    known = out.get_vocab()
+    new = [token for token in wanted.tokens if token not in known]
+    if new:
+        out.add_tokens(new)
+        files = tokenizers.saved(out)
+    ids = tokenizers.tokens_of(out)
+    count = max(len(ids), max(ids.values(), default=-1) + 1)  # ids may have holes, whose rows are zero
+    have = np.full((len(models), count), -1, np.int64)
+    places = np.fromiter(ids.values(), np.int64, len(ids))
+    for number, vocabulary in enumerate(vocabularies):
+        own = np.fromiter((vocabulary.get(token, -1) for token in ids), np.int64, len(ids))
+        size = sizes[number]
+        have[number, places] = own if size is None else np.where(own < size, own, -1)  # others have no row
+    rows = _rows_of(recipe, wanted, models, vocabularies, ids, have)
+    padding = -count % wanted.pad_to_multiple_of if wanted.pad_to_multiple_of else 0
+    return Tokens(count, padding, have, rows), files
+
+
+def _find(recipe: Recipe, source: str) -> Path:
+    """The directory of the model whose tokenizer is wanted."""
+    loc = ("tokenizer_source",) if ("tokenizer_source",) in recipe.places.texts else ("tokenizer", "source")
+    try:
+        return locate(source, [] if recipe.folder is None else [recipe.folder]).checkpoint
+    except ModelError as error:
+        raise ModelError(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
+
+
+def _rows_of(
+    recipe: Recipe,
+    wanted: Vocabulary,
+    models: Sequence[Model],
+    vocabularies: Sequence[dict[str, int]],
+    ids: dict[str, int],
+    have: Ids,
+) -> list[Ids]:
+    """For each model, whose rows make its rows."""
+    lacking = have.copy()  # where a row comes from in models that lack the token: the mean of all that have it,
+    if recipe.base_model is not None:  # or the base's
+        lacking[1:, have[0] >= 0] = -1
+    forced = np.zeros(have.shape[1], bool)
+    for token, source in wanted.tokens.items():
+        place = ids[token]
+        forced[place] = source.force
+        lacking[:, place] = -1
+        if source.model is not None and (source.force or (have[:, place] < 0).any()):
+            number, row = _row(recipe, models, vocabularies, have, token, place, source)
+            lacking[number, place] = row
+    found = []
+    for number in range(len(models)):
+        keeps = (have[number] >= 0) & ~forced
+        rows = np.where(keeps, -1, lacking)
+        rows[number, keeps] = have[number, keeps]
+        found.append(rows)
+    return found
+
+
+def _row(
+    recipe: Recipe,
+    models: Sequence[Model],
+    vocabularies: Sequence[dict[str, int]],
+    have: Ids,
+    token: str,
+    place: int,
+    source: TokenSource,
+) -> tuple[int, int]:
+    """The model and the row that a token's source names."""
+    loc: Loc = ("tokenizer", "tokens", token, "source")
+    names = [model.reference for model in models]
+    if source.model not in names:
+        hint = did_you_mean(str(source.model), names) or "name it under models"
+        raise recipe.places.error(loc, f"'{source.model}' is no model of this recipe", hint)
+    number = names.index(source.model)
+    if source.token_id is not None:
+        size = _rows(models[number])
+        if size is not None and source.token_id >= size:
+            raise recipe.places.error(loc, f"'{source.model}' has {size} tokens, the last is {size - 1}")
+        return number, source.token_id
+    row = int(have[number, place])
+    wants = source.token or token
+    if source.token is not None:
+        row = vocabularies[number].get(wants, -1)
+        size = _rows(models[number])
+        row = -1 if size is not None and row >= size else row
+    if row < 0:
+        near = did_you_mean(wants, list(vocabularies[number])) if len(vocabularies[number]) < 10_000 else None
+        raise recipe.places.error(loc, f"'{source.model}' has no token '{wants}'", near)
+    return number, row
+
+
+def _rows(model: Model) -> int | None:
+    """How many tokens a model has rows for: what its config says, or fewer where its files hold fewer."""
+    size = tokenizers.vocab_size(model.config)
+    rows = [info.shape[0] for name, info in model.tensors.items() if is_vocabulary(name) and info.shape]
+    return min([*rows, *([] if size is None else [size])], default=None)
+
+
+def _remap(models: Sequence[Model], tokens: Tokens) -> list[Model]:
+    """The models with the rows of their embeddings and heads chosen anew."""
+    changed = [dict(model.tensors) for model in models]
+    for name in _candidates(models):
+        stored = [_stored(model, name) for model in models]
+        shapes = {info.shape[1:] for info in stored if info is not None}
+        if len(shapes) > 1:
+            continue  # models that do not fit together; said where all is held against the base
+        for number, model in enumerate(models):
+            own = model.tensors.get(name)
+            if own is None:
+                continue
+            if name in model.low_rank:
+                raise RecipeError(
+                    f"tokenizer: {name}: '{model.reference}' has an adapter on it, which is not supported yet",
+                    "merge the adapter into its model first, or leave tokenizer out",
+                )
+            used = [(info, rows) for info, rows in zip(stored, tokens.rows[number], strict=True) if info is not None]
+            lost = any(
+                (rows >= 0).any() for info, rows in zip(stored, tokens.rows[number], strict=True) if info is None
+            )
+            if lost:
+                raise RecipeError(f"tokenizer: {name}: not every model has it, and tokens need its rows")
+            chosen = np.stack([rows for _, rows in used])
+            changed[number][name] = choose(own, [info for info, _ in used], chosen, tokens.padding)
+    return [replace(model, tensors=tensors) for model, tensors in zip(models, changed, strict=True)]
+
+
+def _candidates(models: Sequence[Model]) -> list[str]:
+    """Tensors with a row for each token: embeddings and heads by their names, or as long as the vocabulary."""
+    found = []
+    for name in dict.fromkeys(name for model in models for name in model.tensors):
+        having = [(model, model.tensors[name]) for model in models if name in model.tensors]
+        if not all(info.is_float and info.shape for _, info in having):
+            continue
+        if is_vocabulary(name) or (layer_of(name) is None and all(_as_long(model, info) for model, info in having)):
+            found.append(name)
+    return found
+
+
+def _as_long(model: Model, info: TensorInfo) -> bool:
+    size = tokenizers.vocab_size(model.config)
+    return info.shape[0] == size and size != model.config.get("hidden_size") and len(info.shape) == 2
+
+
+def _stored(model: Model, name: str) -> TensorInfo | None:
+    """The tensor in a model; a head that is not stored is the embedding it is tied to."""
+    info = model.tensors.get(name)
+    target = None if info is not None else tied_to(name, model)
+    return info if target is None else model.tensors[target]
+
+
+__all__ = ["share_vocabulary"]
