@@ -554,7 +554,6 @@ recipe_case("missing parameter", USAGE, "parameters.t", "'slerp'", method="slerp
 recipe_case("weights add up to zero", USAGE, "parameters.weight", "zero", method="linear", base=None, models=[
     {"model": "ft1", "parameters": {"weight": 1}}, {"model": "ft2", "parameters": {"weight": -1}}])  # fmt: skip
 for key, setting in {
-    "modules": {"text": {}},
     "tokenizer": {"source": "union"},
     "tokenizer_source": "union",
     "chat_template": "auto",
