@@ -25,6 +25,16 @@ ITEM_SIZE = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_ARE_FLOATS = FLOATS | FP8
+
+
+class Scale(NamedTuple):
+    """What an FP8 tensor is multiplied with: one number for each block of its elements."""
+
+    stored: TensorInfo
+    shape: tuple[int, ...]  # as many sides as the tensor has
+    blocks: tuple[int, ...]
 
 
 class TensorInfo(NamedTuple):
@@ -36,6 +46,7 @@ class TensorInfo(NamedTuple):
     file: Path
     offset: int
     nbytes: int
+    scale: Scale | None = None
 
     @property
     def numel(self) -> int:
@@ -43,7 +54,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in FLOATS
+        return self.dtype in _ARE_FLOATS
 
 
 @dataclass(frozen=True)

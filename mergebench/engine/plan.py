@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from mergebench.checkpoint.align import Alignment, align
-from mergebench.checkpoint.header import ITEM_SIZE
+from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.write import Shard, lay_out
 from mergebench.engine import questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
@@ -150,7 +150,7 @@ def plan_merge(
     operands = operands_of(merge, alignment.sources)
     infos = merge.reference.tensors
     stored = _STORED.get(merge.dtype or "")
-    dtypes = {name: stored if stored and info.is_float else info.dtype for name, info in infos.items()}
+    dtypes = {name: _stored_type(info, stored, merge.wanted(name)) for name, info in infos.items()}
     shards = lay_out(infos.values(), dtypes, shard_size, by_file=merge.reference.config_changes is None)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -214,8 +214,15 @@ def _check_models(merge: Merge) -> None:
         raise RecipeError("models: no model to merge")
     for model in [*merge.models, merge.reference]:
         for info in model.tensors.values():
-            if info.dtype.startswith("F8") and merge.wanted(info.name):
-                raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: FP8 is not supported yet")
+            if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
+                raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")
+
+
+def _stored_type(info: TensorInfo, given: str | None, merged: bool) -> str:
+    """What a tensor is written as: the type given, else its own; FP8 that is merged or was scaled, as bfloat16."""
+    if not info.is_float:
+        return info.dtype
+    return given or ("BF16" if info.dtype in FP8 and (merged or info.scale) else info.dtype)
 
 
 def _groups(

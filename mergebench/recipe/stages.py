@@ -21,7 +21,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.staging import finished
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Recipe, check
 from mergebench.recipe.source import PROVENANCE, Document, read
@@ -44,6 +43,8 @@ class Stage:
     @property
     def waits_for(self) -> list[str]:
         """The stages that must be merged before this one can be planned."""
+        from mergebench.checkpoint.staging import finished  # torch comes with it
+
         return [place.name for place in self.needs if finished(place) is None]
 
 
