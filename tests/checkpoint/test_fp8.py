@@ -14,8 +14,10 @@ from torch import Tensor
 import mergebench
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.header import Scale, TensorInfo
-from mergebench.checkpoint.read import Scaler
+from mergebench.checkpoint.read import Files, Scaler
 from mergebench.checkpoint.scales import find_scales
+from mergebench.engine.context import Span
+from mergebench.engine.read import ChunkReader
 
 QUANTIZED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -81,7 +83,12 @@ def quantized(place: str, seed: int, dtype: torch.dtype, end: str, **more: Tenso
         values, scale = made(shape, scales, 100 * seed + number, dtype)
         tensors |= {f"layers.{number}.weight": values, f"layers.{number}.weight{end}": scale}
         means[f"layers.{number}.weight"] = values.float() * expanded(scale, shape)
-    config = {**CONFIG, "quantization_config": QUANTIZED, "text_config": {"a": 1, "quantization_config": {}}}
+    config = {
+        **CONFIG,
+        "dtype": "bfloat16",
+        "quantization_config": QUANTIZED,
+        "text_config": {"a": 1, "quantization_config": {}},
+    }
     write_model(Path(place), tensors, config=config, side_files={"hf_quant_config.json": "{}"})
     return means
 
@@ -114,6 +121,16 @@ def test_merge(end: str, dtype: torch.dtype, how: dict[str, Any]) -> None:
     config = json.loads(Path("out/config.json").read_text())
     assert config == {**CONFIG, "text_config": {"a": 1}, "dtype": "bfloat16"}
     assert not Path("out/hf_quant_config.json").exists()
+
+
+def test_pieces_of_one_tensor_in_one_chunk() -> None:
+    values, scale = made((300, 300), (3, 3), 0, torch.float8_e4m3fn)
+    write_model(Path("a"), {"w": values, "w_scale_inv": scale})
+    plan = mergebench.plan(mergebench.load({"merge_method": "linear", "models": [{"model": "a"}]}))
+    wanted = (values.float() * expanded(scale, (300, 300))).reshape(-1)
+    with Files() as files:
+        found, _ = ChunkReader(plan, files).load([Span("w", 10, 510), Span("w", 70_001, 70_401)], apply=False)
+        assert torch.equal(found[0], torch.cat([wanted[10:510], wanted[70_001:70_401]]))
 
 
 def test_beside_models_that_are_not_quantized() -> None:
