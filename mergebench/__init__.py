@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 # Public names and where they live; each is imported on first use, so that `import mergebench` costs nothing.
 _PUBLIC = {
     "load": "mergebench.recipe",
+    "load_stages": "mergebench.recipe",
     "plan": "mergebench.api",
     "run": "mergebench.api",
     "evaluate": "mergebench.api",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from mergebench.engine.statistics import gram, order_statistics
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import report
-    from mergebench.recipe import load
+    from mergebench.recipe import load, load_stages
 
 __all__ = [
     "Context",
@@ -58,6 +59,7 @@ __all__ = [
     "evaluate",
     "gram",
     "load",
+    "load_stages",
     "merge_method",
     "order_statistics",
     "param",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench import card
 from mergebench.checkpoint import open_model
-from mergebench.checkpoint.staging import finished
+from mergebench.checkpoint.staging import check_target, finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.merge import Merge
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import RecipeError
 from mergebench.methods import get as get_method
-from mergebench.recipe import Baseline, Recipe
-from mergebench.recipe.resolve import folders, open_all, resolve, short_names
+from mergebench.recipe import Baseline, Recipe, Stage
+from mergebench.recipe.resolve import folders, open_all, open_named, resolve, short_names
+from mergebench.recipe.stages import default_out, references
 
 if TYPE_CHECKING:
     from mergebench.checkpoint import Model
@@ -60,11 +61,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def default_out(recipe: Recipe) -> Path:
-    """`merged/<recipe stem>`."""
-    return Path("merged") / (recipe.path.stem if recipe.path else recipe.merge_method)
-
-
 def run(
     plan: Plan,
     out: str | Path,
@@ -100,6 +96,21 @@ def run(
         progress=progress,
         finish=finish,
     )
+
+
+def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:
+    """Before hours of merging: every model that is no stage's result is there, and no target is taken."""
+    for stage in stages:
+        if stage is not stages[-1] and finished(stage.out) is not None and not (resume or overwrite):
+            hint = "use it with --resume, replace it with --overwrite, or choose another --out"
+            raise RecipeError(f"{stage.out}: it holds a finished stage", hint)
+        check_target(stage.out, [], overwrite or resume)
+        for loc, text in references(stage.recipe):
+            if not any(text == str(place) or text.startswith(f"{place}+") for place in stage.needs):
+                open_named(stage.recipe, text, loc)
+        for i, entry in enumerate(stage.recipe.models):
+            if entry.task_vector is not None:
+                open_named(stage.recipe, entry.task_vector, ("models", i, "task_vector"), task_vector=True)
 
 
 def read_suite(recipe: Recipe) -> Suite:
@@ -180,4 +191,4 @@ def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32
     return run_plan(plan_merge(merge), Path(out), overwrite=overwrite)
 
 
-__all__ = ["Result", "default_out", "evaluate", "plan", "read_suite", "run", "task_vector"]
+__all__ = ["Result", "check_stages", "default_out", "evaluate", "plan", "read_suite", "run", "task_vector"]

@@ -28,6 +28,16 @@ ITEM_SIZE = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_ARE_FLOATS = FLOATS | FP8
+
+
+class Scale(NamedTuple):
+    """What an FP8 tensor is multiplied with: one number for each block of its elements."""
+
+    stored: TensorInfo
+    shape: tuple[int, ...]  # as many sides as the tensor has
+    blocks: tuple[int, ...]
 
 
 class TensorInfo(NamedTuple):
@@ -40,6 +50,7 @@ class TensorInfo(NamedTuple):
     offset: int
     nbytes: int
     rows: Rows | None = None  # under another vocabulary: where each row comes from
+    scale: Scale | None = None
 
     @property
     def numel(self) -> int:
@@ -52,7 +63,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in FLOATS
+        return self.dtype in _ARE_FLOATS
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.header import FP8, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
 from mergebench.checkpoint.reference import locate
+from mergebench.checkpoint.scales import find_scales
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         replaced = {name: tensors[name] for name in whole}
         tensors |= whole
     model = Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector, replaced=replaced)
-    _ = model.config  # a damaged one shows here, not when the work is done
+    config = model.config  # a damaged one shows here, not when the work is done
+    if any(info.dtype in FP8 for info in tensors.values()):
+        model = replace(model, tensors=find_scales(reference, tensors, config))
     _check_tied(model)
     return model
 

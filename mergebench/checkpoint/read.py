@@ -150,6 +150,69 @@ class _Dora:
         return base, product.add_(base)
 
 
+class Scaler:
+    """The scale of one tensor in memory: multiplies any piece of it, a row or many at a time."""
+
+    def __init__(self, info: TensorInfo, scale: Tensor) -> None:
+        assert info.scale is not None
+        self.shape, self.blocks = info.shape, info.scale.blocks
+        self.scale = scale.float().reshape(-1, info.scale.shape[-1] if info.scale.shape else 1)
+        self.sides = info.scale.shape
+        self.columns = info.shape[-1] if info.shape else 1
+
+    def multiply(self, start: int, out: Tensor) -> None:
+        """out *= scale[start : start + len(out)] (flat elements)."""
+        if self.scale.numel() == 1:
+            out.mul_(self.scale.reshape(()))
+            return
+        at, columns = 0, self.columns
+        while at < len(out):  # what is left of a row, then whole rows, then the start of one
+            row, column = divmod(start + at, columns)
+            size = min(columns - column, len(out) - at)
+            if size == columns:
+                size = (len(out) - at) // columns * columns
+            piece = out[at : at + size]
+            factors = self.scale[self._rows(row, row + -(-size // columns))]
+            if self.scale.shape[1] == 1:
+                piece.view(len(factors), -1).mul_(factors)
+            elif size >= columns and columns % self.blocks[-1] == 0:
+                piece.view(len(factors), factors.shape[1], -1).mul_(factors[:, :, None])
+            else:
+                wide = factors.repeat_interleave(self.blocks[-1], 1)[:, column : column + min(size, columns)]
+                piece.view(len(factors), -1).mul_(wide)
+            at += size
+
+    def _rows(self, first: int, stop: int) -> Tensor:
+        """Which rows of the scale belong to rows of the tensor, all dimensions but the last laid flat."""
+        rows = torch.arange(first, stop, device=self.scale.device)
+        found, stride = torch.zeros_like(rows), 1
+        for side, block, count in zip(self.shape[-2::-1], self.blocks[-2::-1], self.sides[-2::-1], strict=True):
+            found += rows % side // block * stride
+            rows, stride = rows // side, stride * count
+        return found
+
+
+class Scales:
+    """FP8 values times their scales; the scales of the tensors read last stay in memory."""
+
+    KEPT = 64
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._kept: dict[tuple[Path, int], Scaler] = {}
+
+    def multiply(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
+        """out *= what the stored elements `start` onwards are scaled by; nothing for a tensor without a scale."""
+        if tensor.scale is None:
+            return
+        key = (tensor.file, tensor.offset)
+        if key not in self._kept:
+            if len(self._kept) >= self.KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = Scaler(tensor, whole(self._files, tensor.scale.stored).to(out.device))
+        self._kept[key].multiply(start, out)
+
+
 def whole(files: Files, tensor: TensorInfo) -> Tensor:
     """One tensor as stored."""
     out = torch.empty(tensor.numel, dtype=TORCH_DTYPE[tensor.dtype])
@@ -166,6 +229,7 @@ def read_whole(model: Model, name: str) -> Tensor:
         if not info.is_float:
             return value
         value = value.float()
+        Scales(files).multiply(info, 0, value.reshape(-1))
         if name in model.low_rank:
             LowRankReader(files, model.low_rank[name]).add_into(0, value.reshape(-1))
         return value

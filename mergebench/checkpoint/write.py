@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
+from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.model import INDEX, SINGLE, Model
+from mergebench.checkpoint.scales import without_scales
 from mergebench.errors import RunError
 
 # bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
@@ -179,9 +180,11 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         return []
     copied = []
     replaced = source.tokenizer_files
+    scaled = any(info.dtype in FP8 for info in source.tensors.values())
     for path in sorted(source.directory.iterdir()):
         skip = path.name in _LEAVE or path.name.startswith((".", "adapter_")) or path.name.endswith(".index.json")
         skip |= replaced is not None and path.name in TOKENIZER_FILES
+        skip |= scaled and path.name == "hf_quant_config.json"
         if skip or path.suffix not in _SIDE_SUFFIXES or not path.is_file():
             continue
         shutil.copyfile(path, directory / path.name)
@@ -191,6 +194,10 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         copied.append(name)
     config = dict(source.config)
     changed = bool(source.config_changes)
+    if scaled:
+        plain = without_scales(config)
+        changed |= plain != config
+        config = plain
     if config and stored_dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         changed |= config.get(key) != CONFIG_DTYPE[stored_dtype]

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.merge import Recipe
-from mergebench.cli.progress import note
+from mergebench.cli.merge import Recipe, each_stage, load
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
+    from mergebench.recipe import Stage
 
 
 def explain(recipe: Recipe, set_: opt.Set = None, seed: opt.Seed = None, json_: opt.Json = False) -> None:
     """Print where each tensor of the result comes from and the parameters that hold for it, from headers alone."""
-    from mergebench import api
-    from mergebench.recipe import load
+    each_stage(load(recipe, set_, seed, None, json_), json_, _facts, _show)
 
-    loaded = load(recipe, set_ or (), seed)
-    for line in loaded.notes:
-        note(f"note: {line}", json_)
-    plan = api.plan(loaded)
+
+def _facts(stage: Stage) -> dict[str, Any]:
+    from mergebench import api
+
+    plan = api.plan(stage.recipe)
     tensors = [_about(plan, name) for name in plan.merge.reference.tensors]
-    if json_:
-        typer.echo(json.dumps({"method": plan.merge.method.name, "scope": plan.merge.scope, "tensors": tensors}))
-        return
+    return {"method": plan.merge.method.name, "scope": plan.merge.scope, "tensors": tensors}
+
+
+def _show(stage: Stage) -> None:
+    from mergebench import api
+
+    plan = api.plan(stage.recipe)
+    tensors = [_about(plan, name) for name in plan.merge.reference.tensors]
     typer.echo(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
     same = {key: value for key, value in tensors[0].get("parameters", {}).items() if _everywhere(tensors, key, value)}
     typer.echo("everywhere: " + (_written(same) or "no parameters"))

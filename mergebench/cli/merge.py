@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,20 @@ from mergebench.cli.progress import byte_bar, human, item_bar, note
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
     from mergebench.engine.run import Result
+    from mergebench.recipe import Stage
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; a mergekit config is a valid recipe.")]
+_HELP = "A YAML file, or a directory with a mergekit_config.yml; a mergekit config is a valid recipe."
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help=_HELP)]
+
+
+def load(recipe: Path, set_: list[str] | None, seed: int | None, out: Path | None, quiet: bool) -> list[Stage]:
+    """The recipes of a file, in the order to merge them: nearly always one."""
+    from mergebench.recipe import load_stages
+
+    stages = load_stages(recipe, out, set_ or (), seed)
+    for line in (line for stage in stages for line in stage.recipe.notes):
+        note(f"note: {line}", quiet)
+    return stages
 
 
 def merge(
@@ -41,34 +54,26 @@ def merge(
 ) -> None:
     """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how."""
     from mergebench import api
-    from mergebench.recipe import load
 
-    loaded = load(recipe, set_ or (), seed)
     quiet = quiet or json_
-    for line in loaded.notes:
-        note(f"note: {line}", quiet)
-    device = opt.check_device(device)
-    plan = api.plan(
-        loaded,
-        memory=opt.parse_size(memory, "--memory"),
-        workers=workers,
-        device=device,
-        shard_size=opt.parse_size(shard_size, "--shard-size"),
-    )
-    target = out or api.default_out(loaded)
+    stages = load(recipe, set_, seed, out, quiet)
+    *earlier, last = stages
+    loaded, target = last.recipe, last.out
+    limits: dict[str, Any] = {
+        "memory": opt.parse_size(memory, "--memory"),
+        "workers": workers,
+        "device": opt.check_device(device),
+        "shard_size": opt.parse_size(shard_size, "--shard-size"),
+    }
+    ways = {"resume": resume, "overwrite": overwrite, "sync": sync, "hash_inputs": hash_, "verify": verify}
     suite = api.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
+    if earlier:
+        api.check_stages(stages, resume=resume, overwrite=overwrite)
+    before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
+    plan = api.plan(loaded, **limits)
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
     with byte_bar("merging", plan.bytes_read, quiet) as progress:
-        result = api.run(
-            plan,
-            target,
-            resume=resume,
-            overwrite=overwrite,
-            sync=sync,
-            hash_inputs=hash_,
-            verify=verify,
-            progress=progress,
-        )
+        result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)
     results = None
     missing = not (target / "evaluation.json").exists()
@@ -77,6 +82,8 @@ def merge(
             results = api.evaluate(loaded, target, suite=suite, device=device, progress=step)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
+        if earlier:
+            document["earlier_stages"] = before
         if results is not None:
             document["evaluation"] = results.to_dict()
         typer.echo(json.dumps(document))
@@ -99,31 +106,59 @@ def plan(
     json_: opt.Json = False,
 ) -> None:
     """Show what a merge would read, ask, write and need, from headers alone."""
+    limits: dict[str, Any] = {
+        "memory": opt.parse_size(memory, "--memory"),
+        "workers": workers,
+        "device": opt.check_device(device),
+        "shard_size": opt.parse_size(shard_size, "--shard-size"),
+    }
+
+    def facts(stage: Stage) -> dict[str, Any]:
+        return _facts(_plan(stage, limits), stage.out)
+
+    def show(stage: Stage) -> None:
+        _show(_plan(stage, limits), stage.out)
+
+    each_stage(load(recipe, set_, seed, None, json_), json_, facts, show)
+
+
+def each_stage(
+    stages: list[Stage], json_: bool, facts: Callable[[Stage], dict[str, Any]], show: Callable[[Stage], None]
+) -> None:
+    """Print what a command says of each stage, or that it waits for the results of others."""
+    *earlier, last = stages
+    if json_:
+        document, *before = ({"waits_for": waits} if (waits := s.waits_for) else facts(s) for s in [last, *earlier])
+        names = ({"name": stage.name, "out": str(stage.out)} for stage in earlier)
+        listed = [name | one for name, one in zip(names, before, strict=True)]
+        typer.echo(json.dumps(document | ({"earlier_stages": listed} if earlier else {})))
+        return
+    for stage in stages:
+        title = f"stage {stage.name}" if stage is not last else stage.name
+        if stage.waits_for:
+            typer.echo(f"{title}: waits for {', '.join(stage.waits_for)}, not merged yet")
+            continue
+        if earlier:
+            typer.echo(f"{title}:")
+        show(stage)
+
+
+def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
+    """The plan; where models do not fit together, every mismatch goes to stderr."""
     from mergebench import api
     from mergebench.engine.plan import Mismatch
-    from mergebench.recipe import load
 
-    loaded = load(recipe, set_ or (), seed)
-    for line in loaded.notes:
-        note(f"note: {line}", json_)
     try:
-        found = api.plan(
-            loaded,
-            memory=opt.parse_size(memory, "--memory"),
-            workers=workers,
-            device=opt.check_device(device),
-            shard_size=opt.parse_size(shard_size, "--shard-size"),
-        )
+        return api.plan(stage.recipe, **limits)
     except Mismatch as error:
         for line in error.problems:
             note(line)
         count = len(error.problems)
         raise Mismatch([f"{count} mismatch{'es' * (count > 1)}"]) from None
-    out = api.default_out(loaded)
+
+
+def _show(found: Plan, out: Path) -> None:
     facts = _facts(found, out)
-    if json_:
-        typer.echo(json.dumps(facts))
-        return
     typer.echo(f"{found.merge.method.name} ({found.merge.method.paper}), scope {found.merge.scope}")
     typer.echo(f"  base      {found.merge.base.reference if found.merge.base else 'none'}")
     for number, model in enumerate(found.merge.models):
@@ -162,6 +197,18 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "disk_free": shutil.disk_usage(folder).free,
         "zero_share": [plan.zero_share(number) for number in range(len(plan.merge.models))],
     }
+
+
+def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """Merge what a later stage needs, and say so in a line."""
+    from mergebench import api
+
+    plan = api.plan(stage.recipe, **limits)
+    with byte_bar(f"merging {stage.name}", plan.bytes_read, quiet) as progress:
+        result = api.run(plan, stage.out, **ways, progress=progress)
+    done = "already finished" if result.already_done else f"wrote it in {result.provenance['seconds']:.1f} s"
+    note(f"stage {stage.name}: {result.out}: {done}", quiet)
+    return {"name": stage.name, "out": str(result.out), **result.provenance}
 
 
 def _summary(plan: Plan) -> str:

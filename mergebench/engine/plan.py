@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mergebench.checkpoint.align import Alignment, align
-from mergebench.checkpoint.header import ITEM_SIZE
+from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.write import Shard, lay_out
 from mergebench.engine import questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
@@ -161,7 +161,7 @@ def plan_merge(
     operands = operands_of(merge, alignment.sources)
     layout = list(merge.reference.layout())
     stored = _STORED.get(merge.dtype or "")
-    dtypes = {info.name: stored if stored and info.is_float else info.stored_dtype for info in layout}
+    dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
     shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -230,8 +230,16 @@ def _check_models(merge: Merge) -> None:
         raise RecipeError("models: no model to merge")
     for model in [*merge.models, merge.reference]:
         for info in model.tensors.values():
-            if info.dtype.startswith("F8") and merge.wanted(info.name):
-                raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: FP8 is not supported yet")
+            if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
+                raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")
+
+
+def _stored_type(info: TensorInfo, given: str | None, merged: bool) -> str:
+    """What a tensor is written as: the type given, else its own; FP8 that is merged or was scaled, as bfloat16."""
+    own = info.stored_dtype
+    if not info.is_float:
+        return own
+    return given or ("BF16" if own in FP8 and (merged or info.scale) else own)
 
 
 def _groups(

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.read import TORCH_DTYPE, Files, LowRankReader
+from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.read import TORCH_DTYPE, Files, LowRankReader, Scales
 from mergebench.engine.context import Span
 from mergebench.engine.merge import Operand
 from mergebench.engine.plan import Plan
@@ -27,6 +27,7 @@ class ChunkReader:
         self._raw = torch.empty((rows + 1) * plan.longest * 8, dtype=torch.uint8, pin_memory=pinned)
         self._bytes = self._raw.numpy().data  # the same memory: slicing it is quicker than slicing a tensor
         self._low_rank: dict[tuple[str, int], LowRankReader] = {}
+        self._scales = Scales(files)
 
     def load(self, spans: Sequence[Span], apply: bool) -> tuple[Tensor, Tensor]:
         """(values [models, elements], base [elements]); the base is only filled where it is needed."""
@@ -79,6 +80,11 @@ class ChunkReader:
                 at = stop
         stored = self._raw[first:at].view(dtype).view(out.shape)
         out.copy_(stored.to(out.device, non_blocking=True))
+        for tensor, row in zip(tensors, out, strict=True) if tensors[0].dtype in FP8 else ():
+            at = 0
+            for span in pieces:
+                self._scales.multiply(tensor, span.start, row[at : at + span.numel])
+                at += span.numel
 
     def _add_low_rank(self, span: Span, number: int, operand: Operand, row: Tensor) -> None:
         key = (span.tensor, number)

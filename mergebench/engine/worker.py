@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.read import TORCH_DTYPE, Files
+from mergebench.checkpoint.header import FP8
+from mergebench.checkpoint.read import TORCH_DTYPE, Files, Scales
 from mergebench.checkpoint.write import ShardFiles
 from mergebench.engine import whole
 from mergebench.engine.brackets import Floats
@@ -121,6 +122,9 @@ class Worker:
         info = self.plan.merge.reference.tensors[span.tensor]
         values = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
         self.files.read_elements(info, span.start, values)
+        if info.dtype in FP8 and self.plan.dtypes[span.tensor] != info.dtype:
+            values = values.float()
+            Scales(self.files).multiply(info, span.start, values)
         stored = values.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
         if stored.dtype != values.dtype and not torch.equal(torch.isfinite(stored), torch.isfinite(values)):
             raise _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])

@@ -5,5 +5,6 @@ exists, with parameters that method takes.
 """
 
 from mergebench.recipe.recipe import Baseline, Entry, Evaluation, Recipe, load
+from mergebench.recipe.stages import Stage, load_stages
 
-__all__ = ["Baseline", "Entry", "Evaluation", "Recipe", "load"]
+__all__ = ["Baseline", "Entry", "Evaluation", "Recipe", "Stage", "load", "load_stages"]

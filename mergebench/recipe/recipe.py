@@ -12,11 +12,11 @@ from typing import Any, Literal
 from mergebench import methods
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
+from mergebench.recipe import modules, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
-from mergebench.recipe import parameters, schema, tokens
 from mergebench.recipe.places import Loc, Places
 from mergebench.recipe.slices import Slice, Source, check_ranges
-from mergebench.recipe.source import plain, read
+from mergebench.recipe.source import Document, plain, read
 from mergebench.recipe.varying import varies
 
 Scope = Literal["tensor", "model"]
@@ -73,6 +73,7 @@ class Recipe:
     vocabulary: tokens.Vocabulary | None = None  # None: the models' tokens are the base's
     chat_template: str | None = None  # written out, or "auto"
     evaluate: Evaluation | None = None
+    name: str | None = field(default=None, compare=False)  # what other documents of the file call its result
     path: Path | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was ignored, for stderr
     places: Places = field(default_factory=Places, compare=False, repr=False)
@@ -140,6 +141,7 @@ class Recipe:
         """The recipe with every default written out, ready for JSON; `load` makes an equal recipe of it."""
         measured = self.evaluate
         whole = {
+            "name": self.name,
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             "models": [] if self.slices else [_given(vars(entry)) for entry in self.models],
@@ -167,16 +169,25 @@ NEEDS_BASE = "name the model the others were fine-tuned from: base_model: PATH"
 def load(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), seed: int | None = None
 ) -> Recipe:
-    """Read and check a recipe: the path of a YAML file, or a mapping.
+    """Read and check a recipe: the path of a YAML file (or of a directory with mergekit's), or a mapping.
 
     `overrides` are `--set` strings such as "parameters.density=0.2"; `seed` goes before the recipe's own.
     """
-    data, places, path = read(source)
+    document, *more = read(source)
+    if more:
+        hint = "read them with mergebench.load_stages, or write one document a file"
+        raise more[0].places.error((), "several documents, load reads one", hint)
+    return check(document, overrides, seed)
+
+
+def check(document: Document, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+    """The recipe that a document is."""
+    data, places, path = document
     changes.apply(data, overrides, places)
     if seed is not None:
         places.move(("seed",), f"--seed {seed}")
         data["seed"] = plain(seed, ("seed",), places)
-    found = schema.check(data, places)
+    found = schema.check(modules.lift(data, places), places)
     try:
         method = methods.get(found["merge_method"])
     except RecipeError as error:
@@ -223,6 +234,7 @@ def load(
         vocabulary=tokens.vocabulary(found, places),
         chat_template=tokens.chat_template(found.get("chat_template"), places),
         evaluate=_evaluation(found.get("evaluate"), places),
+        name=found.get("name"),
         path=path,
         notes=parameters.note(method, ignored, places),
         places=places,

@@ -166,14 +166,19 @@ def folders(recipe: Recipe) -> list[Path]:
     return [] if recipe.folder is None else [recipe.folder]
 
 
-def _open(recipe: Recipe, entry: Entry, loc: tuple[str | int, ...]) -> Model:
+def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
     reference = entry.model if entry.model is not None else entry.task_vector
     assert reference is not None, "a checked entry names a model or a task vector"
+    return open_named(recipe, reference, loc, task_vector=entry.task_vector is not None)
+
+
+def open_named(recipe: Recipe, reference: str, loc: Loc, task_vector: bool = False) -> Model:
+    """Open the model that a recipe names at `loc`."""
     try:
         locate(reference, folders(recipe))
     except MergebenchError as error:  # what is not there is the recipe's matter: say where it is named
         raise type(error)(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
-    return open_model(reference, folders=folders(recipe), task_vector=entry.task_vector is not None)
+    return open_model(reference, folders=folders(recipe), task_vector=task_vector)
 
 
 def _same(model: Model, base: Model) -> bool:

@@ -24,14 +24,44 @@ class Kind:
     accepts: Callable[[Any], bool]
     each: Kind | None = None
     hint: Callable[[Any], str | None] = lambda value: None
+    plain: Callable[[Any], Any] = lambda value: value  # what an accepted value is kept as
 
 
 def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _plain_name(value: Any) -> bool:
+    """Whether a stage may be called so: no path, and no reference with a revision or an adapter."""
+    plain = _text(value) and value.isprintable() and value == value.strip() and len(value) <= 80
+    return plain and not set("/+@") & set(value) and value[0] not in ".-~"
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _reference(value: Any) -> str | None:
+    """A model's name: as text, or as mergekit writes it where a user overrode the architecture.
+
+    {model: {path: org/name, revision: v2}, lora: {path: org/lora}} is org/name@v2+org/lora. The architecture
+    says nothing here, where tensors are what their files call them.
+    """
+    if not isinstance(value, dict):
+        return value if _text(value) else None
+    if "model" not in value or value.keys() - {"model", "lora", "override_architecture"}:
+        return None
+    parts = [_path(value["model"])] + ([] if value.get("lora") is None else [_path(value["lora"])])
+    return None if None in parts else "+".join(map(str, parts))
+
+
+def _path(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return value if _text(value) else None
+    path, revision = value.get("path"), value.get("revision")
+    if not _text(path) or value.keys() - {"path", "revision"} or not (revision is None or _text(revision)):
+        return None
+    return str(path) if revision is None else f"{path}@{revision}"
 
 
 def _list(words: str, each: Kind, hint: str | None = None) -> Kind:
@@ -44,7 +74,13 @@ BASELINE = Kind(
     lambda value: _text(value) or (isinstance(value, dict) and len(value) == 1 and all(map(_text, value))),
     hint=lambda value: "write it as ties, or {ties: {density: 0.2}}",
 )
-MODEL = Kind("a path or org/name", _text)
+MODEL = Kind(
+    "a path or org/name",
+    lambda value: _reference(value) is not None,
+    hint=lambda value: "write it as PATH, org/name@revision or MODEL+ADAPTER" if isinstance(value, dict) else None,
+    plain=lambda value: _reference(value),
+)
+STAGE = Kind("a plain name, it becomes a directory's", _plain_name)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 GLOBS = _list("a list of globs", Kind("a glob", _text), "write it in brackets: ['*.bias']")
 VOCABULARY = Kind("base, union or a model", _text)
@@ -54,9 +90,11 @@ DTYPE = Kind(
     f"one of {', '.join(DTYPES)}",
     lambda value: isinstance(value, str) and value.removeprefix("torch.") in DTYPES,
     hint=lambda value: f"did you mean '{SHORT[value]}'?" if _text(value) and value in SHORT else None,
+    plain=lambda value: value.removeprefix("torch."),
 )
 
 RECIPE = {
+    "name": STAGE,
     "merge_method": NAME,
     "base_model": MODEL,
     "models": _list("a list", Kind("a mapping", MAPPING.accepts, hint=lambda value: LIST_MODELS), LIST_MODELS),
@@ -95,9 +133,7 @@ TOKENIZER = {
 }
 _OWN = (("evaluate",), ("tokenizer",))  # keys with nothing of the method's beneath them
 UNSUPPORTED = {
-    "modules": "merge whole models: list them under models, choose tensors with include and exclude",
     "edits": "leave it out and merge alone",
-    "name": "write one recipe a file; the output is named on the command line",
 }
 
 
@@ -164,4 +200,4 @@ def _value(value: Any, kind: Kind, loc: Loc, places: Places) -> Any:
         raise places.error(loc, f"must be {kind.words}, got {show(value)}", kind.hint(value))
     if kind.each is not None:
         return [_value(item, kind.each, (*loc, i), places) for i, item in enumerate(value)]
-    return value.removeprefix("torch.") if kind is DTYPE else value
+    return kind.plain(value)

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -24,40 +24,61 @@ from mergebench.recipe.places import Loc, Places, show
 DEEPEST, MOST = 32, 20_000  # levels and values; aliases can make a small file endless
 TAG = "tag:yaml.org,2002:"
 TOO_LARGE = "too large or nested too deep"
+PROVENANCE = "mergekit_config.yml"  # what mergekit writes beside a merged model
 STRAY_STAR = "quote a glob that starts with *, a bare one is a YAML alias"
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], Places, Path | None]:
-    """Plain data, the place of each part, and the path when `source` is one."""
+class Document(NamedTuple):
+    """One recipe as written: plain data, the place of each part, and the file when it comes from one."""
+
+    data: dict[str, Any]
+    places: Places
+    path: Path | None
+
+
+def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Document]:
+    """The documents of a YAML file or of a directory that mergekit wrote, or the one that a mapping is."""
+    path = None
     if isinstance(source, Mapping):
-        places, path = Places(), None
-        data = plain(source, (), places)
+        places = Places()
+        found = [(plain(source, (), places), places)]
     else:
         if "\n" in os.fspath(source):
             raise RecipeError("a recipe is given as a path or a mapping, got text", "load the YAML text first")
         path = Path(source)
-        places = Places({(): str(path)})
-        data = parse(_text(path), str(path), places)
-    if data is None or data == {}:
-        raise places.error((), "empty", "a recipe names at least a merge_method and models")
-    if not isinstance(data, dict):
-        raise places.error((), f"a recipe is a mapping, got {show(data)}", "begin with merge_method: and models:")
-    return data, places, path
+        if (path / PROVENANCE).is_file():
+            path = path / PROVENANCE
+        found = parse_all(_text(path), str(path))
+    for data, places in found:
+        if data is None or data == {}:
+            raise places.error((), "empty", "a recipe names at least a merge_method and models")
+        if not isinstance(data, dict):
+            raise places.error((), f"a recipe is a mapping, got {show(data)}", "begin with merge_method: and models:")
+    return [Document(data, places, path) for data, places in found]
 
 
 def parse(text: str, name: str, places: Places) -> Any:
-    """The value of one YAML document; its positions go into `places`."""
+    """The value of a text's one YAML document; its positions go into `places`."""
+    (data, found), *more = parse_all(text, name)
+    if more:
+        where = more[0][1].where(())
+        raise RecipeError(f"{where}: several documents: not supported yet", "write one document a file")
+    places.texts.update(found.texts)
+    return data
+
+
+def parse_all(text: str, name: str) -> list[tuple[Any, Places]]:
+    """The value of every YAML document that is not empty, each with its positions; at least one."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of an anchor defined twice, which YAML allows
-            node = YAML(typ="safe", pure=True).compose(text)
-            return None if node is None else Walk(name, places).value(node, ())
+            nodes = [node for node in YAML(typ="safe", pure=True).compose_all(text) if node is not None]
+            found = [(Walk(name, places := Places({(): name})).value(node, ()), places) for node in nodes]
+        return [one for one in found if one[0] is not None] or found[:1] or [(None, Places({(): name}))]
     except ReaderError as error:
         raise RecipeError(f"{spot(name, text[: error.position])}: not valid YAML: control character") from None
     except MarkedYAMLError as error:
         at, problem = error.problem_mark or error.context_mark, error.problem or error.context
         where = name if at is None else f"{name}:{at.line + 1}:{at.column + 1}"
-        if problem == "but found another document":
-            raise RecipeError(f"{where}: several documents: not supported yet", "write one document a file") from None
         hint = STRAY_STAR if problem and "undefined alias" in problem else None
         raise RecipeError(f"{where}: not valid YAML: {problem}", hint) from None
     except YAMLError as error:
@@ -156,7 +177,8 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path}: a directory, not a YAML file", "name the file itself") from None
+        hint = f"name the file itself (of a directory only {PROVENANCE} is taken)"
+        raise RecipeError(f"{path}: a directory, not a YAML file", hint) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:

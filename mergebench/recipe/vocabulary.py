@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import is_vocabulary, tied_to
+from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.rows import choose
 from mergebench.errors import ModelError, RecipeError, did_you_mean
@@ -191,6 +192,11 @@ def _remap(models: Sequence[Model], tokens: Tokens) -> list[Model]:
                 raise RecipeError(
                     f"tokenizer: {name}: '{model.reference}' has an adapter on it, which is not supported yet",
                     "merge the adapter into its model first, or leave tokenizer out",
+                )
+            if own.dtype in FP8:
+                raise RecipeError(
+                    f"tokenizer: {name}: '{model.reference}' stores it as {own.dtype}, which is not supported yet",
+                    "leave tokenizer out, or convert the model to bfloat16 first",
                 )
             used = [(info, rows) for info, rows in zip(stored, tokens.rows[number], strict=True) if info is not None]
             lost = any(

@@ -17,7 +17,7 @@ from models import pack
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mergebench.checkpoint.header import FLOATS, ITEM_SIZE, MAX_HEADER_BYTES, read_header
+from mergebench.checkpoint.header import FLOATS, FP8, ITEM_SIZE, MAX_HEADER_BYTES, read_header
 from mergebench.checkpoint.read import TORCH_DTYPE, Files, whole
 from mergebench.errors import MergebenchError, ModelError, RunError
 
@@ -63,7 +63,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path, written: dict[str, torch.T
             value = written[tensor.name]
             assert tensor.shape == tuple(value.shape) and tensor.numel == value.numel()
             assert TORCH_DTYPE[tensor.dtype] == value.dtype
-            assert tensor.is_float == (tensor.dtype in FLOATS)
+            assert tensor.is_float == (tensor.dtype in FLOATS | FP8)
             assert raw[tensor.offset : tensor.offset + tensor.nbytes] == bits(value)
             read = whole(files, tensor)
             assert read.dtype == value.dtype and read.shape == value.shape and bits(read) == bits(value)

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from mergebench.errors import RecipeError
 from mergebench.recipe import load
+from mergebench.recipe.stages import default_out
 
 Write = Callable[[str], str]
 
@@ -124,3 +126,56 @@ def test_what_is_not_taken(write: Write, before: str, after: str, message: str) 
     with pytest.raises(RecipeError) as caught:
         load(write(TIES.replace(before, after)))
     assert caught.value.message.startswith(message)
+
+
+WRITTEN = """
+base_model: org/left
+chat_template: null
+dtype: float32
+merge_method: slerp
+models:
+- model: org/left
+- model:
+    lora: null
+    model:
+      path: org/right
+    override_architecture: LlamaForCausalLM
+- model:
+    lora:
+      path: org/lora
+      revision: v3
+    model:
+      path: org/right
+      revision: v2
+parameters:
+  t:
+  - filter: mlp
+    value: [0, 1]
+  - value: 0.5
+slices: null
+modules: null
+tokenizer: null
+"""
+
+
+def test_what_mergekit_writes(write: Write) -> None:
+    recipe = load(write(WRITTEN))
+    assert [entry.model for entry in recipe.models] == ["org/left", "org/right", "org/right@v2+org/lora@v3"]
+    other = load(
+        write(WRITTEN.replace("base_model: org/left", "base_model: {model: {path: org/left, revision: null}}"))
+    )
+    assert other == recipe
+
+
+def test_a_directory_that_mergekit_wrote(write: Write) -> None:
+    write("")
+    Path("merges/mine").mkdir(parents=True)
+    Path("merges/mine/mergekit_config.yml").write_text(TIES)
+    recipe = load("merges/mine")
+    assert recipe.merge_method == "ties" and recipe.folder == Path("merges/mine")
+    assert recipe.where("models", 2) == "merges/mine/mergekit_config.yml:9:5"
+    assert default_out(recipe) == Path("merged/mine")
+    with pytest.raises(RecipeError) as caught:
+        load("merges")
+    assert caught.value.message == "merges: a directory, not a YAML file"
+    assert caught.value.hint == "name the file itself (of a directory only mergekit_config.yml is taken)"

@@ -17,6 +17,7 @@ from mergebench.recipe.source import parse, read
 
 Write = Callable[[str], str]
 
+MORE = "read them with mergebench.load_stages, or write one document a file"
 NO_RECIPE = [
     ("", "recipe.yaml: empty", "a recipe names at least a merge_method and models"),
     ("# only a comment\n", "recipe.yaml: empty", "a recipe names at least a merge_method and models"),
@@ -35,7 +36,7 @@ NO_RECIPE = [
         "quote a glob that starts with *, a bare one is a YAML alias",
     ),
     ("a: 1\nb: \x07\n", "recipe.yaml:2:4: not valid YAML: control character", None),
-    ("a: 1\n---\nb: 2\n", "recipe.yaml:2:1: several documents: not supported yet", "write one document a file"),
+    ("a: 1\n---\nb: 2\n", "recipe.yaml:3:1: several documents, load reads one", MORE),
     ("a: 1\nb: 2\na: 3\n", "recipe.yaml:3:1: a: given twice", "it stands in line 1 already"),
     ("a:\n  - x: 1\n    x: 2\n", "recipe.yaml:3:5: a.0.x: given twice", "it stands in line 2 already"),
     ("a: 1\n2: b\n", "recipe.yaml:2:1: a key must be text, got '2'", "quote it"),
@@ -138,7 +139,7 @@ def test_values(text: str, value: object) -> None:
 
 
 def test_positions(write: Write) -> None:
-    data, places, path = read(
+    ((data, places, path),) = read(
         write(
             """
             # a comment first
@@ -168,7 +169,7 @@ def test_positions(write: Write) -> None:
 
 def test_byte_order_mark_is_no_column(write: Write) -> None:
     Path(write("")).write_bytes(b"\xef\xbb\xbfa: 1\n")
-    data, places, _ = read("recipe.yaml")
+    ((data, places, _),) = read("recipe.yaml")
     assert data == {"a": 1}
     assert places.where(("a",)) == "recipe.yaml:1:1"
 

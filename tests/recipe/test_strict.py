@@ -24,9 +24,11 @@ models:
   - model: b
 """  # what a case below adds begins in line 7
 
+REFERENCE = "write it as PATH, org/name@revision or MODEL+ADAPTER"
+MODULES = "write it as modules: {NAME: {models: [...]}}"
 KEYS = (
-    "base_model, chat_template, dtype, evaluate, exclude, include, merge_method, models, out_dtype, parameters, scope, "
-    "seed, slices, tokenizer, tokenizer_source"
+    "base_model, chat_template, dtype, evaluate, exclude, include, merge_method, models, name, out_dtype, parameters, "
+    "scope, seed, slices, tokenizer, tokenizer_source"
 )
 OWN = "; the method's own go under parameters"
 DENSITY = "share of elements kept, above 0, at most 1"
@@ -68,9 +70,7 @@ AFTER_START = [
     ("parameters: {density: [{filter: '/(/', value: 1}]}", "7:25", "parameters.density.0.filter: no regular expression: missing ), unterminated subpattern at position 0", None),
     # not yet
     ("slices: [{sources: [{model: a, layer_range: [0, 2]}]}]", "7:1", "slices: stands beside models", "give one of them"),
-    ("modules: {}", "7:1", "modules: not supported yet", "merge whole models: list them under models, choose tensors with include and exclude"),
     ("edits: [{edit: surgery}]", "7:1", "edits: not supported yet", "leave it out and merge alone"),
-    ("name: first", "7:1", "name: not supported yet", "write one recipe a file; the output is named on the command line"),
     # tokens
     ("tokenizer: union", "7:1", "tokenizer: must be a mapping, got 'union'", "write tokenizer: {source: union}"),
     ("tokenizer_source: [union]", "7:1", "tokenizer_source: must be base, union or a model, got a list", None),
@@ -86,6 +86,16 @@ AFTER_START = [
     ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x, token: 3}}}}", "7:64", "tokenizer.tokens.a.source.token: must be text, got 3", "put it in quotes"),
     ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x, token_id: -3}}}}", "7:64", "tokenizer.tokens.a.source.token_id: must be a whole number, at least 0, got -3", None),
     ("chat_template: vicuna", "7:1", "chat_template: must be a chat template, got 'vicuna'", TEMPLATE),
+    ("modules: {}", "7:1", "modules: must be a mapping with one module, got nothing", MODULES),
+    ("modules: [a]", "7:1", "modules: must be a mapping with one module, got a list", MODULES),
+    ("modules: {text: [a]}", "7:11", "modules.text: must be a mapping, got a list", MODULES),
+    ("modules: {text: {models: [{model: a}]}}", "7:18", "modules.text.models: stands beside models at the top", "give one of them"),
+    ("modules: {text: {dtype: float32}}", "7:18", "modules.text.dtype: no such key", "a module has models, slices, parameters"),
+    ("modules: {text: {}, vision: {}}", "7:1", "modules: several modules (text, vision) are not supported yet", "write a document for each part, with include or exclude, each on top of the one before"),
+    ("name: a/b", "7:1", "name: must be a plain name, it becomes a directory's, got 'a/b'", None),
+    ("name: .a", "7:1", "name: must be a plain name, it becomes a directory's, got '.a'", None),
+    ("name: a@b", "7:1", "name: must be a plain name, it becomes a directory's, got 'a@b'", None),
+    ("name: 1", "7:1", "name: must be a plain name, it becomes a directory's, got 1", None),
     # values of the recipe's own keys
     ("scope: layer", "7:1", "scope: must be tensor or model, got 'layer'", None),
     ("seed: -1", "7:1", "seed: must be a whole number, at least 0, got -1", None),
@@ -101,7 +111,9 @@ AFTER_START = [
     ("    parameters: [a]", "7:5", "models.1.parameters: must be a mapping, got a list", None),
     # models
     ("  - model: 3", "7:5", "models.2.model: must be a path or org/name, got 3", None),
-    ("  - model: {model: {path: a}}", "7:5", "models.2.model: must be a path or org/name, got a mapping", None),
+    ("  - model: {path: a}", "7:5", "models.2.model: must be a path or org/name, got a mapping", REFERENCE),
+    ("  - model: {model: {path: a, ref: b}}", "7:5", "models.2.model: must be a path or org/name, got a mapping", REFERENCE),
+    ("  - model: {model: a, lora: {path: 1}}", "7:5", "models.2.model: must be a path or org/name, got a mapping", REFERENCE),
     ("  - c", "7:5", "models.2: must be a mapping, got 'c'", "list the models to merge as '- model: PATH'"),
     ("  - model: ''", "7:5", "models.2.model: must be a path or org/name, got ''", None),
     ("  - parameters: {weight: 1}", "7:5", "models.2: has neither model nor task_vector", "give one of them"),
@@ -190,4 +202,4 @@ def test_every_method_refuses_what_it_does_not_take(method: str) -> None:
 
 def test_several_files_in_one(write: Write) -> None:
     text = textwrap.dedent(START) + "---\n" + START
-    assert refused(write(text))[0] == "recipe.yaml:7:1: several documents: not supported yet"
+    assert refused(write(text))[0] == "recipe.yaml:9:1: several documents, load reads one"

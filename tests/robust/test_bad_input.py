@@ -385,16 +385,36 @@ def _(s: Setup) -> None:
     write_model(s.ft2, tensors, config=config)
 
 
-for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+for dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
 
-    @case(f"{dtype} in a model", MODEL, "layers.0.weight", "ft1", "FP8 is not supported yet")
+    @case(f"{dtype} in a model", MODEL, "layers.0.weight", "ft1", "this type is not supported yet")
     def _(s: Setup, dtype: torch.dtype = dtype) -> None:
         s.rewrite(s.ft1, layers__0__weight=torch.zeros(8, 8).to(dtype))
 
 
-@case("FP8 in the base", MODEL, "layers.0.weight", "base", "FP8 is not supported yet")
+@case("scales of their own in the base", MODEL, "layers.0.weight", "base", "F8_E8M0", "this type is not supported yet")
 def _(s: Setup) -> None:
-    s.rewrite(s.base, layers__0__weight=torch.zeros(8, 8).to(torch.float8_e4m3fn))
+    s.rewrite(s.base, layers__0__weight=torch.ones(8, 8).to(torch.float8_e8m0fnu))
+
+
+@case("FP8 without its scale", MODEL, "layers.0.weight", "ft1", "F8_E4M3 and no scale", hint="layers.0.weight_scale")
+def _(s: Setup) -> None:
+    s.rewrite(s.ft1, layers__0__weight=torch.zeros(8, 8).to(torch.float8_e4m3fn))
+    (s.ft1 / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+
+
+for what, scale in {"shape": torch.ones(3, 1), "sides": torch.ones(2, 2, 2), "type": torch.ones(8, dtype=int)}.items():
+
+    @case(f"an FP8 scale of the wrong {what}", MODEL, "layers.0.weight_scale", "ft1", "the tensor has [8, 8]")
+    def _(s: Setup, scale: torch.Tensor = scale) -> None:
+        fp8 = torch.zeros(8, 8).to(torch.float8_e4m3fn)
+        s.rewrite(s.ft1, layers__0__weight=fp8, layers__0__weight_scale=scale)
+
+
+@case("an FP8 scale that is no number", FAILED, "layers.0.weight", "ft1", "nan", leaves_partial=True)
+def _(s: Setup) -> None:
+    fp8 = torch.ones(8, 8).to(torch.float8_e4m3fn)
+    s.rewrite(s.ft1, layers__0__weight=fp8, layers__0__weight_scale=torch.tensor([float("nan")]))
 
 
 @case("adapter for another base", MODEL, "lora", "'other.weight'", hint="another model")
@@ -554,7 +574,6 @@ recipe_case("missing parameter", USAGE, "parameters.t", "'slerp'", method="slerp
 recipe_case("weights add up to zero", USAGE, "parameters.weight", "zero", method="linear", base=None, models=[
     {"model": "ft1", "parameters": {"weight": 1}}, {"model": "ft2", "parameters": {"weight": -1}}])  # fmt: skip
 for key, setting in {
-    "modules": {"text": {}},
     "edits": [{"edit": "surgery"}],
 }.items():
     recipe_case(f"not supported yet: {key}", USAGE, "recipe.yaml:", key, "not supported yet", **{key: setting})
