@@ -141,6 +141,7 @@ def child(request: dict[str, Any], stdin: IO[str]) -> None:
         mergebench.engine.work.FORK_FROM = 0
     if "die_at" in request or "count" in request:
         watch(str(folder), request.get("die_at"), request.get("by", signal.SIGKILL), request.get("count"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
     sys.argv = ["mergebench", *request["args"]]
     try:
         main()
