@@ -34,7 +34,8 @@ def _show(stage: Stage) -> None:
     plan = api.plan(stage.recipe)
     tensors = [_about(plan, name) for name in plan.merge.reference.tensors]
     typer.echo(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
-    same = {key: value for key, value in tensors[0].get("parameters", {}).items() if _everywhere(tensors, key, value)}
+    merged = next(one for one in tensors if "parameters" in one)
+    same = {key: value for key, value in merged["parameters"].items() if _everywhere(tensors, key, value)}
     typer.echo("everywhere: " + (_written(same) or "no parameters"))
     width = max(len(one["tensor"]) for one in tensors)
     for one in tensors:

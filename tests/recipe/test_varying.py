@@ -141,15 +141,15 @@ def test_an_excluded_tensor_needs_no_value(folder: Path) -> None:
 
 def test_explain_says_what_holds_where(folder: Path) -> None:
     weight = [{"filter": "layers", "value": [0.25, 1]}, {"value": 0.5}]
-    write_recipe(Path("recipe.yaml"), "linear", ["ft1", "ft2"], parameters={"weight": weight}, exclude=["norm*"])
+    write_recipe(Path("recipe.yaml"), "linear", ["ft1", "ft2"], parameters={"weight": weight}, exclude=["emb*"])
     assert CliRunner().invoke(app, ["explain", "recipe.yaml"]).stdout.splitlines() == [
         "linear, scope tensor; models: ft1, ft2",
         "everywhere: normalize True",
-        "emb.weight           weight [0.5, 0.5]",
+        "emb.weight           copied from the base",
         "layers.0.mlp.weight  weight [0.25, 0.25]",
         "layers.1.mlp.weight  weight [0.625, 0.625]",
         "layers.2.mlp.weight  weight [1, 1]",
-        "norm.weight          copied from the base",
+        "norm.weight          weight [0.5, 0.5]",
     ]
 
 
