@@ -6,11 +6,13 @@ Their papers merge the weights of linear layers. Everything else is averaged: th
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from torch import Tensor
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
+from mergebench.engine.method import merge_method
 
 # Embeddings (T5's `shared` and `relative_attention_bias`), heads and CLIP's projections, by any module on the way.
 _AVERAGED = re.compile(
@@ -31,3 +33,6 @@ def matrices(tvs: Tensor, ctx: Context) -> Tensor | None:
 
 def mean(tvs: Tensor) -> Tensor:
     return total(tvs) / len(tvs)
+
+
+matrix_method = partial(merge_method, takes="task_vectors", cut="tensor", whole=is_matrix)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods._svd import svd, svd_bytes
 
 
@@ -21,11 +21,8 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 4 * shape[0] * shape[1] + svd_bytes(*shape)
 
 
-@merge_method(
-    takes="task_vectors",
+@matrix_method(
     paper="arXiv:2502.04959",
-    cut="tensor",
-    whole=is_matrix,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
 )

@@ -8,8 +8,8 @@ import torch
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_by_gram, svd_bytes
 
 
@@ -25,11 +25,8 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return stacked + 2 * 4 * shape[0] * shape[1] + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
-@merge_method(
-    takes="task_vectors",
+@matrix_method(
     paper="arXiv:2502.04959",
-    cut="tensor",
-    whole=is_matrix,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
 )

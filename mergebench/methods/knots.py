@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods._svd import svd, svd_bytes
 from mergebench.methods.ties import elect_and_merge
 
@@ -31,7 +31,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 8 * rows * rank + max(17 * models * rows * columns, svd_bytes(rows, rank, 8), aligned)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2410.19735", cut="tensor", whole=is_matrix, workspace=workspace)
+@matrix_method(paper="arXiv:2410.19735", workspace=workspace)
 def knots(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Task matrices aligned by one decomposition of all, merged there by TIES or task arithmetic.
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
-from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
 
 
@@ -22,11 +22,8 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 3 * 4 * sum(shape) * min(shape) + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
-@merge_method(
-    takes="task_vectors",
+@matrix_method(
     paper="arXiv:2412.00081",
-    cut="tensor",
-    whole=is_matrix,
     workspace=workspace,
     exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},
 )

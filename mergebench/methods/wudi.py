@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, param
 from mergebench.methods._adam import adam
-from mergebench.methods._matrices import is_matrix, matrices, mean
+from mergebench.methods._matrices import matrices, matrix_method, mean
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,8 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return (adam if p.solve == "adam" else closed) + (1 << 20)
 
 
-@merge_method(
-    takes="task_vectors",
+@matrix_method(
     paper="arXiv:2503.08099",
-    cut="tensor",
-    whole=is_matrix,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "Adam's steps are of one length, and it stops early"),
 )
