@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model, open_model
-from mergebench.checkpoint.reference import locate
+from mergebench.checkpoint.reference import Location, locate
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.places import Loc
@@ -174,11 +174,16 @@ def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
 
 def open_named(recipe: Recipe, reference: str, loc: Loc, task_vector: bool = False) -> Model:
     """Open the model that a recipe names at `loc`."""
+    locate_named(recipe, reference, loc)
+    return open_model(reference, folders=folders(recipe), task_vector=task_vector)
+
+
+def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
+    """Find the model that a recipe names at `loc`."""
     try:
-        locate(reference, folders(recipe))
+        return locate(reference, folders(recipe))
     except MergebenchError as error:  # what is not there is the recipe's matter: say where it is named
         raise type(error)(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
-    return open_model(reference, folders=folders(recipe), task_vector=task_vector)
 
 
 def _same(model: Model, base: Model) -> bool:

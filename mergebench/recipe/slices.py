@@ -64,19 +64,17 @@ class Piece:
 
 def pieces_of(slices: Sequence[Slice], first: Model) -> dict[str, Piece]:
     """Every tensor of the output by name; `first` is the first model of the first slice, which gives the names."""
-    stacks = {layer[0] for name in first.tensors if (layer := layer_of(name)) is not None}
+    layers = {name: layer_of(name) for name in first.tensors}
+    stacks = {layer[0] for layer in layers.values() if layer is not None}
     if len(stacks) != 1:
         found = ", ".join(f"'{stack}'" for stack in sorted(stacks)) or "none"
         raise RecipeError(f"slices: '{first.reference}' must have one stack of layers, it has {found}", _WHOLE)
     (stack,) = stacks
     start = f"{stack}." if stack else ""
-    kinds: dict[str, None] = {}
-    for name in first.tensors:
-        layer = layer_of(name)
-        if layer is not None:
-            kinds.setdefault(layer[2])
-    before = [name for name in first.tensors if layer_of(name) is None and _BEFORE.search(name)]
-    after = [name for name in first.tensors if layer_of(name) is None and not _BEFORE.search(name)]
+    kinds = dict.fromkeys(layer[2] for layer in layers.values() if layer is not None)
+    outside = [name for name, layer in layers.items() if layer is None]
+    before = [name for name in outside if _BEFORE.search(name)]
+    after = [name for name in outside if not _BEFORE.search(name)]
     pieces = {name: Piece(0, 0.0, (name,) * len(slices[0].sources)) for name in before}
     out = 0
     for number, one in enumerate(slices):

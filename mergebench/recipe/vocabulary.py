@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import is_vocabulary, tied_to
 from mergebench.checkpoint.header import FP8
-from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.rows import choose
-from mergebench.errors import ModelError, RecipeError, did_you_mean
+from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe import tokenizers
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Recipe
+from mergebench.recipe.resolve import locate_named
 from mergebench.recipe.tokens import TokenSource, Vocabulary
 from mergebench.recipe.varying import layer_of
 
@@ -101,10 +101,7 @@ def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tupl
 def _find(recipe: Recipe, source: str) -> Path:
     """The directory of the model whose tokenizer is wanted."""
     loc = ("tokenizer_source",) if ("tokenizer_source",) in recipe.places.texts else ("tokenizer", "source")
-    try:
-        return locate(source, [] if recipe.folder is None else [recipe.folder]).checkpoint
-    except ModelError as error:
-        raise ModelError(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
+    return locate_named(recipe, source, loc).checkpoint
 
 
 def _rows_of(
