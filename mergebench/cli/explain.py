@@ -11,6 +11,9 @@ from mergebench.cli import options as opt
 from mergebench.cli.merge import Recipe, each_stage, load
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from mergebench.engine.plan import Plan
     from mergebench.recipe import Stage
 
@@ -24,15 +27,14 @@ def _facts(stage: Stage) -> dict[str, Any]:
     from mergebench import api
 
     plan = api.plan(stage.recipe)
-    tensors = [_about(plan, name) for name in plan.merge.reference.tensors]
-    return {"method": plan.merge.method.name, "scope": plan.merge.scope, "tensors": tensors}
+    return {"method": plan.merge.method.name, "scope": plan.merge.scope, "tensors": _tensors(plan)}
 
 
 def _show(stage: Stage) -> None:
     from mergebench import api
 
     plan = api.plan(stage.recipe)
-    tensors = [_about(plan, name) for name in plan.merge.reference.tensors]
+    tensors = _tensors(plan)
     typer.echo(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
     merged = next(one for one in tensors if "parameters" in one)
     same = {key: value for key, value in merged["parameters"].items() if _everywhere(tensors, key, value)}
@@ -46,19 +48,23 @@ def _show(stage: Stage) -> None:
         typer.echo(f"{one['tensor']:{width}}  {said}{origin}".rstrip())
 
 
-def _about(plan: Plan, name: str) -> dict[str, Any]:
+def _tensors(plan: Plan) -> list[dict[str, Any]]:
+    stored = {
+        (tensor.file, tensor.offset): f"{tensor.file.parent.name}:{tensor.name}"
+        for model in plan.merge.models
+        for header in model.headers
+        for tensor in header.tensors
+    }
+    return [_about(plan, name, stored) for name in plan.merge.reference.tensors]
+
+
+def _about(plan: Plan, name: str, stored: Mapping[tuple[Path, int], str]) -> dict[str, Any]:
     if name not in plan.alignment.sources:
         return {"tensor": name}
     sources = [
         f"{label}:{info.name}" for label, info in zip(plan.merge.names, plan.alignment.sources[name], strict=True)
     ]
     if plan.merge.reference.sliced:  # put together from slices: by file and place
-        stored = {
-            (tensor.file, tensor.offset): f"{tensor.file.parent.name}:{tensor.name}"
-            for model in plan.merge.models
-            for header in model.headers
-            for tensor in header.tensors
-        }
         sources = [stored[info.file, info.offset] for info in plan.alignment.sources[name]]
     given = dataclasses.asdict(plan.merge.params_for(name))
     return {"tensor": name, "sources": sources, "parameters": {key.rstrip("_"): value for key, value in given.items()}}
