@@ -5,23 +5,21 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from mergebench.checkpoint.align import Alignment, align
-from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
+from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.write import Shard, lay_out
 from mergebench.engine import questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
-from mergebench.errors import ModelError, RecipeError, RunError
+from mergebench.errors import ModelError, RecipeError
 
 MIB = 1 << 20
 DEFAULT_MEMORY = 400 * MIB
@@ -206,15 +204,6 @@ class Mismatch(ModelError):
         self.problems = list(problems)
 
 
-def check_disk(plan: Plan, out: Path) -> None:
-    """Refuse to start where the output will not fit."""
-    folder = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if free < plan.bytes_written:
-        need, have = plan.bytes_written / 1e9, free / 1e9
-        raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
-
-
 def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
     if method.needs_base and merge.base is None:
@@ -309,6 +298,3 @@ def _cores() -> int:
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-__all__ = ["ITEM_SIZE", "Group", "Merge", "Mismatch", "Operand", "Plan", "Unit", "check_disk", "plan_merge"]
