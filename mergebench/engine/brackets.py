@@ -21,7 +21,7 @@ Counts = NDArray[np.int64]
 LEAST_NEW, MOST_NEW = 1 << 13, 1 << 18  # values that a bracket gathers before it counts the distinct ones
 BYTES = 12  # of a distinct value and its count
 COMMON = 3  # values that a bracket counts by themselves, at most
-Z = 4.5  # half-width of a bracket in standard errors of the sample
+Z = 4.0  # half-width of a bracket in standard errors of the sample
 
 
 class Miss(Exception):
@@ -171,13 +171,13 @@ def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
     inside = rows >= low
     left = [_counts(inside)]  # how many are from `low` upwards, then in the bracket, then without each common value
     inside &= rows < high
-    left.append(_counts(inside))
     for value in common:
-        inside &= rows != value
         left.append(_counts(inside))
-    for bracket, row, mask, counts in zip(brackets, rows, inside, zip(*left, strict=True), strict=True):
+        inside &= rows != value
+    for bracket, row, mask, (upwards, *counts) in zip(brackets, rows, inside, zip(*left, strict=True), strict=True):
         picked = row[mask].cpu().numpy() if isinstance(row, Tensor) else row.compress(mask)
-        bracket.take(len(row) - counts[0], [a - b for a, b in itertools.pairwise(counts[1:])], picked)
+        came = [a - b for a, b in itertools.pairwise([*counts, len(picked)])]
+        bracket.take(len(row) - upwards, came, picked)
 
 
 class Extreme:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,16 +56,19 @@ def _draws(seed: int, model: int, span: Span, device: torch.device) -> Iterator[
 
 def _mixed(counter: Ints, one: Any, two: Any) -> Ints:
     x = counter ^ one
-    shifted = x >> 16
-    shifted &= 0xFFFF  # as if it had no sign
-    x ^= shifted
+    x ^= _shifted(x, 16)
     x *= _FIRST
     x ^= two
-    shifted = x >> 15
-    shifted &= 0x1FFFF
-    x ^= shifted
+    x ^= _shifted(x, 15)
     x *= _SECOND
     return x
+
+
+def _shifted(x: Ints, bits: int) -> Ints:
+    """x >> bits, as if x had no sign."""
+    if isinstance(x, np.ndarray):
+        return (x.view(np.uint32) >> np.uint32(bits)).view(np.int32)
+    return (x >> bits) & (0xFFFFFFFF >> bits)
 
 
 def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float] | Tensor, device: torch.device) -> Tensor:

@@ -93,7 +93,8 @@ class Sweeper:
         for number in numbers:
             unit = group.units[number]
             tiles = sum(-(-self._numel(name) // TILE) for name in unit.tensors)
-            empty[number] = statistics[number].init(unit.numel, tiles, samples.get(number), room * unit.numel // size)
+            sample, share = samples.pop(number, None), room * unit.numel // size
+            empty[number] = statistics[number].init(unit.numel, tiles, sample, share)
         states: dict[int, Any] = {}
         for mine in self.workers.run("gather", self._items(group, numbers), group.units, known, empty):
             for number, state in mine.items():
@@ -130,7 +131,7 @@ class Sweeper:
     def _pieces(self, unit: Unit, attempt: int) -> Iterator[tuple[Span, ...]]:
         """Batches of spans of equal size, evenly spread with a jitter, in order of their place."""
         piece = self._piece(unit)
-        size = min(max(unit.numel // 512, LEAST_SAMPLED), MOST_SAMPLED) * 2**attempt
+        size = min(max(unit.numel // 128, LEAST_SAMPLED), MOST_SAMPLED) * 2**attempt
         count = max(min(size, unit.numel // 2) // piece, min(unit.numel // piece, LEAST_PIECES))
         ends = np.cumsum([self._numel(name) for name in unit.tensors])
         jitter = np.random.Generator(np.random.PCG64(attempt)).random(count)
@@ -148,7 +149,7 @@ class Sweeper:
                 yield tuple(batch)
                 batch = []
             batch.append(Span(name, start, start + piece))
-            if (len(batch) + 1) * piece > min(LEAST_SAMPLED // 2, self.plan.chunk):
+            if (len(batch) + 1) * piece > min(LEAST_SAMPLED, self.plan.chunk):
                 yield tuple(batch)
                 batch = []
         if batch:
@@ -174,7 +175,7 @@ class Sweeper:
         """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
         if self.plan.merge.cut == "row":
             return (self.plan.merge.reference.tensors[unit.tensors[0]].shape or (1,))[-1]
-        return 512 if len(unit.tensors) == 1 else 128
+        return 1024 if len(unit.tensors) == 1 else 128
 
     def _numel(self, name: str) -> int:
         return self.plan.merge.reference.tensors[name].numel

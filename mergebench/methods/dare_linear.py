@@ -35,4 +35,4 @@ def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
 def drop_and_rescale(tvs: Tensor, density: PerModel, rescale: bool, ctx: Context) -> Tensor:
     """m * tau / density with m ~ Bernoulli(density) (section 3.1)."""
     kept = keep(tvs, ctx.bernoulli(density))
-    return kept.div_(column(kept, [share or 1.0 for share in density])) if rescale else kept
+    return kept.mul_(column(kept, [1 / (share or 1.0) for share in density])) if rescale else kept
