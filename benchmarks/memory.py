@@ -60,7 +60,7 @@ def main() -> None:
     for method in METHODS:
         row = f"| {method} |"
         for folder in options.models:
-            file, out = recipe(work, folder.resolve(), method, "bfloat16"), work / "out"
+            (file, _), out = recipe(work, folder.resolve(), method, "bfloat16"), work / "out"
             shutil.rmtree(out, ignore_errors=True)
             most = peak([*program, str(file), "--out", str(out), "-q"])
             said = json.loads((out / "mergebench.json").read_text(encoding="utf-8"))["peak_memory"]

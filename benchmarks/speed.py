@@ -21,47 +21,65 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-DENSITY = {"density": 0.2}
-METHODS: dict[str, dict[str, float]] = {
-    "linear": {},
-    "task_arithmetic": {},
-    "slerp": {"t": 0.4},
-    "dare_linear": DENSITY,
-    "dare_ties": DENSITY,
-    "ties": DENSITY,
-    "pcb": {"density": 0.1},
+
+class Case(NamedTuple):
+    """A recipe for both programs: parameters `shared` and of `each` model, whether there is a base, how many models."""
+
+    shared: Mapping[str, float] = {}
+    each: Mapping[str, float] = {}
+    base: bool = True
+    models: int = 3
+    wanted: float | None = None  # times as fast as the peer
+
+
+WEIGHT = {"weight": 1.0}
+TRIM = {"weight": 1.0, "density": 0.2}
+METHODS = {
+    "passthrough": Case(base=False, models=1, wanted=3),
+    "linear": Case(each=WEIGHT, base=False, wanted=3),
+    "task_arithmetic": Case(each=WEIGHT, wanted=3),
+    "slerp": Case({"t": 0.4}, models=1, wanted=5),
+    "nuslerp": Case(each=WEIGHT, base=False, models=2, wanted=6),
+    "multislerp": Case(each=WEIGHT, base=False),
+    "karcher": Case(base=False),
+    "model_stock": Case(),
+    "nearswap": Case({"t": 0.001}, models=1),
+    "arcee_fusion": Case(models=1),
+    "sce": Case({"select_topk": 0.2}, wanted=6),
+    "dare_linear": Case(each=TRIM, wanted=8),
+    "dare_ties": Case(each=TRIM, wanted=8),
+    "ties": Case(each=TRIM, wanted=20),
+    "breadcrumbs": Case(each={**TRIM, "gamma": 0.01}, wanted=25),
+    "breadcrumbs_ties": Case(each={**TRIM, "gamma": 0.01}, wanted=25),
+    "della_linear": Case(each={**TRIM, "epsilon": 0.1}, wanted=25),
+    "della": Case(each={**TRIM, "epsilon": 0.1}, wanted=25),
+    "ram": Case(),
+    "ramplus_tl": Case(),
+    "pcb": Case({"density": 0.1}),
 }
 NOT_IN_PEER = {"pcb"}
+LISTS_BASE = {"slerp", "nearswap", "arcee_fusion"}  # among its models, for the peer
 KEEPER, WARM_MIB = Path(__file__).with_name("warm_memory.py"), 4096
 
 
-def recipe(folder: Path, models: Path, method: str, dtype: str) -> Path:
-    """One YAML file that both programs accept."""
-    tuned = sorted(path for path in models.glob("ft*") if path.is_dir())
-    lines = [f"merge_method: {method}", f"dtype: {dtype}"]
-    if method != "linear":
-        lines.append(f"base_model: {models / 'base'}")
-    if method == "slerp":
-        tuned = [models / "base", tuned[0]]
-    lines.append("models:")
-    for path in tuned:
-        lines.append(f"  - model: {path}")
-        if method != "slerp":
-            lines.append("    parameters: {weight: 1.0" + "".join(f", {k}: {v}" for k, v in per_model(method)) + "}")
-    top = [(key, value) for key, value in METHODS[method].items() if (key, value) not in per_model(method)]
-    if top:
-        lines += ["parameters:", *(f"  {key}: {value}" for key, value in top)]
+def recipe(folder: Path, models: Path, method: str, dtype: str) -> tuple[Path, list[Path]]:
+    """One YAML file that both programs accept, and the models that it reads."""
+    case, base = METHODS[method], models / "base"
+    tuned = [models / f"ft{number}" for number in range(1, case.models + 1)]
+    listed = [base, *tuned] if method in LISTS_BASE else tuned
+    lines = [f"merge_method: {method}", f"dtype: {dtype}", *([f"base_model: {base}"] if case.base else []), "models:"]
+    for path in listed:
+        lines += [f"  - model: {path}", *([f"    parameters: {json.dumps(case.each)}"] if case.each else [])]
+    if case.shared:
+        lines.append(f"parameters: {json.dumps(case.shared)}")
     file = folder / f"{method}.yaml"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return file
-
-
-def per_model(method: str) -> list[tuple[str, float]]:
-    return [] if method in ("pcb", "slerp") else list(METHODS[method].items())
+    return file, [base, *tuned] if case.base else tuned
 
 
 @contextmanager
@@ -147,28 +165,24 @@ def main() -> None:
     models, work = options.models.resolve(), options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     ours = [str(Path(sys.executable).with_name("mergebench")), "merge"]
-    tuned = [str(path) for path in sorted(models.glob("ft*")) if path.is_dir()]
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, commit {commit()}")
-    print("\n| method | mergebench s | floor s | times the floor | mergekit s | ratio |")
-    print("|---|---|---|---|---|---|")
+    print("\n| method | mergebench s | floor s | times the floor | mergekit s | ratio | wanted |")
+    print("|---|---|---|---|---|---|---|")
     stages = {}
     for method in options.methods:
-        file, out = recipe(work, models, method, options.dtype), work / "out"
-        inputs = [str(models / "base"), tuned[0]] if method == "slerp" else tuned
-        inputs = inputs if method in ("linear", "slerp") else [str(models / "base"), *tuned]
+        (file, inputs), out = recipe(work, models, method, options.dtype), work / "out"
         mine, floor, peer = [], [], []
         for run in range(options.runs):
             mine.append(timed([*ours, str(file), "--out", str(out), "-q"], out, models))
             stages[method] = dict(LAST_STAGES)
-            floor.append(timed([sys.executable, "-c", FLOOR, str(out), *inputs], out, models))
+            floor.append(timed([sys.executable, "-c", FLOOR, str(out), *map(str, inputs)], out, models))
             if options.peer and method not in NOT_IN_PEER and run < (options.peer_runs or options.runs):
                 peer.append(timed([options.peer, str(file), str(out), "--no-copy-tokenizer"], out, models))
         seconds, least = statistics.median(mine), statistics.median(floor)
         row = f"| {method} | {seconds:.2f} | {least:.2f} | {seconds / least:.1f} |"
-        if peer:
-            theirs = statistics.median(peer)
-            row += f" {theirs:.1f} | **{theirs / seconds:.1f}** |"
-        print(row if peer else row + " | |", flush=True)
+        theirs = statistics.median(peer) if peer else 0.0
+        row += f" {theirs:.1f} | **{theirs / seconds:.1f}** |" if peer else " | |"
+        print(row + f" {METHODS[method].wanted or ''} |", flush=True)
         print(f"  runs: {rounded(mine)} floor {rounded(floor)} peer {rounded(peer)}", file=sys.stderr, flush=True)
     print("\nWhere the time goes (seconds of the last run):\n\n| method | questions | apply |\n|---|---|---|")
     for method, found in stages.items():
