@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mergebench
 from mergebench import methods
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RecipeError
 
 CONFIG = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
 NEEDED = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.01}, "tall_mask": {"task": 1}}
@@ -71,6 +71,17 @@ def test_a_model_given_twice_in_a_slice_counts_twice() -> None:
     assert found.keys() == a.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, (2 * a[name] + b[name]) / 3)
+
+
+def test_a_base_that_slices_name() -> None:
+    """Where mergekit has it too: it is the recipe's; another one is refused."""
+    write({"a": layers(0), "b": layers(1)})
+    sources = [{"model": model, "layer_range": [0, 3]} for model in ("b", "a")]
+    data: dict[str, Any] = {"merge_method": "slerp", "parameters": {"t": 0.3}}
+    inside = mergebench.load(data | {"slices": [{"base_model": "a", "sources": sources}]})
+    assert inside == mergebench.load(data | {"base_model": "a", "slices": [{"sources": sources}]})
+    with pytest.raises(RecipeError, match="one base for all slices"):
+        mergebench.load(data | {"base_model": "b", "slices": [{"base_model": "a", "sources": sources}]})
 
 
 LAST = "lm_head.weight, norm.weight: after the layers, yet a gradient's first value holds, as in mergekit; "
