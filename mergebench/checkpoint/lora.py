@@ -12,7 +12,7 @@ Neither is ever written out as a full model: the engine computes the rows it nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +51,12 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     """
     adapter = read_adapter(directory)
     deltas: dict[str, LowRank] = {}
+    longer: dict[str, list[str]] = {}
+    for known in base:
+        for end in _ends(known):
+            longer.setdefault(end, []).append(known)
     for module, factors in adapter.modules.items():
-        name = _base_name(directory, f"{module}.weight", base)
+        name = _base_name(directory, f"{module}.weight", base, longer)
         if name in deltas:
             raise ModelError(f"{directory}: {module}: a second pair of factors for '{name}'")
         shape = factors.shape[::-1] if adapter.transposed else factors.shape
@@ -60,12 +64,12 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
         dora = base[name] if factors.magnitude is not None else None
         deltas[name] = LowRank(factors.a, factors.b, factors.scale, adapter.transposed, factors.magnitude, dora)
         if factors.bias is not None:
-            bias = _base_name(directory, f"{module}.bias", base)
+            bias = _base_name(directory, f"{module}.bias", base, longer)
             _check(adapter, module, factors.bias.shape, base[bias])
             deltas[bias] = LowRank(None, factors.bias, factors.scale)
     whole: dict[str, TensorInfo] = {}
     for stored, tensor in adapter.whole.items():
-        name = _base_name(directory, stored, base)
+        name = _base_name(directory, stored, base, longer)
         if name in whole or name in deltas:
             raise ModelError(f"{directory}: {tensor.name}: '{name}' is changed twice")
         _check(adapter, stored, tensor.shape, base[name])
@@ -77,14 +81,21 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     return Changes(deltas, whole, adapter.header)
 
 
-def _base_name(directory: Path, name: str, base: Mapping[str, TensorInfo]) -> str:
-    """The base tensor that goes by `name`.
+def _ends(name: str) -> Iterator[str]:
+    """`b.c` and `c` of `a.b.c`."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _base_name(directory: Path, name: str, base: Mapping[str, TensorInfo], longer: Mapping[str, Sequence[str]]) -> str:
+    """The base tensor that goes by `name`; longer: the base's names by their ends.
 
     The adapter may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`).
     """
     if name in base:
         return name
-    ends = [known for known in base if known.endswith(f".{name}") or name.endswith(f".{known}")]
+    ends = [*longer.get(name, ()), *(end for end in _ends(name) if end in base)]
     if len(ends) != 1:
         raise ModelError(f"{directory}: the base has no tensor '{name}' to adapt", _OTHER_MODEL)
     return ends[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.merge import Recipe, each_stage, load
+from mergebench.cli.merge import Recipe, each_stage, load, say_notes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,20 +20,26 @@ if TYPE_CHECKING:
 
 def explain(recipe: Recipe, set_: opt.Set = None, seed: opt.Seed = None, json_: opt.Json = False) -> None:
     """Print where each tensor of the result comes from and the parameters that hold for it, from headers alone."""
-    each_stage(load(recipe, set_, seed, None, json_), json_, _facts, _show)
+    each_stage(load(recipe, set_, seed), json_, _facts, _show)
 
 
 def _facts(stage: Stage) -> dict[str, Any]:
     from mergebench import api
 
     plan = api.plan(stage.recipe)
-    return {"method": plan.merge.method.name, "scope": plan.merge.scope, "tensors": _tensors(plan)}
+    return {
+        "method": plan.merge.method.name,
+        "scope": plan.merge.scope,
+        "notes": list(plan.merge.notes),
+        "tensors": _tensors(plan),
+    }
 
 
 def _show(stage: Stage) -> None:
     from mergebench import api
 
     plan = api.plan(stage.recipe)
+    say_notes(plan, quiet=False)
     tensors = _tensors(plan)
     typer.echo(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
     merged = next(one for one in tensors if "parameters" in one)

@@ -22,14 +22,16 @@ _HELP = "A YAML file, or a directory with a mergekit_config.yml; a mergekit conf
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help=_HELP)]
 
 
-def load(recipe: Path, set_: list[str] | None, seed: int | None, out: Path | None, quiet: bool) -> list[Stage]:
+def load(recipe: Path, set_: list[str] | None, seed: int | None, out: Path | None = None) -> list[Stage]:
     """The recipes of a file, in the order to merge them: nearly always one."""
     from mergebench.recipe import load_stages
 
-    stages = load_stages(recipe, out, set_ or (), seed)
-    for line in (line for stage in stages for line in stage.recipe.notes):
+    return load_stages(recipe, out, set_ or (), seed)
+
+
+def say_notes(plan: Plan, quiet: bool) -> None:
+    for line in plan.merge.notes:
         note(f"note: {line}", quiet)
-    return stages
 
 
 def merge(
@@ -56,7 +58,7 @@ def merge(
     from mergebench import api
 
     quiet = quiet or json_
-    stages = load(recipe, set_, seed, out, quiet)
+    stages = load(recipe, set_, seed, out)
     *earlier, last = stages
     loaded, target = last.recipe, last.out
     limits: dict[str, Any] = {
@@ -71,6 +73,7 @@ def merge(
         api.check_stages(stages, resume=resume, overwrite=overwrite)
     before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
     plan = api.plan(loaded, **limits)
+    say_notes(plan, quiet)
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
     with byte_bar("merging", plan.bytes_read, quiet) as progress:
         result = api.run(plan, target, **ways, progress=progress)
@@ -117,9 +120,11 @@ def plan(
         return _facts(_plan(stage, limits), stage.out)
 
     def show(stage: Stage) -> None:
-        _show(_plan(stage, limits), stage.out)
+        found = _plan(stage, limits)
+        say_notes(found, json_)
+        _show(found, stage.out)
 
-    each_stage(load(recipe, set_, seed, None, json_), json_, facts, show)
+    each_stage(load(recipe, set_, seed), json_, facts, show)
 
 
 def each_stage(
@@ -184,6 +189,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
     return {
         "method": plan.merge.method.name,
         "scope": plan.merge.scope,
+        "notes": list(plan.merge.notes),
         "models": [model.reference for model in plan.merge.models],
         "merged_tensors": len(plan.alignment.merged),
         "copied_tensors": len(plan.alignment.copied),
@@ -204,6 +210,7 @@ def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet
     from mergebench import api
 
     plan = api.plan(stage.recipe, **limits)
+    say_notes(plan, quiet)
     with byte_bar(f"merging {stage.name}", plan.bytes_read, quiet) as progress:
         result = api.run(plan, stage.out, **ways, progress=progress)
     done = "already finished" if result.already_done else f"wrote it in {result.provenance['seconds']:.1f} s"

@@ -29,6 +29,7 @@ class Merge:
     dtype: str | None = None  # stored type; None keeps each tensor's own
     by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
+    notes: tuple[str, ...] = ()  # what may be other than expected
 
     @property
     def reference(self) -> Model:

@@ -31,7 +31,10 @@ Ints = Any  # an int32 array of NumPy, which is faster on a CPU, or of torch: th
 @cache
 def _counter(device: torch.device) -> Ints:
     count = torch.arange(TILE, dtype=torch.int32, device=device) * _STEP
-    return count.numpy() if device.type == "cpu" else count
+    if device.type == "cpu":
+        return count.numpy()
+    torch.cuda.current_stream(device).synchronize()  # workers on other streams use it too
+    return count
 
 
 def _key(seed: int, model: int, tensor: str, tile: int) -> tuple[int, int]:

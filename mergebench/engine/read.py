@@ -38,15 +38,15 @@ class ChunkReader:
         for name, group in groupby(spans, key=lambda span: span.tensor):
             pieces = list(group)
             stop = at + sum(span.numel for span in pieces)
-            self._fill(name, pieces, values[:, at:stop], base[at:stop], apply)
+            self._fill(name, pieces, values[:, at:stop], base[at:stop], at, apply)
             at = stop
         return values, base
 
-    def _fill(self, name: str, pieces: Sequence[Span], values: Tensor, base: Tensor, apply: bool) -> None:
-        """Pieces of one tensor. Models that are stored alike share the calls: on a chunk in the cache, a
-        call costs as much as its arithmetic."""
+    def _fill(self, name: str, pieces: Sequence[Span], values: Tensor, base: Tensor, column: int, apply: bool) -> None:
+        """Pieces of one tensor, `column` of the chunk onwards. Models that are stored alike share the calls: on a chunk
+        in the cache, a call costs as much as its arithmetic."""
         if self.plan.needs_base(name, apply):
-            self._stored([self.plan.merge.reference.tensors[name]], pieces, base[None], len(values))
+            self._stored([self.plan.merge.reference.tensors[name]], pieces, base[None], len(values), column)
         at = 0
         for (stored, sign), group in groupby(self.plan.operands[name], key=_kind):
             operands = list(group)
@@ -54,7 +54,7 @@ class ChunkReader:
             if stored is None:
                 rows.zero_()
             else:
-                self._stored([cast(TensorInfo, operand.stored) for operand in operands], pieces, rows, at)
+                self._stored([cast(TensorInfo, operand.stored) for operand in operands], pieces, rows, at, column)
             if sign:
                 rows.add_(base) if sign > 0 else rows.sub_(base)
             at += len(operands)
@@ -65,10 +65,13 @@ class ChunkReader:
                     self._add_low_rank(span, number, operand, values[number, at : at + span.numel])
                     at += span.numel
 
-    def _stored(self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], out: Tensor, place: int) -> None:
-        """The same pieces of tensors of one type, as float32: out [tensors, elements], rows `place` onwards."""
+    def _stored(
+        self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], out: Tensor, place: int, column: int
+    ) -> None:
+        """The same pieces of tensors of one type, as float32: out [tensors, elements], at row `place` of the chunk."""
         dtype = TORCH_DTYPE[tensors[0].dtype]
-        first = at = place * self.plan.longest * 8  # its own place: a copy to a GPU may still be under way
+        # its own place: copies of the chunk's other rows and columns to a GPU may still be under way
+        first = at = (column * (len(self.plan.merge.models) + 1) + place * out.shape[1]) * 8
         for tensor in tensors:
             for span in pieces:
                 stop = at + span.numel * dtype.itemsize

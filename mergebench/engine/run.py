@@ -91,6 +91,7 @@ def run_plan(
             "mergebench": __version__,
             "fingerprint": fingerprint,
             "recipe": dict(plan.merge.recipe),
+            "notes": list(plan.merge.notes),
             "method": {"name": plan.merge.method.name, "paper": plan.merge.method.paper, "scope": plan.merge.scope},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "inputs": _inputs(plan, hash_inputs),

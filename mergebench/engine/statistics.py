@@ -54,6 +54,40 @@ class Statistic:
         return self.finish(state)
 
 
+class Small:
+    """The values of a small unit [rows, elements]; once all are there, the answers: so a worker sends little home."""
+
+    def __init__(self, numel: int, ranks: Sequence[Sequence[int]], trim: bool) -> None:
+        self.missing, self.ranks, self.trim = numel, ranks, trim
+        self.parts: list[Floats] = []
+        self.answers: list[list[float]] = []
+        self.kept: list[float] = []
+
+    def add(self, values: Floats) -> None:
+        """Take in a chunk, which is put into another order."""
+        self.parts.append(values)
+        self.missing -= values.shape[1]
+        if self.missing:
+            return
+        rows = values if len(self.parts) == 1 else np.concatenate(self.parts, axis=1)
+        self.parts, self.answers = [], _pick(rows, self.ranks)
+        if self.trim:
+            inside = np.ones(rows.shape, np.bool_)
+            for answer, beyond in zip(self.answers, (np.greater_equal, np.less_equal), strict=False):
+                inside &= beyond(rows, np.array(answer, np.float32)[:, None])
+            self.kept = (np.count_nonzero(inside, axis=1) / rows.shape[1]).tolist()
+
+    def merge(self, other: Small) -> None:
+        """Take in what another worker has: some chunks, or all of them."""
+        if other.answers:
+            self.answers, self.kept = other.answers, other.kept
+        for part in other.parts:
+            self.add(part)
+
+
+Gatherers = list[Bracket | Extreme]  # one for each row
+
+
 class OrderStatistics(Statistic):
     """The values of given ranks, row by row: what sorting each row would show there."""
 
@@ -62,22 +96,26 @@ class OrderStatistics(Statistic):
         self.ranks = ranks  # [questions][rows]
         self.key, self.trim = key, trim
 
-    def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> list[list[Bracket | Extreme]]:
+    def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> Small | list[Gatherers]:
+        for rank in (rank for ranks in self.ranks for rank in ranks):
+            _check_rank(rank, numel)
+        if sample is None:
+            return Small(numel, self.ranks, self.trim)
         brackets = sum(0 < rank < numel - 1 for ranks in self.ranks for rank in ranks)
         share = max(room // (BYTES * max(brackets, 1)), LEAST_NEW)
 
         def gatherer(row: int, rank: int) -> Bracket | Extreme:
-            _check_rank(rank, numel)
             if rank in (0, numel - 1):
                 return Extreme(rank > 0, numel)
-            if sample is None:
-                return Bracket(-np.inf, 0.0, np.inf, numel)
             low, guess, high, common = sample.bracket(row, rank, numel)
             return Bracket(low, guess, high, share, common)
 
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 
-    def reduce(self, state: list[list[Bracket | Extreme]], tile: int) -> None:
+    def reduce(self, state: Small | list[Gatherers], tile: int) -> None:
+        if isinstance(state, Small):
+            state.add(self.keyed())
+            return
         keyed = self._keyed()
         rows = keyed.numpy() if keyed.device.type == "cpu" else keyed
         for question in state:
@@ -102,25 +140,30 @@ class OrderStatistics(Statistic):
         return pick(self.keyed(), self.ranks)
 
     @staticmethod
-    def combine(
-        state: list[list[Bracket | Extreme]], other: list[list[Bracket | Extreme]]
-    ) -> list[list[Bracket | Extreme]]:
-        for mine, theirs in zip(state, other, strict=True):
+    def combine(state: Small | list[Gatherers], other: Small | list[Gatherers]) -> Small | list[Gatherers]:
+        if isinstance(state, Small):
+            state.merge(cast(Small, other))
+            return state
+        for mine, theirs in zip(state, cast("list[Gatherers]", other), strict=True):
             for gatherer, more in zip(mine, theirs, strict=True):
                 gatherer.merge(more)  # type: ignore[arg-type]
         return state
 
-    def finish(self, state: list[list[Bracket | Extreme]]) -> tuple[Tensor, ...]:
+    def finish(self, state: Small | list[Gatherers]) -> tuple[Tensor, ...]:
         """One float32 [rows, 1] for each question."""
+        if isinstance(state, Small):
+            return _columns(state.answers)
         return tuple(
             torch.tensor([[g.at(rank)] for g, rank in zip(question, ranks, strict=True)], dtype=torch.float32)
             for question, ranks in zip(state, self.ranks, strict=True)
         )
 
-    def remarks(self, state: list[list[Bracket | Extreme]], numel: int) -> dict[str, Any]:
+    def remarks(self, state: Small | list[Gatherers], numel: int) -> dict[str, Any]:
         """Where the answers are the thresholds of a trim, the share of each row that lies between them."""
         if not self.trim:
             return {}
+        if isinstance(state, Small):
+            return {"kept": state.kept}
         if len(state) == 1:
             return {"kept": [1 - low.smaller / numel for low in state[0]]}
         low_and_high = zip(*state, strict=True)
@@ -134,12 +177,20 @@ def _check_rank(rank: int, numel: int) -> None:
 
 def pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """The values of ranks [questions][rows] where everything is at hand; rows are put into another order."""
+    return _columns(_pick(rows, ranks))
+
+
+def _pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
     columns: list[list[float]] = [[] for _ in ranks]
     for row, wanted in zip(rows, zip(*ranks, strict=True), strict=True):
         row.partition(sorted(set(wanted)))
         for column, rank in zip(columns, wanted, strict=True):
             column.append(float(row[rank]) + 0.0)  # of the two zeros always the same
-    return tuple(torch.tensor(column, dtype=torch.float32).unsqueeze(1) for column in columns)
+    return columns
+
+
+def _columns(answers: Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(answer, dtype=torch.float32).unsqueeze(1) for answer in answers)
 
 
 class Gram(Statistic):

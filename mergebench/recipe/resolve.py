@@ -12,6 +12,7 @@ from mergebench.checkpoint import Model, open_model
 from mergebench.checkpoint.reference import Location, locate
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
+from mergebench.recipe.notes import about_gradients, about_the_base
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together
@@ -29,21 +30,25 @@ def resolve(recipe: Recipe) -> Merge:
     base, entries = _with_tokens(recipe, *open_all(recipe))
     if recipe.slices:
         return _sliced(recipe, base, [model for _, model in entries])
+    notes = recipe.notes
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
         others = [pair for pair in entries if not _same(pair[1], base)]
         if method.takes == "task_vectors":  # whose own would be zero
             entries = others
+            notes += about_the_base(recipe, [entry for entry, _ in listed])
         elif method.models is not None or (method.base_counts and not listed):
             entries = [*(listed or [(Entry(recipe.base_model), base)]), *others]
     models = tuple(model for _, model in entries)
-    merge = _merge(recipe, base, models, method.make_params(recipe.params([entry for entry, _ in entries])))
+    merge = _merge(recipe, notes, base, models, method.make_params(recipe.params([entry for entry, _ in entries])))
     if not recipe.varies:
         return merge
     depth = depths(merge.reference.tensors)
     own = [entry for entry, _ in entries]
     merged = [name for name, info in merge.reference.tensors.items() if info.is_float and merge.wanted(name)]
-    return _varying(merge, {name: recipe.params(own, name, depth.get(name, 0.0)) for name in merged})
+    values = {name: recipe.params(own, name, depth.get(name, 0.0)) for name in merged}
+    gradients = about_gradients(merged, lambda name, depth: recipe.params(own, name, depth))
+    return _varying(replace(merge, notes=merge.notes + gradients), values)
 
 
 def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
@@ -84,7 +89,12 @@ def _key(model: Model) -> tuple[Path, Path | None, bool]:
 
 
 def _merge(
-    recipe: Recipe, base: Model | None, models: Sequence[Model], params: Any, names: Sequence[str] = ()
+    recipe: Recipe,
+    notes: tuple[str, ...],
+    base: Model | None,
+    models: Sequence[Model],
+    params: Any,
+    names: Sequence[str] = (),
 ) -> Merge:
     return Merge(
         method=recipe.method,
@@ -98,6 +108,7 @@ def _merge(
         seed=recipe.seed,
         dtype=recipe.out_dtype or recipe.dtype,
         recipe=recipe.to_dict(),
+        notes=notes,
     )
 
 
@@ -133,17 +144,21 @@ def _sliced(recipe: Recipe, base: Model | None, models: Sequence[Model]) -> Merg
             rows = [[k for k in rows[0] if k != at] for at in places]
         elif method.models is not None:
             rows = [[at, *(k for k in rows[0] if k != at)] for at in places]
-    values = {}
-    for name, piece in pieces.items():
+
+    def params(name: str, depth: float) -> dict[str, Any]:
+        piece = pieces[name]
         names = {at: piece.names[at] for at in rows[piece.slice]}
-        values[name] = recipe.slice_params(piece.slice, names, name, piece.depth)
+        return recipe.slice_params(piece.slice, names, name, depth)
+
+    values = {name: params(name, piece.depth) for name, piece in pieces.items()}
+    notes = recipe.notes + about_gradients(pieces, params)
     columns = [put_together(pieces, slices, column, opened) for column in zip(*rows, strict=True)]
     short = dict(zip(opened, short_names([model.reference for model in models]), strict=True))
     labels = []
     for column in zip(*rows, strict=True):
         used = (short[one.sources[at].model] for one, at in zip(slices, column, strict=True))
         labels.append("|".join(dict.fromkeys(used)))
-    return _varying(_merge(recipe, whole_base, columns, None, labels), values)
+    return _varying(_merge(recipe, notes, whole_base, columns, None, labels), values)
 
 
 def short_names(references: Sequence[str]) -> tuple[str, ...]:

@@ -166,12 +166,18 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
 
 
 def _check_slices(found: dict[str, Any], places: Places) -> None:
-    for i, one in enumerate(found.get("slices", ())):
-        found["slices"][i] = one = _keys(one, SLICE, ("slices", i), places)
+    slices = [_keys(one, SLICE, ("slices", i), places) for i, one in enumerate(found.get("slices", ()))]
+    bases = {one["base_model"] for one in slices if "base_model" in one}
+    if len(bases) == 1:  # what all slices that name one agree on is the recipe's
+        found.setdefault("base_model", *bases)
+    for i, one in enumerate(slices):
+        found["slices"][i] = one
         if not one.get("sources"):
             raise places.error(("slices", i, "sources"), "names no model", LIST_SLICES)
         if one.get("base_model", found.get("base_model")) != found.get("base_model"):
-            raise places.error(("slices", i, "base_model"), "a base of its own is not supported yet", "leave it out")
+            raise places.error(
+                ("slices", i, "base_model"), "is not the recipe's: one base for all slices", "leave it out"
+            )
         for k, source in enumerate(one["sources"]):
             one["sources"][k] = source = _keys(source, SOURCE, ("slices", i, "sources", k), places)
             for key in ("model", "layer_range"):

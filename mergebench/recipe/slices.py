@@ -73,8 +73,8 @@ def pieces_of(slices: Sequence[Slice], first: Model) -> dict[str, Piece]:
     start = f"{stack}." if stack else ""
     kinds = dict.fromkeys(layer[2] for layer in layers.values() if layer is not None)
     outside = [name for name, layer in layers.items() if layer is None]
-    before = [name for name in outside if _BEFORE.search(name)]
-    after = [name for name in outside if not _BEFORE.search(name)]
+    before = [name for name in outside if comes_before(name)]
+    after = [name for name in outside if not comes_before(name)]
     pieces = {name: Piece(0, 0.0, (name,) * len(slices[0].sources)) for name in before}
     out = 0
     for number, one in enumerate(slices):
@@ -87,6 +87,11 @@ def pieces_of(slices: Sequence[Slice], first: Model) -> dict[str, Piece]:
             out += 1
     last = len(slices) - 1
     return pieces | {name: Piece(last, 0.0, (name,) * len(slices[-1].sources)) for name in after}
+
+
+def comes_before(name: str) -> bool:
+    """Whether a tensor outside of the layers comes before them: an embedding, by its name."""
+    return bool(_BEFORE.search(name))
 
 
 def put_together(
