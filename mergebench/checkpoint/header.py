@@ -13,12 +13,14 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
-    from mergebench.checkpoint.rows import Rows
+    from torch import Tensor
+
+    from mergebench.checkpoint.read import Files
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -40,6 +42,19 @@ class Scale(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Made(Protocol):
+    """What a tensor is made of that no file holds as it is: rows chosen from others, others put together."""
+
+    @property
+    def own(self) -> TensorInfo: ...  # a tensor of the model's own, as stored
+
+    def read(self, files: Files, start: int, out: Tensor) -> None: ...  # fill the flat `out` from element `start`
+
+    def settle(self, files: Files) -> None: ...  # compute now what all workers need
+
+    def digest(self) -> str: ...  # what identifies it
+
+
 class TensorInfo(NamedTuple):
     """Where one tensor lies: bytes `offset` to `offset + nbytes` of `file`."""
 
@@ -49,7 +64,7 @@ class TensorInfo(NamedTuple):
     file: Path
     offset: int
     nbytes: int
-    rows: Rows | None = None  # under another vocabulary: where each row comes from
+    made: Made | None = None  # None: it is stored as it is
     scale: Scale | None = None
 
     @property
@@ -58,8 +73,8 @@ class TensorInfo(NamedTuple):
 
     @property
     def stored_dtype(self) -> str:
-        """The type on disk; rows made of several are read as float32."""
-        return self.dtype if self.rows is None else self.rows.own.dtype
+        """The type on disk; what is made of several may be read as float32."""
+        return self.dtype if self.made is None else self.made.own.dtype
 
     @property
     def is_float(self) -> bool:

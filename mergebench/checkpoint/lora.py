@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from mergebench.checkpoint.adapter import Adapter, is_adapter, read_adapter
 from mergebench.checkpoint.header import Header, TensorInfo
+from mergebench.checkpoint.names import match
 from mergebench.errors import ModelError
 
 _OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
@@ -50,9 +52,10 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     Raises `ModelError` where the adapter does not belong to this base or is of a kind not supported.
     """
     adapter = read_adapter(directory)
+    names = _Names(adapter, base)
     deltas: dict[str, LowRank] = {}
     for module, factors in adapter.modules.items():
-        name = _base_name(directory, f"{module}.weight", base)
+        name = names.find(f"{module}.weight")
         if name in deltas:
             raise ModelError(f"{directory}: {module}: a second pair of factors for '{name}'")
         shape = factors.shape[::-1] if adapter.transposed else factors.shape
@@ -60,12 +63,12 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
         dora = base[name] if factors.magnitude is not None else None
         deltas[name] = LowRank(factors.a, factors.b, factors.scale, adapter.transposed, factors.magnitude, dora)
         if factors.bias is not None:
-            bias = _base_name(directory, f"{module}.bias", base)
+            bias = names.find(f"{module}.bias")
             _check(adapter, module, factors.bias.shape, base[bias])
             deltas[bias] = LowRank(None, factors.bias, factors.scale)
     whole: dict[str, TensorInfo] = {}
     for stored, tensor in adapter.whole.items():
-        name = _base_name(directory, stored, base)
+        name = names.find(stored)
         if name in whole or name in deltas:
             raise ModelError(f"{directory}: {tensor.name}: '{name}' is changed twice")
         _check(adapter, stored, tensor.shape, base[name])
@@ -77,17 +80,35 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     return Changes(deltas, whole, adapter.header)
 
 
-def _base_name(directory: Path, name: str, base: Mapping[str, TensorInfo]) -> str:
-    """The base tensor that goes by `name`.
+class _Names:
+    """The base's names for what an adapter changes.
 
-    The adapter may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`).
+    It may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`), or whose version
+    calls its parts otherwise.
     """
-    if name in base:
-        return name
-    ends = [known for known in base if known.endswith(f".{name}") or name.endswith(f".{known}")]
-    if len(ends) != 1:
-        raise ModelError(f"{directory}: the base has no tensor '{name}' to adapt", _OTHER_MODEL)
-    return ends[0]
+
+    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo]) -> None:
+        self._adapter, self._base = adapter, base
+
+    def find(self, name: str) -> str:
+        """The base tensor that goes by `name`."""
+        if name in self._base:
+            return name
+        ends = [known for known in self._base if known.endswith(f".{name}") or name.endswith(f".{known}")]
+        if len(ends) == 1:
+            return ends[0]
+        if name not in self._matched:
+            raise ModelError(f"{self._adapter.directory}: the base has no tensor '{name}' to adapt", _OTHER_MODEL)
+        return self._matched[name]
+
+    @cached_property
+    def _matched(self) -> dict[str, str]:
+        shapes = {name: tensor.shape for name, tensor in self._adapter.whole.items()}
+        for module, factors in self._adapter.modules.items():
+            shapes[f"{module}.weight"] = factors.shape[::-1] if self._adapter.transposed else factors.shape
+            if factors.bias is not None:
+                shapes[f"{module}.bias"] = factors.bias.shape
+        return match(shapes, self._base)
 
 
 def _check(adapter: Adapter, what: str, shape: tuple[int, ...], target: TensorInfo) -> None:

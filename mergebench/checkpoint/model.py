@@ -41,6 +41,7 @@ class Model:
     sliced: bool = False  # put together from layers of others: the order of its tensors is no file's
     tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
     replaced: dict[str, TensorInfo] = field(default_factory=dict)  # what the base has where the adapter has its own
+    remarks: tuple[str, ...] = ()  # how its tensors were found under the base's names
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -71,6 +71,9 @@ def merge(
         api.check_stages(stages, resume=resume, overwrite=overwrite)
     before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
     plan = api.plan(loaded, **limits)
+    for name, model in zip(plan.merge.names, plan.merge.models, strict=True):
+        for remark in model.remarks:
+            note(f"note: {name}: {remark}", quiet)
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
     with byte_bar("merging", plan.bytes_read, quiet) as progress:
         result = api.run(plan, target, **ways, progress=progress)
@@ -146,7 +149,7 @@ def each_stage(
 def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
     """The plan; where models do not fit together, every mismatch goes to stderr."""
     from mergebench import api
-    from mergebench.engine.plan import Mismatch
+    from mergebench.engine.mismatch import Mismatch
 
     try:
         return api.plan(stage.recipe, **limits)
@@ -154,7 +157,8 @@ def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
         for line in error.problems:
             note(line)
         count = len(error.problems)
-        raise Mismatch([f"{count} mismatch{'es' * (count > 1)}"]) from None
+        message = f"{count} mismatch{'es' * (count > 1)}" if count else error.message
+        raise Mismatch(message, error.hint) from None
 
 
 def _show(found: Plan, out: Path) -> None:
@@ -165,6 +169,8 @@ def _show(found: Plan, out: Path) -> None:
         zeros = found.zero_share(number)
         extra = f"  task vector exactly zero on {zeros:.1%} of the elements" if zeros else ""
         typer.echo(f"  model     {model.reference}{extra}")
+        for remark in model.remarks:
+            typer.echo(f"            {found.merge.names[number]}: {remark}")
     typer.echo(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
     typer.echo(f"  copied    {facts['copied_tensors']} tensors from the base")
     typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
@@ -195,6 +201,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "files": [shard.file for shard in plan.shards],
         "peak_memory": plan.peak_memory,
         "disk_free": shutil.disk_usage(folder).free,
+        "remarks": [list(model.remarks) for model in plan.merge.models],
         "zero_share": [plan.zero_share(number) for number in range(len(plan.merge.models))],
     }
 

@@ -5,7 +5,7 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.write import Shard, lay_out
-from mergebench.engine import questions
+from mergebench.engine import mismatch, questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
@@ -153,7 +153,7 @@ def plan_merge(
     _check_models(merge)
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
-        raise Mismatch(alignment.problems, alignment.other_tokens)
+        raise mismatch.describe(merge.reference, merge.models, alignment)
     if not alignment.merged:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
@@ -190,18 +190,6 @@ def plan_merge(
             "give it more memory, or fewer --workers",
         )
     return plan
-
-
-class Mismatch(ModelError):
-    """Models that do not fit together: the first mismatch in the message, all in `problems`."""
-
-    def __init__(self, problems: Sequence[str], other_tokens: Collection[str] = ()) -> None:
-        more = f" (and {len(problems) - 1} more: see mergebench plan)" if len(problems) > 1 else ""
-        hint = "only models of one architecture merge; exclude the tensor to copy the base's"
-        if problems[0] in other_tokens:
-            hint = "their vocabularies differ: add tokenizer_source: union (or base), or exclude the tensor"
-        super().__init__(problems[0] + more, hint)
-        self.problems = list(problems)
 
 
 def _check_models(merge: Merge) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint import Model, adopt, open_model
 from mergebench.checkpoint.reference import Location, locate
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
@@ -26,7 +26,7 @@ def resolve(recipe: Recipe) -> Merge:
     One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
     method = recipe.method
-    base, entries = _with_tokens(recipe, *open_all(recipe))
+    base, entries = _with_tokens(recipe, *_under_one_name(recipe, *open_all(recipe)))
     if recipe.slices:
         return _sliced(recipe, base, [model for _, model in entries])
     if base is not None:
@@ -61,6 +61,16 @@ def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
             )
         entries.append((entry, _open(recipe, entry, loc)))
     return base, entries
+
+
+def _under_one_name(
+    recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
+) -> tuple[Model | None, list[tuple[Entry, Model]]]:
+    """The models with their tensors under the base's names."""
+    if recipe.slices:  # they name layers, each model by its own count
+        return base, entries
+    reference = base if base is not None else entries[0][1]
+    return base, [(entry, adopt(reference, model)) for entry, model in entries]
 
 
 def _with_tokens(
