@@ -32,6 +32,11 @@ ITEM_SIZE = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _ARE_FLOATS = FLOATS | FP8
+GGUF_HINT = "GGUF files are made for running a model: merge the safetensors model it was made from"
+_OTHER_FILES = {
+    b"GGUF": ("a GGUF file", GGUF_HINT),
+    b"version ": ("a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+}
 
 
 class Scale(NamedTuple):
@@ -101,6 +106,9 @@ def read_header(file: Path) -> Header:
             raw_length = stream.read(8)
             if len(raw_length) < 8:
                 raise damaged(file, f"{status.st_size} bytes are too few for a safetensors file")
+            for start, (what, hint) in _OTHER_FILES.items():
+                if raw_length.startswith(start):
+                    raise ModelError(f"{file}: {what}, not a safetensors file", hint)
             (length,) = struct.unpack("<Q", raw_length)
             if length > MAX_HEADER_BYTES:
                 raise damaged(file, f"its header claims {length} bytes, the format allows {MAX_HEADER_BYTES}")

@@ -14,6 +14,7 @@ import torch
 
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.packed import check_not_packed
 from mergebench.checkpoint.write import Shard, lay_out
 from mergebench.engine import mismatch, questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
@@ -206,6 +207,7 @@ def _check_models(merge: Merge) -> None:
     if count == 0:
         raise RecipeError("models: no model to merge")
     for model in [*merge.models, merge.reference]:
+        check_not_packed(model, merge.wanted)
         for info in model.tensors.values():
             if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")
