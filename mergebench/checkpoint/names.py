@@ -86,7 +86,7 @@ def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[s
 def describe(renamed: Mapping[str, str]) -> str:
     """`vision_model.* as *`: what happened to the names, the two most frequent changes."""
     changes: Counter[str] = Counter()
-    for name, target in renamed.items():
+    for name, target in sorted(renamed.items()):
         left, right = name.split("."), target.split(".")
         while left and right and left[-1] == right[-1]:
             left.pop()
