@@ -12,6 +12,7 @@ from mergebench.checkpoint import Model, adopt, open_model
 from mergebench.checkpoint.reference import Location, locate
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
+from mergebench.recipe.parts import check_parts
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together
@@ -26,7 +27,9 @@ def resolve(recipe: Recipe) -> Merge:
     One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
     method = recipe.method
-    base, entries = _with_tokens(recipe, *_under_one_name(recipe, *open_all(recipe)))
+    opened = open_all(recipe)
+    check_parts(recipe.parts, (opened[0] or opened[1][0][1]).tensors, recipe.places)
+    base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
     if recipe.slices:
         return _sliced(recipe, base, [model for _, model in entries])
     if base is not None:
