@@ -6,6 +6,7 @@ a model in the one must merge into a base in the other, bit for bit as if both w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import fine_tuned, read_model, write_model
+from models import fine_tuned, read_model, write_model, write_recipe
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
 
 import mergebench
 from mergebench.errors import MergebenchError
+from tests.conftest import Cli
 
 TEXT = {
     "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -230,6 +232,26 @@ def test_a_text_model_merges_into_a_vision_language_model(zoo: Any, tmp_path: Pa
         name = key.replace("model.language_model.", "model.")
         expected = (first[key] + theirs[name]) / 2 if name in theirs and "vision" not in key else first[key]
         torch.testing.assert_close(value, expected)
+
+
+def test_plan_merge_and_explain_say_what_was_read_as_what(zoo: Any, tmp_path: Path, cli: Cli) -> None:
+    folder = zoo("mixtral")
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", [folder / "ft2" / "memory"], folder / "base" / "files")
+    remarks = [
+        "memory: experts stored fused, read apart (w1, w3, w2)",
+        "memory: 26 tensors read under other names (model.layers.N.mlp.* as model.layers.N.block_sparse_moe.*)",
+    ]
+    lines = cli("plan", recipe).out.splitlines()
+    assert [line.strip() for line in lines if "memory:" in line] == remarks
+    assert json.loads(cli("plan", recipe, "--json").out)["remarks"] == [
+        [remark.removeprefix("memory: ") for remark in remarks]
+    ]
+    ran = cli("merge", recipe, "--out", tmp_path / "out")
+    assert [line for line in ran.err.splitlines() if line.startswith("note: ")] == [f"note: {one}" for one in remarks]
+    said = {line.split()[0]: line for line in cli("explain", recipe).out.splitlines()}
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    assert said[name].endswith("from memory:model.layers.1.mlp.experts.gate_up_proj")
+    assert "from" not in said["model.norm.weight"]
 
 
 def test_without_include_the_way_out_is_told(zoo: Any, tmp_path: Path) -> None:
