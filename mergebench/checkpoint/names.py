@@ -59,8 +59,9 @@ def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[s
     strangers = _in_the_bases_words([name for name in theirs if name not in base], base)
     targets: dict[str, set[str]] = {}
     rules: dict[tuple[str, str], dict[str, str]] = {}  # what each makes of the names it fits
-    for family in _BEGINNINGS if strangers else ():
-        ours = [one for one in family if any(name.startswith(one) for name in base)]
+    heads = {".".join([*name.split(".")[:depth], ""]) for name in base for depth in range(4)} if strangers else set()
+    for family in _BEGINNINGS:
+        ours = [one for one in family if one in heads]
         for name, newer in strangers.items():
             for old in (one for one in family if newer.startswith(one)):
                 for new in ours:

@@ -28,13 +28,13 @@ def check_not_packed(model: Model, wanted: Callable[[str], bool]) -> None:
     """`ModelError` where tensors that are to be merged are packed."""
     settings = next((model.config[key] for key in SETTINGS if isinstance(model.config.get(key), dict)), None)
     for name, info in model.tensors.items():
-        if not wanted(name):
-            continue
         sign = name.endswith(_ALL_ENDS) and next(kind for end, kind in _ENDS.items() if name.endswith(end))
         if not sign or (sign != "bitsandbytes" and info.is_float):
             weight = info.dtype in _PACKED and len(info.shape) >= 2 and name.endswith("weight")
             if settings is None or not weight:
                 continue
+        if not wanted(name):
+            continue
         kind = _method(settings) or sign
         raise ModelError(
             f"model '{model.reference}' is quantized{f' ({kind})' if kind else ''}: "

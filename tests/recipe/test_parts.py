@@ -60,10 +60,10 @@ LANGUAGE, VISION, PROJECTOR = slice(0, 3), slice(3, 5), slice(5, 6)
     ("names", "modules", "shares"),
     [
         (NAMES, {"text_decoder": entries(a=3, b=1), "vision_tower": entries(a=1, b=1)}, (0.25, 0.5, 0)),
-        (NAMES, {"vision_tower": entries(a=1, b=3)}, (0, 0.75, 0)),  # a module beside it is named, and empty of b
+        (NAMES, {"vision_tower": entries(a=1, b=3), "multi_modal_projector": entries(a=1)}, (0, 0.75, 0)),
         (NAMES, {"text_decoder": entries(a=1, b=1), "vision_tower": entries(b=1)}, (0.5, 1, 0)),
         (QWEN, {"text_decoder": entries(a=3, b=1), "vision_tower": entries(a=1, b=1)}, (0.25, 0.5, 0)),
-        (QWEN, {"multi_modal_projector": entries(b=1), "vision_tower": entries(a=1, b=1)}, (0, 0.5, 1)),
+        (QWEN, {"vision_tower": entries(a=1, b=1), "multi_modal_projector": entries(b=1)}, (0, 0.5, 1)),
         (QWEN, {"model.layers": entries(b=1), "lm_head": entries(b=1)}, (1, 0, 0)),
         (T5, {"encoder": entries(a=1, b=1), "decoder": entries(a=3, b=1)}, (0.25, 0.5, 0)),
     ],
@@ -72,8 +72,6 @@ def test_each_module_has_its_own_weights(
     folder: Path, names: list[str], modules: dict[str, Any], shares: tuple[float, float, float]
 ) -> None:
     models = write(names)
-    if len(modules) == 1:
-        modules["multi_modal_projector"] = entries(a=1)
     found = merged({name: {"models": models} for name, models in modules.items()}, base_model="a")
     for part, share in zip((LANGUAGE, VISION, PROJECTOR), shares, strict=True):
         for name in names[part]:
