@@ -94,6 +94,9 @@ def run_plan(
             "method": {"name": plan.merge.method.name, "paper": plan.merge.method.paper, "scope": plan.merge.scope},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "inputs": _inputs(plan, hash_inputs),
+            "remarks": {
+                n: list(m.remarks) for n, m in zip(plan.merge.names, plan.merge.models, strict=True) if m.remarks
+            },
             "merged_tensors": len(plan.alignment.merged),
             "copied_tensors": len(plan.alignment.copied),
             "side_files": copied,

@@ -248,6 +248,8 @@ def test_plan_merge_and_explain_say_what_was_read_as_what(zoo: Any, tmp_path: Pa
     ]
     ran = cli("merge", recipe, "--out", tmp_path / "out")
     assert [line for line in ran.err.splitlines() if line.startswith("note: ")] == [f"note: {one}" for one in remarks]
+    provenance = json.loads((tmp_path / "out" / "mergebench.json").read_text())
+    assert provenance["remarks"] == {"memory": [remark.removeprefix("memory: ") for remark in remarks]}
     said = {line.split()[0]: line for line in cli("explain", recipe).out.splitlines()}
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     assert said[name].endswith("from memory:model.layers.1.mlp.experts.gate_up_proj")
