@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench import card
-from mergebench.checkpoint import open_model
+from mergebench.checkpoint import adopt, open_model
 from mergebench.checkpoint.staging import check_target, finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.merge import Merge
@@ -178,7 +178,8 @@ def _candidates(recipe: Recipe, out: Path, folder: Path, device: str) -> list[Ca
 def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Result:
     """Write `model` minus `base` as a checkpoint that a recipe can name with `task_vector:`."""
     linear = get_method("linear")
-    tuned, origin = open_model(model), open_model(base)
+    origin = open_model(base)
+    tuned = adopt(origin, open_model(model))
     merge = Merge(
         method=linear,
         params=linear.make_params({"weight": (1.0, -1.0), "normalize": False}),

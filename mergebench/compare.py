@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mergebench.checkpoint import open_model
+from mergebench.checkpoint import adopt, open_model
 from mergebench.checkpoint.read import Files
 from mergebench.engine.context import Span
 from mergebench.engine.memory import keep_freed_memory
@@ -37,7 +37,9 @@ class Difference(NamedTuple):
 
 def compare(a: str, b: str, base: str | None = None) -> list[Difference]:
     """Compare every float tensor of two models, in A's file order, in the memory of a few chunks."""
-    models = tuple(open_model(reference) for reference in (a, b, *([base] if base is not None else [])))
+    first = open_model(a)
+    others = (open_model(reference) for reference in (b, *([base] if base is not None else [])))
+    models = (first, *(adopt(first, model) for model in others))
     linear = get("linear")
     params = linear.make_params({"weight": (1.0,) * len(models), "normalize": False})
     names = ("A", "B", "base")[: len(models)]

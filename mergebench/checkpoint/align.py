@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.model import Model
+
+if TYPE_CHECKING:
+    from mergebench.checkpoint.model import Model
 
 _DERIVED = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias|relative_position_index)$"
@@ -35,6 +38,15 @@ _TIED = {
 }
 
 
+class Problem(NamedTuple):
+    """One mismatch of a model's with the base, in a line."""
+
+    text: str
+    model: Model
+    name: str
+    kind: Literal["missing", "extra", "shape", "tokens", "type"]  # tokens: another number of them
+
+
 @dataclass
 class Alignment:
     """What the headers say of a merge."""
@@ -42,8 +54,7 @@ class Alignment:
     merged: list[str] = field(default_factory=list)  # names, in the base's file order
     copied: list[str] = field(default_factory=list)  # from the base: excluded, integer, derived or empty
     sources: dict[str, list[TensorInfo]] = field(default_factory=dict)  # merged name -> one for each model
-    problems: list[str] = field(default_factory=list)  # every mismatch, one line each
-    other_tokens: set[str] = field(default_factory=set)  # problems that are another number of tokens
+    problems: list[Problem] = field(default_factory=list)  # every mismatch
     must_equal: list[tuple[Model, TensorInfo, TensorInfo]] = field(default_factory=list)  # tied, by bytes
     aliases: dict[str, str] = field(default_factory=dict)  # tied tensors that the base stores twice
 
@@ -62,7 +73,8 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
         if not info.is_float:
             for model, other in zip(models, found, strict=True):
                 if other is not None and other.is_float:
-                    result.problems.append(f"{name}: {model.reference} has {other.dtype}, base has {info.dtype}")
+                    text = f"{name}: {model.reference} has {other.dtype}, base has {info.dtype}"
+                    result.problems.append(Problem(text, model, name, "type"))
             result.copied.append(name)
             continue
         sources = []
@@ -70,8 +82,6 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
             problem = _mismatch(name, info, model, other)
             if problem:
                 result.problems.append(problem)
-                if other is not None and is_vocabulary(name) and other.shape[1:] == info.shape[1:]:
-                    result.other_tokens.add(problem)
             elif other is not None:
                 sources.append(other)
         if not info.numel:  # no elements to ask about
@@ -82,7 +92,7 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
     for model in models:
         for name in model.tensors.keys() - base.tensors.keys():
             _judge_extra(result, base, model, name, wanted)
-    result.problems.sort()
+    result.problems.sort(key=lambda problem: problem.text)
     return result
 
 
@@ -117,13 +127,17 @@ def _find(model: Model, name: str) -> TensorInfo | None:
     return info
 
 
-def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | None) -> str | None:
+def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | None) -> Problem | None:
     if other is None:
-        return f"{name}: {model.reference} does not have it, base has {list(info.shape)}"
+        text = f"{name}: {model.reference} does not have it, base has {list(info.shape)}"
+        return Problem(text, model, name, "missing")
     if other.shape != info.shape:
-        return f"{name}: {model.reference} has {list(other.shape)}, base has {list(info.shape)}"
+        text = f"{name}: {model.reference} has {list(other.shape)}, base has {list(info.shape)}"
+        tokens = is_vocabulary(name) and other.shape[1:] == info.shape[1:]
+        return Problem(text, model, name, "tokens" if tokens else "shape")
     if not other.is_float:
-        return f"{name}: {model.reference} has {other.dtype}, base has {info.dtype}"
+        text = f"{name}: {model.reference} has {other.dtype}, base has {info.dtype}"
+        return Problem(text, model, name, "type")
     return None
 
 
@@ -135,4 +149,5 @@ def _judge_extra(result: Alignment, base: Model, model: Model, name: str, wanted
     if target is not None and target in base.tensors:
         result.must_equal.append((model, info, model.tensors[target]))
         return
-    result.problems.append(f"{name}: {model.reference} has {list(info.shape)}, base does not have it")
+    text = f"{name}: {model.reference} has {list(info.shape)}, base does not have it"
+    result.problems.append(Problem(text, model, name, "extra"))

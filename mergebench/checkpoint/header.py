@@ -13,12 +13,14 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
-    from mergebench.checkpoint.rows import Rows
+    from torch import Tensor
+
+    from mergebench.checkpoint.read import Files
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -30,6 +32,11 @@ ITEM_SIZE = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _ARE_FLOATS = FLOATS | FP8
+GGUF_HINT = "GGUF files are made for running a model: merge the safetensors model it was made from"
+_OTHER_FILES = {
+    b"GGUF": ("a GGUF file", GGUF_HINT),
+    b"version ": ("a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+}
 
 
 class Scale(NamedTuple):
@@ -38,6 +45,19 @@ class Scale(NamedTuple):
     stored: TensorInfo
     shape: tuple[int, ...]  # as many sides as the tensor has
     blocks: tuple[int, ...]
+
+
+class Made(Protocol):
+    """What a tensor is made of that no file holds as it is: rows chosen from others, others put together."""
+
+    @property
+    def own(self) -> TensorInfo: ...  # a tensor of the model's own, as stored
+
+    def read(self, files: Files, start: int, out: Tensor) -> None: ...  # fill the flat `out` from element `start`
+
+    def settle(self, files: Files) -> None: ...  # compute now what all workers need
+
+    def digest(self) -> str: ...  # what identifies it
 
 
 class TensorInfo(NamedTuple):
@@ -49,7 +69,7 @@ class TensorInfo(NamedTuple):
     file: Path
     offset: int
     nbytes: int
-    rows: Rows | None = None  # under another vocabulary: where each row comes from
+    made: Made | None = None  # None: it is stored as it is
     scale: Scale | None = None
 
     @property
@@ -58,8 +78,8 @@ class TensorInfo(NamedTuple):
 
     @property
     def stored_dtype(self) -> str:
-        """The type on disk; rows made of several are read as float32."""
-        return self.dtype if self.rows is None else self.rows.own.dtype
+        """The type on disk; what is made of several may be read as float32."""
+        return self.dtype if self.made is None else self.made.own.dtype
 
     @property
     def is_float(self) -> bool:
@@ -86,6 +106,9 @@ def read_header(file: Path) -> Header:
             raw_length = stream.read(8)
             if len(raw_length) < 8:
                 raise damaged(file, f"{status.st_size} bytes are too few for a safetensors file")
+            for start, (what, hint) in _OTHER_FILES.items():
+                if raw_length.startswith(start):
+                    raise ModelError(f"{file}: {what}, not a safetensors file", hint)
             (length,) = struct.unpack("<Q", raw_length)
             if length > MAX_HEADER_BYTES:
                 raise damaged(file, f"its header claims {length} bytes, the format allows {MAX_HEADER_BYTES}")

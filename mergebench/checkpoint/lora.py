@@ -12,13 +12,15 @@ Neither is ever written out as a full model: the engine computes the rows it nee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from mergebench.checkpoint.adapter import Adapter, is_adapter, read_adapter
 from mergebench.checkpoint.header import Header, TensorInfo
+from mergebench.checkpoint.names import match
 from mergebench.errors import ModelError
 
 _OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
@@ -50,13 +52,10 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     Raises `ModelError` where the adapter does not belong to this base or is of a kind not supported.
     """
     adapter = read_adapter(directory)
+    names = _Names(adapter, base)
     deltas: dict[str, LowRank] = {}
-    longer: dict[str, list[str]] = {}
-    for known in base:
-        for end in _ends(known):
-            longer.setdefault(end, []).append(known)
     for module, factors in adapter.modules.items():
-        name = _base_name(directory, f"{module}.weight", base, longer)
+        name = names.find(f"{module}.weight")
         if name in deltas:
             raise ModelError(f"{directory}: {module}: a second pair of factors for '{name}'")
         shape = factors.shape[::-1] if adapter.transposed else factors.shape
@@ -64,12 +63,12 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
         dora = base[name] if factors.magnitude is not None else None
         deltas[name] = LowRank(factors.a, factors.b, factors.scale, adapter.transposed, factors.magnitude, dora)
         if factors.bias is not None:
-            bias = _base_name(directory, f"{module}.bias", base, longer)
+            bias = names.find(f"{module}.bias")
             _check(adapter, module, factors.bias.shape, base[bias])
             deltas[bias] = LowRank(None, factors.bias, factors.scale)
     whole: dict[str, TensorInfo] = {}
     for stored, tensor in adapter.whole.items():
-        name = _base_name(directory, stored, base, longer)
+        name = names.find(stored)
         if name in whole or name in deltas:
             raise ModelError(f"{directory}: {tensor.name}: '{name}' is changed twice")
         _check(adapter, stored, tensor.shape, base[name])
@@ -81,24 +80,51 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     return Changes(deltas, whole, adapter.header)
 
 
+class _Names:
+    """The base's names for what an adapter changes.
+
+    It may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`), or whose version
+    calls its parts otherwise.
+    """
+
+    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo]) -> None:
+        self._adapter, self._base = adapter, base
+
+    def find(self, name: str) -> str:
+        """The base tensor that goes by `name`."""
+        if name in self._base:
+            return name
+        ends: list[str] = [*self._longer.get(name, ()), *(end for end in _ends(name) if end in self._base)]
+        if len(ends) == 1:
+            return ends[0]
+        if name not in self._matched:
+            raise ModelError(f"{self._adapter.directory}: the base has no tensor '{name}' to adapt", _OTHER_MODEL)
+        return self._matched[name]
+
+    @cached_property
+    def _longer(self) -> dict[str, list[str]]:
+        """The base's names by their ends."""
+        found: dict[str, list[str]] = {}
+        for name in self._base:
+            for end in _ends(name):
+                found.setdefault(end, []).append(name)
+        return found
+
+    @cached_property
+    def _matched(self) -> dict[str, str]:
+        shapes = {name: tensor.shape for name, tensor in self._adapter.whole.items()}
+        for module, factors in self._adapter.modules.items():
+            shapes[f"{module}.weight"] = factors.shape[::-1] if self._adapter.transposed else factors.shape
+            if factors.bias is not None:
+                shapes[f"{module}.bias"] = factors.bias.shape
+        return match(shapes, self._base)
+
+
 def _ends(name: str) -> Iterator[str]:
     """`b.c` and `c` of `a.b.c`."""
     while "." in name:
         name = name.partition(".")[2]
         yield name
-
-
-def _base_name(directory: Path, name: str, base: Mapping[str, TensorInfo], longer: Mapping[str, Sequence[str]]) -> str:
-    """The base tensor that goes by `name`; longer: the base's names by their ends.
-
-    The adapter may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`).
-    """
-    if name in base:
-        return name
-    ends = [*longer.get(name, ()), *(end for end in _ends(name) if end in base)]
-    if len(ends) != 1:
-        raise ModelError(f"{directory}: the base has no tensor '{name}' to adapt", _OTHER_MODEL)
-    return ends[0]
 
 
 def _check(adapter: Adapter, what: str, shape: tuple[int, ...], target: TensorInfo) -> None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.checkpoint.header import FP8, Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.header import FP8, GGUF_HINT, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
 from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.scales import find_scales
@@ -41,6 +41,7 @@ class Model:
     sliced: bool = False  # put together from layers of others: the order of its tensors is no file's
     tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
     replaced: dict[str, TensorInfo] = field(default_factory=dict)  # what the base has where the adapter has its own
+    remarks: tuple[str, ...] = ()  # how its tensors were found under the base's names
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -91,6 +92,8 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         directory, headers = place.checkpoint, _open_directory(reference, place.checkpoint)
     else:
         directory = None
+        if place.checkpoint.suffix == ".gguf":
+            raise ModelError(f"{place.checkpoint}: a GGUF file, not a .safetensors file", GGUF_HINT)
         if place.checkpoint.suffix != ".safetensors":
             raise ModelError(f"{place.checkpoint}: not a .safetensors file", _PICKLE_HINT)
         headers = [read_header(place.checkpoint)]
@@ -102,6 +105,8 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
             tensors[tensor.name] = tensor
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
+    if any(".lora_A." in name for name in tensors):
+        raise ModelError(f"model '{reference}': it is an adapter, not a model", f"{_ITS_MODEL}: BASE+DIRECTORY")
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, TensorInfo] = {}
     if place.adapter is not None:
@@ -131,7 +136,11 @@ def _check_tied(model: Model) -> None:
 
 
 _TIED = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|shared|word_embeddings|lm_head|embed_out|decoder)\.weight$")
-_PICKLE_HINT = "pickle files are never loaded, they can run code: save the model as safetensors"
+_ITS_MODEL = "name the model it belongs to"
+_PICKLE_HINT = (
+    "pickle files are never loaded, they can run code: save the model as safetensors "
+    "(transformers: from_pretrained(DIR).save_pretrained(NEW))"
+)
 
 
 def _open_directory(reference: str, directory: Path) -> list[Header]:
@@ -140,9 +149,7 @@ def _open_directory(reference: str, directory: Path) -> list[Header]:
     if (directory / INDEX).exists():
         return _open_shards(directory)
     if is_adapter(directory):
-        raise ModelError(
-            f"model '{reference}': it is an adapter, not a model", f"name the model it belongs to: BASE+{reference}"
-        )
+        raise ModelError(f"model '{reference}': it is an adapter, not a model", f"{_ITS_MODEL}: BASE+{reference}")
     files = sorted(directory.glob("*.safetensors"))
     if len(files) == 1:
         return [read_header(files[0])]
@@ -151,7 +158,12 @@ def _open_directory(reference: str, directory: Path) -> list[Header]:
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     if pickles:
         raise ModelError(f"model '{reference}': no safetensors file, only {pickles[0]}", _PICKLE_HINT)
-    raise ModelError(f"model '{reference}': the directory holds no .safetensors file")
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
+    if gguf:
+        raise ModelError(f"model '{reference}': no safetensors file, only GGUF: {gguf[0]}", GGUF_HINT)
+    parts = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
+    hint = f"name one of its parts: {', '.join(f'{reference}/{part}' for part in parts[:4])}" if parts else None
+    raise ModelError(f"model '{reference}': the directory holds no .safetensors file", hint)
 
 
 def _open_shards(directory: Path) -> list[Header]:

@@ -72,8 +72,8 @@ class Files:
 
     def read_elements(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
         """Fill the flat `out` (the tensor's own dtype) with elements `start` onwards."""
-        if tensor.rows is not None:
-            tensor.rows.read(self, start, out)
+        if tensor.made is not None:
+            tensor.made.read(self, start, out)
             return
         item = out.element_size()
         view = out.view(torch.uint8).numpy().data
@@ -81,7 +81,7 @@ class Files:
 
     def advise(self, tensor: TensorInfo, start: int, stop: int) -> None:
         """Tell the kernel that elements `start` to `stop` will be wanted soon."""
-        if hasattr(os, "posix_fadvise") and tensor.numel and tensor.rows is None:
+        if hasattr(os, "posix_fadvise") and tensor.numel and tensor.made is None:
             item = tensor.nbytes // tensor.numel
             where, size = tensor.offset + start * item, (stop - start) * item
             os.posix_fadvise(self.descriptor(tensor.file), where, size, os.POSIX_FADV_WILLNEED)

@@ -56,7 +56,7 @@ class Rows:
         """The tensor as the engine sees it."""
         shape = (self.chosen.shape[1] + self.padding, *self.own.shape[1:])
         nbytes = math.prod(shape) * ITEM_SIZE[self.dtype]
-        return self.own._replace(dtype=self.dtype, shape=shape, nbytes=nbytes, rows=self)
+        return self.own._replace(dtype=self.dtype, shape=shape, nbytes=nbytes, made=self)
 
     def digest(self) -> str:
         """What identifies the choice."""

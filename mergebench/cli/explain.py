@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -55,23 +56,22 @@ def _show(stage: Stage) -> None:
 
 
 def _tensors(plan: Plan) -> list[dict[str, Any]]:
-    stored = {
-        (tensor.file, tensor.offset): f"{tensor.file.parent.name}:{tensor.name}"
-        for model in plan.merge.models
-        for header in model.headers
-        for tensor in header.tensors
-    }
+    stored: dict[Path, list[tuple[int, str]]] = {}
+    for model in plan.merge.models:
+        for header in model.headers:
+            stored[header.file] = [(tensor.offset, tensor.name) for tensor in header.tensors]  # in this order
     return [_about(plan, name, stored) for name in plan.merge.reference.tensors]
 
 
-def _about(plan: Plan, name: str, stored: Mapping[tuple[Path, int], str]) -> dict[str, Any]:
+def _about(plan: Plan, name: str, stored: Mapping[Path, list[tuple[int, str]]]) -> dict[str, Any]:
     if name not in plan.alignment.sources:
         return {"tensor": name}
-    sources = [
-        f"{label}:{info.name}" for label, info in zip(plan.merge.names, plan.alignment.sources[name], strict=True)
-    ]
-    if plan.merge.reference.sliced:  # put together from slices: by file and place
-        sources = [stored[info.file, info.offset] for info in plan.alignment.sources[name]]
+    sources = []
+    for label, info in zip(plan.merge.names, plan.alignment.sources[name], strict=True):
+        tensors = stored[info.file]
+        own = tensors[bisect_right(tensors, info.offset, key=lambda one: one[0]) - 1][1]
+        place = info.file.parent.name if plan.merge.reference.sliced else label  # slices: one of several models
+        sources.append(f"{place}:{own}")
     given = dataclasses.asdict(plan.merge.params_for(name))
     return {"tensor": name, "sources": sources, "parameters": {key.rstrip("_"): value for key, value in given.items()}}
 

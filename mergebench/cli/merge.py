@@ -151,7 +151,7 @@ def each_stage(
 def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
     """The plan; where models do not fit together, every mismatch goes to stderr."""
     from mergebench import api
-    from mergebench.engine.plan import Mismatch
+    from mergebench.engine.mismatch import Mismatch
 
     try:
         return api.plan(stage.recipe, **limits)
@@ -159,7 +159,8 @@ def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
         for line in error.problems:
             note(line)
         count = len(error.problems)
-        raise Mismatch([f"{count} mismatch{'es' * (count > 1)}"]) from None
+        message = f"{count} mismatch{'es' * (count > 1)}" if count else error.message
+        raise Mismatch(message, error.hint) from None
 
 
 def _show(found: Plan, out: Path) -> None:

@@ -5,7 +5,7 @@ Headers only. Everything that can be known to be wrong before the first tensor i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,8 +14,9 @@ import torch
 
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.packed import check_not_packed
 from mergebench.checkpoint.write import Shard, lay_out
-from mergebench.engine import questions
+from mergebench.engine import mismatch, questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.merge import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
@@ -153,7 +154,7 @@ def plan_merge(
     _check_models(merge)
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
-        raise Mismatch(alignment.problems, alignment.other_tokens)
+        raise mismatch.describe(merge.reference, merge.models, alignment)
     if not alignment.merged:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
@@ -192,18 +193,6 @@ def plan_merge(
     return plan
 
 
-class Mismatch(ModelError):
-    """Models that do not fit together: the first mismatch in the message, all in `problems`."""
-
-    def __init__(self, problems: Sequence[str], other_tokens: Collection[str] = ()) -> None:
-        more = f" (and {len(problems) - 1} more: see mergebench plan)" if len(problems) > 1 else ""
-        hint = "only models of one architecture merge; exclude the tensor to copy the base's"
-        if problems[0] in other_tokens:
-            hint = "their vocabularies differ: add tokenizer_source: union (or base), or exclude the tensor"
-        super().__init__(problems[0] + more, hint)
-        self.problems = list(problems)
-
-
 def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
     if method.needs_base and merge.base is None:
@@ -218,6 +207,7 @@ def _check_models(merge: Merge) -> None:
     if count == 0:
         raise RecipeError("models: no model to merge")
     for model in [*merge.models, merge.reference]:
+        check_not_packed(model, merge.wanted)
         for info in model.tensors.values():
             if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")

@@ -76,10 +76,10 @@ class ChunkReader:
             for span in pieces:
                 stop = at + span.numel * dtype.itemsize
                 offset = tensor.offset + span.start * dtype.itemsize
-                if tensor.rows is None:
+                if tensor.made is None:
                     self.files.read_into(tensor.file, offset, self._bytes[at:stop])
                 else:
-                    tensor.rows.read(self.files, span.start, self._raw[at:stop].view(dtype))
+                    tensor.made.read(self.files, span.start, self._raw[at:stop].view(dtype))
                 at = stop
         stored = self._raw[first:at].view(dtype).view(out.shape)
         out.copy_(stored.to(out.device, non_blocking=True))

@@ -68,8 +68,8 @@ def run_plan(
             _check_equal(files, model, alias, tensor)
         for model in [plan.merge.reference, *plan.merge.models]:
             for info in model.tensors.values():
-                if info.rows is not None:
-                    info.rows.settle(files)
+                if info.made is not None:
+                    info.made.settle(files)
     keep_freed_memory()
     # the workers come first, so that none inherits the lock, which dies with this process
     with (
@@ -211,8 +211,8 @@ def _fingerprint(plan: Plan) -> str:
         "inputs": _inputs(plan, hash_inputs=False),
         "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
         "adapters": [{name: delta.scale for name, delta in model.low_rank.items()} for model in plan.merge.models],
-        "rows": [
-            {name: info.rows.digest() for name, info in model.tensors.items() if info.rows is not None}
+        "made": [
+            {name: info.made.digest() for name, info in model.tensors.items() if info.made is not None}
             for model in [plan.merge.reference, *plan.merge.models]
         ],
         "shards": {shard.file: hashlib.sha256(shard.header()).hexdigest() for shard in plan.shards},
@@ -231,7 +231,7 @@ def _check_written(plan: Plan, directory: Path) -> None:
 
 def _check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInfo) -> None:
     """A tied tensor stored twice must be the same twice: else it is no alias, and dropping it would guess."""
-    alias, tensor = (info if info.rows is None else info.rows.own for info in (alias, tensor))
+    alias, tensor = (info if info.made is None else info.made.own for info in (alias, tensor))
     same = alias.dtype == tensor.dtype and alias.nbytes == tensor.nbytes and not (alias.scale or tensor.scale)
     for start in range(0, alias.nbytes if same else 0, BLOCK):
         size = min(BLOCK, alias.nbytes - start)

@@ -12,7 +12,13 @@ from mergebench.engine.method import Method, Parameter
 from mergebench.recipe.places import Loc, Places, show
 from mergebench.recipe.varying import fits, scalars, value_at
 
-HABITS = ("int8_mask", "normalize", "rescale", "weight")  # written from habit under methods that do not take them
+HABITS = (
+    "int8_mask",
+    "normalize",
+    "rescale",
+    "weight",
+    "embed_slerp",
+)  # written from habit under methods that do not take them
 
 
 def defaults(method: Method) -> dict[str, Any]:
@@ -145,6 +151,8 @@ def _condition(item: Any, parameter: Parameter, loc: Loc, places: Places) -> dic
 def _single(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
     if value is None and parameter.default is None:
         return None
+    if parameter.type is bool and isinstance(value, (int, float)) and value in (0, 1):
+        value = bool(value)  # mergekit writes them as numbers
     number = parameter.type not in (str, bool)
     if isinstance(value, (list, dict)) or value is None:
         wanted = parameter.range_text() if parameter.choices else "a number" if number else "a single value"

@@ -14,6 +14,7 @@ from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
 from mergebench.recipe import modules, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
+from mergebench.recipe.parts import Part
 from mergebench.recipe.places import Loc, Places
 from mergebench.recipe.slices import Slice, Source, check_ranges
 from mergebench.recipe.source import Document, plain, read
@@ -77,6 +78,7 @@ class Recipe:
     path: Path | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was ignored, for stderr
     places: Places = field(default_factory=Places, compare=False, repr=False)
+    parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)  # written as modules: what each must find
 
     @property
     def folder(self) -> Path | None:
@@ -187,7 +189,8 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     if seed is not None:
         places.move(("seed",), f"--seed {seed}")
         data["seed"] = plain(seed, ("seed",), places)
-    found = schema.check(modules.lift(data, places), places)
+    lifted, parts = modules.lift(data, places)
+    found = schema.check(lifted, places)
     try:
         method = methods.get(found["merge_method"])
     except RecipeError as error:
@@ -238,6 +241,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         path=path,
         notes=parameters.note(method, ignored, places),
         places=places,
+        parts=parts,
     )
     if not slices:
         recipe.params([entry for entry in entries if entry.model is None or entry.model != base])

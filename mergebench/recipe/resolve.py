@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint import Model, adopt, open_model
 from mergebench.checkpoint.reference import Location, locate
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.notes import about_gradients, about_the_base
+from mergebench.recipe.parts import check_parts
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together
@@ -27,7 +28,9 @@ def resolve(recipe: Recipe) -> Merge:
     One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
     method = recipe.method
-    base, entries = _with_tokens(recipe, *open_all(recipe))
+    opened = open_all(recipe)
+    check_parts(recipe.parts, (opened[0] or opened[1][0][1]).tensors, recipe.places)
+    base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
     if recipe.slices:
         return _sliced(recipe, base, [model for _, model in entries])
     notes = recipe.notes
@@ -68,6 +71,16 @@ def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
     return base, entries
 
 
+def _under_one_name(
+    recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
+) -> tuple[Model | None, list[tuple[Entry, Model]]]:
+    """The models with their tensors under the base's names."""
+    if recipe.slices:  # they name layers, each model by its own count
+        return base, entries
+    reference = base if base is not None else entries[0][1]
+    return base, [(entry, adopt(reference, model)) for entry, model in entries]
+
+
 def _with_tokens(
     recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
 ) -> tuple[Model | None, list[tuple[Entry, Model]]]:
@@ -96,19 +109,21 @@ def _merge(
     params: Any,
     names: Sequence[str] = (),
 ) -> Merge:
+    names = tuple(names) or short_names([model.reference for model in models])
+    remarks = [f"{name}: {remark}" for name, model in zip(names, models, strict=True) for remark in model.remarks]
     return Merge(
         method=recipe.method,
         params=params,
         base=base,
         models=tuple(models),
-        names=tuple(names) or short_names([model.reference for model in models]),
+        names=names,
         scope=recipe.scope,
         include=recipe.include,
         exclude=recipe.exclude,
         seed=recipe.seed,
         dtype=recipe.out_dtype or recipe.dtype,
         recipe=recipe.to_dict(),
-        notes=notes,
+        notes=(*notes, *remarks),
     )
 
 

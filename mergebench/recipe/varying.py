@@ -36,9 +36,8 @@ def value_at(value: Any, name: str, depth: float) -> Any:
     if not varies(value):
         return value
     if isinstance(value[0], dict):
-        fitting = (item for item in value if fits(item.get("filter"), name))
-        found = next(fitting, None)
-        return None if found is None else value_at(found["value"], name, depth)
+        fitting = (value_at(item["value"], name, depth) for item in value if fits(item.get("filter"), name))
+        return next((one for one in fitting if one is not None), None)
     if isinstance(value[0], (bool, str)):
         return value[int(depth * (len(value) - 1))]
     place = depth * (len(value) - 1)

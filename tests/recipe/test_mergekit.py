@@ -179,3 +179,13 @@ def test_a_directory_that_mergekit_wrote(write: Write) -> None:
         load("merges")
     assert caught.value.message == "merges: a directory, not a YAML file"
     assert caught.value.hint == "name the file itself (of a directory only mergekit_config.yml is taken)"
+
+
+def test_numbers_and_habits_of_published_configs(write: Write) -> None:
+    """mergekit stores booleans as numbers; `embed_slerp` stands in many a config, and no version reads it."""
+    recipe = load(write(TIES.replace("normalize: true", "normalize: 0.0")))
+    assert recipe.params(recipe.models[1:])["normalize"] is False
+    with pytest.raises(RecipeError, match=r"must be true or false, got 0\.5"):
+        load(write(TIES.replace("normalize: true", "normalize: 0.5")))
+    recipe = load(write(SLERP.replace("t: 0.5", "t: 0.5\n  embed_slerp: true")))
+    assert recipe.notes == ("recipe.yaml:8:3: embed_slerp: ignored, 'slerp' does not take it",)

@@ -168,7 +168,7 @@ def test_a_classifier_beside_a_plain_encoder() -> None:
     write({"a": bert(0), "b": bert(1, head="classifier")}, CONFIG)
     with pytest.raises(ModelError) as caught:
         merge("linear", ["a", "b"])
-    assert "(and " in caught.value.message
+    assert "classifier.weight" in caught.value.message
     write({"c": bert(2, head="classifier", pooler=False), "d": bert(3, pooler=False, head="cls")}, CONFIG)
     found = read_model(merge("linear", ["c", "d"], exclude=["classifier.*", "cls.*"]).out)
     assert torch.equal(found["classifier.weight"], read_model(Path("c"))["classifier.weight"])

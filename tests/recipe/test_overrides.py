@@ -103,7 +103,7 @@ PATH_HINT = "write a path and a value, such as --set parameters.density=0.2 or -
         ("models.0.parameters.weight=x", "--set models.0.parameters.weight=x: must be a number, got 'x'", "weight of the model"),
         ("models.1.parameters.x.y=1", "--set models.1.parameters.x.y=1: 'ties' has no such parameter", "it takes density, lambda, normalize, weight"),
         ("merge_method=tise", "--set merge_method=tise: no method is called 'tise'", "did you mean 'ties'?"),
-        ("modules={}", "--set modules={}: must be a mapping with one module, got nothing", "write it as modules: {NAME: {models: [...]}}"),
+        ("modules={}", "--set modules={}: must be a mapping of modules, got nothing", "write it as modules: {NAME: {models: [...]}}"),
         ("seed\n", "--set 'seed\\n': not of the form PATH=VALUE", PATH_HINT),
     ],
 )  # fmt: skip

@@ -338,6 +338,63 @@ def _(s: Setup) -> None:
     (s.ft1 / SINGLE).write_bytes(pickle.dumps(Bomb(s.folder / "loaded")))
 
 
+@case("a GGUF file by name", MODEL, "model.gguf", "GGUF", hint="the safetensors model it was made from")
+def _(s: Setup) -> None:
+    (s.ft1 / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    s.recipe(models=["ft1/model.gguf", "ft2"])
+
+
+@case("a directory of GGUF files", MODEL, "'ft1'", "only GGUF: model-q4_k_m.gguf", hint="made from")
+def _(s: Setup) -> None:
+    (s.ft1 / SINGLE).rename(s.ft1 / "model-q4_k_m.gguf")
+
+
+@case("a GGUF file by its first bytes", MODEL, f"ft1/{SINGLE}", "a GGUF file", hint="made from")
+def _(s: Setup) -> None:
+    (s.ft1 / SINGLE).write_bytes(b"GGUF" + bytes(64))
+
+
+@case("a pointer of Git LFS", MODEL, f"ft1/{SINGLE}", "a pointer of Git LFS", hint="git lfs pull")
+def _(s: Setup) -> None:
+    (s.ft1 / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
+
+
+@case("a pipeline of several models", MODEL, "'ft1'", "no .safetensors file", hint="ft1/unet, ft1/vae")
+def _(s: Setup) -> None:
+    for part in ("unet", "vae"):
+        write_model(s.ft1 / part, s.tensors)
+    (s.ft1 / SINGLE).unlink()
+
+
+@case("an adapter without its config", MODEL, "'ft1'", "an adapter, not a model", hint="BASE+DIRECTORY")
+def _(s: Setup) -> None:
+    lora = s.adapter()
+    (lora / "adapter_model.safetensors").rename(s.ft1 / SINGLE)
+
+
+GPTQ, BNB = {"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}
+COMPRESSED, MODELOPT = {"quant_method": "compressed-tensors"}, {"quant_algo": "NVFP4"}
+CODES, FACTORS = torch.ones(4, 4, dtype=torch.uint8), torch.ones(4)
+PACKED: dict[str, tuple[Any, dict[str, torch.Tensor], str]] = {
+    "GPTQ": (GPTQ, {"qweight": CODES.int(), "qzeros": CODES.int(), "scales": FACTORS.half()}, "(gptq)"),
+    "AWQ without a config": (None, {"qweight": CODES.int(), "scales": FACTORS}, "(GPTQ or AWQ)"),
+    "bitsandbytes, 4 bits": (BNB, {"weight": CODES, "weight.absmax": FACTORS}, "(bitsandbytes)"),
+    "bitsandbytes, 8 bits": (None, {"weight": CODES.char(), "SCB": FACTORS}, "(bitsandbytes)"),
+    "compressed-tensors": (COMPRESSED, {"weight_packed": CODES.int(), "weight_scale": FACTORS}, "(compressed-tensors)"),
+    "modelopt": (MODELOPT, {"weight": CODES, "weight_scale": FACTORS}, "(NVFP4)"),
+    "MXFP4": (None, {"gate_up_proj_blocks": CODES, "gate_up_proj_scales": CODES + 1}, "(MXFP4)"),
+}
+for what, (settings, parts, says) in PACKED.items():
+    for model in ("ft1", "base"):
+
+        @case(f"{what} in {model}", MODEL, f"'{model}' is quantized {says}", "layers.0.", hint="quantize the result")
+        def _(s: Setup, settings: Any = settings, parts: Any = parts, model: str = model) -> None:
+            packed = {f"layers__0__{name.replace('.', '__')}": value for name, value in parts.items()}
+            s.rewrite(s.folder / model, **{"layers__0__weight": None, **packed})
+            config = {"model_type": "llama"} | ({"quantization_config": settings} if settings else {})
+            (s.folder / model / "config.json").write_text(json.dumps(config))
+
+
 # -- models that do not fit --------------------------------------------------------------------------
 
 
@@ -374,6 +431,55 @@ def _(s: Setup) -> None:
 @case("several mismatches", MODEL, "embed.weight", "and 1 more")
 def _(s: Setup) -> None:
     s.rewrite(s.ft1, embed__weight=torch.zeros(12, 8), layers__1__bias=None)
+
+
+def _config(s: Setup, model: Path, **config: Any) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+
+
+@case("another architecture", MODEL, "ft1 is of type bert, base of type llama: hidden_size 4 against 8",
+      hint="one architecture")  # fmt: skip
+def _(s: Setup) -> None:
+    tensors = {f"bert.layer.{n}.weight": torch.ones(4, 4) for n in range(9)}
+    write_model(s.ft1, tensors, config={"model_type": "bert", "hidden_size": 4})
+    _config(s, s.base, hidden_size=8)
+
+
+@case("another size", MODEL, "ft2 is of another size than base: hidden_size 4 against 8", hint="one architecture")
+def _(s: Setup) -> None:
+    write_model(s.ft2, {name: value[..., :4] for name, value in s.tensors.items()})
+    _config(s, s.base, hidden_size=8)
+    _config(s, s.ft2, hidden_size=4)
+
+
+@case("more layers", MODEL, "ft1 has other layers than base: num_hidden_layers 3 against 2", hint="one architecture")
+def _(s: Setup) -> None:
+    s.rewrite(s.ft1, layers__2__weight=torch.ones(8, 8), layers__2__bias=torch.ones(8))
+    _config(s, s.base, num_hidden_layers=2)
+    _config(s, s.ft1, num_hidden_layers=3)
+
+
+@case("names that no rule explains", MODEL, "ft1 has 7 tensors that base does not have (decoder.embed.weight, ",
+      "and lacks 6 of base's (embed.weight, ", hint="no known rule")  # fmt: skip
+def _(s: Setup) -> None:
+    tensors = fine_tuned(s.tensors, 1)
+    write_model(s.ft1, {f"decoder.{name}": value for name, value in tensors.items()})
+
+
+@case("names that two rules explain", MODEL, "ft1 has 3 tensors that base does not have (h.0.weight, h.1.weight, ",
+      hint="several do")  # fmt: skip
+def _(s: Setup) -> None:
+    tower = {f"h.{n}.weight": torch.ones(4, 4) for n in range(3)}
+    write_model(s.base, {f"{which}_model.{n}": v for which in ("text", "vision") for n, v in tower.items()})
+    write_model(s.ft1, tower)
+    write_model(s.ft2, tower)
+
+
+@case("a part that only the base has", MODEL, "vision.0.weight", "ft1 does not have it", "and 2 more",
+      hint='exclude: ["vision.*"]')  # fmt: skip
+def _(s: Setup) -> None:
+    s.rewrite(s.base, **{f"vision__{n}__weight": torch.ones(2) for n in range(3)})
+    s.recipe(models=["ft1"])
 
 
 @case("head that is not the tied one", MODEL, "lm_head.weight", "ft1", "embed_tokens.weight", hint="exclude")

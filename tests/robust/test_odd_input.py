@@ -261,6 +261,31 @@ def test_data_in_any_order(base: Tensors, cli: Cli) -> None:
     assert [name for name in written if name != "__metadata__"] == in_data
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "pcb"])
+def test_every_model_its_own_shards_and_order(base: Tensors, cli: Cli, method: str) -> None:
+    """Where a tensor lies, in how many files and after which, says nothing about the merge."""
+    ft = fine_tuned(base, 2)
+    write_model(Path("same"), ft)
+    write_model(Path("split"), dict(reversed(ft.items())), shards=3)
+    for file in Path("split").glob("*.safetensors"):  # the library sorts what it writes
+        header, data = unpack(file)
+        header.pop("__metadata__", None)
+        turned = {}
+        for name in sorted(header, key=lambda name: header[name]["data_offsets"], reverse=True):
+            start, stop = header[name]["data_offsets"]
+            end = sum(len(one) for one in turned.values())
+            turned[name] = data[start:stop]
+            header[name]["data_offsets"] = [end, end + stop - start]
+        file.write_bytes(pack(header, b"".join(turned.values())))
+    results = []
+    for which in ("same", "split"):
+        parameters = {} if method == "linear" else {"density": 0.3}
+        write_recipe(Path("recipe.yaml"), method, ["ft", which], "base", parameters=parameters)
+        assert cli("merge", "recipe.yaml", "--out", f"of-{which}", "-q").code == 0
+        results.append((Path(f"of-{which}") / SINGLE).read_bytes())
+    assert results[0] == results[1]
+
+
 def test_a_model_given_twice(base: Tensors, cli: Cli) -> None:
     check_mean(average(cli, "ft", "ft", "./ft"), fine_tuned(base, 1))
 

@@ -1,0 +1,36 @@
+"""A model as the base names and lays out its tensors: other names, experts fused or apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mergebench.checkpoint.align import is_derived
+from mergebench.checkpoint.experts import read_experts
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.names import describe, match
+from mergebench.errors import ModelError
+
+
+def adopt(base: Model, model: Model) -> Model:
+    """`model` with its tensors under the base's names where a known rule leads there, and remarks on what was done."""
+    if model.tensors.keys() <= base.tensors.keys():
+        return model
+    try:
+        tensors, remark = read_experts(base, model)
+    except ModelError:  # said where it matters: they may be excluded
+        tensors, remark = model.tensors, None
+    remarks = [remark] if remark else []
+    found = match({name: info.shape for name, info in tensors.items() if not is_derived(info)}, base.tensors)
+    if found:
+        number = f"{len(found)} tensor{'s' * (len(found) > 1)}"
+        remarks.append(f"{number} read under other names ({describe(found)})")
+    if not remarks:
+        return model
+    named = {found.get(name, name): info for name, info in tensors.items()}
+    return replace(
+        model,
+        tensors={name: info if info.name == name else info._replace(name=name) for name, info in named.items()},
+        low_rank={found.get(name, name): delta for name, delta in model.low_rank.items()},
+        replaced={found.get(name, name): info for name, info in model.replaced.items()},
+        remarks=tuple(remarks),
+    )

@@ -1,0 +1,121 @@
+"""Models of one architecture whose files name their tensors differently: read under the base's names.
+
+A class adds a prefix (`model.`, `bert.`), another version moves a part (`language_model.model.` to
+`model.language_model.`) or fuses experts. The rules are the few below, tried only on names that the base does
+not have. A name that would fit two of the base's tensors stays as it is, and the merge is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from mergebench.checkpoint.align import is_vocabulary
+from mergebench.checkpoint.header import TensorInfo
+
+# Beginnings of names that may stand for the same part of a model.
+_BEGINNINGS = (
+    (
+        "", "model.", "transformer.", "gpt_neox.", "bert.", "roberta.", "distilbert.", "electra.", "deberta.",
+        "albert.", "vit.", "dinov2.", "clip.", "vision_model.", "text_model.", "language_model.model.",
+        "model.language_model.", "language_model.", "model.text_model.",
+    ),
+    ("lm_head.", "language_model.lm_head.", "embed_out."),
+    ("visual.", "model.visual."),
+    (
+        "", "vision_model.", "vision_tower.", "vision_tower.vision_model.", "model.vision_tower.",
+        "model.vision_tower.vision_model.",
+    ),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("audio_tower.", "model.audio_tower."),
+)  # fmt: skip
+
+# Parts of names, in older files and in newer ones; the longer of two that overlap first.
+_PARTS = (
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    (".weight_g", ".parametrizations.weight.original0"),
+    (".weight_v", ".parametrizations.weight.original1"),
+    (".block_sparse_moe.", ".mlp."),
+    # ViT in transformers 5
+    ("encoder.layer.", "layers."),
+    (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+)
+
+Shape = tuple[int, ...]
+
+
+def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Which tensor of the base each name means that the base does not have; one to one, of the same shape.
+
+    An embedding or head may have another number of rows: whether that fits is not a matter of names.
+    """
+    strangers = _in_the_bases_words([name for name in theirs if name not in base], base)
+    targets: dict[str, set[str]] = {}
+    rules: dict[tuple[str, str], dict[str, str]] = {}  # what each makes of the names it fits
+    heads = {".".join([*name.split(".")[:depth], ""]) for name in base for depth in range(4)} if strangers else set()
+    for family in _BEGINNINGS:
+        ours = [one for one in family if one in heads]
+        for name, newer in strangers.items():
+            for old in (one for one in family if newer.startswith(one)):
+                for new in ours:
+                    target = new + newer[len(old) :]
+                    if target not in theirs and _fits(target, theirs[name], base):
+                        targets.setdefault(name, set()).add(target)
+                        rules.setdefault((old, new), {})[name] = target
+    if any(len(found) > 1 for found in targets.values()):
+        # a rule that explains every name with its beginning goes before those that explain some
+        whole = [
+            made
+            for (old, _), made in rules.items()
+            if all(name in made for name, newer in strangers.items() if newer.startswith(old))
+        ]
+        for name, found in targets.items():
+            if len(found) > 1:
+                targets[name] = {made[name] for made in whole if name in made}
+    chosen = {name: next(iter(found)) for name, found in targets.items() if len(found) == 1}
+    taken = Counter(chosen.values())
+    return {name: target for name, target in chosen.items() if taken[target] == 1}
+
+
+def describe(renamed: Mapping[str, str]) -> str:
+    """`vision_model.* as *`: what happened to the names, the two most frequent changes."""
+    changes: Counter[str] = Counter()
+    for name, target in sorted(renamed.items()):
+        left, right = name.split("."), target.split(".")
+        while left and right and left[-1] == right[-1]:
+            left.pop()
+            right.pop()
+        ending = len(left) < name.count(".") + 1
+        if not ending:  # the ends differ: say that, not where
+            left, right = ["*", left[-1]], ["*", right[-1]]
+        both = [".".join([*parts, *(["*"] if ending else [])]) for parts in (left, right)]
+        changes[" as ".join(re.sub(r"\b\d+\b", "N", text) for text in both)] += 1
+    listed = [text for text, _ in changes.most_common(2)]
+    return ", ".join([*listed, *(["..."] if len(changes) > 2 else [])])
+
+
+def _fits(name: str, shape: Shape, base: Mapping[str, TensorInfo]) -> bool:
+    info = base.get(name)
+    if info is None:
+        return False
+    other_tokens = is_vocabulary(name) and len(shape) == len(info.shape) and shape[1:] == info.shape[1:]
+    return info.shape == shape or other_tokens
+
+
+def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Each name with parts that the base does not use replaced by those it uses instead."""
+    found = {name: name for name in names}
+    if found:
+        ours, theirs = "\n".join(base), "\n".join(found)
+        for pair in _PARTS:
+            for old, new in (pair, pair[::-1]):
+                if old in theirs and old not in ours and new in ours:
+                    found = {name: newer.replace(old, new) for name, newer in found.items()}
+    return found

@@ -1,0 +1,77 @@
+"""Tensors put together from stored ones, one after the other: experts that a file holds apart, read as one tensor.
+
+Nothing is written out; a chunk is read from the parts it lies in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
+from mergebench.checkpoint.read import TORCH_DTYPE, Files, Scaler, whole
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The elements of `parts`, one part after the other."""
+
+    parts: tuple[TensorInfo, ...]
+
+    @property
+    def own(self) -> TensorInfo:
+        return self.parts[0]
+
+    @cached_property
+    def dtype(self) -> str:
+        """The parts' type where they share one, else float32; so are parts with scales."""
+        types = {part.dtype for part in self.parts}
+        return types.pop() if len(types) == 1 and not any(part.scale for part in self.parts) else "F32"
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((part.numel for part in self.parts), initial=0))
+
+    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """The tensor as the engine sees it."""
+        nbytes = self._starts[-1] * ITEM_SIZE[self.dtype]
+        return self.own._replace(name=name, dtype=self.dtype, shape=shape, nbytes=nbytes, scale=None, made=self)
+
+    def digest(self) -> str:
+        """What identifies the parts and their order."""
+        listed = [(part.name, part.offset, str(part.file)) for part in self.parts]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+    def settle(self, files: Files) -> None:
+        """Nothing to compute ahead but where parts start."""
+        _ = self._starts
+
+    def read(self, files: Files, start: int, out: Tensor) -> None:
+        """Fill the flat `out` (of this tensor's type) with elements `start` onwards."""
+        at, stop = start, start + len(out)
+        number = bisect_right(self._starts, start) - 1
+        while at < stop:
+            part, begin = self.parts[number], self._starts[number]
+            piece = out[at - start : min(begin + part.numel, stop) - start]
+            if part.dtype == self.dtype:
+                files.read_elements(part, at - begin, piece)
+            else:
+                stored = torch.empty(len(piece), dtype=TORCH_DTYPE[part.dtype])
+                files.read_elements(part, at - begin, stored)
+                piece.copy_(stored)
+                if part.scale is not None:
+                    Scaler(part, whole(files, part.scale.stored)).multiply(at - begin, piece)
+            at += len(piece)
+            number += 1
+
+
+def stack(name: str, parts: Sequence[TensorInfo], shape: tuple[int, ...]) -> TensorInfo:
+    """One tensor of this shape made of `parts`, laid one after the other."""
+    return Stack(tuple(parts)).info(name, shape)

@@ -1,0 +1,129 @@
+"""What to say where models do not fit together: one sentence, of the models where it can be, else of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mergebench.checkpoint.align import Alignment, Problem
+from mergebench.checkpoint.experts import read_experts
+from mergebench.checkpoint.model import Model
+from mergebench.errors import ModelError
+
+_SIZES = (
+    "hidden_size", "d_model", "n_embd", "dim", "num_hidden_layers", "num_layers", "n_layer", "n_layers",
+    "intermediate_size", "d_ff", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
+    "num_local_experts", "n_routed_experts", "moe_intermediate_size",
+)  # fmt: skip
+_SHOWN = 3
+
+
+class Mismatch(ModelError):
+    """Models that do not fit together: what it comes to in the message, every mismatch in `problems`.
+
+    problems: empty where whole models differ, so that a list of tensors would say nothing more.
+    """
+
+    def __init__(self, message: str, hint: str | None, problems: Sequence[str] = ()) -> None:
+        super().__init__(message, hint)
+        self.problems = list(problems)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.hint, self.problems)
+
+
+def describe(base: Model, models: Sequence[Model], alignment: Alignment) -> Mismatch:
+    """The error for an alignment with problems."""
+    problems = alignment.problems
+    lines = [problem.text for problem in problems]
+    more = f" (and {len(problems) - 1} more: see mergebench plan)" if len(problems) > 1 else ""
+    for model in models:
+        own = [problem for problem in problems if problem.model is model]
+        if any(problem.kind != "tokens" for problem in own):
+            other = _other_model(base, model, own)
+            if other is not None:
+                return Mismatch(other, "only models of one architecture and size merge")
+            try:
+                read_experts(base, model)
+            except ModelError as error:
+                return Mismatch(error.message, error.hint, lines)
+            strange = _strange_names(model, own)
+            if strange is not None:
+                return Mismatch(*strange, lines)
+    hint = "only models of one architecture merge; exclude the tensor to copy the base's"
+    first = problems[0]
+    if first.kind == "tokens":
+        hint = "their vocabularies differ: add tokenizer_source: union (or base), or exclude the tensor"
+    elif first.kind in ("missing", "extra") and len(problems) > 1:
+        hint = _parts(base, problems) or hint
+    return Mismatch(first.text + more, hint, lines)
+
+
+def _other_model(base: Model, model: Model, problems: Sequence[Problem]) -> str | None:
+    """How the model's config says that it is of another size or kind, and its tensors that they do not fit."""
+    ours, theirs = _alike(base.config, model.config)
+    kinds = [model.config.get("model_type"), base.config.get("model_type")]
+    other_kind = None not in kinds and ours.get("model_type") != theirs.get("model_type")
+    sizes = [
+        f"{key} {theirs[key]} against {ours[key]}"
+        for key in _SIZES
+        if key in ours and key in theirs and theirs[key] != ours[key]
+    ]
+    fitting = sum(
+        info.shape == base.tensors[name].shape for name, info in model.tensors.items() if name in base.tensors
+    )
+    few = 2 * fitting < min(len(base.tensors), len(model.tensors))
+    if other_kind and (few or sizes):
+        what = f"{model.reference} is of type {kinds[0]}, base of type {kinds[1]}"
+        return f"{what}: {', '.join(sizes[:_SHOWN])}" if sizes else f"{what}, and few of their tensors fit"
+    if sizes and (few or any(problem.kind == "shape" for problem in problems)):
+        return f"{model.reference} is of another size than base: {', '.join(sizes[:_SHOWN])}"
+    if sizes and all(problem.kind in ("missing", "extra") for problem in problems):
+        return f"{model.reference} has other layers than base: {', '.join(sizes[:_SHOWN])}"
+    return None
+
+
+def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts of two configs that are about the same kind of model: one may be a part of the other."""
+    parts = [
+        [found for key in ("text_config", "vision_config") if isinstance(found := config.get(key), dict)]
+        for config in (ours, theirs)
+    ]
+    pairs = [(left, right) for left in [*parts[0], ours] for right in [*parts[1], theirs]]
+    same = (pair for pair in pairs if pair[0].get("model_type") == pair[1].get("model_type"))
+    return next(same, pairs[0])
+
+
+def _strange_names(model: Model, problems: Sequence[Problem]) -> tuple[str, str] | None:
+    """Where many tensors are there under names that no rule leads to the base's."""
+    extra = [problem.name for problem in problems if problem.kind == "extra"]
+    missing = [problem.name for problem in problems if problem.kind == "missing"]
+    if min(len(extra), len(missing)) < _SHOWN:
+        return None
+    return (
+        f"{model.reference} has {len(extra)} tensors that base does not have ({_few(extra)}), "
+        f"and lacks {len(missing)} of base's ({_few(missing)})",
+        "if they are the same tensors, rename them: no known rule leads from these names to those, or several do",
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
+
+
+def _parts(base: Model, problems: Sequence[Problem]) -> str | None:
+    """`exclude` for whole parts that only some models have (a vision tower, a head)."""
+    odd = {problem.name for problem in problems}
+    fitting = base.tensors.keys() - odd
+    globs = set()
+    for name in odd:
+        parts = name.split(".")
+        heads = (".".join(parts[: depth + 1]) for depth in range(min(len(parts) - 1, 3)))
+        own = next((head for head in heads if not any(one.startswith(f"{head}.") for one in fitting)), None)
+        if own is None or any(part.isdigit() for part in own.split(".")):
+            return None
+        globs.add(f"{own}.*")
+    if len(globs) > 4:
+        return None
+    listed = ", ".join(f'"{glob}"' for glob in sorted(globs))
+    return f"to merge only what all have: exclude: [{listed}]"
