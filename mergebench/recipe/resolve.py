@@ -25,6 +25,14 @@ def resolve(recipe: Recipe) -> Merge:
     zero), methods that take a fixed number of weights have it first, others count it where it stands.
     One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
+    merge = _resolve(recipe)
+    method, cut = merge.method, merge.cut
+    if merge.scope == "model" != method.scope and cut != "element":
+        raise recipe.places.error(("scope",), f"'{method.name}' works on one {cut} at a time", "take out scope: model")
+    return merge
+
+
+def _resolve(recipe: Recipe) -> Merge:
     method = recipe.method
     base, entries = _with_tokens(recipe, *open_all(recipe))
     if recipe.slices:
