@@ -34,6 +34,7 @@ _PUBLIC = {
     "Context": "mergebench.engine.context",
     "order_statistics": "mergebench.engine.statistics",
     "gram": "mergebench.engine.statistics",
+    "norms": "mergebench.engine.statistics",
     "total": "mergebench.engine.chunks",
     "MergebenchError": "mergebench.errors",
 }
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, TaskVectors, Weights, merge_method, param
-    from mergebench.engine.statistics import gram, order_statistics
+    from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import report
     from mergebench.recipe import load, load_stages
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "load_stages",
     "merge_method",
+    "norms",
     "order_statistics",
     "param",
     "plan",

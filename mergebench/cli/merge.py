@@ -167,6 +167,10 @@ def _show(found: Plan, out: Path) -> None:
         typer.echo(f"  model     {model.reference}{extra}")
     typer.echo(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
     typer.echo(f"  copied    {facts['copied_tensors']} tensors from the base")
+    if found.merge.lines is not None:
+        alpha = found.merge.lines.alpha
+        asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
+        typer.echo(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
     typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
     typer.echo(f"  read      {human(found.bytes_read)}")
     files = f"{len(found.shards)} file{'s' * (len(found.shards) > 1)}"
@@ -188,6 +192,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "merged_tensors": len(plan.alignment.merged),
         "copied_tensors": len(plan.alignment.copied),
         "elements": plan.elements,
+        **({"lines": plan.merge.recipe["lines"]} if plan.merge.lines else {}),
         "passes": plan.passes,
         "sweeps": plan.sweeps,
         "bytes_read": plan.bytes_read,
@@ -225,5 +230,9 @@ def _say_done(result: Result, quiet: bool) -> None:
         return
     kept = ", ".join(f"{model} {share:.2%}" for model, share in result.provenance["kept"].items())
     note(f"kept at or above the thresholds: {kept}", quiet or not kept)
+    lines = result.provenance.get("lines")
+    if lines is not None:
+        first, last = lines["alpha"], lines["alpha"] + lines["beta"]
+        note(f"lines: layers scaled by {first:.4g} (the first, and outside) to {last:.4g} (the last)", quiet)
     seconds, peak = result.provenance["seconds"], result.provenance["peak_memory"] / 1e6
     note(f"wrote {result.out} in {seconds:.1f} s, peak memory {peak:.0f} MB", quiet)

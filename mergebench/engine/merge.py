@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.lora import LowRank
 from mergebench.checkpoint.model import Model
+from mergebench.engine.lines import Lines
 from mergebench.engine.method import Cut, Method
 
 
@@ -28,6 +29,7 @@ class Merge:
     seed: int = 0
     dtype: str | None = None  # stored type; None keeps each tensor's own
     by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
+    lines: Lines | None = None  # what the method's function scales its result by
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
 
     @property

@@ -56,6 +56,7 @@ class Plan:
     shards: list[Shard]
     groups: list[Group]
     asked: dict[str, int]  # questions about each merged tensor
+    asked_of_all: bool  # the last question is about all tensors together, whatever the scope
     chunk: int  # elements
     whole: frozenset[str]  # tensors that come in one chunk, however large
     workers: int
@@ -164,7 +165,7 @@ def plan_merge(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
-    asked = questions.count(merge, alignment.merged)
+    asked, asked_of_all = questions.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else _cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
     plan = Plan(
@@ -175,6 +176,7 @@ def plan_merge(
         shards=shards,
         groups=_groups(merge, operands, shards, asked, memory // 8),
         asked=asked,
+        asked_of_all=asked_of_all,
         chunk=size,
         whole=frozenset(
             name for name in alignment.merged if merge.whole(merge.reference.tensors[name], alignment.aliases.get(name))

@@ -22,8 +22,10 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.checkpoint.write import copy_side_files, create, write_atomically, write_error, write_index
+from mergebench.engine.lines import alpha_of
 from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.plan import Group, Plan, Unit
+from mergebench.engine.statistics import Norms
 from mergebench.engine.sweep import Sweeper, to_device
 from mergebench.engine.work import Progress
 from mergebench.errors import ModelError, RunError
@@ -77,8 +79,9 @@ def run_plan(
         closing(Sweeper(plan, files, progress)) as sweeper,
         Staging(out, fingerprint, resume) as staging,
     ):
+        of_all = _ask_of_all(plan, staging, sweeper) if plan.asked_of_all else None
         for group in plan.groups:
-            _work(plan, staging, sweeper, group, sync)
+            _work(plan, staging, sweeper, group, of_all, sync)
         memory = peak_memory() + sweeper.workers.memory()
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
@@ -99,6 +102,7 @@ def run_plan(
             "side_files": copied,
             "answers": staging.journal["answers"],
             "kept": _kept(plan, staging.journal["answers"]),
+            **_lines(plan, of_all),
             "sweeps": plan.sweeps,
             "extra_sweeps": sweeper.extra_sweeps,
             "bytes_read": plan.bytes_read,
@@ -113,10 +117,19 @@ def run_plan(
     return Result(out, provenance)
 
 
-def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bool) -> None:
+def _ask_of_all(plan: Plan, staging: Staging, sweeper: Sweeper) -> Any:
+    """All questions about all groups, before anything is written; the last answers together."""
+    answers = []
+    for group in plan.groups:
+        answers += [known[-1] for known in _answers(plan, staging, sweeper, group)]
+        staging.save()
+    return Norms.of_all(answers)
+
+
+def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any, sync: bool) -> None:
     """One group: the questions that are still open, then what is still to be written, shard by shard.
 
-    Answers are kept by tensor, or once for the model: how units are grouped depends on the memory given.
+    of_all: the answer to the last question where that is about all groups together.
     """
     wanted = set(group.written)
     shards = [
@@ -127,6 +140,26 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
     shards = [(shard, names) for shard, names in shards if names or not shard.tensors]
     if not shards:
         return
+    known = _answers(plan, staging, sweeper, group)
+    if plan.asked_of_all:
+        known = [[*answers[:-1], of_all] for answers in known]
+    for shard, names in shards:
+        path = staging.directory / shard.file
+        if not path.exists():
+            create(path, shard)
+        sweeper.apply(group, known, names, staging.directory)
+        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
+            if sync:
+                fsync(path)
+            staging.journal["shards"].append(shard.file)
+            staging.save()
+
+
+def _answers(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group) -> list[list[Any]]:
+    """The answers about each unit of a group; what is still open is asked.
+
+    Answers are kept by tensor, or once for the model: how units are grouped depends on the memory given.
+    """
     kept: dict[str, list[Any]] = staging.journal["answers"]
     keys = [_key(plan, unit) for unit in group.units]
     known: list[list[Any]] = [[] for _ in group.units]
@@ -142,16 +175,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
                 staging.save()  # a sweep over the whole model is worth keeping
         for number in asked:
             known[number].append(answers[number])
-    for shard, names in shards:
-        path = staging.directory / shard.file
-        if not path.exists():
-            create(path, shard)
-        sweeper.apply(group, known, names, staging.directory)
-        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
-            if sync:
-                fsync(path)
-            staging.journal["shards"].append(shard.file)
-            staging.save()
+    return known
 
 
 def _key(plan: Plan, unit: Unit) -> str:
@@ -168,6 +192,15 @@ def _kept(plan: Plan, answers: dict[str, list[dict[str, Any]]]) -> dict[str, flo
                 kept = [sum_ + share * unit.numel for sum_, share in zip(kept, answer["kept"], strict=True)]
                 total += unit.numel
     return {name: sum_ / total for name, sum_ in zip(plan.merge.names, kept, strict=True)} if total else {}
+
+
+def _lines(plan: Plan, of_all: Any) -> dict[str, Any]:
+    """What the layers were scaled by, where they were."""
+    lines = plan.merge.lines
+    if lines is None:
+        return {}
+    alpha = alpha_of(of_all, len(plan.merge.models)) if lines.alpha is None else lines.alpha
+    return {"lines": {"alpha": alpha, "beta": lines.beta}}
 
 
 def peak_memory() -> int:
@@ -248,10 +281,11 @@ def _check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorIn
 def _encode(answer: Any) -> dict[str, Any]:
     if isinstance(answer, tuple):
         return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
-    return {"gram": answer.tolist()}
+    return {"gram" if answer.dim() == 2 else "norms": answer.tolist()}
 
 
 def _decode(answer: dict[str, Any]) -> Any:
-    if "gram" in answer:
-        return torch.tensor(answer["gram"], dtype=torch.float64)
+    for kind in ("gram", "norms"):
+        if kind in answer:
+            return torch.tensor(answer[kind], dtype=torch.float64)
     return tuple(torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in answer["order_statistics"])

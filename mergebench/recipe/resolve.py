@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.checkpoint import Model, open_model
 from mergebench.checkpoint.reference import Location, locate
+from mergebench.engine.lines import Lines
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.places import Loc
@@ -29,7 +30,13 @@ def resolve(recipe: Recipe) -> Merge:
     method, cut = merge.method, merge.cut
     if merge.scope == "model" != method.scope and cut != "element":
         raise recipe.places.error(("scope",), f"'{method.name}' works on one {cut} at a time", "take out scope: model")
-    return merge
+    if recipe.lines is None:
+        return merge
+    if recipe.lines.alpha is None and cut == "row":
+        what = f"auto needs sums over the model, '{method.name}' is cut into rows"
+        raise recipe.places.error(("lines", "alpha"), what, "give it a number")
+    lines = Lines(recipe.lines.alpha, recipe.lines.beta, depths(merge.reference.tensors))
+    return replace(merge, method=lines.around(method), lines=lines)
 
 
 def _resolve(recipe: Recipe) -> Merge:
