@@ -44,6 +44,8 @@ def in_memory(
 ) -> dict[str, Tensor]:
     """What the method makes of whole tensors (or, at scope model, of all of them as one), float32.
 
+    Of several tasks, the vector they share.
+
     base, models: float tensors by name. params: the method's own dataclass.
     """
     scope = scope or method.scope
@@ -70,7 +72,7 @@ def in_memory(
         shape = tuple(base[names[0]].shape)
         context = Context(values.shape[1], labels, spans, shape, scope, seed, torch.device("cpu"))
         result = run_at_once(method, values, params, context, partial(answer, sizes=sizes, of_all=of_all))
-        result = result + origin if method.takes == "task_vectors" else result
+        result = result + origin if method.takes == "task_vectors" and method.gives == "model" else result
         parts = zip(names, torch.split(result, sizes), strict=True)
         return {name: part.reshape(base[name].shape) for name, part in parts}
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mergebench import __version__
+from mergebench.checkpoint import masked
 from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
@@ -85,9 +86,13 @@ def run_plan(
         memory = peak_memory() + sweeper.workers.memory()
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
+        tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "tasks" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
         try:
-            copied = copy_side_files(plan.merge.reference, staging.directory, kinds.pop() if len(kinds) == 1 else None)
+            copied = []
+            if not tasks:  # a vector with a config beside it would load as a model
+                kind = kinds.pop() if len(kinds) == 1 else None
+                copied = copy_side_files(plan.merge.reference, staging.directory, kind)
         except OSError as error:
             raise write_error(staging.directory, error) from None
         provenance = {
@@ -98,11 +103,12 @@ def run_plan(
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "inputs": _inputs(plan, hash_inputs),
             "merged_tensors": len(plan.alignment.merged),
-            "copied_tensors": len(plan.alignment.copied),
+            "copied_tensors": len(plan.copied),
             "side_files": copied,
             "answers": staging.journal["answers"],
             "kept": _kept(plan, staging.journal["answers"]),
             **_lines(plan, of_all),
+            **({"tasks": tasks} if tasks else {}),
             "sweeps": plan.sweeps,
             "extra_sweeps": sweeper.extra_sweeps,
             "bytes_read": plan.bytes_read,
@@ -140,25 +146,25 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
     shards = [(shard, names) for shard, names in shards if names or not shard.tensors]
     if not shards:
         return
-    known = _answers(plan, staging, sweeper, group)
-    if plan.asked_of_all:
-        known = [[*answers[:-1], of_all] for answers in known]
+    known = _answers(plan, staging, sweeper, group, of_all)
     for shard, names in shards:
-        path = staging.directory / shard.file
-        if not path.exists():
-            create(path, shard)
+        for file in shard.files:
+            if not (staging.directory / file.file).exists():
+                create(staging.directory / file.file, file)
         sweeper.apply(group, known, names, staging.directory)
         if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
-            if sync:
-                fsync(path)
-            staging.journal["shards"].append(shard.file)
+            for file in shard.files:
+                if sync:
+                    fsync(staging.directory / file.file)
+                staging.journal["shards"].append(file.file)
             staging.save()
 
 
-def _answers(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group) -> list[list[Any]]:
+def _answers(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
     """The answers about each unit of a group; what is still open is asked.
 
-    Answers are kept by tensor, or once for the model: how units are grouped depends on the memory given.
+    of_all: takes the place of the last one, where that is about all groups together. Answers are kept by tensor, or
+    once for the model: how units are grouped depends on the memory given.
     """
     kept: dict[str, list[Any]] = staging.journal["answers"]
     keys = [_key(plan, unit) for unit in group.units]
@@ -175,7 +181,18 @@ def _answers(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group) -> li
                 staging.save()  # a sweep over the whole model is worth keeping
         for number in asked:
             known[number].append(answers[number])
-    return known
+    return known if of_all is None else [[*answers[:-1], of_all] for answers in known]
+
+
+def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) -> dict[str, float]:
+    """Put each task's factor beside its mask."""
+    scales = sweeper.scales(_answers(plan, staging, sweeper, plan.groups[0], of_all))
+    for task, model, scale in zip(plan.merge.tasks, plan.merge.models, scales, strict=True):
+        about = {"scale": scale, "method": plan.merge.method.name, "model": model.reference}
+        about["base_model"] = plan.merge.reference.reference
+        path = staging.directory / masked.FOLDER / task / masked.CONFIG
+        write_atomically(path, json.dumps(about, indent=1) + "\n")
+    return dict(zip(plan.merge.tasks, scales, strict=True))
 
 
 def _key(plan: Plan, unit: Unit) -> str:
@@ -242,12 +259,14 @@ def _fingerprint(plan: Plan) -> str:
         "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
         "inputs": _inputs(plan, hash_inputs=False),
         "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
-        "adapters": [{name: delta.scale for name, delta in model.low_rank.items()} for model in plan.merge.models],
+        "adapters": [{name: delta.scale for name, delta in model.deltas.items()} for model in plan.merge.models],
         "rows": [
             {name: info.rows.digest() for name, info in model.tensors.items() if info.rows is not None}
             for model in [plan.merge.reference, *plan.merge.models]
         ],
-        "shards": {shard.file: hashlib.sha256(shard.header()).hexdigest() for shard in plan.shards},
+        "shards": {
+            file.file: hashlib.sha256(file.header()).hexdigest() for shard in plan.shards for file in shard.files
+        },
         "mergebench": __version__,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
@@ -255,7 +274,7 @@ def _fingerprint(plan: Plan) -> str:
 
 def _check_written(plan: Plan, directory: Path) -> None:
     """Read every header back: the files hold what was planned, also those of an interrupted run."""
-    for shard in plan.shards:
+    for shard in [file for written in plan.shards for file in written.files]:
         found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
         if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]:
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")

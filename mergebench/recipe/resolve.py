@@ -30,6 +30,9 @@ def resolve(recipe: Recipe) -> Merge:
     method, cut = merge.method, merge.cut
     if merge.scope == "model" != method.scope and cut != "element":
         raise recipe.places.error(("scope",), f"'{method.name}' works on one {cut} at a time", "take out scope: model")
+    if method.gives == "tasks" and merge.reference.adapter is not None:
+        what = f"'{method.name}' writes differences to the base, which cannot be one with an adapter"
+        raise recipe.places.error(("base_model",), what, "make that base first, by a merge of its own")
     if recipe.lines is None:
         return merge
     if recipe.lines.alpha is None and cut == "row":
@@ -203,4 +206,4 @@ def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
 
 def _same(model: Model, base: Model) -> bool:
     places = [(one.directory or one.headers[0].file).resolve() for one in (model, base)]
-    return places[0] == places[1] and not model.low_rank and not model.is_task_vector
+    return places[0] == places[1] and not model.deltas and not model.is_task_vector
