@@ -31,6 +31,7 @@ _PUBLIC = {
     "TaskVectors": "mergebench.engine.method",
     "Weights": "mergebench.engine.method",
     "Passes": "mergebench.engine.method",
+    "Tasks": "mergebench.engine.method",
     "Context": "mergebench.engine.context",
     "order_statistics": "mergebench.engine.statistics",
     "gram": "mergebench.engine.statistics",
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from mergebench.api import evaluate, plan, run, task_vector
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
-    from mergebench.engine.method import Passes, PerModel, TaskVectors, Weights, merge_method, param
+    from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
     from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import report
@@ -55,6 +56,7 @@ __all__ = [
     "Passes",
     "PerModel",
     "TaskVectors",
+    "Tasks",
     "Weights",
     "__version__",
     "evaluate",

@@ -45,6 +45,11 @@ def is_task(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
+def tasks_in(directory: Path) -> list[str]:
+    """The tasks that a directory holds beside their vector."""
+    return sorted(path.parent.name for path in directory.glob(f"{FOLDER}/*/{CONFIG}"))
+
+
 def holds_vector(headers: Iterable[Header]) -> bool:
     """Whether the tensors of these files are differences to a base, as the files say."""
     return any(header.metadata.items() >= VECTOR.items() for header in headers)

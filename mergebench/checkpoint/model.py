@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint.header import FP8, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
-from mergebench.checkpoint.masked import Masked, holds_vector, is_task, read_task
+from mergebench.checkpoint.masked import FOLDER, Masked, holds_vector, is_task, read_task, tasks_in
 from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.scales import find_scales
 from mergebench.errors import ModelError, RunError
@@ -116,6 +116,9 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
             masked, more = read_task(place.adapter, _vector_of(place.adapter), tensors)
             deltas |= masked
             headers = [*headers, *more]
+        elif tasks := tasks_in(place.adapter):
+            hint = f"name one of its tasks: {reference}/{FOLDER}/{tasks[0]}"
+            raise ModelError(f"{place.adapter}: it holds {', '.join(tasks)}, not one task", hint)
         else:
             low_rank, whole, header = read_lora(place.adapter, tensors)
             deltas |= low_rank
@@ -161,13 +164,16 @@ _PICKLE_HINT = "pickle files are never loaded, they can run code: save the model
 
 
 def _open_directory(reference: str, directory: Path) -> list[Header]:
-    kind = "an adapter" if is_adapter(directory) else "a task's mask" if is_task(directory) else None
-    if kind is not None:
-        raise ModelError(f"model '{reference}': it is {kind}, not a model", f"put its base before it: BASE+{reference}")
+    if is_task(directory):
+        raise ModelError(f"model '{reference}': it is a task's mask, no model", f"name its base: BASE+{reference}")
     if (directory / SINGLE).exists():  # as in transformers, a single file wins over an index beside it
         return [read_header(directory / SINGLE)]
     if (directory / INDEX).exists():
         return _open_shards(directory)
+    if is_adapter(directory):
+        raise ModelError(
+            f"model '{reference}': it is an adapter, not a model", f"name the model it belongs to: BASE+{reference}"
+        )
     files = sorted(directory.glob("*.safetensors"))
     if len(files) == 1:
         return [read_header(files[0])]

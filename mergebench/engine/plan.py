@@ -83,10 +83,10 @@ class Plan:
         return sum(file.nbytes for shard in self.shards for file in shard.files)
 
     @cached_property
-    def copied(self) -> list[str]:
+    def copied(self) -> frozenset[str]:
         """Tensors whose data are copied from the base; of a vector, only what is no difference."""
         tensors, gives = self.merge.reference.tensors, self.merge.method.gives
-        return [name for name in self.alignment.copied if gives == "model" or not tensors[name].is_float]
+        return frozenset(name for name in self.alignment.copied if gives == "model" or not tensors[name].is_float)
 
     @property
     def bytes_read(self) -> int:
@@ -222,8 +222,11 @@ def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
     if method.needs_base and merge.base is None:
         raise RecipeError(f"base_model: '{method.name}' merges task vectors and needs a base")
-    if merge.base is None and any(model.is_task_vector for model in merge.models):
-        raise RecipeError("base_model: missing, a task_vector: is a difference to it")
+    vector = next((model for model in merge.models if model.is_task_vector), None)
+    if merge.base is None and vector is not None:
+        raise RecipeError(f"base_model: missing, '{vector.reference}' is a difference to it")
+    if merge.base is not None and merge.base.is_task_vector:
+        raise RecipeError(f"base_model: '{merge.base.reference}' is a difference to a base, no model")
     if method.models is not None and count != method.models:
         wanted = f"{method.models} model{'s' * (method.models > 1)}"
         beside = " beside the base" if merge.from_base else ""

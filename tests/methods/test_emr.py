@@ -271,11 +271,17 @@ def test_tasks_that_do_not_read(folder: Path, damage: str) -> None:
 
 def test_a_task_alone_and_a_vector_alone_are_no_models(folder: Path) -> None:
     out = merge()
-    with pytest.raises(ModelError, match="it is a task's mask, not a model") as caught:
+    with pytest.raises(ModelError, match="it is a task's mask, no model") as caught:
         open_model(f"{out}/tasks/ft1")
-    assert caught.value.hint == f"put its base before it: BASE+{out}/tasks/ft1"
+    assert caught.value.hint == f"name its base: BASE+{out}/tasks/ft1"
+    with pytest.raises(ModelError, match="it holds ft1, ft2, ft3, not one task") as caught:
+        open_model(f"base+{out}")
+    assert caught.value.hint == f"name one of its tasks: base+{out}/tasks/ft1"
     with pytest.raises(ModelError, match="it holds differences to a base, no model"):
         open_model(str(out)).state_dict()
+    for kind, more in {"missing, 'out' is a difference to it": {}, "'out' is a difference to a": {"base": out}}.items():
+        with pytest.raises(RecipeError, match=f"base_model: {kind}"):
+            plan(load(write_recipe(Path("r.yaml"), "linear", [str(out)], **more)))
     with pytest.raises(RecipeError, match="--verify: 'emr' writes no model"):
         run(plan(load(write_recipe(Path("r.yaml"), "emr", TUNED, "base"))), "again", verify=True)
 
