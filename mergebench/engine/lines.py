@@ -23,7 +23,8 @@ class Lines:
     """tau of layer l of L becomes (alpha + beta l / (L - 1)) tau; what lies outside the layers, alpha tau.
 
     Wang et al., "LiNeS: Post-training layer scaling" (arXiv:2410.17146). Without an alpha, it is that of
-    several tasks: |sum tau_i| / (N |tau|), in the L1 norm (as in the authors' code) over all that is merged.
+    several tasks: |sum tau_i| / (N |tau|), in the L1 norm (as in the authors' code) over all that is merged; tau as
+    the method gives it, with its weights and lambda, the sum without.
     """
 
     alpha: float | None
