@@ -31,9 +31,11 @@ _PUBLIC = {
     "TaskVectors": "mergebench.engine.method",
     "Weights": "mergebench.engine.method",
     "Passes": "mergebench.engine.method",
+    "Tasks": "mergebench.engine.method",
     "Context": "mergebench.engine.context",
     "order_statistics": "mergebench.engine.statistics",
     "gram": "mergebench.engine.statistics",
+    "norms": "mergebench.engine.statistics",
     "total": "mergebench.engine.chunks",
     "MergebenchError": "mergebench.errors",
 }
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
     from mergebench.api import evaluate, plan, run, task_vector
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
-    from mergebench.engine.method import Passes, PerModel, TaskVectors, Weights, merge_method, param
-    from mergebench.engine.statistics import gram, order_statistics
+    from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
+    from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import report
     from mergebench.recipe import load, load_stages
@@ -54,6 +56,7 @@ __all__ = [
     "Passes",
     "PerModel",
     "TaskVectors",
+    "Tasks",
     "Weights",
     "__version__",
     "evaluate",
@@ -61,6 +64,7 @@ __all__ = [
     "load",
     "load_stages",
     "merge_method",
+    "norms",
     "order_statistics",
     "param",
     "plan",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench import card
 from mergebench.checkpoint import adopt, open_model
+from mergebench.checkpoint.masked import FOLDER as TASKS
 from mergebench.checkpoint.staging import check_target, finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.merge import Merge
@@ -80,6 +81,9 @@ def run(
     """
 
     target = Path(out)
+    if verify and plan.merge.method.gives == "tasks":
+        what = f"--verify: '{plan.merge.method.name}' writes no model that transformers loads"
+        raise RecipeError(what, "leave it out; BASE+OUT/tasks/NAME with merge_method: passthrough is one")
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
         write_atomically(directory / "README.md", card.text(target, provenance))
@@ -120,7 +124,29 @@ def read_suite(recipe: Recipe) -> Suite:
     if recipe.evaluate is None:
         raise RecipeError("the recipe has no evaluate:", "add evaluate: {suite: FILE}")
     at = ("evaluate", "suite")
-    return load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at)
+    suite = load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at)
+    for one in [recipe, *map(recipe.with_method, recipe.evaluate.baselines)]:
+        if one.method.gives == "tasks":
+            _task_of(one, suite)
+    return suite
+
+
+def _task_of(recipe: Recipe, suite: Suite) -> dict[str, str]:
+    """For each of the suite's tasks, the one of the merge: its head lies beside the model that was merged."""
+    merge = resolve(recipe)
+    owners: dict[Path | None, str] = {}
+    for model, name in zip(merge.models, merge.tasks, strict=True):
+        place = model.own_directory()
+        owners.setdefault(place and place.resolve(), name)
+    found = {}
+    for task in suite.tasks:
+        home = task.ready.home
+        if home is None or home.resolve() not in owners:
+            what = f"'{merge.method.name}' makes a model for each input, task '{task.name}' is none of theirs"
+            hint = "put its head beside the input it belongs to, or merge with --no-eval"
+            raise recipe.places.error(("evaluate",), what, hint)
+        found[task.name] = owners[home.resolve()]
+    return found
 
 
 def evaluate(
@@ -141,7 +167,7 @@ def evaluate(
     out = Path(out)
     suite = suite if suite is not None else read_suite(recipe)
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        candidates = _candidates(recipe, out, Path(folder), device)
+        candidates = _candidates(recipe, out, suite, Path(folder), device)
         results = evaluate_models(candidates, suite, device=device, progress=progress)
     results.save(out)
     provenance = finished(out)
@@ -150,7 +176,7 @@ def evaluate(
     return results
 
 
-def _candidates(recipe: Recipe, out: Path, folder: Path, device: str) -> list[Candidate]:
+def _candidates(recipe: Recipe, out: Path, suite: Suite, folder: Path, device: str) -> list[Candidate]:
     """The table's rows in order. A baseline is merged into `folder` when its turn comes."""
     from mergebench.evaluation import Candidate
 
@@ -164,14 +190,23 @@ def _candidates(recipe: Recipe, out: Path, folder: Path, device: str) -> list[Ca
     found = [] if origin is None else [Candidate("base", "base", origin, base)]
     found += [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
 
-    def merged(baseline: Baseline, place: Path) -> Model:
-        run_plan(plan_merge(resolve(recipe.with_method(baseline)), device=device), place)
-        return open_model(str(place))
+    def opened(made: Recipe, place: Path) -> Model | dict[str, Model]:
+        if made.method.gives == "model":
+            return open_model(str(place))
+        tasks = _task_of(made, suite)
+        root = f"{made.base_model}+{place}/{TASKS}"
+        models = {name: open_model(f"{root}/{name}", folders=folders(made)) for name in tasks.values()}
+        return {task: models[name] for task, name in tasks.items()}
+
+    def merged(baseline: Baseline, place: Path) -> Model | dict[str, Model]:
+        made = recipe.with_method(baseline)
+        run_plan(plan_merge(resolve(made), device=device), place)
+        return opened(made, place)
 
     for number, one in enumerate(baselines):
         label = f"{one.label} (defaults)" if one.label == recipe.merge_method else one.label
         found.append(Candidate(label, "baseline", partial(merged, one, folder / str(number)), None))
-    found.append(Candidate(recipe.merge_method, "merged", open_model(str(out)), None))
+    found.append(Candidate(recipe.merge_method, "merged", opened(recipe, out), None))
     return found
 
 

@@ -24,7 +24,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     models = [entry.get("model") or entry.get("task_vector") for entry in recipe.get("models", [])]
     lines = [
         "---",
-        "library_name: transformers",
+        *([] if provenance.get("tasks") else ["library_name: transformers"]),
         "tags:",
         "- merge",
         "- mergebench",
@@ -38,6 +38,13 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     if recipe.get("base_model"):
         lines += [f"- base: `{recipe['base_model']}`"]
     lines += [f"- model: `{model}`" for model in models]
+    if provenance.get("tasks"):
+        lines += [
+            "",
+            "The tensors are a difference to the base, for all tasks. The model of a task, for mergebench:",
+            "",
+        ]
+        lines += [f"- `{recipe['base_model']}+{out}/tasks/{task}`" for task in provenance["tasks"]]
     if evaluation:
         lines += ["", "## Evaluation", "", evaluation.strip()]
     lines += ["", "## Recipe", "", "```yaml", written.getvalue().strip(), "```", ""]

@@ -29,7 +29,7 @@ from mergebench.engine.method import Method
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.run import run_plan
-from mergebench.engine.statistics import OrderStatistics, Statistic
+from mergebench.engine.statistics import Norms, OrderStatistics, Statistic
 from mergebench.engine.whole import run_at_once
 from mergebench.errors import MergebenchError
 
@@ -44,12 +44,23 @@ def in_memory(
 ) -> dict[str, Tensor]:
     """What the method makes of whole tensors (or, at scope model, of all of them as one), float32.
 
+    Of several tasks, the vector they share.
+
     base, models: float tensors by name. params: the method's own dataclass.
     """
     scope = scope or method.scope
     units = [list(base)] if scope == "model" else [[name] for name in base]
-    merged = {}
-    for names in units:
+    lengths: list[Tensor] = []  # where the method asks about all units together, the answers about each
+
+    def answer(statistic: Statistic, sizes: Sequence[int], of_all: Tensor | None) -> Any:
+        if of_all is not None and isinstance(statistic, Norms):
+            return of_all
+        found = _brute_force(statistic, sizes)
+        if isinstance(statistic, Norms):
+            lengths.append(found)
+        return found
+
+    def unit(names: Sequence[str], of_all: Tensor | None = None) -> dict[str, Tensor]:
         rows = [torch.cat([tensors[name].float().reshape(-1) for name in names]) for tensors in models]
         origin = torch.cat([base[name].float().reshape(-1) for name in names])
         values = torch.stack(rows)
@@ -60,11 +71,15 @@ def in_memory(
         labels = tuple(f"model{number}" for number in range(len(models)))
         shape = tuple(base[names[0]].shape)
         context = Context(values.shape[1], labels, spans, shape, scope, seed, torch.device("cpu"))
-        result = run_whole(method, values, params, context, sizes)
-        result = result + origin if method.takes == "task_vectors" else result
-        for name, part in zip(names, torch.split(result, sizes), strict=True):
-            merged[name] = part.reshape(base[name].shape)
-    return merged
+        result = run_at_once(method, values, params, context, partial(answer, sizes=sizes, of_all=of_all))
+        result = result + origin if method.takes == "task_vectors" and method.gives == "model" else result
+        parts = zip(names, torch.split(result, sizes), strict=True)
+        return {name: part.reshape(base[name].shape) for name, part in parts}
+
+    merged = [unit(names) for names in units]
+    if lengths:
+        merged = [unit(names, Norms.of_all(lengths)) for names in units]
+    return {name: value for one in merged for name, value in one.items()}
 
 
 def run_whole(method: Method, values: Tensor, params: Any, context: Context, sizes: Sequence[int]) -> Tensor:
@@ -110,7 +125,7 @@ def check_cuts(
         base, models = _sample(shapes, method.models or 3)
         bench = Bench(method, params, base, models, place / name)
         # sums are taken over whole tiles, so only methods without them can be cut anywhere
-        sums = None in questions.asked(bench.merge(bench.opened), params)
+        sums = any(isinstance(kind, type) for kind in questions.asked(bench.merge(bench.opened), params))
         bench.check_streaming([max(chunk, TILE) for chunk in chunks] if sums else chunks)
     return bench
 

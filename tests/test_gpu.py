@@ -29,6 +29,7 @@ METHODS = {
     "sce": {"select_topk": 0.3},
     "ramplus_tl": {"epsilon": 0.005},
     "consensus_ta": {},
+    "emr": {},
 }
 
 

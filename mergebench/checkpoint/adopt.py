@@ -30,7 +30,7 @@ def adopt(base: Model, model: Model) -> Model:
     return replace(
         model,
         tensors={name: info if info.name == name else info._replace(name=name) for name, info in named.items()},
-        low_rank={found.get(name, name): delta for name, delta in model.low_rank.items()},
+        deltas={found.get(name, name): delta for name, delta in model.deltas.items()},
         replaced={found.get(name, name): info for name, info in model.replaced.items()},
         remarks=tuple(remarks),
     )

@@ -55,7 +55,7 @@ def read_experts(base: Model, model: Model) -> tuple[dict[str, TensorInfo], str 
     if theirs is None or wanted is None or theirs == wanted:
         return model.tensors, None
     tensors = _read_as(model.reference, model.tensors, wanted)
-    lost = [name for name in model.low_rank if name not in tensors]
+    lost = [name for name in model.deltas if name not in tensors]
     if lost:
         raise ModelError(
             f"{lost[0]}: {model.reference} has an adapter on it, base stores its experts {wanted}",

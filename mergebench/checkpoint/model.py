@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint.header import FP8, GGUF_HINT, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
+from mergebench.checkpoint.masked import FOLDER, Masked, holds_vector, is_task, read_task, tasks_in
 from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.scales import find_scales
 from mergebench.errors import ModelError, RunError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Delta = LowRank | Masked  # what is added to a tensor of the base as it is read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -34,7 +36,7 @@ class Model:
     directory: Path | None  # None for a bare .safetensors file
     headers: list[Header]
     tensors: dict[str, TensorInfo]  # in file order, shard after shard
-    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)  # what the adapter adds, by the base's names
     adapter: Path | None = None
     is_task_vector: bool = False  # its tensors already are differences to the base
     config_changes: Mapping[str, Any] | None = None  # of a model put together from others, or with other tokens
@@ -79,6 +81,9 @@ class Model:
         """All tensors in memory: floats as float32 with the adapter folded in, the others as stored."""
         from mergebench.checkpoint.read import read_whole
 
+        if self.is_task_vector:
+            raise ModelError(f"model '{self.reference}': it holds differences to a base, no model", _VECTOR_HINT)
+
         return {name: read_whole(self, name) for name in self.tensors}
 
 
@@ -107,21 +112,44 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         raise ModelError(f"model '{reference}': it holds no tensors")
     if any(".lora_A." in name for name in tensors):
         raise ModelError(f"model '{reference}': it is an adapter, not a model", f"{_ITS_MODEL}: BASE+DIRECTORY")
-    low_rank: dict[str, LowRank] = {}
+    deltas: dict[str, Delta] = {}
     replaced: dict[str, TensorInfo] = {}
     if place.adapter is not None:
         if not place.adapter.is_dir():
             raise ModelError(f"{place.adapter}: an adapter is a directory")
-        low_rank, whole, header = read_lora(place.adapter, tensors)
-        headers = [*headers, header]
-        replaced = {name: tensors[name] for name in whole}
-        tensors |= whole
-    model = Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector, replaced=replaced)
+        if is_task(place.adapter):
+            masked, more = read_task(place.adapter, _vector_of(place.adapter), tensors)
+            deltas |= masked
+            headers = [*headers, *more]
+        elif tasks := tasks_in(place.adapter):
+            hint = f"name one of its tasks: {reference}/{FOLDER}/{tasks[0]}"
+            raise ModelError(f"{place.adapter}: it holds {', '.join(tasks)}, not one task", hint)
+        else:
+            low_rank, whole, header = read_lora(place.adapter, tensors)
+            deltas |= low_rank
+            headers = [*headers, header]
+            replaced = {name: tensors[name] for name in whole}
+            tensors |= whole
+    else:
+        task_vector |= holds_vector(headers)
+    model = Model(reference, directory, headers, tensors, deltas, place.adapter, task_vector, replaced=replaced)
     config = model.config  # a damaged one shows here, not when the work is done
     if any(info.dtype in FP8 for info in tensors.values()):
         model = replace(model, tensors=find_scales(reference, tensors, config))
     _check_tied(model)
     return model
+
+
+def _vector_of(task: Path) -> list[Header]:
+    """The files of the vector that a task's mask is for: two folders above it."""
+    directory = task.resolve().parents[1]
+    try:
+        headers = _open_directory(str(directory), directory)
+    except ModelError:
+        headers = []
+    if not holds_vector(headers):
+        raise ModelError(f"{task}: {directory} does not hold the vector of this mask", "keep what was written together")
+    return headers
 
 
 def _check_tied(model: Model) -> None:
@@ -137,6 +165,7 @@ def _check_tied(model: Model) -> None:
 
 _TIED = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|shared|word_embeddings|lm_head|embed_out|decoder)\.weight$")
 _ITS_MODEL = "name the model it belongs to"
+_VECTOR_HINT = "name a task with its base, BASE+DIR/tasks/NAME; in a recipe, the vector as task_vector: DIR"
 _PICKLE_HINT = (
     "pickle files are never loaded, they can run code: save the model as safetensors "
     "(transformers: from_pretrained(DIR).save_pretrained(NEW))"
@@ -144,6 +173,8 @@ _PICKLE_HINT = (
 
 
 def _open_directory(reference: str, directory: Path) -> list[Header]:
+    if is_task(directory):
+        raise ModelError(f"model '{reference}': it is a task's mask, no model", f"name its base: BASE+{reference}")
     if (directory / SINGLE).exists():  # as in transformers, a single file wins over an index beside it
         return [read_header(directory / SINGLE)]
     if (directory / INDEX).exists():

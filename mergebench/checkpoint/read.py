@@ -9,12 +9,14 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mergebench.checkpoint.header import TensorInfo, damaged
 from mergebench.checkpoint.lora import LowRank
-from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.masked import Masked
+from mergebench.checkpoint.model import Delta, Model
 from mergebench.errors import RunError
 
 TORCH_DTYPE = {
@@ -150,6 +152,35 @@ class _Dora:
         return base, product.add_(base)
 
 
+class MaskedReader:
+    """Elements of a vector that a mask holds, times a factor."""
+
+    BLOCK = 1 << 16  # elements read at once: a multiple of eight
+
+    def __init__(self, files: Files, delta: Masked) -> None:
+        self._files, self._delta = files, delta
+
+    def add_into(self, start: int, out: Tensor) -> None:
+        """out += delta[start : start + len(out)] (flat elements)."""
+        vector, bits = self._delta.vector, self._delta.bits
+        for at in range(0, len(out), self.BLOCK):
+            piece, first = out[at : at + self.BLOCK], start + at
+            values = torch.empty(len(piece), dtype=TORCH_DTYPE[vector.dtype])
+            self._files.read_elements(vector, first, values)
+            packed = np.empty((first + len(piece) - 1) // 8 - first // 8 + 1, np.uint8)
+            self._files.read_into(bits.file, bits.offset + first // 8, packed.data)
+            mask = np.unpackbits(packed, bitorder="little")[first % 8 :][: len(piece)]
+            piece += values.float().mul_(self._delta.scale).mul_(torch.from_numpy(mask))
+
+
+DeltaReader = LowRankReader | MaskedReader
+
+
+def delta_reader(files: Files, delta: Delta) -> DeltaReader:
+    """What reads a difference in pieces."""
+    return MaskedReader(files, delta) if isinstance(delta, Masked) else LowRankReader(files, delta)
+
+
 class Scaler:
     """The scale of one tensor in memory: multiplies any piece of it, a row or many at a time."""
 
@@ -230,6 +261,6 @@ def read_whole(model: Model, name: str) -> Tensor:
             return value
         value = value.float()
         Scales(files).multiply(info, 0, value.reshape(-1))
-        if name in model.low_rank:
-            LowRankReader(files, model.low_rank[name]).add_into(0, value.reshape(-1))
+        if name in model.deltas:
+            delta_reader(files, model.deltas[name]).add_into(0, value.reshape(-1))
         return value

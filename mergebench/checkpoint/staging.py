@@ -60,7 +60,7 @@ def check_room(out: Path, needed: int) -> None:
     target = Path(os.path.realpath(out))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
     partial = _beside(target, "partial")
-    held = sum(path.stat().st_blocks * 512 for path in partial.iterdir()) if partial.is_dir() else 0
+    held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
     if free + held < needed:
         need, have = needed / 1e9, (free + held) / 1e9
         raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
@@ -112,9 +112,13 @@ class Staging:
 
     def _clear(self) -> None:
         try:
-            for path in self.directory.iterdir():
-                if path.name != _JOURNAL and path.name not in self.journal["shards"]:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            kept = {self.directory / name for name in [_JOURNAL, *self.journal["shards"]]}
+            kept |= {folder for path in kept for folder in path.parents}
+            for path in [path for path in self.directory.rglob("*") if path not in kept]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)  # its folder may have gone first
         except OSError as error:
             raise write_error(self.directory, error) from None
 
@@ -139,9 +143,8 @@ class Staging:
         """Rename the partial directory to its target: the one moment at which a result appears."""
         (self.directory / _JOURNAL).unlink()
         if sync:
-            for path in self.directory.iterdir():
+            for path in [*self.directory.rglob("*"), self.directory]:
                 fsync(path)
-            fsync(self.directory)
         old = _beside(self._target, "old")
         try:
             if overwrite and self._target.exists() and any(self._target.iterdir()):

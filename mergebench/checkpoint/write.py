@@ -11,15 +11,17 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint import masked
 from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
+from mergebench.checkpoint.masked import mask_bytes
 from mergebench.checkpoint.model import INDEX, SINGLE, Model
 from mergebench.checkpoint.scales import without_scales
 from mergebench.errors import RunError
@@ -52,10 +54,17 @@ class Shard:
 
     file: str
     tensors: tuple[OutTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[Shard, ...] = ()  # files that are filled along with it
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """This file, and those beside it."""
+        return (self, *self.beside)
 
     def header(self) -> bytes:
         """The file's first bytes: length and JSON, padded to `ALIGN`."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **self.metadata}}
         end = 0
         for tensor in self.tensors:
             start, end = end, end + tensor.nbytes
@@ -88,11 +97,20 @@ def lay_out(
     return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
 
 
+def with_tasks(shard: Shard, tasks: Sequence[str], merged: Mapping[str, int]) -> Shard:
+    """A shard of a vector, and beside it the masks of these tasks; merged: numbers of elements by name."""
+    sizes = [(tensor.name, mask_bytes(merged[tensor.name])) for tensor in shard.tensors if tensor.name in merged]
+    masks = tuple(OutTensor(name, "U8", (size,), size) for name, size in sizes)
+    beside = tuple(Shard(f"{masked.FOLDER}/{task}/{shard.file}", masks) for task in tasks)
+    return replace(shard, metadata=masked.VECTOR, beside=beside)
+
+
 def create(path: Path, shard: Shard) -> None:
-    """Make a shard's file: its header, and room for its tensors."""
+    """Make a shard's file: its header, and room for its tensors, all zero."""
     header = shard.header()
     size = len(header) + shard.nbytes
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):

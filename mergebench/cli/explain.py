@@ -73,7 +73,12 @@ def _about(plan: Plan, name: str, stored: Mapping[Path, list[tuple[int, str]]]) 
         place = info.file.parent.name if plan.merge.reference.sliced else label  # slices: one of several models
         sources.append(f"{place}:{own}")
     given = dataclasses.asdict(plan.merge.params_for(name))
-    return {"tensor": name, "sources": sources, "parameters": {key.rstrip("_"): value for key, value in given.items()}}
+    parameters = {key.rstrip("_"): value for key, value in given.items()}
+    lines = plan.merge.lines
+    if lines is not None:
+        more = f"auto + {lines.factor(0, name):g}"
+        parameters["lines"] = more if lines.alpha is None else lines.factor(lines.alpha, name)
+    return {"tensor": name, "sources": sources, "parameters": parameters}
 
 
 def _everywhere(tensors: list[dict[str, Any]], key: str, value: Any) -> bool:

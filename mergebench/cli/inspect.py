@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.progress import human
+
+if TYPE_CHECKING:
+    from mergebench.checkpoint.model import Delta
 
 
 def inspect(
@@ -24,11 +27,7 @@ def inspect(
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
-        | (
-            {"adapter_rank": found.low_rank[t.name].b.shape[1]}
-            if t.name in found.low_rank and len(t.shape) == 2
-            else {}
-        )
+        | _adapted(found.deltas.get(t.name))
         for t in found.tensors.values()
     ]
     if json_:
@@ -39,17 +38,27 @@ def inspect(
     table = Table("tensor", "dtype", "shape", box=None, header_style="bold")
     for tensor in tensors:
         rank = f"  + rank {tensor['adapter_rank']}" if "adapter_rank" in tensor else ""
+        rank += f"  + mask x {tensor['mask_scale']:.4g}" if "mask_scale" in tensor else ""
         table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + rank)
     print_table(table)
     elements = sum(t.numel for t in found.tensors.values())
     size = sum(t.nbytes for t in found.tensors.values())
     files = len({t.file for t in found.tensors.values()})
     kind = _architecture(found.config) or "no config"
-    adapted = f", {len(found.low_rank)} adapted by {found.adapter}" if found.low_rank else ""
+    adapted = f", {len(found.deltas)} adapted by {found.adapter}" if found.deltas else ""
     typer.echo(
         f"{kind}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
         f"{human(size)} in {files} file{'s' * (files > 1)}{adapted}"
     )
+
+
+def _adapted(delta: Delta | None) -> dict[str, Any]:
+    """What an adapter adds to a tensor."""
+    from mergebench.checkpoint.masked import Masked
+
+    if isinstance(delta, Masked):
+        return {"mask_scale": delta.scale}
+    return {} if delta is None or delta.a is None else {"adapter_rank": delta.b.shape[1]}
 
 
 def diff(

@@ -173,10 +173,17 @@ def _show(found: Plan, out: Path) -> None:
         typer.echo(f"  model     {model.reference}{extra}")
     typer.echo(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
     typer.echo(f"  copied    {facts['copied_tensors']} tensors from the base")
+    if found.merge.lines is not None:
+        alpha = found.merge.lines.alpha
+        asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
+        typer.echo(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
     typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
     typer.echo(f"  read      {human(found.bytes_read)}")
-    files = f"{len(found.shards)} file{'s' * (len(found.shards) > 1)}"
+    count = len(facts["files"])
+    files = f"{count} file{'s' * (count > 1)}"
     typer.echo(f"  write     {human(found.bytes_written)} in {files} to {out}")
+    if facts["tasks"]:
+        typer.echo(f"  tasks     {', '.join(facts['tasks'])}: a mask of one bit an element each, beside one vector")
     typer.echo(f"  disk      {human(facts['disk_free'])} free")
     memory_text = f"{found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB"
     typer.echo(f"  memory    {memory_text}, beside about 300 MB for torch")
@@ -193,13 +200,15 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "notes": list(plan.merge.notes),
         "models": [model.reference for model in plan.merge.models],
         "merged_tensors": len(plan.alignment.merged),
-        "copied_tensors": len(plan.alignment.copied),
+        "copied_tensors": len(plan.copied),
         "elements": plan.elements,
+        **({"lines": plan.merge.recipe["lines"]} if plan.merge.lines else {}),
         "passes": plan.passes,
         "sweeps": plan.sweeps,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "files": [shard.file for shard in plan.shards],
+        "files": [file.file for shard in plan.shards for file in shard.files],
+        "tasks": list(plan.merge.tasks) if plan.merge.method.gives == "tasks" else [],
         "peak_memory": plan.peak_memory,
         "disk_free": shutil.disk_usage(folder).free,
         "zero_share": [plan.zero_share(number) for number in range(len(plan.merge.models))],
@@ -233,5 +242,14 @@ def _say_done(result: Result, quiet: bool) -> None:
         return
     kept = ", ".join(f"{model} {share:.2%}" for model, share in result.provenance["kept"].items())
     note(f"kept at or above the thresholds: {kept}", quiet or not kept)
+    lines = result.provenance.get("lines")
+    if lines is not None:
+        first, last = lines["alpha"], lines["alpha"] + lines["beta"]
+        note(f"lines: layers scaled by {first:.4g} (the first, and outside) to {last:.4g} (the last)", quiet)
+    tasks = result.provenance.get("tasks")
+    if tasks is not None:
+        factors = ", ".join(f"{task} {scale:.4g}" for task, scale in tasks.items())
+        base = result.provenance["recipe"]["base_model"]
+        note(f"tasks and their factors: {factors}; a model is {base}+{result.out}/tasks/{next(iter(tasks))}", quiet)
     seconds, peak = result.provenance["seconds"], result.provenance["peak_memory"] / 1e6
     note(f"wrote {result.out} in {seconds:.1f} s, peak memory {peak:.0f} MB", quiet)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.lora import LowRank
-from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.model import Delta, Model
+from mergebench.engine.lines import Lines
 from mergebench.engine.method import Cut, Method
 
 
@@ -28,6 +30,7 @@ class Merge:
     seed: int = 0
     dtype: str | None = None  # stored type; None keeps each tensor's own
     by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
+    lines: Lines | None = None  # what the method's function scales its result by
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
     notes: tuple[str, ...] = ()  # what may be other than expected
 
@@ -40,6 +43,19 @@ class Merge:
     def from_base(self) -> bool:
         """Whether the method is given differences to the base, and gives one."""
         return self.method.takes == "task_vectors" and self.base is not None
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The models' names as plain names of directories, each once."""
+        plain = [re.sub(r"[^\w.-]+", "-", name)[:80].strip("-.") or "task" for name in self.names]
+        return tuple(
+            f"{name}-{plain[:i].count(name) + 1}" if name in plain[:i] else name for i, name in enumerate(plain)
+        )
+
+    @property
+    def onto_base(self) -> bool:
+        """Whether what the method gives is added to the base; else a vector is written."""
+        return self.from_base and self.method.gives == "model"
 
     @property
     def cut(self) -> Cut:
@@ -60,11 +76,11 @@ class Merge:
 
 
 class Operand(NamedTuple):
-    """How one model's row of a chunk is made: stored +- base + low-rank, each only where needed."""
+    """How one model's row of a chunk is made: stored +- base + delta, each only where needed."""
 
     stored: TensorInfo | None
     base: int  # -1, 0 or 1 times the base
-    low_rank: LowRank | None
+    delta: Delta | None
 
 
 def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:
@@ -77,14 +93,14 @@ def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> di
         column = []
         for name, infos in sources.items():
             info = infos[number]
-            low_rank = model.low_rank.get(info.name)
+            delta = model.deltas.get(info.name)
             if not merge.from_base:
-                column.append(Operand(info, 1 if model.is_task_vector else 0, low_rank))
+                column.append(Operand(info, 1 if model.is_task_vector else 0, delta))
             elif model.is_task_vector:
-                column.append(Operand(info, 0, low_rank))
+                column.append(Operand(info, 0, delta))
             elif on_base and (info.file, info.offset) == (tensors[name].file, tensors[name].offset):
-                column.append(Operand(None, 0, low_rank))  # the model is the base plus an adapter
+                column.append(Operand(None, 0, delta))  # the model is the base plus an adapter
             else:
-                column.append(Operand(info, -1, low_rank))
+                column.append(Operand(info, -1, delta))
         columns.append(column)
     return dict(zip(sources, zip(*columns, strict=True), strict=True))

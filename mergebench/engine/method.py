@@ -19,16 +19,27 @@ import inspect
 import typing
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergebench.engine.statistics import Statistic
 
+
+class Tasks(NamedTuple):
+    """What a method gives that makes one model for each task: theta_0 + scales[i] * masks[i] * vector."""
+
+    vector: Tensor  # float32 [elements]
+    masks: Tensor  # bool [models, elements]
+    scales: tuple[float, ...]  # the same for every chunk
+
+
+if TYPE_CHECKING:
     TaskVectors = Annotated[Tensor, "models elements"]  # float32, model minus base
     Weights = Annotated[Tensor, "models elements"]  # float32, the models themselves
-    Passes = Tensor | Generator[Statistic, Any, Tensor]  # the merged chunk, or the questions on the way to it
+    # the merged chunk, or the questions on the way to it
+    Passes = Tensor | Tasks | Generator[Statistic, Any, Tensor | Tasks]
 else:  # torch is imported by the methods, not by who only lists their parameters
     TaskVectors = Weights = Passes = Any
 
@@ -127,6 +138,7 @@ class Method:
     name: str
     function: Callable[..., Any]
     takes: Literal["task_vectors", "weights"]
+    gives: Literal["model", "tasks"]
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
     whole: Whole  # with cut "tensor", those that must come whole; the others may be cut at any element
@@ -164,6 +176,7 @@ def merge_method(
     *,
     takes: Literal["task_vectors", "weights"],
     paper: str,
+    gives: Literal["model", "tasks"] = "model",
     cut: Cut | Callable[[Any], Cut] = "element",
     whole: Whole = lambda name, shape: True,
     workspace: Workspace | None = None,
@@ -176,7 +189,8 @@ def merge_method(
     """Declare a function `(chunk, params, ctx)` as a merge method.
 
     `takes`: the chunk holds task vectors (the result is one too, and the engine adds the base) or
-    weights. `paper`: where the formula stands. `cut`: the smallest piece it may be cut into (a function
+    weights. `paper`: where the formula stands. `gives`: a model, or `Tasks`, of which the engine writes the vector
+    and the masks. `cut`: the smallest piece it may be cut into (a function
     of the parameters where they decide). `whole`: with cut "tensor", whether the tensor of that name and
     shape must come whole; the others are treated element by element, and cut anywhere. `workspace`: the
     bytes it holds at most beside a whole chunk, by shape, number of models and parameters. `scope`: what its
@@ -208,6 +222,7 @@ def merge_method(
             name=function.__name__.rstrip("_"),
             function=function,
             takes=takes,
+            gives=gives,
             paper=paper,
             cut=cut,
             whole=whole,

@@ -14,8 +14,9 @@ import torch
 
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.masked import Masked
 from mergebench.checkpoint.packed import check_not_packed
-from mergebench.checkpoint.write import Shard, lay_out
+from mergebench.checkpoint.write import Shard, lay_out, with_tasks
 from mergebench.engine import mismatch, questions
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.merge import Merge, Operand, operands_of
@@ -57,6 +58,7 @@ class Plan:
     shards: list[Shard]
     groups: list[Group]
     asked: dict[str, int]  # questions about each merged tensor
+    asked_of_all: bool  # the last question is about all tensors together, whatever the scope
     chunk: int  # elements
     whole: frozenset[str]  # tensors that come in one chunk, however large
     workers: int
@@ -79,12 +81,18 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
+        return sum(file.nbytes for shard in self.shards for file in shard.files)
+
+    @cached_property
+    def copied(self) -> frozenset[str]:
+        """Tensors whose data are copied from the base; of a vector, only what is no difference."""
+        tensors, gives = self.merge.reference.tensors, self.merge.method.gives
+        return frozenset(name for name in self.alignment.copied if gives == "model" or not tensors[name].is_float)
 
     @property
     def bytes_read(self) -> int:
         """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
-        copied = sum(self.merge.reference.tensors[name].nbytes for name in self.alignment.copied)
+        copied = sum(self.merge.reference.tensors[name].nbytes for name in self.copied)
         return copied + sum(
             self.asked[name] * self.sweep_bytes(name, apply=False) + self.sweep_bytes(name, apply=True)
             for name in self.alignment.merged
@@ -94,10 +102,11 @@ class Plan:
         """Bytes read of one tensor in one sweep."""
         operands = self.operands[name]
         total = sum(operand.stored.nbytes for operand in operands if operand.stored is not None)
+        total += sum(operand.delta.nbytes for operand in operands if isinstance(operand.delta, Masked))
         return total + (self.merge.reference.tensors[name].nbytes if self.needs_base(name, apply) else 0)
 
     def needs_base(self, name: str, apply: bool) -> bool:
-        return (apply and self.merge.from_base) or any(operand.base for operand in self.operands[name])
+        return (apply and self.merge.onto_base) or any(operand.base for operand in self.operands[name])
 
     @cached_property
     def longest(self) -> int:
@@ -162,12 +171,16 @@ def plan_merge(
     stored = _STORED.get(merge.dtype or "")
     dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
     shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
+    if method.gives == "tasks":
+        numels = {name: merge.reference.tensors[name].numel for name in alignment.merged}
+        shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
-    asked = questions.count(merge, alignment.merged)
+    asked, asked_of_all = questions.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else _cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
+    size += -size % 8 if method.gives == "tasks" else 0  # whole bytes of the masks
     plan = Plan(
         merge=merge,
         alignment=alignment,
@@ -176,6 +189,7 @@ def plan_merge(
         shards=shards,
         groups=_groups(merge, operands, shards, asked, memory // 8),
         asked=asked,
+        asked_of_all=asked_of_all,
         chunk=size,
         whole=frozenset(
             name for name in alignment.merged if merge.whole(merge.reference.tensors[name], alignment.aliases.get(name))
@@ -197,8 +211,11 @@ def _check_models(merge: Merge) -> None:
     method, count = merge.method, len(merge.models)
     if method.needs_base and merge.base is None:
         raise RecipeError(f"base_model: '{method.name}' merges task vectors and needs a base")
-    if merge.base is None and any(model.is_task_vector for model in merge.models):
-        raise RecipeError("base_model: missing, a task_vector: is a difference to it")
+    vector = next((model for model in merge.models if model.is_task_vector), None)
+    if merge.base is None and vector is not None:
+        raise RecipeError(f"base_model: missing, '{vector.reference}' is a difference to it")
+    if merge.base is not None and merge.base.is_task_vector:
+        raise RecipeError(f"base_model: '{merge.base.reference}' is a difference to a base, no model")
     if method.models is not None and count != method.models:
         wanted = f"{method.models} model{'s' * (method.models > 1)}"
         beside = " beside the base" if merge.from_base else ""

@@ -1,4 +1,4 @@
-"""Fill a chunk: stored values, minus the base, plus low-rank differences, as float32 on the device."""
+"""Fill a chunk: stored values, minus the base, plus adapters' differences, as float32 on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.header import FP8, TensorInfo
-from mergebench.checkpoint.read import TORCH_DTYPE, Files, LowRankReader, Scales
+from mergebench.checkpoint.read import TORCH_DTYPE, DeltaReader, Files, Scales, delta_reader
 from mergebench.engine.context import Span
 from mergebench.engine.merge import Operand
 from mergebench.engine.plan import Plan
@@ -26,7 +26,7 @@ class ChunkReader:
         self._base = torch.empty(plan.longest, dtype=torch.float32, device=plan.device)
         self._raw = torch.empty((rows + 1) * plan.longest * 8, dtype=torch.uint8, pin_memory=pinned)
         self._bytes = self._raw.numpy().data  # the same memory: slicing it is quicker than slicing a tensor
-        self._low_rank: dict[tuple[str, int], LowRankReader] = {}
+        self._deltas: dict[tuple[str, int], DeltaReader] = {}
         self._scales = Scales(files)
 
     def load(self, spans: Sequence[Span], apply: bool) -> tuple[Tensor, Tensor]:
@@ -59,10 +59,10 @@ class ChunkReader:
                 rows.add_(base) if sign > 0 else rows.sub_(base)
             at += len(operands)
         for number, operand in enumerate(self.plan.operands[name]):
-            if operand.low_rank is not None:
+            if operand.delta is not None:
                 at = 0
                 for span in pieces:
-                    self._add_low_rank(span, number, operand, values[number, at : at + span.numel])
+                    self._add_delta(span, number, operand, values[number, at : at + span.numel])
                     at += span.numel
 
     def _stored(
@@ -89,17 +89,17 @@ class ChunkReader:
                 self._scales.multiply(tensor, span.start, row[at : at + span.numel])
                 at += span.numel
 
-    def _add_low_rank(self, span: Span, number: int, operand: Operand, row: Tensor) -> None:
+    def _add_delta(self, span: Span, number: int, operand: Operand, row: Tensor) -> None:
         key = (span.tensor, number)
-        if key not in self._low_rank:
-            self._low_rank = {k: v for k, v in self._low_rank.items() if k[0] == span.tensor}
-            assert operand.low_rank is not None
-            self._low_rank[key] = LowRankReader(self.files, operand.low_rank)
+        if key not in self._deltas:
+            self._deltas = {k: v for k, v in self._deltas.items() if k[0] == span.tensor}
+            assert operand.delta is not None
+            self._deltas[key] = delta_reader(self.files, operand.delta)
         if row.device.type == "cpu":
-            self._low_rank[key].add_into(span.start, row)
+            self._deltas[key].add_into(span.start, row)
         else:
             delta = torch.zeros(len(row))
-            self._low_rank[key].add_into(span.start, delta)
+            self._deltas[key].add_into(span.start, delta)
             row.add_(delta.to(row.device))
 
 

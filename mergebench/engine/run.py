@@ -17,13 +17,16 @@ from typing import Any
 import torch
 
 from mergebench import __version__
+from mergebench.checkpoint import masked
 from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.checkpoint.write import copy_side_files, create, write_atomically, write_error, write_index
+from mergebench.engine.lines import alpha_of
 from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.plan import Group, Plan, Unit
+from mergebench.engine.statistics import Norms
 from mergebench.engine.sweep import Sweeper, to_device
 from mergebench.engine.work import Progress
 from mergebench.errors import ModelError, RunError
@@ -77,14 +80,19 @@ def run_plan(
         closing(Sweeper(plan, files, progress)) as sweeper,
         Staging(out, fingerprint, resume) as staging,
     ):
+        of_all = _ask_of_all(plan, staging, sweeper) if plan.asked_of_all else None
         for group in plan.groups:
-            _work(plan, staging, sweeper, group, sync)
+            _work(plan, staging, sweeper, group, of_all, sync)
         memory = peak_memory() + sweeper.workers.memory()
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
+        tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "tasks" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
         try:
-            copied = copy_side_files(plan.merge.reference, staging.directory, kinds.pop() if len(kinds) == 1 else None)
+            copied = []
+            if not tasks:  # a vector with a config beside it would load as a model
+                kind = kinds.pop() if len(kinds) == 1 else None
+                copied = copy_side_files(plan.merge.reference, staging.directory, kind)
         except OSError as error:
             raise write_error(staging.directory, error) from None
         provenance = {
@@ -96,10 +104,12 @@ def run_plan(
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "inputs": _inputs(plan, hash_inputs),
             "merged_tensors": len(plan.alignment.merged),
-            "copied_tensors": len(plan.alignment.copied),
+            "copied_tensors": len(plan.copied),
             "side_files": copied,
             "answers": staging.journal["answers"],
             "kept": _kept(plan, staging.journal["answers"]),
+            **_lines(plan, of_all),
+            **({"tasks": tasks} if tasks else {}),
             "sweeps": plan.sweeps,
             "extra_sweeps": sweeper.extra_sweeps,
             "bytes_read": plan.bytes_read,
@@ -114,10 +124,19 @@ def run_plan(
     return Result(out, provenance)
 
 
-def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bool) -> None:
+def _ask_of_all(plan: Plan, staging: Staging, sweeper: Sweeper) -> Any:
+    """All questions about all groups, before anything is written; the last answers together."""
+    answers = []
+    for group in plan.groups:
+        answers += [known[-1] for known in _answers(plan, staging, sweeper, group)]
+        staging.save()
+    return Norms.of_all(answers)
+
+
+def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any, sync: bool) -> None:
     """One group: the questions that are still open, then what is still to be written, shard by shard.
 
-    Answers are kept by tensor, or once for the model: how units are grouped depends on the memory given.
+    of_all: the answer to the last question where that is about all groups together.
     """
     wanted = set(group.written)
     shards = [
@@ -128,6 +147,26 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
     shards = [(shard, names) for shard, names in shards if names or not shard.tensors]
     if not shards:
         return
+    known = _answers(plan, staging, sweeper, group, of_all)
+    for shard, names in shards:
+        for file in shard.files:
+            if not (staging.directory / file.file).exists():
+                create(staging.directory / file.file, file)
+        sweeper.apply(group, known, names, staging.directory)
+        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
+            for file in shard.files:
+                if sync:
+                    fsync(staging.directory / file.file)
+                staging.journal["shards"].append(file.file)
+            staging.save()
+
+
+def _answers(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
+    """The answers about each unit of a group; what is still open is asked.
+
+    of_all: takes the place of the last one, where that is about all groups together. Answers are kept by tensor, or
+    once for the model: how units are grouped depends on the memory given.
+    """
     kept: dict[str, list[Any]] = staging.journal["answers"]
     keys = [_key(plan, unit) for unit in group.units]
     known: list[list[Any]] = [[] for _ in group.units]
@@ -143,16 +182,18 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, sync: bo
                 staging.save()  # a sweep over the whole model is worth keeping
         for number in asked:
             known[number].append(answers[number])
-    for shard, names in shards:
-        path = staging.directory / shard.file
-        if not path.exists():
-            create(path, shard)
-        sweeper.apply(group, known, names, staging.directory)
-        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
-            if sync:
-                fsync(path)
-            staging.journal["shards"].append(shard.file)
-            staging.save()
+    return known if of_all is None else [[*answers[:-1], of_all] for answers in known]
+
+
+def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) -> dict[str, float]:
+    """Put each task's factor beside its mask."""
+    scales = sweeper.scales(_answers(plan, staging, sweeper, plan.groups[0], of_all))
+    for task, model, scale in zip(plan.merge.tasks, plan.merge.models, scales, strict=True):
+        about = {"scale": scale, "method": plan.merge.method.name, "model": model.reference}
+        about["base_model"] = plan.merge.reference.reference
+        path = staging.directory / masked.FOLDER / task / masked.CONFIG
+        write_atomically(path, json.dumps(about, indent=1) + "\n")
+    return dict(zip(plan.merge.tasks, scales, strict=True))
 
 
 def _key(plan: Plan, unit: Unit) -> str:
@@ -169,6 +210,15 @@ def _kept(plan: Plan, answers: dict[str, list[dict[str, Any]]]) -> dict[str, flo
                 kept = [sum_ + share * unit.numel for sum_, share in zip(kept, answer["kept"], strict=True)]
                 total += unit.numel
     return {name: sum_ / total for name, sum_ in zip(plan.merge.names, kept, strict=True)} if total else {}
+
+
+def _lines(plan: Plan, of_all: Any) -> dict[str, Any]:
+    """What the layers were scaled by, where they were."""
+    lines = plan.merge.lines
+    if lines is None:
+        return {}
+    alpha = alpha_of(of_all, len(plan.merge.models)) if lines.alpha is None else lines.alpha
+    return {"lines": {"alpha": alpha, "beta": lines.beta}}
 
 
 def peak_memory() -> int:
@@ -210,12 +260,14 @@ def _fingerprint(plan: Plan) -> str:
         "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
         "inputs": _inputs(plan, hash_inputs=False),
         "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
-        "adapters": [{name: delta.scale for name, delta in model.low_rank.items()} for model in plan.merge.models],
+        "adapters": [{name: delta.scale for name, delta in model.deltas.items()} for model in plan.merge.models],
         "made": [
             {name: info.made.digest() for name, info in model.tensors.items() if info.made is not None}
             for model in [plan.merge.reference, *plan.merge.models]
         ],
-        "shards": {shard.file: hashlib.sha256(shard.header()).hexdigest() for shard in plan.shards},
+        "shards": {
+            file.file: hashlib.sha256(file.header()).hexdigest() for shard in plan.shards for file in shard.files
+        },
         "mergebench": __version__,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
@@ -223,7 +275,7 @@ def _fingerprint(plan: Plan) -> str:
 
 def _check_written(plan: Plan, directory: Path) -> None:
     """Read every header back: the files hold what was planned, also those of an interrupted run."""
-    for shard in plan.shards:
+    for shard in [file for written in plan.shards for file in written.files]:
         found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
         if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]:
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
@@ -249,10 +301,11 @@ def _check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorIn
 def _encode(answer: Any) -> dict[str, Any]:
     if isinstance(answer, tuple):
         return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
-    return {"gram": answer.tolist()}
+    return {"gram" if answer.dim() == 2 else "norms": answer.tolist()}
 
 
 def _decode(answer: dict[str, Any]) -> Any:
-    if "gram" in answer:
-        return torch.tensor(answer["gram"], dtype=torch.float64)
+    for kind in ("gram", "norms"):
+        if kind in answer:
+            return torch.tensor(answer[kind], dtype=torch.float64)
     return tuple(torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in answer["order_statistics"])

@@ -6,6 +6,7 @@ so threads, processes and machines can each have one), `finish` it into the answ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -209,8 +210,24 @@ class Gram(Statistic):
         return state + other  # each tile is zero in all states but one
 
     def finish(self, state: NDArray[np.float64]) -> Tensor:
-        """float64 [rows, rows]."""
+        """float64, summed over the tiles."""
         return torch.from_numpy(np.add.accumulate(state, axis=0)[-1].copy())
+
+
+class Norms(Gram):
+    """The L1 norms of the rows over all that is merged, whatever the scope; summed like dot products."""
+
+    def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
+        return np.zeros((tiles, len(self.values)))
+
+    def reduce(self, state: NDArray[np.float64], tile: int) -> None:
+        for number, start in enumerate(range(0, self.values.shape[1], TILE), tile):
+            state[number] = self.values[:, start : start + TILE].double().abs_().sum(1).cpu().numpy()
+
+    @staticmethod
+    def of_all(answers: Sequence[Tensor]) -> Tensor:
+        """One answer of those about each unit, in whatever order they come."""
+        return torch.tensor([math.fsum(row.tolist()) for row in torch.stack(list(answers), dim=1)], dtype=torch.float64)
 
 
 def order_statistics(
@@ -232,3 +249,8 @@ def order_statistics(
 def gram(values: Tensor) -> Gram:
     """Ask for the dot products of all pairs of rows; the answer is float64 [rows, rows]."""
     return Gram(values)
+
+
+def norms(values: Tensor) -> Norms:
+    """Ask for the L1 norms of the rows over all tensors, at either scope; float64 [rows]. The last question of all."""
+    return Norms(values)

@@ -20,6 +20,7 @@ import torch
 from mergebench.checkpoint.read import Files
 from mergebench.engine.brackets import Miss, Sample
 from mergebench.engine.context import Span
+from mergebench.engine.method import Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
 from mergebench.engine.statistics import OrderStatistics, Statistic
@@ -78,6 +79,14 @@ class Sweeper:
         statistic = replay(self.plan, values, context_of(self.plan, unit, (Span(name, 0, size),)), answers)
         assert isinstance(statistic, Statistic)
         return statistic
+
+    def scales(self, known: Known) -> tuple[float, ...]:
+        """The factors of the tasks; known: all answers about the first group."""
+        unit = self.plan.groups[0].units[0]
+        values = torch.zeros(len(self.plan.merge.models), 1, device=self.plan.device)
+        tasks = replay(self.plan, values, context_of(self.plan, unit, (Span(unit.tensors[0], 0, 1),)), known[0])
+        assert isinstance(tasks, Tasks)
+        return tasks.scales
 
     def _gather(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergebench.engine.context import Context, Span
-from mergebench.engine.method import Method
+from mergebench.engine.method import Method, Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.statistics import OrderStatistics, Statistic, pick
 
@@ -22,13 +22,17 @@ CHUNK = 2 * TILE  # elements that stay in a core's cache
 def run_at_once(
     method: Method, values: Tensor, params: Any, context: Context, answer: Callable[[Statistic], Any]
 ) -> Tensor:
-    """What the method makes of `values` [models, elements] as one chunk; `answer` answers its questions."""
+    """What the method makes of `values` [models, elements] as one chunk; `answer` answers its questions.
+
+    Of several tasks, the vector they share.
+    """
     answers: list[Any] = []
     while True:
         result = replay(method, values, params, context, answers)
-        if isinstance(result, Tensor):
-            return result
-        answers.append(answer(result))
+        if isinstance(result, Statistic):
+            answers.append(answer(result))
+        else:
+            return result.vector if isinstance(result, Tasks) else result
 
 
 def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:
@@ -47,6 +51,7 @@ def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context,
             stop = start + piece.shape[1]
             here = dataclasses.replace(context, spans=(Span(name, start, stop),))
             result = replay(method, piece, params, here, answers)
+            assert not isinstance(result, Tasks)
             if isinstance(result, Tensor):
                 out[start:stop] = result
             elif isinstance(result, OrderStatistics):
@@ -62,11 +67,13 @@ def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context,
         answers.append(pick(state, cast(OrderStatistics, question).ranks) if ordered else question.finish(state))
 
 
-def replay(method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Any]) -> Statistic | Tensor:
+def replay(
+    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Any]
+) -> Statistic | Tensor | Tasks:
     """The method's next question after these answers, or its result."""
     running: Any = method(values, params, context)
     if not inspect.isgenerator(running):
-        return cast(Tensor, running)
+        return cast("Tensor | Tasks", running)
     steps = cast("Generator[Statistic, Any, Tensor]", running)
     try:
         statistic = next(steps)
@@ -74,4 +81,4 @@ def replay(method: Method, values: Tensor, params: Any, context: Context, answer
             statistic = steps.send(answer)
         return statistic
     except StopIteration as end:
-        return cast(Tensor, end.value)
+        return cast("Tensor | Tasks", end.value)

@@ -53,8 +53,8 @@ def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]
 
 
 def copies_of(plan: Plan, name: str) -> Iterator[Item]:
-    """A tensor that is copied, in pieces."""
-    numel = plan.merge.reference.tensors[name].numel
+    """A tensor that is copied, in pieces; a difference of zero is there already."""
+    numel = plan.merge.reference.tensors[name].numel if name in plan.copied else 0
     for start in range(0, numel, COPIED):
         yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from mergebench.checkpoint.write import ShardFiles
 from mergebench.engine import whole
 from mergebench.engine.brackets import Floats
 from mergebench.engine.context import Context, Span
+from mergebench.engine.method import Tasks
 from mergebench.engine.plan import Plan, Unit
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.statistics import OrderStatistics, Statistic
@@ -34,7 +36,7 @@ class Item(NamedTuple):
     tile: int
 
 
-def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor:
+def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor | Tasks:
     """Run the method with the answers known so far: the next question, or the merged chunk."""
     return whole.replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, answers)
 
@@ -54,12 +56,12 @@ class Worker:
     def __init__(self, plan: Plan, files: Files) -> None:
         self.plan, self.files = plan, files
         self.reader = ChunkReader(plan, files)
-        self._output: ShardFiles | None = None
+        self._outputs: list[ShardFiles] = []  # the shards; then each task's masks
         self._peak = 0
 
     def close(self) -> None:
-        if self._output is not None:
-            self._output.close()
+        for output in self._outputs:
+            output.close()
 
     def sample(self, items: Iterable[Item], units: Sequence[Unit], known: Known) -> list[tuple[int, int, Floats]]:
         """(place, unit, values) of an order statistic at the pieces of each item."""
@@ -87,27 +89,40 @@ class Worker:
 
     def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path) -> None:
         """Merge, or copy, and write into the shards in `directory`."""
-        if self._output is None:
-            self._output = ShardFiles(directory, self.plan.shards)
+        if not self._outputs:
+            columns = zip(*(shard.files for shard in self.plan.shards), strict=True)
+            self._outputs = [ShardFiles(directory, column) for column in columns]
+        output, *tasks = self._outputs
         for item in items:
             (span,) = item.spans
-            stored = self._copied(span) if item.unit < 0 else self._merged(item, units[item.unit], known[item.unit])
-            self._output.write(span.tensor, span.start, stored)
+            masks: Sequence[Tensor] = ()
+            if item.unit < 0:
+                stored = self._copied(span)
+            else:
+                stored, masks = self._merged(item, units[item.unit], known[item.unit])
+            output.write(span.tensor, span.start, stored)
+            for task, mask in zip(tasks, masks, strict=item.unit >= 0):
+                task.write(span.tensor, span.start // 8, mask)
 
-    def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> Tensor:
+    def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The merged chunk as it is stored; of tasks, the vector, and the masks as bits."""
         (span,) = item.spans
         values, base = self.reader.load(item.spans, apply=True)
         if not unit.passes:
             self._check_finite(item, values)
         merged = replay(self.plan, values, context_of(self.plan, unit, item.spans), answers)
-        assert isinstance(merged, Tensor), "the method asked more questions than it did on the toy chunk"
+        assert not isinstance(merged, Statistic), "the method asked more questions than it did on the toy chunk"
+        masks: Sequence[Tensor] = ()
+        if isinstance(merged, Tasks):
+            bits = np.packbits(merged.masks.cpu().numpy(), axis=1, bitorder="little")
+            merged, masks = merged.vector, torch.from_numpy(bits).unbind()
         method = self.plan.merge.method
         if merged.shape != base.shape or merged.dtype != torch.float32:
             raise RunError(
                 f"method '{method.name}' gave {merged.dtype} {list(merged.shape)} for a chunk "
                 f"of {len(base)} elements, float32 [{len(base)}] was expected"
             )
-        if self.plan.merge.from_base:
+        if self.plan.merge.onto_base:
             merged = merged + base
         stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
         if not math.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
@@ -115,7 +130,7 @@ class Worker:
             if error is None and torch.isnan(stored).any():
                 error = RunError(f"{span.tensor}: '{method.name}' makes nan of finite values", "exclude the tensor")
             raise error or _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
-        return stored.cpu()
+        return stored.cpu(), masks
 
     def _copied(self, span: Span) -> Tensor:
         """Elements of a tensor that is not merged, a float converted to the stored type."""

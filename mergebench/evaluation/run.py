@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from mergebench.evaluation.network import Network
     from mergebench.evaluation.task import LoadableModel
 
+    Measured = LoadableModel | Mapping[str, LoadableModel]
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure. Given as a function, it is opened when its turn comes."""
+    """A model to measure, or one for each task by its name. Given as a function, it is opened when its turn comes."""
 
     name: str
     role: Role
-    model: LoadableModel | Callable[[], LoadableModel]
+    model: Measured | Callable[[], Measured]
     directory: Path | None = None  # the model's own: a task whose head lies there has this for its fine-tune
 
 
@@ -62,24 +64,30 @@ def evaluate_models(
     start, date = time.perf_counter(), datetime.now(UTC)
     meter = _Meter(progress, len(candidates) * suite.items)
     records: list[Record] = []
+    by_task: list[str] = []  # candidates with a model for each task
     for candidate in candidates:
-        records += _records(candidate, suite, place, meter)
+        model = candidate.model() if callable(candidate.model) else candidate.model
+        by_task += [candidate.name] if isinstance(model, Mapping) else []
+        records += _records(candidate, model, suite, place, meter)
     made = {**_versions(), "suite": suite.to_dict(), "device": str(place), "date": date.isoformat(timespec="seconds")}
+    made |= {"by_task": by_task} if by_task else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
     return Results(made, with_relatives(records, _homes(candidates, suite)))
 
 
-def _records(candidate: Candidate, suite: Suite, device: torch.device, meter: _Meter) -> list[Record]:
-    """One model's records in the order of the suite; tasks of one network class share the model in memory."""
+def _records(candidate: Candidate, model: Measured, suite: Suite, device: torch.device, meter: _Meter) -> list[Record]:
+    """One candidate's records in the order of the suite; tasks of one network class share a model in memory."""
     from mergebench.evaluation.network import Network
 
-    model = candidate.model() if callable(candidate.model) else candidate.model
+    each = model if isinstance(model, Mapping) else {task.name: model for task in suite.tasks}
+    sharing: dict[tuple[str, int], list[Task]] = {}
+    for task in suite.tasks:
+        sharing.setdefault((task.kind.network, id(each[task.name])), []).append(task)
     found: dict[str, Record] = {}
-    for network_class in dict.fromkeys(task.kind.network for task in suite.tasks):
-        network = Network(model, network_class, device)
-        for task in suite.tasks:
-            if task.kind.network == network_class:
-                found[task.name] = _measure(candidate, task, network, meter)
+    for (network_class, _), tasks in sharing.items():
+        network = Network(each[tasks[0].name], network_class, device)
+        for task in tasks:
+            found[task.name] = _measure(candidate, task, network, meter)
         del network  # before the next one comes
     return [found[task.name] for task in suite.tasks]
 

@@ -91,6 +91,8 @@ def legend(results: Results, *, bold: bool = True) -> str:
     text = f"{names} ± standard error, {items} {splits} items a task"
     if any(value is not None for value in mean_relatives(results).values()):
         text += "; relative: mean share of what each task's own fine-tune reaches"
+    if results.made.get("by_task"):
+        text += f"; {', '.join(results.made['by_task'])}: each task on the model made for it"
     if bold and any(cell.best for row in _rows(results) for cell in row.cells):
         text += "; bold: the best merge"
     return text[:1].upper() + text[1:] + "."

@@ -10,7 +10,6 @@ from mergebench.engine.chunks import exp, log, row_total, rows_of
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, Weights, merge_method
 from mergebench.engine.statistics import order_statistics
-from mergebench.errors import RecipeError
 
 ORDER = "the first model is the one that is kept"
 
@@ -29,8 +28,6 @@ def arcee_fusion(weights: Weights, p: Params, ctx: Context) -> Passes:
     draws a million elements), the divergence is computed in float64: rows of a fine-tune are so alike that
     float32 loses it. Without a base the first model is one.
     """
-    if ctx.scope == "model":
-        raise RecipeError("scope: 'arcee_fusion' compares the rows of one tensor", "take out scope: model")
     rows = rows_of(weights, ctx.shape).double()
     softmax = exp(rows - rows.amax(dim=2, keepdim=True))
     softmax = softmax / row_total(softmax) + 1e-8

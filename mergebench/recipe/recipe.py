@@ -57,6 +57,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """LiNeS: what the layers of the merged task vector are multiplied with, first to last."""
+
+    alpha: float | None  # None: auto
+    beta: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A checked recipe; made by `load`. Equal recipes make equal merges, wherever they were written."""
 
@@ -73,6 +81,7 @@ class Recipe:
     out_dtype: str | None = None
     vocabulary: tokens.Vocabulary | None = None  # None: the models' tokens are the base's
     chat_template: str | None = None  # written out, or "auto"
+    lines: Scaling | None = None
     evaluate: Evaluation | None = None
     name: str | None = field(default=None, compare=False)  # what other documents of the file call its result
     path: Path | None = field(default=None, compare=False)
@@ -135,6 +144,7 @@ class Recipe:
             slices=tuple(Slice(tuple(replace(source, parameters={}) for source in one.sources)) for one in self.slices),
             parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,
+            lines=None,
             evaluate=None,
             notes=(),
         )
@@ -157,6 +167,8 @@ class Recipe:
             "out_dtype": self.out_dtype,
             "tokenizer": self.vocabulary and self.vocabulary.to_plain(),
             "chat_template": self.chat_template,
+            "lines": self.lines
+            and {"alpha": "auto" if self.lines.alpha is None else self.lines.alpha, "beta": self.lines.beta},
             "evaluate": measured
             and _given(
                 {"suite": measured.suite, "baselines": [baseline.to_plain() for baseline in measured.baselines]}
@@ -198,6 +210,10 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     base = found.get("base_model")
     if method.needs_base and base is None:
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
+    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template") if method.gives == "tasks" else ():
+        if found.get(key):
+            what = f"'{method.name}' writes differences to the base, which must be the one on disk"
+            raise places.error((key,), what, "make that base first, by a merge of its own")
     common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
     entries = []
     for i, entry in enumerate(found.get("models", ())):
@@ -236,6 +252,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         out_dtype=found.get("out_dtype"),
         vocabulary=tokens.vocabulary(found, places),
         chat_template=tokens.chat_template(found.get("chat_template"), places),
+        lines=_scaling(found.get("lines"), method, base, places),
         evaluate=_evaluation(found.get("evaluate"), places),
         name=found.get("name"),
         path=path,
@@ -247,6 +264,20 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         recipe.params([entry for entry in entries if entry.model is None or entry.model != base])
     _check_baselines(recipe)
     return recipe
+
+
+def _scaling(found: Mapping[str, Any] | None, method: Method, base: str | None, places: Places) -> Scaling | None:
+    """The lines: key, with a method that it makes sense with."""
+    if found is None:
+        return None
+    if method.takes != "task_vectors":
+        hint = "take a method on task vectors, such as task_arithmetic"
+        raise places.error(("lines",), f"'{method.name}' merges weights, there is no task vector to scale", hint)
+    if method.gives == "tasks":
+        raise places.error(("lines",), f"'{method.name}' gives a model for each task, no merged one", "leave it out")
+    if base is None:
+        raise places.error(("lines",), "without a base_model there is no task vector to scale", NEEDS_BASE)
+    return Scaling(None if found["alpha"] == "auto" else float(found["alpha"]), float(found["beta"]))
 
 
 def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation | None:

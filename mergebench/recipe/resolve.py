@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.checkpoint import Model, adopt, open_model
 from mergebench.checkpoint.reference import Location, locate
+from mergebench.engine.lines import Lines
 from mergebench.engine.merge import Merge
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.notes import about_gradients, about_the_base
@@ -27,6 +28,23 @@ def resolve(recipe: Recipe) -> Merge:
     zero), methods that take a fixed number of weights have it first, others count it where it stands.
     One that is not listed counts where the method says so, or takes a fixed number of weights.
     """
+    merge = _resolve(recipe)
+    method, cut = merge.method, merge.cut
+    if merge.scope == "model" != method.scope and cut != "element":
+        raise recipe.places.error(("scope",), f"'{method.name}' works on one {cut} at a time", "take out scope: model")
+    if method.gives == "tasks" and merge.reference.adapter is not None:
+        what = f"'{method.name}' writes differences to the base, which cannot be one with an adapter"
+        raise recipe.places.error(("base_model",), what, "make that base first, by a merge of its own")
+    if recipe.lines is None:
+        return merge
+    if recipe.lines.alpha is None and cut == "row":
+        what = f"auto needs sums over the model, '{method.name}' is cut into rows"
+        raise recipe.places.error(("lines", "alpha"), what, "give it a number")
+    lines = Lines(recipe.lines.alpha, recipe.lines.beta, depths(merge.reference.tensors))
+    return replace(merge, method=lines.around(method), lines=lines)
+
+
+def _resolve(recipe: Recipe) -> Merge:
     method = recipe.method
     opened = open_all(recipe)
     check_parts(recipe.parts, (opened[0] or opened[1][0][1]).tensors, recipe.places)
@@ -218,4 +236,4 @@ def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
 
 def _same(model: Model, base: Model) -> bool:
     places = [(one.directory or one.headers[0].file).resolve() for one in (model, base)]
-    return places[0] == places[1] and not model.low_rank and not model.is_task_vector
+    return places[0] == places[1] and not model.deltas and not model.is_task_vector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("tensor", "model")
 LIST_SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 LIST_MODELS = "list the models to merge as '- model: PATH'"
+LINES_FORM = "write lines: {alpha: auto, beta: 0.5}"
 SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
 
 
@@ -39,6 +41,10 @@ def _plain_name(value: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _reference(value: Any) -> str | None:
@@ -85,6 +91,7 @@ MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 GLOBS = _list("a list of globs", Kind("a glob", _text), "write it in brackets: ['*.bias']")
 VOCABULARY = Kind("base, union or a model", _text)
 SCOPE = Kind("tensor or model", lambda value: value in SCOPES)
+NUMBER = Kind("a number", _number)
 SEED = Kind("a whole number, at least 0", _whole)
 DTYPE = Kind(
     f"one of {', '.join(DTYPES)}",
@@ -109,6 +116,7 @@ RECIPE = {
     "tokenizer_source": VOCABULARY,
     "tokenizer": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write tokenizer: {source: union}"),
     "chat_template": Kind("auto, chatml or a chat template", _text),
+    "lines": Kind("a mapping", MAPPING.accepts, hint=lambda value: LINES_FORM),
     "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
 }
 RANGE = Kind(
@@ -126,12 +134,13 @@ EVALUATE = {
     "suite": Kind("a file or a mapping", lambda value: _text(value) or isinstance(value, dict)),
     "baselines": _list("a list of merge methods", BASELINE, "write it in brackets: [linear]"),
 }
+LINES = {"alpha": Kind("a number or auto", lambda value: value == "auto" or _number(value)), "beta": NUMBER}
 TOKENIZER = {
     "source": VOCABULARY,
     "tokens": Kind("a mapping of tokens", lambda value: isinstance(value, dict) and all(map(_text, value))),
     "pad_to_multiple_of": Kind("a whole number, at least 1", lambda value: _whole(value) and value > 0),
 }
-_OWN = (("evaluate",), ("tokenizer",))  # keys with nothing of the method's beneath them
+_OWN = (("evaluate",), ("tokenizer",), ("lines",))  # keys with nothing of the method's beneath them
 UNSUPPORTED = {
     "edits": "leave it out and merge alone",
 }
@@ -158,6 +167,10 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
             )
     if "tokenizer" in found:
         found["tokenizer"] = _keys(found["tokenizer"], TOKENIZER, ("tokenizer",), places)
+    if "lines" in found:
+        found["lines"] = _keys(found["lines"], LINES, ("lines",), places)
+        for key in LINES.keys() - found["lines"]:
+            raise places.error(("lines", key), "missing", LINES_FORM)
     if "evaluate" in found:
         found["evaluate"] = _keys(found["evaluate"], EVALUATE, ("evaluate",), places)
         if not found["evaluate"].get("suite"):

@@ -18,7 +18,7 @@ from typing import Any
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.header import Header, TensorInfo
-from mergebench.checkpoint.lora import LowRank
+from mergebench.checkpoint.model import Delta
 from mergebench.errors import ModelError, RecipeError
 from mergebench.recipe.places import Loc
 from mergebench.recipe.varying import layer_of
@@ -100,14 +100,14 @@ def put_together(
     """One model made of one source of each slice, `places[i]` of slice i."""
     sources = [one.sources[at] for one, at in zip(slices, places, strict=True)]
     tensors: dict[str, TensorInfo] = {}
-    low_rank: dict[str, LowRank] = {}
+    deltas: dict[str, Delta] = {}
     for name, piece in pieces.items():
         model, theirs = opened[sources[piece.slice].model], piece.names[places[piece.slice]]
         if theirs not in model.tensors:
             raise ModelError(f"{theirs}: {model.reference} does not have it, and a layer_range asks for it")
         tensors[name] = model.tensors[theirs]._replace(name=name)
-        if theirs in model.low_rank:
-            low_rank[name] = model.low_rank[theirs]
+        if theirs in model.deltas:
+            deltas[name] = model.deltas[theirs]
     models = [opened[name] for name in dict.fromkeys(source.model for source in sources)]
     headers: dict[Any, Header] = {header.file: header for model in models for header in model.headers}
     layers = [layer for source in sources for layer in range(source.start, source.stop)]
@@ -116,7 +116,7 @@ def put_together(
         reference="/".join(model.reference for model in models),
         headers=list(headers.values()),
         tensors=tensors,
-        low_rank=low_rank,
+        deltas=deltas,
         replaced={},
         sliced=True,
         config_changes={**(models[0].config_changes or {}), **_config_changes(models[0].config, layers)},

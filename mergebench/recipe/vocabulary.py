@@ -185,7 +185,7 @@ def _remap(models: Sequence[Model], tokens: Tokens) -> list[Model]:
             own = model.tensors.get(name)
             if own is None:
                 continue
-            if name in model.low_rank:
+            if name in model.deltas:
                 raise RecipeError(
                     f"tokenizer: {name}: '{model.reference}' has an adapter on it, which is not supported yet",
                     "merge the adapter into its model first, or leave tokenizer out",

@@ -223,7 +223,7 @@ def test_any_split_gives_the_same_bits(tmp_path_factory: pytest.TempPathFactory,
     cuts = data.draw(st.lists(st.integers(0, rows * columns), max_size=6))
     edges = [0, *sorted(cuts), rows * columns]
     with Files() as files:
-        reader = LowRankReader(files, model.low_rank["layer.weight"])
+        reader = LowRankReader(files, model.deltas["layer.weight"])
         pieces = []
         for start, stop in pairwise(edges):
             piece = torch.zeros(stop - start)

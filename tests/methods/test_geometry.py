@@ -265,11 +265,6 @@ def test_arcee_fusion(shape: tuple[int, int], step: float) -> None:
         assert 0 < (found.reshape(shape) == other).float().mean() < 0.5
 
 
-def test_arcee_fusion_is_about_rows_of_one_tensor() -> None:
-    with pytest.raises(RecipeError, match="'arcee_fusion' compares the rows of one tensor"):
-        whole("arcee_fusion", noise(2, 10), "model")
-
-
 def test_passthrough() -> None:
     row = noise(1, 50)
 

@@ -97,7 +97,18 @@ def test_a_base_that_is_missing(method: str) -> None:
         load(recipe(method, "a b", **given))
 
 
-def test_a_scope_that_cannot_be() -> None:
-    with pytest.raises(RecipeError, match="scope: 'arcee_fusion' compares the rows of one tensor") as caught:
-        plan_merge(resolve(load({**recipe("arcee_fusion", "a", "base"), "scope": "model"})))
+@pytest.mark.parametrize(
+    ("method", "given", "piece"),
+    [
+        ("arcee_fusion", {}, "row"),
+        ("della", {"density": 0.5}, "row"),
+        ("della_linear", {"density": 0.5}, "row"),
+        ("model_stock", {"filter_wise": True}, "row"),
+        ("knots", {}, "tensor"),
+    ],
+)
+def test_a_scope_that_cannot_be(method: str, given: dict[str, Any], piece: str) -> None:
+    data = {**recipe(method, "a" if method == "arcee_fusion" else "a b", "base", **given), "scope": "model"}
+    with pytest.raises(RecipeError, match=f"scope: '{method}' works on one {piece} at a time") as caught:
+        resolve(load(data))
     assert caught.value.hint == "take out scope: model"

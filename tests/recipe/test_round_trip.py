@@ -42,6 +42,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     suite = st.dictionaries(st.text(), st.lists(st.text() | st.booleans() | st.integers(-9, 9)), min_size=1)
     measured = {"baselines": st.lists(st.sampled_from(["linear", "ties", "pcb"]), unique=True)}
     evaluate = st.fixed_dictionaries({"suite": words | suite}, optional=measured)
+    number = st.floats(-9, 9)
+    lines = st.fixed_dictionaries({"alpha": st.just("auto") | number, "beta": number})
     return draw(
         st.fixed_dictionaries(
             {
@@ -58,6 +60,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
                 "dtype": dtypes,
                 "out_dtype": dtypes,
                 "evaluate": evaluate,
+                **({"lines": lines} if method.takes == "task_vectors" else {}),
             },
         )
     )

@@ -27,7 +27,7 @@ models:
 REFERENCE = "write it as PATH, org/name@revision or MODEL+ADAPTER"
 MODULES = "write it as modules: {NAME: {models: [...]}}"
 KEYS = (
-    "base_model, chat_template, dtype, evaluate, exclude, include, merge_method, models, name, out_dtype, parameters, "
+    "base_model, chat_template, dtype, evaluate, exclude, include, lines, merge_method, models, name, out_dtype, parameters, "
     "scope, seed, slices, tokenizer, tokenizer_source"
 )
 OWN = "; the method's own go under parameters"

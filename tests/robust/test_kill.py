@@ -19,7 +19,12 @@ import torch
 from models import INDEX, SINGLE, fine_tuned, hashes, read_model, write_model, write_recipe
 from processes import Server, check_at_work
 
-METHODS = {"pcb": {}, "ties": {"parameters": {"density": 0.3}}}
+METHODS = {
+    "pcb": {},
+    "emr": {},
+    "consensus_ta": {"lines": {"alpha": "auto", "beta": 0.5}},
+    "ties": {"parameters": {"density": 0.3}},
+}
 OPTIONS = ("--workers", "1", "-q")
 TIMES = ("seconds", "stages", "peak_memory")  # of mergebench.json: what no two runs share
 
@@ -65,9 +70,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def clean(folder: Path, out: str) -> None:
     assert not leftovers(folder)
-    for path in (folder / out).iterdir():
-        path.unlink()
-    (folder / out).rmdir()
+    shutil.rmtree(folder / out)
 
 
 def command(method: str, out: str) -> list[str]:
