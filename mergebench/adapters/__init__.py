@@ -1,5 +1,5 @@
 """LoRA adapters as what they are: low-rank differences, merged without the model they belong to."""
 
-from mergebench.adapters.merge import Merged, merge_adapters
+from mergebench.adapters.merge import merge_adapters
 
-__all__ = ["Merged", "merge_adapters"]
+__all__ = ["merge_adapters"]

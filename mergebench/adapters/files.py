@@ -10,37 +10,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.adapter import CONFIG, WEIGHTS, Adapter
-from mergebench.checkpoint.write import write_error
+from mergebench.adapters.lowrank import Product
+from mergebench.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, write_error
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHARED = ("task_type", "auto_mapping", "revision")
 
 
-def config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+def key(module: str, factor: str) -> str:
+    return f"{PREFIX}{module}.lora_{factor}.weight"
+
+
+def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> Shard:
+    """The file of factors, float32: A [rank, in] and B [out, rank] of every module."""
+    tensors = []
+    for module, (rows, columns) in shapes.items():
+        rank = ranks[module]
+        tensors.append(OutTensor(key(module, "A"), "F32", (rank, columns), 4 * rank * columns))
+        tensors.append(OutTensor(key(module, "B"), "F32", (rows, rank), 4 * rank * rows))
+    return Shard(WEIGHTS, tuple(tensors))
+
+
+def put(written: ShardFiles, module: str, product: Product) -> None:
+    written.write(key(module, "A"), 0, product.a.contiguous().reshape(-1))
+    written.write(key(module, "B"), 0, product.b.contiguous().reshape(-1))
+
+
+def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:
     """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r)."""
-    first = adapters[0].config
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = _pattern(ranks, rank)
-    shared = {
-        key: first.get(key) for key in _SHARED if all(adapter.config.get(key) == first.get(key) for adapter in adapters)
-    }
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": first.get("base_model_name_or_path"),
-        **shared,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        **_selection(adapters, ranks),
-        "fan_in_fan_out": adapters[0].transposed,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": transposed,
         "bias": "none",
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
+    } | more
+
+
+def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The same for a merged adapter: what its inputs say in one voice is kept."""
+    first = adapters[0].config
+    shared = {
+        key: first.get(key) for key in _SHARED if all(adapter.config.get(key) == first.get(key) for adapter in adapters)
     }
+    shared["base_model_name_or_path"] = first.get("base_model_name_or_path")
+    return config(ranks, adapters[0].transposed, **shared, **_selection(adapters))
 
 
 def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
@@ -53,7 +77,7 @@ def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
     }
 
 
-def _selection(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What the inputs target where they all say the same; else every module by its full name."""
 
     def said(adapter: Adapter) -> list[Any]:
@@ -64,7 +88,7 @@ def _selection(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[st
     alike = all(said(a) == said(first) and a.modules.keys() == first.modules.keys() for a in adapters)
     if alike and first.config.get("target_modules"):
         return {key: first.config[key] for key in _SELECTION if first.config.get(key) is not None}
-    return {"target_modules": sorted(ranks)}
+    return {}
 
 
 def copy(adapter: Adapter, directory: Path) -> None:

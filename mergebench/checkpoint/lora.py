@@ -52,7 +52,7 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     adapter = read_adapter(directory)
     deltas: dict[str, LowRank] = {}
     for module, factors in adapter.modules.items():
-        name = _base_name(directory, f"{module}.weight", base)
+        name = base_name(directory, f"{module}.weight", base)
         if name in deltas:
             raise ModelError(f"{directory}: {module}: a second pair of factors for '{name}'")
         shape = factors.shape[::-1] if adapter.transposed else factors.shape
@@ -60,12 +60,12 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
         dora = base[name] if factors.magnitude is not None else None
         deltas[name] = LowRank(factors.a, factors.b, factors.scale, adapter.transposed, factors.magnitude, dora)
         if factors.bias is not None:
-            bias = _base_name(directory, f"{module}.bias", base)
+            bias = base_name(directory, f"{module}.bias", base)
             _check(adapter, module, factors.bias.shape, base[bias])
             deltas[bias] = LowRank(None, factors.bias, factors.scale)
     whole: dict[str, TensorInfo] = {}
     for stored, tensor in adapter.whole.items():
-        name = _base_name(directory, stored, base)
+        name = base_name(directory, stored, base)
         if name in whole or name in deltas:
             raise ModelError(f"{directory}: {tensor.name}: '{name}' is changed twice")
         _check(adapter, stored, tensor.shape, base[name])
@@ -77,7 +77,7 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     return Changes(deltas, whole, adapter.header)
 
 
-def _base_name(directory: Path, name: str, base: Mapping[str, TensorInfo]) -> str:
+def base_name(directory: Path, name: str, base: Mapping[str, TensorInfo]) -> str:
     """The base tensor that goes by `name`.
 
     The adapter may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`).
@@ -100,4 +100,4 @@ def _check(adapter: Adapter, what: str, shape: tuple[int, ...], target: TensorIn
         raise ModelError(f"{adapter.directory}: {what}: base has it as {target.dtype}: only floats can be adapted")
 
 
-__all__ = ["LowRank", "is_adapter", "read_lora"]
+__all__ = ["LowRank", "base_name", "is_adapter", "read_lora"]

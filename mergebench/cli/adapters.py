@@ -19,13 +19,21 @@ app = typer.Typer(help="Work on LoRA directories without their base.", no_args_i
 def merge(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="LoRA directories, as PEFT saves them.")],
     out: Annotated[Path, typer.Option(help="Output directory.")],
-    method: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties or pcb.")] = "linear",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear, cat, svd, ties, dare_linear, dare_ties, pcb, magnitude_prune, knots, tsv_m, iso_c or iso_cts."
+        ),
+    ] = "linear",
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="One each. Default: 1/n for linear, cat and svd, else 1.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Share of elements kept. Default: the method's.")] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the result. Default: the sum of the ranks; svd: the largest.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model the adapters belong to; needed where one is DoRA.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
@@ -43,6 +51,7 @@ def merge(
         weights=None if weights is None else _numbers(weights),
         density=density,
         rank=rank,
+        base=base,
         seed=seed,
         overwrite=overwrite,
     )
