@@ -58,7 +58,7 @@ def keep_energy(matrix: Tensor, share: float, seed: int = 0) -> Product:
 
 
 def squared_norm(matrix: Tensor) -> float:
-    return sum(float(rows.double().square().sum()) for rows in matrix.split(256))
+    return sum((float(matrix[row : row + 256].double().square().sum()) for row in range(0, len(matrix), 256)), 0.0)
 
 
 def _needs_all(matrix: Tensor, rank: int) -> bool:
