@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,9 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
             tensors[tensor.name] = tensor
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
+    config = Model(reference, directory, headers, tensors).config  # a damaged one shows here, not when all is done
+    if any(info.dtype in FP8 for info in tensors.values()):
+        tensors = find_scales(reference, tensors, config)
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, TensorInfo] = {}
     if place.adapter is not None:
@@ -112,9 +115,6 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         replaced = {name: tensors[name] for name in whole}
         tensors |= whole
     model = Model(reference, directory, headers, tensors, low_rank, place.adapter, task_vector, replaced=replaced)
-    config = model.config  # a damaged one shows here, not when the work is done
-    if any(info.dtype in FP8 for info in tensors.values()):
-        model = replace(model, tensors=find_scales(reference, tensors, config))
     _check_tied(model)
     return model
 
