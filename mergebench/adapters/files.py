@@ -113,29 +113,40 @@ def inputs(adapter: Adapter) -> list[dict[str, Any]]:
 def card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of a merged adapter."""
     adapters, method = provenance["adapters"], provenance["method"]
-    ranks = sorted({module["rank"] for module in provenance["modules"].values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    how = "".join(f", {key} {method[key]:g}" for key in ("density",) if method[key] is not None)
+    how = "" if method["density"] is None else f", density {method['density']:g}"
     if provenance["copied"]:
         made = "A copy of one LoRA adapter."
     else:
         count = f"{len(adapters)} LoRA adapter{'s' * (len(adapters) > 1)}"
         made = (
             f"{count} merged with `{method['name']}`{how} in delta space by mergebench {provenance['mergebench']}: "
-            f"{len(provenance['modules'])} modules, {rank}, {provenance['energy_kept']:.2%} of the energy kept."
+            f"{kept_text(provenance)}."
         )
-    lines = [
-        "---",
-        "library_name: peft",
-        "tags:",
-        "- lora",
-        "- merge",
-        "- mergebench",
-        "---",
-        f"# {out.name}",
-        "",
-        made,
-    ]
-    lines += ["", *(f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base)]
-    lines += [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
-    return "\n".join([*lines, "", "Input files, and the energy kept in each module: `mergebench.json`.", ""])
+    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge")
+
+
+def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter taken out of a fine-tune."""
+    made = (
+        f"What a fine-tune adds to the linear layers of its base, extracted by mergebench {provenance['mergebench']}: "
+        f"{kept_text(provenance)}. Embeddings, heads, norms and biases, left out, hold {provenance['left_out']:.2%} "
+        "of all that it changed."
+    )
+    return _card(out, made, [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"], "extract")
+
+
+def kept_text(provenance: Mapping[str, Any]) -> str:
+    """`6 modules, rank 4, 99.81% of the energy kept`."""
+    modules = provenance["modules"]
+    ranks = sorted({module["rank"] for module in modules.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    kept = f"{provenance['energy_kept']:.2%} of the energy kept"
+    return f"{len(modules)} module{'s' * (len(modules) > 1)}, {rank}, {kept}"
+
+
+def _card(out: Path, made: str, lines: Sequence[str], tag: str) -> str:
+    head = ["---", "library_name: peft", "tags:", "- lora", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
+    end = "Input files, and the energy kept in each module: `mergebench.json`."
+    return "\n".join([*head, "", made, "", *lines, "", end, ""])
