@@ -49,9 +49,9 @@ def extract_adapter(
     """Write what `model` adds to the linear layers of `base` as the LoRA directory `out`, at scale 1.
 
     rank: of every module (default 16), at most the matrix's. energy: instead, the smallest rank of each module
-    that keeps this share of its squared norm. seed: of the search for a large matrix's first directions, which
-    changes rounding alone. resume: go on with what an interrupted run left. progress: called with the elements
-    done and those of all. Embeddings, heads, norms and biases are left out; the provenance says what they hold.
+    that keeps this share of its squared norm. seed: of the search for a large matrix's first directions.
+    resume: go on with what an interrupted run left. progress: called with the elements done and those of all.
+    Embeddings, heads, norms and biases are left out; the provenance says what share of the change they hold.
 
     Raises `RecipeError` where the settings are not valid, `ModelError` where the models do not fit together or
     have the same linear layers, `RunError` where the work fails.

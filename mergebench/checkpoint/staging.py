@@ -115,7 +115,8 @@ class Staging:
 
     def _clear(self) -> None:
         try:
-            for path in self.directory.iterdir():
+            # what says that it is ours goes last: this may be killed too
+            for path in sorted(self.directory.iterdir(), key=lambda path: path.name == PROVENANCE):
                 if path.name != _JOURNAL and path.name not in self.journal["shards"]:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except OSError as error:

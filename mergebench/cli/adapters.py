@@ -73,7 +73,7 @@ def extract(
     energy: Annotated[
         float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search; changes rounding alone.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the search in large matrices.")] = 0,
     resume: opt.Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     json_: opt.Json = False,
