@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergebench import methods
+from mergebench.adapters.names import prefix
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
@@ -50,19 +51,17 @@ class Differences:
     @cached_property
     def linear(self) -> dict[str, str]:
         """The linear layers' weights, and their modules' names."""
-        return {
-            name: name.removesuffix(".weight")
-            for name, shape in self.shapes.items()
-            if name.endswith(".weight") and is_matrix(name, shape)
-        }
+        found = {name: name.removesuffix(".weight") for name, shape in self.shapes.items() if is_linear(name, shape)}
+        before = prefix(self.base, found.values())
+        return {name: before + module for name, module in found.items()}
 
     @cached_property
     def transposed(self) -> bool:
         """Whether they are stored [in, out], as GPT-2's are: a bias has as many elements as there are out."""
         found = set()
-        for name, module in self.linear.items():
+        for name in self.linear:
             rows, columns = self.shapes[name]
-            bias = self.base.tensors.get(f"{module}.bias")
+            bias = self.base.tensors.get(f"{name.removesuffix('.weight')}.bias")
             if bias is not None and rows != columns and bias.shape in ((rows,), (columns,)):
                 found.add(bias.shape == (columns,))
         if len(found) > 1:
@@ -89,6 +88,11 @@ class Differences:
             if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
                 raise RunError(f"{name}: the models or their difference hold NaN or infinity")
             yield values[0]
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer that is no head."""
+    return name.endswith(".weight") and is_matrix(name, shape)
 
 
 def _other_rows(name: str, base: Model, tuned: Model) -> bool:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import fine_tuned, hashes, names, write_model
+from models import fine_tuned, hashes, names, read_model, write_model
 from peft import PeftModel
 from processes import Server
 from safetensors.torch import load_file
 from torch import Tensor
 
-import mergebench
+import mergebench.checkpoint
 from mergebench import extract_adapter
 from mergebench.adapters import lowrank
 from mergebench.adapters.lowrank import SMALL, keep_energy
@@ -141,6 +141,28 @@ def test_a_fine_tune_that_is_a_lora(tmp_path: Path) -> None:
             assert (name in deltas) == hasattr(module, "lora_A")
             if name in deltas:
                 assert_close(module.get_delta_weight("default").detach(), deltas[name], 1e-5)
+
+
+def test_names_without_the_prefix_of_the_class(tmp_path: Path) -> None:
+    """Files as the GPT-2 on the hub has them: PEFT finds every module by the class's names."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(GPT2)
+    model.save_pretrained(tmp_path / "base")
+    tensors = read_model(tmp_path / "base")
+    short = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    base = write_model(tmp_path / "base", short, config=config, metadata={"format": "pt"})
+    tuned = write_model(tmp_path / "tuned", fine_tuned(short, 1), config=config, metadata={"format": "pt"})
+
+    made = extract_adapter(str(base), str(tuned), tmp_path / "out", energy=1).provenance
+
+    assert "transformer.h.0.attn.c_attn" in made["modules"]
+    found = loaded(tmp_path, tmp_path / "out").merge_and_unload().state_dict()
+    expected = load(tuned).state_dict()
+    for module in made["modules"]:
+        torch.testing.assert_close(found[f"{module}.weight"], expected[f"{module}.weight"], rtol=1e-5, atol=1e-6)
+    folded = mergebench.checkpoint.open_model(f"{base}+{tmp_path / 'out'}").state_dict()  # and so do we
+    torch.testing.assert_close(folded["h.0.attn.c_attn.weight"], expected["transformer.h.0.attn.c_attn.weight"])
 
 
 # -- large matrices ----------------------------------------------------------------------------------
@@ -276,8 +298,8 @@ def test_tied_heads_count_once(tmp_path: Path) -> None:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extract") / "work"
     base = {f"layers.{i}.weight": torch.randn(12, 16) for i in range(4)} | {"norm.weight": torch.randn(7)}
-    write_model(folder / "base", base)
-    write_model(folder / "tuned", fine_tuned(base, 1), shards=2)
+    write_model(folder / "base", base, config=None)
+    write_model(folder / "tuned", fine_tuned(base, 1), shards=2, config=None)
     return folder
 
 
