@@ -179,7 +179,7 @@ def _check_difference(adapter: Adapter, method: str, with_base: bool) -> None:
     if first.magnitude and not with_base:
         raise ModelError(
             f"{adapter.directory}: DoRA is no low-rank difference: it depends on the base's weights",
-            "name them with --base, or merge full models: a recipe with models BASE+ADAPTER",
+            "give --base BASE, or merge full models: a recipe with models BASE+ADAPTER",
         )
     if first.magnitude and method == "cat":
         raise RecipeError(f"--method: DoRA ({adapter.directory}) has no factors to put side by side", "linear or svd")

@@ -23,7 +23,7 @@ import mergebench.checkpoint
 from mergebench import extract_adapter
 from mergebench.adapters import lowrank
 from mergebench.adapters.lowrank import SMALL, keep_energy
-from tests.adapters.test_combine import GPT2, assert_close
+from tests.adapters.test_combine import DORA, GPT2, assert_close, folded, product
 from tests.adapters.test_merge import BERT, LLAMA, PROJECTIONS, best, save
 from tests.conftest import Cli
 
@@ -141,6 +141,29 @@ def test_a_fine_tune_that_is_a_lora(tmp_path: Path) -> None:
             assert (name in deltas) == hasattr(module, "lora_A")
             if name in deltas:
                 assert_close(module.get_delta_weight("default").detach(), deltas[name], 1e-5)
+
+
+def test_dora_becomes_a_lora(tmp_path: Path) -> None:
+    adapter = save(tmp_path, "dora", DORA)
+    base = str(tmp_path / "base")
+    made = extract_adapter(base, f"{base}+{adapter}", tmp_path / "out", energy=1).provenance
+    expected = folded(tmp_path, "dora")
+    assert made["modules"].keys() == expected.keys()
+    for module, delta in expected.items():
+        assert_close(product(tmp_path / "out", module), delta, 1e-5)
+
+
+def test_fp8(tmp_path: Path) -> None:
+    """Differences of the values that the stored ones stand for."""
+    values = []
+    for name, scale in (("base", 0.5), ("tuned", 0.75)):
+        stored = torch.randn(20, 30).to(torch.float8_e4m3fn)
+        tensors = {"layer.weight": stored, "layer.weight_scale_inv": torch.full((1, 1), scale)}
+        config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+        write_model(tmp_path / name, tensors, config=config)
+        values.append(stored.float() * scale)
+    extract_adapter(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=20)
+    assert_close(product(tmp_path / "out", "layer"), values[1] - values[0], 1e-5)
 
 
 def test_names_without_the_prefix_of_the_class(tmp_path: Path) -> None:
