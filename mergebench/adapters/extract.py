@@ -63,7 +63,7 @@ def extract_adapter(
     if rank is not None and rank < 1:
         raise RecipeError(f"--rank: must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}")
+        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
     wanted: dict[str, Any] = {"rank": rank or (None if energy else RANK), "energy": energy, "seed": seed}
     found = Differences(base, model)
     made_of = [inputs(found.plan, hash_inputs=False), wanted, __version__]

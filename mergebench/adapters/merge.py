@@ -173,7 +173,7 @@ def _check_difference(adapter: Adapter, method: str, with_base: bool) -> None:
     if first.bias or adapter.whole:
         what = "a bias of lora_B" if first.bias else f"'{next(iter(adapter.whole))}' saved whole"
         raise ModelError(
-            f"{adapter.directory}: {what} is no low-rank difference: it does not merge without the base",
+            f"{adapter.directory}: {what} is no low-rank difference: it does not merge as an adapter",
             "merge full models: a recipe with models BASE+ADAPTER",
         )
     if first.magnitude and not with_base:
