@@ -24,6 +24,8 @@ _PUBLIC = {
     "run": "mergebench.api",
     "evaluate": "mergebench.api",
     "task_vector": "mergebench.api",
+    "merge_adapters": "mergebench.adapters",
+    "extract_adapter": "mergebench.adapters",
     "report": "mergebench.evaluation",
     "merge_method": "mergebench.engine.method",
     "param": "mergebench.engine.method",
@@ -41,6 +43,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from mergebench.adapters import extract_adapter, merge_adapters
     from mergebench.api import evaluate, plan, run, task_vector
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
@@ -60,9 +63,11 @@ __all__ = [
     "Weights",
     "__version__",
     "evaluate",
+    "extract_adapter",
     "gram",
     "load",
     "load_stages",
+    "merge_adapters",
     "merge_method",
     "norms",
     "order_statistics",

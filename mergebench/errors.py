@@ -28,6 +28,10 @@ class RunError(MergebenchError):
     """The work failed: a damaged file, a non-finite value, a full disk."""
 
 
+class DiskFull(RunError):
+    """There is no room left for what is written."""
+
+
 class RecipeError(MergebenchError):
     """The recipe or the command is not valid."""
 

@@ -158,6 +158,7 @@ def serve() -> None:
     import transformers  # noqa: F401
     import typer._adapters  # noqa: F401
 
+    import mergebench.adapters
     import mergebench.api
     import mergebench.methods.pcb
     import mergebench.methods.ties  # noqa: F401

@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench import Context, Passes, PerModel, TaskVectors, Weights, gram, merge_method, methods, param, total
+from mergebench.adapters import combine, files
+from mergebench.adapters.lowrank import Product
 from mergebench.doctor import CHECKS, Finding, diagnose, examine
+from mergebench.doctor_adapters import examine_adapters
 from mergebench.engine.method import Identity, Method
 from mergebench.errors import RecipeError, RunError
 from mergebench.testing import Bench
@@ -397,3 +400,59 @@ def test_progress_is_told() -> None:
 
     assert report.ok
     assert told == [("passthrough", check, number, 7) for number, check in enumerate(CHECKS)]
+
+
+# -- adapters -------------------------------------------------------------------------------------------
+
+
+def adapter_marks() -> dict[str, tuple[str, ...]]:
+    return {report.method: tuple(finding.mark for finding in report.findings) for report in examine_adapters()}
+
+
+def test_merged_adapters_keep_their_identities() -> None:
+    kinds = dict.fromkeys(("LoRA", "rsLoRA", "DoRA", "lora_bias", "rank_pattern"), ("ok", "ok", "ok"))
+    assert adapter_marks() == kinds | {"lora_bias": ("ok", "-", "-")}
+
+
+def test_adapters_that_are_merged_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that is a hundredth too large; methods to which the first adapter counts for more."""
+    add, run = combine._sum, combine._run
+
+    def larger(*args: Any) -> Product:
+        product = add(*args)
+        return product._replace(b=product.b * 1.01)
+
+    def first_counts(job: Any, module: str, rows: Tensor) -> Tensor:
+        return run(job, module, torch.cat([rows[:1] * 1.01, rows[1:]]))
+
+    monkeypatch.setattr(combine, "_sum", larger)
+    assert adapter_marks()["LoRA"] == ("ok", "off by 1.0e-02", "ok")
+    monkeypatch.undo()
+    monkeypatch.setattr(combine, "_run", first_counts)
+    assert {kind: marks[2][:7] for kind, marks in adapter_marks().items() if marks[2] != "-"} == dict.fromkeys(
+        ("LoRA", "rsLoRA", "DoRA", "rank_pattern"), "off by "
+    )
+
+
+def test_an_adapter_that_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = files.copy
+
+    def copied(adapter: Any, directory: Path) -> None:
+        original(adapter, directory)
+        (directory / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2))
+
+    monkeypatch.setattr(files, "copy", copied)
+
+    assert {marks[0] for marks in adapter_marks().values()} == {"other bytes"}
+
+
+def test_adapters_in_the_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "names", lambda: ["linear"])
+    code, out, err = cli("doctor")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[3] == ["adapter", "one", "adapter", "sum", "order"] and rows[4] == ["LoRA", "ok", "ok", "ok"]
+    found = json.loads(cli("doctor", "--json").out)
+    assert found["ok"] and [one["adapter"] for one in found["adapters"]][:2] == ["LoRA", "rsLoRA"]
+    assert found["adapters"][3]["checks"][1]["why"].startswith("a bias of lora_B is no difference")
+    assert "adapters" not in json.loads(cli("doctor", "linear", "--json").out)

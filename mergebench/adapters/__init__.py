@@ -1,5 +1,6 @@
-"""LoRA adapters as what they are: low-rank differences, merged without the model they belong to."""
+"""LoRA adapters as what they are: low-rank differences, merged in delta space, or taken out of a fine-tune."""
 
-from mergebench.adapters.merge import Merged, merge_adapters
+from mergebench.adapters.extract import extract_adapter
+from mergebench.adapters.merge import merge_adapters
 
-__all__ = ["Merged", "merge_adapters"]
+__all__ = ["extract_adapter", "merge_adapters"]

@@ -10,37 +10,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.adapter import CONFIG, WEIGHTS, Adapter
-from mergebench.checkpoint.write import write_error
+from mergebench.adapters.lowrank import Product
+from mergebench.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, write_error
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHARED = ("task_type", "auto_mapping", "revision")
 
 
-def config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+def key(module: str, factor: str) -> str:
+    return f"{PREFIX}{module}.lora_{factor}.weight"
+
+
+def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> Shard:
+    """The file of factors, float32: A [rank, in] and B [out, rank] of every module."""
+    tensors = []
+    for module, (rows, columns) in shapes.items():
+        rank = ranks[module]
+        tensors.append(OutTensor(key(module, "A"), "F32", (rank, columns), 4 * rank * columns))
+        tensors.append(OutTensor(key(module, "B"), "F32", (rows, rank), 4 * rank * rows))
+    return Shard(WEIGHTS, tuple(tensors))
+
+
+def put(written: ShardFiles, module: str, product: Product) -> None:
+    written.write(key(module, "A"), 0, product.a.contiguous().reshape(-1))
+    written.write(key(module, "B"), 0, product.b.contiguous().reshape(-1))
+
+
+def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:
     """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r)."""
-    first = adapters[0].config
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = _pattern(ranks, rank)
-    shared = {
-        key: first.get(key) for key in _SHARED if all(adapter.config.get(key) == first.get(key) for adapter in adapters)
-    }
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": first.get("base_model_name_or_path"),
-        **shared,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        **_selection(adapters, ranks),
-        "fan_in_fan_out": adapters[0].transposed,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": transposed,
         "bias": "none",
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
+    } | more
+
+
+def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The same for a merged adapter: what its inputs say in one voice is kept."""
+    first = adapters[0].config
+    shared = {
+        key: first.get(key) for key in _SHARED if all(adapter.config.get(key) == first.get(key) for adapter in adapters)
     }
+    shared["base_model_name_or_path"] = first.get("base_model_name_or_path")
+    return config(ranks, adapters[0].transposed, **shared, **_selection(adapters))
 
 
 def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
@@ -53,7 +77,7 @@ def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
     }
 
 
-def _selection(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What the inputs target where they all say the same; else every module by its full name."""
 
     def said(adapter: Adapter) -> list[Any]:
@@ -64,7 +88,7 @@ def _selection(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[st
     alike = all(said(a) == said(first) and a.modules.keys() == first.modules.keys() for a in adapters)
     if alike and first.config.get("target_modules"):
         return {key: first.config[key] for key in _SELECTION if first.config.get(key) is not None}
-    return {"target_modules": sorted(ranks)}
+    return {}
 
 
 def copy(adapter: Adapter, directory: Path) -> None:
@@ -89,29 +113,40 @@ def inputs(adapter: Adapter) -> list[dict[str, Any]]:
 def card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of a merged adapter."""
     adapters, method = provenance["adapters"], provenance["method"]
-    ranks = sorted({module["rank"] for module in provenance["modules"].values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    how = "".join(f", {key} {method[key]:g}" for key in ("density",) if method[key] is not None)
+    how = "" if method["density"] is None else f", density {method['density']:g}"
     if provenance["copied"]:
         made = "A copy of one LoRA adapter."
     else:
         count = f"{len(adapters)} LoRA adapter{'s' * (len(adapters) > 1)}"
         made = (
             f"{count} merged with `{method['name']}`{how} in delta space by mergebench {provenance['mergebench']}: "
-            f"{len(provenance['modules'])} modules, {rank}, {provenance['energy_kept']:.2%} of the energy kept."
+            f"{kept_text(provenance)}."
         )
-    lines = [
-        "---",
-        "library_name: peft",
-        "tags:",
-        "- lora",
-        "- merge",
-        "- mergebench",
-        "---",
-        f"# {out.name}",
-        "",
-        made,
-    ]
-    lines += ["", *(f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base)]
-    lines += [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
-    return "\n".join([*lines, "", "Input files, and the energy kept in each module: `mergebench.json`.", ""])
+    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge")
+
+
+def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter taken out of a fine-tune."""
+    made = (
+        f"What a fine-tune adds to the linear layers of its base, extracted by mergebench {provenance['mergebench']}: "
+        f"{kept_text(provenance)}. Embeddings, heads, norms and biases, left out, hold {provenance['left_out']:.2%} "
+        "of all that it changed."
+    )
+    return _card(out, made, [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"], "extract")
+
+
+def kept_text(provenance: Mapping[str, Any]) -> str:
+    """`6 modules, rank 4, 99.81% of the energy kept`."""
+    modules = provenance["modules"]
+    ranks = sorted({module["rank"] for module in modules.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    kept = f"{provenance['energy_kept']:.2%} of the energy kept"
+    return f"{len(modules)} module{'s' * (len(modules) > 1)}, {rank}, {kept}"
+
+
+def _card(out: Path, made: str, lines: Sequence[str], tag: str) -> str:
+    head = ["---", "library_name: peft", "tags:", "- lora", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
+    end = "Input files, and the energy kept in each module: `mergebench.json`."
+    return "\n".join([*head, "", made, "", *lines, "", end, ""])

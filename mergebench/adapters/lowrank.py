@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SMALL = 512  # up to this many rows or columns, a full decomposition is quick
+FIRST = 32  # directions looked for first where the rank is not given
 EXTRA = 10  # directions searched beside those wanted
 ROUNDS, CHANGE = 60, 1e-7  # the search ends when a round finds so little more energy
 
@@ -29,17 +30,49 @@ def compress(b: Tensor, a: Tensor, rank: int) -> Product:
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return _product(q_b @ u, s, v @ q_a.T, rank, float(s.square().sum()))
+    return _product((q_b @ u) * s, s, v @ q_a.T, rank, float(s.square().sum()))
 
 
-def truncate(matrix: Tensor, rank: int) -> Product:
-    """The best product of `rank` for a matrix; of a large one, found by subspace iteration (arXiv:0909.4061)."""
-    total = float(matrix.double().square().sum())
+def truncate(matrix: Tensor, rank: int, seed: int = 0) -> Product:
+    """The best product of `rank` for a matrix."""
+    found = _decompose(matrix) if _needs_all(matrix, rank) else _search(matrix, rank, seed)
+    return _product(*found, rank, squared_norm(matrix))
+
+
+def keep_energy(matrix: Tensor, share: float, seed: int = 0) -> Product:
+    """The product of the smallest rank that keeps `share` of a matrix's squared norm.
+
+    More and more directions are looked for; where most would be needed, all are found at once.
+    """
+    total, rank = squared_norm(matrix), FIRST
+    while True:
+        everything = _needs_all(matrix, rank)
+        us, s, v = _decompose(matrix) if everything else _search(matrix, rank, seed)
+        energy = s[: len(s) if everything else rank].double().square()
+        enough = torch.nonzero(energy.cumsum(0) >= share * total)
+        if len(enough) or everything:
+            return _product(us, s, v, int(enough[0]) + 1 if len(enough) else len(s), total)
+        # those still to be found are no larger than the last
+        missing = (share * total - float(energy.sum())) / max(float(energy[-1]), 1e-9 * total)
+        rank = max(2 * rank, rank + int(missing))
+
+
+def squared_norm(matrix: Tensor) -> float:
+    return sum((float(matrix[row : row + 256].double().square().sum()) for row in range(0, len(matrix), 256)), 0.0)
+
+
+def _needs_all(matrix: Tensor, rank: int) -> bool:
+    """Whether a full decomposition is quicker than a search."""
     least = min(matrix.shape)
-    if least <= SMALL or 4 * (rank + EXTRA) >= least:
-        u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-        return _product(u, s, v, rank, total)
-    generator = torch.Generator().manual_seed(0)
+    return least <= SMALL or 4 * (rank + EXTRA) >= least
+
+
+def _search(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first triplets as (U S, S, V), by a randomised range finder and power iterations (arXiv:0909.4061).
+
+    Algorithm 4.4 there, with as many iterations as it takes for the directions wanted to settle.
+    """
+    generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], rank + EXTRA, generator=generator)
     q, _ = torch.linalg.qr(matrix @ start)
     found = 0.0
@@ -50,11 +83,25 @@ def truncate(matrix: Tensor, rank: int) -> Product:
         if found - before <= CHANGE * found:
             break
     u, s, v = torch.linalg.svd((q.T @ matrix).double(), full_matrices=False)
-    return _product(q.double() @ u, s, v, rank, total)
+    return (q.double() @ u) * s, s, v
 
 
-def _product(u: Tensor, s: Tensor, v: Tensor, rank: int, total: float) -> Product:
-    u, s, v = u[:, :rank], s[:rank], v[:rank]
-    root = s.sqrt()  # half to each factor: neither is tiny where it is stored or trained on
+def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All triplets as (U S, S, V), by the smaller Gram matrix: in float64, squaring loses nothing of float32."""
+    exact = matrix.double()
+    wide = matrix.shape[0] < matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
+    s, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    if not wide:
+        return exact @ vectors, s, vectors.T
+    v = (vectors.T @ exact) / s.clamp(min=1e-8 * float(s[0]) or 1.0).unsqueeze(1)
+    return vectors * s, s, v
+
+
+def _product(us: Tensor, s: Tensor, v: Tensor, rank: int, total: float) -> Product:
+    us, s, v = us[:, :rank], s[:rank], v[:rank]
+    # half to each factor: neither is tiny where it is stored or trained on. What has no size is rounding: zero.
+    root = s.sqrt()
+    inverse = torch.where(s > 1e-8 * s[:1], 1 / root, 0.0)
     kept = float(s.square().sum())
-    return Product((u * root).float(), (v * root.unsqueeze(1)).float(), min(kept, total), total)
+    return Product((us * inverse).float(), (v * root.unsqueeze(1)).float(), min(kept, total), total)

@@ -52,7 +52,7 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     Raises `ModelError` where the adapter does not belong to this base or is of a kind not supported.
     """
     adapter = read_adapter(directory)
-    names = _Names(adapter, base)
+    names = Names(adapter, base)
     deltas: dict[str, LowRank] = {}
     for module, factors in adapter.modules.items():
         name = names.find(f"{module}.weight")
@@ -80,7 +80,7 @@ def read_lora(directory: Path, base: Mapping[str, TensorInfo]) -> Changes:
     return Changes(deltas, whole, adapter.header)
 
 
-class _Names:
+class Names:
     """The base's names for what an adapter changes.
 
     It may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`), or whose version
@@ -137,4 +137,4 @@ def _check(adapter: Adapter, what: str, shape: tuple[int, ...], target: TensorIn
         raise ModelError(f"{adapter.directory}: {what}: base has it as {target.dtype}: only floats can be adapted")
 
 
-__all__ = ["LowRank", "is_adapter", "read_lora"]
+__all__ = ["LowRank", "Names", "is_adapter", "read_lora"]

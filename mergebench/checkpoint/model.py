@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,9 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         raise ModelError(f"model '{reference}': it holds no tensors")
     if any(".lora_A." in name for name in tensors):
         raise ModelError(f"model '{reference}': it is an adapter, not a model", f"{_ITS_MODEL}: BASE+DIRECTORY")
+    config = Model(reference, directory, headers, tensors).config  # a damaged one shows here, not when all is done
+    if any(info.dtype in FP8 for info in tensors.values()):
+        tensors = find_scales(reference, tensors, config)
     deltas: dict[str, Delta] = {}
     replaced: dict[str, TensorInfo] = {}
     if place.adapter is not None:
@@ -133,9 +136,6 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
     else:
         task_vector |= holds_vector(headers)
     model = Model(reference, directory, headers, tensors, deltas, place.adapter, task_vector, replaced=replaced)
-    config = model.config  # a damaged one shows here, not when the work is done
-    if any(info.dtype in FP8 for info in tensors.values()):
-        model = replace(model, tensors=find_scales(reference, tensors, config))
     _check_tied(model)
     return model
 

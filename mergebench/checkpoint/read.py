@@ -124,6 +124,7 @@ class _Dora:
     def __init__(self, files: Files, delta: LowRank, low_rank: LowRankReader) -> None:
         assert delta.magnitude is not None and delta.base is not None
         self._files, self._base, self._low_rank = files, delta.base, low_rank
+        self._scales = Scales(files)
         self._magnitude = whole(files, delta.magnitude).float()
         self._last = -1, torch.empty(0)  # chunks are smaller than a tile of wide rows: do not read it again for each
         self._factor = None
@@ -148,7 +149,9 @@ class _Dora:
         product = self._low_rank.product(row)
         base = torch.empty(product.numel(), dtype=TORCH_DTYPE[self._base.dtype])
         self._files.read_elements(self._base, row * self._low_rank.columns, base)
-        base = base.float().reshape(product.shape)
+        base = base.float()
+        self._scales.multiply(self._base, row * self._low_rank.columns, base)
+        base = base.reshape(product.shape)
         return base, product.add_(base)
 
 

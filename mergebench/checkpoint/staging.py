@@ -72,10 +72,13 @@ def _beside(target: Path, what: str) -> Path:
 
 
 class Staging:
-    """The partial directory of one run, locked; a context manager that leaves it in place on failure."""
+    """The partial directory of one run, locked; a context manager that on failure leaves it to be resumed.
+
+    fingerprint: what the result depends on; empty for a run that cannot be resumed, which leaves nothing.
+    """
 
     def __init__(self, out: Path, fingerprint: str, resume: bool) -> None:
-        self.out = out
+        self.out, self.resumable = out, bool(fingerprint)
         self._target = Path(os.path.realpath(out))  # of a link, what it leads to: a rename replaces that
         self.directory = _beside(self._target, "partial")
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": [], "answers": {}}
@@ -114,7 +117,9 @@ class Staging:
         try:
             kept = {self.directory / name for name in [_JOURNAL, *self.journal["shards"]]}
             kept |= {folder for path in kept for folder in path.parents}
-            for path in [path for path in self.directory.rglob("*") if path not in kept]:
+            # what says that it is ours goes last: this may be killed too
+            found = sorted(self.directory.rglob("*"), key=lambda path: path.name == PROVENANCE)
+            for path in [path for path in found if path not in kept]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
@@ -160,7 +165,9 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and not self.resumable:
+            shutil.rmtree(self.directory, ignore_errors=True)
         os.close(self._lock)
 
 

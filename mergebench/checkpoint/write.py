@@ -24,7 +24,7 @@ from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.masked import mask_bytes
 from mergebench.checkpoint.model import INDEX, SINGLE, Model
 from mergebench.checkpoint.scales import without_scales
-from mergebench.errors import RunError
+from mergebench.errors import DiskFull, RunError
 
 # bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
 AT_ONCE = 128 << 10
@@ -159,9 +159,9 @@ def _put(file: int, raw: memoryview, at: int) -> None:
 
 
 def write_error(path: Path, error: OSError) -> RunError:
+    message = f"{path}: cannot be written: {error.strerror}"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "free some space, then go on with --resume" if full else None
-    return RunError(f"{path}: cannot be written: {error.strerror}", hint)
+    return DiskFull(message, "free some space") if full else RunError(message)
 
 
 def part_of(name: str) -> str:

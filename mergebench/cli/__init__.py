@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mergebench import __version__
 from mergebench.cli import adapters, doctor, explain, inspect, merge, task_vector
-from mergebench.errors import MergebenchError
+from mergebench.errors import DiskFull, MergebenchError
 
 INTERRUPTED = 130
 
@@ -70,6 +70,8 @@ def main() -> None:
     """Run the command line; a user's mistake is one line and a hint, never a traceback."""
     try:
         app()
+    except DiskFull as error:
+        _fail(error.message, f"{error.hint}, then {'go on with --resume' if _resumes() else 'run it again'}", 1)
     except MergebenchError as error:
         _fail(error.message, error.hint, error.exit_code)
     except OSError as error:  # a disk that fails, a file taken away
@@ -77,8 +79,17 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # what typer makes of Ctrl-C
             raise
-        print("interrupted: what is complete is kept; go on with --resume", file=sys.stderr)
+        kept = ": what is complete is kept; go on with --resume" if _resumes() else ": no result was written"
+        print(f"interrupted{kept}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _resumes() -> bool:
+    """Whether the command that was called takes --resume."""
+    command: Any = typer.main.get_command(app)
+    for word in sys.argv[1:]:
+        command = getattr(command, "commands", {}).get(word, command)
+    return any("--resume" in option.opts for option in command.params)
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.inspect import print_table
 from mergebench.cli.progress import check_bar
+
+if TYPE_CHECKING:
+    from mergebench.doctor import Report
 
 
 def doctor(
@@ -22,34 +25,43 @@ def doctor(
 
     One model, or several equal ones, come out as they went in. The order of the models, chunks and workers
     change nothing. Sign ties and negative weights give numbers. What is written is read back. A `-`: the check
-    does not apply, and --json says why. Exit code 1 where a method fails.
+    does not apply, and --json says why. Then the same for merged adapters of every kind of LoRA (without
+    METHOD): one is copied, a sum is the sum of what they do. Exit code 1 where something fails.
     """
+    from mergebench import doctor_adapters
     from mergebench.doctor import CHECKS, examine
 
     with check_bar("checking", json_) as progress:
         reports = examine(names or (), progress)
-    good = all(report.ok for report in reports)
+    adapters = [] if names else doctor_adapters.examine_adapters()
+    good = all(report.ok for report in [*reports, *adapters])
     if json_:
-        found = [
-            {
-                "method": report.method,
-                "package": report.package,
-                "ok": report.ok,
-                "checks": [finding._asdict() for finding in report.findings],
-            }
-            for report in reports
-        ]
-        typer.echo(json.dumps({"ok": good, "methods": found}))
+        found: dict[str, Any] = {"ok": good, "methods": [_facts("method", report) for report in reports]}
+        if adapters:
+            found["adapters"] = [_facts("adapter", report) for report in adapters]
+        typer.echo(json.dumps(found))
     else:
-        from rich.table import Table
-
-        table = Table("method", *CHECKS, box=None, header_style="bold")
-        for report in reports:
-            table.add_row(report.method, *(finding.mark for finding in report.findings))
-        print_table(table)
-        for report in reports:
-            for finding in report.findings:
-                if finding.failed:
-                    typer.echo(f"{report.method}: {finding.check}: {finding.why}")
+        _show("method", list(CHECKS), reports)
+        if adapters:
+            typer.echo()
+            _show("adapter", list(doctor_adapters.CHECKS), adapters)
     if not good:
         raise typer.Exit(1)
+
+
+def _facts(what: str, report: Report) -> dict[str, Any]:
+    checks = [finding._asdict() for finding in report.findings]
+    return {what: report.method, "package": report.package, "ok": report.ok, "checks": checks}
+
+
+def _show(what: str, checks: list[str], reports: list[Report]) -> None:
+    from rich.table import Table
+
+    table = Table(what, *checks, box=None, header_style="bold")
+    for report in reports:
+        table.add_row(report.method, *(finding.mark for finding in report.findings))
+    print_table(table)
+    for report in reports:
+        for finding in report.findings:
+            if finding.failed:
+                typer.echo(f"{report.method}: {finding.check}: {finding.why}")

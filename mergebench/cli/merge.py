@@ -42,7 +42,7 @@ def merge(
     workers: opt.Workers = None,
     set_: opt.Set = None,
     seed: opt.Seed = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    resume: opt.Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the recipe's evaluation.")] = False,
     verify: Annotated[

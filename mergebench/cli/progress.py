@@ -99,6 +99,26 @@ def check_bar(label: str, quiet: bool) -> Iterator[Callable[[str, str, int, int]
 
 
 @contextmanager
+def count_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress display over a number of elements known later; yields a function of those done and of all."""
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        with _item_bar() as update:
+            yield lambda done, total: update(label, done, total)
+    else:
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                note(f"{label}: {done / max(total, 1):.0%}")
+
+        yield line
+
+
+@contextmanager
 def _item_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -64,11 +64,11 @@ def run_plan(
     done = finished(out)
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Result(out, done, already_done=True)
-    check_target(out, _places(plan), overwrite)
+    check_target(out, places(plan), overwrite)
     check_room(out, plan.bytes_written)
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
-            _check_equal(files, model, alias, tensor)
+            check_equal(files, model, alias, tensor)
         for model in [plan.merge.reference, *plan.merge.models]:
             for info in model.tensors.values():
                 if info.made is not None:
@@ -102,7 +102,7 @@ def run_plan(
             "notes": list(plan.merge.notes),
             "method": {"name": plan.merge.method.name, "paper": plan.merge.method.paper, "scope": plan.merge.scope},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "inputs": _inputs(plan, hash_inputs),
+            "inputs": inputs(plan, hash_inputs),
             "merged_tensors": len(plan.alignment.merged),
             "copied_tensors": len(plan.copied),
             "side_files": copied,
@@ -227,16 +227,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _places(plan: Plan) -> list[Path]:
+def places(plan: Plan) -> list[Path]:
+    """Where the models are: nothing is written there."""
     models = [*plan.merge.models, plan.merge.reference]
-    places = []
+    found = []
     for model in models:
-        places += [place for place in (model.directory, model.adapter) if place is not None]
-        places += [header.file.parent if model.directory else header.file for header in model.headers]
-    return places
+        found += [place for place in (model.directory, model.adapter) if place is not None]
+        found += [header.file.parent if model.directory else header.file for header in model.headers]
+    return found
 
 
-def _inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
+def inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
     """Every input file once: size, time and a hash of the header; of everything with `hash_inputs`."""
     headers = {h.file: h for model in [plan.merge.reference, *plan.merge.models] for h in model.files()}
     found = []
@@ -258,7 +259,7 @@ def _fingerprint(plan: Plan) -> str:
     """What the result depends on: recipe, inputs, layout and version; not workers, memory or device."""
     made_of = {
         "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
-        "inputs": _inputs(plan, hash_inputs=False),
+        "inputs": inputs(plan, hash_inputs=False),
         "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
         "adapters": [{name: delta.scale for name, delta in model.deltas.items()} for model in plan.merge.models],
         "made": [
@@ -281,7 +282,7 @@ def _check_written(plan: Plan, directory: Path) -> None:
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
 
 
-def _check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInfo) -> None:
+def check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInfo) -> None:
     """A tied tensor stored twice must be the same twice: else it is no alias, and dropping it would guess."""
     alias, tensor = (info if info.made is None else info.made.own for info in (alias, tensor))
     same = alias.dtype == tensor.dtype and alias.nbytes == tensor.nbytes and not (alias.scale or tensor.scale)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import CONFIG, read_model, write_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mergebench
@@ -173,3 +174,21 @@ def test_blocks_of_another_size() -> None:
     state = open_model("a").state_dict()
     assert state.keys() == {"w"}
     assert torch.equal(state["w"], values.float() * expanded(scale, (100, 60), 32))
+
+
+@pytest.mark.parametrize("scales", [(2, 3), (200, 1), ()])
+def test_dora_on_fp8(tmp_path: Path, scales: tuple[int, ...]) -> None:
+    """Its norms are those of the values that the stored ones stand for."""
+    stored, scale = made((200, 300), scales, 1, torch.float8_e4m3fn)
+    plain = {"layer.weight": stored.float() * expanded(scale, (200, 300))}
+    base = write_model(tmp_path / "plain", plain, config=CONFIG)
+    quantized = {"layer.weight": stored, "layer.weight_scale_inv": scale}
+    other = write_model(tmp_path / "fp8", quantized, config=CONFIG | {"quantization_config": QUANTIZED})
+    (tmp_path / "lora").mkdir()
+    key = "base_model.model.layer.lora_{}"
+    factors = {"A.weight": torch.randn(4, 300), "B.weight": torch.randn(200, 4), "magnitude_vector": torch.rand(200)}
+    save_file({key.format(name): value for name, value in factors.items()}, tmp_path / "lora/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    found, expected = (open_model(f"{place}+{tmp_path / 'lora'}").state_dict() for place in (other, base))
+    torch.testing.assert_close(found["layer.weight"], expected["layer.weight"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,166 @@
+"""One module of several adapters, merged: on the factors where that is exact, else on the differences written out.
+
+Sums are products of the factors side by side. A method on matrices that gives Q_u M(X_i) Q_v' for
+Q_u X_i Q_v', whatever the orthonormal bases, is run on the small X_i: with Q_u R_u = [B_1 .. B_N] and
+Q_v R_v = [A_1' .. A_N'], every difference is such a product. Elementwise methods, and DoRA, whose difference
+has full rank, take the differences themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench import methods
+from mergebench.adapters.lowrank import Product, compress, truncate
+from mergebench.checkpoint.adapter import Adapter, Factors
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.lora import LowRank
+from mergebench.checkpoint.read import Files, LowRankReader, whole
+from mergebench.engine.context import Context, Span
+from mergebench.engine.method import Method
+from mergebench.engine.whole import run_at_once, run_in_chunks
+from mergebench.errors import RunError
+
+SUMS = ("linear", "cat", "svd")
+ELEMENTWISE = ("ties", "dare_linear", "dare_ties", "pcb", "magnitude_prune")
+# The methods on matrices. The small ones leave room for so many times the largest rank from each adapter (further
+# directions of the bases, all zeros), or for the full size, so that a method cuts where it would at full size:
+# tsv_m keeps a share 1/N of the directions for each adapter, iso_cts a fifth of that.
+ROOM = {"knots": 1, "tsv_m": 1, "iso_c": 1, "iso_cts": 5}
+KEEPS_COLUMNS = ("knots",)  # elementwise along the rows: only the left basis may be chosen
+KNOWN = (*SUMS, *ELEMENTWISE, *ROOM)
+
+
+class Part(NamedTuple):
+    """What one adapter does to a module."""
+
+    factors: Factors
+    dora: LowRank | None = None  # with the base's weights, which DoRA's difference depends on
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Adapters opened, settings checked."""
+
+    adapters: list[Adapter]
+    parts: list[dict[str, Part]]  # by module, for each adapter
+    method: str
+    weights: tuple[float, ...]
+    density: float | None
+    rank: int | None
+    seed: int
+
+    def at(self, module: str) -> list[Part | None]:
+        return [parts.get(module) for parts in self.parts]
+
+    def on_factors(self, module: str) -> bool:
+        """Whether a module is merged without writing out its differences."""
+        return self.method not in ELEMENTWISE and not any(part and part.dora for part in self.at(module))
+
+
+def built_in(name: str) -> tuple[Method, dict[str, Any]]:
+    """The merge method that an adapter method is, and parameters it always has."""
+    return (methods.get("breadcrumbs"), {"gamma": 0.0}) if name == "magnitude_prune" else (methods.get(name), {})
+
+
+def merged(files: Files, job: Job, module: str, shape: tuple[int, int], rank: int) -> Product:
+    """The module's merged difference [out, in] as a product of `rank`."""
+    if not job.on_factors(module):
+        product = truncate(_written_out(files, job, module, shape), rank)
+    elif job.method in SUMS:
+        product = _sum(files, job, module, rank)
+    else:
+        product = _in_small(files, job, module, shape, rank)
+    if not (torch.isfinite(product.a).all() and torch.isfinite(product.b).all()):
+        raise RunError(f"{module}: the merged factors do not fit into float32", "use smaller weights")
+    return product
+
+
+def _sum(files: Files, job: Job, module: str, rank: int) -> Product:
+    left, right = [], []
+    for weight, part in zip(job.weights, job.at(module), strict=True):
+        if part is not None:
+            left.append(_read(files, part.factors.b) * (weight * part.factors.scale))  # the sign on one factor only
+            right.append(_read(files, part.factors.a))
+    b, a = torch.cat(left, dim=1), torch.cat(right)
+    return Product(b, a, 1.0, 1.0) if job.method == "cat" else compress(b, a, rank)
+
+
+def _in_small(files: Files, job: Job, module: str, shape: tuple[int, int], rank: int) -> Product:
+    """Q_u M(X_i) Q_v', the X_i filled up with zeros to where the method cuts nothing that it keeps at full size."""
+    parts = job.at(module)
+    b = {at: _read(files, part.factors.b).double() * part.factors.scale for at, part in enumerate(parts) if part}
+    a = {at: _read(files, part.factors.a).double() for at, part in enumerate(parts) if part}
+    left = torch.linalg.qr(torch.cat([*b.values()], dim=1)).Q
+    right = None if job.method in KEEPS_COLUMNS else torch.linalg.qr(torch.cat([*a.values()]).T).Q
+    room = ROOM[job.method] * len(parts) * max(len(one) for one in a.values())
+    rows = torch.zeros(len(parts), min(room, shape[0]), shape[1] if right is None else min(room, shape[1]))
+    for at in b:
+        x = (left.T @ b[at]) @ (a[at] if right is None else a[at] @ right)
+        rows[at, : x.shape[0], : x.shape[1]] = x
+    found = _run(job, module, rows).double()[: left.shape[1]]
+    return compress(left, found, rank) if right is None else compress(left @ found[:, : right.shape[1]], right.T, rank)
+
+
+def _written_out(files: Files, job: Job, module: str, shape: tuple[int, int]) -> Tensor:
+    """The merge method on the module's differences, as if the module were all there is."""
+    parts = job.at(module)
+    if job.method in SUMS:
+        summed = torch.zeros(shape)
+        for weight, part in zip(job.weights, parts, strict=True):
+            if part is not None:
+                summed.add_(_difference(files, part, shape), alpha=weight)
+        return summed
+    rows = torch.zeros(len(parts), *shape)
+    for row, part in zip(rows, parts, strict=True):
+        if part is not None:
+            row.copy_(_difference(files, part, shape))
+    return _run(job, module, rows)
+
+
+def _difference(files: Files, part: Part, shape: tuple[int, int]) -> Tensor:
+    """An adapter's difference [out, in]."""
+    b, a = _read(files, part.factors.b), _read(files, part.factors.a)
+    if part.dora is None:
+        return (b * part.factors.scale) @ a
+    stored = torch.zeros(shape[::-1] if part.transposed else shape)
+    LowRankReader(files, part.dora).add_into(0, stored.view(-1))
+    if not torch.isfinite(stored).all():  # a row of length zero has no direction
+        raise RunError(
+            f"{part.factors.b.file}: {part.factors.b.name}: DoRA's difference is not finite",
+            "is --base the model it was trained on?",
+        )
+    return stored.T if part.transposed else stored
+
+
+def _run(job: Job, module: str, rows: Tensor) -> Tensor:
+    """The merge method on rows [models, out, in]."""
+    method, given = built_in(job.method)
+    given = given | {"weight": job.weights} | ({} if job.density is None else {"density": job.density})
+    values: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+        value = given.get(name, parameter.default)
+        values[name] = (value,) * len(rows) if parameter.per_model and not isinstance(value, tuple) else value
+    flat, shape = rows.flatten(1), tuple(rows.shape[1:])
+    names = tuple(adapter.directory.name for adapter in job.adapters)
+    span, params = Span(f"{module}.weight", 0, flat.shape[1]), method.make_params(values)
+    context = Context(flat.shape[1], names, (span,), shape, "tensor", job.seed, torch.device("cpu"))
+    if job.method in ELEMENTWISE:
+        return run_in_chunks(method, flat, params, context).view(shape)
+    return run_at_once(method, flat, params, context, _no_questions).view(shape)
+
+
+def _no_questions(question: object) -> Any:
+    raise AssertionError("a method on matrices asks nothing")
+
+
+def _read(files: Files, tensor: TensorInfo) -> Tensor:
+    values = whole(files, tensor).float()
+    if not torch.isfinite(values).all():
+        raise RunError(f"{tensor.file}: '{tensor.name}' holds NaN or infinity", "use another adapter")
+    return values
