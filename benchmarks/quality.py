@@ -11,7 +11,7 @@ the engine and measured on them; the one with the best mean is then measured on 
 defaults. The test texts choose nothing. Random methods are chosen with seed 0 and tested with three seeds.
 
 Prints Markdown. Each measurement is kept in FOLDER as an evaluation.json, so that a run that was killed goes on; take
-another folder when the code has changed. About 25 minutes on two cores; encoding the texts is nearly all of it.
+another folder when the code has changed. About half an hour on two cores; encoding the texts is most of it.
 """
 
 from __future__ import annotations
@@ -127,8 +127,7 @@ SKIPPED = {
     "tall_mask": "gives a model for each task, not one for all",
 }
 CURVES = ("pcb", "ties")
-PAIRS = [("pcb", "ties"), ("ties", "task_arithmetic"), ("pcb", "task_arithmetic"), ("task_arithmetic", "linear")]
-PAIRS += [("pcb", "linear"), ("ties", "linear")]
+PAIRS = tuple(itertools.combinations(("pcb", "ties", "task_arithmetic", "linear"), 2))
 
 
 class Bench:
@@ -248,11 +247,14 @@ def all_methods(bench: Bench) -> dict[str, dict[str, Scores]]:
     found: dict[str, dict[str, Scores]] = {}
     for entry in METHODS + [Entry(name) for name in methods.names() if name not in named]:
         merges = entry.candidates()
-        ways = {"default": merges[0]} | ({"chosen": bench.best(merges)} if len(merges) > 1 else {})
+        best = bench.best(merges)
+        ways = {"default": merges[0]} | ({"chosen": best} if best is not merges[0] else {})
         for way, merge in ways.items():
             seeds = bench.tested(merge)
             found.setdefault(entry.name, {})[way] = seeds[0]
-            label = ("" if way == "default" else f"best of {len(merges)}: ") + shown(merge.parameters)
+            label = shown(merge.parameters)
+            if merge is best and len(merges) > 1:
+                label += f" (best of {len(merges)})"
             on_validation = f"{100 * bench.merge(merge, 'validation').mean:.1f}"
             line(entry.name, label, on_validation, *cells(seeds, own), against(seeds[0], average))
     return found
