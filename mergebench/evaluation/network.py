@@ -34,6 +34,9 @@ class Network:
         self.directory = model.side_directory
         with one_thread():  # many small steps, which threads would only wait for one another in
             self.module: Any = _build(model, auto_class).to(device).eval()
+            if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+                with quiet():
+                    _pack(self.module)
 
     @property
     def hidden(self) -> int:
@@ -126,6 +129,17 @@ def _build(model: LoadableModel, auto_class: str) -> Any:
         raise _failed(model.reference, "the model", error) from None
     _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class)
     return module
+
+
+def _pack(module: torch.nn.Module) -> None:
+    """Give the linear layers to oneDNN: float32 as before, and on AMD's processors twice as fast as MKL."""
+    from torch.utils.mkldnn import MkldnnLinear
+
+    for name, child in module.named_children():
+        if type(child) is torch.nn.Linear:
+            setattr(module, name, MkldnnLinear(child, torch.float32))
+        else:
+            _pack(child)
 
 
 def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
