@@ -14,6 +14,7 @@ from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
 from mergebench.recipe import modules, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
+from mergebench.recipe.chat import chat_template
 from mergebench.recipe.parts import Part
 from mergebench.recipe.places import Loc, Places
 from mergebench.recipe.slices import Slice, Source, check_ranges
@@ -251,7 +252,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         dtype=found.get("dtype"),
         out_dtype=found.get("out_dtype"),
         vocabulary=tokens.vocabulary(found, places),
-        chat_template=tokens.chat_template(found.get("chat_template"), places),
+        chat_template=chat_template(found.get("chat_template"), places),
         lines=_scaling(found.get("lines"), method, base, places),
         evaluate=_evaluation(found.get("evaluate"), places),
         name=found.get("name"),

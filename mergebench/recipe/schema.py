@@ -115,7 +115,7 @@ RECIPE = {
     "out_dtype": DTYPE,
     "tokenizer_source": VOCABULARY,
     "tokenizer": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write tokenizer: {source: union}"),
-    "chat_template": Kind("auto, chatml or a chat template", _text),
+    "chat_template": Kind("auto, chatml, llama3, mistral, alpaca, exaone or a chat template", _text),
     "lines": Kind("a mapping", MAPPING.accepts, hint=lambda value: LINES_FORM),
     "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
 }

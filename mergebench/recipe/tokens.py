@@ -1,4 +1,4 @@
-"""The keys about tokens: which vocabulary the output has, rows for single tokens, the chat template."""
+"""The keys about tokens: which vocabulary the output has, rows for single tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any
 
 from mergebench.recipe.places import Loc, Places, show
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _SOURCE = "write {source: MODEL}, {source: {kind: zero}} or {source: {kind: model_token, model: MODEL, token: TEXT}}"
 _ROWS = {"zero": set(), "model_token": {"model", "token", "token_id"}}
 
@@ -88,15 +84,3 @@ def _token(written: Any, loc: Loc, places: Places) -> TokenSource:
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
         raise places.error((*here, "token_id"), f"must be a whole number, at least 0, got {show(number)}")
     return TokenSource(model, token, number, force)
-
-
-def chat_template(value: str | None, places: Places) -> str | None:
-    """The template a recipe asks for, written out, or `auto`."""
-    if value is None or value == "auto":
-        return value
-    if value == "chatml":
-        return CHATML
-    if len(value) < 20 or "{" not in value:
-        hint = "write auto (what most of the models have), chatml, or the template itself"
-        raise places.error(("chat_template",), f"must be a chat template, got {show(value)}", hint)
-    return value

@@ -34,7 +34,7 @@ OWN = "; the method's own go under parameters"
 DENSITY = "share of elements kept, above 0, at most 1"
 SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 TOKEN = "write {source: MODEL}, {source: {kind: zero}} or {source: {kind: model_token, model: MODEL, token: TEXT}}"
-TEMPLATE = "write auto (what most of the models have), chatml, or the template itself"
+TEMPLATE = "write auto (what most of the models have), chatml, llama3, mistral, alpaca, exaone, or the template itself"
 
 AFTER_START = [
     # unknown keys
