@@ -130,10 +130,10 @@ from mergebench.checkpoint import open_model
 out, *models = sys.argv[1:]
 files = [header.file for model in models for header in open_model(model).headers]
 def read(part):
-    buffer = bytearray(1 << 20)
+    buffer = bytearray(1 << 18)
     for file in files:
         number = os.open(file, os.O_RDONLY)
-        for at in range(part << 20, os.path.getsize(file), 2 << 20):
+        for at in range(part << 18, os.path.getsize(file), 2 << 18):
             os.preadv(number, [buffer], at)
         os.close(number)
 size = os.path.getsize(files[0]) if len(files) == len(models) else sum(os.path.getsize(f) for f in files) // len(models)
@@ -141,9 +141,9 @@ os.makedirs(out)
 target = os.open(os.path.join(out, "out.bin"), os.O_CREAT | os.O_WRONLY)
 os.posix_fallocate(target, 0, size)
 def write(part):
-    buffer = bytes(1 << 20)
-    for at in range(part << 20, size, 2 << 20):
-        os.pwrite(target, buffer[: min(1 << 20, size - at)], at)
+    buffer = memoryview(bytes(1 << 17))
+    for at in range(part << 17, size, 2 << 17):
+        os.pwrite(target, buffer[: min(1 << 17, size - at)], at)
 for work in (read, write):
     threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
     [thread.start() for thread in threads]

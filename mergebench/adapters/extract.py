@@ -26,8 +26,9 @@ from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.read import Files, whole
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
 from mergebench.checkpoint.write import ShardFiles, create, write_atomically
+from mergebench.engine.provenance import inputs, places
 from mergebench.engine.read import ChunkReader
-from mergebench.engine.run import Result, inputs, places
+from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError
 
 RANK = 16

@@ -1,0 +1,63 @@
+"""The answers to a method's questions: asked group by group, kept in the journal, taken from there by a resumed run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mergebench.checkpoint.staging import Staging
+from mergebench.engine.plan import Group, Plan, Unit
+from mergebench.engine.statistics import Norms
+from mergebench.engine.sweep import Sweeper, to_device
+
+
+def ask_of_all(plan: Plan, staging: Staging, sweeper: Sweeper) -> Any:
+    """All questions about all groups, before anything is written; the last answers together."""
+    answers = []
+    for group in plan.groups:
+        answers += [known[-1] for known in answers_of(plan, staging, sweeper, group)]
+        staging.save()
+    return Norms.of_all(answers)
+
+
+def answers_of(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
+    """The answers about each unit of a group; what is still open is asked.
+
+    of_all: takes the place of the last one, where that is about all groups together. Answers are kept by tensor, or
+    once for the model: how units are grouped depends on the memory given.
+    """
+    kept: dict[str, list[Any]] = staging.journal["answers"]
+    keys = [key_of(plan, unit) for unit in group.units]
+    known: list[list[Any]] = [[] for _ in group.units]
+    for question in range(max((unit.passes for unit in group.units), default=0)):
+        asked = [number for number, unit in enumerate(group.units) if question < unit.passes]
+        if all(question < len(kept.get(keys[number], ())) for number in asked):
+            answers = {number: to_device(plan.device, _decode(kept[keys[number]][question])) for number in asked}
+        else:
+            answers, remarks = sweeper.answer(group, known, asked)
+            for number in asked:
+                kept.setdefault(keys[number], [])[question:] = [_encode(answers[number]) | remarks[number]]
+            if plan.merge.scope == "model":
+                staging.save()  # a sweep over the whole model is worth keeping
+        for number in asked:
+            known[number].append(answers[number])
+    return known if of_all is None else [[*answers[:-1], of_all] for answers in known]
+
+
+def key_of(plan: Plan, unit: Unit) -> str:
+    """What a unit's answers are kept under."""
+    return "model" if plan.merge.scope == "model" else unit.tensors[0]
+
+
+def _encode(answer: Any) -> dict[str, Any]:
+    if isinstance(answer, tuple):
+        return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
+    return {"gram" if answer.dim() == 2 else "norms": answer.tolist()}
+
+
+def _decode(answer: dict[str, Any]) -> Any:
+    for kind in ("gram", "norms"):
+        if kind in answer:
+            return torch.tensor(answer[kind], dtype=torch.float64)
+    return tuple(torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in answer["order_statistics"])

@@ -1,0 +1,114 @@
+"""What is told of a merge: where it comes from, what it depends on, what was found on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergebench import __version__
+from mergebench.engine.answers import key_of
+from mergebench.engine.lines import alpha_of
+from mergebench.engine.plan import Plan
+
+
+def record(
+    plan: Plan, fingerprint: str, answers: dict[str, list[dict[str, Any]]], of_all: Any, hash_inputs: bool
+) -> dict[str, Any]:
+    """What `mergebench.json` says of a plan that was carried out with these answers."""
+    return {
+        "mergebench": __version__,
+        "fingerprint": fingerprint,
+        "recipe": dict(plan.merge.recipe),
+        "notes": list(plan.merge.notes),
+        "method": {"name": plan.merge.method.name, "paper": plan.merge.method.paper, "scope": plan.merge.scope},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "inputs": inputs(plan, hash_inputs),
+        "merged_tensors": len(plan.alignment.merged),
+        "copied_tensors": len(plan.copied),
+        "answers": answers,
+        "kept": _kept(plan, answers),
+        **_lines(plan, of_all),
+        "sweeps": plan.sweeps,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+    }
+
+
+def _kept(plan: Plan, answers: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The share of each model's elements that a trim at its thresholds kept; empty for methods without one."""
+    kept, total = [0.0] * len(plan.merge.models), 0
+    for unit in (unit for group in plan.groups for unit in group.units):
+        for answer in answers.get(key_of(plan, unit), ()):
+            if "kept" in answer:
+                kept = [sum_ + share * unit.numel for sum_, share in zip(kept, answer["kept"], strict=True)]
+                total += unit.numel
+    return {name: sum_ / total for name, sum_ in zip(plan.merge.names, kept, strict=True)} if total else {}
+
+
+def _lines(plan: Plan, of_all: Any) -> dict[str, Any]:
+    """What the layers were scaled by, where they were."""
+    lines = plan.merge.lines
+    if lines is None:
+        return {}
+    alpha = alpha_of(of_all, len(plan.merge.models)) if lines.alpha is None else lines.alpha
+    return {"lines": {"alpha": alpha, "beta": lines.beta}}
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def places(plan: Plan) -> list[Path]:
+    """Where the models are: nothing is written there."""
+    models = [*plan.merge.models, plan.merge.reference]
+    found = []
+    for model in models:
+        found += [place for place in (model.directory, model.adapter) if place is not None]
+        found += [header.file.parent if model.directory else header.file for header in model.headers]
+    return found
+
+
+def inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
+    """Every input file once: size, time and a hash of the header; of everything with `hash_inputs`."""
+    headers = {h.file: h for model in [plan.merge.reference, *plan.merge.models] for h in model.files()}
+    found = []
+    for file, header in sorted(headers.items()):
+        entry = {
+            "file": str(file),
+            "size": header.size,
+            "mtime_ns": header.mtime_ns,
+            "header_sha256": header.sha256,
+        }
+        if hash_inputs:
+            with open(file, "rb") as stream:
+                entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.append(entry)
+    return found
+
+
+def fingerprint_of(plan: Plan) -> str:
+    """What the result depends on: recipe, inputs, layout and version; not workers, memory or device."""
+    made_of = {
+        "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
+        "inputs": inputs(plan, hash_inputs=False),
+        "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
+        "adapters": [{name: delta.scale for name, delta in model.deltas.items()} for model in plan.merge.models],
+        "made": [
+            {name: info.made.digest() for name, info in model.tensors.items() if info.made is not None}
+            for model in [plan.merge.reference, *plan.merge.models]
+        ],
+        "shards": {
+            file.file: hashlib.sha256(file.header()).hexdigest() for shard in plan.shards for file in shard.files
+        },
+        "mergebench": __version__,
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
