@@ -59,7 +59,7 @@ def main() -> None:
     for method in METHODS:
         spent = []
         for count in counts:
-            file, out = recipe(work, work / str(count), method, "float32"), work / "out"
+            (file, _), out = recipe(work, work / str(count), method, "float32"), work / "out"
             spent.append(
                 min(
                     seconds([*program, str(file), "--out", str(out), "--overwrite", "-q"])

@@ -60,7 +60,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
                 "dtype": dtypes,
                 "out_dtype": dtypes,
                 "evaluate": evaluate,
-                **({"lines": lines} if method.takes == "task_vectors" else {}),
+                **({"lines": lines} if method.takes == "task_vectors" and method.gives == "model" else {}),
             },
         )
     )
