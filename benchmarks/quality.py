@@ -45,6 +45,7 @@ TUNED = {task: f"{BASE}+{QUICKSTART / 'adapters' / task}" for task in TASKS}
 # Only what the adapters train: a density is then a share of that, not of the embeddings too.
 TRAINED = {"include": ["encoder.layer.*.weight"], "exclude": ["*LayerNorm*"]}
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)
+LINES = {"lines": {"alpha": "auto", "beta": 0.25}}
 AVERAGES, SUMS = (0.7, 1.0, 1.4), (0.3, 0.5)  # lambda for methods that average the task vectors, that add them
 
 
@@ -95,9 +96,11 @@ def shown(parameters: Mapping[str, Any]) -> str:
 METHODS = [
     Entry("linear"),
     Entry("task_arithmetic", {"lambda": (0.3, 0.4, 0.5, 0.7)}),
+    Entry("task_arithmetic", {"lambda": (1.4, 2.0)}, keys={**TRAINED, **LINES}, label="lines"),
     Entry("ties", {"density": DENSITIES, "lambda": AVERAGES}),
     Entry("pcb", {"density": DENSITIES, "lambda": AVERAGES}),
     Entry("ties", {"density": (0.1, 0.2, 0.4)}, keys={**TRAINED, "scope": "model"}, label="scope model"),
+    Entry("ties", {"density": (0.1, 0.2, 0.4)}, keys={**TRAINED, **LINES}, label="lines"),
     Entry("pcb", {"density": (0.05, 0.1, 0.2)}, keys={}, label="embeddings counted"),
     Entry("dare_linear", {"density": (0.2, 0.5), "lambda": SUMS}, seeds=3),
     Entry("dare_ties", {"density": (0.2, 0.5), "lambda": SUMS}, seeds=3),
@@ -124,7 +127,7 @@ METHODS = [
 SKIPPED = {
     **dict.fromkeys(("slerp", "nuslerp", "nearswap", "arcee_fusion"), "merges two models"),
     "passthrough": "merges nothing",
-    "tall_mask": "gives a model for each task, not one for all",
+    **dict.fromkeys(("tall_mask", "emr"), "gives a model for each task, not one for all"),
 }
 CURVES = ("pcb", "ties")
 PAIRS = tuple(itertools.combinations(("pcb", "ties", "task_arithmetic", "linear"), 2))
