@@ -65,3 +65,14 @@ def server() -> Iterator[Server]:
     one = Server()
     yield one
     one.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As a worker has; and on small matrices, threads only wait for one another."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -148,9 +148,9 @@ def _parts(adapter: Adapter, base: Model | None) -> dict[str, Part]:
     """The adapter's modules; with a base, held against it."""
     if base is None:
         return {module: Part(factors) for module, factors in adapter.modules.items()}
-    changes, found = read_lora(adapter.directory, base.tensors), {}
+    changes, names, found = read_lora(adapter.directory, base.tensors), Names(adapter, base.tensors), {}
     for module, factors in adapter.modules.items():
-        low_rank = changes.low_rank[Names(adapter, base.tensors).find(f"{module}.weight")]
+        low_rank = changes.low_rank[names.find(f"{module}.weight")]
         found[module] = Part(factors, low_rank if factors.magnitude else None, adapter.transposed)
     return found
 

@@ -36,7 +36,7 @@ def merge(
         str | None, typer.Option(help="The model the adapters belong to; needed where one is DoRA.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -75,7 +75,7 @@ def extract(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search in large matrices.")] = 0,
     resume: opt.Resume = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -43,7 +43,7 @@ def merge(
     set_: opt.Set = None,
     seed: opt.Seed = None,
     resume: opt.Resume = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    overwrite: opt.Overwrite = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the recipe's evaluation.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also load the result with transformers, without data.")

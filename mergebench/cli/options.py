@@ -34,6 +34,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Threads. Default: one 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mergebench.cli import options as opt
 from mergebench.cli.progress import note
 from mergebench.errors import RecipeError
 
@@ -18,7 +19,7 @@ def task_vector(
     base: Annotated[str, typer.Option(help="The model it was fine-tuned from.")],
     out: Annotated[Path, typer.Option(help="Output directory.")],
     dtype: Annotated[str, typer.Option(help="Stored type: float32, float16 or bfloat16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    overwrite: opt.Overwrite = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
 ) -> None:
     """Write MODEL minus its base as a checkpoint; recipes name it with `task_vector:`."""

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,7 @@ CONFIGS: dict[str, Any] = {"llama": LLAMA, "gpt2": GPT2, "bert": BERT}
 LINEAR = {"llam": 14, "gpt2": 8, "bert": 7}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(place: Path) -> Any:

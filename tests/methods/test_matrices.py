@@ -5,7 +5,7 @@ python -m pytest tests/methods/test_matrices.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SHAPES = [(24, 24), (40, 15), (12, 33), (5, 70)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As a worker has; and on small matrices, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def task_matrices(models: int, shape: Sequence[int], scale: float = 0.01, seed: int = 0) -> Tensor:
