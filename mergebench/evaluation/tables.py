@@ -42,9 +42,9 @@ def table(results: Results) -> Table:
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("model", overflow="fold", min_width=8)
     out.add_column("", no_wrap=True)
-    for name in _heads(results):
+    for name in heads_of(results):
         out.add_column(Text(name), justify="right", overflow="fold")
-    rows = _rows(results)
+    rows = rows_of(results)
     for row, after in zip_longest(rows, rows[1:]):
         cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row.cells]
         last = after is not None and after.role != row.role
@@ -73,9 +73,9 @@ def report(results: Results, *, width: int | None = None, styled: bool = False) 
 
 def markdown(results: Results) -> str:
     """A GitHub table and a line that says how to read it."""
-    heads = ["model", "", *_heads(results)]
+    heads = ["model", "", *heads_of(results)]
     lines = [_line(map(_escape, heads)), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
-    for row in _rows(results):
+    for row in rows_of(results):
         cells = (f"**{cell.text}**" if cell.best else cell.text for cell in row.cells)
         lines.append(_line([_escape(row.model), row.role, *cells]))
     return "\n".join([*lines, "", _escape(legend(results))]) + "\n"
@@ -93,7 +93,7 @@ def legend(results: Results, *, bold: bool = True) -> str:
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):
         text += f"; {', '.join(results.made['by_task'])}: each task on the model made for it"
-    if bold and any(cell.best for row in _rows(results) for cell in row.cells):
+    if bold and any(cell.best for row in rows_of(results) for cell in row.cells):
         text += "; bold: the best merge"
     return text[:1].upper() + text[1:] + "."
 
@@ -121,11 +121,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def _heads(results: Results) -> list[str]:
+def heads_of(results: Results) -> list[str]:
     return [*results.tasks, "mean", "relative"]
 
 
-def _rows(results: Results) -> list[Row]:
+def rows_of(results: Results) -> list[Row]:
     """One a model, in the order of the results; the best cells among merged models and baselines marked."""
     means, relatives = mean_values(results), mean_relatives(results)
     metric = next((record.metric for record in results.records), "")
@@ -135,7 +135,7 @@ def _rows(results: Results) -> list[Row]:
         found = [records.get(task) for task in results.tasks]
         mean, relative = means[model], relatives[model]
         texts = [NONE if record is None else _value(record) for record in found]
-        texts += [NONE if mean is None else _number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
+        texts += [NONE if mean is None else number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
         role = next(iter(records.values())).role
         rows.append(Row(names[model], role, [Cell(text) for text in texts]))
         values.append([*(None if record is None else record.value for record in found), mean, relative])
@@ -159,11 +159,11 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
 
 
 def _value(record: Record) -> str:
-    value = _number(record.value, record.metric)
-    return value if record.stderr is None else f"{value} ± {_number(record.stderr, record.metric)}"
+    value = number(record.value, record.metric)
+    return value if record.stderr is None else f"{value} ± {number(record.stderr, record.metric)}"
 
 
-def _number(value: float, metric: str) -> str:
+def number(value: float, metric: str) -> str:
     return f"{100 * value:.1f}" if metric in SHARES else f"{value:.4g}"
 
 

@@ -113,7 +113,5 @@ def _without_base(one: Profile) -> Profile:
     def taken(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(values[k] for k in moved)
 
-    counts = {
-        name: old._replace(squares=taken(old.squares), kept=taken(old.kept)) for name, old in one.counts.items()
-    }
+    counts = {name: old._replace(squares=taken(old.squares), kept=taken(old.kept)) for name, old in one.counts.items()}
     return replace(one, models=taken(one.models), counts=counts)

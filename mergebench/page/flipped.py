@@ -1,0 +1,107 @@
+"""Flips: the items that a model answers worse, or better, than the baseline; MUSCLE's rates (arXiv:2407.09435)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mergebench.evaluation.comparison import Comparison, Pair, against
+from mergebench.evaluation.layout import NONE, SHARES, number, short_names
+from mergebench.evaluation.results import Results
+from mergebench.page import figures
+from mergebench.page.figures import BLUE, INK, PAPER, RED, Figure
+from mergebench.page.parts import Fold, Gallery, Section, Table, cells
+from mergebench.page.sources import Sources
+
+MODELS, ITEMS, ANSWER = 6, 200, 120  # models drawn, items listed of each, letters of an answer
+
+
+def sections(sources: Sources) -> Iterator[Section]:
+    """Merged models and what they are compared with; all models where nothing was merged."""
+    results = sources.results
+    found = [] if results is None else against(results)
+    if results is None or not found:
+        return
+    roles = {record.model: record.role for record in results.records}
+    merges = [one for one in found if roles[one.new] in ("merged", "baseline")]
+    shown = sorted(merges or found, key=lambda one: roles[one.new] != "merged")[:MODELS]
+    names = short_names(results.models)
+    old = names[found[0].old]
+    drawn = [_bars(one, names[one.new], old, place) for place, one in enumerate(shown)]
+    caption = f"Items lost (left, hatched) and won (right) against {old}, by task."
+    rows = [cells(names[one.new], *_rates(pair)) for one in shown for pair in one.pairs]
+    heads = ["model", "task", "items", "lost", "won", "NFR", "PFR", "NFR mc", "BTC", "NFR expected", "difference", "p"]
+    note = (
+        f"Against {old}, in %. NFR, PFR: share of items lost and won. NFR mc: also those that stay wrong with another "
+        "answer. BTC: share of what was right that stays right. Expected: the NFR if the two erred independently. "
+        "Difference with its 95 % interval, p of a paired test."
+    )
+    lists = [_list(one, names[one.new], results) for one in shown]
+    yield Section(f"Flips against {old}", [Gallery(drawn, caption), Table(heads, rows, note, words=2), *lists])
+
+
+def _rates(pair: Pair) -> Sequence[str]:
+    flips = pair.flips
+    low, high = flips.interval or (None, None)
+    unit = 100 if pair.metric in SHARES else 1
+    interval = "" if low is None or high is None else f" [{low * unit:+.3g}, {high * unit:+.3g}]"
+    shares = (flips.nfr, flips.pfr, flips.nfr_mc, flips.btc, flips.nfr_expected)
+    return (
+        pair.task,
+        f"{flips.n:,}",
+        str(len(flips.lost)),
+        str(len(flips.won)),
+        *(NONE if share is None else f"{share:.1%}"[:-1] for share in shares),
+        f"{flips.difference * unit:+.3g}{interval}",
+        NONE if flips.p is None else f"{flips.p:.3f}" if flips.p >= 0.001 else "< 0.001",
+    )
+
+
+def _bars(comparison: Comparison, name: str, old: str, place: int) -> Figure:
+    """Counts to the left and to the right of a line, one row a task."""
+    pairs = comparison.pairs
+    counts = [(pair.task, len(pair.flips.lost), len(pair.flips.won)) for pair in pairs]
+    most = max([1, *(max(lost, won) for _, lost, won in counts)])
+    with figures.plot(44 + 22 * len(pairs)) as (canvas, axes):
+        for row, (_, lost, won) in enumerate(counts):
+            axes.barh(row, -lost, color=RED, height=0.68, hatch="////", edgecolor=PAPER, linewidth=0)
+            axes.barh(row, won, color=BLUE, height=0.68)
+            axes.text(-lost - most * 0.03, row, str(lost), ha="right", va="center", fontsize=10, color=INK)
+            axes.text(won + most * 0.03, row, str(won), ha="left", va="center", fontsize=10, color=INK)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(pairs)), [figures.short(task) for task, _, _ in counts])
+        axes.set_ylim(len(pairs) - 0.4, -0.6)
+        axes.set_xlim(-most * 1.2, most * 1.2)
+        axes.set_xticks([])
+        axes.spines[["bottom", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(figures.short(f"{name}: lost | won", 44), fontweight="bold")
+        said = ", ".join(f"{task} {lost} lost and {won} won" for task, lost, won in counts)
+        return Figure(figures.to_svg(canvas, f"flips{place}"), f"{name} against {old}: {said}.")
+
+
+def _list(comparison: Comparison, name: str, results: Results) -> Fold:
+    """The items themselves, what was lost first."""
+    rows = []
+    for pair in comparison.pairs:
+        for what, items in (("lost", pair.flips.lost), ("won", pair.flips.won)):
+            for item in items:
+                before, after = pair.old[item], pair.new[item]
+                row = [pair.task, what, str(item), _cut(before.output), _cut(after.output)]
+                rows.append(row if pair.flips.both_right is not None else [*row, _score(pair, item)])
+    rows.sort(key=lambda row: row[1])
+    graded = any(len(row) == 6 for row in rows)
+    heads = ["task", "", "item", "before", "after", *(["score"] if graded else [])]
+    listed = [cells(*row, *([""] if graded and len(row) == 5 else [])) for row in rows[:ITEMS]]
+    count = f"{len(rows)} items flipped" if len(rows) != 1 else "1 item flipped"
+    more = f"The first {ITEMS}, those lost first; all are in evaluation.json." if len(rows) > ITEMS else ""
+    table = Table(heads, listed, more or "Every item that flipped, those lost first.", words=5)
+    return Fold(f"{name}: {count}", [table])
+
+
+def _score(pair: Pair, item: str) -> str:
+    return f"{number(pair.old[item].score, '')} → {number(pair.new[item].score, '')}"
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= ANSWER else f"{text[: ANSWER - 1]}…"
