@@ -8,11 +8,17 @@ something for it to show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mergebench.errors import MergebenchError
 from mergebench.page.parts import Section, Text
 from mergebench.page.sources import Sources, read
+
+if TYPE_CHECKING:
+    from mergebench.recipe import Recipe
 
 FILE = "report.html"
 Writer = Callable[[Sources], Iterator[Section]]
@@ -23,13 +29,33 @@ def write(directory: Path, out: Path | None = None) -> Path:
 
     Raises `RecipeError` where there is nothing to show, `RunError` where a document is damaged or the disk full.
     """
-    from mergebench.checkpoint.write import write_atomically
+    from mergebench.checkpoint.write import write_atomically, write_error
 
     target = out if out is not None else directory / FILE
-    text = render(read(directory))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    text = render(read(directory)).encode("utf-8", "replace").decode()  # of half a character, JSON takes no offence
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from None
     write_atomically(target, text)
     return target
+
+
+def attempt(directory: Path) -> None:
+    """Put the page in place if it can be: what was measured is on the disk already, and no page may spoil it."""
+    with suppress(Exception):
+        write(directory)
+
+
+def look_at_merge(recipe: Recipe, directory: Path, provenance: Mapping[str, Any]) -> None:
+    """Put the statistics of a merge beside it, where there are any and they can be had: only the page needs them."""
+    from mergebench.page.profile import profile
+    from mergebench.recipe.resolve import resolve
+
+    with suppress(MergebenchError, OSError, KeyError):  # inputs that are gone, answers of another version
+        found = profile(resolve(recipe), provenance["answers"])
+        if found is not None:
+            found.save(directory)
 
 
 def render(sources: Sources) -> str:

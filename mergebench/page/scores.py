@@ -22,8 +22,9 @@ def sections(sources: Sources) -> Iterator[Section]:
         return
     failed = results.made.get("failed") or []
     if failed:
-        rows = [cells(*(str(one.get(key) or "") for key in ("model", "task", "error", "hint"))) for one in failed]
-        yield Section("Not measured", [Table(["model", "task", "error", "way out"], rows, "What failed.", words=4)])
+        said = [(one["model"], ", ".join(one["tasks"]), one["error"], one["hint"] or "") for one in failed]
+        heads = ["model", "tasks", "error", "way out"]
+        yield Section("Not measured", [Table(heads, [cells(*one) for one in said], "What failed.", words=4)])
     if not results.records:
         return
     rows = [[Cell(row.model), Cell(row.role), *map(_starred, row.cells)] for row in rows_of(results)]
