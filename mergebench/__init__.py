@@ -23,6 +23,7 @@ _PUBLIC = {
     "plan": "mergebench.api",
     "run": "mergebench.api",
     "evaluate": "mergebench.api",
+    "compare": "mergebench.api",
     "task_vector": "mergebench.api",
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
@@ -44,7 +45,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from mergebench.adapters import extract_adapter, merge_adapters
-    from mergebench.api import evaluate, plan, run, task_vector
+    from mergebench.api import compare, evaluate, plan, run, task_vector
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
@@ -62,6 +63,7 @@ __all__ = [
     "Tasks",
     "Weights",
     "__version__",
+    "compare",
     "evaluate",
     "extract_adapter",
     "gram",

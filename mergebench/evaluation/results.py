@@ -57,7 +57,14 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole document, ready for JSON."""
-        return {"made": dict(self.made), "records": [vars(record) for record in self.records]}
+        records = [vars(record) for record in self.records]
+        return {"made": dict(self.made), "records": records, "comparisons": self._comparisons()}
+
+    def _comparisons(self) -> list[dict[str, Any]]:
+        """Every model against the baseline, task by task and pooled: a view like the others, for other programs."""
+        from mergebench.evaluation.comparison import against
+
+        return [comparison.to_dict(items=False) for comparison in against(self)]
 
     def save(self, directory: Path) -> None:
         """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
@@ -66,7 +73,9 @@ class Results:
 
         made = json.dumps(self.made, indent=1, ensure_ascii=False, allow_nan=False)
         lines = ",\n".join(json.dumps(vars(record), ensure_ascii=False, allow_nan=False) for record in self.records)
-        write_atomically(directory / FILE, f'{{"made": {made},\n"records": [\n{lines}\n]}}\n')
+        views = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in self._comparisons())
+        document = f'{{"made": {made},\n"records": [\n{lines}\n],\n"comparisons": [\n{views}\n]}}\n'
+        write_atomically(directory / FILE, document)
         write_atomically(directory / VIEW, markdown(self))
 
     @classmethod

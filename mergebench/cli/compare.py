@@ -1,0 +1,55 @@
+"""`mergebench compare`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.errors import RecipeError, RunError
+
+
+def compare(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A file of predictions, a row of --in, or a model.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Another one, of the same items.")],
+    in_: Annotated[
+        Path | None, typer.Option("--in", metavar="DIR", help="An evaluation: OLD and NEW are rows of its table.")
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="SUITE", help="OLD and NEW are models: measure them on a suite.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="With --suite: test or validation.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --suite: a folder of results, used and added to.")
+    ] = None,
+    device: opt.Device = "auto",
+    max_nfr: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with 1 where a task's NFR is above this, such as 0.02.")
+    ] = None,
+    flips: Annotated[int, typer.Option(min=0, help="How many flipped items are shown.")] = 10,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Say what a new model does better and what worse than an old one, item by item: negative flips and a paired test.
+
+    OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), rows of an
+    evaluation (--in merged/mine), or models (--suite suite.yaml).
+    """
+    from mergebench import api
+    from mergebench.evaluation.flip_tables import comparison_report
+
+    if suite is None and (split is not None or results is not None):
+        raise RecipeError(f"{'--split' if split else '--results'} goes with --suite", "--in compares all that is there")
+    found = api.compare(old, new, evaluation=in_)
+    if json_:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        typer.echo(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
+    above = [] if max_nfr is None else found.above(max_nfr)
+    if above:
+        named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
+        raise RunError(f"NFR above {100 * max_nfr:g} %: {named}", "--flips N shows more of the lost items, --json all")
