@@ -23,11 +23,11 @@ _PUBLIC = {
     "plan": "mergebench.api",
     "run": "mergebench.api",
     "evaluate": "mergebench.api",
-    "compare": "mergebench.api",
     "task_vector": "mergebench.api",
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
     "report": "mergebench.evaluation",
+    "compare": "mergebench.evaluation",
     "merge_method": "mergebench.engine.method",
     "param": "mergebench.engine.method",
     "PerModel": "mergebench.engine.method",
@@ -45,13 +45,13 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from mergebench.adapters import extract_adapter, merge_adapters
-    from mergebench.api import compare, evaluate, plan, run, task_vector
+    from mergebench.api import evaluate, plan, run, task_vector
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
     from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
-    from mergebench.evaluation import report
+    from mergebench.evaluation import compare, report
     from mergebench.recipe import load, load_stages
 
 __all__ = [

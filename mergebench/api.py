@@ -27,7 +27,6 @@ from mergebench.recipe.stages import default_out, references
 if TYPE_CHECKING:
     from mergebench.checkpoint import Model
     from mergebench.evaluation import Candidate, Results, Step, Suite
-    from mergebench.evaluation.comparison import Comparison
 
 
 def plan(
@@ -228,29 +227,4 @@ def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32
     return run_plan(plan_merge(merge), Path(out), overwrite=overwrite)
 
 
-def compare(
-    old: str | Path,
-    new: str | Path,
-    *,
-    evaluation: str | Path | Results | None = None,
-) -> Comparison:
-    """What a new model does better and worse than an old one, item by item.
-
-    With `evaluation` (results, or where they were saved) `old` and `new` are names of its models; without, files of
-    predictions: JSON lines or a list of {"id", "pred", "gold"}, or with a "score". `RunError` where the two did not
-    answer the same items.
-    """
-    from mergebench.evaluation import Results
-    from mergebench.evaluation.comparison import compare_files, compare_rows
-
-    if evaluation is not None:
-        found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
-        return compare_rows(found, str(old), str(new))
-    for file in (old, new):
-        if not Path(file).is_file():
-            hint = "names of an evaluation's models go with --in DIR, models to measure with --suite SUITE"
-            raise RecipeError(f"no such file of predictions: {file}", hint)
-    return compare_files(Path(old), Path(new))
-
-
-__all__ = ["Result", "check_stages", "compare", "default_out", "evaluate", "plan", "read_suite", "run", "task_vector"]
+__all__ = ["Result", "check_stages", "default_out", "evaluate", "plan", "read_suite", "run", "task_vector"]

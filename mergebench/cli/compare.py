@@ -39,17 +39,18 @@ def compare(
     OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), rows of an
     evaluation (--in merged/mine), or models (--suite suite.yaml).
     """
-    from mergebench import api
-    from mergebench.evaluation.flip_tables import comparison_report
+    from mergebench import evaluation
 
-    if suite is None and (split is not None or results is not None):
-        raise RecipeError(f"{'--split' if split else '--results'} goes with --suite", "--in compares all that is there")
-    found = api.compare(old, new, evaluation=in_)
+    if in_ is not None and suite is not None:
+        raise RecipeError("--in and --suite: rows of an evaluation, or models to be measured", "leave one out")
+    for option, given in (("--split", split), ("--results", results)):
+        if suite is None and given is not None:
+            raise RecipeError(f"{option} goes with --suite", "files and rows are compared as they are")
+    found = evaluation.compare(old, new, in_)
     if json_:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        typer.echo(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
-    above = [] if max_nfr is None else found.above(max_nfr)
-    if above:
+        typer.echo(evaluation.comparison_report(found, items=flips, styled=sys.stdout.isatty()))
+    if max_nfr is not None and (above := found.above(max_nfr)):
         named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
         raise RunError(f"NFR above {100 * max_nfr:g} %: {named}", "--flips N shows more of the lost items, --json all")

@@ -76,25 +76,24 @@ class Comparison:
         }
 
 
-def compare_rows(results: Results, old: str, new: str) -> Comparison:
-    """Two models of an evaluation, by their names in it or in its table.
+def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path | None = None) -> Comparison:
+    """What a new model does better and what worse than an old one, item by item.
 
-    `RecipeError` for an unknown name, `RunError` where the two were not measured on the same items of the same tasks.
+    With an evaluation, or the directory or file it was saved in, `old` and `new` are names of its models, as in it or
+    as in its table. Without, they are files of predictions, JSON lines or a list of {"id", "pred", "gold"}, or with a
+    "score" (higher is better) in place of gold or beside it.
+
+    `RecipeError` for an unknown name or no such file; `RunError` where the two did not answer the same items of the
+    same tasks, measured alike, and with file and line for a broken or missing column or an id that stands twice.
     """
-    old, new = (_row(results, name) for name in (old, new))
-    before, after = (_by_task(results, name) for name in (old, new))
-    for here, there, lacking, other in ((before, after, new, old), (after, before, old, new)):
-        missing = ", ".join(f"'{task}'" for task, split in here if (task, split) not in there)
-        if missing:
-            what = f"'{lacking}' has no result on {missing}, '{other}' has"
-            raise RunError(what, "compare models that were measured on the same tasks")
-    pairs = []
-    for key, record in before.items():
-        later = after[key]
-        if (record.metric, record.direction) != (later.metric, later.direction):
-            raise RunError(f"task '{record.task}': '{old}' has {record.metric}, '{new}' has {later.metric}")
-        pairs.append(_checked(_pair(record, later), f"task '{record.task}'"))
-    return Comparison(old, new, tuple(pairs))
+    if evaluation is not None:
+        found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
+        return _compare_rows(found, str(old), str(new))
+    for file in (old, new):
+        if not Path(file).is_file():
+            hint = "rows of an evaluation go with --in DIR, models to be measured with --suite SUITE"
+            raise RecipeError(f"{file}: no such file of predictions", hint)
+    return _compare_files(Path(old), Path(new))
 
 
 def against(results: Results) -> list[Comparison]:
@@ -115,12 +114,24 @@ def against(results: Results) -> list[Comparison]:
     return found
 
 
-def compare_files(old: Path, new: Path) -> Comparison:
-    """Two files of predictions, JSON lines or a list: id, pred, and gold or score (higher is better) or both.
+def _compare_rows(results: Results, old: str, new: str) -> Comparison:
+    old, new = (_row(results, name) for name in (old, new))
+    before, after = (_by_task(results, name) for name in (old, new))
+    for here, there, lacking, other in ((before, after, new, old), (after, before, old, new)):
+        missing = ", ".join(f"'{task}'" for task, split in here if (task, split) not in there)
+        if missing:
+            what = f"'{lacking}' has no result on {missing}, '{other}' has"
+            raise RunError(what, "compare models that were measured on the same tasks")
+    pairs = []
+    for key, record in before.items():
+        later = after[key]
+        if (record.metric, record.direction) != (later.metric, later.direction):
+            raise RunError(f"task '{record.task}': '{old}' has {record.metric}, '{new}' has {later.metric}")
+        pairs.append(_checked(_pair(record, later), f"task '{record.task}'"))
+    return Comparison(old, new, tuple(pairs))
 
-    `RunError` with file and line for a broken or missing column, an id that stands twice, other items or right
-    answers in the two files, or scores in one of them alone.
-    """
+
+def _compare_files(old: Path, new: Path) -> Comparison:
     before, after = read_predictions(old), read_predictions(new)
     if before.scored != after.scored:
         has, lacks = (old, new) if before.scored else (new, old)

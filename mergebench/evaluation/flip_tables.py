@@ -83,8 +83,8 @@ def _against_legend(counts: set[int], graded: bool, partly: bool) -> str:
     items = f"{min(counts)} items" if len(counts) == 1 else "items"
     tasks = " of the tasks with right and wrong answers" if partly else ""
     return (
-        f"Difference: share of right answers in % over the {items}{tasks} [95 % interval]; p: McNemar's exact test; "
-        "lost: items right before and wrong now (NFR); won: the other way round (PFR)."
+        f"Difference: in the share of right answers, in %, over the {items}{tasks} [95 % interval]; p: McNemar's "
+        "exact test; lost: items right before and wrong now (NFR); won: the other way round (PFR)."
     )
 
 
