@@ -147,6 +147,10 @@ def _compare_files(old: Path, new: Path) -> Comparison:
 
 
 def _row(results: Results, name: str) -> str:
+    """A model's name in the results; what is said of one that failed is said again."""
+    for one in results.made.get("failed", ()):
+        if one["model"] == name and name not in results.models:
+            raise RunError(one["error"], one["hint"])
     short = {shown: model for model, shown in short_names(results.models).items()}
     if name not in results.models and name not in short:
         raise RecipeError(f"no model in the evaluation is called '{name}'", did_you_mean(name, [*short]))

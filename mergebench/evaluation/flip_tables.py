@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
-from mergebench.evaluation.comparison import Comparison, Pair, against
+from mergebench.evaluation.comparison import Comparison, Pair
 from mergebench.evaluation.flips import Flips
 from mergebench.evaluation.layout import NONE, escape, markdown_line, number, render, short_names
 
@@ -58,8 +58,7 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
     names = short_names(results.models)
     roles = {record.model: record.role for record in results.records}
     rows, counts, graded, partly = [], set(), False, False
-    found = against(results)
-    for comparison in found:
+    for comparison in results.comparisons:
         pooled = comparison.pooled
         if pooled is None:
             continue
@@ -70,7 +69,7 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
         counts.add(pooled.n)
         graded |= pooled.both_right is None
         partly |= len(comparison.pooled_pairs) < len(results.tasks)
-    heads = [f"against {names[found[0].old]}" if found else "", "", "difference", "p", "lost", "won"]
+    heads = [f"against {names[results.comparisons[0].old]}" if rows else "", "", "difference", "p", "lost", "won"]
     return heads, rows, _against_legend(counts, graded, partly)
 
 

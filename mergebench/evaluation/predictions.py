@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.errors import RunError
-from mergebench.evaluation.items import _records, word
+from mergebench.evaluation.items import records, word
 from mergebench.evaluation.task import Prediction
 
 HINT = 'an item is {"id": 1, "pred": "a", "gold": "b"}, or has a score: {"id": 1, "pred": "a", "score": 0.5}'
@@ -30,7 +30,7 @@ def read_predictions(file: Path) -> Predictions:
     """Read a file strictly; `RunError` with file and line for what is broken or missing, or an id that stands twice."""
     found = Predictions({}, {}, False)
     places: dict[str, str] = {}
-    for where, record in _records(file):
+    for where, record in records(file):
         wanted = ("id", "pred") if "score" in record else ("id", "pred", "gold")
         lacking = [name for name in wanted if name not in record]
         if lacking:

@@ -77,7 +77,6 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
         (["old", "new", "--in", "none"], 1, "none: cannot be read"),
         (["old", "new", "--in", "e", "--suite", "s.yaml"], 2, "--in and --suite"),
         (["old", "new", "--split", "test"], 2, "--split goes with --suite"),
-        (["old", "new", "--in", "e", "--results", "r"], 2, "--results goes with --suite"),
     ],
 )
 def test_mistakes(cli: Cli, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
