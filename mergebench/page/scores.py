@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mergebench.evaluation.layout import SHARES, number, short_names
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
-from mergebench.evaluation.tables import SHARES, Cell, heads_of, legend, number, rows_of, short_names
+from mergebench.evaluation.tables import Cell, heads_of, legend, rows_of, value_of
 from mergebench.page import figures
 from mergebench.page.figures import BLUE, GREEN, MARKS, SERIES, SKY, SOFT, Figure
 from mergebench.page.parts import Gallery, Section, Table, cells
@@ -90,19 +91,14 @@ def _bars(results: Results, task: str, place: int) -> Figure:
     if not any(record.role in ("baseline", "merged") for record in records):
         shown = records
     shown.sort(key=lambda record: ("base", "input", "baseline", "merged").index(record.role))
-    rows = [(names[r.model], r.value, r.stderr, COLOURS[r.role], _text(r)) for r in shown]
+    rows = [(names[r.model], r.value, r.stderr, COLOURS[r.role], value_of(r)) for r in shown]
     marks = [(r.value, "--" if r.role == "base" else "-") for r in shown if r.role == "base" or r in own]
     first = records[0]
     title = f"{task}: {first.metric}" + (" (lower is better)" if first.direction == "lower" else "")
-    alt = f"{title}. " + ", ".join(f"{names[r.model]} {_text(r)}" for r in shown)
+    alt = f"{title}. " + ", ".join(f"{names[r.model]} {value_of(r)}" for r in shown)
     hatched = [place for place, record in enumerate(shown) if record in own]
     most = 1.0 if first.metric in SHARES else None
     return figures.bars(f"task{place}", alt, title, rows, hatched=hatched, marks=marks, most=most)
-
-
-def _text(record: Record) -> str:
-    value = number(record.value, record.metric)
-    return value if record.stderr is None else f"{value} ± {number(record.stderr, record.metric)}"
 
 
 def _parallel(results: Results) -> Gallery:

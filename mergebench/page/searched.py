@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from mergebench.evaluation.tables import NONE, Cell
+from mergebench.evaluation.layout import NONE
+from mergebench.evaluation.tables import Cell
 from mergebench.page import figures
 from mergebench.page.figures import BLUE, INK, LINE, ORANGE, PAPER, SOFT, Figure
 from mergebench.page.parts import Fold, Gallery, Part, Section, Table, cells

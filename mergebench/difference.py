@@ -15,6 +15,7 @@ from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.merge import Merge
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
+from mergebench.engine.profile import sign_conflicts
 from mergebench.engine.read import ChunkReader
 from mergebench.methods import get
 
@@ -35,7 +36,7 @@ class Difference(NamedTuple):
     sign_conflict: float
 
 
-def compare(a: str, b: str, base: str | None = None) -> list[Difference]:
+def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
     """Compare every float tensor of two models, in A's file order, in the memory of a few chunks."""
     first = open_model(a)
     others = (open_model(reference) for reference in (b, *([base] if base is not None else [])))
@@ -49,10 +50,10 @@ def compare(a: str, b: str, base: str | None = None) -> list[Difference]:
     keep_freed_memory()
     with Files() as files, torch.inference_mode():
         reader = ChunkReader(plan, files)
-        return [_compare(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
+        return [_difference(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
 
 
-def _compare(reader: ChunkReader, name: str, numel: int) -> Difference:
+def _difference(reader: ChunkReader, name: str, numel: int) -> Difference:
     squares_a = squares_b = dot = squares_d = 0.0
     changed = conflicts = both = 0
     for start in range(0, numel, TILE):
@@ -66,9 +67,8 @@ def _compare(reader: ChunkReader, name: str, numel: int) -> Difference:
         dot += float(left @ right)
         squares_d += float(distance @ distance)
         changed += int(np.count_nonzero(distance))
-        product = np.sign(left) * np.sign(right)
-        conflicts += int(np.count_nonzero(product < 0))
-        both += int(np.count_nonzero(product))
+        opposed, shared = sign_conflicts(values)
+        conflicts, both = conflicts + opposed, both + shared
     norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
     return Difference(
         tensor=name,
