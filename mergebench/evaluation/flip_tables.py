@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mergebench.evaluation.results import Results
 
+RATES = ("task", "n", "old", "new", "difference", "p", "NFR", "PFR", "NFR_mc", "BTC", "expected")
 ANSWER = 28  # letters of an answer that are shown
 
 
@@ -24,7 +25,7 @@ def comparison_report(
 ) -> str:
     """Rates, quadrants and that many flipped items as text, at most `width` columns wide (None: as wide as needed)."""
     lines = [f" old: {comparison.old}", f" new: {comparison.new}"]
-    lines += render(_rates(comparison), _how_to_read(comparison), width=width, styled=styled)
+    lines += render(_rates(comparison), how_to_read(comparison), width=width, styled=styled)
     lines += render(_quadrants(comparison), "", width=width, styled=styled)
     flipped = sum(len(pair.flips.lost) + len(pair.flips.won) for pair in comparison.pairs)
     if items and flipped:
@@ -88,15 +89,22 @@ def _against_legend(counts: set[int], graded: bool, partly: bool) -> str:
 
 
 def _rates(comparison: Comparison) -> Table:
-    out = _table("task", "n", "old", "new", "difference", "p", "NFR", "PFR", "NFR_mc", "BTC", "expected")
-    rows = _rows(comparison)
-    for name, metric, found in rows:
+    out = _table(*RATES)
+    rows = rate_rows(comparison)
+    for place, row in enumerate(rows, 1):
+        _add(out, *row, end=place == len(comparison.pairs) < len(rows))  # before the pooled one
+    return out
+
+
+def rate_rows(comparison: Comparison) -> list[list[str]]:
+    """`RATES` of each task and, of several, of all their items."""
+    rows = []
+    for name, metric, found in _rows(comparison):
         unit = _unit(found, metric)
         values = (number(found.old, unit), number(found.new, unit), _difference(found, unit), _p(found.p))
         rates = map(_share, (found.nfr, found.pfr, found.nfr_mc, found.btc, found.nfr_expected))
-        last = len(rows) > len(comparison.pairs) and found is rows[-2][2]  # before the pooled one
-        _add(out, name, str(found.n), *values, *rates, end=last)
-    return out
+        rows.append([name, str(found.n), *values, *rates])
+    return rows
 
 
 def _quadrants(comparison: Comparison) -> Table:
@@ -130,7 +138,8 @@ def _items(comparison: Comparison, most: int) -> Table:
     return out
 
 
-def _how_to_read(comparison: Comparison) -> str:
+def how_to_read(comparison: Comparison) -> str:
+    """A legend of `RATES`."""
     rows = [found for _, _, found in _rows(comparison)]
     tests = ["McNemar's exact test"] if any(found.both_right is not None for found in rows) else []
     tests += ["a paired bootstrap"] if any(found.both_right is None for found in rows) else []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from mergebench.evaluation.comparison import Comparison, Pair, against
-from mergebench.evaluation.layout import NONE, SHARES, number, short_names
-from mergebench.evaluation.results import Results
+from mergebench.evaluation.comparison import Comparison, Pair
+from mergebench.evaluation.flip_tables import RATES, how_to_read, rate_rows
+from mergebench.evaluation.layout import number, short_names
 from mergebench.page import figures
 from mergebench.page.figures import BLUE, INK, PAPER, RED, Figure
 from mergebench.page.parts import Fold, Gallery, Section, Table, cells
@@ -18,42 +18,19 @@ MODELS, ITEMS, ANSWER = 6, 200, 120  # models drawn, items listed of each, lette
 def sections(sources: Sources) -> Iterator[Section]:
     """Merged models and what they are compared with; all models where nothing was merged."""
     results = sources.results
-    found = [] if results is None else against(results)
-    if results is None or not found:
+    if results is None or not results.comparisons:
         return
     roles = {record.model: record.role for record in results.records}
-    merges = [one for one in found if roles[one.new] in ("merged", "baseline")]
-    shown = sorted(merges or found, key=lambda one: roles[one.new] != "merged")[:MODELS]
+    merges = [one for one in results.comparisons if roles[one.new] in ("merged", "baseline")]
+    shown = sorted(merges or results.comparisons, key=lambda one: roles[one.new] != "merged")[:MODELS]
     names = short_names(results.models)
-    old = names[found[0].old]
+    old = names[shown[0].old]
     drawn = [_bars(one, names[one.new], old, place) for place, one in enumerate(shown)]
+    rows = [cells(names[one.new], *row) for one in shown for row in rate_rows(one)]
+    table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2)
+    lists = [_list(one, names[one.new]) for one in shown]
     caption = f"Items lost (left, hatched) and won (right) against {old}, by task."
-    rows = [cells(names[one.new], *_rates(pair)) for one in shown for pair in one.pairs]
-    heads = ["model", "task", "items", "lost", "won", "NFR", "PFR", "NFR mc", "BTC", "NFR expected", "difference", "p"]
-    note = (
-        f"Against {old}, in %. NFR, PFR: share of items lost and won. NFR mc: also those that stay wrong with another "
-        "answer. BTC: share of what was right that stays right. Expected: the NFR if the two erred independently. "
-        "Difference with its 95 % interval, p of a paired test."
-    )
-    lists = [_list(one, names[one.new], results) for one in shown]
-    yield Section(f"Flips against {old}", [Gallery(drawn, caption), Table(heads, rows, note, words=2), *lists])
-
-
-def _rates(pair: Pair) -> Sequence[str]:
-    flips = pair.flips
-    low, high = flips.interval or (None, None)
-    unit = 100 if pair.metric in SHARES else 1
-    interval = "" if low is None or high is None else f" [{low * unit:+.3g}, {high * unit:+.3g}]"
-    shares = (flips.nfr, flips.pfr, flips.nfr_mc, flips.btc, flips.nfr_expected)
-    return (
-        pair.task,
-        f"{flips.n:,}",
-        str(len(flips.lost)),
-        str(len(flips.won)),
-        *(NONE if share is None else f"{share:.1%}"[:-1] for share in shares),
-        f"{flips.difference * unit:+.3g}{interval}",
-        NONE if flips.p is None else f"{flips.p:.3f}" if flips.p >= 0.001 else "< 0.001",
-    )
+    yield Section(f"Flips against {old}", [Gallery(drawn, caption), table, *lists])
 
 
 def _bars(comparison: Comparison, name: str, old: str, place: int) -> Figure:
@@ -79,7 +56,7 @@ def _bars(comparison: Comparison, name: str, old: str, place: int) -> Figure:
         return Figure(figures.to_svg(canvas, f"flips{place}"), f"{name} against {old}: {said}.")
 
 
-def _list(comparison: Comparison, name: str, results: Results) -> Fold:
+def _list(comparison: Comparison, name: str) -> Fold:
     """The items themselves, what was lost first."""
     rows = []
     for pair in comparison.pairs:
