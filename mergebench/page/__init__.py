@@ -86,9 +86,12 @@ def _writers() -> list[Writer]:
 
 
 def _drawn(writer: Writer, sources: Sources) -> list[Section]:
-    """A writer's sections. One that fails says so on the page: a page never breaks a run."""
+    """A writer's sections. One that fails says so on the page, and the others stand."""
+    found: list[Section] = []
     try:
-        return list(writer(sources))
+        for section in writer(sources):
+            found.append(section)
     except Exception as error:
         name = writer.__module__.rpartition(".")[2]
-        return [Section(f"Not drawn: {name}", [Text(f"{type(error).__name__}: {error}")])]
+        found.append(Section(f"Not drawn: {name}", [Text(f"{type(error).__name__}: {error}")]))
+    return found

@@ -63,7 +63,7 @@ def _layers(profile: Profile) -> dict[str, list[str]]:
         found.setdefault((0, "", 0) if layer is None else (1, *layer[:2]), []).append(name)
     labels = {}
     for (inside, stack, number), names in sorted(found.items()):
-        label = f"{number}" if len(stacks) == 1 else f"{stack.rpartition('.')[2]} {number}".strip()
+        label = f"{number}" if len(stacks) == 1 else f"{stack} {number}".strip()
         labels[label if inside else OUTSIDE] = names
     return labels
 

@@ -24,7 +24,8 @@ def sections(sources: Sources) -> Iterator[Section]:
         return
     points, failed, best = _points(sources.search)
     if not points:
-        yield Section("Search", [_failures(failed)] if failed else [])
+        if failed:
+            yield Section("Search", [_failures(failed)])
         return
     names = list(dict.fromkeys(name for point in points for name in point["values"]))
     tasks = list(dict.fromkeys(task for point in points for task in point["tasks"]))
@@ -129,10 +130,7 @@ def _trade_off(points: Sequence[Point], best: Point | None, x: str, y: str) -> F
     """Two tasks against each other, with the points that none beats in both."""
     known = [point for point in points if x in point["tasks"] and y in point["tasks"]]
     places = [(point["tasks"][x], point["tasks"][y]) for point in known]
-    front: list[tuple[float, float]] = []
-    for place in sorted(places, reverse=True):
-        if not front or place[1] > front[-1][1]:
-            front.append(place)
+    front = _front(places)
     with figures.plot(220) as (canvas, axes):
         axes.plot(*zip(*front, strict=True), color=SOFT, linewidth=1, zorder=1)
         _dots(axes, [p[0] for p in places], [p[1] for p in places], [point is best for point in known])
@@ -140,6 +138,15 @@ def _trade_off(points: Sequence[Point], best: Point | None, x: str, y: str) -> F
         axes.set_ylabel(figures.short(y, 30))
         alt = f"{y} against {x} for {len(known)} points; {len(front)} are not beaten in both."
         return Figure(figures.to_svg(canvas, "tradeoff"), alt)
+
+
+def _front(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that none beats in both, from the right."""
+    front: list[tuple[float, float]] = []
+    for place in sorted(places, reverse=True):
+        if not front or place[1] > front[-1][1]:
+            front.append(place)
+    return front
 
 
 def _dots(axes: Any, xs: Sequence[float], ys: Sequence[float], best: Sequence[bool]) -> None:
