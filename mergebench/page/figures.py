@@ -81,7 +81,7 @@ def plot(height: float) -> Iterator[tuple[Canvas, Axes]]:
 def to_svg(canvas: Canvas, name: str) -> str:
     """The canvas for a page; `name`: of letters and hyphens, once a page, so that no two plots share an id."""
     stream = StringIO()
-    canvas.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    canvas.savefig(stream, format="svg")
     text = stream.getvalue()
     text = text[text.index("<svg") :].strip()
     opening, rest = text.split(">", 1)

@@ -65,7 +65,11 @@ def test_nothing_is_wider_than_the_window(folder: Path, width: int) -> None:
     text = re.sub(r"<meta http-equiv=[^>]*>", "", text).replace("<details>", "<details open>")
     size = "document.documentElement.scrollWidth + ' ' + document.body.getBoundingClientRect().height"
     frame = f'<iframe width="{width}" height="500" style="border:0" srcdoc="SOURCE"></iframe>'
-    source = text.replace("</body>", f"<script>parent.document.title = {size}</script></body>").replace("&", "&amp;").replace('"', "&quot;")
+    source = (
+        text.replace("</body>", f"<script>parent.document.title = {size}</script></body>")
+        .replace("&", "&amp;")
+        .replace('"', "&quot;")
+    )
     (folder / "frame.html").write_text(frame.replace("SOURCE", source))
     seen, _ = chromium(folder, "frame.html", "--dump-dom")
     found = re.search(r"<title>(\d+) ([\d.]+)</title>", seen)

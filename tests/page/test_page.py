@@ -258,6 +258,8 @@ def test_the_search_in_numbers() -> None:
 
 def test_the_front_is_what_none_beats() -> None:
     places = [(p["tasks"]["tweets"], p["tasks"]["nouns"]) for p in searched._points(documents.search(60))[0]]
+    top = max(y for _, y in places)
+    places += [(0.5, top), (0.4, top)]  # as good in one, worse in the other
     brute = {a for a in places if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in places)}
     assert set(searched._front(places)) == brute
     assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(searched._front(places)))
