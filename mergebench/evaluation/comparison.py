@@ -120,7 +120,9 @@ def _compare_rows(results: Results, old: str, new: str) -> Comparison:
     for here, there, lacking, other in ((before, after, new, old), (after, before, old, new)):
         missing = ", ".join(f"'{task}'" for task, split in here if (task, split) not in there)
         if missing:
-            what = f"'{lacking}' has no result on {missing}, '{other}' has"
+            what, failed = f"'{lacking}' has no result on {missing}, '{other}' has", _failed(results, lacking)
+            if failed is not None:
+                raise RunError(f"{what}: {failed['error']}", failed["hint"])
             raise RunError(what, "compare models that were measured on the same tasks")
     pairs = []
     for key, record in before.items():
@@ -148,13 +150,17 @@ def _compare_files(old: Path, new: Path) -> Comparison:
 
 def _row(results: Results, name: str) -> str:
     """A model's name in the results; what is said of one that failed is said again."""
-    for one in results.made.get("failed", ()):
-        if one["model"] == name and name not in results.models:
-            raise RunError(one["error"], one["hint"])
+    failed = _failed(results, name)
+    if failed is not None and name not in results.models:
+        raise RunError(failed["error"], failed["hint"])
     short = {shown: model for model, shown in short_names(results.models).items()}
     if name not in results.models and name not in short:
         raise RecipeError(f"no model in the evaluation is called '{name}'", did_you_mean(name, [*short]))
     return name if name in results.models else short[name]
+
+
+def _failed(results: Results, model: str) -> dict[str, Any] | None:
+    return next((one for one in results.made.get("failed", ()) if one["model"] == model), None)
 
 
 def _by_task(results: Results, model: str) -> dict[tuple[str, str], Record]:

@@ -198,6 +198,15 @@ def test_rows_that_do_not_fit(results: Results, changed: dict[str, Any], says: s
         mergebench.compare("base", "mine", Results({}, (*results.records[:3], other)))
 
 
+def test_what_failed_is_said_again(results: Results) -> None:
+    failed = {"model": "org/mine", "tasks": ["b"], "error": "model 'org/mine': out of memory", "hint": "a larger one"}
+    with pytest.raises(RunError, match="no result on 'b', 'org/base' has: model 'org/mine': out of memory") as caught:
+        mergebench.compare("base", "mine", Results({"failed": [failed]}, results.records[:3]))
+    assert caught.value.hint == "a larger one"
+    with pytest.raises(RunError, match=r"^model 'org/mine': out of memory"):
+        mergebench.compare("base", "org/mine", Results({"failed": [failed]}, results.records[:2]))
+
+
 def test_unknown_names_and_evaluations(results: Results, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no model in the evaluation is called 'bsae'") as caught:
         mergebench.compare("bsae", "mine", results)
