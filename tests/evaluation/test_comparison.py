@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ def test_only_what_both_answered(results: Results) -> None:
     assert [pair.task for pair in one.pairs] == ["a"]
     assert against(Results({}, (*base, record("org/mine", "a", "+" * 8, metric="f1")))) == []
     assert against(Results({}, (*base, record("org/mine", "c", "+")))) == []
+    nothing = tuple(replace(one, predictions={}) for one in results.records)  # as a later version may leave them out
+    assert against(Results({}, nothing)) == []
 
 
 def test_the_document_has_the_comparisons(results: Results, tmp_path: Path) -> None:
@@ -334,6 +337,12 @@ def test_scores_in_the_report(files: Callable[..., None]) -> None:
     assert "+0.125 [−0.25, +0.5]" in text and "paired bootstrap" in text
     assert "lost -0.25" in text and "won +0.5" in text
     assert ["items", "–", "1", "1", "–", "–", "0.25", "0.5"] in [line.split() for line in text.splitlines()]
+
+
+def test_right_and_wrong_are_in_percent_whatever_the_metric(results: Results) -> None:
+    renamed = Results({}, tuple(replace(one, metric="exact_match") for one in results.records))
+    assert comparison_report(mergebench.compare("base", "mine", renamed), items=4) == REPORT
+    assert AGAINST.splitlines()[2] in report(renamed)
 
 
 def test_the_identity_of_the_views(results: Results) -> None:
