@@ -12,7 +12,7 @@ from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation.flips import Answers, Flips, flips
 from mergebench.evaluation.layout import short_names
 from mergebench.evaluation.predictions import read_predictions
-from mergebench.evaluation.results import Record, Results
+from mergebench.evaluation.results import FILE, Record, Results
 from mergebench.evaluation.task import Direction
 
 
@@ -90,9 +90,9 @@ def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path |
         found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
         return _compare_rows(found, str(old), str(new))
     for file in (old, new):
-        if not Path(file).is_file():
+        if not Path(file).is_file() or Path(file).name == FILE:
             hint = "rows of an evaluation go with --in DIR, models to be measured with --suite SUITE"
-            raise RecipeError(f"{file}: no such file of predictions", hint)
+            raise RecipeError(f"{file}: no file of predictions", hint)
     return _compare_files(Path(old), Path(new))
 
 

@@ -73,7 +73,7 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
         (["old.jsonl", "new.jsonl", "--max-nfr", "2"], 2, "--max-nfr"),
         (["old.jsonl", "new.jsonl", "--max-nfr", "nan"], 2, "--max-nfr"),
         (["old.jsonl", "new.jsonl", "--flips", "-1"], 2, "--flips"),
-        (["old", "new"], 2, "error: old: no such file of predictions"),
+        (["old", "new"], 2, "error: old: no file of predictions"),
         (["old", "nwe", "--in", "e"], 2, "error: no model in the evaluation is called 'nwe'"),
         (["old", "new", "--in", "none"], 1, "none: cannot be read"),
         (["old", "new", "--in", "e", "--suite", "s.yaml"], 2, "--in and --suite"),

@@ -133,9 +133,11 @@ def test_files_that_do_not_fit(files: Callable[..., None], old: Any, new: Any, s
 
 def test_no_such_file(files: Callable[..., None]) -> None:
     files(GOOD, GOOD)
-    with pytest.raises(RecipeError, match=r"nwe\.jsonl: no such file of predictions") as caught:
+    with pytest.raises(RecipeError, match=r"nwe\.jsonl: no file of predictions") as caught:
         mergebench.compare("old.jsonl", "nwe.jsonl")
     assert "--in" in (caught.value.hint or "")
+    with pytest.raises(RecipeError, match=r"evaluation\.json: no file of predictions"):
+        mergebench.compare(lines(Path("evaluation.json"), GOOD), "new.jsonl")
 
 
 # -- rows of an evaluation ---------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def test_the_second_table_of_scores() -> None:
         {}, (record("base", "t", [20.0, 30.0, 25.0], **lower), record("x", "t", [10.0, 31.0, 24.0], **lower))
     )
     text = report(found)
-    assert "against base" in text and "+3.333 [−1, +10]" in text and "1 (33.3 %)  2 (66.7 %)" in text
+    assert "against base" in text and "+3.33 [−1, +10]" in text and "1 (33.3 %)  2 (66.7 %)" in text
     assert "above 0 is better" in text
 
 
