@@ -12,7 +12,7 @@ from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation.flips import Answers, Flips, flips
 from mergebench.evaluation.layout import short_names
 from mergebench.evaluation.predictions import read_predictions
-from mergebench.evaluation.results import Record, Results
+from mergebench.evaluation.results import FILE, Record, Results
 from mergebench.evaluation.task import Direction
 
 
@@ -90,9 +90,9 @@ def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path |
         found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
         return _compare_rows(found, str(old), str(new))
     for file in (old, new):
-        if not Path(file).is_file():
+        if not Path(file).is_file() or Path(file).name == FILE:
             hint = "rows of an evaluation go with --in DIR, models to be measured with --suite SUITE"
-            raise RecipeError(f"{file}: no such file of predictions", hint)
+            raise RecipeError(f"{file}: no file of predictions", hint)
     return _compare_files(Path(old), Path(new))
 
 
@@ -120,7 +120,9 @@ def _compare_rows(results: Results, old: str, new: str) -> Comparison:
     for here, there, lacking, other in ((before, after, new, old), (after, before, old, new)):
         missing = ", ".join(f"'{task}'" for task, split in here if (task, split) not in there)
         if missing:
-            what = f"'{lacking}' has no result on {missing}, '{other}' has"
+            what, failed = f"'{lacking}' has no result on {missing}, '{other}' has", _failed(results, lacking)
+            if failed is not None:
+                raise RunError(f"{what}: {failed['error']}", failed["hint"])
             raise RunError(what, "compare models that were measured on the same tasks")
     pairs = []
     for key, record in before.items():
@@ -148,13 +150,17 @@ def _compare_files(old: Path, new: Path) -> Comparison:
 
 def _row(results: Results, name: str) -> str:
     """A model's name in the results; what is said of one that failed is said again."""
-    for one in results.made.get("failed", ()):
-        if one["model"] == name and name not in results.models:
-            raise RunError(one["error"], one["hint"])
+    failed = _failed(results, name)
+    if failed is not None and name not in results.models:
+        raise RunError(failed["error"], failed["hint"])
     short = {shown: model for model, shown in short_names(results.models).items()}
     if name not in results.models and name not in short:
         raise RecipeError(f"no model in the evaluation is called '{name}'", did_you_mean(name, [*short]))
     return name if name in results.models else short[name]
+
+
+def _failed(results: Results, model: str) -> dict[str, Any] | None:
+    return next((one for one in results.made.get("failed", ()) if one["model"] == model), None)
 
 
 def _by_task(results: Results, model: str) -> dict[tuple[str, str], Record]:

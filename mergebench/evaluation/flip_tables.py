@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mergebench.evaluation.comparison import Comparison, Pair
 from mergebench.evaluation.flips import Flips
-from mergebench.evaluation.layout import NONE, escape, markdown_line, number, render, short_names
+from mergebench.evaluation.layout import NONE, SHARES, escape, markdown_line, number, render, short_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,7 +181,7 @@ def _difference(found: Flips, unit: str) -> str:
 
 
 def _signed(value: float, unit: str) -> str:
-    text = number(value, unit)
+    text = number(value, unit) if unit in SHARES else f"{value:.3g}"
     return text.replace("-", "−") if value < 0 else f"+{text}"
 
 

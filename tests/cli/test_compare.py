@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
+from tests.evaluation.conftest import write_data, write_encoder, write_head
 
 ROWS = [("1", "a", "a"), ("2", "a", "b"), ("3", "b", "b"), ("4", "b", "c"), ("5", "a", "a")]  # id, old, new; gold a
 
@@ -72,7 +73,7 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
         (["old.jsonl", "new.jsonl", "--max-nfr", "2"], 2, "--max-nfr"),
         (["old.jsonl", "new.jsonl", "--max-nfr", "nan"], 2, "--max-nfr"),
         (["old.jsonl", "new.jsonl", "--flips", "-1"], 2, "--flips"),
-        (["old", "new"], 2, "error: old: no such file of predictions"),
+        (["old", "new"], 2, "error: old: no file of predictions"),
         (["old", "nwe", "--in", "e"], 2, "error: no model in the evaluation is called 'nwe'"),
         (["old", "new", "--in", "none"], 1, "none: cannot be read"),
         (["old", "new", "--in", "e", "--suite", "s.yaml"], 2, "--in and --suite"),
@@ -89,3 +90,31 @@ def test_mistakes(cli: Cli, tmp_path: Path, arguments: list[str], code: int, mes
 def test_how_many_flips(cli: Cli) -> None:
     shown: Any = [cli("compare", "old.jsonl", "new.jsonl", "--flips", n).out for n in (0, 10)]
     assert [" 2     lost  a    b    a" in text for text in shown] == [False, True]
+
+
+def test_models_are_measured_where_they_were_not(cli: Cli, tmp_path: Path) -> None:
+    """The same numbers as two rows of `eval`; what is known is not measured again, and what fails is said."""
+    for name, seed in (("x", 0), ("y", 5)):
+        write_encoder(tmp_path / name, seed=seed)
+    write_data(tmp_path / "data.jsonl")
+    write_head(tmp_path / "a")
+    task = {"name": "t", "kind": "text-classification", "data": "data.jsonl", "head": "a/head.safetensors"}
+    Path("suite.yaml").write_text(json.dumps({"tasks": [task]}))
+    models = ("compare", "x", "y", "--suite", "suite.yaml", "--results", "kept")
+
+    assert cli("eval", "suite.yaml", "x", "--results", "kept", "--out", "e1").code == 0
+    (found,) = json.loads(cli(*models, "--json").out)["tasks"]
+    assert found["n"] == 41 and found["lost"] and found["won"]
+    assert cli("eval", "suite.yaml", "x", "y", "--results", "other", "--out", "e2").code == 0
+    assert json.loads(cli("compare", "x", "y", "--in", "e2", "--json").out)["tasks"] == [found]
+    assert len(list(Path("kept").glob("[0-9a-f]*.json"))) == 2
+    times = {file: file.stat().st_mtime_ns for file in Path("kept").iterdir()}
+    assert cli(*models).code == 0
+    assert times == {file: file.stat().st_mtime_ns for file in Path("kept").iterdir()}
+
+    ran = cli("compare", "x", "z", "--suite", "suite.yaml", "--results", "kept")
+    assert (ran.code, ran.out) == (3, "") and "z" in ran.err
+    write_head(tmp_path / "a", hidden=8)
+    ran = cli(*models)
+    assert (ran.code, ran.out) == (3, "") and "it takes 8 features, model 'x' gives 16" in ran.err
+    assert cli(*models, "--split", "tset").code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,11 @@ def test_files_that_do_not_fit(files: Callable[..., None], old: Any, new: Any, s
 
 def test_no_such_file(files: Callable[..., None]) -> None:
     files(GOOD, GOOD)
-    with pytest.raises(RecipeError, match=r"nwe\.jsonl: no such file of predictions") as caught:
+    with pytest.raises(RecipeError, match=r"nwe\.jsonl: no file of predictions") as caught:
         mergebench.compare("old.jsonl", "nwe.jsonl")
     assert "--in" in (caught.value.hint or "")
+    with pytest.raises(RecipeError, match=r"evaluation\.json: no file of predictions"):
+        mergebench.compare(lines(Path("evaluation.json"), GOOD), "new.jsonl")
 
 
 # -- rows of an evaluation ---------------------------------------------------------------------------
@@ -198,6 +201,15 @@ def test_rows_that_do_not_fit(results: Results, changed: dict[str, Any], says: s
         mergebench.compare("base", "mine", Results({}, (*results.records[:3], other)))
 
 
+def test_what_failed_is_said_again(results: Results) -> None:
+    failed = {"model": "org/mine", "tasks": ["b"], "error": "model 'org/mine': out of memory", "hint": "a larger one"}
+    with pytest.raises(RunError, match="no result on 'b', 'org/base' has: model 'org/mine': out of memory") as caught:
+        mergebench.compare("base", "mine", Results({"failed": [failed]}, results.records[:3]))
+    assert caught.value.hint == "a larger one"
+    with pytest.raises(RunError, match=r"^model 'org/mine': out of memory"):
+        mergebench.compare("base", "org/mine", Results({"failed": [failed]}, results.records[:2]))
+
+
 def test_unknown_names_and_evaluations(results: Results, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no model in the evaluation is called 'bsae'") as caught:
         mergebench.compare("bsae", "mine", results)
@@ -227,6 +239,8 @@ def test_only_what_both_answered(results: Results) -> None:
     assert [pair.task for pair in one.pairs] == ["a"]
     assert against(Results({}, (*base, record("org/mine", "a", "+" * 8, metric="f1")))) == []
     assert against(Results({}, (*base, record("org/mine", "c", "+")))) == []
+    nothing = tuple(replace(one, predictions={}) for one in results.records)  # as a later version may leave them out
+    assert against(Results({}, nothing)) == []
 
 
 def test_the_document_has_the_comparisons(results: Results, tmp_path: Path) -> None:
@@ -273,7 +287,7 @@ def test_the_second_table_of_scores() -> None:
         {}, (record("base", "t", [20.0, 30.0, 25.0], **lower), record("x", "t", [10.0, 31.0, 24.0], **lower))
     )
     text = report(found)
-    assert "against base" in text and "+3.333 [−1, +10]" in text and "1 (33.3 %)  2 (66.7 %)" in text
+    assert "against base" in text and "+3.33 [−1, +10]" in text and "1 (33.3 %)  2 (66.7 %)" in text
     assert "above 0 is better" in text
 
 
@@ -325,6 +339,12 @@ def test_scores_in_the_report(files: Callable[..., None]) -> None:
     assert "+0.125 [−0.25, +0.5]" in text and "paired bootstrap" in text
     assert "lost -0.25" in text and "won +0.5" in text
     assert ["items", "–", "1", "1", "–", "–", "0.25", "0.5"] in [line.split() for line in text.splitlines()]
+
+
+def test_right_and_wrong_are_in_percent_whatever_the_metric(results: Results) -> None:
+    renamed = Results({}, tuple(replace(one, metric="exact_match") for one in results.records))
+    assert comparison_report(mergebench.compare("base", "mine", renamed), items=4) == REPORT
+    assert AGAINST.splitlines()[2] in report(renamed)
 
 
 def test_the_identity_of_the_views(results: Results) -> None:
