@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergebench.evaluation.comparison import Comparison, Pair
-from mergebench.evaluation.flip_tables import RATES, how_to_read, rate_rows
+from mergebench.evaluation.flip_tables import RATES, difference_of, how_to_read, p_of, rate_rows, unit_of
 from mergebench.evaluation.layout import number, short_names
+from mergebench.evaluation.results import Results
 from mergebench.page import figures
 from mergebench.page.figures import BLUE, INK, PAPER, RED, Figure
 from mergebench.page.parts import Fold, Gallery, Section, Table, cells
@@ -31,6 +32,22 @@ def sections(sources: Sources) -> Iterator[Section]:
     lists = [_list(one, names[one.new]) for one in shown]
     caption = f"Items lost (left, hatched) and won (right) against {old}, by task."
     yield Section(f"Flips against {old}", [Gallery(drawn, caption), table, *lists])
+
+
+def finding(results: Results) -> list[str]:
+    """The best merge against the baseline, over all items, in a sentence; none where that has no single number."""
+    roles = {record.model: record.role for record in results.records}
+    merged = [one for one in results.comparisons if roles[one.new] == "merged" and one.pooled is not None]
+    found = []
+    for one in merged[:1]:
+        assert one.pooled is not None
+        flips, names = one.pooled, short_names(results.models)
+        unit = unit_of(flips, one.pooled_pairs[0].metric)
+        what = " % of answers right" if flips.both_right is not None else " in the mean of the items"
+        size = f"{difference_of(flips, unit)}{what}, p {p_of(flips.p)}".replace("p <", "p < ")
+        count = f"{len(flips.lost):,} items lost, {len(flips.won):,} won"
+        found.append(f"{names[one.new]} against {names[one.old]} over {flips.n:,} items: {size}; {count}.")
+    return found
 
 
 def _bars(comparison: Comparison, name: str, old: str, place: int) -> Figure:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
 from mergebench.evaluation.results import Results
-from mergebench.page import scores, searched
+from mergebench.page import flipped, scores, searched
 from mergebench.page.sources import Sources
+
+Writer = Callable[[Any], str | list[str]]
 
 
 def title(sources: Sources) -> str:
@@ -15,25 +21,32 @@ def title(sources: Sources) -> str:
 
 
 def what(sources: Sources) -> str:
-    """What was merged and measured, on how much, when."""
-    said = []
-    if sources.search is not None:
-        said.append(searched.size(sources.search))
-    if sources.provenance is not None:
-        recipe = sources.provenance.get("recipe", {})
-        count = len(recipe.get("models", []))
-        said.append(f"{count} model{'s' * (count != 1)} merged with {recipe.get('merge_method', 'an unknown method')}")
-    if sources.results is not None:
-        said.append(_measured(sources.results))
-    return " · ".join(said)
+    """What was tried, merged and measured, on how much, when."""
+    said = _said(searched.size, sources.search), _said(_merged, sources.provenance), _said(_measured, sources.results)
+    return " · ".join(sentence for found in said for sentence in found)
 
 
 def findings(sources: Sources) -> list[str]:
-    """A sentence each on the search and the table."""
-    found = [] if sources.search is None else searched.finding(sources.search)
-    if sources.results is not None and sources.results.records:
-        found.append(scores.finding(sources.results))
+    """A sentence each on the search, the table and the flips."""
+    ways: list[tuple[Writer, Any]] = [(searched.finding, sources.search)]
+    ways += [(scores.finding, sources.results), (flipped.finding, sources.results)]
+    found = [sentence for way, source in ways for sentence in _said(way, source)]
     return found or ["Nothing was measured."]
+
+
+def _said(write: Writer, source: Any) -> list[str]:
+    """What is written of a document that is there; of a broken one nothing, its section says what is wrong."""
+    if source is not None:
+        with suppress(Exception):
+            found = write(source)
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def _merged(provenance: Mapping[str, Any]) -> str:
+    recipe = provenance["recipe"]
+    count = len(recipe["models"])
+    return f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
 
 
 def _measured(results: Results) -> str:

@@ -45,15 +45,17 @@ def sections(sources: Sources) -> Iterator[Section]:
         yield Section("Across tasks", [_parallel(results)])
 
 
-def finding(results: Results) -> str:
+def finding(results: Results) -> list[str]:
     """The table in a sentence."""
+    if not results.records:
+        return []
     relative, means = mean_relatives(results), mean_values(results)
     is_relative = any(relative.get(model) is not None for model in results.models)
     values = relative if is_relative else means
     roles = {record.model: record.role for record in results.records}
     ways = {record.direction for record in results.records}
     names = short_names(results.models)
-    metric = next(iter(results.records)).metric if results.records else ""
+    metric = results.records[0].metric
 
     def said(model: str) -> str:
         value = values[model] or 0.0
@@ -68,14 +70,14 @@ def finding(results: Results) -> str:
     bases = [model for model in known if roles[model] == "base"]
     what = "of what each task's own fine-tune reaches" if is_relative else f"{metric} in the mean"
     if not known:
-        return "Tasks of different metrics have no mean: see the table."
+        return ["Tasks of different metrics have no mean: see the table."]
     if not merges:
         top = best(known)
-        return f"The best mean is that of {names[top]}: {said(top)}{'' if is_relative else f' {metric}'}."
+        return [f"The best mean is that of {names[top]}: {said(top)}{'' if is_relative else f' {metric}'}."]
     top = best(merges)
     others = [f"the base {said(bases[0])}"] if bases else []
     others += [f"the best baseline ({names[best(rivals)]}) {said(best(rivals))}"] if rivals else []
-    return f"{names[top]} has {said(top)} {what}{'; ' if others else ''}{', '.join(others)}."
+    return [f"{names[top]} has {said(top)} {what}{'; ' if others else ''}{', '.join(others)}."]
 
 
 def _starred(cell: Cell) -> Cell:

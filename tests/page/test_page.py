@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import Results
 from mergebench.evaluation.comparison import compare
 from mergebench.evaluation.tables import rows_of
-from mergebench.page import layers, scores, searched
+from mergebench.page import flipped, layers, scores, searched
 from mergebench.page.sources import Sources
 from tests.conftest import Cli
 from tests.page import documents
@@ -231,38 +230,64 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
 
 def test_the_finding() -> None:
     results = documents.results()
+    flips = compare("base", "pcb", results).pooled
+    assert flips is not None
+    (sentence,) = flipped.finding(results)
+    assert sentence.startswith(f"pcb against base over 120 items: +{100 * flips.difference:.1f} [")
+    assert sentence.endswith(f"; {len(flips.lost)} items lost, {len(flips.won)} won.")
     rows = {row.model: row.cells[-2].text for row in rows_of(results)}
-    said = scores.finding(results)
+    (said,) = scores.finding(results)
     assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean; the base {rows['base']} %")
     assert f"the best baseline (linear) {rows['linear']} %." in said
     results = documents.results(tasks=("tweets", "nouns"))
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}
-    assert f"pcb has {rows['pcb']} of what each task's own fine-tune reaches" in scores.finding(results)
+    assert f"pcb has {rows['pcb']} of what each task's own fine-tune reaches" in scores.finding(results)[0]
     best = max(
         (row for row in rows_of(documents.results({"x": "input", "y": "input"}))), key=lambda r: r.cells[-2].text
     )
-    found = scores.finding(documents.results({"x": "input", "y": "input"}))
+    (found,) = scores.finding(documents.results({"x": "input", "y": "input"}))
     assert found == f"The best mean is that of {best.model}: {best.cells[-2].text} % accuracy."
 
 
 def test_the_search_in_numbers() -> None:
     document = documents.search(60)
-    points, failed, best = searched._points(document)
-    assert (len(points), len(failed)) == (59, 1)
+    found = searched.read(document)
+    points, best = list(found.points), found.best
+    assert (len(points), len(found.failed)) == (59, 1)
     assert best is not None and best["objective"] == max(point["objective"] for point in points)
+    value, given = (f"{100 * point['objective']:.1f}" for point in (best, points[0]))
+    assert searched.finding(document)[0].endswith(f"(mean {value}; as given {given}).")
     assert searched._apart(points, ["tweets", "nouns", "reviews"]) == ("tweets", "nouns")  # reviews never moves
     for point in points:
         point["tasks"]["reviews"] = 1 - point["tasks"]["nouns"]
     assert searched._apart(points, ["tweets", "nouns", "reviews"]) == ("nouns", "reviews")
 
 
-def test_the_front_is_what_none_beats() -> None:
-    places = [(p["tasks"]["tweets"], p["tasks"]["nouns"]) for p in searched._points(documents.search(60))[0]]
-    top = max(y for _, y in places)
-    places += [(0.5, top), (0.4, top)]  # as good in one, worse in the other
-    brute = {a for a in places if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in places)}
-    assert set(searched._front(places)) == brute
-    assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(searched._front(places)))
+def test_tasks_of_unlike_metrics_are_not_set_against_each_other(tmp_path: Path) -> None:
+    document = documents.search()
+    document["made"] |= {"objective": "relative", "metrics": {"tweets": "accuracy", "nouns": "word_perplexity"}}
+    text = page.write(alone(tmp_path / "s", "search.json", document)).read_text(encoding="utf-8")
+    assert "pull apart" not in text
+    best = next(point for point in document["points"] if point["number"] == document["best"])
+    row = Tree(text).tables[0][1]
+    values = [f"{100 * best['objective']:.1f}", f"{100 * best['tasks']['tweets']:.1f}", f"{best['tasks']['nouns']:.4g}"]
+    assert row[0] == f"{best['number']} ★"
+    assert row[3:6] == values
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_front_is_what_none_beats(higher: bool) -> None:
+    places = [(p["tasks"]["tweets"], p["tasks"]["nouns"]) for p in searched.read(documents.search(60)).points]
+    top = (max if higher else min)(y for _, y in places)
+    places += [(0.5, top), (0.4, top), (0.99, top), (0.98, top)]  # as good in one, worse in the other
+    sign = 1 if higher else -1
+
+    def beats(b: tuple[float, float], a: tuple[float, float]) -> bool:
+        return b != a and all(sign * one >= sign * other for one, other in zip(b, a, strict=True))
+
+    found = searched._front(places, higher)
+    assert set(found) == {a for a in places if not any(beats(b, a) for b in places)}
+    assert len(found) == len(set(found)) > 0
 
 
 def test_layers_and_kinds() -> None:
