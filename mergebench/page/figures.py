@@ -99,9 +99,10 @@ def to_svg(canvas: Canvas, name: str) -> str:
 
 
 def short(text: str, most: int = 22) -> str:
-    """A name that fits beside a bar; control characters, which SVG cannot hold, as dots."""
+    """A name that fits beside a bar: its two ends; control characters, which SVG cannot hold, as dots."""
     text = "".join(char if char.isprintable() else "·" for char in text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    tail = most // 2
+    return text if len(text) <= most else f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
 def bars(

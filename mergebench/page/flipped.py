@@ -26,7 +26,8 @@ def sections(sources: Sources) -> Iterator[Section]:
     shown = sorted(merges or results.comparisons, key=lambda one: roles[one.new] != "merged")[:MODELS]
     names = short_names(results.models)
     old = names[shown[0].old]
-    drawn = [_bars(one, names[one.new], old, place) for place, one in enumerate(shown)]
+    most = max([1, *(len(side) for one in shown for p in one.pairs for side in (p.flips.lost, p.flips.won))])
+    drawn = [_bars(one, names[one.new], old, place, most) for place, one in enumerate(shown)]
     rows = [cells(names[one.new], *row) for one in shown for row in rate_rows(one)]
     table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2)
     lists = [_list(one, names[one.new]) for one in shown]
@@ -43,18 +44,17 @@ def finding(results: Results) -> list[str]:
         assert one.pooled is not None
         flips, names = one.pooled, short_names(results.models)
         unit = unit_of(flips, one.pooled_pairs[0].metric)
-        what = " % of answers right" if flips.both_right is not None else " in the mean of the items"
-        size = f"{difference_of(flips, unit)}{what}, p {p_of(flips.p)}".replace("p <", "p < ")
+        what = " percentage points" if flips.both_right is not None else " in the mean of the items"
+        size = f"{difference_of(flips, unit)}{what}, p {p_of(flips.p)}"
         count = f"{len(flips.lost):,} items lost, {len(flips.won):,} won"
         found.append(f"{names[one.new]} against {names[one.old]} over {flips.n:,} items: {size}; {count}.")
     return found
 
 
-def _bars(comparison: Comparison, name: str, old: str, place: int) -> Figure:
-    """Counts to the left and to the right of a line, one row a task."""
+def _bars(comparison: Comparison, name: str, old: str, place: int, most: int) -> Figure:
+    """Counts to the left and to the right of a line, one row a task; `most`: the longest bar of all models."""
     pairs = comparison.pairs
     counts = [(pair.task, len(pair.flips.lost), len(pair.flips.won)) for pair in pairs]
-    most = max([1, *(max(lost, won) for _, lost, won in counts)])
     with figures.plot(44 + 22 * len(pairs)) as (canvas, axes):
         for row, (_, lost, won) in enumerate(counts):
             axes.barh(row, -lost, color=RED, height=0.68, hatch="////", edgecolor=PAPER, linewidth=0)

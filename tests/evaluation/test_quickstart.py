@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mergebench.page.profile import Profile
 from tests.conftest import Cli
 
 ROOT = Path(__file__).parents[2]
@@ -40,3 +41,13 @@ def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: 
     assert found.keys() == shown.keys()
     for name, values in found.items():  # another processor may round a text or two the other way
         assert values == pytest.approx(shown[name], abs=1.1), name
+
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 1_000_000
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        "Results", "Task by task", "Across tasks", "Flips against base", "Layer by layer", "Provenance",
+    ]  # fmt: skip
+    kept = Profile.load(tmp_path / "out")
+    numel = sum(kept.numel.values())
+    for model in range(4):  # the paper's density, of each model's elements
+        assert sum(counts.kept[model] for counts in kept.counts.values()) / numel == pytest.approx(0.1, abs=1e-4)

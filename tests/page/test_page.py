@@ -15,7 +15,7 @@ from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import Results
 from mergebench.evaluation.comparison import compare
 from mergebench.evaluation.tables import rows_of
-from mergebench.page import flipped, layers, scores, searched
+from mergebench.page import figures, flipped, layers, scores, searched
 from mergebench.page.sources import Sources
 from tests.conftest import Cli
 from tests.page import documents
@@ -288,6 +288,12 @@ def test_the_front_is_what_none_beats(higher: bool) -> None:
     found = searched._front(places, higher)
     assert set(found) == {a for a in places if not any(beats(b, a) for b in places)}
     assert len(found) == len(set(found)) > 0
+
+
+def test_names_keep_what_tells_them_apart() -> None:
+    names = [f"task_arithmetic {end}" for end in ("as given", "chosen")]
+    assert [figures.short(name) for name in names] == ["task_arith…ic as given", "task_arithmetic chosen"]
+    assert figures.short("a\x00b") == "a·b"
 
 
 def test_layers_and_kinds() -> None:
