@@ -170,11 +170,13 @@ def test_items_are_pooled_where_they_count_alike() -> None:
     perplexity: Any = ("c", [9.5, 8.5], "perplexity", "lower")
     again: Any = ("d", [7.5, 3.5], "perplexity", "lower")
     shares: Any = ("e", [0.5, 0.25], "f1", "higher")
+    by_chance: Any = ("f", "++-", "f1", "higher")
     for tasks, pooled in [
         ((right, exact, perplexity), 5),
         ((perplexity, again), 4),
         ((perplexity, shares), None),
         ((shares,), 2),
+        ((shares, by_chance), 5),  # the same measure, though every score of one happens to be 0 or 1
     ]:
         found = mergebench.compare("x", "y", both(*tasks)).pooled
         assert (found and found.n) == pooled
