@@ -48,10 +48,10 @@ class Comparison:
 
     @cached_property
     def pooled_pairs(self) -> tuple[Pair, ...]:
-        """The tasks whose items count alike: those with right and wrong answers, else all if they share a metric."""
-        right_or_wrong = tuple(pair for pair in self.pairs if pair.flips.both_right is not None)
-        metrics = {(pair.metric, pair.direction) for pair in self.pairs}
-        return right_or_wrong or (self.pairs if len(metrics) == 1 else ())
+        """The tasks whose items count alike: all where they share a metric, else those with right and wrong answers."""
+        if len({(pair.metric, pair.direction) for pair in self.pairs}) == 1:
+            return self.pairs
+        return tuple(pair for pair in self.pairs if pair.flips.both_right is not None)
 
     @cached_property
     def pooled(self) -> Flips | None:

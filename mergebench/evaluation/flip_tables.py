@@ -77,13 +77,13 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
 def _against_legend(counts: set[int], graded: bool, partly: bool) -> str:
     if graded:
         return (
-            "Difference: mean over the items [95 % interval], above 0 is better; p: paired bootstrap; lost, won: items "
+            "Difference: mean over the items [95% interval], above 0 is better; p: paired bootstrap; lost, won: items "
             "that became worse and better."
         )
     items = f"{min(counts)} items" if len(counts) == 1 else "items"
     tasks = " of the tasks with right and wrong answers" if partly else ""
     return (
-        f"Difference: in the share of right answers, in %, over the {items}{tasks} [95 % interval]; p: McNemar's "
+        f"Difference: in the share of right answers, in %, over the {items}{tasks} [95% interval]; p: McNemar's "
         "exact test; lost: items right before and wrong now (NFR); won: the other way round (PFR)."
     )
 
@@ -145,7 +145,7 @@ def how_to_read(comparison: Comparison) -> str:
     tests += ["a paired bootstrap"] if any(found.both_right is None for found in rows) else []
     lower = "; above 0 is better also where lower values are" if _lower(comparison) else ""
     return (
-        f"Shares in %. Difference [95 % interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
+        f"Shares in %. Difference [95% interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
         "lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of what was; expected: the NFR "
         "if the two erred independently."
     )

@@ -170,11 +170,13 @@ def test_items_are_pooled_where_they_count_alike() -> None:
     perplexity: Any = ("c", [9.5, 8.5], "perplexity", "lower")
     again: Any = ("d", [7.5, 3.5], "perplexity", "lower")
     shares: Any = ("e", [0.5, 0.25], "f1", "higher")
+    by_chance: Any = ("f", "++-", "f1", "higher")
     for tasks, pooled in [
         ((right, exact, perplexity), 5),
         ((perplexity, again), 4),
         ((perplexity, shares), None),
         ((shares,), 2),
+        ((shares, by_chance), 5),  # the same measure, though every score of one happens to be 0 or 1
     ]:
         found = mergebench.compare("x", "y", both(*tasks)).pooled
         assert (found and found.n) == pooled
@@ -264,7 +266,7 @@ AGAINST = """\
  ──────────────────────────────────────────────────────────────────────────
  mine          merged  +21.4 [−13.5, +50.1]  0.453  2 (14.3 %)  5 (35.7 %)
 
- Difference: in the share of right answers, in %, over the 14 items [95 %
+ Difference: in the share of right answers, in %, over the 14 items [95%
  interval]; p: McNemar's exact test; lost: items right before and wrong
  now (NFR); won: the other way round (PFR)."""
 
@@ -302,7 +304,7 @@ REPORT = """\
 
  pooled  14  50.0   71.4  +21.4 [−13.5, +50.1]  0.453  14.3  35.7    14.3   71.4      14.3
 
- Shares in %. Difference [95 % interval], p by McNemar's exact test; NFR, PFR: items the
+ Shares in %. Difference [95% interval], p by McNemar's exact test; NFR, PFR: items the
  new model lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right
  of what was; expected: the NFR if the two erred independently.
 
