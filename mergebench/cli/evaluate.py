@@ -63,8 +63,8 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
 
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
-    views = [name for name in ("evaluation.md", "report.html") if (target / name).is_file()]
-    note(f"wrote {target}/evaluation.json{''.join(f', {name}' for name in views)}", quiet)
+    views = "evaluation.md and report.html" if (target / "report.html").is_file() else "evaluation.md"
+    note(f"wrote {target}/evaluation.json, {views}", quiet)
     typer.echo(json.dumps(found.to_dict()) if json_ else report(found, styled=sys.stdout.isatty()))
 
 
