@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mergebench.cli.progress import note
+
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What merge, eval or search wrote.")],
@@ -23,4 +25,5 @@ def report(
     if open_:
         import webbrowser
 
-        webbrowser.open(written.resolve().as_uri())
+        if not webbrowser.open(written.resolve().as_uri()):
+            note(f"no browser to be found here: open {written}")

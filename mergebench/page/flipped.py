@@ -45,7 +45,7 @@ def finding(results: Results) -> list[str]:
         flips, names = one.pooled, short_names(results.models)
         unit = unit_of(flips, one.pooled_pairs[0].metric)
         what = " percentage points" if flips.both_right is not None else " in the mean of the items"
-        size = f"{difference_of(flips, unit)}{what}, p {p_of(flips.p)}"
+        size = f"{difference_of(flips, unit)}{what}, p\u00a0{p_of(flips.p)}"
         count = f"{len(flips.lost):,} items lost, {len(flips.won):,} won"
         found.append(f"{names[one.new]} against {names[one.old]} over {flips.n:,} items: {size}; {count}.")
     return found

@@ -107,7 +107,8 @@ def _conflicts(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
 
 def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: Mapping[str, Sequence[str]]) -> Figure:
     """Values by layer from zero; what lies outside the layers stands apart."""
-    apart = OUTSIDE in layers and len(layers) > 1
+    apart = int(OUTSIDE in layers)
+    xs = [-1 - len(layers) / 16] * apart + [*range(len(layers) - apart)]
     legend = len(lines) > 1
     with figures.plot(210 + legend * 16 * -(-len(lines) // 3)) as (canvas, axes):
         for place, (label, values) in enumerate(lines.items()):
@@ -119,12 +120,11 @@ def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: 
                 "linewidth": 2 if merged else 1.3,
                 "linestyle": "-" if place < len(SERIES) or merged else "--",
             }
-            axes.plot(range(apart, len(values)), values[apart:], label=figures.short(label, 16), **style)
-            if apart:
-                axes.plot([0], values[:1], **style)
+            axes.plot(xs[apart:], values[apart:], label=figures.short(label, 16), **style)
+            axes.plot(xs[:apart], values[:apart], **style)
         axes.set_ylim(0, 1.1 * max([v for values in lines.values() for v in values if v == v], default=1.0) or 1.0)
         axes.grid(True, axis="y", color=LINE)
-        _layer_ticks(axes, list(layers))
+        _layer_ticks(axes, list(layers), xs)
         axes.set_xlabel("layer")
         axes.set_title(title, fontweight="bold")
         if legend:
@@ -133,14 +133,12 @@ def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: 
         return Figure(figures.to_svg(canvas, name), f"{title} by layer. {ends}.")
 
 
-def _layer_ticks(axes: Any, labels: Sequence[str], middle: float = 0) -> None:
+def _layer_ticks(axes: Any, labels: Sequence[str], xs: Sequence[float]) -> None:
     """Names of layers below their places, as many as fit."""
     first, step = int(OUTSIDE in labels), -(-len(labels) // 16)
-    places = [place for place in range(len(labels)) if place < first or (place - first) % step == 0]
-    long = max(map(len, labels)) > 6
-    names = [labels[place] for place in places]
-    turned, side = (45, "right") if long else (0, "center")
-    axes.set_xticks([place + middle for place in places], names, rotation=turned, ha=side)
+    shown = [place for place in range(len(labels)) if place < first or (place - first) % step == 0]
+    turned, side = (45, "right") if max(map(len, labels)) > 6 else (0, "center")
+    axes.set_xticks([xs[place] for place in shown], [labels[place] for place in shown], rotation=turned, ha=side)
 
 
 def _maps(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Gallery:
@@ -196,7 +194,7 @@ def _map(
                         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_tail(kind) for kind in kinds], fontsize=9)
         axes.invert_yaxis()
-        _layer_ticks(axes, labels, middle=0.5)
+        _layer_ticks(axes, labels, [x + 0.5 for x in range(len(labels))])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(figures.short(model, 44), fontweight="bold")

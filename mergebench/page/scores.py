@@ -152,4 +152,7 @@ def _parallel(results: Results) -> Gallery:
         alt = f"Lines of {len(results.models)} models over {len(tasks)} tasks; the numbers are in the table above."
         drawn = Figure(figures.to_svg(canvas, "parallel"), alt, wide=True)
     scale = "All tasks on one scale, better is up." if one else "Each task from its worst model to its best."
-    return Gallery([drawn], f"{scale} Thick: merged; dashed: baselines; dotted: the base.")
+    there = {record.role for record in results.records}
+    styles = {"merged": "thick: merged", "baseline": "dashed: baselines", "base": "dotted: the base"}
+    key = "; ".join(text for role, text in styles.items() if role in there)
+    return Gallery([drawn], f"{scale} {key[:1].upper()}{key[1:]}{'.' if key else ''}".rstrip())
