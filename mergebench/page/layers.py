@@ -189,7 +189,7 @@ def _map(
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
                     if value == value:
-                        colour = "#ffffff" if value > 0.6 * most else "#1c1e21"
+                        colour = "#ffffff" if value > 0.7 * most else "#1c1e21"
                         text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
                         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_tail(kind) for kind in kinds], fontsize=9)
