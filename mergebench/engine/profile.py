@@ -23,12 +23,12 @@ class Counts(NamedTuple):
     The last two are zero where no method was replayed.
     """
 
-    elements: int
+    elements: float
     squares: tuple[float, ...]
-    shared: int
-    conflicts: int
+    shared: float
+    conflicts: float
     merged: float
-    kept: tuple[int, ...]
+    kept: tuple[float, ...]
 
     def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
         return Counts(
@@ -38,6 +38,18 @@ class Counts(NamedTuple):
             self.conflicts + other.conflicts,
             self.merged + other.merged,
             tuple(a + b for a, b in zip(self.kept, other.kept, strict=True)),
+        )
+
+    def of(self, elements: int) -> Counts:
+        """As estimated for so many elements, of which these are a part."""
+        times = elements / self.elements if self.elements else 0.0
+        return Counts(
+            elements,
+            tuple(times * square for square in self.squares),
+            times * self.shared,
+            times * self.conflicts,
+            times * self.merged,
+            tuple(times * count for count in self.kept),
         )
 
 

@@ -66,11 +66,11 @@ class Figure(NamedTuple):
 @contextmanager
 def plot(height: float) -> Iterator[tuple[Canvas, Axes]]:
     """A canvas of `WIDTH` by `height` units with one pair of axes, in the page's style."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is no news
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # fonts it looks for in vain
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters its font lacks, which the reader's has
         canvas = Canvas(figsize=(WIDTH / 72, height / 72), layout="constrained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from mergebench.engine.profile import Counts
 from mergebench.page import figures
@@ -16,19 +16,13 @@ from mergebench.page.sources import Sources
 from mergebench.recipe.varying import layer_of
 
 OUTSIDE = "other"  # embeddings, last norm, head
+MERGE = "the merge"
 MAPS, KINDS, TENSORS, LABELLED = 6, 20, 600, 10  # heat maps, their rows, rows of the table, columns with numbers
 KEPT = (
     "An element of a model counts as kept where the merged value changes when the model's weight (for methods without "
     "weights: its values) is halved, with all thresholds as the merge found them; where every task has a mask, if the "
     "mask holds it."
 )
-
-
-class Group(NamedTuple):
-    """Tensors taken together: how many elements they have, and the counts."""
-
-    numel: int
-    counts: Counts
 
 
 def sections(sources: Sources) -> Iterator[Section]:
@@ -68,39 +62,30 @@ def _layers(profile: Profile) -> dict[str, list[str]]:
     return labels
 
 
-def _sum(profile: Profile, names: Sequence[str]) -> Group:
-    counts = profile.counts[names[0]]
-    for name in names[1:]:
-        counts = counts + profile.counts[name]
-    return Group(sum(profile.numel[name] for name in names), counts)
-
-
-def _length(square: float, group: Group) -> float:
-    """A norm, from the square of what was looked at."""
-    return math.sqrt(square * group.numel / max(group.counts.elements, 1))
+def _sum(profile: Profile, names: Sequence[str]) -> Counts:
+    """Of all elements of these tensors, each estimated from what was looked at of it."""
+    first, *rest = (profile.counts[name].of(profile.numel[name]) for name in names)
+    for counts in rest:
+        first = first + counts
+    return first
 
 
 def _norms(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
     groups = [_sum(profile, names) for names in layers.values()]
-    lines = {
-        model: [_length(group.counts.squares[k], group) for group in groups] for k, model in enumerate(profile.models)
-    }
+    lines = {model: [math.sqrt(one.squares[k]) for one in groups] for k, model in enumerate(profile.models)}
     if profile.replayed:
-        lines["merged"] = [_length(group.counts.merged, group) for group in groups]
+        lines[MERGE] = [math.sqrt(one.merged) for one in groups]
     return _lines("norms", "norm of the task vector", lines, layers)
 
 
 def _kept(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
     groups = [_sum(profile, names) for names in layers.values()]
-    lines = {
-        model: [100 * group.counts.kept[k] / max(group.counts.elements, 1) for group in groups]
-        for k, model in enumerate(profile.models)
-    }
+    lines = {model: [100 * one.kept[k] / one.elements for one in groups] for k, model in enumerate(profile.models)}
     return _lines("kept", f"kept by {profile.method}, % of elements", lines, layers)
 
 
 def _conflicts(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
-    counts = [_sum(profile, names).counts for names in layers.values()]
+    counts = [_sum(profile, names) for names in layers.values()]
     shares = [100 * one.conflicts / one.shared if one.shared else math.nan for one in counts]
     return _lines("conflicts", "signs that conflict, %", {"all models": shares}, layers)
 
@@ -112,7 +97,7 @@ def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: 
     legend = len(lines) > 1
     with figures.plot(210 + legend * 16 * -(-len(lines) // 3)) as (canvas, axes):
         for place, (label, values) in enumerate(lines.items()):
-            merged = label == "merged" and legend
+            merged = label == MERGE
             style: Any = {
                 "color": INK if merged else SERIES[place % len(SERIES)],
                 "marker": MARKS[place % len(MARKS)],
@@ -167,8 +152,8 @@ def _maps(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Gallery:
 def _share(profile: Profile, names: Sequence[str], model: int) -> float:
     if not names:
         return math.nan
-    counts = _sum(profile, names).counts
-    return 100 * counts.kept[model] / max(counts.elements, 1)
+    counts = _sum(profile, names)
+    return 100 * counts.kept[model] / counts.elements
 
 
 def _kind(name: str) -> str:
@@ -211,17 +196,16 @@ def _numbers(profile: Profile) -> Fold:
     """Every number by tensor."""
     heads = ["tensor", "elements", *(f"norm {model}" for model in profile.models), "conflicts %"]
     if profile.replayed:
-        heads += ["norm merged", *(f"kept {model} %" for model in profile.models)]
+        heads += [f"norm {MERGE}", *(f"kept {model} %" for model in profile.models)]
     names = sorted(profile.counts, key=lambda name: -profile.numel[name])[:TENSORS]
     rows = []
     for name in (name for name in profile.counts if name in set(names)):
-        group = _sum(profile, [name])
-        counts = group.counts
-        row = [name, f"{group.numel:,}", *(f"{_length(square, group):.4g}" for square in counts.squares)]
+        counts = _sum(profile, [name])
+        row = [name, f"{profile.numel[name]:,}", *(f"{math.sqrt(square):.4g}" for square in counts.squares)]
         row.append(f"{100 * counts.conflicts / counts.shared:.1f}" if counts.shared else "–")
         if profile.replayed:
             shares = (f"{100 * one / max(counts.elements, 1):.2f}" for one in counts.kept)
-            row += [f"{_length(counts.merged, group):.4g}", *shares]
+            row += [f"{math.sqrt(counts.merged):.4g}", *shares]
         rows.append(cells(*row))
     count = len(profile.counts)
     note = "" if count <= TENSORS else f"The {TENSORS} largest tensors of {count}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -301,9 +302,10 @@ def test_layers_and_kinds() -> None:
     names = layers._layers(found)
     assert list(names) == [str(number) for number in range(12)]  # in their order; nobody changed the embedding
     group = layers._sum(found, names["2"])
-    assert (group.numel, group.counts.squares, group.counts.kept) == (100, (16.0, 9.0), (20, 12))
-    assert layers._length(group.counts.squares[0], group) == 4
-    assert layers._length(1.0, layers.Group(400, group.counts)) == 2  # a quarter was looked at
+    assert (group.elements, group.squares, group.kept) == (100, (16.0, 9.0), (20, 12))
+    found = replace(found, numel={**found.numel, "layers.2.mlp.up.weight": 200})  # a quarter of it was looked at
+    group = layers._sum(found, names["2"])
+    assert (group.elements, group.squares, group.kept) == (250, (28.0, 36.0), (35, 48))
     counts = {
         f"{stack}.block.{n}.w": found.counts["layers.0.mlp.up.weight"] for stack in ("enc", "dec") for n in (0, 1)
     }
