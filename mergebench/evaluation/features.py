@@ -1,0 +1,82 @@
+"""An encoder's features of texts: one row for each, whatever the batches and the number of cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mergebench.errors import RunError
+from mergebench.evaluation.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
+from mergebench.evaluation.network import Network
+from mergebench.evaluation.task import Tick
+
+POOLINGS = ("mean", "cls", "cls+mean")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How an encoder's last states become one row of features."""
+
+    how: str = "mean"  # over the tokens (of an image: its patches); cls: the first token; or both, side by side
+    normalize: bool = False  # to length one
+
+    def width(self, hidden: int) -> int:
+        return 2 * hidden if self.how == "cls+mean" else hidden
+
+    def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
+        """[batch, width] from states [batch, tokens, hidden] and the mask [batch, tokens] of what the mean is over."""
+        parts = []
+        if "cls" in self.how:
+            parts.append(states[:, 0])
+        if "mean" in self.how:
+            keep = mask.unsqueeze(-1).to(states.dtype)
+            parts.append((states * keep).sum(1) / keep.sum(1).clamp(min=1))  # a text without tokens pools to zero
+        pooled = torch.cat(parts, 1)
+        return torch.nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+
+class Inputs(Protocol):
+    """Items as an encoder takes them."""
+
+    def features(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+        """[items, width], float32, on the CPU."""
+
+
+class Texts:
+    """Texts, tokenized once for all models with equal tokenizers, cut to `max_length` tokens."""
+
+    def __init__(self, texts: Sequence[str], max_length: int) -> None:
+        self.texts, self.max_length = list(texts), max_length
+        self._tokens: dict[str, list[list[int]]] = {}
+
+    def features(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+        """[texts, width], float32, on the CPU."""
+        key = network.tokenizer_key
+        if key not in self._tokens:
+            self._tokens[key] = network.tokenize(self.texts, self.max_length)
+        tokens = self._tokens[key]
+
+        def rows(group: list[int]) -> Tensor:
+            return pooling(*network.encode([tokens[i] for i in group]))
+
+        return gather(network, rows, [len(one) for one in tokens], tick)
+
+
+def gather(network: Network, rows: Callable[[list[int]], Tensor], lengths: Sequence[int], tick: Tick) -> Tensor:
+    """The rows of all items, in their order; `lengths` counts each one's tokens. `RunError` where one is not finite."""
+
+    def work(group: list[int]) -> Tensor:
+        with torch.inference_mode():
+            return rows(group).cpu()
+
+    groups = batches(lengths, CPU_TOKENS if network.device.type == "cpu" else GPU_TOKENS)
+    results = run_batches(work, groups, network.device, tick)
+    order = torch.tensor([position for group in groups for position in group])
+    out = torch.cat(results)[order.argsort()]
+    if not out.isfinite().all():
+        raise RunError(f"model '{network.name}': its outputs are not finite", "look for NaN or Inf in its weights")
+    return out
