@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from mergebench.errors import RecipeError
 
 
-def need(module: str, library: str, what: str) -> None:
-    """`RecipeError` where a library of the extra [eval] is not installed; imports nothing."""
-    if find_spec(module) is None:
-        raise RecipeError(f"{what} need {library}, which is not installed", "pip install 'mergebench[eval]'")
+def need(library: str, what: str) -> str:
+    """The version of a library of the extra [eval], which is not imported; `RecipeError` where it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        raise RecipeError(f"{what} need {library}, which is not installed", "pip install 'mergebench[eval]'") from None

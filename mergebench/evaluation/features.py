@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,8 +44,24 @@ class Pooling:
 class Inputs(Protocol):
     """Items as an encoder takes them."""
 
-    def features(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+    @property
+    def key(self) -> str:
+        """Equal for equal items."""
+
+    def __len__(self) -> int: ...
+
+    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
         """[items, width], float32, on the CPU."""
+
+
+def features(inputs: Inputs, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+    """[items, width], float32, on the CPU; made once for all tasks on these items."""
+    key = inputs.key, pooling
+    if key in network.kept:
+        tick(len(inputs))
+    else:
+        network.kept[key] = inputs.encode(network, pooling, tick)
+    return network.kept[key]
 
 
 class Texts:
@@ -51,9 +69,13 @@ class Texts:
 
     def __init__(self, texts: Sequence[str], max_length: int) -> None:
         self.texts, self.max_length = list(texts), max_length
+        self.key = hashlib.sha256(json.dumps([self.texts, max_length]).encode()).hexdigest()
         self._tokens: dict[str, list[list[int]]] = {}
 
-    def features(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
         """[texts, width], float32, on the CPU."""
         key = network.tokenizer_key
         if key not in self._tokens:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench.errors import ModelError, RunError
-from mergebench.evaluation.features import POOLINGS, Pooling
+from mergebench.evaluation.features import POOLINGS, Pooling, features
 from mergebench.evaluation.task import Ready, Score, Tick
 
 if TYPE_CHECKING:
@@ -46,14 +46,15 @@ class Head:
                     f"{self.file}: it takes {takes} features, model '{network.name}' gives {gives}",
                     "a head fits the base it was trained on",
                 )
-            features = data.inputs.features(network, self.pooling, tick)
-            return data.score([self.labels[i] for i in self.logits(features).argmax(1).tolist()])
+            logits = self.logits(features(data.inputs, network, self.pooling, tick))
+            return data.score([self.labels[i] for i in logits.argmax(1).tolist()])
 
-        return Ready(len(data.rows), measure, files=(file, self.file), items=data.items, home=self.file.parent)
+        files, home = (file, self.file), self.file.parent
+        return Ready(len(data.rows), measure, files=files, items=data.items, versions=data.versions, home=home)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """[items, classes] from features [items, hidden]."""
-        return features @ self.weight.T + self.bias
+    def logits(self, rows: Tensor) -> Tensor:
+        """[items, classes] from rows of features [items, width]."""
+        return rows @ self.weight.T + self.bias
 
 
 def read_head(file: Path) -> Head:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.features import Pooling, gather
-from mergebench.evaluation.network import Network, quiet
+from mergebench.evaluation.module import quiet
+from mergebench.evaluation.network import Network
 from mergebench.evaluation.task import Tick
 
 PROCESSOR = "preprocessor_config.json"
@@ -39,10 +40,14 @@ def check_image(file: Path, where: str) -> str:
 class Images:
     """Image files, read anew for each model: to decode one costs little beside encoding it."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], hashes: Sequence[str]) -> None:
         self.files = list(files)
+        self.key = hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def features(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
         """[images, width], float32, on the CPU."""
         processor = _processor(network)
 
@@ -106,7 +111,7 @@ def _processor(network: Network) -> Any:
         raise ModelError(f"model '{network.name}': no {PROCESSOR} in {network.directory}", hint)
     try:
         with quiet():  # Pillow's way everywhere: torchvision's rounds otherwise, and is not everywhere
-            return AutoImageProcessor.from_pretrained(
+            return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 network.directory, local_files_only=True, trust_remote_code=False, backend="pil"
             )
     except Exception as error:  # transformers raises whatever its parts raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergebench.errors import RunError, did_you_mean
@@ -22,6 +22,7 @@ class Labelled:
     labels: Sequence[str]
     inputs: Inputs
     items: Mapping[str, str]  # where each stands, by its content
+    versions: Mapping[str, str] = field(default_factory=dict)  # of images and what reads them
 
     def known(self, labels: Collection[str], whose: object) -> None:
         """`RunError` at the first item whose label is none of these."""
@@ -49,13 +50,14 @@ def read_images(
     file: Path, id: str, image: str, label: str, limit: int | None = None, seed: int | None = None
 ) -> Labelled:
     """Rows with these columns; an image is a path from the data file's folder, and known again by its bytes."""
-    need("PIL", "Pillow", "images")
+    pillow = need("pillow", "images")
     rows = read_rows(file, id, (image, label), limit, seed)
     files = [file.parent / _word(row, row.values[0], image) for row in rows]
     labels = _labels(rows, label)
     read = [(check_image(path, row.where), one) for path, row, one in zip(files, rows, labels, strict=True)]
     seen = [row._replace(values=values) for row, values in zip(rows, read, strict=True)]
-    return Labelled(rows, labels, Images(files), contents(seen))
+    images = Images(files, [content for content, _ in read])
+    return Labelled(rows, labels, images, contents(seen), {"pillow": pillow, "images": images.key})
 
 
 def _labels(rows: Sequence[Row], column: str) -> list[str]:

@@ -153,10 +153,10 @@ def test_tokenized_once_for_all_models(
     tokenize = Network.tokenize
     monkeypatch.setattr(Network, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
     other = write_encoder(place / "copy", seed=5)  # other weights, the same tokenizer
-    suite = load_suite({"tasks": [entry(), entry(name="b")]})
+    suite = load_suite({"tasks": [entry(), entry(name="b", max_length=20), entry(name="c")]})
     candidates = [Candidate(str(n), "input", Files(path)) for n, path in enumerate([encoder, other, encoder])]
     first = evaluate_models(candidates, suite)
-    assert len(calls) == 2  # one a task
+    assert len(calls) == 2  # one for each length
     evaluate_models(candidates, suite)
     assert len(calls) == 2
     tokenizer = (other / "tokenizer.json").read_text()

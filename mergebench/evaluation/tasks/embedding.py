@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergebench.errors import RunError
 from mergebench.evaluation.extra import need
-from mergebench.evaluation.features import POOLINGS, Pooling
+from mergebench.evaluation.features import POOLINGS, Pooling, features
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.evaluation.network import Network
 from mergebench.evaluation.task import Common, Ready, Score, Tick, key, task
@@ -37,7 +37,7 @@ class Params(Common):
 @task(network="AutoModel")
 def embedding(p: Params) -> Ready:
     """Accuracy of a linear probe or of nearest neighbours on an encoder's frozen features."""
-    need("sklearn", "scikit-learn", "embedding tasks")
+    sklearn = need("scikit-learn", "embedding tasks")
     train, data = _read(p, p.train), _read(p, p.data, p.limit, p.seed)
     data.known(set(train.labels), p.train)
     if p.probe == "knn" and len(train.rows) < p.k:
@@ -53,10 +53,11 @@ def embedding(p: Params) -> Ready:
     answers = _linear if p.probe == "linear" else _nearest
 
     def measure(network: Network, tick: Tick) -> Score:
-        known = train.inputs.features(network, pooling, lambda items: None)
-        return data.score(answers(known, train.labels, data.inputs.features(network, pooling, tick), p.k))
+        known = features(train.inputs, network, pooling, lambda items: None)
+        return data.score(answers(known, train.labels, features(data.inputs, network, pooling, tick), p.k))
 
-    return Ready(len(data.rows), measure, files=(p.data, p.train), items=data.items)
+    versions = {"scikit-learn": sklearn, **data.versions, **{f"train {k}": v for k, v in train.versions.items()}}
+    return Ready(len(data.rows), measure, files=(p.data, p.train), items=data.items, versions=versions)
 
 
 def _read(p: Params, file: Path, limit: int | None = None, seed: int | None = None) -> Labelled:
