@@ -80,15 +80,15 @@ def measure(encoder: Path, *tasks: dict[str, Any]) -> tuple[Record, ...]:
 @pytest.mark.parametrize(
     ("probe", "k", "how", "normalize", "length"),
     [
-        ("knn", 5, "mean", False, 24),
+        ("knn", None, "mean", False, 24),
         ("knn", 4, "cls+mean", True, 24),
         ("knn", 1, "cls", True, 4),
-        ("linear", 5, "mean", False, 24),
-        ("linear", 5, "cls+mean", True, 40),
+        ("linear", None, "mean", False, 24),
+        ("linear", None, "cls+mean", True, 40),
     ],
 )
 def test_equals_probes_made_apart(
-    probe: str, k: int, how: str, normalize: bool, length: int,
+    probe: str, k: int | None, how: str, normalize: bool, length: int,
     encoder: Path, place: Path, task: Make, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("mergebench.evaluation.features.CPU_TOKENS", 90)
@@ -97,7 +97,7 @@ def test_equals_probes_made_apart(
         text_features(encoder, [row["text"] for row in part], how, normalize, length) for part in (train, data)
     )
     labels = [row["label"] for row in train]
-    expected = nearest(known, labels, asked, k) if probe == "knn" else linear(known, labels, asked)
+    expected = nearest(known, labels, asked, k or 5) if probe == "knn" else linear(known, labels, asked)
     assert len(set(expected)) > 1
 
     (record,) = measure(encoder, task(probe=probe, k=k, pooling=how, normalize=normalize, max_length=length))
@@ -149,7 +149,8 @@ def test_what_cannot_be_learnt_from(place: Path, task: Make, monkeypatch: pytest
     assert said(task(probe="knn", k=61)) == (
         RunError, "train.jsonl: 60 items, k: 61 needs as many neighbours", "give a smaller k"
     )  # fmt: skip
-    load_suite({"tasks": [task(probe="knn", k=60), task(name="b", k=61)]})
+    load_suite({"tasks": [task(probe="knn", k=60)]})
+    assert said(task(k=5))[1:] == ("k: 5: a linear probe has no neighbours", "add probe: knn, or leave k out")
     assert "tasks.0.probe: must be one of linear, knn" in said(task(probe="forest"))[1]
 
     whole = train.read_text()

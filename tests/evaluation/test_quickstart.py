@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from mergebench.evaluation import load_suite
 from tests.conftest import Cli
 
 ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart"
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not (ROOT / "recipes" / "quickstart" / "cache").is_dir(), reason="make quickstart fetches it"),
+    pytest.mark.skipif(not (QUICKSTART / "cache").is_dir(), reason="make quickstart fetches it"),
 ]
 
 
@@ -47,3 +49,17 @@ def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: 
     assert lost_and_won.keys() == flips.keys() == shown.keys() - {"base"}
     for name, counts in lost_and_won.items():
         assert counts == pytest.approx(flips[name], abs=6), name
+
+
+def test_no_text_is_both_chosen_and_reported_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    from fetch import key
+
+    suite = load_suite(QUICKSTART / "suite.yaml")
+    texts: dict[tuple[str, str], set[str]] = {}
+    for task in suite.tasks:
+        lines = task.params.data.read_text(encoding="utf-8").splitlines()
+        texts[task.name, task.split] = {key(json.loads(line)["text"]) for line in lines}
+    assert len(texts) == 8
+    assert {len(one) for one in texts.values()} == {300}
+    assert len(set.union(*texts.values())) == 8 * 300

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergebench.errors import RunError
+from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.extra import need
 from mergebench.evaluation.features import POOLINGS, Pooling, features
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
@@ -17,6 +17,8 @@ from mergebench.evaluation.task import Common, Ready, Score, Tick, key, task
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NEIGHBOURS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Params(Common):
     image: str | None = key("the column with the image's path, where the items are images", None)
     label: str = key("the column with the label", "label")
     probe: str = key("logistic regression, or a vote of the nearest neighbours", "linear", choices=("linear", "knn"))
-    k: int = key("how many neighbours vote", 5, low=1)
+    k: int | None = key(f"how many neighbours vote, with probe: knn; {NEIGHBOURS} where not given", None, low=1)
     pooling: str = key("of the last states", "mean", choices=POOLINGS)
     normalize: bool = key("features scaled to length one", False)
     max_length: int = key("tokens a text is cut to", 128, low=2)
@@ -38,10 +40,13 @@ class Params(Common):
 def embedding(p: Params) -> Ready:
     """Accuracy of a linear probe or of nearest neighbours on an encoder's frozen features."""
     sklearn = need("scikit-learn", "embedding tasks")
+    if p.k is not None and p.probe != "knn":
+        raise RecipeError(f"k: {p.k}: a linear probe has no neighbours", "add probe: knn, or leave k out")
     train, data = _read(p, p.train), _read(p, p.data, p.limit, p.seed)
     data.known(set(train.labels), p.train)
-    if p.probe == "knn" and len(train.rows) < p.k:
-        raise RunError(f"{p.train}: {len(train.rows)} items, k: {p.k} needs as many neighbours", "give a smaller k")
+    k = p.k or NEIGHBOURS
+    if p.probe == "knn" and len(train.rows) < k:
+        raise RunError(f"{p.train}: {len(train.rows)} items, k: {k} needs as many neighbours", "give a smaller k")
     if len(set(train.labels)) < 2:
         raise RunError(f"{p.train}: all items have the label '{train.labels[0]}'", "a probe tells labels apart")
     for item, where in data.items.items():
@@ -54,7 +59,7 @@ def embedding(p: Params) -> Ready:
 
     def measure(network: Network, tick: Tick) -> Score:
         known = features(train.inputs, network, pooling, lambda items: None)
-        return data.score(answers(known, train.labels, features(data.inputs, network, pooling, tick), p.k))
+        return data.score(answers(known, train.labels, features(data.inputs, network, pooling, tick), k))
 
     versions = {"scikit-learn": sklearn, **data.versions, **{f"train {k}": v for k, v in train.versions.items()}}
     return Ready(len(data.rows), measure, files=(p.data, p.train), items=data.items, versions=versions)
