@@ -30,15 +30,21 @@ class Pooling:
         return 2 * hidden if self.how == "cls+mean" else hidden
 
     def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
-        """[batch, width] from states [batch, tokens, hidden] and the mask [batch, tokens] of what the mean is over."""
+        """[batch, width], not yet scaled, from states [batch, tokens, hidden].
+
+        mask [batch, tokens]: 1 for the tokens that the mean is over.
+        """
         parts = []
         if "cls" in self.how:
             parts.append(states[:, 0])
         if "mean" in self.how:
             keep = mask.unsqueeze(-1).to(states.dtype)
             parts.append((states * keep).sum(1) / keep.sum(1).clamp(min=1))  # a text without tokens pools to zero
-        pooled = torch.cat(parts, 1)
-        return torch.nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
+        return torch.cat(parts, 1)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Pooled rows [items, width] as they are used."""
+        return torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows
 
 
 class Inputs(Protocol):
@@ -51,17 +57,17 @@ class Inputs(Protocol):
     def __len__(self) -> int: ...
 
     def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
-        """[items, width], float32, on the CPU."""
+        """[items, width], pooled and not yet scaled, float32, on the CPU."""
 
 
 def features(inputs: Inputs, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
     """[items, width], float32, on the CPU; made once for all tasks on these items."""
-    key = inputs.key, pooling
+    key = inputs.key, pooling.how
     if key in network.kept:
         tick(len(inputs))
     else:
         network.kept[key] = inputs.encode(network, pooling, tick)
-    return network.kept[key]
+    return pooling.scaled(network.kept[key])
 
 
 class Texts:

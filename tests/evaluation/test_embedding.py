@@ -127,12 +127,13 @@ def test_features_are_made_once_for_a_model(
     monkeypatch.setattr(Texts, "encode", lambda self, *args: made.append(len(self)) or encode(self, *args))
     write_data(place / "more.jsonl", 41, seed=9)
     tasks = [task(), task(name="k", probe="knn"), task(name="c", pooling="cls"), task(name="m", data="more.jsonl")]
+    tasks += [task(name="n", probe="knn", normalize=True)]
     other = write_encoder(place / "other", seed=5)
     suite, steps = load_suite({"tasks": tasks}), []
     one, two = Candidate("one", "input", Files(encoder)), Candidate("two", "input", Files(other))
     both = evaluate_models([one, two], suite, progress=steps.append)
-    assert made == 2 * [60, 41, 60, 41, 41]  # kNN's are there; other pooling and other items are not
-    assert steps[-1].done == steps[-1].total == 2 * 4 * 41
+    assert made == 2 * [60, 41, 60, 41, 41]  # kNN's are there, scaled or not; other pooling and other items are not
+    assert steps[-1].done == steps[-1].total == 2 * 5 * 41
     alone = evaluate_models([two], load_suite({"tasks": tasks}))
     assert [both.of("two")[t].predictions for t in both.tasks] == [alone.of("two")[t].predictions for t in alone.tasks]
     assert both.of("one")["e"].predictions != both.of("two")["e"].predictions

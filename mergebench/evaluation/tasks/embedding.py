@@ -61,7 +61,11 @@ def embedding(p: Params) -> Ready:
         known = features(train.inputs, network, pooling, lambda items: None)
         return data.score(answers(known, train.labels, features(data.inputs, network, pooling, tick), k))
 
-    versions = {"scikit-learn": sklearn, **data.versions, **{f"train {k}": v for k, v in train.versions.items()}}
+    versions = {
+        "scikit-learn": sklearn,
+        **data.versions,
+        **{f"train {name}": one for name, one in train.versions.items()},
+    }
     return Ready(len(data.rows), measure, files=(p.data, p.train), items=data.items, versions=versions)
 
 
