@@ -53,9 +53,9 @@ class Network:
 
     def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Token ids of each text with the special ones, cut to `max_length` or to what the model takes."""
-        limit = min(max_length, self._tokenizer.model_max_length)
+        limit = min(max_length, self.tokenizer.model_max_length)
         with quiet():
-            ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         return ids
 
     @cached_property
@@ -71,7 +71,8 @@ class Network:
         return sorted({file for pattern in TOKENIZER_FILES for file in self.directory.glob(pattern) if file.is_file()})
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model; `ModelError` where there is none."""
         from transformers import AutoTokenizer
 
         if not self._tokenizer_files():

@@ -1,0 +1,302 @@
+"""The bridge to lm-evaluation-harness: its tasks, asked of the model that a `Network` holds.
+
+How a prompt is put to the model, how the answer is read and what a metric is, is lm-eval's business, so that
+results are its own (Gao et al., 2021, doi:10.5281/zenodo.5371628). This file keeps it quiet, offline and within
+bounds: nothing is printed, no network is used but to fetch a data set that one of its own tasks is made
+of, the caller's random numbers are left as they were, and batches are cut by tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
+from mergebench.evaluation.batch import batches
+from mergebench.evaluation.network import quiet
+
+if TYPE_CHECKING:
+    from mergebench.evaluation.network import Network
+    from mergebench.evaluation.task import Tick
+
+READ_TOKENS = {"cpu": 512, "cuda": 8192}  # in a batch, padding included; each costs two float32 rows of the vocabulary
+WRITTEN_TOKENS = {"cpu": 2048, "cuda": 32_768}  # prompt and continuation; only the last has such rows
+SEED = 1234  # lm-eval's own default, of sampled continuations and drawn examples
+RESAMPLES = 1000  # for the standard error of metrics that are no means
+LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "absl")
+
+Document = dict[str, Any]
+
+
+def require(kind: str) -> None:
+    """`RecipeError` where lm-evaluation-harness is not installed, before anything else is done."""
+    if find_spec("lm_eval") is None:
+        raise RecipeError(
+            f"'{kind}' tasks run through lm-evaluation-harness, which is not installed",
+            "pip install 'mergebench[eval]'",
+        )
+
+
+def local_task(output_type: str, documents: Sequence[Document], **config: Any) -> Any:
+    """A task of lm-eval on documents in memory. `config` has lm-eval's keys; texts are best given as functions,
+    because it takes a word for a column or a template."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        return {"test": Dataset.from_list(list(documents))}
+
+    whole = {
+        "task": "local",
+        "custom_dataset": dataset,
+        "test_split": "test",
+        "output_type": output_type,
+        "num_fewshot": 0,
+        "metadata": {"version": 1},
+        **config,
+    }
+    with undisturbed():
+        return ConfigurableTask(config=whole)
+
+
+def own_task(task: Path | str) -> Any:
+    """One of lm-eval's own tasks by its name, or the task of a YAML file as lm-eval reads it; its data are loaded.
+
+    What is on this machine is taken first; the hub is asked only for what is not. Relative paths in a file
+    are looked up in the working directory, then in the file's folder. `RecipeError` where there is no such task or it
+    is not one, `RunError` where its data are not to be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    with undisturbed():
+        manager = TaskManager(include_defaults=isinstance(task, str))  # the names of 14,000 tasks: ten seconds
+    if isinstance(task, str) and task not in manager.all_subtasks:
+        close = difflib.get_close_matches(task, manager.all_subtasks, n=1)
+        if task in manager.all_tasks:
+            raise RecipeError(f"lm-eval's '{task}' is a group of tasks", "measure its tasks one by one")
+        hint = f"did you mean '{close[0]}'?" if close else "`lm-eval ls tasks` lists them; a file ends in .yaml"
+        raise RecipeError(f"lm-eval has no task '{task}'", hint)
+    missing: Exception | None = None
+    for place in _places(task):
+        with undisturbed(), place:
+            try:
+                loaded = manager.load([str(task)])
+                break
+            except (ConnectionError, FileNotFoundError) as error:
+                missing = error
+            except Exception as error:  # lm-eval raises whatever its parts raise
+                raise RecipeError(f"{task}: lm-eval cannot read the task: {first_line(error)}") from None
+    else:
+        raise RunError(
+            f"{task}: its data are neither on this machine nor to be had from the hub: {first_line(missing)}",
+            "check the task's paths and the network, or bring its data here: DATA.jsonl with kind: multiple-choice",
+        )
+    if loaded.get("groups") or len(loaded["tasks"]) != 1:
+        raise RecipeError(f"{task}: it holds {len(loaded['tasks'])} tasks", "name a file with one task")
+    (found,) = loaded["tasks"].values()
+    return found
+
+
+def _places(task: Path | str) -> Iterator[ExitStack]:
+    """Where a task's data may be: with a file, in the working directory or its folder; then in the cache, on the hub."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    def place(offline: bool, folder: Path | None = None, scratch: str | None = None) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(_changed(config, HF_HUB_OFFLINE=offline))
+        stack.enter_context(_changed(constants, HF_HUB_OFFLINE=offline))
+        if folder and scratch:
+            stack.enter_context(chdir(folder))
+            stack.enter_context(_changed(config, HF_DATASETS_CACHE=Path(scratch)))
+        return stack
+
+    if isinstance(task, Path):  # local data are converted into a folder that goes with this process
+        for folder in (Path.cwd(), task.resolve().parent):
+            yield place(True, folder, _scratch().name)
+    yield place(True)
+    if not constants.HF_HUB_OFFLINE and _hub_answers():
+        yield place(False)
+
+
+def _hub_answers() -> bool:
+    """One short question, where a data set that cannot be fetched is tried for 23 seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the library's network layer raises
+        return False
+    return True
+
+
+@cache
+def _scratch() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="mergebench-")
+
+
+@contextmanager
+def _changed(module: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def ask(
+    network: Network,
+    task: Any,
+    n: int,
+    tick: Tick,
+    *,
+    picked: Sequence[int] | None = None,
+    chat: bool = False,
+    seed: int | None = None,
+) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    """Metrics by "name,filter", and what lm-eval logs of each of `n` documents, in the documents' order.
+
+    `picked`: the documents asked, by their number, ascending; all of them where None. `chat`: the prompt as a user's
+    message in the model's own chat template. `tick` hears of every document. `ModelError` where the model cannot be
+    asked, `RunError` where lm-eval fails or the model's outputs are not finite.
+    """
+    import lm_eval
+
+    if chat and not getattr(network.tokenizer, "chat_template", None):
+        raise ModelError(
+            f"model '{network.name}': its tokenizer has no chat template", "ask it without one: chat: false"
+        )
+    name = task.task_name
+    try:
+        with undisturbed(SEED if seed is None else seed):
+            _check_finite(network)
+            task.set_fewshot_seed(seed=SEED)
+            out = lm_eval.evaluate(
+                lm=_language_model()(network, n, tick),
+                task_dict={"tasks": {name: task}},
+                samples=None if picked is None else {name: list(picked)},
+                bootstrap_iters=RESAMPLES,
+                apply_chat_template=chat,
+            )
+    except (MergebenchError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # lm-eval raises whatever its parts raise
+        raise RunError(f"model '{network.name}': lm-eval failed: {first_line(error)}") from None
+    samples = out["samples"][name]
+    first = samples[0]["filter"]  # a task with several ways to read an answer logs each document once for each
+    return out["results"][name], sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_finite(network: Network) -> None:
+    """One token through the model: a NaN in its weights comes out, where a likeliest token would hide it."""
+    with torch.inference_mode():
+        token = network.tokenizer.bos_token_id or network.tokenizer.eos_token_id or 0
+        if not network.module(torch.tensor([[token]], device=network.device)).logits.isfinite().all():
+            raise RunError(f"model '{network.name}': its outputs are not finite", "look for NaN or Inf in its weights")
+
+
+@cache
+def _language_model() -> Any:
+    """The class; made when first needed, because it takes lm-eval to make it."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Asked(HFLM):  # type: ignore[misc]
+        """lm-eval's transformers model, on a `Network`: the longest requests first, as many at once as fit."""
+
+        def __init__(self, network: Network, documents: int, tick: Tick) -> None:
+            _generation_config(network)
+            super().__init__(pretrained=network.module, tokenizer=network.tokenizer, backend="causal")
+            self._documents, self._tick = documents, tick
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            lengths = [self._length("".join(request.args)) for request in requests]
+            return self._in_parts(super().loglikelihood, requests, lengths, READ_TOKENS)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            lengths = [self._length(request.args[0]) for request in requests]
+            return self._in_parts(super().loglikelihood_rolling, requests, lengths, READ_TOKENS)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            room = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
+            lengths = [self._length(request.args[0]) + more for request, more in zip(requests, room, strict=True)]
+            return self._in_parts(super().generate_until, requests, lengths, WRITTEN_TOKENS)
+
+        def _length(self, text: str) -> int:
+            return len(self.tok_encode(text)) + 1
+
+        def _in_parts(
+            self, answer: Callable[[list[Any]], list[Any]], requests: list[Any], lengths: list[int], room: dict[str, int]
+        ) -> list[Any]:
+            answers: list[Any] = [None] * len(requests)
+            done = told = 0
+            for part in batches(lengths, room["cpu" if self.device.type == "cpu" else "cuda"]):
+                self.batch_size_per_gpu = len(part)
+                for i, one in zip(part, answer([requests[i] for i in part]), strict=True):
+                    answers[i] = one
+                done += len(part)
+                now = done * self._documents // len(requests)
+                self._tick(now - told)
+                told = now
+            return answers
+
+    return Asked
+
+
+def _generation_config(network: Network) -> None:
+    """The model's own, such as the tokens that end an answer; a model built from tensors has only the config's."""
+    from transformers import GenerationConfig
+
+    if (network.directory / "generation_config.json").is_file():
+        network.module.generation_config = GenerationConfig.from_pretrained(network.directory, local_files_only=True)
+
+
+@contextmanager
+def undisturbed(seed: int | None = None) -> Iterator[None]:
+    """No bars, log lines or prints from below, and random numbers that begin at `seed` and are put back after."""
+    import numpy
+    from tqdm import tqdm
+
+    begin = tqdm.__init__
+
+    def silent(self: Any, *args: Any, **keys: Any) -> None:
+        begin(self, *args, **(keys | {"disable": True}))
+
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    state, array_state, workers = random.getstate(), numpy.random.get_state(), os.environ.get("DISABLE_MULTIPROC")
+    try:
+        tqdm.__init__ = silent
+        os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors are resampled in this process
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        with quiet(), redirect_stdout(io.StringIO()), torch.random.fork_rng():
+            if seed is not None:
+                random.seed(0)  # lm-eval's own default too
+                numpy.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+    finally:
+        tqdm.__init__ = begin
+        random.setstate(state)
+        numpy.random.set_state(array_state)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if workers is None:
+            del os.environ["DISABLE_MULTIPROC"]
