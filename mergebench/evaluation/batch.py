@@ -32,6 +32,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def out_of_memory(error: Exception) -> bool:
+    said = type(error) is RuntimeError and "allocate memory" in str(error)  # what torch says on a CPU
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Positions of items of similar length, at most `tokens` a batch once padded; the largest lengths first.
 

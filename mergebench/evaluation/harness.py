@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
-from mergebench.evaluation.batch import batches
-from mergebench.evaluation.network import quiet
+from mergebench.evaluation.batch import batches, out_of_memory
+from mergebench.evaluation.module import quiet
 
 if TYPE_CHECKING:
     from mergebench.evaluation.network import Network
@@ -47,6 +48,10 @@ def require(kind: str) -> None:
             f"'{kind}' tasks run through lm-evaluation-harness, which is not installed",
             "pip install 'mergebench[eval]'",
         )
+
+
+def versions() -> dict[str, str]:
+    return {"lm-eval": version("lm-eval")}
 
 
 def local_task(output_type: str, documents: Sequence[Document], **config: Any) -> Any:
@@ -88,7 +93,7 @@ def own_task(task: Path | str) -> Any:
             raise RecipeError(f"lm-eval's '{task}' is a group of tasks", "measure its tasks one by one")
         hint = f"did you mean '{close[0]}'?" if close else "`lm-eval ls tasks` lists them; a file ends in .yaml"
         raise RecipeError(f"lm-eval has no task '{task}'", hint)
-    missing: Exception | None = None
+    missing: Exception = RunError("nowhere")
     for place in _places(task):
         with undisturbed(), place:
             try:
@@ -110,7 +115,7 @@ def own_task(task: Path | str) -> Any:
 
 
 def _places(task: Path | str) -> Iterator[ExitStack]:
-    """Where a task's data may be: with a file, in the working directory or its folder; then in the cache, on the hub."""
+    """Where a task's data may be: of a file, in the working directory or its folder; then in the cache, on the hub."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -191,9 +196,11 @@ def ask(
                 bootstrap_iters=RESAMPLES,
                 apply_chat_template=chat,
             )
-    except (MergebenchError, MemoryError, torch.OutOfMemoryError):
+    except MergebenchError:
         raise
     except Exception as error:  # lm-eval raises whatever its parts raise
+        if out_of_memory(error):
+            raise
         raise RunError(f"model '{network.name}': lm-eval failed: {first_line(error)}") from None
     samples = out["samples"][name]
     first = samples[0]["filter"]  # a task with several ways to read an answer logs each document once for each
@@ -243,7 +250,11 @@ def _language_model() -> Any:
             return len(self.tok_encode(text)) + 1
 
         def _in_parts(
-            self, answer: Callable[[list[Any]], list[Any]], requests: list[Any], lengths: list[int], room: dict[str, int]
+            self,
+            answer: Callable[[list[Any]], list[Any]],
+            requests: list[Any],
+            lengths: list[int],
+            room: dict[str, int],
         ) -> list[Any]:
             answers: list[Any] = [None] * len(requests)
             done = told = 0
@@ -265,7 +276,10 @@ def _generation_config(network: Network) -> None:
     from transformers import GenerationConfig
 
     if (network.directory / "generation_config.json").is_file():
-        network.module.generation_config = GenerationConfig.from_pretrained(network.directory, local_files_only=True)
+        own = GenerationConfig.from_pretrained(network.directory, local_files_only=True)
+    else:
+        own = GenerationConfig.from_model_config(network.module.config)
+    network.module.generation_config = own
 
 
 @contextmanager

@@ -14,11 +14,13 @@ In a suite: `scorer: exact-match`, or a mapping with the scorer's name and its k
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergebench.errors import RunError
 from mergebench.evaluation.task import Direction, Key, keys_of
 
 
@@ -27,7 +29,7 @@ class Continuation(NamedTuple):
 
     prompt: str
     text: str
-    target: str | None
+    target: str  # empty where the scorer needs none
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class Scorer:
     direction: Direction = "higher"
     target: bool = False  # whether it needs one
     files: tuple[Path, ...] = ()  # everything that was read, to tell results of another scorer apart
+    versions: Mapping[str, str] = field(default_factory=dict)  # of further libraries that the scores depend on
+    spec: str = ""  # name and keys, filled in when a suite is read
+
+    def __call__(self, items: Iterable[Continuation]) -> list[float]:
+        """A number for each continuation; `RunError` where the scorer gives something else."""
+        asked = list(items)
+        scores = [float(one) for one in self.score(asked)]
+        if len(scores) != len(asked) or not all(map(math.isfinite, scores)):
+            raise RunError(f"scorer {self.spec}: {len(asked)} continuations need as many finite numbers")
+        return scores
+
+    def __str__(self) -> str:
+        return self.spec
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class ScorerKind:
     keys: Mapping[str, Key]
 
     def __call__(self, params: Any) -> Scorer:
-        return self.function(params)
+        plain = {name: value for name, value in vars(params).items() if not isinstance(value, Path)}
+        return replace(self.function(params), spec=f"{self.name} {plain}" if plain else self.name)
 
     @property
     def summary(self) -> str:

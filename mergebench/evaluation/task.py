@@ -51,7 +51,7 @@ class Key:
     """One key of a task in a suite: what it means and what it may hold."""
 
     name: str
-    type: type
+    type: Any
     default: Any
     help: str
     low: float | None = None
@@ -87,8 +87,10 @@ def key(
     choices: tuple[str, ...] = (),
     folder: bool = False,
 ) -> Any:
-    """A key of a task in a suite: meaning, default and range in one place. A `Path` must be there, a file or a `folder`;
-    a `Path | str` may be a name instead."""
+    """A key of a task in a suite: meaning, default and range in one place.
+
+    A `Path` must be there, a file or a `folder`; a `Path | str` may be a name instead.
+    """
     about = {"help": help, "low": low, "choices": choices, "folder": folder}
     if default is REQUIRED:
         return field(metadata=about)
@@ -102,7 +104,8 @@ class Common:
     """The keys every kind of task has, beside `name` and `kind`."""
 
     split: str = key("what the data are for", "test", choices=("test", "validation"))
-    limit: int | None = key("how many items are used, the first ones", None, low=1)
+    limit: int | None = key("how many items are used: the first ones, or drawn with `seed`", None, low=1)
+    seed: int | None = key("draw `limit` items at random, with this seed", None, low=0)
 
 
 class Prediction(NamedTuple):
@@ -145,6 +148,8 @@ class Ready:
     n: int  # items
     measure: Callable[[Network, Tick], Score]
     files: tuple[Path, ...] = ()  # everything that was read, to tell results on other data apart
+    items: Mapping[str, str] = field(default_factory=dict)  # where each stands, by its content: `items.contents`
+    versions: Mapping[str, str] = field(default_factory=dict)  # of further libraries that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
 
 

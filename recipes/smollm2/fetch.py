@@ -37,7 +37,9 @@ def kinds() -> Iterator[Row]:
     rows = [json.loads(line) for line in NOUNS.read_text(encoding="utf-8").splitlines()]
     labels = sorted({row["label"] for row in rows})
     for row in rows:
-        others = sorted((label for label in labels if label != row["label"]), key=lambda label: order(row["id"] + label))
+        others = sorted(
+            (label for label in labels if label != row["label"]), key=lambda label: order(row["id"] + label)
+        )
         choices = sorted([row["label"], *others[:3]], key=lambda label: order(label + row["id"]))
         question = f"Definition: {row['text']}\nThis is a kind of"
         yield {"id": row["id"], "question": question, "choices": choices, "answer": row["label"]}

@@ -12,9 +12,9 @@ import torch
 
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.batch import CPU_TOKENS, batches
-from mergebench.evaluation.network import quiet
+from mergebench.evaluation.module import quiet
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
-from mergebench.evaluation.task import key
+from mergebench.evaluation.task import Direction, key
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
 
@@ -23,7 +23,7 @@ LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names
 class Params:
     classifier: Path = key("a directory with a transformers sequence classifier in safetensors", folder=True)
     label: str = key("the label whose probability is the score, as in its config.json")
-    direction: str = key("which scores are better", choices=("higher", "lower"))
+    direction: Direction = key("which scores are better", choices=("higher", "lower"))
 
 
 @scorer
@@ -72,6 +72,6 @@ def classifier(p: Params) -> Scorer:
     return Scorer(
         score,
         f"P({p.label})",
-        "lower" if p.direction == "lower" else "higher",
+        p.direction,
         files=tuple(sorted(file for file in p.classifier.iterdir() if file.is_file())),
     )

@@ -18,6 +18,6 @@ def exact_match(p: Params) -> Scorer:
     """1 where the continuation is the target, space around both left out, else 0."""
 
     def score(items: Sequence[Continuation]) -> list[float]:
-        return [float(item.target is not None and item.text.strip() == item.target.strip()) for item in items]
+        return [float(item.text.strip() == item.target.strip()) for item in items]
 
     return Scorer(score, target=True)

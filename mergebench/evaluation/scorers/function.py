@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
-from mergebench.evaluation.task import key
+from mergebench.evaluation.task import Direction, key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
     function: str = key("module:function of an installed package, such as profanity_check:predict_prob")
-    direction: str = key("which scores are better", choices=("higher", "lower"))
+    direction: Direction = key("which scores are better", choices=("higher", "lower"))
 
 
 @scorer
@@ -37,4 +38,10 @@ def function(p: Params) -> Scorer:
             raise RunError(f"scorer {p.function}: {type(error).__name__}: {error}") from None
         return scores
 
-    return Scorer(score, name, "lower" if p.direction == "lower" else "higher")
+    return Scorer(score, name, p.direction, versions=_version(module))
+
+
+def _version(module: str) -> dict[str, str]:
+    """Of the packages that a module is from: another version may give other scores."""
+    package = module.partition(".")[0]
+    return {name: version(name) for name in packages_distributions().get(package, [])}

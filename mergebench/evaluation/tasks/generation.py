@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import harness
-from mergebench.evaluation.items import read_rows
+from mergebench.evaluation.items import contents, read_rows
 from mergebench.evaluation.network import Network
 from mergebench.evaluation.scorer import Continuation, Scorer
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, accuracy, key, mean, task
@@ -34,12 +34,12 @@ def generation(p: Params) -> Ready:
     if p.samples > 1 and not p.temperature:
         raise RecipeError(f"samples: {p.samples} of temperature 0 would all be the same", "temperature: 1")
     columns = (p.prompt, p.target) if p.scorer.target else (p.prompt,)
-    rows = read_rows(p.data, p.id, columns, p.limit)
+    rows = read_rows(p.data, p.id, columns, p.limit, p.seed)
     for row in rows:
         for name, value in zip(columns, row.values, strict=True):
             if not (isinstance(value, str) and value.strip()):
                 raise RunError(f"{row.where}: {name} must be text, got {value!r:.60}")
-    documents = [{"prompt": row.values[0], "target": row.values[1] if p.scorer.target else ""} for row in rows]
+    documents = [{"prompt": row.values[0], "target": (*row.values, "")[1]} for row in rows]
     drawn = {"do_sample": True, "temperature": p.temperature, "top_k": 0, "top_p": 1.0} if p.temperature else {}
     how = {"until": p.until, "max_gen_toks": p.max_tokens, "do_sample": False, **drawn}
 
@@ -53,16 +53,12 @@ def generation(p: Params) -> Ready:
             repeats=p.samples,
             metric_list=[{"metric": "bypass"}],
         )
-        _, samples = harness.ask(network, asked, len(rows), tick, chat=p.chat)
+        _, samples = harness.ask(network, asked, len(rows), tick, chat=p.chat, seed=p.seed)
         texts = [text for sample in samples for text in sample["resps"][0]]
         items = [document for document in documents for _ in range(p.samples)]
-        scores = p.scorer.score(
-            [
-                Continuation(item["prompt"], text, item["target"] if p.scorer.target else None)
-                for item, text in zip(items, texts, strict=True)
-            ]
+        scores = p.scorer(
+            Continuation(item["prompt"], text, item["target"]) for item, text in zip(items, texts, strict=True)
         )
-        harness.check_scores(scores, len(texts))
         predictions = {}
         for i, row in enumerate(rows):
             part = slice(i * p.samples, (i + 1) * p.samples)
@@ -71,4 +67,5 @@ def generation(p: Params) -> Ready:
             return accuracy(predictions)
         return mean(predictions, p.scorer.metric, p.scorer.direction)
 
-    return Ready(len(rows), measure, files=(p.data, *p.scorer.files))
+    files, versions = (p.data, *p.scorer.files), {**harness.versions(), **p.scorer.versions}
+    return Ready(len(rows), measure, files=files, items=contents(rows), versions=versions)

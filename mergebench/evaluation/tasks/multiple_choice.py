@@ -8,7 +8,7 @@ from typing import Any
 
 from mergebench.errors import RunError, did_you_mean
 from mergebench.evaluation import harness
-from mergebench.evaluation.items import read_rows
+from mergebench.evaluation.items import contents, read_rows
 from mergebench.evaluation.network import Network
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, accuracy, key, task
 
@@ -27,7 +27,7 @@ class Params(Common):
 def multiple_choice(p: Params) -> Ready:
     """Accuracy of the likeliest choice after a question: the model reads the question, a space, the choice."""
     harness.require("multiple-choice")
-    rows = read_rows(p.data, p.id, (p.question, p.choices, p.answer), p.limit)
+    rows = read_rows(p.data, p.id, (p.question, p.choices, p.answer), p.limit, p.seed)
     documents = [_document(p, row.where, *row.values) for row in rows]
 
     def measure(network: Network, tick: Tick) -> Score:
@@ -47,7 +47,7 @@ def multiple_choice(p: Params) -> Ready:
             }
         )
 
-    return Ready(len(rows), measure, files=(p.data,))
+    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=harness.versions())
 
 
 def likeliest(sample: dict[str, Any], choices: list[str], metric: str) -> str:

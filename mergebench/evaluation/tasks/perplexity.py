@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergebench.errors import RunError
 from mergebench.evaluation import harness
-from mergebench.evaluation.items import read_rows
+from mergebench.evaluation.items import contents, read_rows
 from mergebench.evaluation.network import Network
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, key, task
 
@@ -28,7 +28,7 @@ class Params(Common):
 def perplexity(p: Params) -> Ready:
     """Perplexity of whole texts, each after the model's first token; by byte or word, so that tokenizers compare."""
     harness.require("perplexity")
-    rows = read_rows(p.data, p.id, (p.text,), p.limit)
+    rows = read_rows(p.data, p.id, (p.text,), p.limit, p.seed)
     for row in rows:
         if not (isinstance(row.values[0], str) and row.values[0].strip()):
             raise RunError(f"{row.where}: {p.text} must be text, got {row.values[0]!r:.60}")
@@ -42,7 +42,7 @@ def perplexity(p: Params) -> Ready:
             doc_to_target=lambda document: document["text"],
             metric_list=[
                 {"metric": name, "aggregation": _aggregation(name), "higher_is_better": False}
-                for name in (p.metric, "bits_per_byte")
+                for name in dict.fromkeys((p.metric, "bits_per_byte"))
             ],
         )
         metrics, samples = harness.ask(network, asked, len(rows), tick)
@@ -56,7 +56,7 @@ def perplexity(p: Params) -> Ready:
             value, stderr([sample[p.metric] for sample in samples], p.metric), len(rows), predictions, p.metric, "lower"
         )
 
-    return Ready(len(rows), measure, files=(p.data,))
+    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=harness.versions())
 
 
 def _aggregation(metric: str) -> str:
