@@ -14,6 +14,7 @@ from typing import Any
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation import harness
 from mergebench.evaluation.network import Network
+from mergebench.evaluation.own_tasks import own_task
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, key, task
 from mergebench.evaluation.tasks.multiple_choice import likeliest
 from mergebench.evaluation.tasks.perplexity import METRICS, stderr
@@ -31,7 +32,7 @@ class Params(Common):
 def lm_eval(p: Params) -> Ready:
     """Whatever lm-evaluation-harness measures, as it measures it."""
     harness.require("lm-eval")
-    own = harness.own_task(p.task)
+    own = own_task(p.task)
     aggregations = own.aggregation()
     metric = p.metric or next(iter(aggregations))
     if metric not in aggregations:

@@ -60,7 +60,7 @@ def likeliest(sample: dict[str, Any], choices: list[str], metric: str) -> str:
 
 def _document(p: Params, where: str, question: object, choices: object, answer: object) -> harness.Document:
     """What lm-eval is given of a row: question, choices and the number of the right one."""
-    if not (isinstance(question, str) and question):
+    if not (isinstance(question, str) and question.strip()):
         raise RunError(f"{where}: {p.question} must be text, got {question!r:.60}")
     if not (isinstance(choices, list) and all(isinstance(one, str) and one.strip() for one in choices)):
         raise RunError(f"{where}: {p.choices} must be a list of texts, got {choices!r:.60}")
