@@ -41,8 +41,9 @@ def own_task(task: Path | str) -> Any:
                 raise RecipeError(f"{task}: lm-eval cannot read the task: {first_line(error)}") from None
     else:
         raise RunError(
-            f"{task}: its data are neither on this machine nor to be had from the hub: {first_line(missing)}",
-            "check the task's paths and the network, or bring its data here: DATA.jsonl with kind: multiple-choice",
+            f"{task}: its data are neither on this machine nor to be had from the hub: "
+            + first_line(missing).removesuffix(" (OfflineModeIsEnabled)"),
+            "check the task's paths, the network and HF_HUB_OFFLINE",
         )
     if loaded.get("groups") or len(loaded["tasks"]) != 1:
         raise RecipeError(f"{task}: it holds {len(loaded['tasks'])} tasks", "name a file with one task")

@@ -170,8 +170,9 @@ class _Reader:
         names = scorers.names()
         name = next((key for key in given if key in names), value if isinstance(value, str) else None)
         if name is None:
-            what = f"names no scorer, got {show(value)}"
-            raise self.places.error(loc, what, f"such as scorer: exact-match; known: {', '.join(names)}")
+            first = next((key for key in given if isinstance(key, str)), "")
+            what = f"names no scorer, got {first or show(value)}"
+            raise self.places.error(loc, what, did_you_mean(first, names))
         kind = self.at(loc, lambda: scorers.get(name))
         params = self.params(kind, given, loc)
         return self.at(loc, lambda: kind(params))

@@ -134,7 +134,7 @@ def test_a_real_classifier_of_scikit_learn(here: Path) -> None:
     ("spec", "kind", "what"),
     [
         ("exact-macth", RecipeError, "tasks.0.scorer: no scorer is called 'exact-macth'"),
-        ({"regexp": "a"}, RecipeError, "tasks.0.scorer: names no scorer, got a mapping"),
+        ({"regexp": "a"}, RecipeError, "tasks.0.scorer: names no scorer, got regexp"),
         (3, RecipeError, "tasks.0.scorer: names no scorer, got 3"),
         ({"regex": "("}, RecipeError, r"tasks.0.scorer: '\(' is no regular expression"),
         ({"regex": 3}, RecipeError, "tasks.0.scorer.regex: must be a word, got 3"),
