@@ -15,23 +15,25 @@ import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import copy, deepcopy
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
-from mergebench.evaluation.batch import batches, out_of_memory
+from mergebench.evaluation.batch import batches, out_of_memory, run_batches
 from mergebench.evaluation.module import quiet
 
 if TYPE_CHECKING:
     from mergebench.evaluation.network import Network
     from mergebench.evaluation.task import Tick
 
-READ_TOKENS = {"cpu": 512, "cuda": 8192}  # in a batch, padding included; each costs two float32 rows of the vocabulary
-WRITTEN_TOKENS = {"cpu": 2048, "cuda": 32_768}  # prompt and continuation; only the last has such rows
+READ_TOKENS = {"cpu": 256, "cuda": 8192}  # in a batch, padding included; each costs two float32 rows of the vocabulary
+WRITTEN_TOKENS = {"cpu": 1024, "cuda": 32_768}  # prompt and continuation; only the last has such rows
 SEED = 1234  # lm-eval's own default, of sampled continuations and drawn examples
 RESAMPLES = 1000  # for the standard error of metrics that are no means
 LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "absl")
@@ -151,37 +153,56 @@ def _language_model() -> Any:
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             lengths = [self._length("".join(request.args)) for request in requests]
-            return self._in_parts(super().loglikelihood, requests, lengths, READ_TOKENS)
+            return self._in_parts(HFLM.loglikelihood, requests, lengths, READ_TOKENS)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             lengths = [self._length(request.args[0]) for request in requests]
-            return self._in_parts(super().loglikelihood_rolling, requests, lengths, READ_TOKENS)
+            return self._in_parts(HFLM.loglikelihood_rolling, requests, lengths, READ_TOKENS)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            room = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
+            how = [request.args[1] for request in requests]
+            room = [one.get("max_gen_toks", self.max_gen_toks) for one in how]
             lengths = [self._length(request.args[0]) + more for request, more in zip(requests, room, strict=True)]
-            return self._in_parts(super().generate_until, requests, lengths, WRITTEN_TOKENS)
+            drawn = any(one.get("do_sample") or one.get("temperature") for one in how)
+            return self._in_parts(HFLM.generate_until, requests, lengths, WRITTEN_TOKENS, in_turn=drawn)
 
         def _length(self, text: str) -> int:
             return len(self.tok_encode(text)) + 1
 
         def _in_parts(
             self,
-            answer: Callable[[list[Any]], list[Any]],
+            answer: Callable[[Any, list[Any]], list[Any]],
             requests: list[Any],
             lengths: list[int],
             room: dict[str, int],
+            in_turn: bool = False,  # for what draws from the one source of random numbers
         ) -> list[Any]:
-            answers: list[Any] = [None] * len(requests)
+            parts = batches(lengths, room["cpu" if self.device.type == "cpu" else "cuda"])
+            idle: SimpleQueue[Any] = SimpleQueue()  # a tokenizer does not serve two threads at once
             done = told = 0
-            for part in batches(lengths, room["cpu" if self.device.type == "cpu" else "cuda"]):
-                self.batch_size_per_gpu = len(part)
-                for i, one in zip(part, answer([requests[i] for i in part]), strict=True):
-                    answers[i] = one
-                done += len(part)
+
+            def work(part: list[int]) -> list[Any]:
+                try:
+                    one = idle.get_nowait()
+                except Empty:
+                    one = copy(self)
+                    one.tokenizer = deepcopy(self.tokenizer)
+                one.batch_size_per_gpu = len(part)
+                found = answer(one, [requests[i] for i in part])
+                idle.put(one)
+                return found
+
+            def tick(items: int) -> None:
+                nonlocal done, told
+                done += items
                 now = done * self._documents // len(requests)
                 self._tick(now - told)
                 told = now
+
+            answers: list[Any] = [None] * len(requests)
+            for part, found in zip(parts, run_batches(work, parts, self.device, tick, in_turn), strict=True):
+                for i, one in zip(part, found, strict=True):
+                    answers[i] = one
             return answers
 
     return Asked

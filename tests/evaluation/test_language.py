@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,31 +188,32 @@ def test_a_task_file_of_lm_eval(
 
 
 def test_batches_and_neighbours_change_nothing(decoder: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request at a time, as many as fit, and after another model of the architecture was in its place."""
+    """One request at a time, several parts at once, all together, and after another model was in its place."""
     other = write_decoder(here / "other", seed=8)
     generation = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 40, 41, 42]}))
+    plain = Path(shutil.copytree(decoder, here / "plain"))
+    (plain / "generation_config.json").unlink()  # so the config says what ends an answer
     kinds: list[tuple[str, dict[str, Any]]] = [
         ("multiple-choice", {}),
         ("perplexity", {}),
         ("generation", {"scorer": {"regex": "[a-m]"}, "max_tokens": 9}),
     ]
-    outcomes = []
-    for room in (1, 300, 100_000):
-        monkeypatch.setattr(harness, "READ_TOKENS", {"cpu": room})
-        monkeypatch.setattr(harness, "WRITTEN_TOKENS", {"cpu": room})
-        for kind, more in kinds:
-            record = measure(decoder, kind, **more)
-            outcomes.append((room, kind, record.value, [p.output for p in record.predictions.values()]))
     for kind, more in kinds:
-        both = [Candidate("other", "input", Files(other)), Candidate("m", "input", Files(decoder))]
+        records = []
+        for room, threads in ((1, 1), (150, 3), (100_000, 1)):
+            monkeypatch.setattr(harness, "READ_TOKENS", {"cpu": room})
+            monkeypatch.setattr(harness, "WRITTEN_TOKENS", {"cpu": room})
+            torch.set_num_threads(threads)
+            records.append(measure(plain, kind, **more))
+            assert torch.get_num_threads() == threads
+        both = [Candidate("other", "input", Files(other)), Candidate("m", "input", Files(plain))]
         first, second = evaluate_models(both, suite_of(kind, **more)).records
         assert first.predictions != second.predictions
-        outcomes.append((0, kind, second.value, [p.output for p in second.predictions.values()]))
-    for number, (_, kind, value, outputs) in enumerate(outcomes):
-        assert kind == outcomes[number % 3][1]
-        assert value == pytest.approx(outcomes[number % 3][2], rel=1e-5)
-        assert outputs == outcomes[number % 3][3]
+        for record in [*records[1:], second]:
+            assert record.value == pytest.approx(records[0].value, rel=1e-5)
+            outputs = [[p.output for p in one.predictions.values()] for one in (record, records[0])]
+            assert outputs[0] == outputs[1]
 
 
 def test_drawn_continuations(decoder: Path, here: Path) -> None:
