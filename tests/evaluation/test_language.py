@@ -181,6 +181,8 @@ def test_a_task_file_of_lm_eval(
     assert [p.output for p in record.predictions.values()] == [sample["resps"][0][0] for sample in samples]
     assert list(record.predictions) == [str(n) for n in range(9)]
 
+    (task,) = suite_of("lm-eval", task=f"{folder}/own.yaml").tasks
+    assert [file.name for file in task.ready.files] == ["own.yaml", "prompts.jsonl"]
     part = measure(decoder, "lm-eval", task=f"{folder}/own.yaml", limit=4, seed=1)
     assert len(part.predictions) == 4
     assert part.predictions.items() <= record.predictions.items()
@@ -191,7 +193,7 @@ def test_batches_and_neighbours_change_nothing(decoder: Path, here: Path, monkey
     """One request at a time, several parts at once, all together, and after another model was in its place."""
     other = write_decoder(here / "other", seed=8)
     generation = json.loads((other / "generation_config.json").read_text())
-    (other / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 40, 41, 42]}))
+    (other / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, *range(2, 258, 2)]}))
     plain = Path(shutil.copytree(decoder, here / "plain"))
     (plain / "generation_config.json").unlink()  # so the config says what ends an answer
     kinds: list[tuple[str, dict[str, Any]]] = [

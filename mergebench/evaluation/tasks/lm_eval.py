@@ -63,7 +63,8 @@ def lm_eval(p: Params) -> Ready:
         )
 
     items = {_digest(documents[i]): f"{p.task}: document {i}" for i in numbers}
-    return Ready(len(numbers), measure, tuple(_files(own, p.task)), items, harness.versions())
+    data = hashlib.sha256("".join(items).encode()).hexdigest()  # of the hub, they may change under their name
+    return Ready(len(numbers), measure, tuple(_files(own, p.task)), items, {**harness.versions(), "data": data})
 
 
 def _answer(own: Any, sample: dict[str, Any], metric: str) -> str:
@@ -87,9 +88,12 @@ def _digest(document: Any) -> str:
 
 
 def _files(own: Any, task: Path | str) -> Iterable[Path]:
-    """The task file and the data it names, where they are files of this machine."""
+    """The task file, what it includes and calls, and the data it names, where they are files of this machine."""
     if isinstance(task, Path):
         yield task
+        text = task.read_text(encoding="utf-8")
+        for sign, pattern in (("include:", "*.y*ml"), ("!function", "*.py")):
+            yield from sorted(task.parent.glob(pattern)) if sign in text else []
         named = (own.config.dataset_kwargs or {}).get("data_files") or []
         for entry in named.values() if isinstance(named, dict) else [named]:
             for name in [entry] if isinstance(entry, str) else entry:
