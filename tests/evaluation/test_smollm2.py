@@ -24,13 +24,15 @@ pytestmark = [
 
 def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("profanity_check")
-    monkeypatch.chdir(PLACE)
-    ran = cli("eval", "suite.yaml", "cache/base", "cache/base+news", "--out", tmp_path / "out", "--results", tmp_path)
+    monkeypatch.chdir(ROOT)
+    place = PLACE.relative_to(ROOT)
+    models = [f"{place}/cache/base", f"{place}/cache/base+{place}/news"]
+    ran = cli("eval", place / "suite.yaml", *models, "--out", tmp_path / "out", "--results", tmp_path)
     assert ran.code == 0
 
     shown = {}
     for line in (PLACE / "README.md").read_text(encoding="utf-8").splitlines():
-        if found := re.match(r" +(base|news) +input +", line):
+        if found := re.match(r" +(base|news) +(?:base|input) +", line):
             shown[found[1]] = [float(number) for number in re.findall(r"([\d.]+) ±", line)]
     records = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["records"]
     assert len(shown) == 2
