@@ -194,20 +194,19 @@ def task(*, network: str) -> Callable[[Callable[[Any], Ready]], Kind]:
     """
 
     def declare(function: Callable[[Any], Ready]) -> Kind:
-        params, keys = keys_of(function)
-        if not issubclass(params, Common):
-            raise TypeError(f"{function.__name__}: its parameters are a dataclass made from Common")
+        params, keys = keys_of(function, Common)
         return Kind(function.__name__.replace("_", "-"), function, network, params, keys)
 
     return declare
 
 
-def keys_of(function: Callable[[Any], Any]) -> tuple[type, dict[str, Key]]:
+def keys_of(function: Callable[[Any], Any], base: type = object) -> tuple[type, dict[str, Key]]:
     """The dataclass that a function `(params)` takes, and its keys."""
     names = list(inspect.signature(function).parameters)
     params = typing.get_type_hints(function).get(names[0]) if len(names) == 1 else None
-    if not (isinstance(params, type) and dataclasses.is_dataclass(params)):
-        raise TypeError(f"{function.__name__}: it takes (params: a dataclass)")
+    if not (isinstance(params, type) and issubclass(params, base) and dataclasses.is_dataclass(params)):
+        made = "" if base is object else f" made from {base.__name__}"
+        raise TypeError(f"{function.__name__}: it takes (params: a dataclass{made})")
     hints = typing.get_type_hints(params)
     keys = {}
     for f in dataclasses.fields(params):

@@ -219,14 +219,14 @@ def test_batches_and_neighbours_change_nothing(decoder: Path, here: Path, monkey
 
 
 def test_drawn_continuations(decoder: Path, here: Path) -> None:
-    how = {"scorer": {"regex": "[a-m]"}, "max_tokens": 6, "temperature": 1.0, "samples": 4}
+    how = {"scorer": {"regex": "[a-e]"}, "max_tokens": 6, "temperature": 1.0, "samples": 4}
     first, again = (measure(decoder, "generation", **how, limit=9, seed=seed) for seed in (1, 1))
     other = measure(decoder, "generation", **how, limit=9, seed=2)
     assert first.predictions == again.predictions
     assert first.predictions != other.predictions
     scores = [p.score for p in first.predictions.values()]
     assert set(scores) <= {0, 0.25, 0.5, 0.75, 1}
-    assert len(set(scores)) > 1
+    assert not set(scores) <= {0, 1}  # means, not the first of four
     assert first.value == pytest.approx(numpy.mean(scores))
     assert first.stderr == pytest.approx(numpy.std(scores, ddof=1) / 3)
 
