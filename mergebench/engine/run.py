@@ -63,9 +63,7 @@ def run_plan(
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)
         for model in [plan.merge.reference, *plan.merge.models]:
-            for info in model.tensors.values():
-                if info.made is not None:
-                    info.made.settle(files)
+            model.settle(files)
     keep_freed_memory()
     # the workers come first, so that none inherits the lock, which dies with this process
     with (

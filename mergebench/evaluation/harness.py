@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import copy, deepcopy
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
+from mergebench.errors import MergebenchError, ModelError, RunError
 from mergebench.evaluation.batch import batches, out_of_memory, run_batches
+from mergebench.evaluation.extra import need
 from mergebench.evaluation.module import quiet
 
 if TYPE_CHECKING:
@@ -41,17 +40,9 @@ LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "absl")
 Document = dict[str, Any]
 
 
-def require(kind: str) -> None:
-    """`RecipeError` where lm-evaluation-harness is not installed, before anything else is done."""
-    if find_spec("lm_eval") is None:
-        raise RecipeError(
-            f"'{kind}' tasks run through lm-evaluation-harness, which is not installed",
-            "pip install 'mergebench[eval]'",
-        )
-
-
-def versions() -> dict[str, str]:
-    return {"lm-eval": version("lm-eval")}
+def needed(kind: str) -> dict[str, str]:
+    """The version of lm-evaluation-harness, not yet imported; `RecipeError` where it is not installed."""
+    return {"lm-eval": need("lm-eval", f"{kind} tasks")}
 
 
 def local_task(output_type: str, documents: Sequence[Document], **config: Any) -> Any:

@@ -41,7 +41,7 @@ class Scorer:
     direction: Direction = "higher"
     target: bool = False  # whether it needs one
     files: tuple[Path, ...] = ()  # everything that was read, to tell results of another scorer apart
-    versions: Mapping[str, str] = field(default_factory=dict)  # of further libraries that the scores depend on
+    versions: dict[str, str] = field(default_factory=dict)  # of further libraries that the scores depend on
     spec: str = ""  # name and keys, filled in when a suite is read
 
     def __call__(self, items: Iterable[Continuation]) -> list[float]:

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
-from mergebench.evaluation import Candidate, Record, evaluate_models, harness, load_suite, own_tasks
+from mergebench.evaluation import Candidate, Record, evaluate_models, extra, harness, load_suite, own_tasks
 from mergebench.evaluation.tasks.perplexity import stderr
 from tests.evaluation.conftest import Files
 from tests.evaluation.language import TEMPLATE, write_decoder, write_prompts, write_questions, write_rows, write_texts
@@ -318,10 +319,13 @@ def test_wrong_texts_and_prompts(here: Path) -> None:
 
 
 def test_without_lm_eval(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    def nothing(library: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(extra, "version", nothing)
     for kind in ("multiple-choice", "perplexity", "generation", "lm-eval"):
         more = {"scorer": {"regex": "a"}} if kind == "generation" else {"task": "x"} if kind == "lm-eval" else {}
-        with pytest.raises(RecipeError, match=f"'{kind}' tasks run through lm-evaluation-harness") as error:
+        with pytest.raises(RecipeError, match=f"{kind} tasks need lm-eval, which is not installed") as error:
             suite_of(kind, **more)
         assert error.value.hint == "pip install 'mergebench[eval]'"
 

@@ -30,7 +30,7 @@ class Params(Common):
 @task(network="AutoModelForCausalLM")
 def generation(p: Params) -> Ready:
     """Mean score of the continuations of prompts; the model reads the prompt as it stands."""
-    harness.require("generation")
+    versions = harness.needed("generation")
     if p.samples > 1 and not p.temperature:
         raise RecipeError(f"samples: {p.samples} of temperature 0 would all be the same", "temperature: 1")
     columns = (p.prompt, p.target) if p.scorer.target else (p.prompt,)
@@ -67,5 +67,5 @@ def generation(p: Params) -> Ready:
             return accuracy(predictions)
         return mean(predictions, p.scorer.metric, p.scorer.direction)
 
-    files, versions = (p.data, *p.scorer.files), {**harness.versions(), **p.scorer.versions}
+    files, versions = (p.data, *p.scorer.files), versions | p.scorer.versions
     return Ready(len(rows), measure, files=files, items=contents(rows), versions=versions)

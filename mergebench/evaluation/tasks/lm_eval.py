@@ -31,7 +31,7 @@ class Params(Common):
 @task(network="AutoModelForCausalLM")
 def lm_eval(p: Params) -> Ready:
     """Whatever lm-evaluation-harness measures, as it measures it."""
-    harness.require("lm-eval")
+    versions = harness.needed("lm-eval")
     own = own_task(p.task)
     aggregations = own.aggregation()
     metric = p.metric or next(iter(aggregations))
@@ -64,7 +64,7 @@ def lm_eval(p: Params) -> Ready:
 
     items = {_digest(documents[i]): f"{p.task}: document {i}" for i in numbers}
     data = hashlib.sha256("".join(items).encode()).hexdigest()  # of the hub, they may change under their name
-    return Ready(len(numbers), measure, tuple(_files(own, p.task)), items, {**harness.versions(), "data": data})
+    return Ready(len(numbers), measure, tuple(_files(own, p.task)), items, {**versions, "data": data})
 
 
 def _answer(own: Any, sample: dict[str, Any], metric: str) -> str:

@@ -26,7 +26,7 @@ class Params(Common):
 @task(network="AutoModelForCausalLM")
 def multiple_choice(p: Params) -> Ready:
     """Accuracy of the likeliest choice after a question: the model reads the question, a space, the choice."""
-    harness.require("multiple-choice")
+    versions = harness.needed("multiple-choice")
     rows = read_rows(p.data, p.id, (p.question, p.choices, p.answer), p.limit, p.seed)
     documents = [_document(p, row.where, *row.values) for row in rows]
 
@@ -47,7 +47,7 @@ def multiple_choice(p: Params) -> Ready:
             }
         )
 
-    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=harness.versions())
+    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=versions)
 
 
 def likeliest(sample: dict[str, Any], choices: list[str], metric: str) -> str:

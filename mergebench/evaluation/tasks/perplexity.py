@@ -27,7 +27,7 @@ class Params(Common):
 @task(network="AutoModelForCausalLM")
 def perplexity(p: Params) -> Ready:
     """Perplexity of whole texts, each after the model's first token; by byte or word, so that tokenizers compare."""
-    harness.require("perplexity")
+    versions = harness.needed("perplexity")
     rows = read_rows(p.data, p.id, (p.text,), p.limit, p.seed)
     for row in rows:
         if not (isinstance(row.values[0], str) and row.values[0].strip()):
@@ -56,7 +56,7 @@ def perplexity(p: Params) -> Ready:
             value, stderr([sample[p.metric] for sample in samples], p.metric), len(rows), predictions, p.metric, "lower"
         )
 
-    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=harness.versions())
+    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=versions)
 
 
 def _aggregation(metric: str) -> str:
