@@ -241,4 +241,4 @@ def undisturbed(seed: int | None = None) -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         if workers is None:
-            del os.environ["DISABLE_MULTIPROC"]
+            os.environ.pop("DISABLE_MULTIPROC", None)
