@@ -157,12 +157,14 @@ class _Batch:
     @contextmanager
     def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
         """What fails is noted, and the evaluation goes on."""
+        from mergebench.evaluation.batch import out_of_memory
+
         try:
             yield
         except MergebenchError as error:
             self._fail(candidate, tasks, error)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             self._network = None
             names = ", ".join(f"'{task.name}'" for task in tasks)
@@ -175,13 +177,6 @@ class _Batch:
             self.meter.close(candidate.name, task)
         names = [task.name for task in tasks]
         self.failed.append({"model": candidate.name, "tasks": names, "error": error.message, "hint": error.hint})
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    said = type(error) is RuntimeError and "allocate memory" in str(error)  # what torch says on a CPU
-    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _record(candidate: Candidate, task: Task, score: Score, seconds: float) -> Record:
