@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 from speed import commit
-from train_quickstart import BASE, QUICKSTART, TASKS, TEST_TEXTS, VALIDATION_TEXTS, select, write_texts
+from train_quickstart import BASE, CHOOSING_TEXTS, QUICKSTART, TASKS, TEST_TEXTS, select, write_texts
 
 import mergebench
 from mergebench import methods
@@ -143,7 +143,7 @@ class Bench:
         for task, read in TASKS.items():
             if not (texts / f"{task}.jsonl").exists():
                 _, rest = select(read(sources), TEST_TEXTS)
-                write_texts(texts / f"{task}.jsonl", select(rest, VALIDATION_TEXTS)[0])
+                write_texts(texts / f"{task}.jsonl", select(rest, CHOOSING_TEXTS)[0])
         heads = {task: str(QUICKSTART / "adapters" / task / "head.safetensors") for task in TASKS}
         common = {"kind": "text-classification", "split": "validation"}
         tasks = [{"name": t, "data": str(texts / f"{t}.jsonl"), "head": heads[t], **common} for t in TASKS]

@@ -22,7 +22,8 @@ _PUBLIC = {
     "load_stages": "mergebench.recipe",
     "plan": "mergebench.api",
     "run": "mergebench.api",
-    "evaluate": "mergebench.api",
+    "evaluate": "mergebench.measuring",
+    "measure": "mergebench.measuring",
     "task_vector": "mergebench.api",
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
@@ -44,13 +45,14 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from mergebench.adapters import extract_adapter, merge_adapters
-    from mergebench.api import evaluate, plan, run, task_vector
+    from mergebench.api import plan, run, task_vector
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
     from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import report
+    from mergebench.measuring import evaluate, measure
     from mergebench.recipe import load, load_stages
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "gram",
     "load",
     "load_stages",
+    "measure",
     "merge_adapters",
     "merge_method",
     "norms",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import evaluate
 from mergebench.cli import options as opt
 from mergebench.cli.progress import byte_bar, human, item_bar, note
 
@@ -51,11 +51,12 @@ def merge(
     hash_: Annotated[bool, typer.Option("--hash", help="Record full hashes of the input files.")] = False,
     sync: Annotated[bool, typer.Option("--sync", help="fsync the output, against power cuts.")] = False,
     shard_size: opt.ShardSize = "4GB",
+    results: opt.Results = Path("results"),
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how."""
-    from mergebench import api
+    from mergebench import api, measuring
 
     quiet = quiet or json_
     stages = load(recipe, set_, seed, out)
@@ -68,7 +69,7 @@ def merge(
         "shard_size": opt.parse_size(shard_size, "--shard-size"),
     }
     ways = {"resume": resume, "overwrite": overwrite, "sync": sync, "hash_inputs": hash_, "verify": verify}
-    suite = api.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
+    suite = measuring.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
     if earlier:
         api.check_stages(stages, resume=resume, overwrite=overwrite)
     before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
@@ -78,24 +79,24 @@ def merge(
     with byte_bar("merging", plan.bytes_read, quiet) as progress:
         result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)
-    results = None
+    found = None
     missing = not (target / "evaluation.json").exists()
     if suite is not None and (missing or not result.already_done):
         with item_bar("evaluating", quiet) as step:
-            results = api.evaluate(loaded, target, suite=suite, device=device, progress=step)
+            found = measuring.evaluate(loaded, target, suite=suite, device=device, results=results, progress=step)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
         if earlier:
             document["earlier_stages"] = before
-        if results is not None:
-            document["evaluation"] = results.to_dict()
+        if found is not None:
+            document["evaluation"] = found.to_dict()
         typer.echo(json.dumps(document))
-    elif results is not None:
-        from mergebench.evaluation import report
-
-        typer.echo(report(results, styled=sys.stdout.isatty()))
+    elif found is not None:
+        evaluate.say(found, target, results, json_, quiet)
     else:
         typer.echo(str(result.out))
+    if found is not None:
+        evaluate.check(found)
 
 
 def plan(

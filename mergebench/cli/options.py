@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,11 +36,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+Results = Annotated[
+    Path, typer.Option(metavar="DIR", help="What is measured is kept there, and never measured twice.", file_okay=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 
 
 def check_device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(f"--device: '{device}' is not a device", "auto, cpu or cuda")
+        raise wrong("--device", device, "auto, cpu or cuda")
     return device
+
+
+def wrong(option: str, value: str, allowed: str) -> RecipeError:
+    return RecipeError(f"{option}: '{value}' is not possible", allowed)

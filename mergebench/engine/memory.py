@@ -1,4 +1,4 @@
-"""Keep the C allocator from giving memory back between chunks.
+"""How much memory is free, and keeping the C allocator from giving it back between chunks.
 
 A chunk's temporaries are of the size (0.3 to 4 MB) that glibc maps afresh and unmaps at every use by
 default: each time, the kernel must find and clear the pages, which costs ten times what the arithmetic
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)'s parameters in glibc's malloc.h
 
@@ -22,3 +24,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 << 20)
         mallopt(_TRIM_THRESHOLD, 128 << 20)
+
+
+def available_memory() -> int | None:
+    """Bytes this process can still take before the kernel ends it; None where the system does not say."""
+    found = []
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError, KeyError):  # what a container is given
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        found.append(limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))  # caches give way
+    return min(found, default=None)

@@ -1,14 +1,18 @@
-"""Reading a task's items from JSON lines, strictly: every message names file and line."""
+"""Reading a task's items from JSON lines or a JSON list, strictly: every message names the file and the place in it."""
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.errors import RunError
 
+SHAPE = "write one JSON object a line, or one list of them"
 ID_HINT = "flips between models are counted item by item, so each needs an id of its own"
 
 
@@ -20,22 +24,33 @@ class Row(NamedTuple):
     values: tuple[Any, ...]
 
 
-def read_rows(file: Path, id_column: str, columns: Sequence[str], limit: int | None) -> list[Row]:
-    """The first `limit` rows of a JSON-lines file; `RunError` where a line is broken or an id stands twice."""
+def read_rows(
+    file: Path, id_column: str, columns: Sequence[str], limit: int | None = None, seed: int | None = None
+) -> list[Row]:
+    """The first `limit` rows of a file; with a seed that many drawn at random, in the file's order.
+
+    `RunError` where a line is broken or an id stands twice.
+    """
     rows: list[Row] = []
-    lines: dict[str, int] = {}
-    for number, record in _records(file):
-        if len(rows) == limit:
+    places: dict[str, str] = {}
+    for where, record in _records(file):
+        if seed is None and len(rows) == limit:
             break
-        where = f"{file}:{number}"
         item = word(record, id_column, where)
-        if item in lines:
-            raise RunError(f"{where}: id '{item}' stands in line {lines[item]} already", ID_HINT)
-        lines[item] = number
+        if item in places:
+            raise RunError(f"{where}: id '{item}' stands in {places[item]} already", ID_HINT)
+        places[item] = where.rpartition("/")[2]
         rows.append(Row(where, item, tuple(column(record, name, where) for name in columns)))
     if not rows:
-        raise RunError(f"{file}: it holds no items", "write one JSON object a line")
+        raise RunError(f"{file}: it holds no items", SHAPE)
+    if seed is not None and limit is not None and limit < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
     return rows
+
+
+def contents(rows: Iterable[Row]) -> dict[str, str]:
+    """Where each item stands, by a hash of its id and what it holds: so it is known again in another file."""
+    return {hashlib.sha256(json.dumps(row[1:], sort_keys=True).encode()).hexdigest(): row.where for row in rows}
 
 
 def column(record: dict[str, Any], name: str, where: str) -> Any:
@@ -56,26 +71,39 @@ def word(record: dict[str, Any], name: str, where: str) -> str:
     return str(value)
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and JSON object of every line that is not blank. Lines end at \\n alone, as in JSON."""
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and JSON object of every item: `file:line` of lines that are not blank, `file: item 3` of a list.
+
+    Lines end at \\n alone, as in JSON.
+    """
     try:
         with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, _parse(line, f"{file}:{number}")
+            listed = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            stream.seek(0)
+            if listed:
+                for number, item in enumerate(_parse(stream.read(), str(file)), 1):
+                    yield f"{file}: item {number}", _object(item, f"{file}: item {number}")
+            else:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield f"{file}:{number}", _object(_parse(line, f"{file}:{number}"), f"{file}:{number}")
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(text: bytes, where: str) -> Any:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise RunError(f"{where}: not UTF-8 text", "save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise RunError(f"{where}:{error.colno}: not valid JSON: {error.msg}", "write one JSON object a line") from None
+        line = f"{error.lineno}:" if error.lineno > 1 else ""
+        raise RunError(f"{where}:{line}{error.colno}: not valid JSON: {error.msg}", SHAPE) from None
     except (ValueError, RecursionError):
         raise RunError(f"{where}: not valid JSON") from None
-    if not isinstance(record, dict):
-        raise RunError(f"{where}: not a JSON object", "write one JSON object a line")
-    return record
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: not a JSON object", SHAPE)
+    return value

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError
 from mergebench.evaluation.batch import one_thread
+from mergebench.evaluation.module import build, config_of, failed, quiet
 from mergebench.evaluation.task import LoadableModel
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken")
-FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
-DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
 
 
 class Network:
     """A candidate's model, ready to run."""
 
     def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
-        self.name = model.reference
-        self.device = device
-        self.directory = model.side_directory
+        self.auto_class, self.device = auto_class, device
+        self._config = config_of(model)
         with one_thread():  # many small steps, which threads would only wait for one another in
-            self.module: Any = _build(model, auto_class).to(device).eval()
-            if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-                with quiet():
-                    _pack(self.module)
+            self.module, self._weights = build(model, auto_class, device)
+        self._take_name(model)
+
+    def take(self, model: LoadableModel) -> bool:
+        """Whether another model of this architecture could take this one's place: its weights go where these were."""
+        if config_of(model) != self._config:
+            return False
+        with one_thread():
+            if not self._weights.put(model.state_dict()):
+                return False
+        key = self.tokenizer_key
+        del self.tokenizer_key
+        self._take_name(model)
+        if self.tokenizer_key != key:
+            self.__dict__.pop("tokenizer", None)
+        return True
+
+    def _take_name(self, model: LoadableModel) -> None:
+        self.name, self.directory = model.reference, model.side_directory
 
     @property
     def hidden(self) -> int:
@@ -53,9 +61,9 @@ class Network:
 
     def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Token ids of each text with the special ones, cut to `max_length` or to what the model takes."""
-        limit = min(max_length, self._tokenizer.model_max_length)
+        limit = min(max_length, self.tokenizer.model_max_length)
         with quiet():
-            ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         return ids
 
     @cached_property
@@ -71,7 +79,8 @@ class Network:
         return sorted({file for pattern in TOKENIZER_FILES for file in self.directory.glob(pattern) if file.is_file()})
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, as transformers reads it."""
         from transformers import AutoTokenizer
 
         if not self._tokenizer_files():
@@ -80,89 +89,4 @@ class Network:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parts raise
-            raise _failed(self.name, "its tokenizer", error) from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and load reports of transformers: what matters of them is raised as an error."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _build(model: LoadableModel, auto_class: str) -> Any:
-    """The transformers model of these tensors; their names may be the files' or the module's."""
-    import transformers
-
-    if not (model.side_directory / "config.json").is_file():
-        raise ModelError(
-            f"model '{model.reference}': no config.json in {model.side_directory}",
-            "to be measured, a model needs config.json and its tokenizer beside its weights",
-        )
-    tensors = model.state_dict()
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(
-                model.side_directory, local_files_only=True, trust_remote_code=False
-            )
-            with torch.device("meta"):  # only to learn which class the config stands for
-                architecture: Any = type(getattr(transformers, auto_class).from_config(config))
-            module, report = architecture.from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are in the report, with their names
-                output_loading_info=True,
-            )
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise _failed(model.reference, "the model", error) from None
-    _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class)
-    return module
-
-
-def _pack(module: torch.nn.Module) -> None:
-    """Give the linear layers to oneDNN: float32 as before, and on AMD's processors twice as fast as MKL."""
-    from torch.utils.mkldnn import MkldnnLinear
-
-    for name, child in module.named_children():
-        if type(child) is torch.nn.Linear:
-            setattr(module, name, MkldnnLinear(child, torch.float32))
-        else:
-            _pack(child)
-
-
-def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
-    """Every tensor has a place and every place a tensor. Poolers and foreign heads are no loss to a bare encoder."""
-    bare = auto_class == "AutoModel"
-    headed = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)
-
-    def no_loss(key: str) -> bool:
-        return key.endswith(DERIVED) or (bare and "pooler." in key) or (headed and not key.startswith(f"{prefix}."))
-
-    missing = [key for key in report["missing_keys"] if not (bare and "pooler." in key)]
-    unexpected = [key for key in report["unexpected_keys"] if not no_loss(key)]
-    for key, found, wanted in sorted(report["mismatched_keys"]):
-        raise ModelError(f"model '{name}': '{key}' has {list(found)}, its config.json asks for {list(wanted)}", FOREIGN)
-    for keys, what in ((missing, "is missing"), (unexpected, "has no place")):
-        if keys:
-            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise ModelError(
-                f"model '{name}': '{min(keys)}' {what} in the model of its config.json{more}",
-                FOREIGN,
-            )
-
-
-def _failed(name: str, what: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ModelError(f"model '{name}': transformers cannot build {what}: {reason}")
+            raise failed(self.name, "its tokenizer", error) from None

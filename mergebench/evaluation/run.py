@@ -5,14 +5,15 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mergebench
-from mergebench.errors import RecipeError, RunError
+from mergebench.errors import MergebenchError, RecipeError, RunError
 from mergebench.evaluation.results import Record, Results, Role, with_relatives
 from mergebench.evaluation.suite import Suite, Task
 
@@ -20,19 +21,25 @@ if TYPE_CHECKING:
     import torch
 
     from mergebench.evaluation.network import Network
-    from mergebench.evaluation.task import LoadableModel
+    from mergebench.evaluation.store import Store
+    from mergebench.evaluation.task import LoadableModel, Score
 
     Measured = LoadableModel | Mapping[str, LoadableModel]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure, or one for each task by its name. Given as a function, it is opened when its turn comes."""
+    """A model to measure, or one for each task by its name. Given as a function, it is opened when its turn comes.
+
+    directory: the model's own; a task whose head lies there has this for its fine-tune. key: for a model that is
+    not made of files, what its results are kept under.
+    """
 
     name: str
     role: Role
     model: Measured | Callable[[], Measured]
-    directory: Path | None = None  # the model's own: a task whose head lies there has this for its fine-tune
+    directory: Path | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,51 +57,132 @@ def evaluate_models(
     suite: Suite,
     *,
     device: str = "auto",
+    store: Store | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> Results:
     """Measure every candidate on every task, in the given order, in float32.
 
     `device`: auto (CUDA where there is one), cpu or cuda. On one device the predictions depend on the
-    models and the suite alone, not on the number of cores.
+    models and the suite alone, not on the number of cores. What is in the store is taken from there, and
+    what is measured is kept there. A model that fails is listed in `made["failed"]`, and the others go on;
+    where nothing at all can be measured, the first error is raised.
     """
     twice = [name for name, count in Counter(candidate.name for candidate in candidates).items() if count > 1]
     if twice:
         raise RecipeError(f"two models to measure are called '{twice[0]}'", "name each model once")
-    place = _device(device)
+    suite = suite.only()
     start, date = time.perf_counter(), datetime.now(UTC)
-    meter = _Meter(progress, len(candidates) * suite.items)
-    records: list[Record] = []
-    by_task: list[str] = []  # candidates with a model for each task
+    batch = _Batch(suite, _device(device), store, _Meter(progress, len(candidates) * suite.items))
     for candidate in candidates:
-        model = candidate.model() if callable(candidate.model) else candidate.model
-        by_task += [candidate.name] if isinstance(model, Mapping) else []
-        records += _records(candidate, model, suite, place, meter)
-    made = {**_versions(), "suite": suite.to_dict(), "device": str(place), "date": date.isoformat(timespec="seconds")}
-    made |= {"by_task": by_task} if by_task else {}
+        batch.measure(candidate)
+    if not batch.records and batch.errors:
+        raise batch.errors[0]
+    made = {**batch.versions, "suite": suite.to_dict(), "device": str(batch.device)}
+    made |= {"date": date.isoformat(timespec="seconds"), "known": batch.known}
+    made |= {"by_task": batch.by_task} if batch.by_task else {}
+    made |= {"failed": batch.failed} if batch.failed else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
-    return Results(made, with_relatives(records, _homes(candidates, suite)))
+    return Results(made, with_relatives(batch.records, _homes(candidates, suite)))
 
 
-def _records(candidate: Candidate, model: Measured, suite: Suite, device: torch.device, meter: _Meter) -> list[Record]:
-    """One candidate's records in the order of the suite; tasks of one network class share a model in memory."""
-    from mergebench.evaluation.network import Network
+class _Batch:
+    """The results of one suite, model by model, with one model in memory at a time."""
 
-    each = model if isinstance(model, Mapping) else {task.name: model for task in suite.tasks}
-    sharing: dict[tuple[str, int], list[Task]] = {}
-    for task in suite.tasks:
-        sharing.setdefault((task.kind.network, id(each[task.name])), []).append(task)
-    found: dict[str, Record] = {}
-    for (network_class, _), tasks in sharing.items():
-        network = Network(each[tasks[0].name], network_class, device)
+    def __init__(self, suite: Suite, device: torch.device, store: Store | None, meter: _Meter) -> None:
+        self.suite, self.device, self.store, self.meter = suite, device, store, meter
+        self.versions = _versions()
+        self.records: list[Record] = []
+        self.failed: list[dict[str, Any]] = []
+        self.errors: list[MergebenchError] = []
+        self.by_task: list[str] = []  # candidates with a model for each task
+        self.known = 0  # results that were in the store
+        self._network: Network | None = None
+        self._held: LoadableModel | None = None  # the model whose weights the network has
+
+    def measure(self, candidate: Candidate) -> None:
+        """One candidate's records in the order of the suite; tasks of one network class share a model in memory."""
+        every = self.suite.tasks
+        with self._failing(candidate, every):
+            model = candidate.model() if callable(candidate.model) else candidate.model
+            self.by_task += [candidate.name] if isinstance(model, Mapping) else []
+            each = model if isinstance(model, Mapping) else {task.name: model for task in every}
+            sharing: dict[tuple[str, int], list[Task]] = {}
+            for task in every:
+                sharing.setdefault((task.kind.network, id(each[task.name])), []).append(task)
+            found: dict[str, Record] = {}
+            for tasks in sharing.values():
+                found |= self._measure(candidate, each[tasks[0].name], tasks)
+            self.records += [found[task.name] for task in every if task.name in found]
+
+    def _measure(self, candidate: Candidate, model: LoadableModel, tasks: Sequence[Task]) -> dict[str, Record]:
+        """The records of tasks that share a model; what is not in the store is measured."""
+        found: dict[str, Record] = {}
+        open_: list[tuple[Task, str | None]] = []
+        content = candidate.key or (None if self.store is None else self.store.content(model))
         for task in tasks:
-            found[task.name] = _measure(candidate, task, network, meter)
-        del network  # before the next one comes
-    return [found[task.name] for task in suite.tasks]
+            key = None if self.store is None else self.store.key(content, task, self.device.type, self.versions)
+            kept = None if self.store is None else self.store.find(key)
+            if kept is None:
+                open_.append((task, key))
+            else:
+                self.known += 1
+                self.meter.of(candidate.name, task.name)(task.ready.n)
+                found[task.name] = _record(candidate, task, *kept)
+        with self._failing(candidate, [task for task, _ in open_]):
+            for task, key in open_:
+                network = self._hold(model, task.kind.network)
+                with self._failing(candidate, [task]):
+                    start = time.perf_counter()
+                    score = task.ready.measure(network, self.meter.of(candidate.name, task.name))
+                    seconds = round(time.perf_counter() - start, 3)
+                    if self.store is not None:
+                        self.store.keep(key, score, seconds, {"model": candidate.name, "task": task.name})
+                    found[task.name] = _record(candidate, task, score, seconds)
+        self._held = None
+        return found
+
+    def _hold(self, model: LoadableModel, auto_class: str) -> Network:
+        """The model in memory, in the place of the one before it."""
+        from mergebench.evaluation.network import Network
+
+        if self._held is model and self._network is not None:
+            return self._network
+        network, self._network = self._network, None
+        if network is None or network.auto_class != auto_class or not network.take(model):
+            del network  # before the next one comes
+            network = Network(model, auto_class, self.device)
+        self._network, self._held = network, model
+        return network
+
+    @contextmanager
+    def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
+        """What fails is noted, and the evaluation goes on."""
+        try:
+            yield
+        except MergebenchError as error:
+            self._fail(candidate, tasks, error)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            self._network = None
+            names = ", ".join(f"'{task.name}'" for task in tasks)
+            what = f"model '{candidate.name}': out of memory on {names}"
+            self._fail(candidate, tasks, RunError(what, "measure it on a machine, or a --device, with more memory"))
+
+    def _fail(self, candidate: Candidate, tasks: Sequence[Task], error: MergebenchError) -> None:
+        self.errors.append(error)
+        names = [task.name for task in tasks]
+        self.failed.append({"model": candidate.name, "tasks": names, "error": error.message, "hint": error.hint})
 
 
-def _measure(candidate: Candidate, task: Task, network: Network, meter: _Meter) -> Record:
-    start = time.perf_counter()
-    score = task.ready.measure(network, meter.of(candidate.name, task.name))
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    said = type(error) is RuntimeError and "allocate memory" in str(error)  # what torch says on a CPU
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _record(candidate: Candidate, task: Task, score: Score, seconds: float) -> Record:
     return Record(
         model=candidate.name,
         role=candidate.role,
@@ -106,7 +194,7 @@ def _measure(candidate: Candidate, task: Task, network: Network, meter: _Meter) 
         stderr=score.stderr,
         n=score.n,
         relative=None,
-        seconds=round(time.perf_counter() - start, 3),
+        seconds=seconds,
         predictions=score.predictions,
     )
 

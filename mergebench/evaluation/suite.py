@@ -5,8 +5,10 @@
         kind: text-classification
         data: cache/data/tweets.jsonl
         head: adapters/tweets/head.safetensors
+        split: test
 
-`load_suite` reads and checks everything that needs no model, the tasks' data included, so that a
+What is chosen on the tasks of one split, `validation`, is reported on those of the other, `test`: no
+item may be in both. `load_suite` reads and checks everything that needs no model, the tasks' data included, so that a
 mistake is found before a merge and not after it.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks in the order of the suite; made by `load_suite`."""
+    """Tasks in the order of the suite; made by `load_suite`. Within a split, each name stands once."""
 
     tasks: tuple[Task, ...]
     path: Path | None = None
+
+    def only(self, split: str | None = None) -> Suite:
+        """The tasks of one split; by default those to be reported: test where there are any, else validation."""
+        found = {task.split for task in self.tasks}
+        split = split or ("test" if "test" in found else "validation")
+        if split not in found:
+            hint = f"its tasks are for {found.pop()}; add tasks of the same names with split: {split}, on other items"
+            raise RecipeError(f"{self.path or 'suite'}: no task has split: {split}", hint)
+        return replace(self, tasks=tuple(task for task in self.tasks if task.split == split))
 
     @property
     def items(self) -> int:
@@ -62,8 +73,9 @@ class Suite:
                 "kind": task.kind.name,
                 "split": task.split,
                 "limit": task.params.limit,
+                "seed": task.params.seed,
                 "n": task.ready.n,
-                "sha256": {str(file): _sha256(file) for file in task.ready.files},
+                "sha256": {str(file): sha256_of(file) for file in task.ready.files},
             }
             for task in self.tasks
         ]
@@ -112,16 +124,14 @@ class _Reader:
 
     def __init__(self, places: Places, folders: Sequence[Path]) -> None:
         self.places, self.folders = places, folders
-        self.names: set[str] = set()
+        self.names: set[tuple[str, str]] = set()
+        self.items: dict[str, dict[str, tuple[str, str]]] = {"test": {}, "validation": {}}
 
     def task(self, entry: Any, loc: Loc) -> Task:
         if not isinstance(entry, dict):
             raise self.places.error(loc, f"must be a mapping, got {show(entry)}", SHAPE)
         given = {key: value for key, value in entry.items() if value is not None}
         name, kind_name = self.word(given, "name", loc), self.word(given, "kind", loc)
-        if name in self.names:
-            raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too", "rename one")
-        self.names.add(name)
         try:
             kind = kinds.get(kind_name)
         except RecipeError as error:
@@ -131,7 +141,24 @@ class _Reader:
             if key.required and key.name not in values:
                 raise self.places.error((*loc, key.name), f"missing, a '{kind.name}' task needs it", key.help)
         params = kind.params(**values)
-        return Task(name, kind, params, kind(params))
+        if (name, params.split) in self.names:
+            hint = "rename one, or give it the other split"
+            raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too", hint)
+        self.names.add((name, params.split))
+        task = Task(name, kind, params, kind(params))
+        self.keep_apart(task, loc)
+        return task
+
+    def keep_apart(self, task: Task, loc: Loc) -> None:
+        """Refuse a task with items that are in a task of the other split."""
+        other = "validation" if task.split == "test" else "test"
+        both = [(where, *self.items[other][one]) for one, where in task.ready.items.items() if one in self.items[other]]
+        if both:
+            where, there, name = both[0]
+            count = f"{len(both)} of its items are" if len(both) > 1 else "one of its items is"
+            what = f"{count} also in the {other} data of '{name}': {where} and {there}"
+            raise self.places.error(loc, what, "what is chosen on some items is reported on others")
+        self.items[task.split].update({one: (where, task.name) for one, where in task.ready.items.items()})
 
     def word(self, given: dict[str, Any], name: str, loc: Loc) -> str:
         if name not in given:
@@ -182,7 +209,7 @@ def _text(path: Path) -> str:
         raise RecipeError(f"{path}: {error.strerror}") from None
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     try:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

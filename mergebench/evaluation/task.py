@@ -78,7 +78,8 @@ class Common:
     """The keys every kind of task has, beside `name` and `kind`."""
 
     split: str = key("what the data are for", "test", choices=("test", "validation"))
-    limit: int | None = key("how many items are used, the first ones", None, low=1)
+    limit: int | None = key("how many items are used: the first ones, or drawn with `seed`", None, low=1)
+    seed: int | None = key("draw `limit` items at random, with this seed", None, low=0)
 
 
 class Prediction(NamedTuple):
@@ -114,6 +115,8 @@ class Ready:
     n: int  # items
     measure: Callable[[Network, Tick], Score]
     files: tuple[Path, ...] = ()  # everything that was read, to tell results on other data apart
+    items: Mapping[str, str] = field(default_factory=dict)  # where each stands, by its content: `items.contents`
+    versions: Mapping[str, str] = field(default_factory=dict)  # of further libraries that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
 
 

