@@ -36,14 +36,19 @@ class History:
     folder: Path
     made: dict[str, Any]
     direction: str = "higher"  # which objectives are better
+    metrics: dict[str, str] = field(default_factory=dict)  # by task; known when a point was measured
     points: list[Point] = field(default_factory=list)
 
     @property
+    def ranked(self) -> list[Point]:
+        """The points that could be measured, the best first; of equal ones the earlier."""
+        sign = -1 if self.direction == "higher" else 1
+        found = [(sign * point.objective, point.number, point) for point in self.points if point.objective is not None]
+        return [point for _, _, point in sorted(found)]
+
+    @property
     def best(self) -> Point | None:
-        """The first of those with the best objective."""
-        found = [point for point in self.points if point.objective is not None]
-        sign = 1 if self.direction == "higher" else -1
-        return max(found, key=lambda point: sign * (point.objective or 0.0), default=None)
+        return next(iter(self.ranked), None)
 
     def add(self, point: Point) -> None:
         self.points.append(point)
@@ -56,7 +61,7 @@ class History:
         """The whole document, ready for JSON."""
         best = self.best
         return {
-            "made": {**self.made, "direction": self.direction},
+            "made": {**self.made, "direction": self.direction, "metrics": self.metrics},
             "points": [vars(point) for point in self.points],
             "best": None if best is None else best.number,
         }
@@ -71,7 +76,7 @@ class History:
                 what = f"{self.folder}: it holds a search with another {SETTINGS[name]}"
                 raise RecipeError(what, "run it as before, choose another --out, or start afresh with --overwrite")
         try:
-            self.direction = found["made"]["direction"]
+            self.direction, self.metrics = found["made"]["direction"], dict(found["made"]["metrics"])
             self.points = [Point(**{name: point[name] for name in Point.__annotations__}) for point in found["points"]]
         except (KeyError, TypeError):
             raise RunError(f"{self.folder / FILE}: damaged", "start afresh with --overwrite") from None

@@ -41,6 +41,7 @@ class Search:
         self.recipe, self.space, self.objective = recipe, space, objective
         self.candidates, self.history, self.progress = candidates, history, progress
         self._batch = Batch(suite, device, store)
+        self.resumed = 0  # points that were there
         self._left = list(history.points)  # of an earlier run, to be taken instead of measured again
         history.points = []
 
@@ -70,10 +71,11 @@ class Search:
             known = self._again(values)
             if known is not None:
                 self.history.points.append(known)
+                self.resumed += 1
             else:
                 known = self._measured(values)
                 self.history.add(known)
-            self.progress(known)
+                self.progress(known)
         if known.objective is None:
             return FAILED
         return -known.objective if self.history.direction == "higher" else known.objective
@@ -92,6 +94,7 @@ class Search:
         try:
             records = self._records(values, f"point {number}")
             objective, self.history.direction = self.objective.of(records)
+            self.history.metrics |= {record.task: record.metric for record in records}
         except (RunError, ModelError) as failure:
             error = failure.message
         tasks = {record.task: record.value for record in records}
