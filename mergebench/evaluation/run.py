@@ -172,6 +172,8 @@ class Batch:
 
     def _fail(self, candidate: Candidate, tasks: Sequence[Task], error: MergebenchError) -> None:
         self.errors.append(error)
+        for task in tasks:
+            self.meter.close(candidate.name, task)
         names = [task.name for task in tasks]
         self.failed.append({"model": candidate.name, "tasks": names, "error": error.message, "hint": error.hint})
 
@@ -204,15 +206,20 @@ class _Meter:
     """Counts the items of all models and tasks for whoever shows the progress."""
 
     def __init__(self, progress: Callable[[Step], None] | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
+        self.progress, self.total = progress, total
+        self.counts: Counter[tuple[str, str]] = Counter()
 
     def of(self, model: str, task: str) -> Callable[[int], None]:
         def tick(items: int) -> None:
-            self.done += items
+            self.counts[model, task] += items
             if self.progress is not None:
-                self.progress(Step(model, task, self.done, self.total))
+                self.progress(Step(model, task, self.counts.total(), self.total))
 
         return tick
+
+    def close(self, model: str, task: Task) -> None:
+        """What was not measured of a task that failed counts as done."""
+        self.of(model, task.name)(task.ready.n - self.counts[model, task.name])
 
 
 def homes_of(candidates: Sequence[Candidate], suite: Suite) -> dict[str, str]:

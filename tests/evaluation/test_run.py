@@ -90,7 +90,7 @@ def test_twice_the_same(encoder: Path, suite: Suite) -> None:
     assert [record.predictions for record in first.records] == [record.predictions for record in second.records]
 
 
-def test_one_model_in_memory(encoder: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_model_in_memory(encoder: Path, suite: Suite, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
     counts = []
     build = Network.__init__
@@ -103,15 +103,18 @@ def test_one_model_in_memory(encoder: Path, suite: Suite, monkeypatch: pytest.Mo
     monkeypatch.setattr(Network, "__init__", counted)
     opened: list[str] = []
 
+    others = {family: write_encoder(place / family, family) for family in ("roberta", "distilbert")}
+
     def opener(name: str) -> Callable[[], Files]:
-        return lambda: opened.append(name) or Files(encoder)
+        return lambda: opened.append(name) or Files(others.get(name, encoder))
 
     def seen(step: Step) -> None:
         assert opened[-1] == step.model  # opened when its turn comes
 
-    evaluate_models([Candidate(name, "input", opener(name)) for name in "xyz"], suite, progress=seen)
-    assert counts == [0, 0, 0]
-    assert opened == ["x", "y", "z"]
+    names = ["x", "y", "roberta", "distilbert", "z"]
+    evaluate_models([Candidate(name, "input", opener(name)) for name in names], suite, progress=seen)
+    assert counts == [0, 0, 0, 0]  # y takes the place of x; the others are built, one at a time
+    assert opened == names
 
 
 def test_a_model_is_read_on_one_thread(encoder: Path, suite: Suite) -> None:
@@ -292,3 +295,59 @@ def test_what_is_asked_for_wrongly(encoder: Path, suite: Suite) -> None:
             evaluate_models(twins[:1], suite, device="cuda")
     assert evaluate_models([], suite).records == ()
     assert isinstance(evaluate_models(twins[:1], suite, device="cpu"), Results)
+
+
+def test_what_fails_stops_nobody(encoder: Path, place: Path, entry: Entry) -> None:
+    write_head(place / "wide", hidden=8)
+    suite = load_suite({"tasks": [entry(), entry(name="wide", head="wide/head.safetensors")]})
+
+    def missing() -> Files:
+        raise ModelError("model 'gone': no such file or directory", "look for it")
+
+    def full(tensors: dict[str, Tensor]) -> None:
+        torch.empty(2**60)
+
+    poison = Changed(encoder, "p", lambda t: t["encoder.layer.0.output.dense.bias"].fill_(float("nan")))
+    steps: list[Step] = []
+    results = evaluate_models(
+        [
+            Candidate("gone", "input", missing),
+            Candidate("good", "input", Files(encoder)),
+            Candidate("poison", "input", poison),
+            Candidate("full", "input", Changed(encoder, "f", full)),
+            Candidate("last", "input", Files(encoder)),
+        ],
+        suite,
+        progress=steps.append,
+    )
+    assert [(record.model, record.task) for record in results.records] == [("good", "a"), ("last", "a")]
+    assert results.records[0].predictions == results.records[1].predictions
+    wide = "wide/head.safetensors: it takes 8 features, model "
+    found = [(one["model"], one["tasks"], one["error"]) for one in results.made["failed"]]
+    assert found == [
+        ("gone", ["a", "wide"], "model 'gone': no such file or directory"),
+        ("good", ["wide"], f"{wide}'tiny' gives 16"),
+        ("poison", ["a"], "model 'p': its outputs are not finite"),
+        ("poison", ["wide"], f"{wide}'p' gives 16"),
+        ("full", ["a", "wide"], "model 'full': out of memory on 'a', 'wide'"),
+        ("last", ["wide"], f"{wide}'tiny' gives 16"),
+    ]
+    assert results.made["failed"][0]["hint"] == "look for it"
+    assert steps[-1].done == steps[-1].total
+
+
+def test_a_model_larger_than_the_memory(encoder: Path, suite: Suite, tmp_path: Path) -> None:
+    """Refused before a byte of it is read: what does not fit would end the program."""
+    import shutil
+
+    huge = tmp_path / "huge"
+    shutil.copytree(encoder, huge)
+    header = json.dumps({"embeddings.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    with open(huge / "model.safetensors", "wb") as file:  # a hole of 4 TB
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + 2**42)
+        except OSError:
+            pytest.skip("the file system takes no file of 4 TB")
+    with pytest.raises(RunError, match=r"measuring it takes 8796.1 GB of memory, \d+\.\d GB are free"):
+        evaluate_models([Candidate("huge", "input", open_model(str(huge)))], suite)
