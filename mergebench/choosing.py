@@ -97,8 +97,8 @@ def search(
     mean, relative or worst. results: a folder; what was measured before is taken from there, and kept there.
     searched: called after every point. progress: called while the test tasks are measured.
 
-    Writes `search.json` after every point, then `best.yaml`, `evaluation.json` and `evaluation.md`. Raises `RecipeError`
-    for what cannot be searched, `RunError` where no point can be measured.
+    Writes `search.json` after every point, then `best.yaml`, `evaluation.json` and `evaluation.md`. Raises
+    `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
     """
     from mergebench.evaluation.store import Store
     from mergebench.searching.best import write_recipe

@@ -90,9 +90,7 @@ def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
 
 
 @contextmanager
-def search_bar(
-    budget: int, quiet: bool
-) -> Iterator[tuple[Callable[[Point, History], None], Callable[[Step], None]]]:
+def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, History], None], Callable[[Step], None]]]:
     """A display over a search's points, then over the evaluation of what was found: one bar, or lines."""
 
     def line(point: Point, history: History) -> None:

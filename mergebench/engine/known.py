@@ -1,4 +1,4 @@
-"""Answers kept from one merge to the next of the same models: what another parameter does not change is not asked again.
+"""Answers kept from one merge to the next of the same models: what a parameter does not change is not asked again.
 
 A question depends on the parameters that the method has read when it asks (`questions.read_for`), and on the answers
 before it, which depend on the same. So its answer holds for every merge in which these have the same values.
@@ -24,7 +24,7 @@ class Known:
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     def recall(self, plan: Plan) -> dict[str, list[Any]]:
-        """The answers that hold for a plan, unit by unit, as a run's journal keeps them; those of the first questions."""
+        """The answers that hold for a plan, unit by unit, as a run's journal keeps them: the first so many."""
         found: dict[str, list[Any]] = {}
         for unit, keys in self._units(plan):
             answers = found.setdefault(unit, [])

@@ -60,9 +60,7 @@ def copies_of(plan: Plan, name: str) -> Iterator[Item]:
         yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
 
 
-def start_workers(
-    plan: Plan, files: Files, progress: Progress, target: InMemory | None = None
-) -> Threads | Processes:
+def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> Threads | Processes:
     """The workers of one run."""
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if can_fork and plan.device.type == "cpu" and plan.workers > 1 and plan.bytes_read >= FORK_FROM:

@@ -29,7 +29,8 @@ class Objective:
         if self.name == "mean":
             metrics = {(record.metric, record.direction) for record in records}
             if len(metrics) > 1:
-                what = f"--objective mean: the tasks have different metrics ({', '.join(sorted(m for m, _ in metrics))})"
+                names = ", ".join(sorted(metric for metric, _ in metrics))
+                what = f"--objective mean: the tasks have different metrics ({names})"
                 raise RecipeError(what, "--objective relative or worst compares each with its own fine-tune")
             return sum(record.value for record in records) / len(records), records[0].direction
         shares = [self._share(record) for record in records]
@@ -43,9 +44,7 @@ class Objective:
         return value / own
 
 
-def make_objective(
-    name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None
-) -> Objective:
+def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
     """The objective of that name; where it compares with the tasks' own fine-tunes, they are measured first."""
     if name not in NAMES:
         raise RecipeError(f"--objective: '{name}' is none", did_you_mean(name, NAMES))

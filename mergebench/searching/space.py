@@ -1,9 +1,9 @@
 """What a search varies: parameters of the recipe, each over a range or a few values.
 
-    lambda                  over a range made from what the method declares and the recipe has
-    lambda=0.2:1.2          over a range
-    density=0.05/0.1/0.2    over these values
-    weight.*                one for each model;  weight.tweets  of the model of that name
+- lambda: over a range made from what the method declares and the recipe has
+- lambda=0.2:1.2: over a range
+- density=0.05/0.1/0.2: over these values
+- weight.*: one for each model; weight.tweets: of the model of that name
 """
 
 from __future__ import annotations
@@ -166,8 +166,9 @@ def _ranged(one: Dimension, span: str, where: str) -> Dimension:
     if not span:
         return _usual(one, where)
     if ":" in span and "/" not in span and parameter.type not in (str, bool):
-        low, high = (_value(part, parameter, where) for part in (span.split(":") + [""])[:2])
-        if span.count(":") > 1 or not low < high:
+        low, *more = (_value(part, parameter, where) for part in span.split(":"))
+        high = more[0]
+        if len(more) > 1 or not low < high:
             raise RecipeError(f"{where}: a range is LOW:HIGH, the lower end first", FORMS)
         return replace(one, low=low, high=high)
     choices = tuple(_value(part, parameter, where) for part in span.split("/"))
@@ -195,7 +196,8 @@ def _usual(one: Dimension, where: str) -> Dimension:
 
 def _value(text: str, parameter: Parameter, where: str) -> Any:
     """One value as it is written, checked."""
-    text, value = text.strip(), None
+    text = text.strip()
+    value: Any
     if parameter.type is str:
         value = text
     elif parameter.type is bool:
