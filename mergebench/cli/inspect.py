@@ -69,9 +69,9 @@ def diff(
     json_: opt.Json = False,
 ) -> None:
     """Compare two models tensor by tensor: norm ratio, cosine, changed share, sign conflict of task vectors."""
-    from mergebench.compare import compare
+    from mergebench.difference import differences
 
-    rows = compare(a, b, base)
+    rows = differences(a, b, base)
     if json_:
         tensors = [{name: _finite(value) for name, value in row._asdict().items()} for row in rows]
         typer.echo(json.dumps({"a": a, "b": b, "base": base, "tensors": tensors}))

@@ -35,7 +35,7 @@ class Difference(NamedTuple):
     sign_conflict: float
 
 
-def compare(a: str, b: str, base: str | None = None) -> list[Difference]:
+def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
     """Compare every float tensor of two models, in A's file order, in the memory of a few chunks."""
     first = open_model(a)
     others = (open_model(reference) for reference in (b, *([base] if base is not None else [])))
@@ -49,10 +49,10 @@ def compare(a: str, b: str, base: str | None = None) -> list[Difference]:
     keep_freed_memory()
     with Files() as files, torch.inference_mode():
         reader = ChunkReader(plan, files)
-        return [_compare(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
+        return [_difference(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
 
 
-def _compare(reader: ChunkReader, name: str, numel: int) -> Difference:
+def _difference(reader: ChunkReader, name: str, numel: int) -> Difference:
     squares_a = squares_b = dot = squares_d = 0.0
     changed = conflicts = both = 0
     for start in range(0, numel, TILE):

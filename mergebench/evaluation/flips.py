@@ -1,0 +1,189 @@
+"""Flips: which items a new model answers worse, and which better, than an old one; the same accuracy can hide both.
+
+Negative flips as in MUSCLE (arXiv:2407.09435, section 3), BTC as in Srivastava et al. 2020. With S an item's score
+and D = S(new) - S(old), turned round where lower scores are better, so that D > 0 is always an improvement:
+
+    NFR = mean 1[D < 0]     regression m_r = mean of |D| over D < 0
+    PFR = mean 1[D > 0]     gain       m_g = mean of D over D > 0       m_g PFR - m_r NFR = mean D
+
+Where every item is right or wrong (S is 1 or 0) a negative flip is an item lost, PFR - NFR the difference of the
+accuracies, and besides
+
+    NFR_mc = mean 1[new wrong, and not with old's answer]     BTC = P(new right | old right) = 1 - NFR / accuracy of old
+
+The difference has a 95 % interval and a two-sided p. Right or wrong: Newcombe's interval for paired shares (1998,
+Statistics in Medicine 17:2635, method 10) and McNemar's exact test. Otherwise both by a paired bootstrap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergebench.errors import RunError
+from mergebench.evaluation.task import Direction, Prediction
+
+Answers = Mapping[Any, Prediction]  # by the items' ids
+Interval = tuple[float, float]
+RESAMPLES, SEED = 9999, 0
+
+
+@dataclass(frozen=True)
+class Flips:
+    """How a new model's answers stand to an old one's; made by `flips`. Rates are shares of all n items."""
+
+    n: int
+    old: float  # mean score; for right and wrong the accuracy
+    new: float
+    difference: float  # mean D
+    interval: Interval | None  # of the difference, 95 %; None where one item is all there is to resample
+    p: float | None
+    lost: tuple[Any, ...]  # ids with D < 0, the largest loss first
+    won: tuple[Any, ...]  # ids with D > 0, the largest gain first
+    regression: float | None  # None where nothing is lost
+    gain: float | None  # None where nothing is won
+    both_right: int | None = None  # with lost, won and both_wrong: all n. None where scores are not right or wrong
+    both_wrong: int | None = None
+    wrong_differently: int | None = None  # of both_wrong
+
+    @property
+    def nfr(self) -> float:
+        return len(self.lost) / self.n
+
+    @property
+    def pfr(self) -> float:
+        return len(self.won) / self.n
+
+    @property
+    def nfr_mc(self) -> float | None:
+        return None if self.wrong_differently is None else (len(self.lost) + self.wrong_differently) / self.n
+
+    @property
+    def btc(self) -> float | None:
+        """None also where the old model is never right."""
+        if self.both_right is None or not (before := self.both_right + len(self.lost)):
+            return None
+        return self.both_right / before
+
+    @property
+    def nfr_expected(self) -> float | None:
+        """The NFR if the two models erred independently."""
+        return None if self.both_right is None else self.old * (1 - self.new)
+
+    @property
+    def nfr_least(self) -> float | None:
+        """The NFR of a model of the new accuracy that wins nothing where it need not lose."""
+        return None if self.both_right is None else max(0.0, self.old - self.new)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, ready for JSON; items by their count."""
+        return {
+            **vars(self),
+            "lost": len(self.lost),
+            "won": len(self.won),
+            "nfr": self.nfr,
+            "pfr": self.pfr,
+            "nfr_mc": self.nfr_mc,
+            "btc": self.btc,
+            "nfr_expected": self.nfr_expected,
+            "nfr_least": self.nfr_least,
+        }
+
+
+def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
+    """Compare two models' answers to the same items; `RunError` where one lacks items of the other, or there are none.
+
+    direction: which scores are better. Scores that are all 0 or 1, where higher is better, mean wrong and right.
+    """
+    for here, there, name in ((old, new, "new"), (new, old, "old")):
+        missing = [str(item) for item in here if item not in there]
+        if missing:
+            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            what = f"the {name} answers lack {len(missing)} of the other's {len(here)} items: {shown}"
+            raise RunError(what, "flips are counted on the same items: measure both on the same data")
+    if not old:
+        raise RunError("there are no items to compare")
+    sign = 1 if direction == "higher" else -1
+    change = {item: sign * (new[item].score - before.score) for item, before in old.items()}
+    lost = sorted((item for item, d in change.items() if d < 0), key=lambda item: change[item])
+    won = sorted((item for item, d in change.items() if d > 0), key=lambda item: -change[item])
+    quadrants: dict[str, int] = {}
+    interval: Interval | None
+    p: float | None
+    if direction == "higher" and all(one.score in (0, 1) for side in (old, new) for one in side.values()):
+        wrong = [item for item in old if old[item].score == new[item].score == 0]
+        quadrants["both_right"] = len(old) - len(lost) - len(won) - len(wrong)
+        quadrants["both_wrong"] = len(wrong)
+        quadrants["wrong_differently"] = sum(old[item].output != new[item].output for item in wrong)
+        interval, p = _newcombe(quadrants["both_right"], len(lost), len(won), len(wrong)), _mcnemar(len(lost), len(won))
+    else:
+        interval, p = _bootstrap(list(change.values()))
+    return Flips(
+        n=len(old),
+        old=_mean([one.score for one in old.values()]),
+        new=_mean([one.score for one in new.values()]),
+        difference=_mean(list(change.values())),
+        interval=interval,
+        p=p,
+        lost=tuple(lost),
+        won=tuple(won),
+        regression=-_mean([change[item] for item in lost]) if lost else None,
+        gain=_mean([change[item] for item in won]) if won else None,
+        **quadrants,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided p: where the models are equally good, an item that flips is lost or won like a coin falls."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
+
+
+def _newcombe(both: int, lost: int, won: int, neither: int) -> Interval:
+    """Two Wilson intervals, of the accuracies p and q, joined with the correlation phi of the two models' answers."""
+    from scipy.stats import binomtest
+
+    n = both + lost + won + neither
+    p, q = (both + lost) / n, (both + won) / n
+    (p_low, p_high), (q_low, q_high) = (
+        binomtest(right, n).proportion_ci(method="wilson") for right in (both + lost, both + won)
+    )
+    product = float(both * neither - lost * won)
+    if product > 0:  # corrected for continuity
+        product = max(product - n / 2, 0.0)
+    margins = (both + lost) * (won + neither) * (both + won) * (lost + neither)
+    phi = product / math.sqrt(margins) if margins else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0))
+
+    return q - p - reach(q - q_low, p_high - p), q - p + reach(q_high - q, p - p_low)
+
+
+def _bootstrap(change: list[float]) -> tuple[Interval | None, float | None]:
+    """Percentile interval of the mean change and twice the smaller tail beyond 0, by resampling items; a fixed seed."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    if len(change) == 1:
+        return None, None
+    batch = max(1, 4_000_000 // len(change))  # resamples at once: 32 MB
+    found = bootstrap(
+        (np.array(change),),
+        np.mean,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        batch=batch,
+        rng=np.random.default_rng(SEED),
+    )
+    low, high = found.confidence_interval
+    means = found.bootstrap_distribution
+    tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+    return (float(low), float(high)), float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1)))
