@@ -104,7 +104,7 @@ def search(
     from mergebench.searching.best import write_recipe
     from mergebench.searching.candidates import Candidates
     from mergebench.searching.loop import Search
-    from mergebench.searching.objective import make_objective
+    from mergebench.searching.objective import check, make_objective
     from mergebench.searching.space import at_point, parse
     from mergebench.searching.strategies import choose
 
@@ -113,6 +113,7 @@ def search(
         raise RecipeError(f"'{recipe.merge_method}' makes a model for each task: search looks for one for all tasks")
     if budget < 2:
         raise RecipeError(f"--budget {budget}: the recipe as given is the first point", "give it at least 2")
+    check(objective)
     space = parse(over, recipe)
     strategy = choose(strategy, space)
     whole = _suite(recipe, suite)

@@ -14,8 +14,6 @@ from mergebench.cli import options as opt
 from mergebench.cli.progress import note, search_bar
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mergebench.choosing import Found
 
 SHOWN = 8  # points in the table, beside the recipe as given
@@ -74,8 +72,6 @@ def search(
 
 def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     """The best points, the test table and whether it was worth it; or all of it as JSON."""
-    from rich.console import Console
-
     from mergebench.evaluation import report
 
     points = found.history.points
@@ -88,7 +84,7 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     if json_:
         typer.echo(json.dumps(found.to_dict()))
         return
-    Console(soft_wrap=True).print(_table(found))
+    typer.echo(_table(found))
     if found.results is not None:
         typer.echo(report(found.results, styled=sys.stdout.isatty()))
         typer.echo("")
@@ -96,9 +92,10 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     typer.echo(f"To merge it: mergebench merge {found.out / 'best.yaml'}")
 
 
-def _table(found: Found) -> Table:
+def _table(found: Found) -> str:
     """The best points, and where among them the recipe as given stands."""
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
     from mergebench.evaluation.tables import _number as number
@@ -107,7 +104,7 @@ def _table(found: Found) -> Table:
     ranked, metrics = history.ranked, history.metrics
     shares = history.made["objective"] != "mean"
     metric = "accuracy" if shares else next(iter(metrics.values()))
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="On validation", title_justify="left")
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="On validation:", title_justify="left")
     for name in ("", "", *ranked[0].values, *metrics, history.made["objective"]):
         out.add_column(name, justify="right", overflow="fold")
     for place, point in enumerate(ranked, 1):
@@ -117,4 +114,7 @@ def _table(found: Found) -> Table:
                       for value in point.values.values()]  # fmt: skip
             tasks = [number(value, metrics[task]) for task, value in point.tasks.items()]
             out.add_row(str(place), given, *values, *tasks, number(point.objective or 0.0, metric))
-    return out
+    console = Console(width=1000, no_color=True)
+    with console.capture() as capture:
+        console.print(out)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n") + "\n"

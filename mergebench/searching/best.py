@@ -23,7 +23,7 @@ def write_recipe(recipe: Recipe, file: Path, comment: str) -> None:
     yaml, text = YAML(), io.StringIO()
     yaml.width = 4096
     yaml.dump(document, text)
-    write_atomically(file, "".join(f"# {line}\n" for line in comment.splitlines()) + text.getvalue())
+    write_atomically(file, "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines()) + text.getvalue())
 
 
 def _moved(value: Any, places: Sequence[Path], to: Path, key: str = "") -> Any:

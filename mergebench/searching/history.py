@@ -113,7 +113,7 @@ def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"{folder}: it exists and is not a directory", "choose another --out")
         if folder.exists() and any(folder.iterdir()):
-            if not (folder / FILE).exists():
+            if read(folder) is None:
                 raise RecipeError(f"{folder}: it exists and holds no search", "choose another --out")
             if not (resume or overwrite):
                 hint = "go on with --resume, replace it with --overwrite, or choose another --out"

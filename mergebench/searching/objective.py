@@ -44,10 +44,13 @@ class Objective:
         return value / own
 
 
-def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
-    """The objective of that name; where it compares with the tasks' own fine-tunes, they are measured first."""
+def check(name: str) -> None:
     if name not in NAMES:
         raise RecipeError(f"--objective: '{name}' is none", did_you_mean(name, NAMES))
+
+
+def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
+    """The objective of that name; where it compares with the tasks' own fine-tunes, they are measured first."""
     if name == "mean":
         return Objective(name, {})
     homes = homes_of(inputs, suite)

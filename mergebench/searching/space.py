@@ -21,7 +21,7 @@ from mergebench.recipe.resolve import short_names
 from mergebench.recipe.varying import varies
 
 FORMS = "write lambda, lambda=0.2:1.2 (a range), density=0.05/0.1/0.2 (values) or weight.* (one a model)"
-OF_UNBOUNDED = (0.2, 2.0)  # times the recipe's value, where the method declares no bounds
+OF_UNBOUNDED = (0.2, 1.5)  # times the recipe's value, where the method declares no bounds
 OF_OPEN = 100  # what must be above zero begins at its upper bound over this
 
 Values = Mapping[str, Any]  # a point: value by the dimension's name
@@ -54,7 +54,7 @@ class Dimension:
     def at(self, place: float) -> Any:
         """The value at a place from 0 to 1."""
         if self.choices:
-            return self.choices[min(int(place * len(self.choices)), len(self.choices) - 1)]
+            return self.choices[min(int(place * len(self.choices)), len(self.choices) - 1)]  # 1 is the last one's
         if self.by_factors:
             value = self.low * (self.high / self.low) ** place
         else:

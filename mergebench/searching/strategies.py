@@ -38,8 +38,6 @@ def grid(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> St
 def _spread(one: Dimension, count: int, own: float) -> list[float]:
     if count == 1:
         return [own]
-    if one.choices:
-        return [(i + 0.5) / len(one.choices) for i in range(count)]
     return [i / (count - 1) for i in range(count)]
 
 
