@@ -64,9 +64,11 @@ class Found:
         if self.difference is None:
             return "The test results of the chosen and the given parameters cannot be compared item by item."
         by = self.difference
-        chance = "" if by.interval is None else f", 95 % interval {by.interval[0]:+.2%} to {by.interval[1]:+.2%}"
-        chance += "" if by.p is None else f", p = {by.p:.2g}"
-        size = f"{by.difference:+.2%} over all {by.n} test items{chance}"
+        scale, unit = (1, "") if by.both_right is None else (100, " points")
+        size = f"{scale * by.difference:+.3g}{unit} over all {by.n} test items"
+        if by.interval is not None and by.p is not None:
+            low, high = (f"{scale * end:+.3g}" for end in by.interval)
+            size += f" (95 % interval {low} to {high}, p = {by.p:.2g})"
         if by.p is not None and by.p < 0.05:
             return f"On test the chosen parameters {'beat' if by.difference > 0 else 'lose to'} the given ones: {size}."
         return f"On test the chosen parameters do not differ from the given ones beyond chance: {size}."

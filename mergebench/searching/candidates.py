@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from mergebench.checkpoint.write import copy_side_files
 from mergebench.engine import questions
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.known import Known
+from mergebench.engine.memory import available_memory
 from mergebench.engine.merge import Merge
 from mergebench.engine.plan import Plan, plan_merge
 from mergebench.engine.provenance import fingerprint_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mergebench.evaluation import LoadableModel
 
-SHARE = 8  # a result of up to one part in so many of the machine's memory stays there
+SHARE = 8  # a result of up to one part in so many of the free memory stays there
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Candidates:
             self._folder.mkdir(parents=True, exist_ok=True)
             copy_side_files(plan.merge.reference, self._folder, None)
         plan = self._scaled(plan) if _ends_with_lambda(plan.merge) else plan
-        run_in_memory(plan, self._target, self._known if plan.passes else Known())
+        run_in_memory(plan, self._target, self._known)
         return Merged(name, self._folder, self._target.tensors)
 
     def key(self, plan: Plan) -> str:
@@ -80,7 +80,8 @@ class Candidates:
 
     def _stays(self, plan: Plan) -> bool:
         if self._in_memory is None:
-            self._in_memory = plan.bytes_written * SHARE <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = available_memory()
+            self._in_memory = free is None or plan.bytes_written * SHARE <= free
         return self._in_memory
 
     def _scaled(self, plan: Plan) -> Plan:

@@ -192,3 +192,23 @@ def test_parameters_that_vary_from_tensor_to_tensor(tmp_path: Path) -> None:
     merged(0.5, 0.3)
     merged(0.3, 0.5)
     assert all_known(merged(0.5), known)  # each tensor was asked with each density
+
+
+def test_what_is_asked_about_the_whole_model_depends_on_the_parameters_of_every_tensor(tmp_path: Path) -> None:
+    @merge_method(takes="task_vectors", paper="none", scope="model")
+    def one(tvs: Tensor, p: Params, ctx: Context) -> Any:
+        dots = yield gram(tvs * p.power)
+        return tvs.sum(0) * dots[0, 0].item()
+
+    bench = bench_of(one, tmp_path / "bench")
+    known = Known()
+    for powers in ((1.0, 2.0, 3.0), (1.0, 2.0, 4.0), (1.0, 3.0, 2.0)):
+        params = [params_of(one, 3, power=power) for power in powers]
+        by_tensor = {name: params[i % 3] for i, name in enumerate(bench.base)}
+        merge = dataclasses.replace(bench.merge(bench.opened), params=params[0], by_tensor=by_tensor)
+        plan = plan_merge(merge, chunk=TILE, workers=1, device="cpu")
+        target = InMemory(plan.shards)
+        run_in_memory(plan, target, known)
+        fresh = run_plan(plan, tmp_path / "out", overwrite=True)
+        for name, value in load_file(fresh.out / "model.safetensors").items():
+            assert torch.equal(value, target.tensors[name])

@@ -70,6 +70,16 @@ def test_other_parameters_between(in_memory: bool, more: dict[str, Any], models:
         check(models, recipe(models, "pcb", parameters={"density": density, "lambda": lambda_}, **more), merges)
 
 
+def test_tensors_of_many_chunks(tmp_path: Path) -> None:
+    base = {"layers.0.weight": torch.randn(700, 500, generator=torch.Generator().manual_seed(0))}
+    write_model(tmp_path / "base", base)
+    for number in (1, 2, 3):
+        write_model(tmp_path / f"ft{number}", fine_tuned(base, number))
+    merges = Candidates(tmp_path / "work", "cpu")
+    for lambda_ in (1.0, 0.4):
+        check(tmp_path, recipe(tmp_path, "ties", parameters={"density": 0.3, "lambda": lambda_}), merges)
+
+
 def test_a_gradient_of_lambda(models: Path) -> None:
     merges = Candidates(models / "work", "cpu")
     for density in (0.3, 0.6):

@@ -102,7 +102,7 @@ def test_the_test_table_has_everything_and_says_who_wins(place: Path, cli: Cli) 
     given, chosen = (results.of(f"ties {word}") for word in ("as given", "chosen" if found["best"] else "as given"))
     changed = sum(chosen[task].value - given[task].value for task in given) / 2
     if found["best"]:
-        assert f"{changed:+.2%} over all 122 test items" in found["verdict"]
+        assert f"{100 * changed:+.3g} points over all 122 test items" in found["verdict"]
     assert {point["number"] for point in found["points"]} == set(range(5))  # 2 x 2, and as given
 
 
