@@ -256,3 +256,65 @@ def test_half_precision_heads_and_yaml_anchors(place: Path) -> None:
         """
     Path("suite.yaml").write_text(textwrap.dedent(text))
     assert [task.params.max_length for task in load_suite("suite.yaml").tasks] == [9, 9]
+
+
+def split_files(place: Path) -> None:
+    rows = (place / "data.jsonl").read_text().splitlines(keepends=True)
+    (place / "test.jsonl").write_text("".join(rows[:20]))
+    (place / "validation.jsonl").write_text("".join(rows[20:]))
+
+
+def test_a_name_stands_once_in_each_split(place: Path, entry: Entry) -> None:
+    split_files(place)
+    tasks = [entry(data="test.jsonl"), entry(data="validation.jsonl", split="validation")]
+    suite = load_suite({"tasks": tasks})
+    assert [(task.name, task.split) for task in suite.tasks] == [("a", "test"), ("a", "validation")]
+    assert [task.split for task in suite.only().tasks] == ["test"]
+    assert [task.split for task in suite.only("validation").tasks] == ["validation"]
+    assert [task.split for task in load_suite({"tasks": tasks[1:]}).only().tasks] == ["validation"]
+    with pytest.raises(RecipeError, match="suite: no task has split: validation"):
+        load_suite({"tasks": tasks[:1]}).only("validation")
+    with pytest.raises(RecipeError, match=r"tasks\.1\.name: a task before it is called 'a' too"):
+        load_suite({"tasks": [tasks[0], tasks[0]]})
+
+
+def test_no_item_in_both_splits(place: Path, entry: Entry) -> None:
+    """What chose is not what reports, whatever the tasks and files are called."""
+    same = {"tasks": [entry(), entry(name="b", split="validation")]}
+    fails(RecipeError, same, "41 of its items are also in the test data of 'a': data.jsonl:1 and data.jsonl:1")
+    split_files(place)
+    rows = (place / "test.jsonl").read_text().splitlines(keepends=True)
+    with open(place / "validation.jsonl", "a") as file:
+        file.write(rows[6])
+    both = {"tasks": [entry(data="validation.jsonl", split="validation"), entry(name="b", data="test.jsonl")]}
+    words = "one of its items is also in the validation data of 'a': test.jsonl:7 and validation.jsonl:22"
+    fails(RecipeError, both, words, hint="what is chosen on some items is reported on others")
+    both["tasks"][1]["limit"] = 6  # not among those used
+    load_suite(both)
+
+
+def test_a_seed_draws_items(place: Path, entry: Entry) -> None:
+    def drawn(**keys: Any) -> list[str]:
+        return list(load_suite({"tasks": [entry(**keys)]}).tasks[0].ready.items.values())
+
+    everything = drawn()
+    assert drawn(limit=9) == everything[:9]
+    first, second = drawn(limit=9, seed=1), drawn(limit=9, seed=2)
+    assert first == drawn(limit=9, seed=1)
+    assert first != second
+    for sample in (first, second):
+        assert len(sample) == 9
+        assert sample == [where for where in everything if where in sample]  # in the file's order
+    assert drawn(limit=99, seed=1) == drawn(seed=1) == everything
+
+
+def test_a_list_is_as_good_as_lines(place: Path, entry: Entry) -> None:
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    (place / "list.json").write_text(" \n" + json.dumps(rows, indent=1))
+    lines, listed = (load_suite({"tasks": [entry(data=name)]}).tasks[0].ready for name in ("data.jsonl", "list.json"))
+    assert list(lines.items) == list(listed.items)
+    del rows[4]["label"]
+    (place / "list.json").write_text(json.dumps(rows))
+    fails(RunError, {"tasks": [entry(data="list.json")]}, "list.json: item 5: no column 'label'")
+    (place / "list.json").write_text('[\n{"id": 1},\n{"id" 2}]')
+    fails(RunError, {"tasks": [entry(data="list.json")]}, "list.json:3:7: not valid JSON")
