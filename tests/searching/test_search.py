@@ -76,6 +76,17 @@ def test_only_validation_tasks_choose(place: Path, cli: Cli) -> None:
     assert {record.split for record in Results.load(place / "first").records} == {"test"}
 
 
+def test_merges_too_large_for_memory_go_through_files(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for share in (8, 10**12):
+        monkeypatch.setattr("mergebench.searching.candidates.SHARE", share)
+        assert cli("search", "recipe.yaml", *OVER, "--budget", "3", "--results", str(share), "--overwrite").code == 0
+        found.append((document(place / "searches/recipe"), Results.load(place / "searches/recipe").records))
+    assert found[0][0] == found[1][0]
+    assert [record.predictions for record in found[0][1]] == [record.predictions for record in found[1][1]]
+    assert not (place / "searches/recipe/.candidate").exists()
+
+
 def test_without_validation_tasks_there_is_nothing_to_choose_by(place: Path, cli: Cli) -> None:
     write_suite(place, "test")
     ran = cli("search", "recipe.yaml", *OVER)
