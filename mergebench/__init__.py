@@ -29,6 +29,7 @@ _PUBLIC = {
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
     "report": "mergebench.evaluation",
+    "compare": "mergebench.evaluation",
     "merge_method": "mergebench.engine.method",
     "param": "mergebench.engine.method",
     "PerModel": "mergebench.engine.method",
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
     from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
-    from mergebench.evaluation import report
+    from mergebench.evaluation import compare, report
     from mergebench.measuring import evaluate, measure
     from mergebench.recipe import load, load_stages
 
@@ -66,6 +67,7 @@ __all__ = [
     "Tasks",
     "Weights",
     "__version__",
+    "compare",
     "evaluate",
     "extract_adapter",
     "gram",

@@ -210,15 +210,8 @@ def _on_test(
 
 
 def _difference(recipe: Recipe, found: Results) -> Flips | None:
-    """Of the chosen parameters to the given ones, over the items of all tasks."""
-    from mergebench.evaluation.flips import flips
+    """Of the chosen parameters to the given ones, over the items of all tasks that count alike."""
+    from mergebench.evaluation import compare
 
-    given, chosen = (found.of(f"{recipe.merge_method} {word}") for word in (GIVEN, CHOSEN))
-    directions = {record.direction for record in found.records}
-    if not chosen or given.keys() != chosen.keys() or len({record.metric for record in given.values()}) > 1:
-        return None
-    old, new = (
-        {(task, item): answer for task, record in side.items() for item, answer in record.predictions.items()}
-        for side in (given, chosen)
-    )
-    return flips(old, new, directions.pop())
+    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    return compare(given, chosen, found).pooled if {given, chosen} <= {*found.models} else None

@@ -98,7 +98,7 @@ def _table(found: Found) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from mergebench.evaluation.tables import _number as number
+    from mergebench.evaluation.layout import number
 
     history = found.history
     ranked, metrics = history.ranked, history.metrics

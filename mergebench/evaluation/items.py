@@ -33,7 +33,7 @@ def read_rows(
     """
     rows: list[Row] = []
     places: dict[str, str] = {}
-    for where, record in _records(file):
+    for where, record in records(file):
         if seed is None and len(rows) == limit:
             break
         item = word(record, id_column, where)
@@ -71,7 +71,7 @@ def word(record: dict[str, Any], name: str, where: str) -> str:
     return str(value)
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and JSON object of every item: `file:line` of lines that are not blank, `file: item 3` of a list.
 
     Lines end at \\n alone, as in JSON.

@@ -96,7 +96,7 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
     del tensors
     module = module.to(device).eval()
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        with quiet():
+        with quiet(), torch.no_grad():  # else what is packed keeps what it was made of, for gradients
             _pack(module, weights)
     return module, weights
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mergebench.errors import RunError
 from mergebench.evaluation.task import Direction, Prediction
+
+if TYPE_CHECKING:
+    from mergebench.evaluation.comparison import Comparison
 
 Role = Literal["base", "input", "merged", "baseline"]
 FILE, VIEW = "evaluation.json", "evaluation.md"
@@ -57,16 +61,30 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole document, ready for JSON."""
-        return {"made": dict(self.made), "records": [vars(record) for record in self.records]}
+        records = [vars(record) for record in self.records]
+        comparisons = [comparison.to_dict(items=False) for comparison in self.comparisons]
+        return {"made": dict(self.made), "records": records, "comparisons": comparisons}
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every model against the baseline; on disk a view like the others, for other programs."""
+        from mergebench.evaluation.comparison import against
+
+        return against(self)
 
     def save(self, directory: Path) -> None:
         """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
         from mergebench.checkpoint.write import write_atomically
         from mergebench.evaluation.tables import markdown
 
-        made = json.dumps(self.made, indent=1, ensure_ascii=False, allow_nan=False)
-        lines = ",\n".join(json.dumps(vars(record), ensure_ascii=False, allow_nan=False) for record in self.records)
-        write_atomically(directory / FILE, f'{{"made": {made},\n"records": [\n{lines}\n]}}\n')
+        document = self.to_dict()
+        made = json.dumps(document["made"], indent=1, ensure_ascii=False, allow_nan=False)
+        records, comparisons = (
+            ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in document[part])
+            for part in ("records", "comparisons")
+        )
+        text = f'{{"made": {made},\n"records": [\n{records}\n],\n"comparisons": [\n{comparisons}\n]}}\n'
+        write_atomically(directory / FILE, text)
         write_atomically(directory / VIEW, markdown(self))
 
     @classmethod

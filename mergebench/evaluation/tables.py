@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from mergebench.evaluation.flip_tables import against_markdown, against_table
+from mergebench.evaluation.layout import NONE, SHARES, escape, markdown_line, number, render, short_names
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-NONE = "–"
-WIDEST, MEASURE = 10_000, 72  # columns: more than any table has; what a line of text takes at least
 
 
 @dataclass(frozen=True)
@@ -57,28 +53,23 @@ def report(results: Results, *, width: int | None = None, styled: bool = False) 
 
     `styled`: with a terminal's codes for bold; plain text does not mark the best.
     """
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(
-        width=width or WIDEST, force_terminal=styled, color_system="standard" if styled else None, legacy_windows=False
-    )
-    with console.capture() as capture:
-        console.print(table(results))
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    across = min(width or WIDEST, max(MEASURE, *(Text.from_ansi(line).cell_len for line in lines)))
-    lines += textwrap.wrap(legend(results, bold=styled), across - 1, initial_indent=" ", subsequent_indent=" ")
+    lines = render(table(results), legend(results, bold=styled), width=width, styled=styled)
+    second = against_table(results)
+    if second is not None:
+        lines += render(*second, width=width, styled=styled)
     return "\n".join(lines).strip("\n")
 
 
 def markdown(results: Results) -> str:
-    """A GitHub table and a line that says how to read it."""
+    """A GitHub table and a line that says how to read it; then the same of the differences to the baseline."""
     heads = ["model", "", *_heads(results)]
-    lines = [_line(map(_escape, heads)), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
+    lines = [markdown_line(map(escape, heads)), markdown_line(["---", "---", *["---:"] * (len(heads) - 2)])]
     for row in _rows(results):
         cells = (f"**{cell.text}**" if cell.best else cell.text for cell in row.cells)
-        lines.append(_line([_escape(row.model), row.role, *cells]))
-    return "\n".join([*lines, "", _escape(legend(results))]) + "\n"
+        lines.append(markdown_line([escape(row.model), row.role, *cells]))
+    lines += ["", escape(legend(results))]
+    second = against_markdown(results)
+    return "\n".join([*lines, "", second] if second else lines) + "\n"
 
 
 def legend(results: Results, *, bold: bool = True) -> str:
@@ -98,29 +89,6 @@ def legend(results: Results, *, bold: bool = True) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-SHARES = ("accuracy",)  # metrics from 0 to 1, shown in percent
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last parts of each name that tell it from the others.
-
-    `runs/a/tweets` and `base+b/nouns` become `tweets` and `nouns`; what is in brackets is left whole.
-    """
-    names = list(dict.fromkeys(names))
-    split = {name: re.split(r"[/+](?![^(]*\))", name) for name in names}
-    parts = {name: [part for part in split[name] if part not in ("", ".")] or [name] for name in names}
-    longest = max(map(len, parts.values()), default=1)
-    short = {name: name for name in names}
-    left = set(names)
-    for length in range(1, longest + 1):
-        tails = {name: "/".join(parts[name][-length:]) for name in names}
-        for name in list(left):
-            if list(tails.values()).count(tails[name]) == 1:
-                short[name] = tails[name]
-                left.discard(name)
-    return short
-
-
 def _heads(results: Results) -> list[str]:
     return [*results.tasks, "mean", "relative"]
 
@@ -135,7 +103,7 @@ def _rows(results: Results) -> list[Row]:
         found = [records.get(task) for task in results.tasks]
         mean, relative = means[model], relatives[model]
         texts = [NONE if record is None else _value(record) for record in found]
-        texts += [NONE if mean is None else _number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
+        texts += [NONE if mean is None else number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
         role = next(iter(records.values())).role
         rows.append(Row(names[model], role, [Cell(text) for text in texts]))
         values.append([*(None if record is None else record.value for record in found), mean, relative])
@@ -159,18 +127,5 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
 
 
 def _value(record: Record) -> str:
-    value = _number(record.value, record.metric)
-    return value if record.stderr is None else f"{value} ± {_number(record.stderr, record.metric)}"
-
-
-def _number(value: float, metric: str) -> str:
-    return f"{100 * value:.1f}" if metric in SHARES else f"{value:.4g}"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escape(text: str) -> str:
-    """Markdown's own signs taken literally, on one line."""
-    return re.sub(r"([\\|*_`<\[\]])", r"\\\1", " ".join(text.split()))
+    value = number(record.value, record.metric)
+    return value if record.stderr is None else f"{value} ± {number(record.stderr, record.metric)}"

@@ -53,7 +53,7 @@ def random(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> 
 def cmaes(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
     """Evolution of the covariance matrix (Hansen, arXiv:1604.00772), from the recipe as given outwards.
 
-    Du et al. (arXiv:2410.02396, section 3.3) search PCB's coefficients so.
+    Du et al. (arXiv:2410.02396) search PCB's coefficients so.
     """
     import numpy as np
     from cmaes import CMA

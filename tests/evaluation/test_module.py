@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,18 @@ def test_every_tensor_is_put(tmp_path: Path) -> None:
         assert not torch.equal(states(network), before), name
     assert network._weights.put(tensors)
     assert torch.equal(states(network), before)
+
+
+def test_what_was_packed_is_gone(tmp_path: Path) -> None:
+    """One copy of a model is in memory, not the packed one beside what it was made of."""
+    model = Files(write_encoder(tmp_path / "a"))
+    network = Network(model, "AutoModel", CPU)
+    gc.collect()
+    shape = model.state_dict()["encoder.layer.0.intermediate.dense.weight"].shape
+    with warnings.catch_warnings(action="ignore"):
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.nn.Parameter) and one.shape == shape]
+    assert tensors == []
+    assert states(network).isfinite().all()
 
 
 def test_tied_tensors_change_together(tmp_path: Path) -> None:

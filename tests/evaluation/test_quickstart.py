@@ -26,13 +26,16 @@ def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: 
     ran = cli("merge", "recipes/quickstart.yaml", "--out", tmp_path / "out")
     assert ran.code == 0
 
-    shown = {}
+    shown, flips = {}, {}
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         if re.search(r" (base|input|baseline|merged) .*%$", line):
             name, numbers = re.split(r"  +(?:base|input|baseline|merged)  +", line.strip())
             shown[name] = [float(number) for number in re.findall(r"([\d.]+) ±", numbers)]
+        if row := re.match(r" (.*?)  +(?:input|baseline|merged) .* (\d+) \([\d.]+ %\) +(\d+) \([\d.]+ %\)$", line):
+            flips[row[1]] = [int(row[2]), int(row[3])]
+    document = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     found: dict[str, list[float]] = {}
-    for record in json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["records"]:
+    for record in document["records"]:
         assert record["n"] == 300
         found.setdefault(record["model"], []).append(100 * record["value"])
 
@@ -40,3 +43,7 @@ def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: 
     assert found.keys() == shown.keys()
     for name, values in found.items():  # another processor may round a text or two the other way
         assert values == pytest.approx(shown[name], abs=1.1), name
+    lost_and_won = {one["new"]: [one["pooled"]["lost"], one["pooled"]["won"]] for one in document["comparisons"]}
+    assert lost_and_won.keys() == flips.keys() == shown.keys() - {"base"}
+    for name, counts in lost_and_won.items():
+        assert counts == pytest.approx(flips[name], abs=6), name

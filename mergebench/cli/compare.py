@@ -1,0 +1,74 @@
+"""`mergebench compare`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.progress import item_bar
+from mergebench.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from mergebench.evaluation import Comparison
+
+
+def compare(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A file of predictions, a row of --in, or a model.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Another one, of the same items.")],
+    in_: Annotated[
+        Path | None, typer.Option("--in", metavar="DIR", help="An evaluation: OLD and NEW are rows of its table.")
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="SUITE", help="OLD and NEW are models: measure them on a suite.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="With --suite: test or validation.")] = None,
+    results: opt.Results = Path("results"),
+    device: opt.Device = "auto",
+    max_nfr: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with 1 where a task's NFR is above this, such as 0.02.")
+    ] = None,
+    flips: Annotated[int, typer.Option(min=0, help="How many flipped items are shown.")] = 10,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Say what a new model does better and what worse than an old one, item by item: negative flips and a paired test.
+
+    OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), rows of an
+    evaluation (--in merged/mine), or models (--suite suite.yaml).
+    """
+    from mergebench import evaluation
+
+    if in_ is not None and suite is not None:
+        raise RecipeError("--in and --suite: rows of an evaluation, or models to be measured", "leave one out")
+    if split is not None and suite is None:
+        raise RecipeError("--split goes with --suite", "files and rows are compared as they are")
+    if suite is None:
+        found = evaluation.compare(old, new, in_)
+    else:
+        found = _measured(suite, old, new, split, opt.check_device(device), results, quiet or json_)
+    if json_:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        typer.echo(evaluation.comparison_report(found, items=flips, styled=sys.stdout.isatty()))
+    if max_nfr is not None and (above := found.above(max_nfr)):
+        named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
+        raise RunError(f"NFR above {100 * max_nfr:g} %: {named}", "--flips N shows more of the lost items, --json all")
+
+
+def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:
+    from mergebench.checkpoint import open_model
+    from mergebench.evaluation import compare
+    from mergebench.measuring import measure
+    from mergebench.recipe.resolve import short_names
+
+    for model in (old, new):  # one that is not there shows before the other is measured
+        open_model(model)
+    with item_bar("evaluating", quiet) as step:
+        found = measure(suite, [old, new], split=split, device=device, results=kept, progress=step)
+    first, second = short_names([old, new])
+    return compare(first, second, found)
