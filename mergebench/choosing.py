@@ -214,4 +214,6 @@ def _difference(recipe: Recipe, found: Results) -> Flips | None:
     from mergebench.evaluation import compare
 
     given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
-    return compare(given, chosen, found).pooled if {given, chosen} <= {*found.models} else None
+    if not {given, chosen} <= {*found.models} or found.of(given).keys() != found.of(chosen).keys():
+        return None  # one failed, on some task
+    return compare(given, chosen, found).pooled

@@ -48,9 +48,12 @@ def search(
     from mergebench.recipe import load
 
     quiet = quiet or json_
+    loaded = load(recipe, set_ or ())
+    for line in loaded.notes:
+        note(f"note: {line}", quiet)
     with search_bar(budget, quiet) as (searched, step):
         found = choosing.search(
-            load(recipe, set_ or ()),
+            loaded,
             suite,
             over,
             budget,

@@ -141,27 +141,25 @@ def test_killed_and_resumed_is_the_same_search(made: Path, tmp_path: Path, serve
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (["--seed", "1"], "with another --seed"),
-        (["--budget", "4"], "with another --budget"),
-        (["--over", "density=0.1/0.2"], "with another --over"),
-        (["--strategy", "random"], "with another --strategy"),
-        (["--objective", "worst"], "with another --objective"),
-        (["--set", "models.0.parameters.weight=0.5"], "with another recipe"),
-    ],
-)
-def test_another_search_in_the_same_place_is_refused(change: list[str], said: str, place: Path, cli: Cli) -> None:
-    before = ("search", "recipe.yaml", *OVER, "--budget", "3")
-    assert cli(*before).code == 0
+def test_another_search_in_the_same_place_is_refused(place: Path, cli: Cli) -> None:
+    before = ("search", "recipe.yaml", "--budget", "3")
+    assert cli(*before, *OVER).code == 0
     kept = (place / "searches/recipe/search.json").read_text()
-    over = () if "--over" in change else OVER
-    ran = cli("search", "recipe.yaml", *over, "--budget", "3", *change, "--resume")
-    assert ran.code == 2 and said in ran.err and "--overwrite" in ran.err
-    assert cli(*before).code == 2
+    for change, said in (
+        ([*OVER, "--seed", "1"], "with another --seed"),
+        ([*OVER, "--budget", "4"], "with another --budget"),
+        (["--over", "density=0.1/0.2"], "with another --over"),
+        ([*OVER, "--strategy", "random"], "with another --strategy"),
+        ([*OVER, "--objective", "worst"], "with another --objective"),
+        ([*OVER, "--set", "models.0.parameters.weight=0.5"], "with another recipe"),
+    ):
+        ran = cli(*before, *change, "--resume")
+        assert ran.code == 2 and said in ran.err and "--overwrite" in ran.err, ran.err
+    write_data(place / "two-validation.jsonl", count=20, seed=99)
+    assert "with another suite, or other data" in cli(*before, *OVER, "--resume").err
+    assert cli(*before, *OVER).code == 2
     assert (place / "searches/recipe/search.json").read_text() == kept
-    assert cli("search", "recipe.yaml", *over, "--budget", "3", *change, "--overwrite").code == 0
+    assert cli(*before, *OVER, "--overwrite").code == 0
     assert (place / "searches/recipe/search.json").read_text() != kept
 
 
