@@ -64,7 +64,7 @@ class Found:
         if self.difference is None:
             return "The test results of the chosen and the given parameters cannot be compared item by item."
         by = self.difference
-        scale, unit = (1, "") if by.both_right is None else (100, " points")
+        scale, unit = (1, "") if by.both_right is None else (100, " percentage points")
         size = f"{scale * by.difference:+.3g}{unit} over all {by.n} test items"
         if by.interval is not None and by.p is not None:
             low, high = (f"{scale * end:+.3g}" for end in by.interval)

@@ -14,6 +14,7 @@ from typing import Any
 from mergebench.checkpoint.write import write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
+FAILED = 1e300
 FILE, BEST, WORK = "search.json", "best.yaml", ".candidate"
 
 
@@ -39,12 +40,17 @@ class History:
     metrics: dict[str, str] = field(default_factory=dict)  # by task; known when a point was measured
     points: list[Point] = field(default_factory=list)
 
+    def cost(self, point: Point) -> float:
+        """The objective, turned round where higher is better; above all others where the point failed."""
+        if point.objective is None:
+            return FAILED
+        return -point.objective if self.direction == "higher" else point.objective
+
     @property
     def ranked(self) -> list[Point]:
         """The points that could be measured, the best first; of equal ones the earlier."""
-        sign = -1 if self.direction == "higher" else 1
-        found = [(sign * point.objective, point.number, point) for point in self.points if point.objective is not None]
-        return [point for _, _, point in sorted(found)]
+        found = [point for point in self.points if point.objective is not None]
+        return sorted(found, key=lambda point: (self.cost(point), point.number))
 
     @property
     def best(self) -> Point | None:

@@ -18,7 +18,6 @@ from mergebench.searching.objective import Objective
 from mergebench.searching.space import Dimension, as_given, at_point
 from mergebench.searching.strategies import STRATEGIES
 
-FAILED = 1e300  # what a point costs that could not be measured
 PATIENCE = 10  # times the budget that points may be asked for, with those that were measured before
 
 
@@ -76,9 +75,7 @@ class Search:
                 known = self._measured(values)
                 self.history.add(known)
                 self.progress(known)
-        if known.objective is None:
-            return FAILED
-        return -known.objective if self.history.direction == "higher" else known.objective
+        return self.history.cost(known)
 
     def _again(self, values: Mapping[str, Any]) -> Point | None:
         """The point as an earlier run left it."""

@@ -59,7 +59,7 @@ class Dimension:
             value = self.low * (self.high / self.low) ** place
         else:
             value = self.low + (self.high - self.low) * place
-        value = min(max(float(f"{value:.6g}"), self.low), self.high)  # digits that a person reads
+        value = min(max(float(f"{value:.4g}"), self.low), self.high)  # digits that a person reads
         return round(value) if self.parameter.type is int else value
 
     def place(self, value: Any) -> float:

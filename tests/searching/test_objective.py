@@ -18,11 +18,11 @@ def record(task: str, value: float, metric: str = "accuracy", direction: Directi
 
 
 def test_objectives_by_hand() -> None:
-    records = [record("a", 0.6), record("b", 0.9)]
-    own = {"a": 0.8, "b": 0.9}
-    assert Objective("mean", {}).of(records) == (0.75, "higher")
-    assert Objective("relative", own).of(records) == (0.875, "higher")
-    assert Objective("worst", own).of(records) == (0.75, "higher")
+    records = [record("a", 0.25), record("b", 0.75)]
+    own = {"a": 0.5, "b": 0.75}
+    assert Objective("mean", {}).of(records) == (0.5, "higher")
+    assert Objective("relative", own).of(records) == (0.75, "higher")
+    assert Objective("worst", own).of(records) == (0.5, "higher")
 
 
 def test_where_lower_is_better_a_share_is_turned_round() -> None:
@@ -46,6 +46,8 @@ def test_the_best_is_the_first_of_equal_ones(direction: str, order: list[int], t
     points = [Point(i, {}, {}, value, 0.0, None if value else "nan") for i, value in enumerate(objectives)]
     history = History(tmp_path, {}, direction, {}, points)
     assert [point.number for point in history.ranked] == order
+    costs = [history.cost(point) for point in points]
+    assert sorted(range(4), key=costs.__getitem__) == [*order, 2]
     assert history.best is points[order[0]] and history.to_dict()["best"] == order[0]
 
 

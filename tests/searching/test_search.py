@@ -113,7 +113,7 @@ def test_the_test_table_has_everything_and_says_who_wins(place: Path, cli: Cli) 
     given, chosen = (results.of(f"ties {word}") for word in ("as given", "chosen" if found["best"] else "as given"))
     changed = sum(chosen[task].value - given[task].value for task in given) / 2
     if found["best"]:
-        assert f"{100 * changed:+.3g} points over all 122 test items" in found["verdict"]
+        assert f"{100 * changed:+.3g} percentage points over all 122 test items" in found["verdict"]
     assert {point["number"] for point in found["points"]} == set(range(5))  # 2 x 2, and as given
 
 
@@ -155,6 +155,7 @@ def test_another_search_in_the_same_place_is_refused(place: Path, cli: Cli) -> N
     ):
         ran = cli(*before, *change, "--resume")
         assert ran.code == 2 and said in ran.err and "--overwrite" in ran.err, ran.err
+    assert "3 of 3 points were there already" in cli(*before, *OVER, "--resume").err
     write_data(place / "two-validation.jsonl", count=20, seed=99)
     assert "with another suite, or other data" in cli(*before, *OVER, "--resume").err
     assert cli(*before, *OVER).code == 2
