@@ -206,7 +206,7 @@ def train_task(task: str, sources: Path, lrs: list[float], epochs: int) -> str:
         assert not {example.group for example in texts} & {example.group for example in others}
     folder = QUICKSTART / ("cache/data" if task in READERS else "data")
     for shipped, texts in ((folder / f"{task}.jsonl", test), (folder / f"{task}-validation.jsonl", validation)):
-        ids = [json.loads(line)["id"] for line in shipped.read_text(encoding="utf-8").splitlines()]
+        ids = [json.loads(line)["id"] for line in shipped.read_bytes().splitlines()]
         assert ids == [example.id for example in texts[: len(ids)]], f"{shipped} holds other texts"
     labels = sorted({example.label for example in [*train, *validation, *test]})
     print(f"{task}: {len(labels)} classes; {', '.join(str(len(part)) for part in parts)} texts", flush=True)

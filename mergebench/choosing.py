@@ -99,9 +99,10 @@ def search(
     mean, relative or worst. results: a folder; what was measured before is taken from there, and kept there.
     searched: called after every point. progress: called while the test tasks are measured.
 
-    Writes `search.json` after every point, then `best.yaml`, `evaluation.json` and `evaluation.md`. Raises
-    `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
+    Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
+    Raises `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
     """
+    from mergebench import page
     from mergebench.evaluation.store import Store
     from mergebench.searching.best import write_recipe
     from mergebench.searching.candidates import Candidates
@@ -154,6 +155,7 @@ def search(
             shutil.rmtree(target / WORK, ignore_errors=True)
         if found is not None:
             found.save(target)
+        page.attempt(target)
     return Found(target, history, found, None if found is None else _difference(recipe, found), running.resumed)
 
 

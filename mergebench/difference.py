@@ -15,6 +15,7 @@ from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.merge import Merge
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
+from mergebench.engine.profile import sign_conflicts
 from mergebench.engine.read import ChunkReader
 from mergebench.methods import get
 
@@ -66,9 +67,8 @@ def _difference(reader: ChunkReader, name: str, numel: int) -> Difference:
         dot += float(left @ right)
         squares_d += float(distance @ distance)
         changed += int(np.count_nonzero(distance))
-        product = np.sign(left) * np.sign(right)
-        conflicts += int(np.count_nonzero(product < 0))
-        both += int(np.count_nonzero(product))
+        opposed, shared = sign_conflicts(values)
+        conflicts, both = conflicts + opposed, both + shared
     norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
     return Difference(
         tensor=name,

@@ -70,9 +70,10 @@ def evaluate(
     """Measure what a recipe made beside what went in, on the recipe's suite.
 
     Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), the
-    merged model. Writes `evaluation.json`, `evaluation.md` and the card's table into `out`. With a folder
-    `results`, what was measured before is taken from there, and kept there.
+    merged model. Writes `evaluation.json`, `evaluation.md`, the card's table, `statistics.json` and
+    `report.html` into `out`. With a folder `results`, what was measured before is taken from there, and kept there.
     """
+    from mergebench import page
     from mergebench.evaluation import evaluate_models, markdown
 
     out = Path(out)
@@ -84,6 +85,8 @@ def evaluate(
     provenance = finished(out)
     if provenance is not None:
         write_atomically(out / "README.md", card.text(out, provenance, markdown(found)))
+        page.look_at_merge(recipe, out, provenance)
+    page.attempt(out)
     return found
 
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mergebench"
 ROOMS = [
     "cli",
     "",
+    "page",
     "searching",
     "evaluation",
     "recipe",

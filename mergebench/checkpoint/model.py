@@ -23,6 +23,8 @@ from mergebench.errors import ModelError, RunError
 if TYPE_CHECKING:
     import torch
 
+    from mergebench.checkpoint.read import Files
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Delta = LowRank | Masked  # what is added to a tensor of the base as it is read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -76,6 +78,12 @@ class Model:
     def own_directory(self) -> Path | None:
         """The directory that is this model's alone: the adapter's where there is one."""
         return self.adapter or self.directory
+
+    def settle(self, files: Files) -> None:
+        """Compute now what all workers need of tensors that are made of others."""
+        for info in self.tensors.values():
+            if info.made is not None:
+                info.made.settle(files)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors in memory: floats as float32 with the adapter folded in, the others as stored."""

@@ -31,6 +31,7 @@ def evaluate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure MODELs side by side on the tasks of a SUITE."""
+    from mergebench import page
     from mergebench.measuring import measure
 
     if split not in (None, "test", "validation"):
@@ -49,6 +50,7 @@ def evaluate(
     target = out or Path("evaluations") / suite.stem
     target.mkdir(parents=True, exist_ok=True)
     found.save(target)
+    page.attempt(target)
     say(found, target, results, json_, quiet)
     check(found)
 
@@ -61,7 +63,8 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
 
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
-    note(f"wrote {target}/evaluation.json and evaluation.md", quiet)
+    views = "evaluation.md and report.html" if (target / "report.html").is_file() else "evaluation.md"
+    note(f"wrote {target}/evaluation.json, {views}", quiet)
     typer.echo(json.dumps(found.to_dict()) if json_ else report(found, styled=sys.stdout.isatty()))
 
 

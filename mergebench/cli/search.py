@@ -82,8 +82,8 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     failed = [point for point in points if point.objective is None]
     if failed:
         note(f"{len(failed)} of {len(points)} points failed, the first: {failed[0].error}", quiet)
-    beside = ", evaluation.json and evaluation.md" if found.results is not None else ""
-    note(f"wrote {found.out}/best.yaml, search.json{beside}", quiet)
+    files = ["best.yaml", "search.json", "evaluation.json", "evaluation.md", "report.html"]
+    note(f"wrote {found.out}/: {', '.join(name for name in files if (found.out / name).is_file())}", quiet)
     if json_:
         typer.echo(json.dumps(found.to_dict()))
         return

@@ -53,6 +53,20 @@ def answers_of(plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_al
     return known if of_all is None else [[*answers[:-1], of_all] for answers in known]
 
 
+def decoded(plan: Plan, kept: dict[str, list[Any]]) -> list[list[Any]]:
+    """All answers about each unit of all groups, from the provenance of a merge; `KeyError` where it has not all."""
+    known = [[_decode(answer) for answer in kept[key_of(plan, unit)]] if unit.passes else [] for unit in units_of(plan)]
+    if not plan.asked_of_all:
+        return known
+    of_all = Norms.of_all([answers[-1] for answers in known])
+    return [[*answers[:-1], of_all] for answers in known]
+
+
+def units_of(plan: Plan) -> list[Unit]:
+    """Those of all groups."""
+    return [unit for group in plan.groups for unit in group.units]
+
+
 def key_of(plan: Plan, unit: Unit) -> str:
     """What a unit's answers are kept under."""
     return "model" if plan.merge.scope == "model" else unit.tensors[0]

@@ -131,9 +131,7 @@ def check_inputs(plan: Plan) -> None:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)
         for model in [plan.merge.reference, *plan.merge.models]:
-            for info in model.tensors.values():
-                if info.made is not None:
-                    info.made.settle(files)
+            model.settle(files)
     keep_freed_memory()
 
 

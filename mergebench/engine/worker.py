@@ -22,6 +22,7 @@ from mergebench.engine.context import Context, Span
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.method import Tasks
 from mergebench.engine.plan import Plan, Unit
+from mergebench.engine.profile import Counts, counts
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.errors import RunError
@@ -52,7 +53,7 @@ def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
 
 
 class Worker:
-    """Three tasks over a stream of chunks: `sample` and `gather` before an answer, `apply` after the last."""
+    """Tasks over a stream of chunks: `sample` and `gather` before an answer, `apply` after the last; `profile`."""
 
     def __init__(self, plan: Plan, files: Files, target: InMemory | None = None) -> None:
         self.plan, self.files = plan, files
@@ -104,6 +105,20 @@ class Worker:
             output.write(span.tensor, span.start, stored)
             for task, mask in zip(tasks, masks, strict=item.unit >= 0):
                 task.write(span.tensor, span.start // 8, mask)
+
+    def profile(
+        self, items: Iterable[Item], units: Sequence[Unit], known: Known, replayed: bool
+    ) -> list[tuple[str, int, Counts]]:
+        """(tensor, first element, counts) of each chunk; `replayed`: also what the method makes of it."""
+        found = []
+        method = self.plan.merge.method if replayed else None
+        for item in items:
+            (span,) = item.spans
+            values, _ = self.reader.load(item.spans, apply=False)
+            context = context_of(self.plan, units[item.unit], item.spans)
+            params = self.plan.merge.params_for(span.tensor)
+            found.append((span.tensor, span.start, counts(method, values, params, context, known[item.unit])))
+        return found
 
     def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
         """The merged chunk as it is stored; of tasks, the vector, and the masks as bits."""

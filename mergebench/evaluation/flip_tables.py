@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mergebench.evaluation.results import Results
 
+RATES = ("task", "n", "old", "new", "difference", "p", "NFR", "PFR", "NFR_mc", "BTC", "expected")
 ANSWER = 28  # letters of an answer that are shown
 
 
@@ -24,7 +25,7 @@ def comparison_report(
 ) -> str:
     """Rates, quadrants and that many flipped items as text, at most `width` columns wide (None: as wide as needed)."""
     lines = [f" old: {comparison.old}", f" new: {comparison.new}"]
-    lines += render(_rates(comparison), _how_to_read(comparison), width=width, styled=styled)
+    lines += render(_rates(comparison), how_to_read(comparison), width=width, styled=styled)
     lines += render(_quadrants(comparison), "", width=width, styled=styled)
     flipped = sum(len(pair.flips.lost) + len(pair.flips.won) for pair in comparison.pairs)
     if items and flipped:
@@ -62,9 +63,9 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
         pooled = comparison.pooled
         if pooled is None:
             continue
-        unit = _unit(pooled, comparison.pooled_pairs[0].metric)
+        unit = unit_of(pooled, comparison.pooled_pairs[0].metric)
         lost, won = (f"{len(side)} ({_share(len(side) / pooled.n)} %)" for side in (pooled.lost, pooled.won))
-        row = [names[comparison.new], roles[comparison.new], _difference(pooled, unit), _p(pooled.p), lost, won]
+        row = [names[comparison.new], roles[comparison.new], difference_of(pooled, unit), p_of(pooled.p), lost, won]
         rows.append(row)
         counts.add(pooled.n)
         graded |= pooled.both_right is None
@@ -88,15 +89,22 @@ def _against_legend(counts: set[int], graded: bool, partly: bool) -> str:
 
 
 def _rates(comparison: Comparison) -> Table:
-    out = _table("task", "n", "old", "new", "difference", "p", "NFR", "PFR", "NFR_mc", "BTC", "expected")
-    rows = _rows(comparison)
-    for name, metric, found in rows:
-        unit = _unit(found, metric)
-        values = (number(found.old, unit), number(found.new, unit), _difference(found, unit), _p(found.p))
-        rates = map(_share, (found.nfr, found.pfr, found.nfr_mc, found.btc, found.nfr_expected))
-        last = len(rows) > len(comparison.pairs) and found is rows[-2][2]  # before the pooled one
-        _add(out, name, str(found.n), *values, *rates, end=last)
+    out = _table(*RATES)
+    rows = rate_rows(comparison)
+    for place, row in enumerate(rows, 1):
+        _add(out, *row, end=place == len(comparison.pairs) < len(rows))  # before the pooled one
     return out
+
+
+def rate_rows(comparison: Comparison) -> list[list[str]]:
+    """`RATES` of each task and, of several, of all their items."""
+    rows = []
+    for name, metric, found in _rows(comparison):
+        unit = unit_of(found, metric)
+        values = (number(found.old, unit), number(found.new, unit), difference_of(found, unit), p_of(found.p))
+        rates = map(_share, (found.nfr, found.pfr, found.nfr_mc, found.btc, found.nfr_expected))
+        rows.append([name, str(found.n), *values, *rates])
+    return rows
 
 
 def _quadrants(comparison: Comparison) -> Table:
@@ -107,7 +115,7 @@ def _quadrants(comparison: Comparison) -> Table:
     for name, metric, found in rows:
         counts = (found.both_right, len(found.lost), len(found.won), found.both_wrong, found.wrong_differently)
         sizes = (found.regression, found.gain) if graded else ()
-        cells = [NONE if size is None else number(size, _unit(found, metric)) for size in sizes]
+        cells = [NONE if size is None else number(size, unit_of(found, metric)) for size in sizes]
         _add(out, name, *(NONE if count is None else str(count) for count in counts), *cells)
     return out
 
@@ -130,7 +138,8 @@ def _items(comparison: Comparison, most: int) -> Table:
     return out
 
 
-def _how_to_read(comparison: Comparison) -> str:
+def how_to_read(comparison: Comparison) -> str:
+    """A legend of `RATES`."""
     rows = [found for _, _, found in _rows(comparison)]
     tests = ["McNemar's exact test"] if any(found.both_right is not None for found in rows) else []
     tests += ["a paired bootstrap"] if any(found.both_right is None for found in rows) else []
@@ -161,12 +170,12 @@ def _rows(comparison: Comparison) -> list[tuple[str, str, Flips]]:
     return rows
 
 
-def _unit(found: Flips, metric: str) -> str:
+def unit_of(found: Flips, metric: str) -> str:
     """Right and wrong are counted in percent, whatever the metric's name."""
     return metric if found.both_right is None else "accuracy"
 
 
-def _difference(found: Flips, unit: str) -> str:
+def difference_of(found: Flips, unit: str) -> str:
     low_high = "" if found.interval is None else f" [{', '.join(_signed(end, unit) for end in found.interval)}]"
     return _signed(found.difference, unit) + low_high
 
@@ -176,7 +185,7 @@ def _signed(value: float, unit: str) -> str:
     return text.replace("-", "−") if value < 0 else f"+{text}"
 
 
-def _p(p: float | None) -> str:
+def p_of(p: float | None) -> str:
     return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 

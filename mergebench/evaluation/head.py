@@ -1,7 +1,7 @@
 """A task's head: a linear layer on a pooled encoder, in `head.safetensors` beside the model it belongs to.
 
 Tensors `weight` [classes, hidden] and `bias` [classes]; metadata, all strings: `labels` (a JSON list,
-one for each class), `pooling` (mean | cls), `normalize` (true | false), `max_length` (tokens).
+one for each class), `pooling` (mean | cls | cls+mean), `normalize` (true | false), `max_length` (tokens).
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench.errors import ModelError, RunError
+from mergebench.evaluation.features import POOLINGS, Pooling, features
+from mergebench.evaluation.task import Ready, Score, Tick
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergebench.evaluation.labelled import Labelled
+    from mergebench.evaluation.network import Network
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -27,26 +32,29 @@ class Head:
     weight: Tensor  # [classes, hidden]
     bias: Tensor  # [classes]
     labels: tuple[str, ...]
-    pooling: str  # mean | cls
-    normalize: bool
+    pooling: Pooling
     max_length: int | None  # tokens a text was cut to in training
 
-    @property
-    def hidden(self) -> int:
-        return self.weight.shape[1]
+    def task(self, data: Labelled, file: Path) -> Ready:
+        """The accuracy of this head's answers to the items of a data file."""
+        data.known(self.labels, self.file)
 
-    def logits(self, states: Tensor, mask: Tensor) -> Tensor:
-        """[batch, classes] from the encoder's last states [batch, tokens, hidden] and their mask [batch, tokens]."""
-        import torch
+        def measure(network: Network, tick: Tick) -> Score:
+            takes, gives = self.weight.shape[1], self.pooling.width(network.hidden)
+            if takes != gives:
+                raise ModelError(
+                    f"{self.file}: it takes {takes} features, model '{network.name}' gives {gives}",
+                    "a head fits the base it was trained on",
+                )
+            logits = self.logits(features(data.inputs, network, self.pooling, tick))
+            return data.score([self.labels[i] for i in logits.argmax(1).tolist()])
 
-        if self.pooling == "cls":
-            pooled = states[:, 0]
-        else:
-            keep = mask.unsqueeze(-1).to(states.dtype)
-            pooled = (states * keep).sum(1) / keep.sum(1).clamp(min=1)  # a text without tokens pools to zero
-        if self.normalize:
-            pooled = torch.nn.functional.normalize(pooled, dim=-1)
-        return torch.nn.functional.linear(pooled, self.weight.to(pooled.device), self.bias.to(pooled.device))
+        files, home = (file, self.file), self.file.parent
+        return Ready(len(data.rows), measure, files=files, items=data.items, versions=data.versions, home=home)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[items, classes] from rows of features [items, width]."""
+        return rows @ self.weight.T + self.bias
 
 
 def read_head(file: Path) -> Head:
@@ -71,8 +79,8 @@ def read_head(file: Path) -> Head:
     if len(set(labels)) != len(labels) or len(labels) != weight[0]:
         raise ModelError(f"{file}: {len(set(labels))} different labels for {weight[0]} classes")
     pooling = header.metadata.get("pooling")
-    if pooling not in ("mean", "cls"):
-        raise _bad(file, "pooling", pooling, "mean or cls")
+    if pooling not in POOLINGS:
+        raise _bad(file, "pooling", pooling, f"one of {', '.join(POOLINGS)}")
     normalize = header.metadata.get("normalize", "false")
     if normalize not in ("true", "false"):
         raise _bad(file, "normalize", normalize, "true or false")
@@ -85,7 +93,8 @@ def read_head(file: Path) -> Head:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(f"{file}: {name} holds a value that is not finite")
-    return Head(file, tensors["weight"], tensors["bias"], tuple(labels), pooling, normalize == "true", max_length)
+    how = Pooling(pooling, normalize == "true")
+    return Head(file, tensors["weight"], tensors["bias"], tuple(labels), how, max_length)
 
 
 def _metadata(file: Path, metadata: dict[str, str], name: str) -> Any:

@@ -45,11 +45,16 @@ class Network:
 
     def _take_name(self, model: LoadableModel) -> None:
         self.name, self.directory = model.reference, model.side_directory
+        self.kept: dict[object, Tensor] = {}  # what was made with these weights and another task may want
 
     @property
     def hidden(self) -> int:
         """Width of the last states."""
-        return int(self.module.config.hidden_size)
+        width = getattr(self.module.config, "hidden_size", None)
+        if width is None:
+            what = f"model '{self.name}': its config.json has no hidden_size"
+            raise ModelError(what, "features are read from a model that is an encoder, not one made of several")
+        return int(width)
 
     def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""

@@ -38,9 +38,9 @@ def table(results: Results) -> Table:
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("model", overflow="fold", min_width=8)
     out.add_column("", no_wrap=True)
-    for name in _heads(results):
+    for name in heads_of(results):
         out.add_column(Text(name), justify="right", overflow="fold")
-    rows = _rows(results)
+    rows = rows_of(results)
     for row, after in zip_longest(rows, rows[1:]):
         cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row.cells]
         last = after is not None and after.role != row.role
@@ -62,9 +62,9 @@ def report(results: Results, *, width: int | None = None, styled: bool = False) 
 
 def markdown(results: Results) -> str:
     """A GitHub table and a line that says how to read it; then the same of the differences to the baseline."""
-    heads = ["model", "", *_heads(results)]
+    heads = ["model", "", *heads_of(results)]
     lines = [markdown_line(map(escape, heads)), markdown_line(["---", "---", *["---:"] * (len(heads) - 2)])]
-    for row in _rows(results):
+    for row in rows_of(results):
         cells = (f"**{cell.text}**" if cell.best else cell.text for cell in row.cells)
         lines.append(markdown_line([escape(row.model), row.role, *cells]))
     lines += ["", escape(legend(results))]
@@ -84,16 +84,16 @@ def legend(results: Results, *, bold: bool = True) -> str:
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):
         text += f"; {', '.join(results.made['by_task'])}: each task on the model made for it"
-    if bold and any(cell.best for row in _rows(results) for cell in row.cells):
+    if bold and any(cell.best for row in rows_of(results) for cell in row.cells):
         text += "; bold: the best merge"
     return text[:1].upper() + text[1:] + "."
 
 
-def _heads(results: Results) -> list[str]:
+def heads_of(results: Results) -> list[str]:
     return [*results.tasks, "mean", "relative"]
 
 
-def _rows(results: Results) -> list[Row]:
+def rows_of(results: Results) -> list[Row]:
     """One a model, in the order of the results; the best cells among merged models and baselines marked."""
     means, relatives = mean_values(results), mean_relatives(results)
     metric = next((record.metric for record in results.records), "")
@@ -102,7 +102,7 @@ def _rows(results: Results) -> list[Row]:
         records = results.of(model)
         found = [records.get(task) for task in results.tasks]
         mean, relative = means[model], relatives[model]
-        texts = [NONE if record is None else _value(record) for record in found]
+        texts = [NONE if record is None else value_of(record) for record in found]
         texts += [NONE if mean is None else number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
         role = next(iter(records.values())).role
         rows.append(Row(names[model], role, [Cell(text) for text in texts]))
@@ -126,6 +126,7 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
                 rows[i].cells[column] = Cell(rows[i].cells[column].text, best=True)
 
 
-def _value(record: Record) -> str:
+def value_of(record: Record) -> str:
+    """A record as the table shows it."""
     value = number(record.value, record.metric)
     return value if record.stderr is None else f"{value} ± {number(record.stderr, record.metric)}"

@@ -116,7 +116,7 @@ class Ready:
     measure: Callable[[Network, Tick], Score]
     files: tuple[Path, ...] = ()  # everything that was read, to tell results on other data apart
     items: Mapping[str, str] = field(default_factory=dict)  # where each stands, by its content: `items.contents`
-    versions: Mapping[str, str] = field(default_factory=dict)  # of further libraries that the result depends on
+    versions: Mapping[str, str] = field(default_factory=dict)  # of libraries and images that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
 
 

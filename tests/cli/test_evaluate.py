@@ -49,7 +49,7 @@ def test_a_table_of_models(place: Path, cli: Cli) -> None:
         "evaluating: base",
         "evaluating: x",
         "evaluating: y",
-        "wrote evaluations/suite/evaluation.json and evaluation.md",
+        "wrote evaluations/suite/evaluation.json, evaluation.md and report.html",
     ]
     results = Results.load(place / "evaluations/suite")
     assert [(r.model, r.task, r.split, r.n) for r in results.records] == [

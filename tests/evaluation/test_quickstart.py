@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from mergebench.evaluation import load_suite
+from mergebench.page.profile import Profile
 from tests.conftest import Cli
 
 ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart"
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not (ROOT / "recipes" / "quickstart" / "cache").is_dir(), reason="make quickstart fetches it"),
+    pytest.mark.skipif(not (QUICKSTART / "cache").is_dir(), reason="make quickstart fetches it"),
 ]
 
 
@@ -47,3 +50,27 @@ def test_the_readme_shows_what_comes_out(tmp_path: Path, cli: Cli, monkeypatch: 
     assert lost_and_won.keys() == flips.keys() == shown.keys() - {"base"}
     for name, counts in lost_and_won.items():
         assert counts == pytest.approx(flips[name], abs=6), name
+
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 1_000_000
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        "Results", "Task by task", "Across tasks", "Flips against base", "Layer by layer", "Provenance",
+    ]  # fmt: skip
+    kept = Profile.load(tmp_path / "out")
+    numel = sum(kept.numel.values())
+    for model in range(4):  # the paper's density, of each model's elements
+        assert sum(counts.kept[model] for counts in kept.counts.values()) / numel == pytest.approx(0.1, abs=1e-4)
+
+
+def test_no_text_is_both_chosen_and_reported_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    from fetch import key
+
+    suite = load_suite(QUICKSTART / "suite.yaml")
+    texts: dict[tuple[str, str], set[str]] = {}
+    for task in suite.tasks:
+        lines = task.params.data.read_bytes().splitlines()  # of bytes: texts hold other ends of lines than \n
+        texts[task.name, task.split] = {key(json.loads(line)["text"]) for line in lines}
+    assert len(texts) == 8
+    assert {len(one) for one in texts.values()} == {300}
+    assert len(set.union(*texts.values())) == 8 * 300

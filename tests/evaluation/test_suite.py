@@ -159,8 +159,8 @@ DATA = [
     (GOOD.replace('"1"', '""'), 'data.jsonl:1: id must be text or a whole number, got ""', None),
     (GOOD.replace('"w1"', "3"), "data.jsonl:1: text must be text, got 3", None),
     (GOOD.replace("good", "god"), "data.jsonl:1: label 'god' is none of the labels of a/head", "did you mean 'good'?"),
-    (GOOD.replace('"good"', "[0]"), "data.jsonl:1: label [0] is none of the labels", None),
-    (GOOD.replace('"good"', "true"), "data.jsonl:1: label True is none of the labels", None),
+    (GOOD.replace('"good"', "[0]"), "data.jsonl:1: label must be text, got [0]", None),
+    (GOOD.replace('"good"', "true"), "data.jsonl:1: label must be text, got True", None),
 ]
 
 
@@ -215,9 +215,9 @@ def heads() -> list[Any]:
             {"weight": weight, "bias": bias},
             without("pooling"),
             ModelError,
-            "'pooling' must be mean or cls, it has none",
+            "'pooling' must be one of mean, cls, cls+mean, it has none",
         ),
-        ({"weight": weight, "bias": bias}, {**about, "pooling": "max"}, ModelError, "mean or cls, got 'max'"),
+        ({"weight": weight, "bias": bias}, {**about, "pooling": "max"}, ModelError, "cls+mean, got 'max'"),
         ({"weight": weight, "bias": bias}, {**about, "normalize": "1"}, ModelError, "true or false, got '1'"),
         ({"weight": weight, "bias": bias}, {**about, "max_length": "0"}, ModelError, "a number of tokens, got 0"),
         ({"weight": weight, "bias": bias}, {**about, "max_length": "x"}, ModelError, "'max_length' must be"),

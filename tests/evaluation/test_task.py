@@ -84,7 +84,7 @@ def test_a_kind_of_another_package_beside_a_built_in_one(plugins: list[EntryPoin
     for file in encoder.glob("token*"):
         (place / "lm" / file.name).write_bytes(file.read_bytes())
     plugins.append(point("weight-norm"))
-    assert tasks.names() == ["text-classification", "weight-norm"]
+    assert {"text-classification", "weight-norm"} <= set(tasks.names())
     text = {"kind": "text-classification", "data": "data.jsonl", "head": "a/head.safetensors"}
     norm = {"kind": "weight-norm", "floor": 1}
     suite = load_suite({"tasks": [{"name": "n", **norm}, {"name": "t", **text}, {"name": "n2", **norm}]})
@@ -125,7 +125,7 @@ def test_names_that_clash_or_lead_nowhere(plugins: list[EntryPoint], monkeypatch
         tasks.names()
     monkeypatch.setenv("MERGEBENCH_PLUGINS", "")
     forget()
-    assert tasks.names() == ["text-classification"]
+    assert "weight-norm" not in tasks.names()
 
 
 def test_a_function_that_is_no_task() -> None:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
-from mergebench.evaluation import batch as batching
 from mergebench.evaluation.batch import batches, run_batches
 from mergebench.evaluation.network import Network
 from tests.evaluation.conftest import LABELS, Files, write_data, write_encoder, write_head
@@ -92,8 +91,7 @@ def test_equals_one_text_at_a_time(
 ) -> None:
     encoder = write_encoder(place / "encoder", family)
     head = write_head(place / "a", pooling=pooling, normalize=str(normalize).lower())
-    monkeypatch.setattr(batching, "CPU_TOKENS", 90)
-    monkeypatch.setattr("mergebench.evaluation.tasks.text_classification.CPU_TOKENS", 90)
+    monkeypatch.setattr("mergebench.evaluation.features.CPU_TOKENS", 90)
     data = rows(place / "data.jsonl")
     texts = [row["text"] for row in data]
     expected = balance(head, one_by_one(encoder, head, texts, pooling, normalize, 24))
@@ -119,7 +117,7 @@ def test_logits_of_a_padded_batch(encoder: Path, place: Path) -> None:
     network = Network(Files(encoder), "AutoModel", torch.device("cpu"))
     head = read_head(place / "a/head.safetensors")
     with torch.inference_mode():
-        logits = head.logits(*network.encode(network.tokenize(texts, 24)))
+        logits = head.logits(head.pooling(*network.encode(network.tokenize(texts, 24))))
     torch.testing.assert_close(logits, one_by_one(encoder, head.file, texts, "mean", False, 24), atol=1e-5, rtol=1e-5)
 
 
@@ -155,10 +153,10 @@ def test_tokenized_once_for_all_models(
     tokenize = Network.tokenize
     monkeypatch.setattr(Network, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
     other = write_encoder(place / "copy", seed=5)  # other weights, the same tokenizer
-    suite = load_suite({"tasks": [entry(), entry(name="b")]})
+    suite = load_suite({"tasks": [entry(), entry(name="b", max_length=20), entry(name="c")]})
     candidates = [Candidate(str(n), "input", Files(path)) for n, path in enumerate([encoder, other, encoder])]
     first = evaluate_models(candidates, suite)
-    assert len(calls) == 2  # one a task
+    assert len(calls) == 2  # one for each length
     evaluate_models(candidates, suite)
     assert len(calls) == 2
     tokenizer = (other / "tokenizer.json").read_text()

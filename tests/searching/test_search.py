@@ -137,7 +137,7 @@ def test_killed_and_resumed_is_the_same_search(made: Path, tmp_path: Path, serve
     assert document(folder / "searches/recipe") == document(whole / "searches/recipe")
     assert (folder / "searches/recipe/best.yaml").read_text() == (whole / "searches/recipe/best.yaml").read_text()
     assert sorted(path.name for path in (folder / "searches/recipe").iterdir()) == [
-        "best.yaml", "evaluation.json", "evaluation.md", "search.json",
+        "best.yaml", "evaluation.json", "evaluation.md", "report.html", "search.json",
     ]  # fmt: skip
 
 

@@ -1,0 +1,29 @@
+"""`mergebench report`: the page of what a directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergebench.cli.progress import note
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What merge, eval or search wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the page goes. Default: DIR/report.html.", dir_okay=False)
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance."""
+    from mergebench import page
+
+    written = page.write(directory, out)
+    typer.echo(str(written))
+    if open_:
+        import webbrowser
+
+        if not webbrowser.open(written.resolve().as_uri()):
+            note(f"no browser to be found here: open {written}")

@@ -1,0 +1,94 @@
+"""What a chunk tells of its merge: how far the models went, where they disagree, what the method kept of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench.engine.context import Context
+from mergebench.engine.method import Method, Tasks
+from mergebench.engine.statistics import Statistic
+from mergebench.engine.whole import replay
+
+
+class Counts(NamedTuple):
+    """Sums over elements, which add up from chunks to tensors and layers.
+
+    squares: of each model's task vector. shared: elements that two models or more changed; conflicts: those of
+    them where signs differ. merged: the square of the merged task vector. kept: of each model (see `kept`).
+    The last two are zero where no method was replayed.
+    """
+
+    elements: int
+    squares: tuple[float, ...]
+    shared: int
+    conflicts: int
+    merged: float
+    kept: tuple[int, ...]
+
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        return Counts(
+            self.elements + other.elements,
+            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+            self.shared + other.shared,
+            self.conflicts + other.conflicts,
+            self.merged + other.merged,
+            tuple(a + b for a, b in zip(self.kept, other.kept, strict=True)),
+        )
+
+
+def counts(method: Method | None, tvs: Tensor, params: Any, ctx: Context, answers: Sequence[Any]) -> Counts:
+    """The counts of one chunk of task vectors [models, elements]; without a method, what needs none."""
+    merged, remaining, squares = 0.0, (0,) * len(tvs), tuple(map(_square, tvs))
+    if method is not None and any(squares):  # adapters leave whole tensors as they were
+        result = replay(method, tvs, params, ctx, answers)
+        assert not isinstance(result, Statistic), "all answers are known"
+        vector = result.vector if isinstance(result, Tasks) else result
+        merged = _square(vector)
+        remaining = kept(method, tvs, params, ctx, answers, result)
+    conflicts, shared = sign_conflicts(tvs)
+    return Counts(tvs.shape[1], squares, shared, conflicts, merged, remaining)
+
+
+def _square(values: Tensor) -> float:
+    return values.double().square_().sum().item()
+
+
+def sign_conflicts(tvs: Tensor) -> tuple[int, int]:
+    """(elements that some models raised and others lowered, elements that two models or more changed)."""
+    changed = torch.zeros(tvs.shape[1], dtype=torch.int16)
+    for row in tvs:
+        changed += row != 0
+    opposed = (tvs.amin(0) < 0) & (tvs.amax(0) > 0)
+    return int(torch.count_nonzero(opposed)), int(torch.count_nonzero(changed > 1))
+
+
+def kept(
+    method: Method, tvs: Tensor, params: Any, ctx: Context, answers: Sequence[Any], result: Any
+) -> tuple[int, ...]:
+    """How many elements of each model are in what the method makes of them, its result.
+
+    An element of a model is kept if the merged value changes when the model's weight (for a method without weights:
+    its values) is halved, the method's thresholds and sums as they were; for a method that gives a model for each
+    task, if the task's mask holds it. Without `normalize`: among equal values, a mean does not change with a weight.
+    """
+    if getattr(params, "normalize", False):
+        params = dataclasses.replace(params, normalize=False)
+        result = replay(method, tvs, params, ctx, answers)
+    if isinstance(result, Tasks):
+        return tuple(int(torch.count_nonzero(mask)) for mask in result.masks)
+    found = []
+    for number, row in enumerate(tvs):
+        less, values = params, tvs
+        if "weight" in method.parameters:
+            weight = params.weight
+            less = dataclasses.replace(params, weight=(*weight[:number], weight[number] / 2, *weight[number + 1 :]))
+        else:
+            values = tvs.clone()
+            values[number] = row / 2
+        found.append(int(torch.count_nonzero(replay(method, values, less, ctx, answers) != result)))
+    return tuple(found)

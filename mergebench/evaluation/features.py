@@ -1,0 +1,110 @@
+"""An encoder's features of texts: one row for each, whatever the batches and the number of cores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mergebench.errors import RunError
+from mergebench.evaluation.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
+from mergebench.evaluation.network import Network
+from mergebench.evaluation.task import Tick
+
+POOLINGS = ("mean", "cls", "cls+mean")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How an encoder's last states become one row of features."""
+
+    how: str = "mean"  # over the tokens (of an image: its patches); cls: the first token; or both, side by side
+    normalize: bool = False  # to length one
+
+    def width(self, hidden: int) -> int:
+        return 2 * hidden if self.how == "cls+mean" else hidden
+
+    def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
+        """[batch, width], not yet scaled, from states [batch, tokens, hidden].
+
+        mask [batch, tokens]: 1 for the tokens that the mean is over.
+        """
+        parts = []
+        if "cls" in self.how:
+            parts.append(states[:, 0])
+        if "mean" in self.how:
+            keep = mask.unsqueeze(-1).to(states.dtype)
+            parts.append((states * keep).sum(1) / keep.sum(1).clamp(min=1))  # a text without tokens pools to zero
+        return torch.cat(parts, 1)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Pooled rows [items, width] as they are used."""
+        return torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows
+
+
+class Inputs(Protocol):
+    """Items as an encoder takes them."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal items."""
+
+    def __len__(self) -> int: ...
+
+    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+        """[items, width], pooled and not yet scaled, float32, on the CPU."""
+
+
+def features(inputs: Inputs, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+    """[items, width], float32, on the CPU; made once for all tasks on these items."""
+    key = inputs.key, pooling.how
+    if key in network.kept:
+        tick(len(inputs))
+    else:
+        network.kept[key] = inputs.encode(network, pooling, tick)
+    return pooling.scaled(network.kept[key])
+
+
+class Texts:
+    """Texts, tokenized once for all models with equal tokenizers, cut to `max_length` tokens."""
+
+    def __init__(self, texts: Sequence[str], max_length: int) -> None:
+        self.texts, self.max_length = list(texts), max_length
+        self.key = hashlib.sha256(json.dumps([self.texts, max_length]).encode()).hexdigest()
+        self._tokens: dict[str, list[list[int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+        """[texts, width], float32, on the CPU."""
+        key = network.tokenizer_key
+        if key not in self._tokens:
+            self._tokens[key] = network.tokenize(self.texts, self.max_length)
+        tokens = self._tokens[key]
+
+        def rows(group: list[int]) -> Tensor:
+            return pooling(*network.encode([tokens[i] for i in group]))
+
+        return gather(network, rows, [len(one) for one in tokens], tick)
+
+
+def gather(network: Network, rows: Callable[[list[int]], Tensor], lengths: Sequence[int], tick: Tick) -> Tensor:
+    """The rows of all items, in their order; `lengths` counts each one's tokens. `RunError` where one is not finite."""
+
+    def work(group: list[int]) -> Tensor:
+        with torch.inference_mode():
+            return rows(group).cpu()
+
+    groups = batches(lengths, CPU_TOKENS if network.device.type == "cpu" else GPU_TOKENS)
+    results = run_batches(work, groups, network.device, tick)
+    order = torch.tensor([position for group in groups for position in group])
+    out = torch.cat(results)[order.argsort()]
+    if not out.isfinite().all():
+        raise RunError(f"model '{network.name}': its outputs are not finite", "look for NaN or Inf in its weights")
+    return out

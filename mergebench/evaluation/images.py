@@ -1,0 +1,123 @@
+"""An encoder's features of image files, prepared by the image processor that lies beside the model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.errors import ModelError, RunError
+from mergebench.evaluation.features import Pooling, gather
+from mergebench.evaluation.module import quiet
+from mergebench.evaluation.network import Network
+from mergebench.evaluation.task import Tick
+
+PROCESSOR = "preprocessor_config.json"
+
+
+def check_image(file: Path, where: str) -> str:
+    """The SHA-256 of an image file; `RunError` where there is none or Pillow cannot tell what it is."""
+    from PIL import Image
+
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise RunError(f"{where}: {file}: {error.strerror}", "paths are relative to the data file's folder") from None
+    try:
+        with warnings.catch_warnings(action="error"), Image.open(io.BytesIO(content)) as image:
+            image.verify()
+    except Exception as error:  # Pillow raises whatever its decoders raise
+        raise RunError(f"{where}: {file} is not an image that Pillow reads: {_reason(error)}") from None
+    return hashlib.sha256(content).hexdigest()
+
+
+class Images:
+    """Image files, read anew for each model: to decode one costs little beside encoding it."""
+
+    def __init__(self, files: Sequence[Path], hashes: Sequence[str]) -> None:
+        self.files = list(files)
+        self.key = hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
+        """[images, width], float32, on the CPU."""
+        processor = _processor(network)
+
+        def rows(group: list[int]) -> Tensor:
+            pixels = [_pixels(processor, self.files[i], network.name) for i in group]
+            alike = len({one.shape for one in pixels}) == 1
+            parts = [torch.stack(pixels)] if alike else [one[None] for one in pixels]
+            return torch.cat([pooling(*_encode(network, part, pooling)) for part in parts])
+
+        height, width = _pixels(processor, self.files[0], network.name).shape[1:]
+        tokens = _patches(network, height, width)
+        return gather(network, rows, [tokens] * len(self.files), tick)
+
+
+def _encode(network: Network, pixels: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """Last states [batch, tokens, hidden] of images [batch, channels, height, width], and which tokens are patches."""
+    try:
+        states = network.module(pixel_values=pixels.to(network.device)).last_hidden_state
+    except (AttributeError, TypeError, ValueError) as error:  # how transformers refuses sizes and inputs
+        shape = "x".join(map(str, pixels.shape[1:]))
+        raise ModelError(f"model '{network.name}': it takes no images of {shape}: {_reason(error)}") from None
+    patches = _patches(network, *pixels.shape[2:])
+    others = states.shape[1] - patches if states.ndim == 3 else -1  # class token, registers: they stand in front
+    if others < 0 or (others == 0 and "cls" in pooling.how):
+        lacks = "no class token" if others == 0 else f"last states {list(states.shape)}, not one for each patch"
+        raise ModelError(f"model '{network.name}': it has {lacks}", "pooling: mean" if others == 0 else None)
+    mask = torch.ones(states.shape[:2], device=states.device)
+    mask[:, :others] = 0
+    return states, mask
+
+
+def _patches(network: Network, height: int, width: int) -> int:
+    size = getattr(network.module.config, "patch_size", None)
+    if size is None:
+        raise ModelError(f"model '{network.name}': its config.json has no patch_size", "take an encoder of patches")
+    down, across = (size, size) if isinstance(size, int) else size
+    return (height // down) * (width // across)
+
+
+def _pixels(processor: Any, file: Path, name: str) -> Tensor:
+    """[channels, height, width]"""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            picture = image.convert("RGB")
+    except Exception as error:  # Pillow raises whatever its decoders raise
+        raise RunError(f"{file}: cannot be decoded: {_reason(error)}") from None
+    try:
+        pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise ModelError(f"model '{name}': its image processor fails at {file}: {_reason(error)}") from None
+    return pixels
+
+
+def _processor(network: Network) -> Any:
+    from transformers import AutoImageProcessor
+
+    if not (network.directory / PROCESSOR).is_file():
+        hint = "to be measured on images, a model needs its image processor's file beside its weights"
+        raise ModelError(f"model '{network.name}': no {PROCESSOR} in {network.directory}", hint)
+    try:
+        with quiet():  # Pillow's way everywhere: torchvision's rounds otherwise, and is not everywhere
+            return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                network.directory, local_files_only=True, trust_remote_code=False, backend="pil"
+            )
+    except Exception as error:  # transformers raises whatever its parts raise
+        what = f"model '{network.name}': transformers cannot read its {PROCESSOR}: {_reason(error)}"
+        raise ModelError(what) from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,72 @@
+"""Labelled texts or images: read from a task's data, and what a model's answers to them are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergebench.errors import RunError, did_you_mean
+from mergebench.evaluation.extra import need
+from mergebench.evaluation.features import Inputs, Texts
+from mergebench.evaluation.images import Images, check_image
+from mergebench.evaluation.items import Row, contents, read_rows
+from mergebench.evaluation.task import Prediction, Score, accuracy
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Items with their labels, ready for an encoder."""
+
+    rows: Sequence[Row]
+    labels: Sequence[str]
+    inputs: Inputs
+    items: Mapping[str, str]  # where each stands, by its content
+    versions: Mapping[str, str] = field(default_factory=dict)  # of images and what reads them
+
+    def known(self, labels: Collection[str], whose: object) -> None:
+        """`RunError` at the first item whose label is none of these."""
+        for row, label in zip(self.rows, self.labels, strict=True):
+            if label not in labels:
+                close = did_you_mean(label, labels)
+                raise RunError(f"{row.where}: label '{label:.60}' is none of the labels of {whose}", close)
+
+    def score(self, answers: Sequence[str]) -> Score:
+        """The accuracy of one answer to each item."""
+        graded = zip(self.rows, answers, self.labels, strict=True)
+        return accuracy({row.id: Prediction(answer, float(answer == label)) for row, answer, label in graded})
+
+
+def read_texts(
+    file: Path, id: str, text: str, label: str, max_length: int, limit: int | None = None, seed: int | None = None
+) -> Labelled:
+    """Rows with these columns; the texts are cut to `max_length` tokens."""
+    rows = read_rows(file, id, (text, label), limit, seed)
+    texts = [_word(row, row.values[0], text) for row in rows]
+    return Labelled(rows, _labels(rows, label), Texts(texts, max_length), contents(rows))
+
+
+def read_images(
+    file: Path, id: str, image: str, label: str, limit: int | None = None, seed: int | None = None
+) -> Labelled:
+    """Rows with these columns; an image is a path from the data file's folder, and known again by its bytes."""
+    pillow = need("pillow", "images")
+    rows = read_rows(file, id, (image, label), limit, seed)
+    files = [file.parent / _word(row, row.values[0], image) for row in rows]
+    labels = _labels(rows, label)
+    read = [(check_image(path, row.where), one) for path, row, one in zip(files, rows, labels, strict=True)]
+    seen = [row._replace(values=values) for row, values in zip(rows, read, strict=True)]
+    images = Images(files, [content for content, _ in read])
+    return Labelled(rows, labels, images, contents(seen), {"pillow": pillow, "images": images.key})
+
+
+def _labels(rows: Sequence[Row], column: str) -> list[str]:
+    """Labels are words; whole numbers are taken for such."""
+    values = (row.values[1] for row in rows)
+    return [_word(row, str(one) if type(one) is int else one, column) for row, one in zip(rows, values, strict=True)]
+
+
+def _word(row: Row, value: object, column: str) -> str:
+    if not isinstance(value, str):
+        raise RunError(f"{row.where}: {column} must be text, got {value!r:.60}")
+    return value
