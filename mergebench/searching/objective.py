@@ -19,7 +19,8 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """One of `NAMES`. own: what each task's own fine-tune reaches, for the last two."""
+    """One of `NAMES`. own: for the last two, what each task's own fine-tune reaches; where none is known to be its
+    own, the best of the models."""
 
     name: str
     own: Mapping[str, float]
@@ -50,20 +51,17 @@ def check(name: str) -> None:
 
 
 def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
-    """The objective of that name; where it compares with the tasks' own fine-tunes, they are measured first."""
+    """The objective of that name; where it compares with the models, they are measured first."""
     if name == "mean":
         return Objective(name, {})
     homes = homes_of(inputs, suite)
-    for task in suite.tasks:
-        if task.name not in homes:
-            what = f"--objective {name}: no model of the recipe is the fine-tune of task '{task.name}'"
-            raise RecipeError(what, "put the task's head beside the model it belongs to, or take --objective mean")
     own: dict[str, float] = {}
-    for one in inputs:
-        tasks = tuple(task for task in suite.tasks if homes[task.name] == one.name)
+    for one in (candidate for candidate in inputs if candidate.role == "input"):
+        tasks = tuple(task for task in suite.tasks if homes.get(task.name, one.name) == one.name)
         if tasks:
-            found = evaluate_models([one], replace(suite, tasks=tasks), device=device, store=store)
-            own |= {record.task: record.value for record in found.records}
+            for record in evaluate_models([one], replace(suite, tasks=tasks), device=device, store=store).records:
+                better = max if record.direction == "higher" else min
+                own[record.task] = better(record.value, own.get(record.task, record.value))
     if missing := [task.name for task in suite.tasks if task.name not in own]:
-        raise RunError(f"--objective {name}: the fine-tune of task '{missing[0]}' could not be measured on it")
+        raise RunError(f"--objective {name}: no model could be measured on task '{missing[0]}' to compare with")
     return Objective(name, own)

@@ -196,6 +196,21 @@ def test_objectives_against_the_tasks_own_fine_tunes(place: Path, cli: Cli) -> N
             assert point["objective"] == pytest.approx(expected)
 
 
+def test_where_no_head_says_whose_a_task_is_the_best_model_counts(place: Path, cli: Cli) -> None:
+    suite = json.loads((place / "suite.yaml").read_text())
+    for task in suite["tasks"]:
+        (place / f"head-{task['name']}").mkdir(exist_ok=True)
+        shutil.copy(place / task["head"], place / f"head-{task['name']}/head.safetensors")
+        task["head"] = f"head-{task['name']}/head.safetensors"
+    (place / "suite.yaml").write_text(json.dumps(suite))
+    own = json.loads(cli("eval", "suite.yaml", "one", "two", "--split", "validation", "--json").out)["records"]
+    best = {task: max(one["value"] for one in own if one["task"] == task) for task in ("one", "two")}
+    assert cli("search", "recipe.yaml", *OVER, "--budget", "3", "--objective", "worst").code == 0
+    for point in document(place / "searches/recipe")["points"]:
+        expected = min(value / best[task] for task, value in point["tasks"].items())
+        assert point["objective"] == pytest.approx(expected)
+
+
 def test_results_that_are_there_are_not_measured_again(place: Path, cli: Cli) -> None:
     args = ("search", "recipe.yaml", *OVER, "--budget", "4", "--json")
     first = json.loads(cli(*args).out)
