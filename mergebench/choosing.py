@@ -65,7 +65,9 @@ class Found:
             return "The test results of the chosen and the given parameters cannot be compared item by item."
         by = self.difference
         scale, unit = (1, "") if by.both_right is None else (100, " percentage points")
-        size = f"{scale * by.difference:+.3g}{unit} over all {by.n} test items"
+        every = sum(record.n for record in self.results.of(self.results.models[-1]).values())
+        items = f"all {by.n} test items" if by.n == every else f"the {by.n} of {every} test items that count alike"
+        size = f"{scale * by.difference:+.3g}{unit} over {items}"
         if by.interval is not None and by.p is not None:
             low, high = (f"{scale * end:+.3g}" for end in by.interval)
             size += f" (95 % interval {low} to {high}, p = {by.p:.2g})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ from mergebench.engine.run import run_in_memory, run_plan
 from mergebench.engine.statistics import Statistic
 from mergebench.engine.whole import run_at_once
 from mergebench.errors import MergebenchError
+from mergebench.evaluation.store import BESIDE
+from mergebench.evaluation.suite import sha256_of
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe
 from mergebench.recipe.resolve import resolve
@@ -75,8 +79,11 @@ class Candidates:
         return Merged(name, self._folder, self._target.tensors)
 
     def key(self, plan: Plan) -> str:
-        """What tells the merge of a plan from all others, for stored results."""
-        return fingerprint_of(plan)
+        """What tells the merge of a plan, with its config and tokenizer, from all others: for stored results."""
+        place = plan.merge.reference.side_directory
+        files = sorted({file for pattern in BESIDE for file in place.glob(pattern) if file.is_file()})
+        made_of = [fingerprint_of(plan), *((file.name, sha256_of(file)) for file in files)]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def _stays(self, plan: Plan) -> bool:
         if self._in_memory is None:

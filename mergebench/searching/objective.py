@@ -32,7 +32,9 @@ class Objective:
             if len(metrics) > 1:
                 names = ", ".join(sorted(metric for metric, _ in metrics))
                 what = f"--objective mean: the tasks have different metrics ({names})"
-                raise RecipeError(what, "--objective relative or worst compares each with its own fine-tune")
+                raise RecipeError(
+                    what, "take --objective relative or worst, which compare each task with the models that are merged"
+                )
             return sum(record.value for record in records) / len(records), records[0].direction
         shares = [self._share(record) for record in records]
         return (min(shares) if self.name == "worst" else sum(shares) / len(shares)), "higher"

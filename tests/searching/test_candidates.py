@@ -113,6 +113,20 @@ def test_a_merge_that_does_not_fit_its_type_says_so(models: Path) -> None:
     check(models, recipe(models, "task_arithmetic", parameters={"lambda": 0.5}, dtype="float16"), merges)
 
 
+def test_a_key_is_of_all_that_counts(models: Path) -> None:
+    merges = Candidates(models / "work", "cpu")
+
+    def key(lambda_: float) -> str:
+        return merges.key(merges.plan(recipe(models, "ties", parameters={"lambda": lambda_})))
+
+    first = key(1.0)
+    assert key(1.0) == first != key(0.5)
+    (models / "base/README.md").write_text("of no account")
+    assert key(1.0) == first
+    (models / "base/tokenizer.json").write_text("[]")
+    assert key(1.0) != first
+
+
 def test_the_side_files_are_those_of_the_merge(models: Path) -> None:
     merges = Candidates(models / "work", "cpu")
     model = merges.merge(merges.plan(recipe(models, "pcb")), "point")
