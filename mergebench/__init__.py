@@ -24,6 +24,7 @@ _PUBLIC = {
     "run": "mergebench.api",
     "evaluate": "mergebench.measuring",
     "measure": "mergebench.measuring",
+    "search": "mergebench.choosing",
     "task_vector": "mergebench.api",
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
@@ -47,6 +48,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from mergebench.adapters import extract_adapter, merge_adapters
     from mergebench.api import plan, run, task_vector
+    from mergebench.choosing import search
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
@@ -80,6 +82,7 @@ __all__ = [
     "plan",
     "report",
     "run",
+    "search",
     "task_vector",
     "total",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -159,19 +159,26 @@ def _bases_of(model: Model) -> list[Path]:
     return [Path(base).resolve()] if isinstance(base, str) else []
 
 
-def _candidates(recipe: Recipe, out: Path, suite: Suite, folder: Path, device: str) -> list[Candidate]:
-    """The table's rows in order. A baseline is merged into `folder` when its turn comes."""
+def inputs_of(recipe: Recipe, taken: Collection[str] = ()) -> list[Candidate]:
+    """What goes into a merge, as rows of a table: the base, and every model; not called by a name that is taken."""
     from mergebench.evaluation import Candidate
 
     origin, entries = open_all(recipe)
     base = None if origin is None else origin.own_directory()
     models = [model for _, model in entries]
     inputs = [m for m in models if not m.is_task_vector and (base is None or m.own_directory() != base)]
-    baselines = recipe.evaluate.baselines if recipe.evaluate else ()
-    taken = {"base", recipe.merge_method, *(one.label for one in baselines)}
+    taken = {"base", recipe.merge_method, *taken}
     names = [f"{n} (input)" if n in taken else n for n in short_names([model.reference for model in inputs])]
     found = [] if origin is None else [Candidate("base", "base", origin, base)]
-    found += [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
+    return found + [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
+
+
+def _candidates(recipe: Recipe, out: Path, suite: Suite, folder: Path, device: str) -> list[Candidate]:
+    """The table's rows in order. A baseline is merged into `folder` when its turn comes."""
+    from mergebench.evaluation import Candidate
+
+    baselines = recipe.evaluate.baselines if recipe.evaluate else ()
+    found = inputs_of(recipe, [one.label for one in baselines])
 
     def opened(made: Recipe, place: Path) -> Model | dict[str, Model]:
         if made.method.gives == "model":

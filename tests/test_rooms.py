@@ -13,6 +13,7 @@ ROOMS = [
     "cli",
     "",
     "page",
+    "searching",
     "evaluation",
     "recipe",
     "edits",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Step
+    from mergebench.searching.history import History, Point
 
 EVERY = 10.0  # seconds between plain lines
 
@@ -86,6 +87,29 @@ def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
                 note(f"{label}: {step.model}")
 
         yield line
+
+
+@contextmanager
+def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, History], None], Callable[[Step], None]]]:
+    """A display over a search's points, then over the evaluation of what was found: one bar, or lines."""
+
+    def line(point: Point, history: History) -> None:
+        values = ", ".join(f"{name} {value}" for name, value in point.values.items())
+        got = point.error if point.objective is None else f"{point.objective:.4g}"
+        best = "" if history.best is None else f" (best {history.best.objective:.4g})"
+        note(f"searching: {point.number + 1} of {budget}: {values}: {got}{best}")
+
+    if quiet or not sys.stderr.isatty():
+        with item_bar("evaluating", quiet) as step:
+            yield (lambda point, history: None) if quiet else line, step
+        return
+    with _item_bar() as update:
+
+        def searched(point: Point, history: History) -> None:
+            best = "" if history.best is None else f": best {history.best.objective:.4g}"
+            update(f"searching{best}", point.number + 1, budget)
+
+        yield searched, lambda step: update(f"evaluating {step.model} on {step.task}", step.done, step.total)
 
 
 @contextmanager

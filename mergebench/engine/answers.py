@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from mergebench.checkpoint.staging import Staging
 from mergebench.engine.plan import Group, Plan, Unit
 from mergebench.engine.statistics import Norms
 from mergebench.engine.sweep import Sweeper, to_device
 
 
-def ask_of_all(plan: Plan, staging: Staging, sweeper: Sweeper) -> Any:
+class Keeper(Protocol):
+    """Keeps a run's answers, by what they are about, in `journal["answers"]`; `Staging` is one."""
+
+    @property
+    def journal(self) -> dict[str, Any]: ...
+
+    def save(self) -> None: ...
+
+
+def ask_of_all(plan: Plan, keeper: Keeper, sweeper: Sweeper) -> Any:
     """All questions about all groups, before anything is written; the last answers together."""
     answers = []
     for group in plan.groups:
-        answers += [known[-1] for known in answers_of(plan, staging, sweeper, group)]
-        staging.save()
+        answers += [known[-1] for known in answers_of(plan, keeper, sweeper, group)]
+        keeper.save()
     return Norms.of_all(answers)
 
 
-def answers_of(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
+def answers_of(plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
     """The answers about each unit of a group; what is still open is asked.
 
     of_all: takes the place of the last one, where that is about all groups together. Answers are kept by tensor, or
     once for the model: how units are grouped depends on the memory given.
     """
-    kept: dict[str, list[Any]] = staging.journal["answers"]
+    kept: dict[str, list[Any]] = keeper.journal["answers"]
     keys = [key_of(plan, unit) for unit in group.units]
     known: list[list[Any]] = [[] for _ in group.units]
     for question in range(max((unit.passes for unit in group.units), default=0)):
@@ -39,7 +47,7 @@ def answers_of(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_
             for number in asked:
                 kept.setdefault(keys[number], [])[question:] = [_encode(answers[number]) | remarks[number]]
             if plan.merge.scope == "model":
-                staging.save()  # a sweep over the whole model is worth keeping
+                keeper.save()  # a sweep over the whole model is worth keeping
         for number in asked:
             known[number].append(answers[number])
     return known if of_all is None else [[*answers[:-1], of_all] for answers in known]

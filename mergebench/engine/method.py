@@ -138,7 +138,7 @@ class Method:
     name: str
     function: Callable[..., Any]
     takes: Literal["task_vectors", "weights"]
-    gives: Literal["model", "tasks"]
+    gives: Literal["model", "tasks", "vector"]  # vector: what is given is not added to the base
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
     whole: Whole  # with cut "tensor", those that must come whole; the others may be cut at any element

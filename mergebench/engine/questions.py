@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,29 +19,63 @@ from mergebench.errors import RecipeError
 
 def asked(merge: Merge, params: Any) -> list[Any]:
     """What the method asks with these parameters. One entry a question: its ranks, or the sort of sum."""
-    numel, method = 61, merge.method
-    toy = torch.sin(torch.arange(1.0, len(merge.models) * numel + 1)).reshape(len(merge.models), numel) * 0.01
-    spans = (Span("toy", 0, numel),)
-    context = Context(numel, merge.names, spans, (numel,), merge.scope, merge.seed, torch.device("cpu"))
-    running = method(toy, params, context)
+    return [kind for kind, _ in _trace(merge, params)]
+
+
+def read_for(merge: Merge, params: Any) -> list[frozenset[str]]:
+    """For each question, the parameters that the method has read when it is asked: it depends on no others."""
+    read: set[str] = set()
+    return [so_far for _, so_far in _trace(merge, _watched(params, read), read)]
+
+
+def _trace(merge: Merge, params: Any, read: Iterable[str] = ()) -> list[tuple[Any, frozenset[str]]]:
+    """Each question, and what has been `read` so far."""
+    method = merge.method
+    values, context = toy(merge)
+    running = method(values, params, context)
     if not inspect.isgenerator(running):
         return []
     steps = cast("Generator[Statistic, Any, Tensor]", running)
-    found: list[Any] = []
+    found: list[tuple[Any, frozenset[str]]] = []
     try:
         statistic = next(steps)
         while True:
             # ranks are sampled (at rows of one length), sums are taken over whole tiles
             other = "tensor" if not isinstance(statistic, OrderStatistics) else "row"
             if merge.cut not in ("element", other) or (merge.cut == "row" and merge.scope == "model"):
-                kind = type(statistic).__name__
-                raise TypeError(f"{method.name}: {kind} cannot be asked with cut='{merge.cut}', scope '{merge.scope}'")
-            if Norms in found:
+                what = type(statistic).__name__
+                raise TypeError(f"{method.name}: {what} cannot be asked with cut='{merge.cut}', scope '{merge.scope}'")
+            if any(kind is Norms for kind, _ in found):
                 raise TypeError(f"{method.name}: norms reach over all tensors, they can only be asked last")
-            found.append(statistic.ranks if isinstance(statistic, OrderStatistics) else type(statistic))
-            statistic = steps.send(statistic.exact())
+            kind = statistic.ranks if isinstance(statistic, OrderStatistics) else type(statistic)
+            answer = statistic.exact()
+            found.append((kind, frozenset(read)))
+            statistic = steps.send(answer)
     except StopIteration:
         return found
+
+
+def _watched(params: Any, read: set[str]) -> Any:
+    """A copy of a method's parameters that notes in `read` which of them are looked at."""
+    names = {field.name for field in dataclasses.fields(params)}
+
+    class Watched(type(params)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            read.update(names if name == "__dict__" else names & {name})
+            return super().__getattribute__(name)
+
+    copy = object.__new__(Watched)
+    for name in names:
+        object.__setattr__(copy, name, getattr(params, name))
+    return copy
+
+
+def toy(merge: Merge, shape: tuple[int, ...] = (61,)) -> tuple[Tensor, Context]:
+    """A small tensor of each model, and its surroundings."""
+    models, numel = len(merge.models), math.prod(shape)
+    values = torch.sin(torch.arange(1.0, models * numel + 1)).reshape(models, numel) * 0.01
+    spans = (Span("toy", 0, numel),)
+    return values, Context(numel, merge.names, spans, shape, merge.scope, merge.seed, torch.device("cpu"))
 
 
 def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool]:

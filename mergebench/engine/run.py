@@ -17,6 +17,8 @@ from mergebench.checkpoint.read import Files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.checkpoint.write import copy_side_files, create, write_atomically, write_error, write_index
 from mergebench.engine.answers import answers_of, ask_of_all
+from mergebench.engine.inmemory import InMemory
+from mergebench.engine.known import Known
 from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.plan import Group, Plan
 from mergebench.engine.provenance import fingerprint_of, peak_memory, places, record
@@ -46,8 +48,11 @@ def run_plan(
     hash_inputs: bool = False,
     progress: Progress = lambda _: None,
     finish: Callable[[Path, dict[str, Any]], None] = lambda directory, provenance: None,
+    known: Known | None = None,
 ) -> Result:
     """Merge into the directory `out`; `finish(directory, provenance)` may add files before it is published.
+
+    known: answers from earlier merges of the same models, not asked again; those found here are put beside them.
 
     Raises `RecipeError` where `out` may not be written, `RunError` where the work fails. Inputs are
     only ever opened for reading.
@@ -59,21 +64,20 @@ def run_plan(
         return Result(out, done, already_done=True)
     check_target(out, places(plan), overwrite)
     check_room(out, plan.bytes_written)
-    with Files() as files:
-        for model, alias, tensor in plan.alignment.must_equal:
-            check_equal(files, model, alias, tensor)
-        for model in [plan.merge.reference, *plan.merge.models]:
-            model.settle(files)
-    keep_freed_memory()
+    check_inputs(plan)
     # the workers come first, so that none inherits the lock, which dies with this process
     with (
         Files() as files,
         closing(Sweeper(plan, files, progress)) as sweeper,
         Staging(out, fingerprint, resume) as staging,
     ):
+        if known is not None:
+            staging.journal["answers"] = known.recall(plan) | staging.journal["answers"]
         of_all = ask_of_all(plan, staging, sweeper) if plan.asked_of_all else None
         for group in plan.groups:
             _work(plan, staging, sweeper, group, of_all, sync)
+        if known is not None:
+            known.remember(plan, staging.journal["answers"])
         memory = peak_memory() + sweeper.workers.memory()
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
@@ -98,6 +102,37 @@ def run_plan(
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
         staging.publish(overwrite, sync)
     return Result(out, provenance)
+
+
+def run_in_memory(plan: Plan, target: InMemory, known: Known, progress: Progress = lambda _: None) -> None:
+    """Merge into `target`, made for the same output; the same bits as in files. `known` as in `run_plan`."""
+    check_inputs(plan)
+    notes = _Notes({"answers": known.recall(plan)})
+    with Files() as files, closing(Sweeper(plan, files, progress, target)) as sweeper:
+        of_all = ask_of_all(plan, notes, sweeper) if plan.asked_of_all else None
+        for group in plan.groups:
+            sweeper.apply(group, answers_of(plan, notes, sweeper, group, of_all), group.written)
+    known.remember(plan, notes.journal["answers"])
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """A journal that is not kept."""
+
+    journal: dict[str, Any]
+
+    def save(self) -> None:
+        """There is nowhere to."""
+
+
+def check_inputs(plan: Plan) -> None:
+    """Before the first sweep: what headers do not tell of the inputs, and what all workers need of them."""
+    with Files() as files:
+        for model, alias, tensor in plan.alignment.must_equal:
+            check_equal(files, model, alias, tensor)
+        for model in [plan.merge.reference, *plan.merge.models]:
+            model.settle(files)
+    keep_freed_memory()
 
 
 def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any, sync: bool) -> None:

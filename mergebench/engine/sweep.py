@@ -20,6 +20,7 @@ import torch
 from mergebench.checkpoint.read import Files
 from mergebench.engine.brackets import Miss, Sample
 from mergebench.engine.context import Span
+from mergebench.engine.inmemory import InMemory
 from mergebench.engine.method import Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
@@ -33,11 +34,11 @@ LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 19  # elements of a sample: its memo
 
 
 class Sweeper:
-    """The sweeps of one run."""
+    """The sweeps of one run; `target`: where the result goes, instead of into files."""
 
-    def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
+    def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> None:
         self.plan = plan
-        self.workers = start_workers(plan, files, progress)
+        self.workers = start_workers(plan, files, progress, target)
         self.seconds = {"questions": 0.0, "apply": 0.0}
         self.extra_sweeps = 0  # because a bracket missed
 
@@ -166,8 +167,8 @@ class Sweeper:
 
     # -- the result ------------------------------------------------------------------------------
 
-    def apply(self, group: Group, known: Known, written: Sequence[str], directory: Path) -> None:
-        """Merge (or copy) the tensors `written` into the shards in `directory`; known: all answers."""
+    def apply(self, group: Group, known: Known, written: Sequence[str], directory: Path | None = None) -> None:
+        """Merge (or copy) the tensors `written` into the shards in `directory`, or the target; known: all answers."""
         number_of = {name: number for number, unit in enumerate(group.units) for name in unit.tensors}
         items = (
             item

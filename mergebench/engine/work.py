@@ -27,6 +27,7 @@ import torch
 
 from mergebench.checkpoint.read import Files
 from mergebench.engine.context import Span
+from mergebench.engine.inmemory import InMemory
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Plan
 from mergebench.engine.worker import Item, Worker
@@ -59,12 +60,12 @@ def copies_of(plan: Plan, name: str) -> Iterator[Item]:
         yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
 
 
-def start_workers(plan: Plan, files: Files, progress: Progress) -> Threads | Processes:
+def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> Threads | Processes:
     """The workers of one run."""
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if can_fork and plan.device.type == "cpu" and plan.workers > 1 and plan.bytes_read >= FORK_FROM:
-        return Processes(plan, files, progress)
-    return Threads(plan, files, progress)
+        return Processes(plan, files, progress, target)
+    return Threads(plan, files, progress, target)
 
 
 class _Batches:
@@ -105,9 +106,9 @@ class _Batches:
 class Threads:
     """Workers in threads of this process."""
 
-    def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
+    def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None) -> None:
         self._plan, self._files, self._progress = plan, files, progress
-        self._workers = [Worker(plan, files) for _ in range(plan.workers)]
+        self._workers = [Worker(plan, files, target) for _ in range(plan.workers)]
         self._pool = ThreadPoolExecutor(plan.workers, "worker", initializer=torch.set_num_threads, initargs=(1,))
         self._stop = threading.Event()
         self._threads = torch.get_num_threads()
@@ -157,7 +158,7 @@ class Threads:
 class Processes:
     """Workers in forked processes. They ask for batches; this process hands them out and collects results."""
 
-    def __init__(self, plan: Plan, files: Files, progress: Progress) -> None:
+    def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None) -> None:
         self._plan, self._files, self._progress = plan, files, progress
         self._connections: list[Connection] = []
         self._processes = []
@@ -166,7 +167,7 @@ class Processes:
         try:
             for _ in range(plan.workers):
                 mine, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(plan, files, theirs, os.getpid()), daemon=True)
+                process = context.Process(target=_serve, args=(plan, files, target, theirs, os.getpid()), daemon=True)
                 process.start()
                 theirs.close()
                 self._connections.append(mine)
@@ -211,13 +212,13 @@ class Processes:
             process.join()
 
 
-def _serve(plan: Plan, files: Files, connection: Connection, parent: int) -> None:
+def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connection, parent: int) -> None:
     """The life of a forked worker: tasks in, results out, until the parent ends it or is gone."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it writes nothing once the lock is free
     if os.getppid() != parent:
         os._exit(1)
     torch.set_num_threads(1)
-    worker = Worker(plan, files)
+    worker = Worker(plan, files, target)
 
     def stream() -> Iterator[Item]:
         _send(connection, ("next", None))

@@ -19,6 +19,7 @@ from mergebench.checkpoint.write import ShardFiles
 from mergebench.engine import whole
 from mergebench.engine.brackets import Floats
 from mergebench.engine.context import Context, Span
+from mergebench.engine.inmemory import InMemory
 from mergebench.engine.method import Tasks
 from mergebench.engine.plan import Plan, Unit
 from mergebench.engine.profile import Counts, counts
@@ -54,10 +55,10 @@ def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
 class Worker:
     """Tasks over a stream of chunks: `sample` and `gather` before an answer, `apply` after the last; `profile`."""
 
-    def __init__(self, plan: Plan, files: Files) -> None:
+    def __init__(self, plan: Plan, files: Files, target: InMemory | None = None) -> None:
         self.plan, self.files = plan, files
         self.reader = ChunkReader(plan, files)
-        self._outputs: list[ShardFiles] = []  # the shards; then each task's masks
+        self._outputs: list[ShardFiles | InMemory] = [] if target is None else [target]  # then each task's masks
         self._peak = 0
 
     def close(self) -> None:
@@ -88,9 +89,9 @@ class Worker:
             statistic.reduce(states[item.unit], item.tile)
         return states
 
-    def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path) -> None:
-        """Merge, or copy, and write into the shards in `directory`."""
-        if not self._outputs:
+    def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> None:
+        """Merge, or copy, and write into the shards in `directory`, or the target."""
+        if directory is not None and not self._outputs:
             columns = zip(*(shard.files for shard in self.plan.shards), strict=True)
             self._outputs = [ShardFiles(directory, column) for column in columns]
         output, *tasks = self._outputs

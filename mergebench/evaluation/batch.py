@@ -32,6 +32,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def out_of_memory(error: Exception) -> bool:
+    said = type(error) is RuntimeError and "allocate memory" in str(error)  # what torch says on a CPU
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Positions of items of similar length, at most `tokens` a batch once padded; the largest lengths first.
 
@@ -46,8 +51,13 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return out
 
 
-def run_batches(work: Callable[[list[int]], T], groups: list[list[int]], device: torch.device, tick: Tick) -> list[T]:
-    """`work` of every batch, in their order; `tick` is told the items of each as it is done."""
+def run_batches(
+    work: Callable[[list[int]], T], groups: list[list[int]], device: torch.device, tick: Tick, in_turn: bool = False
+) -> list[T]:
+    """`work` of every batch, in their order; `tick` is told the items of each as it is done.
+
+    in_turn: one after the other.
+    """
 
     def collect(results: Iterable[T]) -> list[T]:
         done = []
@@ -58,7 +68,7 @@ def run_batches(work: Callable[[list[int]], T], groups: list[list[int]], device:
 
     if device.type != "cpu":
         return collect(map(work, groups))
-    cores = torch.get_num_threads()
+    cores = 1 if in_turn else torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             return collect(pool.map(work, groups))

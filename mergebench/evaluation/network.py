@@ -16,7 +16,10 @@ from mergebench.evaluation.batch import one_thread
 from mergebench.evaluation.module import build, config_of, failed, quiet
 from mergebench.evaluation.task import LoadableModel
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
+    "chat_template*",
+)
 
 
 class Network:

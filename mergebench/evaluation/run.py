@@ -72,7 +72,7 @@ def evaluate_models(
         raise RecipeError(f"two models to measure are called '{twice[0]}'", "name each model once")
     suite = suite.only()
     start, date = time.perf_counter(), datetime.now(UTC)
-    batch = _Batch(suite, _device(device), store, _Meter(progress, len(candidates) * suite.items))
+    batch = Batch(suite, device, store, _Meter(progress, len(candidates) * suite.items))
     for candidate in candidates:
         batch.measure(candidate)
     if not batch.records and batch.errors:
@@ -82,14 +82,15 @@ def evaluate_models(
     made |= {"by_task": batch.by_task} if batch.by_task else {}
     made |= {"failed": batch.failed} if batch.failed else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
-    return Results(made, with_relatives(batch.records, _homes(candidates, suite)))
+    return Results(made, with_relatives(batch.records, homes_of(candidates, suite)))
 
 
-class _Batch:
+class Batch:
     """The results of one suite, model by model, with one model in memory at a time."""
 
-    def __init__(self, suite: Suite, device: torch.device, store: Store | None, meter: _Meter) -> None:
-        self.suite, self.device, self.store, self.meter = suite, device, store, meter
+    def __init__(self, suite: Suite, device: str, store: Store | None, meter: _Meter | None = None) -> None:
+        self.suite, self.device, self.store = suite, _device(device), store
+        self.meter = meter or _Meter(None, 0)
         self.versions = _versions()
         self.records: list[Record] = []
         self.failed: list[dict[str, Any]] = []
@@ -157,12 +158,14 @@ class _Batch:
     @contextmanager
     def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
         """What fails is noted, and the evaluation goes on."""
+        from mergebench.evaluation.batch import out_of_memory
+
         try:
             yield
         except MergebenchError as error:
             self._fail(candidate, tasks, error)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             self._network = None
             names = ", ".join(f"'{task.name}'" for task in tasks)
@@ -175,13 +178,6 @@ class _Batch:
             self.meter.close(candidate.name, task)
         names = [task.name for task in tasks]
         self.failed.append({"model": candidate.name, "tasks": names, "error": error.message, "hint": error.hint})
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    said = type(error) is RuntimeError and "allocate memory" in str(error)  # what torch says on a CPU
-    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _record(candidate: Candidate, task: Task, score: Score, seconds: float) -> Record:
@@ -221,7 +217,7 @@ class _Meter:
         self.of(model, task.name)(task.ready.n - self.counts[model, task.name])
 
 
-def _homes(candidates: Sequence[Candidate], suite: Suite) -> dict[str, str]:
+def homes_of(candidates: Sequence[Candidate], suite: Suite) -> dict[str, str]:
     """Each task's own fine-tune: the input model whose directory holds the task's head."""
     owners: dict[Path, str] = {}
     for candidate in candidates:

@@ -24,7 +24,7 @@ from mergebench.evaluation.suite import Task, sha256_of
 from mergebench.evaluation.task import Direction, LoadableModel, Prediction, Score
 
 DEFAULT = Path("results")
-BESIDE = ("config.json", "generation_config.json", "*processor_config.json", "chat_template*", *TOKENIZER_FILES)
+BESIDE = ("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES)
 
 
 @dataclass

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mergebench.errors import RecipeError, RunError, did_you_mean
+from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
+from mergebench.evaluation.scorer import Scorer, ScorerKind
 from mergebench.evaluation.task import Key, Kind, Ready
 from mergebench.recipe.places import Loc, Places, show
 from mergebench.recipe.source import parse, plain
 
+T = TypeVar("T")
 SHAPE = "begin with tasks: and list them as '- name: …'"
 
 
@@ -132,15 +135,8 @@ class _Reader:
             raise self.places.error(loc, f"must be a mapping, got {show(entry)}", SHAPE)
         given = {key: value for key, value in entry.items() if value is not None}
         name, kind_name = self.word(given, "name", loc), self.word(given, "kind", loc)
-        try:
-            kind = kinds.get(kind_name)
-        except RecipeError as error:
-            raise self.places.error((*loc, "kind"), error.message, error.hint) from None
-        values = {key: self.value(kind, key, value, (*loc, key)) for key, value in given.items() if key not in NAMES}
-        for key in kind.keys.values():
-            if key.required and key.name not in values:
-                raise self.places.error((*loc, key.name), f"missing, a '{kind.name}' task needs it", key.help)
-        params = kind.params(**values)
+        kind = self.at((*loc, "kind"), lambda: kinds.get(kind_name))
+        params = self.params(kind, {key: value for key, value in given.items() if key not in NAMES}, loc)
         if (name, params.split) in self.names:
             hint = "rename one, or give it the other split"
             raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too", hint)
@@ -160,6 +156,34 @@ class _Reader:
             raise self.places.error(loc, what, "what is chosen on some items is reported on others")
         self.items[task.split].update({one: (where, task.name) for one, where in task.ready.items.items()})
 
+    def params(self, kind: Kind | ScorerKind, given: dict[str, Any], loc: Loc) -> Any:
+        """The dataclass of a kind, filled in."""
+        values = {key: self.value(kind, key, value, (*loc, key)) for key, value in given.items()}
+        for key in kind.keys.values():
+            if key.required and key.name not in values:
+                raise self.places.error((*loc, key.name), f"missing, '{kind.name}' needs it", key.help)
+        return kind.params(**values)
+
+    def scorer(self, value: Any, loc: Loc) -> Scorer:
+        """`exact-match`, or a mapping with the scorer's name and its keys: {regex: "…"}."""
+        given = value if isinstance(value, dict) else {}
+        names = scorers.names()
+        name = next((key for key in given if key in names), value if isinstance(value, str) else None)
+        if name is None:
+            first = next((key for key in given if isinstance(key, str)), "")
+            what = f"names no scorer, got {first or show(value)}"
+            raise self.places.error(loc, what, did_you_mean(first, names))
+        kind = self.at(loc, lambda: scorers.get(name))
+        params = self.params(kind, given, loc)
+        return self.at(loc, lambda: kind(params))
+
+    def at(self, loc: Loc, make: Callable[[], T]) -> T:
+        """What `make` gives; where it refuses, with the place in the suite."""
+        try:
+            return make()
+        except RecipeError as error:
+            raise self.places.error(loc, error.message, error.hint) from None
+
     def word(self, given: dict[str, Any], name: str, loc: Loc) -> str:
         if name not in given:
             raise self.places.error((*loc, name), "missing", f"{name}: {NAMES[name]}")
@@ -168,29 +192,34 @@ class _Reader:
             raise self.places.error((*loc, name), f"must be a word, got {show(value)}", "quote it if it is a number")
         return value
 
-    def value(self, kind: Kind, name: str, value: Any, loc: Loc) -> Any:
+    def value(self, kind: Kind | ScorerKind, name: str, value: Any, loc: Loc) -> Any:
         if name not in kind.keys:
-            hint = did_you_mean(name, [*NAMES, *kind.keys])
+            hint = did_you_mean(name, [*(NAMES if isinstance(kind, Kind) else ()), *kind.keys])
             raise self.places.error(loc, f"'{kind.name}' has no such key", hint)
         key: Key = kind.keys[name]
+        if key.type is Scorer:
+            return self.scorer(value, loc)
         complaint = key.complaint(value)
         if complaint:
             raise self.places.error(loc, f"{complaint}, got {show(value)}", key.help)
-        if key.type is not Path:
+        if key.type not in (Path, Path | str):
             return value
-        found = _find(value, self.folders)
-        if found is None:
-            raise self.places.error(loc, f"no such file: {value}", _looked(self.folders))
-        return found
+        found = _find(value, self.folders, key.folder)
+        if found is None and (key.type is Path or value.endswith((".yaml", ".yml"))):
+            raise self.places.error(
+                loc, f"no such {'folder' if key.folder else 'file'}: {value}", _looked(self.folders)
+            )
+        return found or value
 
 
 NAMES = {"name": "the task's name in tables", "kind": "such as text-classification"}
 
 
-def _find(source: str | os.PathLike[str], folders: Sequence[Path]) -> Path | None:
+def _find(source: str | os.PathLike[str], folders: Sequence[Path], folder: bool = False) -> Path | None:
     try:
         path = Path(source).expanduser()
-        return next((place for place in [path, *(folder / path for folder in folders)] if place.is_file()), None)
+        fits = Path.is_dir if folder else Path.is_file
+        return next((place for place in [path, *(above / path for above in folders)] if fits(place)), None)
     except (OSError, RuntimeError, ValueError):  # too long for a name, or the home of nobody
         return None
 

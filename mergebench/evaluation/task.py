@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import statistics
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -33,7 +34,16 @@ Direction = Literal["higher", "lower"]  # which values are better
 Tick = Callable[[int], None]  # called with the number of items just measured
 
 REQUIRED: Any = object()
-WORDS = {Path: "a path", str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
+TEXTS = list[str]
+WORDS = {
+    Path: "a path",
+    Path | str: "a name or a path",
+    str: "a word",
+    TEXTS: "a list of texts",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,12 @@ class Key:
     """One key of a task in a suite: what it means and what it may hold."""
 
     name: str
-    type: type
+    type: Any
     default: Any
     help: str
     low: float | None = None
     choices: tuple[str, ...] = ()
+    folder: bool = False
 
     @property
     def required(self) -> bool:
@@ -55,7 +66,10 @@ class Key:
         """What the key must hold, where `value` is something else; else None."""
         if self.choices:
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
-        kinds: tuple[type, ...] = {Path: (str,), float: (int, float)}.get(self.type, (self.type,))
+        if self.type == TEXTS:
+            fits = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+            return None if fits else f"must be {WORDS[TEXTS]}"
+        kinds: tuple[type, ...] = {Path: (str,), Path | str: (str,), float: (int, float)}.get(self.type, (self.type,))
         fits = isinstance(value, kinds) and (self.type is bool or not isinstance(value, bool))
         if isinstance(value, str):
             fits = fits and bool(value.strip())
@@ -65,11 +79,23 @@ class Key:
         return None if fits else f"must be {WORDS[self.type]}{low}"
 
 
-def key(help: str, default: Any = REQUIRED, *, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A key of a task in a suite: meaning, default and range in one place. A `Path` must exist."""
-    about = {"help": help, "low": low, "choices": choices}
+def key(
+    help: str,
+    default: Any = REQUIRED,
+    *,
+    low: float | None = None,
+    choices: tuple[str, ...] = (),
+    folder: bool = False,
+) -> Any:
+    """A key of a task in a suite: meaning, default and range in one place.
+
+    A `Path` must be there, a file or a `folder`; a `Path | str` may be a name instead.
+    """
+    about = {"help": help, "low": low, "choices": choices, "folder": folder}
     if default is REQUIRED:
         return field(metadata=about)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
 
 
@@ -106,6 +132,13 @@ def accuracy(predictions: Mapping[str, Prediction]) -> Score:
     n = len(predictions)
     p = sum(prediction.score for prediction in predictions.values()) / n
     return Score(p, math.sqrt(p * (1 - p) / n), n, predictions)
+
+
+def mean(predictions: Mapping[str, Prediction], metric: str, direction: Direction) -> Score:
+    """The mean of n items' scores, with the standard error s / sqrt(n) of their standard deviation s."""
+    scores = [prediction.score for prediction in predictions.values()]
+    stderr = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+    return Score(math.fsum(scores) / len(scores), stderr, len(scores), predictions, metric, direction)
 
 
 @dataclass(frozen=True)
@@ -161,22 +194,31 @@ def task(*, network: str) -> Callable[[Callable[[Any], Ready]], Kind]:
     """
 
     def declare(function: Callable[[Any], Ready]) -> Kind:
-        names = list(inspect.signature(function).parameters)
-        params = typing.get_type_hints(function).get(names[0]) if len(names) == 1 else None
-        if not (isinstance(params, type) and issubclass(params, Common) and dataclasses.is_dataclass(params)):
-            raise TypeError(f"{function.__name__}: a task takes (params: a dataclass made from Common)")
-        hints = typing.get_type_hints(params)
-        keys = {}
-        for f in dataclasses.fields(params):
-            default = REQUIRED if f.default is dataclasses.MISSING else f.default
-            keys[f.name] = Key(f.name, _plain(hints[f.name]), default, **f.metadata)
+        params, keys = keys_of(function, Common)
         return Kind(function.__name__.replace("_", "-"), function, network, params, keys)
 
     return declare
 
 
+def keys_of(function: Callable[[Any], Any], base: type = object) -> tuple[type, dict[str, Key]]:
+    """The dataclass that a function `(params)` takes, and its keys."""
+    names = list(inspect.signature(function).parameters)
+    params = typing.get_type_hints(function).get(names[0]) if len(names) == 1 else None
+    if not (isinstance(params, type) and issubclass(params, base) and dataclasses.is_dataclass(params)):
+        made = "" if base is object else f" made from {base.__name__}"
+        raise TypeError(f"{function.__name__}: it takes (params: a dataclass{made})")
+    hints = typing.get_type_hints(params)
+    keys = {}
+    for f in dataclasses.fields(params):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        keys[f.name] = Key(
+            f.name, _plain(hints[f.name]), REQUIRED if default is dataclasses.MISSING else default, **f.metadata
+        )
+    return params, keys
+
+
 def _plain(hint: Any) -> Any:
     """`int` for both `int` and `int | None`; None is what a key that is not given holds."""
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) and types.NoneType in hint.__args__:
         (hint,) = (part for part in hint.__args__ if part is not types.NoneType)
     return hint

@@ -1,0 +1,68 @@
+"""A merge's result in memory instead of in files, to be measured, or read again as a task vector."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.read import TORCH_DTYPE, Files
+from mergebench.checkpoint.write import ALIGN, Shard
+
+
+class InMemory:
+    """The tensors of an output, which one merge after another may be written into.
+
+    The memory is shared with processes that are forked later, so that workers of either sort fill it.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        tensors = [tensor for shard in shards for tensor in shard.tensors]
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += tensor.nbytes + -tensor.nbytes % ALIGN
+        whole = torch.frombuffer(mmap.mmap(-1, max(end, 1)), dtype=torch.uint8)
+        self.tensors: dict[str, Tensor] = {}
+        self._flat: dict[str, Tensor] = {}
+        for tensor, start in zip(tensors, starts, strict=True):
+            flat = whole[start : start + tensor.nbytes].view(TORCH_DTYPE[tensor.dtype])
+            self._flat[tensor.name], self.tensors[tensor.name] = flat, flat.view(tensor.shape)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put the flat `values` (of the stored dtype) at element `start` of a tensor."""
+        self._flat[name][start : start + len(values)] = values
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def task_vector(self, shards: Sequence[Shard], reference: str, base: Model) -> Model:
+        """What lies here as a model of the engine's: differences to `base`."""
+        tensors = {}
+        for tensor in (tensor for shard in shards for tensor in shard.tensors):
+            info = TensorInfo(tensor.name, tensor.dtype, tensor.shape, Path(), 0, tensor.nbytes)
+            tensors[tensor.name] = info._replace(made=_Held(info, self._flat[tensor.name]))
+        return Model(reference, base.directory, base.headers, tensors, is_task_vector=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A tensor that no file holds."""
+
+    own: TensorInfo
+    flat: Tensor
+
+    def read(self, files: Files, start: int, out: Tensor) -> None:
+        out.copy_(self.flat[start : start + len(out)])
+
+    def settle(self, files: Files) -> None:
+        """It is there."""
+
+    def digest(self) -> str:
+        raise TypeError("what lies in memory is no input of a result on disk")

@@ -1,0 +1,107 @@
+"""Tasks that lm-evaluation-harness brings along, or that a task file describes in its language."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import ExitStack, chdir, contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mergebench.errors import RecipeError, RunError
+from mergebench.evaluation.harness import first_line, undisturbed
+
+
+def own_task(task: Path | str) -> Any:
+    """One of lm-eval's own tasks by its name, or the task of a YAML file as lm-eval reads it; its data are loaded.
+
+    What is on this machine is taken first; the hub is asked only for what is not. Relative paths in a file
+    are looked up in the working directory, then in the file's folder. `RecipeError` where there is no such task or it
+    is not one, `RunError` where its data are not to be had.
+    """
+    manager = _manager(isinstance(task, str))
+    if isinstance(task, str) and task not in manager.all_subtasks:
+        close = difflib.get_close_matches(task, manager.all_subtasks, n=1)
+        if task in manager.all_tasks:
+            raise RecipeError(f"lm-eval's '{task}' is a group of tasks", "measure its tasks one by one")
+        hint = f"did you mean '{close[0]}'?" if close else "`lm-eval ls tasks` lists them; a file ends in .yaml"
+        raise RecipeError(f"lm-eval has no task '{task}'", hint)
+    name = str(task.resolve()) if isinstance(task, Path) else task
+    missing: Exception = RunError("nowhere")
+    for place in _places(task):
+        with undisturbed(), place:
+            try:
+                loaded = manager.load([name])
+                break
+            except (ConnectionError, FileNotFoundError) as error:
+                missing = error
+            except Exception as error:  # lm-eval raises whatever its parts raise
+                raise RecipeError(f"{task}: lm-eval cannot read the task: {first_line(error)}") from None
+    else:
+        raise RunError(
+            f"{task}: its data are neither on this machine nor to be had from the hub: "
+            + first_line(missing).removesuffix(" (OfflineModeIsEnabled)"),
+            "check the task's paths, the network and HF_HUB_OFFLINE",
+        )
+    if loaded.get("groups") or len(loaded["tasks"]) != 1:
+        raise RecipeError(f"{task}: it holds {len(loaded['tasks'])} tasks", "name a file with one task")
+    (found,) = loaded["tasks"].values()
+    return found
+
+
+@cache
+def _manager(names: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    with undisturbed():
+        return TaskManager(include_defaults=names)  # 14,000 names: ten seconds
+
+
+def _places(task: Path | str) -> Iterator[ExitStack]:
+    """Where a task's data may be: of a file, in the working directory or its folder; then in the cache, on the hub."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    def place(offline: bool, folder: Path | None = None, scratch: str | None = None) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(_changed(config, HF_HUB_OFFLINE=offline))
+        stack.enter_context(_changed(constants, HF_HUB_OFFLINE=offline))
+        if folder and scratch:
+            stack.enter_context(chdir(folder))
+            stack.enter_context(_changed(config, HF_DATASETS_CACHE=Path(scratch)))
+        return stack
+
+    if isinstance(task, Path):  # local data are converted into a folder that goes with this process
+        for folder in (Path.cwd(), task.resolve().parent):
+            yield place(True, folder, _scratch().name)
+    yield place(True)
+    if not constants.HF_HUB_OFFLINE and _hub_answers():
+        yield place(False)
+
+
+def _hub_answers() -> bool:
+    """One short question, where a data set that cannot be fetched is tried for 23 seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the library's network layer raises
+        return False
+    return True
+
+
+@cache
+def _scratch() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="mergebench-")
+
+
+@contextmanager
+def _changed(module: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)

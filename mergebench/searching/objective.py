@@ -1,0 +1,69 @@
+"""What a search makes as good as it can: one number of a model's values on the validation tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mergebench.errors import RecipeError, RunError, did_you_mean
+from mergebench.evaluation import Candidate, Record, Suite, evaluate_models
+from mergebench.evaluation.run import homes_of
+from mergebench.evaluation.store import Store
+
+NAMES = {
+    "mean": "mean of the tasks' values",
+    "relative": "mean share of what each task's own fine-tune reaches",
+    "worst": "smallest of those shares",
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One of `NAMES`. own: what each task's own fine-tune reaches, for the last two."""
+
+    name: str
+    own: Mapping[str, float]
+
+    def of(self, records: Sequence[Record]) -> tuple[float, str]:
+        """The objective of one model's records, and which are better: higher, or lower."""
+        if self.name == "mean":
+            metrics = {(record.metric, record.direction) for record in records}
+            if len(metrics) > 1:
+                names = ", ".join(sorted(metric for metric, _ in metrics))
+                what = f"--objective mean: the tasks have different metrics ({names})"
+                raise RecipeError(what, "--objective relative or worst compares each with its own fine-tune")
+            return sum(record.value for record in records) / len(records), records[0].direction
+        shares = [self._share(record) for record in records]
+        return (min(shares) if self.name == "worst" else sum(shares) / len(shares)), "higher"
+
+    def _share(self, record: Record) -> float:
+        parts = (record.value, self.own[record.task])
+        value, own = parts if record.direction == "higher" else parts[::-1]
+        if not own:
+            raise RunError(f"--objective {self.name}: a value of 0 on task '{record.task}' has no share", "take mean")
+        return value / own
+
+
+def check(name: str) -> None:
+    if name not in NAMES:
+        raise RecipeError(f"--objective: '{name}' is none", did_you_mean(name, NAMES))
+
+
+def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
+    """The objective of that name; where it compares with the tasks' own fine-tunes, they are measured first."""
+    if name == "mean":
+        return Objective(name, {})
+    homes = homes_of(inputs, suite)
+    for task in suite.tasks:
+        if task.name not in homes:
+            what = f"--objective {name}: no model of the recipe is the fine-tune of task '{task.name}'"
+            raise RecipeError(what, "put the task's head beside the model it belongs to, or take --objective mean")
+    own: dict[str, float] = {}
+    for one in inputs:
+        tasks = tuple(task for task in suite.tasks if homes[task.name] == one.name)
+        if tasks:
+            found = evaluate_models([one], replace(suite, tasks=tasks), device=device, store=store)
+            own |= {record.task: record.value for record in found.records}
+    if missing := [task.name for task in suite.tasks if task.name not in own]:
+        raise RunError(f"--objective {name}: the fine-tune of task '{missing[0]}' could not be measured on it")
+    return Objective(name, own)
