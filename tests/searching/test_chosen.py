@@ -1,6 +1,6 @@
 """On the quickstart's models, a search over lambda finds what the default of task arithmetic loses.
 
-make quickstart && python -m pytest -m real tests/searching/test_quickstart.py
+make quickstart && python -m pytest -m real tests/searching/test_chosen.py
 """
 
 from __future__ import annotations
