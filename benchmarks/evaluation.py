@@ -3,9 +3,10 @@
     python recipes/quickstart/fetch.py
     python benchmarks/evaluation.py [--candidates 12] [--split test]
 
-A candidate is planned, merged in memory, put in the place of the one before it and measured on the suite's four
-tasks (1200 texts), as `mergebench search` does it. The forward pass is the encoder alone on the same tokens in the
-same batches, with the weights that are there. The two take turns, so that both meet the same machine.
+A candidate is planned and merged in memory, then put in the place of the one before it and measured on the suite's
+four tasks (1200 texts), as `mergebench search` does it. The forward pass is the encoder alone on the same tokens in
+the same batches, with the weights that are there. The two take turns, so that both meet the same machine. The first
+candidate is left out: it finds what the others use again.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from mergebench.searching.candidates import Candidates
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # what changes from one candidate to the next
-    "pcb, lambda": ("pcb", "parameters.lambda", 0.6, 1.4),
-    "pcb, density": ("pcb", "parameters.density", 0.05, 0.4),
-    "ties, lambda": ("ties", "parameters.lambda", 0.6, 1.4),
-    "ties, density": ("ties", "parameters.density", 0.05, 0.4),
-    "task_arithmetic, lambda": ("task_arithmetic", "parameters.lambda", 0.2, 0.6),
+    "pcb, lambda": ("pcb", "lambda", 0.6, 1.4),
+    "pcb, density": ("pcb", "density", 0.05, 0.4),
+    "ties, lambda": ("ties", "lambda", 0.6, 1.4),
+    "ties, density": ("ties", "density", 0.05, 0.4),
+    "task_arithmetic, lambda": ("task_arithmetic", "lambda", 0.2, 0.6),
 }
 
 
@@ -70,27 +71,27 @@ def main() -> None:
     suite = load_suite(ROOT / "recipes/quickstart/suite.yaml").only(options.split)
     texts = texts_of(suite)
     print(f"commit {commit()}; {options.candidates} candidates, {suite.items} texts\n")
-    print("| what changes | a candidate, s | forward passes, s | ratio | the first candidate, s |")
-    print("|---|---|---|---|---|")
-    for name, (method, path, low, high) in CASES.items():
+    print("| what changes | merged in, s | evaluated in, s | forward passes, s | evaluated / passes | both / passes |")
+    print("|---|---|---|---|---|---|")
+    for name, (method, parameter, low, high) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             candidates, batch = Candidates(Path(folder), "cpu"), Batch(suite, "cpu", None)
-            spent, passes = [], []
+            spent = []
             for number in range(options.candidates + 1):
                 value = low + (high - low) * number / options.candidates
-                changes = [f"merge_method={method}", f"{path}={value}"]
+                changes = [f"merge_method={method}", f"parameters={{{parameter}: {value}}}"]
                 start = time.perf_counter()
                 recipe = mergebench.load(ROOT / "recipes/quickstart.yaml", changes)
-                plan = candidates.plan(recipe)
-                model = candidates.merge(plan, str(number))
+                model = candidates.merge(candidates.plan(recipe), str(number))
+                merged = time.perf_counter()
                 batch.measure(Candidate(str(number), "merged", model))
-                spent.append(time.perf_counter() - start)
+                measured = time.perf_counter()
                 assert batch._network is not None
                 tokens = [batch._network.tokenize(part, length) for part, length in texts]
-                passes.append(forward(batch._network, tokens))
-            first, *spent = spent  # it makes what the others use again
-            mean, alone = sum(spent) / len(spent), sum(passes[1:]) / len(spent)
-            print(f"| {name} | {mean:.2f} | {alone:.2f} | {mean / alone:.2f} | {first:.2f} |", flush=True)
+                spent.append((merged - start, measured - merged, forward(batch._network, tokens)))
+            merge, measure, passes = (sum(column) / options.candidates for column in zip(*spent[1:], strict=True))
+            ratios = f"{measure / passes:.2f} | {(merge + measure) / passes:.2f}"
+            print(f"| {name} | {merge:.2f} | {measure:.2f} | {passes:.2f} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -74,39 +75,46 @@ def markdown(results: Results) -> str:
 
 def legend(results: Results, *, bold: bool = True) -> str:
     """How to read the table, in a sentence or two; `bold` where it can show what is best."""
-    metrics = dict.fromkeys((record.metric, record.direction) for record in results.records)
-    names = ", ".join(metric + (" in %" if metric in SHARES else f" ({way} is better)") for metric, way in metrics)
+    metrics = {record.task: (record.metric, record.direction) for record in results.records}
+    said = {m: m[0] + (" in %" if m[0] in SHARES else f" ({m[1]} is better)") for m in metrics.values()}
+    names = "; ".join(said.values() if len(said) < 2 else (f"{task}: {said[m]}" for task, m in metrics.items()))
     counts = sorted({record.n for record in results.records})
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "no"
     splits = ", ".join(dict.fromkeys(record.split for record in results.records))
-    text = f"{names} ± standard error, {items} {splits} items a task"
+    text = f"{names}{',' if len(said) > 1 else ''} ± standard error, {items} {splits} items a task"
     if any(value is not None for value in mean_relatives(results).values()):
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):
         text += f"; {', '.join(results.made['by_task'])}: each task on the model made for it"
     if bold and any(cell.best for row in rows_of(results) for cell in row.cells):
         text += "; bold: the best merge"
-    return text[:1].upper() + text[1:] + "."
+    return (text if len(said) > 1 else text[:1].upper() + text[1:]) + "."
 
 
 def heads_of(results: Results) -> list[str]:
-    return [*results.tasks, "mean", "relative"]
+    return [*results.tasks, *(name for name, _ in _summaries(results))]
+
+
+def _summaries(results: Results) -> list[tuple[str, dict[str, float | None]]]:
+    """The means over the tasks, by model; without those that no model has, or that a column shows already."""
+    found = [("mean", mean_values(results))] * (len(results.tasks) > 1) + [("relative", mean_relatives(results))]
+    return [(name, by_model) for name, by_model in found if any(one is not None for one in by_model.values())]
 
 
 def rows_of(results: Results) -> list[Row]:
     """One a model, in the order of the results; the best cells among merged models and baselines marked."""
-    means, relatives = mean_values(results), mean_relatives(results)
+    summaries = _summaries(results)
     metric = next((record.metric for record in results.records), "")
     names, rows, values = short_names(results.models), [], []
     for model in results.models:
         records = results.of(model)
         found = [records.get(task) for task in results.tasks]
-        mean, relative = means[model], relatives[model]
         texts = [NONE if record is None else value_of(record) for record in found]
-        texts += [NONE if mean is None else number(mean, metric), NONE if relative is None else f"{relative:.1%}"]
+        more = [(name, by_model[model]) for name, by_model in summaries]
+        texts += [NONE if v is None else f"{v:.1%}" if name == "relative" else number(v, metric) for name, v in more]
         role = next(iter(records.values())).role
         rows.append(Row(names[model], role, [Cell(text) for text in texts]))
-        values.append([*(None if record is None else record.value for record in found), mean, relative])
+        values.append([*(None if record is None else record.value for record in found), *(v for _, v in more)])
     _mark_best(results, rows, values)
     return rows
 
@@ -116,7 +124,8 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
     competing = [i for i, row in enumerate(rows) if row.role in ("merged", "baseline")]
     ways = {record.task: record.direction for record in results.records}
     common = next(iter(ways.values()), "higher")  # means are there only where all tasks agree
-    for column, way in enumerate([*(ways[task] for task in results.tasks), common, common]):
+    for column in range(len(values[0]) if values else 0):
+        way = ways[results.tasks[column]] if column < len(results.tasks) else common
         known = {value for i in competing if (value := values[i][column]) is not None}
         if len(known) < 2:
             continue
@@ -127,6 +136,9 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
 
 
 def value_of(record: Record) -> str:
-    """A record as the table shows it."""
-    value = number(record.value, record.metric)
-    return value if record.stderr is None else f"{value} ± {number(record.stderr, record.metric)}"
+    """A record as the table shows it: with a standard error, to that one's second digit."""
+    if record.stderr is None or record.metric in SHARES:
+        error = "" if record.stderr is None else f" ± {number(record.stderr, record.metric)}"
+        return f"{number(record.value, record.metric)}{error}"
+    places = max(0, 1 - math.floor(math.log10(record.stderr))) if record.stderr > 0 else 3
+    return f"{record.value:.{places}f} ± {record.stderr:.{places}f}"

@@ -143,10 +143,29 @@ def test_where_lower_is_better() -> None:
     text = markdown(
         Results({}, (one("base", "base", 9.0), one("linear", "baseline", 12.3456), one("pcb", "merged", 11.2)))
     )
-    assert "| linear | baseline | 12.35 | 12.35 | – |" in text
-    assert "| pcb | merged | **11.2** | **11.2** | – |" in text
+    assert "| linear | baseline | 12.35 |\n" in text
+    assert "| pcb | merged | **11.2** |\n" in text
     assert text.endswith(
         "\nPerplexity (lower is better) ± standard error, 300 test items a task; bold: the best merge.\n"
+    )
+
+
+def test_tasks_that_have_no_mean() -> None:
+    """Each metric is named by its task, an error has two digits, and no column is empty."""
+
+    def one(task: str, metric: str, way: str, value: float, stderr: float) -> Record:
+        return a_record("base", "base", task, 1, None, metric=metric, direction=way, value=value, stderr=stderr)
+
+    results = Results({}, (
+        one("kinds", "accuracy", "higher", 0.6733, 0.03829),
+        one("news", "bits_per_byte", "lower", 1.26714, 0.014042),
+        one("long", "word_perplexity", "lower", 1034.4, 27.31),
+    ))  # fmt: skip
+    text = markdown(results).splitlines()
+    assert text[0] == "| model |  | kinds | news | long |"
+    assert text[2] == "| base | base | 67.3 ± 3.8 | 1.267 ± 0.014 | 1034 ± 27 |"
+    assert text[4].startswith(
+        "kinds: accuracy in %; news: bits\\_per\\_byte (lower is better); long: word\\_perplexity (lower is better), ±"
     )
 
 
