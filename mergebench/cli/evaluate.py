@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     suite: Annotated[Path, typer.Argument(help="A YAML file of tasks.")],
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, BASE+ADAPTER, or org/name.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Directories, BASE+ADAPTER, or org/name.")],
     out: Annotated[
         Path | None, typer.Option(help="Where the tables go. Default: evaluations/<suite's name>.", file_okay=False)
     ] = None,
