@@ -41,6 +41,21 @@ class Sample:
 
         common: the values there that many elements have.
         """
+        ordered, (first, guess, last) = self._ordered[row], self._places(row, rank, numel)
+        low = float(ordered[first]) if first >= 0 else -np.inf
+        high = _next(float(ordered[last])) if last < len(ordered) else np.inf
+        found, counts = np.unique(ordered[(ordered >= low) & (ordered < high)], return_counts=True)
+        most = np.argsort(-counts, kind="stable")[:COMMON]
+        return low, guess, high, tuple(found[most][counts[most] > len(ordered) / 256].tolist())
+
+    def share(self, row: int, rank: int, numel: int) -> float:
+        """Of the elements, about so many are in the bracket, without those that have the guess's own value."""
+        ordered, (first, guess, last) = self._ordered[row], self._places(row, rank, numel)
+        inside = ordered[max(first, 0) : last + 1]
+        return float(np.count_nonzero(inside != guess)) / len(ordered)
+
+    def _places(self, row: int, rank: int, numel: int) -> tuple[int, float, int]:
+        """Where in the ordered sample a bracket begins and ends, perhaps beyond it; between them the rank's guess."""
         values, ordered = self.values[row], self._ordered[row]
         size, share = len(ordered), rank / max(numel - 1, 1)
         guess = ordered[min(size - 1, round(share * (size - 1)))]
@@ -49,12 +64,7 @@ class Sample:
         below = (values.reshape(-1, self.piece) < guess).mean(axis=1)
         error = float(np.sqrt(np.square(np.diff(below)).sum() / 2) / len(below)) if len(below) > 1 else 1.0
         width = self.margin * (Z * error * size + 16)
-        first, last = int(share * size - width), int(share * size + width) + 1
-        low = float(ordered[first]) if first >= 0 else -np.inf
-        high = _next(float(ordered[last])) if last < size else np.inf
-        found, counts = np.unique(ordered[(ordered >= low) & (ordered < high)], return_counts=True)
-        most = np.argsort(-counts, kind="stable")[:COMMON]
-        return low, float(guess), high, tuple(found[most][counts[most] > size / 256].tolist())
+        return int(share * size - width), float(guess), int(share * size + width) + 1
 
 
 def _next(value: float) -> float:

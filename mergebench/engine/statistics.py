@@ -56,34 +56,39 @@ class Statistic:
 
 
 class Small:
-    """The values of a small unit [rows, elements]; once all are there, the answers: so a worker sends little home."""
+    """Everything about a small unit in one place: answered there and forgotten."""
 
     def __init__(self, numel: int, ranks: Sequence[Sequence[int]], trim: bool) -> None:
-        self.missing, self.ranks, self.trim = numel, ranks, trim
-        self.parts: list[Floats] = []
+        self.numel, self.ranks, self.trim = numel, ranks, trim
+        self.rows = np.empty((0, 0), np.float32)  # of which so many columns are
+        self.filled = 0
         self.answers: list[list[float]] = []
         self.kept: list[float] = []
 
     def add(self, values: Floats) -> None:
-        """Take in a chunk, which is put into another order."""
-        self.parts.append(values)
-        self.missing -= values.shape[1]
-        if self.missing:
+        """Take in a chunk [rows, elements]."""
+        if not self.filled:
+            self.rows = np.empty((len(values), self.numel), np.float32)
+        elif not self.rows.flags.writeable:  # as it came from another process
+            self.rows = self.rows.copy()
+        self.rows[:, self.filled : self.filled + values.shape[1]] = values
+        self.filled += values.shape[1]
+        if self.filled < self.numel:
             return
-        rows = values if len(self.parts) == 1 else np.concatenate(self.parts, axis=1)
-        self.parts, self.answers = [], _pick(rows, self.ranks)
+        rows, self.rows = self.rows, np.empty((0, 0), np.float32)
+        self.answers = _pick(rows, self.ranks)
         if self.trim:
             inside = np.ones(rows.shape, np.bool_)
             for answer, beyond in zip(self.answers, (np.greater_equal, np.less_equal), strict=False):
                 inside &= beyond(rows, np.array(answer, np.float32)[:, None])
-            self.kept = (np.count_nonzero(inside, axis=1) / rows.shape[1]).tolist()
+            self.kept = (np.count_nonzero(inside, axis=1) / self.numel).tolist()
 
     def merge(self, other: Small) -> None:
         """Take in what another worker has: some chunks, or all of them."""
         if other.answers:
             self.answers, self.kept = other.answers, other.kept
-        for part in other.parts:
-            self.add(part)
+        elif other.filled:
+            self.add(other.rows[:, : other.filled])
 
 
 Gatherers = list[Bracket | Extreme]  # one for each row
@@ -113,9 +118,14 @@ class OrderStatistics(Statistic):
 
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 
+    def spread(self, sample: Sample, numel: int) -> float:
+        """The mean share of a row that its brackets hold, as far as a sample tells."""
+        shares = [sample.share(row, rank, numel) for ranks in self.ranks for row, rank in enumerate(ranks)]
+        return sum(shares) / len(shares)
+
     def reduce(self, state: Small | list[Gatherers], tile: int) -> None:
         if isinstance(state, Small):
-            state.add(self.keyed())
+            state.add(self._keyed().cpu().numpy())
             return
         keyed = self._keyed()
         rows = keyed.numpy() if keyed.device.type == "cpu" else keyed

@@ -25,10 +25,11 @@ from mergebench.engine.method import Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
 from mergebench.engine.statistics import OrderStatistics, Statistic
-from mergebench.engine.work import Progress, chunks_of, copies_of, start_workers
+from mergebench.engine.work import BATCH, Progress, chunks_of, copies_of, start_workers
 from mergebench.engine.worker import Item, Known, context_of, replay
 
-SMALL = TILE  # a unit of at most this many elements is gathered whole
+SMALL = BATCH  # chunks: a unit of at most so many may be gathered whole, by one worker
+WIDE = 1 / 12  # share of a small unit in brackets from which that takes less time: its values are not sorted
 LEAST_PIECES = 16
 LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 19  # elements of a sample: its memory does not grow with the model
 
@@ -97,14 +98,18 @@ class Sweeper:
         numbers: Sequence[int],
         samples: dict[int, Sample],
     ) -> dict[int, Any]:
+        wholes = [self._whole_bytes(unit) for unit in group.units if self._is_small(unit)]  # one at a time
+        room = self.plan.statistic_room // self.plan.workers - max(wholes, default=0)
         size = sum(unit.numel for unit in group.units)
-        room = self.plan.statistic_room // self.plan.workers
         empty = {}
         for number in numbers:
             unit = group.units[number]
             tiles = sum(-(-self._numel(name) // TILE) for name in unit.tensors)
             sample, share = samples.pop(number, None), room * unit.numel // size
-            empty[number] = statistics[number].init(unit.numel, tiles, sample, share)
+            asked = statistics[number]
+            if sample is not None and isinstance(asked, OrderStatistics) and self._is_small(unit):
+                sample = sample if asked.spread(sample, unit.numel) <= WIDE else None
+            empty[number] = asked.init(unit.numel, tiles, sample, share)
         states: dict[int, Any] = {}
         for mine in self.workers.run("gather", self._items(group, numbers), group.units, known, empty):
             for number, state in mine.items():
@@ -118,6 +123,14 @@ class Sweeper:
                 yield from chunks_of(self.plan, name, number, tile)
                 tile += -(-self._numel(name) // TILE)
 
+    def _is_small(self, unit: Unit) -> bool:
+        """Whether a worker has room for all of a unit."""
+        fits = self._whole_bytes(unit) <= self.plan.statistic_room // self.plan.workers // 2
+        return unit.numel <= TILE or (fits and unit.numel <= SMALL * self.plan.chunk and len(unit.tensors) == 1)
+
+    def _whole_bytes(self, unit: Unit) -> int:
+        return 4 * unit.numel * len(self.plan.merge.models)
+
     # -- samples ---------------------------------------------------------------------------------
 
     def _samples(self, group: Group, known: Known, numbers: Sequence[int], attempt: int) -> dict[int, Sample]:
@@ -125,7 +138,7 @@ class Sweeper:
         batches = [
             (number, batch)
             for number in numbers
-            if group.units[number].numel > SMALL
+            if group.units[number].numel > TILE
             for batch in self._pieces(group.units[number], attempt)
         ]
         items = iter([Item(number, spans, place) for place, (number, spans) in enumerate(batches)])

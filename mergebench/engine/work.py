@@ -89,6 +89,8 @@ class _Batches:
     def _advised(self) -> list[Item]:
         # one whole matrix may take seconds: a batch of them would keep a worker busy when the others are done
         batch = list(itertools.islice(self._items, 1 if self._plan.whole else BATCH))
+        if self._task == "gather" and len(batch) == BATCH:
+            batch += self._rest_of(batch[-1].unit)
         spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # those are scattered
         for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
             pieces = list(group)
@@ -96,6 +98,15 @@ class _Batches:
                 if operand.stored is not None:
                     self._files.advise(operand.stored, pieces[0].start, pieces[-1].stop)
         return batch
+
+    def _rest_of(self, unit: int) -> list[Item]:
+        """The next chunks, where they end a unit: a small one is gathered whole, so by one worker."""
+        ahead = list(itertools.islice(self._items, BATCH))
+        rest = list(itertools.takewhile(lambda item: item.unit == unit, ahead))
+        if len(rest) == BATCH:  # a larger one
+            rest = []
+        self._items = itertools.chain(ahead[len(rest) :], self._items)
+        return rest
 
     def _bytes(self, unit: int, span: Span) -> int:
         info = self._plan.merge.reference.tensors[span.tensor]

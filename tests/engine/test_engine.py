@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
-from mergebench.engine import brackets, sweep
+from mergebench.engine import brackets, statistics, sweep
 from mergebench.engine.context import Span
 from mergebench.engine.noise import TILE, bernoulli
 from mergebench.engine.run import Result
@@ -175,9 +175,44 @@ def test_dare_keeps_the_mean(tmp_path: Path) -> None:
     assert abs(float(change.mean()) - 1) < 5 * (3 / (20 * TILE)) ** 0.5
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_a_sample_tells_little_about_is_gathered_whole(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of very different size, as in low-rank differences: pieces of them are a bad sample. The same bits."""
+    base, tuned = files(tmp_path, dict.fromkeys("abcdef", (5 * TILE // 2,)))
+    for number, tensors in enumerate(tuned):
+        for name, value in tensors.items():
+            rows = torch.exp(3 * torch.randn(160, 1, generator=torch.Generator().manual_seed(number)))
+            step = (value - base[name]).view(160, -1) * rows
+            tensors[name] = base[name] + step.reshape(-1)
+        save_file(tensors, tmp_path / f"ft{number}.safetensors")
+    made: list[int] = []
+    init = statistics.Small.__init__
+
+    def counted(self: statistics.Small, numel: int, *more: Any) -> None:
+        made.append(numel)
+        init(self, numel, *more)
+
+    monkeypatch.setattr(statistics.Small, "__init__", counted)
+    whole = merge(tmp_path, "whole", "ties", plan={"workers": workers}, parameters={"density": 0.3})
+    assert made.count(5 * TILE // 2) >= 6
+    assert whole.provenance["extra_sweeps"] == 0
+    monkeypatch.setattr(sweep.Sweeper, "_is_small", lambda self, unit: False)
+    made.clear()
+    bracketed = merge(tmp_path, "bracketed", "ties", plan={"workers": workers}, parameters={"density": 0.3})
+    assert 5 * TILE // 2 not in made
+    left, right = (load_file(result.out / "model.safetensors") for result in (whole, bracketed))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for number, one in enumerate(tuned):
+        change = (one["a"] - base["a"]).abs().sort().values
+        (thresholds,) = whole.provenance["answers"]["a"][0]["order_statistics"]
+        assert thresholds[number] == change[len(change) - int(len(change) * 0.3)].item()
+
+
 def test_the_answer_does_not_depend_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files(tmp_path, {"a": (6 * TILE,), "b": (5 * TILE,)})
-    monkeypatch.setattr(sweep, "SMALL", 100)
+    monkeypatch.setattr(sweep.Sweeper, "_is_small", lambda self, unit: False)
     generous = merge(tmp_path, "generous", "pcb", plan={"memory": 400 << 20})
     tight = merge(tmp_path, "tight", "pcb", plan={"memory": 32 << 20, "workers": 1})
 
