@@ -60,7 +60,12 @@ class Run:
     """One running command."""
 
     def __init__(self, server: Server, number: int, folder: Path) -> None:
-        self._server, self._number, self._folder = server, number, folder
+        self._server, self._number = server, number
+        self._texts = [folder.parent / f"{number}.{name}" for name in ("out", "err")]
+        deadline = time.monotonic() + 60
+        while not self._texts[1].exists():  # a merge may take less time than its process takes to begin
+            assert time.monotonic() < deadline, "it never began"
+            time.sleep(0.001)
 
     def signal(self, what: signal.Signals) -> None:
         os.kill(self._number, what)  # its server has not waited for it: the number is still its own
@@ -74,7 +79,7 @@ class Run:
 
     def wait(self) -> tuple[int, str, str]:
         status = self._server.wait(self._number)
-        out, err = (self._folder.parent / f"{self._number}.{name}" for name in ("out", "err"))
+        out, err = self._texts
         said = status, out.read_text(), err.read_text()
         out.unlink()
         err.unlink()
