@@ -97,7 +97,8 @@ class Results:
             if not isinstance(made, dict):
                 raise TypeError("made")
         except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+            hint = "name a directory that mergebench merge, eval or search wrote"
+            raise RunError(f"{path}: cannot be read: {error.strerror}", hint) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RunError(f"{path}: not an evaluation", "evaluate again: mergebench writes evaluation.json") from None
         return cls(made, records)
