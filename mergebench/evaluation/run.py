@@ -130,9 +130,11 @@ class Batch:
                 self.meter.of(candidate.name, task.name)(task.ready.n)
                 found[task.name] = _record(candidate, task, *kept)
         with self._failing(candidate, [task for task, _ in open_]):
+            if open_:
+                self._hold(model, tasks[0].kind.network)  # one that cannot be built fails once, on all of them
             for task, key in open_:
-                network = self._hold(model, task.kind.network)
                 with self._failing(candidate, [task]):
+                    network = self._hold(model, task.kind.network)  # again, where memory ran out
                     start = time.perf_counter()
                     score = task.ready.measure(network, self.meter.of(candidate.name, task.name))
                     seconds = round(time.perf_counter() - start, 3)

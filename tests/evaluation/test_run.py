@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,27 @@ def test_what_fails_stops_nobody(encoder: Path, place: Path, entry: Entry) -> No
     ]
     assert results.made["failed"][0]["hint"] == "look for it"
     assert steps[-1].done == steps[-1].total
+
+
+def test_memory_that_runs_out_between_tasks(encoder: Path, suite: Suite) -> None:
+    """Tasks that were measured stay measured, and each of the others fails once."""
+
+    def full(network: Network, tick: Any) -> Any:
+        raise MemoryError
+
+    first, second = suite.tasks
+    greedy = replace(second, name="greedy", ready=replace(second.ready, measure=full))
+    reads: list[bool] = []
+
+    def once(tensors: dict[str, Tensor]) -> None:
+        reads.append(True)
+        if len(reads) > 1:  # the model is gone, and cannot be read again
+            raise MemoryError
+
+    three = replace(suite, tasks=(first, greedy, second))
+    results = evaluate_models([Candidate("m", "input", Changed(encoder, "m", once))], three)
+    assert [record.task for record in results.records] == [first.name]
+    assert [one["tasks"] for one in results.made["failed"]] == [["greedy"], [second.name]]
 
 
 def test_a_model_larger_than_the_memory(encoder: Path, suite: Suite, tmp_path: Path) -> None:
