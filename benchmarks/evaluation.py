@@ -22,11 +22,11 @@ from speed import commit
 
 import mergebench
 from mergebench.evaluation import Candidate, load_suite
-from mergebench.evaluation.batch import CPU_TOKENS, batches, run_batches
 from mergebench.evaluation.head import read_head
-from mergebench.evaluation.network import Network
 from mergebench.evaluation.run import Batch
 from mergebench.evaluation.suite import Suite
+from mergebench.running.batch import CPU_TOKENS, batches, run_batches
+from mergebench.running.network import Network
 from mergebench.searching.candidates import Candidates
 
 ROOT = Path(__file__).resolve().parents[1]

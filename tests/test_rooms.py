@@ -18,6 +18,7 @@ ROOMS = [
     "recipe",
     "edits",
     "probes",
+    "running",
     "adapters",
     "methods",
     "engine",

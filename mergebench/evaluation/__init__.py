@@ -15,7 +15,7 @@ from mergebench.evaluation.results import Record, Results, mean_relatives, mean_
 from mergebench.evaluation.run import Candidate, Step, evaluate_models
 from mergebench.evaluation.suite import Suite, Task, load_suite
 from mergebench.evaluation.tables import legend, markdown, report, table
-from mergebench.evaluation.task import LoadableModel
+from mergebench.running.model import LoadableModel
 
 __all__ = [
     "Candidate",

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench.errors import ModelError, RunError
-from mergebench.evaluation.features import POOLINGS, Pooling, features
-from mergebench.evaluation.task import Ready, Score, Tick
+from mergebench.evaluation.task import Ready, Score
+from mergebench.running.features import POOLINGS, Pooling, features
+from mergebench.running.model import Tick
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergebench.evaluation.labelled import Labelled
-    from mergebench.evaluation.network import Network
+    from mergebench.running.network import Network
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError, RunError
-from mergebench.evaluation.features import Pooling, gather
-from mergebench.evaluation.module import quiet
-from mergebench.evaluation.network import Network
-from mergebench.evaluation.task import Tick
+from mergebench.running.features import Pooling, gather
+from mergebench.running.model import Tick
+from mergebench.running.module import quiet
+from mergebench.running.network import Network
 
 PROCESSOR = "preprocessor_config.json"
 

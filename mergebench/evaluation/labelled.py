@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergebench.errors import RunError, did_you_mean
-from mergebench.evaluation.extra import need
-from mergebench.evaluation.features import Inputs, Texts
 from mergebench.evaluation.images import Images, check_image
-from mergebench.evaluation.items import Row, contents, read_rows
 from mergebench.evaluation.task import Prediction, Score, accuracy
+from mergebench.running.extra import need
+from mergebench.running.features import Inputs, Texts
+from mergebench.running.items import Row, contents, read_rows
 
 
 @dataclass(frozen=True)

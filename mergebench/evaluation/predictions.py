@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.errors import RunError
-from mergebench.evaluation.items import records, word
 from mergebench.evaluation.task import Prediction
+from mergebench.running.items import records, word
 
 HINT = 'an item is {"id": 1, "pred": "a", "gold": "b"}, or has a score: {"id": 1, "pred": "a", "score": 0.5}'
 

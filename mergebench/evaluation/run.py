@@ -20,9 +20,10 @@ from mergebench.evaluation.suite import Suite, Task
 if TYPE_CHECKING:
     import torch
 
-    from mergebench.evaluation.network import Network
     from mergebench.evaluation.store import Store
-    from mergebench.evaluation.task import LoadableModel, Score
+    from mergebench.evaluation.task import Score
+    from mergebench.running.model import LoadableModel
+    from mergebench.running.network import Network
 
     Measured = LoadableModel | Mapping[str, LoadableModel]
 
@@ -146,7 +147,7 @@ class Batch:
 
     def _hold(self, model: LoadableModel, auto_class: str) -> Network:
         """The model in memory, in the place of the one before it."""
-        from mergebench.evaluation.network import Network
+        from mergebench.running.network import Network
 
         if self._held is model and self._network is not None:
             return self._network
@@ -160,7 +161,7 @@ class Batch:
     @contextmanager
     def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
         """What fails is noted, and the evaluation goes on."""
-        from mergebench.evaluation.batch import out_of_memory
+        from mergebench.running.batch import out_of_memory
 
         try:
             yield

@@ -19,9 +19,10 @@ from typing import Any, get_args
 
 from mergebench.checkpoint import Model
 from mergebench.errors import RunError
-from mergebench.evaluation.network import TOKENIZER_FILES
 from mergebench.evaluation.suite import Task, sha256_of
-from mergebench.evaluation.task import Direction, LoadableModel, Prediction, Score
+from mergebench.evaluation.task import Direction, Prediction, Score
+from mergebench.running.model import LoadableModel
+from mergebench.running.network import TOKENIZER_FILES
 
 DEFAULT = Path("results")
 BESIDE = ("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES)

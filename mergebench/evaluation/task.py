@@ -23,15 +23,14 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from mergebench.running.model import Tick
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergebench.evaluation.network import Network
+    from mergebench.running.network import Network
 
 Direction = Literal["higher", "lower"]  # which values are better
-Tick = Callable[[int], None]  # called with the number of items just measured
 
 REQUIRED: Any = object()
 TEXTS = list[str]
@@ -151,21 +150,6 @@ class Ready:
     items: Mapping[str, str] = field(default_factory=dict)  # where each stands, by its content: `items.contents`
     versions: Mapping[str, str] = field(default_factory=dict)  # of libraries and images that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
-
-
-class LoadableModel(Protocol):
-    """What a model must be to be measured; `mergebench.checkpoint.Model` is one."""
-
-    @property
-    def reference(self) -> str:
-        """As the user wrote it."""
-
-    @property
-    def side_directory(self) -> Path:
-        """Where config.json and the tokenizer are."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """float32 tensors by their names in the files."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import transformers
 from sklearn.linear_model import LogisticRegression
 
 from mergebench.errors import MergebenchError, RunError
-from mergebench.evaluation import Candidate, Record, evaluate_models, extra, load_suite
-from mergebench.evaluation.features import Texts
+from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
+from mergebench.running import extra
+from mergebench.running.features import Texts
 from tests.evaluation.conftest import Files, write_data, write_encoder
 from tests.evaluation.test_images import pooled_by_hand, write_image_encoder, write_images
 
@@ -91,7 +92,7 @@ def test_equals_probes_made_apart(
     probe: str, k: int | None, how: str, normalize: bool, length: int,
     encoder: Path, place: Path, task: Make, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("mergebench.evaluation.features.CPU_TOKENS", 90)
+    monkeypatch.setattr("mergebench.running.features.CPU_TOKENS", 90)
     train, data = rows(place / "train.jsonl"), rows(place / "data.jsonl")
     known, asked = (
         text_features(encoder, [row["text"] for row in part], how, normalize, length) for part in (train, data)

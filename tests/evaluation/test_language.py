@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
-from mergebench.evaluation import Candidate, Record, evaluate_models, extra, harness, load_suite, own_tasks
+from mergebench.evaluation import Candidate, Record, evaluate_models, harness, load_suite, own_tasks
 from mergebench.evaluation.tasks.perplexity import stderr
+from mergebench.running import extra
 from tests.evaluation.conftest import Files
 from tests.evaluation.language import TEMPLATE, write_decoder, write_prompts, write_questions, write_rows, write_texts
 

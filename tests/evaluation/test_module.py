@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergebench.evaluation.network import Network
+from mergebench.running.network import Network
 from tests.evaluation.conftest import Files, write_encoder
 
 CPU = torch.device("cpu")

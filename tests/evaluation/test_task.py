@@ -13,8 +13,9 @@ import torch
 from mergebench import registry
 from mergebench.errors import RecipeError
 from mergebench.evaluation import Candidate, evaluate_models, load_suite, tasks
-from mergebench.evaluation.network import Network
-from mergebench.evaluation.task import Common, Key, Ready, Score, Tick, key, task
+from mergebench.evaluation.task import Common, Key, Ready, Score, key, task
+from mergebench.running.model import Tick
+from mergebench.running.network import Network
 from tests.evaluation.conftest import Files
 
 

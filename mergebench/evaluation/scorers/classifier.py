@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from mergebench.errors import ModelError, RecipeError, did_you_mean
-from mergebench.evaluation.batch import CPU_TOKENS, batches
-from mergebench.evaluation.module import quiet
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction, key
+from mergebench.running.batch import CPU_TOKENS, batches
+from mergebench.running.module import quiet
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergebench.errors import RecipeError, RunError
-from mergebench.evaluation.extra import need
-from mergebench.evaluation.features import POOLINGS, Pooling, features
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
-from mergebench.evaluation.network import Network
-from mergebench.evaluation.task import Common, Ready, Score, Tick, key, task
+from mergebench.evaluation.task import Common, Ready, Score, key, task
+from mergebench.running.extra import need
+from mergebench.running.features import POOLINGS, Pooling, features
+from mergebench.running.model import Tick
+from mergebench.running.network import Network
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import harness
-from mergebench.evaluation.items import contents, read_rows
-from mergebench.evaluation.network import Network
 from mergebench.evaluation.scorer import Continuation, Scorer
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, accuracy, key, mean, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, key, mean, task
+from mergebench.running.items import contents, read_rows
+from mergebench.running.model import Tick
+from mergebench.running.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)

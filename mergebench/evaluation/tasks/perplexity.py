@@ -9,9 +9,10 @@ from pathlib import Path
 
 from mergebench.errors import RunError
 from mergebench.evaluation import harness
-from mergebench.evaluation.items import contents, read_rows
-from mergebench.evaluation.network import Network
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, Tick, key, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, task
+from mergebench.running.items import contents, read_rows
+from mergebench.running.model import Tick
+from mergebench.running.network import Network
 
 METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 

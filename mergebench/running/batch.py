@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from mergebench.evaluation.task import Tick
+from mergebench.running.model import Tick
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mergebench.checkpoint import Model
 from mergebench.engine.memory import available_memory
 from mergebench.errors import ModelError, RunError
-from mergebench.evaluation.task import LoadableModel
+from mergebench.running.model import LoadableModel
 
 FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
 DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config

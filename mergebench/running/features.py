@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import RunError
-from mergebench.evaluation.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
-from mergebench.evaluation.network import Network
-from mergebench.evaluation.task import Tick
+from mergebench.running.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
+from mergebench.running.model import Tick
+from mergebench.running.network import Network
 
 POOLINGS = ("mean", "cls", "cls+mean")
 

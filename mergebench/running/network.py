@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError
-from mergebench.evaluation.batch import one_thread
-from mergebench.evaluation.module import build, config_of, failed, quiet
-from mergebench.evaluation.task import LoadableModel
+from mergebench.running.batch import one_thread
+from mergebench.running.model import LoadableModel
+from mergebench.running.module import build, config_of, failed, quiet
 
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
