@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from mergebench.checkpoint.write import put, write_error
 BLOCK = 1 << 20  # elements read at once
 
 
-class Neurons(NamedTuple):
+@dataclass(frozen=True)
+class Neurons:
     """How the vectors lie in a tensor."""
 
     info: TensorInfo
