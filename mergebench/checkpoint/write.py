@@ -169,11 +169,11 @@ def part_of(name: str) -> str:
     return f".{name}.part"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put a whole text file in place at once: readers see the old one or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a whole file in place at once: readers see the old one or the new one."""
     part = path.with_name(part_of(path.name))
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
         raise write_error(path, error) from None
