@@ -44,12 +44,14 @@ _PAIRS = (
 _STEMS = sorted({stem for row in (*_GATED, *_PAIRS) for stem in row}, key=len, reverse=True)
 _STEM = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _STEMS))})(?:\.weight)?")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_NO_MLP = re.compile(r"attn|attention|norm", re.IGNORECASE)
 # Where gate and up share a matrix, the gate comes first, but for OLMo's, Moonshine's and Phi-4's audio encoder's.
 _GATE_LAST = re.compile(r"\.(ff_proj|decoder\.layers\.\d+\.mlp\.fc1|feed_forward_(in|out)\.gate_up_proj)\.weight$")
 _INTERLEAVED = frozenset({"gpt_oss"})  # they take turns
-_CONV1D = frozenset({"gpt2", "imagegpt", "openai-gpt", "decision_transformer"})
+_CONV1D = frozenset({"gpt2", "imagegpt", "openai-gpt", "decision_transformer"})  # c_fc, c_proj
 _EXPERTS_IN_OUT = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"})
-_TOWER = re.compile(r"(^|[._])(vision|visual|image|audio|speech)")
+_TEXT = re.compile(r"(^|\.)(language_model|text_model)\.")
+_OTHERS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|projector)")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _EXPERT = re.compile(r"expert[s_.]*(\d+)")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "embed_dim")
@@ -99,8 +101,7 @@ def find_targets(
     found: list[tuple[tuple[int, int, str, int], Target]] = []
     for name, shared in parts.items():
         info = tensors[name]
-        writes = any(part.role in _WRITE for part in known.get(name, ()))
-        transposed = _transposed(info, width, writes, types)
+        transposed = _transposed(info, width, known.get(name, [None])[0], types)
         if transposed is None:
             continue
         if info.dtype not in FLOATS and info.scale is None:
@@ -114,8 +115,7 @@ def find_targets(
             f"{next(iter(parts))} is {sizes}: it has no neurons of width {width}",
             "a probe fits a model whose residual stream is as wide as it",
         )
-    found = [target for target in found if not _TOWER.search(target[1].tensor)] or found  # the text's, where both fit
-    targets = [target for _, target in sorted(found, key=lambda one: one[0])]
+    targets = _of_text([target for _, target in sorted(found, key=lambda one: one[0])])
     chosen = choose_layers(layers, {target.layer for target in targets})
     return [target for target in targets if target.layer in chosen]
 
@@ -167,7 +167,7 @@ def _roles(tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Part]]:
         stem = _STEM.fullmatch(name)
         if len(info.shape) not in (2, 3) or not _LAYER.search(name):
             continue
-        if stem is not None and not _ATTENTION.search(stem[1]):
+        if stem is not None and not _NO_MLP.search(stem[1]):
             mlps.setdefault(stem[1], {})[stem[2]] = info
         elif len(info.shape) == 2:
             module, _, leaf = name.removesuffix(".weight").rpartition(".")
@@ -183,7 +183,8 @@ def _roles(tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Part]]:
             up, down = (mlp[stem] for stem in row)
             half = int(bool(_GATE_LAST.search(up.name)))
             both = [_Part(GATE, True, half), _Part(UP, False, 1 - half)]
-            found |= {up.name: both if up.numel == 2 * down.numel else [_Part(UP, True)], down.name: [_Part(DOWN)]}
+            fused = row[0] == "gate_up_proj" or up.numel == 2 * down.numel
+            found |= {up.name: both if fused else [_Part(UP, True)], down.name: [_Part(DOWN)]}
     return found
 
 
@@ -219,13 +220,22 @@ def _nothing(tensors: Mapping[str, TensorInfo], role: str) -> ModelError | Recip
     return RecipeError(f"target: '{role}' matches no matrix", near if near.startswith("did") else ways)
 
 
-def _transposed(info: TensorInfo, width: int, writes: bool, types: set[str]) -> bool | None:
-    """Whether the neurons are columns; None where no side is as wide."""
+def _transposed(info: TensorInfo, width: int, known: _Part | None, types: set[str]) -> bool | None:
+    """Whether the neurons are columns; None where they are not as wide."""
     rows, columns = info.shape[-2:]
-    if rows == columns == width:
-        in_out = types & (_CONV1D if len(info.shape) == 2 else _EXPERTS_IN_OUT)
-        return writes != bool(in_out)
+    leaf = info.name.removesuffix(".weight").rpartition(".")[2]
+    linear = len(info.shape) == 2 and leaf != info.name.rpartition(".")[2] and not leaf.startswith("c_")
+    if (known is not None and linear) or rows == columns:
+        in_out = not linear and bool(types & (_CONV1D if len(info.shape) == 2 else _EXPERTS_IN_OUT))
+        transposed = (known is not None and known.role in _WRITE) != in_out
+        return transposed if (rows if transposed else columns) == width else None
     return False if columns == width else True if rows == width else None
+
+
+def _of_text(targets: list[Target]) -> list[Target]:
+    """Those of the text model, where another part of the model is as wide."""
+    text = [target for target in targets if _TEXT.search(target.tensor)]
+    return text or [target for target in targets if not _OTHERS.search(target.tensor)] or targets
 
 
 def _targets(

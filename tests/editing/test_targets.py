@@ -109,6 +109,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 class Call(NamedTuple):
     """What an activation function was given: the path of the module that called it, and the tensor."""
 
@@ -349,8 +352,18 @@ def test_the_width_is_the_text_models() -> None:
     config = {"text_config": {"hidden_size": WIDTH}, "vision_config": {"hidden_size": WIDTH}}
     (target,) = find_targets(infos(shapes), config, "gate_proj", None, None)
     assert target.tensor == "model.language_model.layers.0.mlp.gate_proj.weight"
+    shapes = mlp("model.layers.0.mlp") | mlp("visual.blocks.0.mlp", ("fc1", "fc2"))
+    (target,) = find_targets(infos(shapes), {}, "gate_proj", WIDTH, None)
+    assert target.tensor == "model.layers.0.mlp.gate_proj.weight"
     (target,) = find_targets(infos(mlp("visual.blocks.0.mlp", ("fc1", "fc2"))), {}, "gate_proj", WIDTH, None)
     assert target.role == "up_proj"
+
+
+def test_a_matrix_that_gives_what_is_as_wide_does_not_read_it() -> None:
+    """A tower whose inner width is the text model's width."""
+    shapes = mlp("layers.0.mlp") | {"tower.0.fc1.weight": (WIDTH, 4), "tower.0.fc2.weight": (4, WIDTH)}
+    (target,) = find_targets(infos(shapes), {}, "gate_proj", WIDTH, None)
+    assert target.tensor == "layers.0.mlp.gate_proj.weight"
 
 
 def test_a_glob_takes_whole_matrices_of_the_layers() -> None:
