@@ -19,6 +19,7 @@ from mergebench.cli import (
     explain,
     inspect,
     merge,
+    probe,
     report,
     search,
     task_vector,
@@ -57,6 +58,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("search")(search.search)
 app.command("report")(report.report)
+app.add_typer(probe.app, name="probe")
 app.command("edit")(edit.edit)
 app.add_typer(adapters.app, name="adapters")
 app.command("task-vector")(task_vector.task_vector)
