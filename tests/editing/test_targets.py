@@ -366,7 +366,6 @@ def test_the_width_is_the_text_models() -> None:
     (target,) = find_targets(infos(mlp("visual.blocks.0.mlp", ("fc1", "fc2"))), {}, "gate_proj", WIDTH, None)
     assert target.role == "up_proj"
 
-
     shapes = mlp("model.language_model.layers.0.mlp") | mlp("model.diffusion_head.layers.0.ffn")
     (target,) = find_targets(infos(shapes), {}, "gate_proj", WIDTH, None)
     assert target.tensor == "model.language_model.layers.0.mlp.gate_proj.weight"
