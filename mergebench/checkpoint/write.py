@@ -117,7 +117,7 @@ def create(path: Path, shard: Shard) -> None:
                 os.posix_fallocate(file, 0, size)  # a full disk shows here, not after an hour
             else:
                 os.truncate(file, size)
-            _put(file, memoryview(header), 0)
+            put(file, memoryview(header), 0)
         finally:
             os.close(file)
     except OSError as error:
@@ -142,7 +142,7 @@ class ShardFiles:
         try:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_WRONLY)
-            _put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
+            put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
         except OSError as error:
             raise write_error(path, error) from None
 
@@ -152,7 +152,7 @@ class ShardFiles:
         self._open.clear()
 
 
-def _put(file: int, raw: memoryview, at: int) -> None:
+def put(file: int, raw: memoryview, at: int) -> None:
     while raw:
         count = os.pwrite(file, raw[:AT_ONCE], at)
         raw, at = raw[count:], at + count
@@ -169,11 +169,11 @@ def part_of(name: str) -> str:
     return f".{name}.part"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put a whole text file in place at once: readers see the old one or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a whole file in place at once: readers see the old one or the new one."""
     part = path.with_name(part_of(path.name))
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
         raise write_error(path, error) from None

@@ -72,8 +72,8 @@ class Target:
     role: str  # up_proj where a gate was asked for and the MLP has none; of a glob, itself
 
     @property
-    def count(self) -> int:
-        return len(range(self.first, self.stop, self.step))
+    def numbers(self) -> range:
+        return range(self.first, self.stop, self.step)
 
 
 class _Part(NamedTuple):
@@ -153,7 +153,7 @@ def describe(role: str, targets: Iterable[Target]) -> list[str]:
         kinds.setdefault((name, target.role, target.transposed), []).append(target)
     lines = []
     for (name, found, transposed), ones in kinds.items():
-        count, layers = sum(one.count for one in ones), len({one.layer for one in ones})
+        count, layers = sum(len(one.numbers) for one in ones), len({one.layer for one in ones})
         line = f"{name}: {count:,} {'columns' if transposed else 'rows'} in {layers} layer{'s' * (layers > 1)}"
         lines.append(line + (" (no gate there: what the activation function takes)" if found != role else ""))
     return lines

@@ -206,7 +206,7 @@ def test_a_gates_neuron_changes_its_own_pre_activation_alone(name: str, zoo: Zoo
     after the other, a call each.)"""
     path = zoo.path(name)
     targets = found(path, "gate_proj")
-    assert sum(target.count for target in targets) == MODELS[name][2]
+    assert sum(len(target.numbers) for target in targets) == MODELS[name][2]
     before, _ = run(load(path))
     random = torch.Generator().manual_seed(2)
     for place, target in enumerate((targets[0], targets[len(targets) // 2], targets[-1])):
@@ -261,7 +261,7 @@ def test_what_a_unit_writes_is_a_factor_of_what_it_reads(
     """down(act(gate x) * up x): three times the vector that a unit writes equals three times its row of up."""
     path = zoo.path(name)
     up, down = found(path, reads)[-1], found(path, writes)[-1]
-    assert up.count == down.count
+    assert len(up.numbers) == len(down.numbers)
     models = [
         load(change(path, tmp_path / role, target, target.first + 5, lambda vector: vector * 3))
         for role, target in (("up", up), ("down", down))
@@ -380,7 +380,7 @@ def test_a_matrix_that_gives_what_is_as_wide_does_not_read_it() -> None:
 
 def test_a_glob_takes_whole_matrices_of_the_layers() -> None:
     targets = find_targets(infos(DENSE), {}, "*.layers.1.mlp.*_proj.weight", WIDTH, None)
-    assert [(target.tensor.split(".")[-2], target.count, target.transposed) for target in targets] == [
+    assert [(target.tensor.split(".")[-2], len(target.numbers), target.transposed) for target in targets] == [
         ("down_proj", INNER, True), ("gate_proj", INNER, False), ("up_proj", INNER, False)
     ]  # fmt: skip
 
@@ -439,5 +439,5 @@ def test_what_is_printed(zoo: Zoo) -> None:
 
 
 def test_every_role_has_its_neurons(zoo: Zoo) -> None:
-    counts = {role: sum(target.count for target in found(zoo.path("llama"), role)) for role in ROLES}
+    counts = {role: sum(len(target.numbers) for target in found(zoo.path("llama"), role)) for role in ROLES}
     assert counts == dict(zip(ROLES, (48, 48, 48, 32, 16, 16, 32), strict=True))

@@ -1,0 +1,1 @@
+"""Probes: a linear classifier that reads a behaviour from a model's states."""
