@@ -117,7 +117,7 @@ def create(path: Path, shard: Shard) -> None:
                 os.posix_fallocate(file, 0, size)  # a full disk shows here, not after an hour
             else:
                 os.truncate(file, size)
-            _put(file, memoryview(header), 0)
+            put(file, memoryview(header), 0)
         finally:
             os.close(file)
     except OSError as error:
@@ -142,7 +142,7 @@ class ShardFiles:
         try:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_WRONLY)
-            _put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
+            put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
         except OSError as error:
             raise write_error(path, error) from None
 
@@ -152,7 +152,7 @@ class ShardFiles:
         self._open.clear()
 
 
-def _put(file: int, raw: memoryview, at: int) -> None:
+def put(file: int, raw: memoryview, at: int) -> None:
     while raw:
         count = os.pwrite(file, raw[:AT_ONCE], at)
         raw, at = raw[count:], at + count

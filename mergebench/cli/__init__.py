@@ -14,6 +14,7 @@ from mergebench.cli import (
     adapters,
     compare,
     doctor,
+    edit,
     evaluate,
     explain,
     inspect,
@@ -58,6 +59,7 @@ app.command("compare")(compare.compare)
 app.command("search")(search.search)
 app.command("report")(report.report)
 app.add_typer(probe.app, name="probe")
+app.command("edit")(edit.edit)
 app.add_typer(adapters.app, name="adapters")
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)

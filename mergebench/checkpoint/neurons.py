@@ -1,0 +1,124 @@
+"""A matrix as vectors of the residual stream's width, one a neuron.
+
+    torch's Linear                                   [..., neurons, width]   a vector is a row
+    GPT-2's Conv1D, and experts of some mixtures     [..., width, neurons]   a vector is a column
+
+Where experts stand in front, neurons are numbered through: expert * neurons + neuron.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.read import TORCH_DTYPE, DeltaReader, Files, Scales, delta_reader
+from mergebench.checkpoint.write import put, write_error
+
+BLOCK = 1 << 20  # elements read at once
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """How the vectors lie in a tensor."""
+
+    info: TensorInfo
+    transposed: bool  # they are columns
+
+    @property
+    def width(self) -> int:
+        return self.info.shape[-2 if self.transposed else -1]
+
+    @property
+    def side(self) -> int:
+        """Neurons of one expert; of a plain matrix, all."""
+        return self.info.shape[-1 if self.transposed else -2]
+
+    @property
+    def count(self) -> int:
+        return self.info.numel // self.width
+
+    def runs(self, numbers: Tensor) -> Iterator[tuple[int, int, int]]:
+        """(place among `numbers`, first, stop) of neurons that follow one another; numbers: int64, ascending."""
+        if not len(numbers):
+            return
+        breaks = (numbers.diff() != 1).nonzero().ravel().add_(1).tolist()
+        for start, stop in zip([0, *breaks], [*breaks, len(numbers)], strict=True):
+            yield start, int(numbers[start]), int(numbers[stop - 1]) + 1
+
+    def stretches(self, numbers: Tensor) -> Iterator[tuple[slice, slice, int, Tensor]]:
+        """Of vectors that are columns, a few coordinates at a time: (places among `numbers`, coordinates, the first
+        element of the rows that hold them, columns)."""
+        step = max(BLOCK // self.side, 1)
+        for expert in sorted(set(numbers.div(self.side, rounding_mode="floor").tolist())):
+            first = expert * self.side
+            low, high = torch.searchsorted(numbers, torch.tensor([first, first + self.side])).tolist()
+            for row in range(0, self.width, step):
+                rows = slice(row, min(row + step, self.width))
+                yield slice(low, high), rows, (expert * self.width + row) * self.side, numbers[low:high] - first
+
+
+class Stored:
+    """The values of a model's tensors as a copy of it stores them: an adapter folded in, FP8 scaled."""
+
+    def __init__(self, model: Model, files: Files) -> None:
+        self.model, self.files = model, files
+        self._scales = Scales(files)
+        self._delta: tuple[str, DeltaReader] | None = None
+
+    def elements(self, info: TensorInfo, start: int, numel: int) -> Tensor:
+        """Elements `start` onwards, flat, in the stored type (scaled FP8: bfloat16)."""
+        values = torch.empty(numel, dtype=TORCH_DTYPE[info.dtype])
+        self.files.read_elements(info, start, values)
+        delta = self.model.deltas.get(info.name)
+        if delta is None and info.scale is None:
+            return values
+        wide = values.float()
+        self._scales.multiply(info, start, wide)
+        if delta is not None:
+            if self._delta is None or self._delta[0] != info.name:
+                self._delta = info.name, delta_reader(self.files, delta)
+            self._delta[1].add_into(start, wide)
+        return wide.to(torch.bfloat16 if info.scale is not None else values.dtype)
+
+    def vectors(self, neurons: Neurons, numbers: Tensor) -> Tensor:
+        """[k, width] of the neurons with these numbers (int64, ascending)."""
+        width, side = neurons.width, neurons.side
+        dtype = torch.bfloat16 if neurons.info.scale is not None else TORCH_DTYPE[neurons.info.dtype]
+        out = torch.empty(len(numbers), width, dtype=dtype)
+        if not neurons.transposed:
+            for at, first, stop in neurons.runs(numbers):
+                values = self.elements(neurons.info, first * width, (stop - first) * width)
+                out[at : at + stop - first] = values.view(-1, width)
+            return out
+        for places, rows, start, columns in neurons.stretches(numbers):
+            block = self.elements(neurons.info, start, (rows.stop - rows.start) * side).view(-1, side)
+            out[places, rows] = block.T[columns]
+        return out
+
+
+def write_vectors(neurons: Neurons, numbers: Tensor, vectors: Tensor) -> None:
+    """Put vectors [k, width] (of the stored type) in the place of those with these numbers, in the file itself."""
+    info, width, side, item = neurons.info, neurons.width, neurons.side, vectors.element_size()
+    try:
+        file = os.open(info.file, os.O_RDWR)
+        try:
+            if not neurons.transposed:
+                for at, first, stop in neurons.runs(numbers):
+                    raw = vectors[at : at + stop - first].contiguous().view(-1).view(torch.uint8).numpy()
+                    put(file, raw.data, info.offset + first * width * item)
+                return
+            for places, rows, start, columns in neurons.stretches(numbers):
+                block = bytearray((rows.stop - rows.start) * side * item)
+                os.preadv(file, [block], info.offset + start * item)
+                torch.frombuffer(block, dtype=vectors.dtype).view(-1, side)[:, columns] = vectors[places, rows].T
+                put(file, memoryview(block), info.offset + start * item)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise write_error(info.file, error) from None
