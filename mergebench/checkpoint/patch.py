@@ -14,7 +14,8 @@ vectors are orig + amount * direction, in float32, cast once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from mergebench.errors import ModelError, RunError
 METADATA = "patch"
 DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 PARTS = ("rows", "amount", "orig")
+BLOCK = 1 << 16  # elements worked on at once: they stay in the cache
 
 
 class Change(NamedTuple):
@@ -46,8 +48,12 @@ class Change(NamedTuple):
     def edited(self, direction: Tensor) -> Tensor:
         """The vectors after, [k, d] as stored."""
         exact = torch.promote_types(self.originals.dtype, torch.float32)
-        added = self.amounts.to(exact).unsqueeze(1) * direction.to(exact)
-        return added.add_(self.originals).to(self.originals.dtype)
+        out, step = torch.empty_like(self.originals), max(BLOCK // max(len(direction), 1), 1)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            added = self.amounts[rows, None].to(exact) * direction.to(exact)
+            out[rows] = added.add_(self.originals[rows])  # cast once
+        return out
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,9 @@ class Patch:
             raise damaged(self.file, f"the rows of '{name}' are not in order")
         return Change(numbers, amounts, originals, name in self.columns)
 
-    def neurons(self, model: Model, name: str) -> Neurons:
+    def neurons(self, model: Model, name: str, change: Change) -> Neurons:
         """Where the tensor's neurons are in a model; `ModelError` where they cannot be."""
-        info, change = model.tensors.get(name), self.change(name)
+        info = model.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.file}: {model.reference} has no tensor '{name}'", ANOTHER)
         where = Neurons(info, change.transposed)
@@ -155,13 +161,11 @@ def write_patch(
     file.with_name(shard.file).replace(file)
 
 
-def changes_of(patch: Patch, model: Model) -> Iterator[tuple[str, Neurons, Change]]:
-    """Each tensor that a patch changes, where its neurons are in a model, and what changes."""
-    for name in patch.names:
-        yield name, patch.neurons(model, name), patch.change(name)
-
-
-def check_finite(name: str, edited: Tensor, originals: Tensor) -> None:
+def check_finite(name: str, edited: Tensor) -> None:
     """Refuse a vector that the stored type cannot hold."""
-    if not edited.isfinite().all() and originals.isfinite().all():
+    if (
+        not math.isfinite(edited.sum(dtype=torch.float32))
+        and not edited.isfinite().all()
+        and originals.isfinite().all()
+    ):
         raise RunError(f"{name}: the edited rows do not fit into {DTYPE[edited.dtype]}", "choose a smaller alpha")
