@@ -163,9 +163,5 @@ def write_patch(
 
 def check_finite(name: str, edited: Tensor) -> None:
     """Refuse a vector that the stored type cannot hold."""
-    if (
-        not math.isfinite(edited.sum(dtype=torch.float32))
-        and not edited.isfinite().all()
-        and originals.isfinite().all()
-    ):
+    if not math.isfinite(edited.sum(dtype=torch.float32)) and not edited.isfinite().all():
         raise RunError(f"{name}: the edited rows do not fit into {DTYPE[edited.dtype]}", "choose a smaller alpha")
