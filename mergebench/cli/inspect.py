@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.patch import show
 from mergebench.cli.progress import human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.model import Delta
+    from mergebench.editing.edit import Edit
+    from mergebench.engine.method import Method
 
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, org/name, or any +ADAPTER.")
+        str,
+        typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, org/name, any +ADAPTER, a patch."),
     ],
     json_: opt.Json = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards, adapter."""
     from mergebench.checkpoint import open_model
+    from mergebench.checkpoint.patch import is_patch
 
+    if is_patch(Path(model)):
+        show(Path(model), json_)
+        return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
@@ -39,6 +48,7 @@ def inspect(
     for tensor in tensors:
         rank = f"  + rank {tensor['adapter_rank']}" if "adapter_rank" in tensor else ""
         rank += f"  + mask x {tensor['mask_scale']:.4g}" if "mask_scale" in tensor else ""
+        rank += f"  + {tensor['patched']} neurons patched" if "patched" in tensor else ""
         table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + rank)
     print_table(table)
     elements = sum(t.numel for t in found.tensors.values())
@@ -55,9 +65,12 @@ def inspect(
 def _adapted(delta: Delta | None) -> dict[str, Any]:
     """What an adapter adds to a tensor."""
     from mergebench.checkpoint.masked import Masked
+    from mergebench.checkpoint.patched import Patched
 
     if isinstance(delta, Masked):
         return {"mask_scale": delta.scale}
+    if isinstance(delta, Patched):
+        return {"patched": delta.numbers.numel}
     return {} if delta is None or delta.a is None else {"adapter_rank": delta.b.shape[1]}
 
 
@@ -93,56 +106,85 @@ def diff(
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with its parameters.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its parameters.")] = None,
     json_: opt.Json = False,
 ) -> None:
-    """List the merge methods, or show one: formula, paper, parameters, defaults."""
+    """List the merge methods and edits, or show one: formula, paper, parameters, defaults."""
+    from mergebench import edits
     from mergebench import methods as registry
 
-    names = [name] if name is not None else registry.names()
-    found: list[dict[str, Any]] = []
-    for one in names:
-        method = registry.get(one)
-        parameters = [
-            {
-                "name": p.name,
-                "default": None if p.required else p.default,
-                "required": p.required,
-                "range": p.range_text(),
-                "per_model": p.per_model,
-                "help": p.help,
-            }
-            for p in method.parameters.values()
-        ]
-        cut = "by its parameters" if callable(method.cut) else method.cut
-        found.append(
-            {
-                "name": one, "summary": method.summary, "paper": method.paper, "takes": method.takes,
-                "scope": method.scope, "cut": cut, "package": registry.origin(one), "parameters": parameters,
-            }
-        )  # fmt: skip
+    own = name is not None and name in edits.names()
+    listed = [edits.get(one) for one in edits.names() if name in (None, one)]
+    found = [_method(registry.get(one)) for one in ([name] if name else registry.names()) if not own]
+    found += [_edit(one) for one in listed]
+    for entry in found:
+        entry["package"] = (edits if entry["kind"] == "edit" else registry).origin(entry["name"])
     if json_:
         typer.echo(json.dumps(found if name is None else found[0]))
         return
     from rich.table import Table
 
     if name is None:
-        table = Table("method", "what", "paper", box=None, header_style="bold")
-        for entry in found:
-            table.add_row(entry["name"], entry["summary"], entry["paper"])
-        print_table(table)
+        for kind in ("method", "edit"):
+            table = Table(kind, "what", "paper", box=None, header_style="bold")
+            for entry in found:
+                if entry["kind"] == kind:
+                    table.add_row(entry["name"], entry["summary"], entry["paper"])
+            print_table(table)
         return
     import inspect as python
 
-    typer.echo(f"{name}  ({found[0]['paper']}; from {found[0]['package']})\n")
-    typer.echo(python.getdoc(registry.get(name).function) or "")
-    typer.echo(f"\ntakes {found[0]['takes'].replace('_', ' ')}; statistics over the {found[0]['scope']}\n")
+    (entry,) = found
+    typer.echo(f"{name}  ({entry['paper']}; from {entry['package']})\n")
+    typer.echo(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
+    takes = f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}\n" if not own else ""
+    typer.echo(f"\n{takes}")
     table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
-    for parameter in found[0]["parameters"]:
+    for parameter in entry["parameters"]:
         default = "required" if parameter["required"] else str(parameter["default"])
         each = " (for each model)" if parameter["per_model"] else ""
         table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
     print_table(table)
+
+
+def _method(method: Method) -> dict[str, Any]:
+    cut = "by its parameters" if callable(method.cut) else method.cut
+    more = {"takes": method.takes, "scope": method.scope, "cut": cut}
+    return {"kind": "method", **_about(method), **more}
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    """What an edit is, with the parameters that every edit has."""
+    from mergebench.editing.wanted import COMMON, Wanted
+
+    common = [
+        {
+            "name": key,
+            "default": getattr(Wanted(edit.name, ""), key),
+            "required": key == "probe",
+            "range": "",
+            "per_model": False,
+            "help": text,
+        }
+        for key, text in COMMON.items()
+    ]
+    about = _about(edit)
+    return {"kind": "edit", **about, "parameters": [*common, *about["parameters"]]}
+
+
+def _about(one: Method | Edit) -> dict[str, Any]:
+    parameters = [
+        {
+            "name": p.name,
+            "default": None if p.required else p.default,
+            "required": p.required,
+            "range": p.range_text(),
+            "per_model": p.per_model,
+            "help": p.help,
+        }
+        for p in one.parameters.values()
+    ]
+    return {"name": one.name, "summary": one.summary, "paper": one.paper, "parameters": parameters}
 
 
 def _finite(value: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,14 +12,15 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.neurons import BLOCK, Neurons, Stored
+from mergebench.checkpoint.neurons import Neurons, Stored
 from mergebench.checkpoint.read import Files
 from mergebench.editing.edit import Rows
 from mergebench.editing.planned import Planned
-from mergebench.editing.targets import Target
+from mergebench.editing.targets import Target, describe
 from mergebench.errors import RunError
 from mergebench.running.batch import one_thread
 
+BLOCK = 1 << 16  # elements read at once: in float64 they stay in the cache
 NOISE = 2.0  # |z| below which a cosine is what a random vector may well have
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 Progress = Callable[[int], None]
@@ -73,7 +72,7 @@ class Found:
             "parameters": vars(planned.params),
             "target": planned.wanted.target,
             "layers": planned.wanted.layers,
-            "tensors": dict(Counter(re.sub(r"\d+", "*", name) for name in {t.tensor for t in planned.targets})),
+            "candidates": describe(planned.wanted.target, planned.targets),
             "rows": int(chosen.sum()),
             "of": len(rows),
             "by_layer": {

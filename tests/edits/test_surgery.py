@@ -50,6 +50,15 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
+def mlps(gates: dict[int, Tensor]) -> dict[str, Tensor]:
+    """A whole MLP for each layer, all of the same numbers."""
+    return {
+        GATE.format(layer).replace("gate", name): gate.T.contiguous() if name == "down" else gate.clone()
+        for layer, gate in gates.items()
+        for name in ("gate", "up", "down")
+    }
+
+
 # -- the golden selection: two layers of two-dimensional rows ---------------------------------------------------
 
 ROWS = [
@@ -60,7 +69,7 @@ ROWS = [
 
 @pytest.fixture
 def golden(tmp_path: Path) -> tuple[Path, Path]:
-    tensors = {GATE.format(layer): torch.tensor(rows) for layer, rows in enumerate(ROWS)}
+    tensors = mlps({layer: torch.tensor(rows) for layer, rows in enumerate(ROWS)})
     model = write_model(tmp_path / "golden", tensors, config=CONFIG | {"hidden_size": 2, "num_hidden_layers": 2})
     return model, write_probe(tmp_path / "v.safetensors", torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
 
@@ -111,9 +120,7 @@ def test_selection_and_edit_by_brute_force(dtype: torch.dtype, shards: int, prob
 
 def test_equal_cosines_are_taken_in_order(tmp_path: Path) -> None:
     rows = torch.tensor([[-1.0, 0.5]]) * torch.tensor([1.0, 3.0, 0.7, 5.0, 1.3])[:, None]  # one direction, five lengths
-    model = write_model(
-        tmp_path / "model", {GATE.format(n): rows.clone() for n in (10, 9, 2)}, config=CONFIG | {"hidden_size": 2}
-    )
+    model = write_model(tmp_path / "model", mlps(dict.fromkeys((10, 9, 2), rows)), config=CONFIG | {"hidden_size": 2})
     edit(model, write_probe(tmp_path / "p.safetensors", torch.tensor([[0.0, 0], [1, 0.3]])), tmp_path / "out", rows="7")
 
     assert chosen_in(tmp_path / "out" / PATCH) == [(2, row) for row in range(5)] + [(9, 0), (9, 1)]
