@@ -14,7 +14,8 @@ vectors are orig + amount * direction, in float32, cast once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from mergebench.errors import ModelError, RunError
 
 DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 PARTS = ("rows", "amount", "orig")
+BLOCK = 1 << 16  # elements worked on at once: they stay in the cache
 
 
 class Change(NamedTuple):
@@ -46,8 +48,12 @@ class Change(NamedTuple):
     def edited(self, direction: Tensor) -> Tensor:
         """The vectors after, [k, d] as stored."""
         exact = torch.promote_types(self.originals.dtype, torch.float32)
-        added = self.amounts.to(exact).unsqueeze(1) * direction.to(exact)
-        return added.add_(self.originals).to(self.originals.dtype)
+        out, step = torch.empty_like(self.originals), max(BLOCK // max(len(direction), 1), 1)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            added = self.amounts[rows, None].to(exact) * direction.to(exact)
+            out[rows] = added.add_(self.originals[rows])  # cast once
+        return out
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,13 @@ class Patch:
             originals = whole(files, self.tensors[name][2])
         return Change(self.numbers(name), self.amounts(name), originals, name in self.columns)
 
-    def neurons(self, model: Model, name: str) -> Neurons:
+    def neurons(self, model: Model, name: str, change: Change) -> Neurons:
         """Where the tensor's neurons are in a model; `ModelError` where they cannot be."""
-        return self.neurons_of(model.reference, model.tensors, name)
+        return self.neurons_in(model.tensors, model.reference, name, change.numbers)
 
-    def neurons_of(self, reference: str, tensors: Mapping[str, TensorInfo], name: str) -> Neurons:
+    def neurons_in(self, tensors: Mapping[str, TensorInfo], reference: str, name: str, numbers: Tensor) -> Neurons:
         """The same in the tensors of the model that goes by `reference`."""
-        info, numbers = tensors.get(name), self.numbers(name)
+        info = tensors.get(name)
         if info is None:
             raise ModelError(f"{self.file}: {reference} has no tensor '{name}'", ANOTHER)
         where = Neurons(info, name in self.columns)
@@ -113,7 +119,7 @@ def read_patch(file: Path, reference: str, base: Mapping[str, TensorInfo]) -> tu
     (direction,) = (info for info in patch.header.tensors if info.name == "direction")
     deltas = {}
     for name, (numbers, amounts, _) in patch.tensors.items():
-        where = patch.neurons_of(reference, base, name)
+        where = patch.neurons_in(base, reference, name, patch.numbers(name))
         deltas[name] = Patched(direction, numbers, amounts, where.info.shape, where.transposed)
     return deltas, patch.header
 
@@ -185,13 +191,7 @@ def write_patch(
     file.with_name(shard.file).replace(file)
 
 
-def changes_of(patch: Patch, model: Model) -> Iterator[tuple[str, Neurons, Change]]:
-    """Each tensor that a patch changes, where its neurons are in a model, and what changes."""
-    for name in patch.names:
-        yield name, patch.neurons(model, name), patch.change(name)
-
-
-def check_finite(name: str, edited: Tensor, originals: Tensor) -> None:
+def check_finite(name: str, edited: Tensor) -> None:
     """Refuse a vector that the stored type cannot hold."""
-    if not edited.isfinite().all() and originals.isfinite().all():
+    if not math.isfinite(edited.sum(dtype=torch.float32)) and not edited.isfinite().all():
         raise RunError(f"{name}: the edited rows do not fit into {DTYPE[edited.dtype]}", "choose a smaller alpha")

@@ -74,7 +74,7 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
 
 def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
     """The sides of the matrix that a patch changes."""
-    shape = patch.neurons(model, name).info.shape
+    shape = patch.neurons_in(model.tensors, model.reference, name, patch.numbers(name)).info.shape
     if len(shape) != 2:
         raise ModelError(f"{name} is {list(shape)}: PEFT has no LoRA for experts in one tensor", _AS_IT_IS)
     return shape[0], shape[1]
