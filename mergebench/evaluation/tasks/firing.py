@@ -109,7 +109,7 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
                 what = f"{patch.file}: {network.name} has {list(sides)} for '{name}'"
                 raise ModelError(what, ANOTHER)
             found.setdefault(name, []).append(change.numbers)
-    return {name: torch.cat(numbers).unique() for name, numbers in found.items()}
+    return {name: torch.unique(torch.cat(numbers)) for name, numbers in found.items()}
 
 
 def _holder(network: Network, patch: Patch, name: str) -> Any:
