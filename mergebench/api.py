@@ -5,24 +5,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mergebench import card
+from mergebench import card, edits
 from mergebench.checkpoint import adopt, open_model
-from mergebench.checkpoint.staging import check_target, finished
+from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.merge import Merge
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
-from mergebench.errors import RecipeError
+from mergebench.errors import MergebenchError, RecipeError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, Stage
-from mergebench.recipe.resolve import open_named, resolve
+from mergebench.recipe.resolve import find_file, folders, open_named, resolve
 from mergebench.recipe.stages import default_out, references
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(
@@ -40,9 +38,30 @@ def plan(
     cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do not depend on it.
     """
     with _no_collection():
-        return plan_merge(
+        planned = plan_merge(
             resolve(recipe), memory=memory, workers=workers, device=device, shard_size=shard_size, chunk=chunk
         )
+        return with_edits(planned, recipe)
+
+
+def with_edits(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan with the recipe's edits of what it gives, checked against that."""
+    if not recipe.edits:
+        return plan
+    from mergebench.editing.planned import plan_edit
+
+    reference = plan.merge.reference
+    tensors = {info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.layout()}
+    planned = []
+    for number, wanted in enumerate(recipe.edits):
+        try:
+            probe = find_file(wanted.probe, folders(recipe))
+            planned.append(plan_edit(wanted, edits.get(wanted.edit), probe, tensors, reference.config))
+        except MergebenchError as error:
+            where = recipe.where("edits", number)
+            place = "" if recipe.path is None else f"{where}: edits.{number}: "
+            raise type(error)(f"{place}{error.message}", error.hint) from None
+    return replace(plan, merge=replace(plan.merge, edits=tuple(planned)))
 
 
 @contextmanager
@@ -86,6 +105,11 @@ def run(
         if verify:
             card.verify(directory)
 
+    def change(staging: Staging) -> dict[str, Any]:
+        from mergebench.editing.carry_out import carry_out
+
+        return {"edits": carry_out(plan.merge.edits, staging)} if plan.merge.edits else {}
+
     return run_plan(
         plan,
         target,
@@ -95,6 +119,7 @@ def run(
         hash_inputs=hash_inputs,
         progress=progress,
         finish=finish,
+        change=change,
     )
 
 

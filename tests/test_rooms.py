@@ -17,6 +17,7 @@ ROOMS = [
     "evaluation",
     "recipe",
     "edits",
+    "editing",
     "probes",
     "running",
     "adapters",

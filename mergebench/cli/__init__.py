@@ -10,7 +10,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mergebench import __version__
-from mergebench.cli import adapters, compare, doctor, evaluate, explain, inspect, merge, report, search, task_vector
+from mergebench.cli import (
+    adapters,
+    compare,
+    doctor,
+    edit,
+    evaluate,
+    explain,
+    inspect,
+    merge,
+    report,
+    search,
+    task_vector,
+)
 from mergebench.errors import DiskFull, MergebenchError
 
 INTERRUPTED = 130
@@ -45,6 +57,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("search")(search.search)
 app.command("report")(report.report)
+app.command("edit")(edit.edit)
 app.add_typer(adapters.app, name="adapters")
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergebench.cli import evaluate
+from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
 from mergebench.cli.progress import byte_bar, human, item_bar, note
 
@@ -178,6 +178,8 @@ def _show(found: Plan, out: Path) -> None:
         alpha = found.merge.lines.alpha
         asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
         typer.echo(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
+    for one in found.merge.edits:
+        typer.echo(f"  edit      {one.wanted.edit} of {one.count} rows of {one.wanted.target}, by {one.probe.file}")
     typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
     typer.echo(f"  read      {human(found.bytes_read)}")
     count = len(facts["files"])
@@ -204,6 +206,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "copied_tensors": len(plan.copied),
         "elements": plan.elements,
         **({"lines": plan.merge.recipe["lines"]} if plan.merge.lines else {}),
+        "edits": [one.wanted.to_plain() | {"candidates": one.count} for one in plan.merge.edits],
         "passes": plan.passes,
         "sweeps": plan.sweeps,
         "bytes_read": plan.bytes_read,
@@ -252,5 +255,6 @@ def _say_done(result: Result, quiet: bool) -> None:
         factors = ", ".join(f"{task} {scale:.4g}" for task, scale in tasks.items())
         base = result.provenance["recipe"]["base_model"]
         note(f"tasks and their factors: {factors}; a model is {base}+{result.out}/tasks/{next(iter(tasks))}", quiet)
+    edit.say(result.provenance, result.out, quiet)
     seconds, peak = result.provenance["seconds"], result.provenance["peak_memory"] / 1e6
     note(f"wrote {result.out} in {seconds:.1f} s, peak memory {peak:.0f} MB", quiet)

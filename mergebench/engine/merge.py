@@ -33,6 +33,8 @@ class Merge:
     lines: Lines | None = None  # what the method's function scales its result by
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
     notes: tuple[str, ...] = ()  # what may be other than expected
+    edits: tuple[Any, ...] = ()  # what is made of the result before it is published; the engine only carries them
+    copies: bool = False  # nothing need be merged: what is wanted is a copy, to be edited
 
     @property
     def reference(self) -> Model:

@@ -168,8 +168,29 @@ class Method:
 
     def make_params(self, values: Mapping[str, Any]) -> Any:
         """The method's `Params` from recipe names to values."""
-        by_field = {f.name.rstrip("_"): f.name for f in dataclasses.fields(self.params)}
-        return self.params(**{by_field[name]: value for name, value in values.items()})
+        return make_params(self.params, values)
+
+
+def make_params(params: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass `params` from recipe names to values."""
+    by_field = {f.name.rstrip("_"): f.name for f in dataclasses.fields(params)}
+    return params(**{by_field[name]: value for name, value in values.items()})
+
+
+def parameters_of(function: Callable[..., Any], count: int, form: str) -> tuple[type, dict[str, Parameter]]:
+    """The dataclass that a function of `count` arguments takes second, and the parameters in it; `form` says that."""
+    names = list(inspect.signature(function).parameters)
+    params = typing.get_type_hints(function).get(names[1]) if len(names) == count else None
+    if not isinstance(params, type) or not dataclasses.is_dataclass(params):
+        raise TypeError(f"{function.__name__}: {form}")
+    types = typing.get_type_hints(params)
+    parameters = {}
+    for f in dataclasses.fields(params):
+        default = REQUIRED if f.default is dataclasses.MISSING else f.default
+        kind = float if types[f.name] in (PerModel, float | None) else types[f.name]
+        name = f.name.rstrip("_")
+        parameters[name] = Parameter(name=name, type=kind, default=default, **f.metadata.get("param", {}))
+    return params, parameters
 
 
 def merge_method(
@@ -205,19 +226,7 @@ def merge_method(
         for identity in exempt or ():
             if identity not in typing.get_args(Identity):
                 raise TypeError(f"{function.__name__}: exempt: '{identity}' is none of {typing.get_args(Identity)}")
-        names = list(inspect.signature(function).parameters)
-        hints = typing.get_type_hints(function)
-        params = hints.get(names[1]) if len(names) == 3 else None
-        if params is None or not dataclasses.is_dataclass(params):
-            raise TypeError(f"{function.__name__}: a merge method takes (chunk, params: a dataclass, ctx)")
-        types = typing.get_type_hints(params)
-        parameters = {}
-        for f in dataclasses.fields(params):
-            about = dict(f.metadata.get("param", {}))
-            default = REQUIRED if f.default is dataclasses.MISSING else f.default
-            kind = float if types[f.name] in (PerModel, float | None) else types[f.name]
-            name = f.name.rstrip("_")
-            parameters[name] = Parameter(name=name, type=kind, default=default, **about)
+        params, parameters = parameters_of(function, 3, "a merge method takes (chunk, params: a dataclass, ctx)")
         return Method(
             name=function.__name__.rstrip("_"),
             function=function,
@@ -231,7 +240,7 @@ def merge_method(
             models=models,
             optional_base=optional_base,
             base_counts=base_counts,
-            params=typing.cast(type, params),
+            params=params,
             parameters=parameters,
             exempt=dict(exempt or {}),
         )

@@ -68,7 +68,7 @@ class Plan:
     @cached_property
     def passes(self) -> int:
         """Questions the method asks, at most."""
-        return max(self.asked.values())
+        return max(self.asked.values(), default=0)
 
     @property
     def sweeps(self) -> int:
@@ -164,7 +164,7 @@ def plan_merge(
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
         raise mismatch.describe(merge.reference, merge.models, alignment)
-    if not alignment.merged:
+    if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
     layout = list(merge.reference.layout())

@@ -109,6 +109,7 @@ def fingerprint_of(plan: Plan) -> str:
         "shards": {
             file.file: hashlib.sha256(file.header()).hexdigest() for shard in plan.shards for file in shard.files
         },
+        "edits": [edit.digest for edit in plan.merge.edits],
         "mergebench": __version__,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()

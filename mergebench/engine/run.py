@@ -48,11 +48,13 @@ def run_plan(
     hash_inputs: bool = False,
     progress: Progress = lambda _: None,
     finish: Callable[[Path, dict[str, Any]], None] = lambda directory, provenance: None,
+    change: Callable[[Staging], dict[str, Any]] = lambda staging: {},
     known: Known | None = None,
 ) -> Result:
     """Merge into the directory `out`; `finish(directory, provenance)` may add files before it is published.
 
-    known: answers from earlier merges of the same models, not asked again; those found here are put beside them.
+    change: what is done to the complete checkpoint before that, and told of in the provenance. known: answers from
+    earlier merges of the same models, not asked again; those found here are put beside them.
 
     Raises `RecipeError` where `out` may not be written, `RunError` where the work fails. Inputs are
     only ever opened for reading.
@@ -90,13 +92,15 @@ def run_plan(
                 copied = copy_side_files(plan.merge.reference, staging.directory, kind)
         except OSError as error:
             raise write_error(staging.directory, error) from None
+        changed = change(staging)
         provenance = record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs) | {
+            **changed,
             "side_files": copied,
             **({"tasks": tasks} if tasks else {}),
             "extra_sweeps": sweeper.extra_sweeps,
             "seconds": round(time.perf_counter() - started, 3),
             "stages": {stage: round(seconds, 3) for stage, seconds in sweeper.seconds.items()},
-            "peak_memory": memory,
+            "peak_memory": max(memory, peak_memory()),
         }
         finish(staging.directory, provenance)
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")

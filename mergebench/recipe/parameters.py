@@ -123,13 +123,13 @@ def _value(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        return _single(value, parameter, loc, places)
+        return single(value, parameter, loc, places)
     if not value:
         raise places.error(loc, "an empty list", "give one number, a gradient, or {filter, value} entries")
     if any(isinstance(item, dict) for item in value):
         return [_condition(item, parameter, (*loc, i), places) for i, item in enumerate(value)]
     open_end = replace(parameter, above=None, low=parameter.low if parameter.above is None else parameter.above)
-    return [_single(item, open_end, (*loc, i), places) for i, item in enumerate(value)]
+    return [single(item, open_end, (*loc, i), places) for i, item in enumerate(value)]
 
 
 def _condition(item: Any, parameter: Parameter, loc: Loc, places: Places) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def _condition(item: Any, parameter: Parameter, loc: Loc, places: Places) -> dic
     }
 
 
-def _single(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
+def single(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
+    """One value as the parameter takes it, checked."""
     if value is None and parameter.default is None:
         return None
     if parameter.type is bool and isinstance(value, (int, float)) and value in (0, 1):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergebench import methods
+from mergebench.editing.wanted import Wanted
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
-from mergebench.recipe import modules, parameters, schema, tokens
+from mergebench.recipe import edits, modules, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
 from mergebench.recipe.chat import chat_template
 from mergebench.recipe.parts import Part
@@ -83,6 +84,7 @@ class Recipe:
     vocabulary: tokens.Vocabulary | None = None  # None: the models' tokens are the base's
     chat_template: str | None = None  # written out, or "auto"
     lines: Scaling | None = None
+    edits: tuple[Wanted, ...] = ()  # made of the merged model, one after another
     evaluate: Evaluation | None = None
     name: str | None = field(default=None, compare=False)  # what other documents of the file call its result
     path: Path | None = field(default=None, compare=False)
@@ -146,6 +148,7 @@ class Recipe:
             parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,
             lines=None,
+            edits=(),
             evaluate=None,
             notes=(),
         )
@@ -170,6 +173,7 @@ class Recipe:
             "chat_template": self.chat_template,
             "lines": self.lines
             and {"alpha": "auto" if self.lines.alpha is None else self.lines.alpha, "beta": self.lines.beta},
+            "edits": [one.to_plain() for one in self.edits],
             "evaluate": measured
             and _given(
                 {"suite": measured.suite, "baselines": [baseline.to_plain() for baseline in measured.baselines]}
@@ -211,7 +215,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     base = found.get("base_model")
     if method.needs_base and base is None:
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
-    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template") if method.gives == "tasks" else ():
+    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template", "edits") if method.gives == "tasks" else ():
         if found.get(key):
             what = f"'{method.name}' writes differences to the base, which must be the one on disk"
             raise places.error((key,), what, "make that base first, by a merge of its own")
@@ -254,6 +258,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         vocabulary=tokens.vocabulary(found, places),
         chat_template=chat_template(found.get("chat_template"), places),
         lines=_scaling(found.get("lines"), method, base, places),
+        edits=tuple(edits.check(one, ("edits", i), places) for i, one in enumerate(found.get("edits", ()))),
         evaluate=_evaluation(found.get("evaluate"), places),
         name=found.get("name"),
         path=path,

@@ -214,6 +214,15 @@ def folders(recipe: Recipe) -> list[Path]:
     return [] if recipe.folder is None else [recipe.folder]
 
 
+def find_file(text: str, folders: Sequence[Path]) -> Path:
+    """A file that a recipe names: from the working directory, then from `folders`."""
+    paths = [folder / Path(text).expanduser() for folder in [Path(), *folders]]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise RecipeError(f"no such file: {text}", f"looked for at {', '.join(map(str, dict.fromkeys(paths)))}")
+    return found
+
+
 def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
     reference = entry.model if entry.model is not None else entry.task_vector
     assert reference is not None, "a checked entry names a model or a task vector"

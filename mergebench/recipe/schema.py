@@ -14,6 +14,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("tensor", "model")
 LIST_SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 LIST_MODELS = "list the models to merge as '- model: PATH'"
+EDITS_FORM = "write it as '- {edit: surgery, probe: FILE, rows: 4.65%, alpha: 1.08}'"
 LINES_FORM = "write lines: {alpha: auto, beta: 0.5}"
 SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
 
@@ -117,6 +118,7 @@ RECIPE = {
     "tokenizer": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write tokenizer: {source: union}"),
     "chat_template": Kind("auto, chatml, llama3, mistral, alpaca, exaone or a chat template", _text),
     "lines": Kind("a mapping", MAPPING.accepts, hint=lambda value: LINES_FORM),
+    "edits": _list("a list of edits", Kind("a mapping", MAPPING.accepts, hint=lambda value: EDITS_FORM), EDITS_FORM),
     "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
 }
 RANGE = Kind(
@@ -140,10 +142,7 @@ TOKENIZER = {
     "tokens": Kind("a mapping of tokens", lambda value: isinstance(value, dict) and all(map(_text, value))),
     "pad_to_multiple_of": Kind("a whole number, at least 1", lambda value: _whole(value) and value > 0),
 }
-_OWN = (("evaluate",), ("tokenizer",), ("lines",))  # keys with nothing of the method's beneath them
-UNSUPPORTED = {
-    "edits": "leave it out and merge alone",
-}
+_OWN = (("evaluate",), ("tokenizer",), ("lines",), ("edits",))  # keys with nothing of the method's beneath them
 
 
 def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
@@ -202,10 +201,7 @@ def _keys(data: Mapping[str, Any], kinds: Mapping[str, Kind], loc: Loc, places: 
     found = {}
     for key, value in data.items():
         here = (*loc, key)
-        if not loc and key in UNSUPPORTED:
-            if value is not None:
-                raise places.error((key,), "not supported yet", UNSUPPORTED[key])
-        elif key not in kinds:
+        if key not in kinds:
             hint = did_you_mean(key, kinds) or ""
             outside = "" if hint.startswith("did") or loc[:1] in _OWN else "; the method's own go under parameters"
             raise places.error(here, "no such key", hint + outside)

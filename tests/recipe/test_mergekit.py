@@ -116,7 +116,6 @@ def test_slerp(write: Write) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("dtype: float16", "edits: [x]", "recipe.yaml:17:1: edits: not supported yet"),
         ("models:\n", "slices:\n- sources: [{model: a, layer_range: [0, 8]}]\nmodels:\n", "recipe.yaml:1:1: slices: stands beside models"),
         ("  normalize: true", "  normalise: true", "recipe.yaml:15:3: parameters.normalise: 'ties' has no such parameter"),
     ],

@@ -27,7 +27,7 @@ models:
 REFERENCE = "write it as PATH, org/name@revision or MODEL+ADAPTER"
 MODULES = "write it as modules: {NAME: {models: [...]}}"
 KEYS = (
-    "base_model, chat_template, dtype, evaluate, exclude, include, lines, merge_method, models, name, out_dtype, parameters, "
+    "base_model, chat_template, dtype, edits, evaluate, exclude, include, lines, merge_method, models, name, out_dtype, parameters, "
     "scope, seed, slices, tokenizer, tokenizer_source"
 )
 OWN = "; the method's own go under parameters"
@@ -70,7 +70,6 @@ AFTER_START = [
     ("parameters: {density: [{filter: '/(/', value: 1}]}", "7:25", "parameters.density.0.filter: no regular expression: missing ), unterminated subpattern at position 0", None),
     # not yet
     ("slices: [{sources: [{model: a, layer_range: [0, 2]}]}]", "7:1", "slices: stands beside models", "give one of them"),
-    ("edits: [{edit: surgery}]", "7:1", "edits: not supported yet", "leave it out and merge alone"),
     # tokens
     ("tokenizer: union", "7:1", "tokenizer: must be a mapping, got 'union'", "write tokenizer: {source: union}"),
     ("tokenizer_source: [union]", "7:1", "tokenizer_source: must be base, union or a model, got a list", None),

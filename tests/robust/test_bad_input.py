@@ -679,10 +679,7 @@ recipe_case("one model too many", USAGE, "'slerp'", "2 models", method="slerp", 
 recipe_case("missing parameter", USAGE, "parameters.t", "'slerp'", method="slerp", models=["ft1"])
 recipe_case("weights add up to zero", USAGE, "parameters.weight", "zero", method="linear", base=None, models=[
     {"model": "ft1", "parameters": {"weight": 1}}, {"model": "ft2", "parameters": {"weight": -1}}])  # fmt: skip
-for key, setting in {
-    "edits": [{"edit": "surgery"}],
-}.items():
-    recipe_case(f"not supported yet: {key}", USAGE, "recipe.yaml:", key, "not supported yet", **{key: setting})
+recipe_case("an edit without a probe", USAGE, "recipe.yaml:", "edits.0.probe: missing", edits=[{"edit": "surgery"}])
 recipe_case("no tokenizer to join", MODEL, "model 'base'", "no tokenizer", tokenizer_source="union")
 recipe_case("a gradient out of range", USAGE, "density.1", "at most 1", parameters={"density": [0.1, 9]})
 BARE = [{"filter": "mlp"}]

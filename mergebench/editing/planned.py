@@ -1,0 +1,94 @@
+"""An edit that is to be made: all that is known of it from headers and the probe, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.identity import identity
+from mergebench.checkpoint.model import Model
+from mergebench.editing.edit import Edit, Rows
+from mergebench.editing.targets import Target, find_targets
+from mergebench.editing.wanted import Wanted
+from mergebench.errors import ModelError
+from mergebench.probes.probe import Direction, Probe, read_probe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An edit of a model whose tensors are known."""
+
+    wanted: Wanted
+    edit: Edit
+    params: Any
+    probe: Probe
+    targets: Sequence[Target]
+    elements: int  # of the whole model
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """[width] float32: what is added, times each row's amount."""
+        return self.probe.direction(cast(Direction, self.wanted.direction)).contiguous()
+
+    @property
+    def count(self) -> int:
+        """Candidate rows."""
+        return sum(len(target.numbers) for target in self.targets)
+
+    @property
+    def digest(self) -> str:
+        """What the result depends on."""
+        plain = {**self.wanted.to_plain(), **vars(self.params), "probe": self.probe.sha256}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def doubts(self) -> list[str]:
+        """Why the probe may know nothing."""
+        about = self.probe.about
+        if not {"test_accuracy", "majority", "n_test"} <= about.keys():
+            return []
+        accuracy, majority, n = about["test_accuracy"], about["majority"], about["n_test"]
+        error = math.sqrt(accuracy * (1 - accuracy) / n)
+        if accuracy >= majority + 2 * error:
+            return []
+        said = f"{accuracy:.1%} of {n} test texts right, {majority:.1%} by always saying the same"
+        return [f"{self.probe.file}: the probe is no better than the majority: {said} (s.e. {error:.1%})"]
+
+    def foreign(self, model: Model) -> list[str]:
+        """A warning where the probe was fitted on another model than this one."""
+        fitted, own = (self.probe.about.get("model") or {}).get("identity"), identity(model)
+        if fitted in (None, own):
+            return []
+        return [f"{self.probe.file}: fitted on another model ({fitted}) than {model.reference} ({own})"]
+
+
+def plan_edit(
+    wanted: Wanted, edit: Edit, probe: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> Planned:
+    """Find an edit's rows among a model's tensors, and try it on rows of zeros.
+
+    Raises where the probe, its width, the target or the number of rows do not fit.
+    """
+    read = read_probe(probe)
+    read.direction(cast(Direction, wanted.direction))  # one that it does not hold shows here
+    targets = find_targets(tensors, config, wanted.target, read.width, wanted.layers)
+    for target in targets:
+        info = tensors[target.tensor]
+        width = info.shape[-2 if target.transposed else -1]
+        if width != read.width:
+            what = f"{probe}: the probe is {read.width} wide, {info.name} has rows of {width} elements"
+            raise ModelError(what, "fit a probe on this model: mergebench probe fit")
+    elements = sum(info.numel for info in tensors.values())
+    planned = Planned(wanted, edit, edit.make_params(wanted.values), read, targets, elements)
+    nothing = torch.zeros(planned.count)
+    edit(Rows(nothing, nothing, nothing.long(), 1.0), planned.params)
+    return planned

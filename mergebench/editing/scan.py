@@ -1,0 +1,163 @@
+"""One read of the candidate matrices: what an edit is told of their rows, and what it makes of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.neurons import BLOCK, Neurons, Stored
+from mergebench.checkpoint.read import Files
+from mergebench.editing.edit import Rows
+from mergebench.editing.planned import Planned
+from mergebench.editing.targets import Target
+from mergebench.errors import RunError
+from mergebench.running.batch import one_thread
+
+NOISE = 2.0  # |z| below which a cosine is what a random vector may well have
+QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an edit makes of a model: how much each candidate row gets."""
+
+    planned: Planned
+    rows: Rows
+    amounts: Tensor  # float32 [N]
+
+    def changes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The changed rows of each tensor, int64 [k] ascending, and their amounts, float32 [k]."""
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        at = 0
+        for target in self.planned.targets:
+            amounts = self.amounts[at : at + len(target.numbers)]
+            at += len(amounts)
+            kept = amounts.nonzero().ravel()
+            if len(kept):
+                numbers = torch.tensor(target.numbers)[kept]
+                parts.setdefault(target.tensor, []).append((numbers, amounts[kept]))
+        found = {}
+        for name, pieces in parts.items():
+            numbers, amounts = (torch.cat(column) for column in zip(*pieces, strict=True))
+            order = numbers.argsort()
+            found[name] = numbers[order], amounts[order]
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What is done to how many rows, ready for JSON; z: sqrt(width) times the cosine, standard normal for random
+        vectors."""
+        planned, rows, chosen = self.planned, self.rows, self.amounts != 0
+        cosines, width = rows.cosine[chosen], planned.probe.width
+        amounts, median = self.amounts[chosen], float(rows.norm.median())
+        about = planned.probe.about
+        weakest = float(cosines[cosines.abs().argmin()]) if len(cosines) else 0.0
+        z = weakest * width**0.5
+        found = {
+            "edit": planned.wanted.edit,
+            "probe": {
+                "file": str(planned.probe.file),
+                "sha256": planned.probe.sha256,
+                **{key: about[key] for key in ("layer", "norm", "pool", "test_accuracy", "majority") if key in about},
+            },
+            "direction": planned.wanted.direction,
+            "parameters": vars(planned.params),
+            "target": planned.wanted.target,
+            "layers": planned.wanted.layers,
+            "tensors": dict(Counter(re.sub(r"\d+", "*", name) for name in {t.tensor for t in planned.targets})),
+            "rows": int(chosen.sum()),
+            "of": len(rows),
+            "by_layer": {
+                str(layer): int((chosen & (rows.layer == layer)).sum()) for layer in sorted(set(rows.layer.tolist()))
+            },
+            "share": int(chosen.sum()) * width / planned.elements,
+            "alpha": float(amounts[0]) if len(amounts) and bool((amounts == amounts[0]).all()) else None,
+            "relative_step": float(self.amounts.abs().max()) * rows.length / median if median else None,
+            "cosine": {
+                "candidates": _quantiles(rows.cosine),
+                **({"least": float(cosines.min()), "most": float(cosines.max())} if len(cosines) else {}),
+            },
+            "z": z,
+            "width": width,
+        }
+        noise = []
+        if len(cosines) and planned.wanted.values.get("select") != "random" and abs(z) < NOISE:
+            noise = [f"the selection is noise at its end: a row with z = {z:.2f} is as near as a random vector"]
+        return found | {"warnings": planned.doubts() + noise}
+
+
+def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) -> Found:
+    """Read the candidate rows of a model once, and ask the edit what each of them gets.
+
+    `RunError` where a row is not finite. The bits do not depend on the number of cores, nor on the order of files.
+    """
+    direction = planned.direction.double()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with Files() as files, one_thread():
+
+        def work(target: Target) -> tuple[Tensor, Tensor]:
+            found = _facts(Stored(model, files), target, direction)
+            progress(len(target.numbers) * planned.probe.width * 2)
+            return found
+
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            columns = list(pool.map(work, planned.targets))
+    dots, squares = (torch.cat(column) for column in zip(*columns, strict=True))
+    norms, length = squares.sqrt(), float(direction.norm())
+    rows = Rows(
+        cosine=torch.where(norms > 0, dots / (norms * length), 0.0).float(),  # rounded: equal rows are equal
+        norm=norms.float(),
+        layer=torch.cat([torch.full((len(target.numbers),), target.layer) for target in planned.targets]),
+        length=length,
+    )
+    return Found(planned, rows, planned.edit(rows, planned.params))
+
+
+def _facts(stored: Stored, target: Target, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Dot products with the direction and squared norms of a target's rows, float64 [n]."""
+    info = stored.model.tensors[target.tensor]
+    neurons = Neurons(info, target.transposed)
+    width, side = neurons.width, neurons.side
+    if not target.transposed:
+        step = max(BLOCK // width, 1)
+        dots, squares = (
+            torch.empty(target.stop - target.first).double(),
+            torch.empty(target.stop - target.first).double(),
+        )
+        for first in range(target.first, target.stop, step):
+            stop = min(first + step, target.stop)
+            block = stored.elements(info, first * width, (stop - first) * width).view(-1, width).double()
+            place = slice(first - target.first, stop - target.first)
+            dots[place], squares[place] = block @ direction, block.square_().sum(1)
+        dots, squares = dots[:: target.step], squares[:: target.step]
+    else:
+        step, expert = max(BLOCK // side, 1), target.first // side
+        dots, squares = torch.zeros(side).double(), torch.zeros(side).double()
+        for row in range(0, width, step):
+            stop = min(row + step, width)
+            block = stored.elements(info, (expert * width + row) * side, (stop - row) * side).view(-1, side).double()
+            dots += direction[row:stop] @ block
+            squares += block.square_().sum(0)
+        columns = slice(target.first - expert * side, target.stop - expert * side, target.step)
+        dots, squares = dots[columns], squares[columns]
+    bad = (~squares.isfinite()).nonzero().ravel()
+    if len(bad):
+        number = target.numbers[int(bad[0])]
+        what = f"{info.name}: row {number} of {stored.model.reference} holds a value that is not finite"
+        raise RunError(what, "an edit of it would be broken: use another checkpoint")
+    return dots, squares
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """By share in percent, from the least to the largest."""
+    ordered = values.sort().values
+    return {f"{100 * q:g}": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES} if len(ordered) else {}
