@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from mergebench.evaluation.edited import sentence
 from mergebench.evaluation.results import Results
 from mergebench.page import flipped, scores, searched
 from mergebench.page.sources import Sources
@@ -46,7 +47,8 @@ def _said(write: Writer, source: Any) -> list[str]:
 def _merged(provenance: Mapping[str, Any]) -> str:
     recipe = provenance["recipe"]
     count = len(recipe["models"])
-    return f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
+    edits = "".join(f", then {sentence(edit)}" for edit in provenance.get("edits") or ())
+    return f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}{edits}"
 
 
 def _measured(results: Results) -> str:
