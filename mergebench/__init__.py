@@ -28,6 +28,8 @@ _PUBLIC = {
     "task_vector": "mergebench.api",
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
+    "fit_probe": "mergebench.probes.fit",
+    "read_probe": "mergebench.probes.probe",
     "report": "mergebench.evaluation",
     "compare": "mergebench.evaluation",
     "merge_method": "mergebench.engine.method",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import compare, report
     from mergebench.measuring import evaluate, measure
+    from mergebench.probes.fit import fit_probe
+    from mergebench.probes.probe import read_probe
     from mergebench.recipe import load, load_stages
 
 __all__ = [
@@ -70,6 +74,7 @@ __all__ = [
     "compare",
     "evaluate",
     "extract_adapter",
+    "fit_probe",
     "gram",
     "load",
     "load_stages",
@@ -80,6 +85,7 @@ __all__ = [
     "order_statistics",
     "param",
     "plan",
+    "read_probe",
     "report",
     "run",
     "search",

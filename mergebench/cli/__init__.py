@@ -19,6 +19,7 @@ from mergebench.cli import (
     explain,
     inspect,
     merge,
+    probe,
     report,
     search,
     task_vector,
@@ -58,6 +59,7 @@ app.command("compare")(compare.compare)
 app.command("search")(search.search)
 app.command("report")(report.report)
 app.command("edit")(edit.edit)
+app.add_typer(probe.app, name="probe")
 app.add_typer(adapters.app, name="adapters")
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)

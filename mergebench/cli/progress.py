@@ -123,23 +123,30 @@ def check_bar(label: str, quiet: bool) -> Iterator[Callable[[str, str, int, int]
 
 
 @contextmanager
-def count_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress display over a number of elements known later; yields a function of those done and of all."""
+def work_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress display over work of several sorts; yields a function of what is done, how many and of how many."""
     if quiet:
-        yield lambda done, total: None
+        yield lambda what, done, total: None
     elif sys.stderr.isatty():
         with _item_bar() as update:
-            yield lambda done, total: update(label, done, total)
+            yield update
     else:
         last = time.monotonic()
 
-        def line(done: int, total: int) -> None:
+        def line(what: str, done: int, total: int) -> None:
             nonlocal last
             if time.monotonic() - last >= EVERY:
                 last = time.monotonic()
-                note(f"{label}: {done / max(total, 1):.0%}")
+                note(f"{what}: {done / max(total, 1):.0%}")
 
         yield line
+
+
+@contextmanager
+def count_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """As `work_bar`, over one sort of work."""
+    with work_bar(quiet) as update:
+        yield lambda done, total: update(label, done, total)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,14 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mergebench
 from mergebench.errors import MergebenchError, RecipeError, RunError
 from mergebench.evaluation.results import Record, Results, Role, with_relatives
 from mergebench.evaluation.suite import Suite, Task
 
 if TYPE_CHECKING:
-    import torch
-
     from mergebench.evaluation.store import Store
     from mergebench.evaluation.task import Score
     from mergebench.running.model import LoadableModel
@@ -90,9 +86,11 @@ class Batch:
     """The results of one suite, model by model, with one model in memory at a time."""
 
     def __init__(self, suite: Suite, device: str, store: Store | None, meter: _Meter | None = None) -> None:
-        self.suite, self.device, self.store = suite, _device(device), store
+        from mergebench.running.machine import device_of, versions
+
+        self.suite, self.device, self.store = suite, device_of(device), store
         self.meter = meter or _Meter(None, 0)
-        self.versions = _versions()
+        self.versions = versions()
         self.records: list[Record] = []
         self.failed: list[dict[str, Any]] = []
         self.errors: list[MergebenchError] = []
@@ -228,25 +226,3 @@ def homes_of(candidates: Sequence[Candidate], suite: Suite) -> dict[str, str]:
             owners.setdefault(candidate.directory.resolve(), candidate.name)
     homes = {task.name: task.ready.home.resolve() for task in suite.tasks if task.ready.home is not None}
     return {task: owners[home] for task, home in homes.items() if home in owners}
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError("no CUDA device is to be had", "choose --device cpu")
-    return torch.device(name)
-
-
-def _versions() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "mergebench": mergebench.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

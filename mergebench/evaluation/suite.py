@@ -14,20 +14,20 @@ mistake is found before a merge and not after it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergebench.errors import RecipeError, RunError, did_you_mean
+from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
 from mergebench.evaluation.scorer import Scorer, ScorerKind
 from mergebench.evaluation.task import Key, Kind, Ready
 from mergebench.recipe.places import Loc, Places, show
 from mergebench.recipe.source import parse, plain
+from mergebench.running.content import sha256_of
 
 T = TypeVar("T")
 SHAPE = "begin with tasks: and list them as '- name: …'"
@@ -246,11 +246,3 @@ def _text(path: Path) -> str:
         raise RecipeError(f"{path}: not UTF-8 text", "save the file as UTF-8") from None
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
-
-
-def sha256_of(file: Path) -> str:
-    try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,6 +64,17 @@ class Probe:
     def logit(self, features: Tensor) -> Tensor:
         """[n]: how much rather undesired than desired features [n, d] are; above zero for undesired."""
         return features @ (self.weight[1] - self.weight[0]) + (self.bias[1] - self.bias[0])
+
+    def doubt(self) -> str | None:
+        """Why it may tell nothing, where it does no better on its test texts than their larger class alone would."""
+        accuracy, majority, n = (self.about.get(key) for key in ("test_accuracy", "majority", "n_test"))
+        if accuracy is None or majority is None or not n:
+            return None
+        stderr = math.sqrt(accuracy * (1 - accuracy) / n)
+        if accuracy >= majority + 2 * stderr:
+            return None
+        right = f"right on {100 * accuracy:.1f} ± {100 * stderr:.1f} % of {n} test texts"
+        return f"the probe is {right}, {100 * majority:.1f} % are of one class: it may tell nothing"
 
     def save(self, path: Path) -> Probe:
         """Write the file, at once; the probe as it is there."""

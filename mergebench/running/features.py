@@ -83,28 +83,46 @@ class Texts:
 
     def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
         """[texts, width], float32, on the CPU."""
-        key = network.tokenizer_key
-        if key not in self._tokens:
-            self._tokens[key] = network.tokenize(self.texts, self.max_length)
-        tokens = self._tokens[key]
+        tokens = self.tokens(network)
 
         def rows(group: list[int]) -> Tensor:
             return pooling(*network.encode([tokens[i] for i in group]))
 
         return gather(network, rows, [len(one) for one in tokens], tick)
 
+    def tokens(self, network: Network) -> list[list[int]]:
+        """The token ids of every text."""
+        key = network.tokenizer_key
+        if key not in self._tokens:
+            self._tokens[key] = network.tokenize(self.texts, self.max_length)
+        return self._tokens[key]
+
 
 def gather(network: Network, rows: Callable[[list[int]], Tensor], lengths: Sequence[int], tick: Tick) -> Tensor:
     """The rows of all items, in their order; `lengths` counts each one's tokens. `RunError` where one is not finite."""
+    found: dict[int, Tensor] = {}
+    scatter(network, rows, lengths, lambda group, part: found.update(zip(group, part, strict=True)), tick)
+    return torch.stack([found[position] for position in range(len(lengths))])
 
-    def work(group: list[int]) -> Tensor:
+
+def scatter(
+    network: Network,
+    rows: Callable[[list[int]], Tensor],
+    lengths: Sequence[int],
+    keep: Callable[[list[int], Tensor], None],
+    tick: Tick,
+) -> None:
+    """As `gather`, for more than memory holds: the rows of each batch, on the CPU, go to `keep` as they come.
+
+    Several threads may call it at once, each with other items.
+    """
+
+    def work(group: list[int]) -> None:
         with torch.inference_mode():
-            return rows(group).cpu()
+            part = rows(group).cpu()
+        if not part.isfinite().all():
+            raise RunError(f"model '{network.name}': its outputs are not finite", "look for NaN or Inf in its weights")
+        keep(group, part)
 
     groups = batches(lengths, CPU_TOKENS if network.device.type == "cpu" else GPU_TOKENS)
-    results = run_batches(work, groups, network.device, tick)
-    order = torch.tensor([position for group in groups for position in group])
-    out = torch.cat(results)[order.argsort()]
-    if not out.isfinite().all():
-        raise RunError(f"model '{network.name}': its outputs are not finite", "look for NaN or Inf in its weights")
-    return out
+    run_batches(work, groups, network.device, tick)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from mergebench.errors import RunError
 
 SHAPE = "write one JSON object a line, or one list of them"
+COLUMN_HINT = "name the columns in the suite's task, such as text: COLUMN"
 ID_HINT = "flips between models are counted item by item, so each needs an id of its own"
 
 
@@ -58,13 +59,10 @@ def contents(rows: Iterable[Row]) -> dict[str, str]:
     return {hashlib.sha256(json.dumps(row[1:], sort_keys=True).encode()).hexdigest(): row.where for row in rows}
 
 
-def column(record: dict[str, Any], name: str, where: str) -> Any:
+def column(record: dict[str, Any], name: str, where: str, hint: str = COLUMN_HINT) -> Any:
     """One column of a row; `RunError` where there is none."""
     if name not in record:
-        raise RunError(
-            f"{where}: no column '{name}', it has {', '.join(record) or 'none'}",
-            "name the columns in the suite's task, such as text: COLUMN",
-        )
+        raise RunError(f"{where}: no column '{name}', it has {', '.join(record) or 'none'}", hint)
     return record[name]
 
 

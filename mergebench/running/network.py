@@ -73,11 +73,21 @@ class Network:
 
     def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""
+        ids, mask = self.padded(tokens)
+        return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    @property
+    def backbone(self) -> Any:
+        """The module without its head."""
+        return self.module.base_model
+
+    def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [batch, tokens], padded on the right."""
         width = max(1, *map(len, tokens)) if tokens else 1
         pad = self.module.config.pad_token_id or 0
         ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in tokens], device=self.device)
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in tokens], device=self.device)
-        return self.module(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+        return ids, mask
 
     def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Token ids of each text with the special ones, cut to `max_length` or to what the model takes."""
@@ -88,25 +98,31 @@ class Network:
 
     @cached_property
     def tokenizer_key(self) -> str:
-        """Equal for tokenizers that give equal tokens: a hash of their files, wherever they lie."""
-        digest = hashlib.sha256(self.module.config.model_type.encode())
-        for file in self._tokenizer_files():
-            content = file.read_bytes()
-            digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
-        return digest.hexdigest()
-
-    def _tokenizer_files(self) -> list[Path]:
-        return sorted({file for pattern in TOKENIZER_FILES for file in self.directory.glob(pattern) if file.is_file()})
+        """Equal for tokenizers that give equal tokens, wherever they lie."""
+        return f"{self.module.config.model_type} {tokenizer_hash(self.directory)}"
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer beside the model, as transformers reads it."""
         from transformers import AutoTokenizer
 
-        if not self._tokenizer_files():
+        if not _tokenizer_files(self.directory):
             raise ModelError(f"model '{self.name}': no tokenizer in {self.directory}", "put tokenizer.json beside it")
         try:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parts raise
             raise failed(self.name, "its tokenizer", error) from None
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """The SHA-256 of the files of the tokenizer in a directory."""
+    digest = hashlib.sha256()
+    for file in _tokenizer_files(directory):
+        content = file.read_bytes()
+        digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})

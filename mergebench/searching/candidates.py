@@ -23,11 +23,10 @@ from mergebench.engine.run import run_in_memory, run_plan
 from mergebench.engine.statistics import Statistic
 from mergebench.engine.whole import run_at_once
 from mergebench.errors import MergebenchError
-from mergebench.evaluation.store import BESIDE
-from mergebench.evaluation.suite import sha256_of
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe
 from mergebench.recipe.resolve import resolve
+from mergebench.running.content import BESIDE, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor

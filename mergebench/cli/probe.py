@@ -1,0 +1,117 @@
+"""`mergebench probe fit`: a linear probe of a behaviour, out of labelled texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.progress import note, work_bar
+
+if TYPE_CHECKING:
+    from mergebench.probes.probe import Probe
+
+app = typer.Typer(help="Fit a linear probe of a behaviour, for an edit to use.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None: ...
+
+
+@app.command("fit")
+def fit(
+    model: Annotated[str, typer.Option(help="A directory, BASE+ADAPTER, or org/name.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines: a text and a label each.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The probe: NAME.safetensors.")],
+    layer: Annotated[
+        str, typer.Option(help="0 (embeddings) to the number of blocks; negative from the end; all: the best.")
+    ] = "-1",
+    norm: Annotated[str, typer.Option(help="The last layer, post or pre the final norm.")] = "post",
+    pool: Annotated[str, typer.Option(help="mean over a text's tokens, or the last one.")] = "mean",
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")] = 100,
+    text: Annotated[str, typer.Option(metavar="COLUMN", help="The column with the text.")] = "text",
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="The column with the label.")] = "label",
+    undesired: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="The undesired class. By itself: 1, true, undesired.")
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to test on. Default: a fifth of the data.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and the folds.")] = 0,
+    device: opt.Device = "auto",
+    results: opt.Results = Path("results"),
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart."""
+    from mergebench.probes.fit import fit_probe, plot_of
+
+    quiet = quiet or json_
+    with work_bar(quiet) as progress:
+        probe = fit_probe(
+            model,
+            data,
+            out,
+            layer=_layer(layer),
+            norm=norm,
+            pool=pool,
+            max_length=max_length,
+            text=text,
+            label=label,
+            undesired=undesired,
+            test=test,
+            seed=seed,
+            device=opt.check_device(device),
+            results=results,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    plot = plot_of(out) if "layers" in probe.about else None
+    doubt = probe.doubt()
+    if doubt is not None:
+        note(f"warning: {doubt}", quiet)
+    note(f"wrote {out}" + (f" and {plot}" if plot else ""), quiet)
+    if json_:
+        more = {"plot": None if plot is None else str(plot), "warnings": [] if doubt is None else [doubt]}
+        typer.echo(json.dumps({"out": str(out), "sha256": probe.sha256, **probe.about, **more}))
+    else:
+        typer.echo(_said(probe))
+
+
+def _layer(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not re.fullmatch(r"-?\d{1,6}", text):
+        raise opt.wrong("--layer", text, "a layer's number, negative from the end, or all")
+    return int(text)
+
+
+def _said(probe: Probe) -> str:
+    """The layers, where all were tried; then what the probe is worth."""
+    about = probe.about
+    lines = []
+    if "layers" in about:
+        lines.append(" layer      accuracy    AUC")
+        for one in about["layers"]:
+            mark = "  <" if one["layer"] == about["layer"] else ""
+            accuracy = f"{100 * one['cv_accuracy']:5.1f} ± {100 * one['cv_stderr']:.1f} %"
+            lines.append(f" {one['layer']:5}  {accuracy}  {one['auc']:.3f}{mark}")
+        lines += ["", f" Cross-validated on {about['n_train']} texts, {_share(about['cv_majority'])} of one class.", ""]
+    desired, undesired = about["classes"]
+    lines += [
+        f"'{undesired}' (undesired) against '{desired}', layer {about['layer']} of {about['depth']}",
+        f"  train            {_share(about['train_accuracy'])} of {about['n_train']} texts right",
+        f"  cross-validated  {100 * about['cv_accuracy']:.1f} ± {100 * about['cv_stderr']:.1f} %, C = {about['C']:g}",
+        f"  test             {_share(about['test_accuracy'])} of {about['n_test']} texts, AUC {about['auc']:.3f}",
+        f"  larger class     {_share(about['majority'])} of the test texts",
+    ]
+    return "\n".join(lines)
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.1f} %"
