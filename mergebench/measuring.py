@@ -144,8 +144,8 @@ def measure(
 def _unedited(recipe: Recipe, out: Path, patches: Sequence[Path], store: Store | None) -> Candidate:
     """The merge before its edits, as a row to set them against."""
     from mergebench.evaluation import Candidate
-    from mergebench.evaluation.suite import sha256_of
     from mergebench.evaluation.unedited import Unedited
+    from mergebench.running.content import sha256_of
 
     edited = open_model(str(out))
     key = None if store is None else " without ".join([str(store.content(edited)), *map(sha256_of, patches)])

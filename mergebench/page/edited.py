@@ -30,7 +30,7 @@ def _bars(edit: Entry, place: int) -> Figure:
     with figures.plot(150) as (canvas, axes):
         axes.bar(range(len(layers)), [count for _, count in layers], color=BLUE, width=0.8)
         axes.set_ylim(0, 1.1 * max([count for _, count in layers], default=1) or 1)
-        axes.yaxis.get_major_locator().set_params(integer=True, nbins=5)
+        axes.locator_params(axis="y", integer=True, nbins=5)
         axes.set_axisbelow(True)
         axes.grid(True, axis="y", color=LINE)
         layer_ticks(axes, [layer for layer, _ in layers], range(len(layers)))
