@@ -118,8 +118,8 @@ def show(report: Mapping[str, Any]) -> None:
     from mergebench.cli.inspect import print_table
 
     typer.echo(sentence(report))
-    for pattern, count in report["tensors"].items():
-        typer.echo(f"  {count} tensor{'s' * (count > 1)} {pattern}")
+    for line in report["candidates"]:
+        typer.echo(f"  {line}")
     cosine, root = report["cosine"], report["width"] ** 0.5
     if not cosine["candidates"]:
         return

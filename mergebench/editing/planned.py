@@ -20,7 +20,6 @@ from mergebench.checkpoint.model import Model
 from mergebench.editing.edit import Edit, Rows
 from mergebench.editing.targets import Target, find_targets
 from mergebench.editing.wanted import Wanted
-from mergebench.errors import ModelError
 from mergebench.probes.probe import Direction, Probe, read_probe
 
 
@@ -81,12 +80,6 @@ def plan_edit(
     read = read_probe(probe)
     read.direction(cast(Direction, wanted.direction))  # one that it does not hold shows here
     targets = find_targets(tensors, config, wanted.target, read.width, wanted.layers)
-    for target in targets:
-        info = tensors[target.tensor]
-        width = info.shape[-2 if target.transposed else -1]
-        if width != read.width:
-            what = f"{probe}: the probe is {read.width} wide, {info.name} has rows of {width} elements"
-            raise ModelError(what, "fit a probe on this model: mergebench probe fit")
     elements = sum(info.numel for info in tensors.values())
     planned = Planned(wanted, edit, edit.make_params(wanted.values), read, targets, elements)
     nothing = torch.zeros(planned.count)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from mergebench.checkpoint.neurons import BLOCK, Neurons, Stored
 from mergebench.checkpoint.read import Files
 from mergebench.editing.edit import Rows
 from mergebench.editing.planned import Planned
-from mergebench.editing.targets import Target
+from mergebench.editing.targets import Target, describe
 from mergebench.errors import RunError
 from mergebench.running.batch import one_thread
 
@@ -73,7 +71,7 @@ class Found:
             "parameters": vars(planned.params),
             "target": planned.wanted.target,
             "layers": planned.wanted.layers,
-            "tensors": dict(Counter(re.sub(r"\d+", "*", name) for name in {t.tensor for t in planned.targets})),
+            "candidates": describe(planned.wanted.target, planned.targets),
             "rows": int(chosen.sum()),
             "of": len(rows),
             "by_layer": {

@@ -45,7 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def probe_of(about: dict[str, Any], width: int = 16) -> Probe:
     torch.manual_seed(0)
-    return Probe(torch.randn(2, width), torch.tensor([0.5, -0.25]), about=about)
+    return Probe(torch.randn(2, width) / 20, torch.tensor([0.5, -0.25]), about=about)
 
 
 def measure(decoder: Path, **more: Any) -> Record:
@@ -164,6 +164,6 @@ def test_texts_are_read_once_for_probes_that_read_alike(
     monkeypatch.setattr(module, "features", lambda *args: read.append(args[2]) or features(*args))
     keys = {"kind": "probe", "data": "data.jsonl", "probe": "fitted.safetensors"}
     tasks = [{"name": metric, "metric": metric, **keys} for metric in ("loss", "score")]
-    tasks.append({"name": "other", "kind": "probe", "data": "data.jsonl", "probe": "bare.safetensors"})
+    tasks.append(keys | {"name": "other", "probe": "bare.safetensors", "max_length": 30})
     evaluate_models([Candidate("m", "base", Files(decoder))], load_suite({"tasks": tasks}))
     assert [one.layer for one in read] == [1, -1]
