@@ -16,7 +16,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     from ruamel.yaml import YAML
     from ruamel.yaml.compat import StringIO
 
-    from mergebench.evaluation.edited import UNDO, facts, sentence
+    from mergebench.evaluation.edited import UNDO, facts, only, sentence
 
     recipe, method = provenance["recipe"], provenance["method"]
     written = StringIO()
@@ -25,6 +25,8 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     yaml.dump(json.loads(json.dumps(recipe)), written)
     edits = provenance.get("edits") or []
     models = [entry.get("model") or entry.get("task_vector") for entry in recipe.get("models", [])]
+    what = f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
+    what = "One model edited" if only(provenance) is not None else what + ", then edited," * bool(edits)
     lines = [
         "---",
         *([] if provenance.get("tasks") else ["library_name: transformers"]),
@@ -34,8 +36,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
         "---",
         f"# {out.name}",
         "",
-        f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
-        f"{', then edited,' * bool(edits)} by mergebench {provenance['mergebench']}.",
+        f"{what} by mergebench {provenance['mergebench']}.",
         "",
     ]
     if recipe.get("base_model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Entry = Mapping[str, Any]  # one edit, as mergebench.json has it
@@ -10,17 +11,23 @@ UNDO = "undone, in this directory, by"
 
 
 def sentence(edit: Entry) -> str:
-    """`surgery of 1,229 of 26,460 rows of gate_proj, alpha 1.08`."""
+    """`surgery with probe.safetensors of 1,229 of 26,460 rows of gate_proj, alpha 1.08`."""
+    by = f" with {Path(edit['probe']['file']).name}" if edit.get("probe") else ""
+    of = f" of {_rows(edit)}" if "rows" in edit else ""
     alpha = f", alpha {edit['alpha']:.4g}" if edit.get("alpha") is not None else ""
-    back = ", taken back" * bool(edit.get("reverted"))
-    return f"{edit['edit']} of {edit['rows']:,} of {edit['of']:,} rows of {edit['target']}{alpha}{back}"
+    return f"{edit.get('edit', 'a patch')}{by}{of}{alpha}" + ", taken back" * bool(edit.get("reverted"))
+
+
+def _rows(edit: Entry) -> str:
+    return f"{edit['rows']:,} of {edit['of']:,} rows of {edit['target']}"
 
 
 def facts(edit: Entry) -> list[tuple[str, str]]:
-    """Terms and what stands for them. What only a new edit knows is not told of a patch put in or taken out."""
+    """Terms and what stands for them: those that are known, of a patch put in or taken out less than of a new edit."""
+    given = {name: edit[name] for name in ("direction", "layers") if name in edit} | edit.get("parameters", {})
     found = [
-        ("rows", f"{edit['rows']:,} of {edit['of']:,} of {edit['target']}{_where(edit)}"),
-        ("parameters", ", ".join(f"{name} {_value(value)}" for name, value in edit.get("parameters", {}).items())),
+        ("rows", f"{_rows(edit)}{_where(edit)}" if "rows" in edit else ""),
+        ("parameters", ", ".join(f"{name} {_value(value)}" for name, value in given.items())),
     ]
     if edit.get("share") is not None:
         found.append(("share", f"{edit['share']:.2%} of the model's parameters"))
@@ -34,8 +41,8 @@ def facts(edit: Entry) -> list[tuple[str, str]]:
         found.append(("probe", _probe(edit["probe"])))
     found += [("warning", str(warning)) for warning in edit.get("warnings", ())]
     found.append(("patch", str(edit["patch"])))
-    back = "apply" if edit.get("reverted") else "revert"
-    found.append((UNDO, f"mergebench patch {back} --model . --patch {edit['patch']} --out DIR"))
+    way = "apply" if edit.get("reverted") else "revert"
+    found.append((UNDO, f"mergebench patch {way} --model . --patch {edit['patch']} --out ../DIR"))
     return [(term, fact) for term, fact in found if fact]
 
 
@@ -56,6 +63,15 @@ def _probe(probe: Entry) -> str:
         about.append(f"test accuracy {100 * probe['test_accuracy']:.1f} %")
     about.append(f"SHA-256 {str(probe.get('sha256', ''))[:12]}…")
     return f"{probe.get('file')} ({', '.join(about)})"
+
+
+def only(provenance: Mapping[str, Any]) -> str | None:
+    """The model that was edited and nothing else done to it, as it was named; None where models were merged."""
+    recipe = provenance.get("recipe", {})
+    models = recipe.get("models", [])
+    if provenance.get("edits") and recipe.get("merge_method") == "passthrough" and len(models) == 1:
+        return str(models[0].get("model"))
+    return None
 
 
 def layers_of(edit: Entry) -> Sequence[tuple[str, int]]:

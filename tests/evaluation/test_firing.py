@@ -42,12 +42,12 @@ def quick(one_thread: None) -> None:
     """Tiny matrices."""
 
 
-def write_family(directory: Path, family: str) -> Path:
+def write_family(directory: Path, family: str, seed: int = 1) -> Path:
     """A random causal language model; Phi-3 has its gates and ups in one matrix, GPT-2 its matrices turned."""
     import transformers
 
-    write_decoder(directory)
-    torch.manual_seed(1)
+    write_decoder(directory, seed)
+    torch.manual_seed(seed)
     if family == "phi3":
         model: Any = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES))
     elif family == "gpt2":
