@@ -26,6 +26,8 @@ _PUBLIC = {
     "measure": "mergebench.measuring",
     "search": "mergebench.choosing",
     "task_vector": "mergebench.api",
+    "plan_edit": "mergebench.patching",
+    "plan_patch": "mergebench.patching",
     "merge_adapters": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
     "fit_probe": "mergebench.probes.fit",
@@ -33,6 +35,8 @@ _PUBLIC = {
     "report": "mergebench.evaluation",
     "compare": "mergebench.evaluation",
     "merge_method": "mergebench.engine.method",
+    "edit": "mergebench.editing.edit",
+    "Rows": "mergebench.editing.edit",
     "param": "mergebench.engine.method",
     "PerModel": "mergebench.engine.method",
     "TaskVectors": "mergebench.engine.method",
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from mergebench.adapters import extract_adapter, merge_adapters
     from mergebench.api import plan, run, task_vector
     from mergebench.choosing import search
+    from mergebench.editing.edit import Rows, edit
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import compare, report
     from mergebench.measuring import evaluate, measure
+    from mergebench.patching import plan_edit, plan_patch
     from mergebench.probes.fit import fit_probe
     from mergebench.probes.probe import read_probe
     from mergebench.recipe import load, load_stages
@@ -67,11 +73,13 @@ __all__ = [
     "MergebenchError",
     "Passes",
     "PerModel",
+    "Rows",
     "TaskVectors",
     "Tasks",
     "Weights",
     "__version__",
     "compare",
+    "edit",
     "evaluate",
     "extract_adapter",
     "fit_probe",
@@ -85,6 +93,8 @@ __all__ = [
     "order_statistics",
     "param",
     "plan",
+    "plan_edit",
+    "plan_patch",
     "read_probe",
     "report",
     "run",

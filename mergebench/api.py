@@ -133,6 +133,8 @@ def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bo
         for loc, text in references(stage.recipe):
             if not any(text == str(place) or text.startswith(f"{place}+") for place in stage.needs):
                 open_named(stage.recipe, text, loc)
+        for one in stage.recipe.edits:
+            find_file(one.probe, folders(stage.recipe))
         for i, entry in enumerate(stage.recipe.models):
             if entry.task_vector is not None:
                 open_named(stage.recipe, entry.task_vector, ("models", i, "task_vector"), task_vector=True)

@@ -116,6 +116,10 @@ def search(
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     if recipe.method.gives != "model":
         raise RecipeError(f"'{recipe.merge_method}' makes a model for each task: search looks for one for all tasks")
+    if recipe.edits:
+        raise recipe.places.error(
+            ("edits",), "search measures merges in memory, before any edit", "search without them"
+        )
     if budget < 2:
         raise RecipeError(f"--budget {budget}: the recipe as given is the first point", "give it at least 2")
     check(objective)

@@ -13,6 +13,8 @@ from mergebench.cli.progress import human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.model import Delta
+    from mergebench.editing.edit import Edit
+    from mergebench.engine.method import Method
 
 
 def inspect(
@@ -93,56 +95,85 @@ def diff(
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with its parameters.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its parameters.")] = None,
     json_: opt.Json = False,
 ) -> None:
-    """List the merge methods, or show one: formula, paper, parameters, defaults."""
+    """List the merge methods and edits, or show one: formula, paper, parameters, defaults."""
+    from mergebench import edits
     from mergebench import methods as registry
 
-    names = [name] if name is not None else registry.names()
-    found: list[dict[str, Any]] = []
-    for one in names:
-        method = registry.get(one)
-        parameters = [
-            {
-                "name": p.name,
-                "default": None if p.required else p.default,
-                "required": p.required,
-                "range": p.range_text(),
-                "per_model": p.per_model,
-                "help": p.help,
-            }
-            for p in method.parameters.values()
-        ]
-        cut = "by its parameters" if callable(method.cut) else method.cut
-        found.append(
-            {
-                "name": one, "summary": method.summary, "paper": method.paper, "takes": method.takes,
-                "scope": method.scope, "cut": cut, "package": registry.origin(one), "parameters": parameters,
-            }
-        )  # fmt: skip
+    own = name is not None and name in edits.names()
+    listed = [edits.get(one) for one in edits.names() if name in (None, one)]
+    found = [_method(registry.get(one)) for one in ([name] if name else registry.names()) if not own]
+    found += [_edit(one) for one in listed]
+    for entry in found:
+        entry["package"] = (edits if entry["kind"] == "edit" else registry).origin(entry["name"])
     if json_:
         typer.echo(json.dumps(found if name is None else found[0]))
         return
     from rich.table import Table
 
     if name is None:
-        table = Table("method", "what", "paper", box=None, header_style="bold")
-        for entry in found:
-            table.add_row(entry["name"], entry["summary"], entry["paper"])
-        print_table(table)
+        for kind in ("method", "edit"):
+            table = Table(kind, "what", "paper", box=None, header_style="bold")
+            for entry in found:
+                if entry["kind"] == kind:
+                    table.add_row(entry["name"], entry["summary"], entry["paper"])
+            print_table(table)
         return
     import inspect as python
 
-    typer.echo(f"{name}  ({found[0]['paper']}; from {found[0]['package']})\n")
-    typer.echo(python.getdoc(registry.get(name).function) or "")
-    typer.echo(f"\ntakes {found[0]['takes'].replace('_', ' ')}; statistics over the {found[0]['scope']}\n")
+    (entry,) = found
+    typer.echo(f"{name}  ({entry['paper']}; from {entry['package']})\n")
+    typer.echo(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
+    takes = f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}\n" if not own else ""
+    typer.echo(f"\n{takes}")
     table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
-    for parameter in found[0]["parameters"]:
+    for parameter in entry["parameters"]:
         default = "required" if parameter["required"] else str(parameter["default"])
         each = " (for each model)" if parameter["per_model"] else ""
         table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
     print_table(table)
+
+
+def _method(method: Method) -> dict[str, Any]:
+    cut = "by its parameters" if callable(method.cut) else method.cut
+    more = {"takes": method.takes, "scope": method.scope, "cut": cut}
+    return {"kind": "method", **_about(method), **more}
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    """What an edit is, with the parameters that every edit has."""
+    from mergebench.editing.wanted import COMMON, Wanted
+
+    common = [
+        {
+            "name": key,
+            "default": getattr(Wanted(edit.name, ""), key),
+            "required": key == "probe",
+            "range": "",
+            "per_model": False,
+            "help": text,
+        }
+        for key, text in COMMON.items()
+    ]
+    about = _about(edit)
+    return {"kind": "edit", **about, "parameters": [*common, *about["parameters"]]}
+
+
+def _about(one: Method | Edit) -> dict[str, Any]:
+    parameters = [
+        {
+            "name": p.name,
+            "default": None if p.required else p.default,
+            "required": p.required,
+            "range": p.range_text(),
+            "per_model": p.per_model,
+            "help": p.help,
+        }
+        for p in one.parameters.values()
+    ]
+    return {"name": one.name, "summary": one.summary, "paper": one.paper, "parameters": parameters}
 
 
 def _finite(value: Any) -> Any:

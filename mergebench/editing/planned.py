@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,15 +51,8 @@ class Planned:
 
     def doubts(self) -> list[str]:
         """Why the probe may know nothing."""
-        about = self.probe.about
-        if not {"test_accuracy", "majority", "n_test"} <= about.keys():
-            return []
-        accuracy, majority, n = about["test_accuracy"], about["majority"], about["n_test"]
-        error = math.sqrt(accuracy * (1 - accuracy) / n)
-        if accuracy >= majority + 2 * error:
-            return []
-        said = f"{accuracy:.1%} of {n} test texts right, {majority:.1%} by always saying the same"
-        return [f"{self.probe.file}: the probe is no better than the majority: {said} (s.e. {error:.1%})"]
+        doubt = self.probe.doubt()
+        return [] if doubt is None else [f"{self.probe.file}: {doubt}"]
 
     def foreign(self, model: Model) -> list[str]:
         """A warning where the probe was fitted on another model than this one."""

@@ -134,7 +134,7 @@ def choose_layers(written: str | None, existing: set[int]) -> set[int]:
         if match is None:
             raise RecipeError(f"layers: '{written}' cannot be read", "write all, 0-15, 3,5,7, -4--1 or !0-7")
         first, stop = (int(end) + (last + 1 if int(end) < 0 else 0) for end in (match[1], match[2] or match[1]))
-        some = existing & set(range(max(first, 0), min(stop, last) + 1))
+        some = existing & set(range(first, stop + 1))
         if not some or first < 0 or stop > last:
             raise RecipeError(f"layers: {item}: no such layers", f"the candidates are in layers {_ranges(existing)}")
         chosen |= some

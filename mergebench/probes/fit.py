@@ -14,6 +14,7 @@ import torch
 
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.identity import identity
+from mergebench.checkpoint.write import write_error
 from mergebench.errors import RecipeError, RunError
 from mergebench.probes import classifier
 from mergebench.probes.classifier import Array, Validated
@@ -72,6 +73,10 @@ def fit_probe(
     texts = learnt.texts + (tested.texts if tested else [])
     every = np.array(learnt.undesired + (tested.undesired if tested else []))
     opened = open_model(model)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from None
     with tempfile.TemporaryDirectory(prefix="mergebench-") if results is None else nullcontext(results) as folder:
         features = _features(Keeper(opened, reading, device_of(device), Path(folder)), texts, progress)
         depth = features.depth
@@ -110,7 +115,6 @@ def fit_probe(
         "C": found[best].strength,
         "versions": {**versions(), "scikit-learn": sklearn},
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
     if layer == "all":
         about["layers"] = [
             {"layer": number, "cv_accuracy": one.accuracy, "cv_stderr": one.stderr, "auc": one.auc, "C": one.strength}

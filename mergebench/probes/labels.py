@@ -29,10 +29,10 @@ def read_labelled(file: Path, text: str = "text", label: str = "label", undesire
     labels: dict[str, str] = {}
     places: dict[str, str] = {}
     for where, record in records(file):
-        one = column(record, text, where, f"--text COLUMN, one of: {', '.join(record)}")
+        one = column(record, text, where, "name it: --text COLUMN")
         if not isinstance(one, str) or not one.strip():
             raise RunError(f"{where}: {text} must be text, got {one!r:.60}")
-        given = word(column(record, label, where, f"--label COLUMN, one of: {', '.join(record)}"), where, label)
+        given = word(column(record, label, where, "name it: --label COLUMN"), where, label)
         if labels.setdefault(one, given) != given:
             there = places[one].rpartition("/")[2]
             raise RunError(f"{where}: the same text has another label in {there}", "keep one of the two")

@@ -73,8 +73,8 @@ class Probe:
         stderr = math.sqrt(accuracy * (1 - accuracy) / n)
         if accuracy >= majority + 2 * stderr:
             return None
-        right = f"right on {100 * accuracy:.1f} ± {100 * stderr:.1f} % of {n} test texts"
-        return f"the probe is {right}, {100 * majority:.1f} % are of one class: it may tell nothing"
+        said = f"{accuracy:.1%} of {n} test texts right, {majority:.1%} by always saying the same"
+        return f"the probe is no better than the majority: {said} (s.e. {stderr:.1%})"
 
     def save(self, path: Path) -> Probe:
         """Write the file, at once; the probe as it is there."""

@@ -475,8 +475,8 @@ def test_diff_with_an_adapter(base: Tensors, cli: Cli) -> None:
 def test_methods(cli: Cli) -> None:
     code, out, err = cli("methods")
     assert (code, err) == (0, "")
-    names = [line.split()[0] for line in out.splitlines()[1:]]
-    assert {"pcb", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"} <= set(names)
+    names = [line.split()[0] for line in out.splitlines()[1:] if not line.startswith(" edit ")]
+    assert {"surgery", "pcb", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"} <= set(names)
     found = {entry["name"]: entry for entry in document(cli("methods", "--json").out)}
     assert sorted(found) == sorted(names)
     one = document(cli("methods", "ties", "--json").out)
@@ -491,6 +491,10 @@ def test_methods(cli: Cli) -> None:
     assert density["range"] == "above 0, at most 1" and density["per_model"] and not density["required"]
     out = cli("methods", "slerp").out
     assert "Interpolate along the arc" in out and "required" in out and "at least 0, at most 1" in out
+    one = document(cli("methods", "surgery", "--json").out)
+    assert one == found["surgery"] and one["kind"] == "edit"
+    assert {"probe", "rows", "alpha"} <= {parameter["name"] for parameter in one["parameters"]}
+    assert "lowest cosine" in cli("methods", "surgery").out
     code, out, err = cli("methods", "tise")
     assert (code, out) == (2, "") and "'tise'" in err and "did you mean 'ties'?" in err
 

@@ -271,6 +271,14 @@ def test_what_a_unit_writes_is_a_factor_of_what_it_reads(
     assert not torch.allclose(first, run(load(path))[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["phi3", "gpt-oss", "granite-moe", "modernbert", "jetmoe"])
+def test_gate_and_up_share_a_tensor(name: str, zoo: Zoo) -> None:
+    both = found(zoo.path(name), "gate_proj") + found(zoo.path(name), "up_proj")
+    for tensor, info in open_model(str(zoo.path(name))).tensors.items():
+        numbers = [n for one in both if one.tensor == tensor for n in range(one.first, one.stop, one.step)]
+        assert sorted(numbers) in ([], list(range(info.numel // WIDTH)))
+
+
 @pytest.mark.parametrize("name", ["bert", "opt", "t5", "vit", "deberta"])
 def test_the_heads_vectors_too(name: str, zoo: Zoo, tmp_path: Path) -> None:
     """What a head adds up are v's: v's row and o's column trade factors where v has no bias."""
@@ -357,6 +365,10 @@ def test_the_width_is_the_text_models() -> None:
     assert target.tensor == "model.layers.0.mlp.gate_proj.weight"
     (target,) = find_targets(infos(mlp("visual.blocks.0.mlp", ("fc1", "fc2"))), {}, "gate_proj", WIDTH, None)
     assert target.role == "up_proj"
+
+    shapes = mlp("model.language_model.layers.0.mlp") | mlp("model.diffusion_head.layers.0.ffn")
+    (target,) = find_targets(infos(shapes), {}, "gate_proj", WIDTH, None)
+    assert target.tensor == "model.language_model.layers.0.mlp.gate_proj.weight"
 
 
 def test_a_matrix_that_gives_what_is_as_wide_does_not_read_it() -> None:
