@@ -109,6 +109,10 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
                 what = f"{patch.file}: {network.name} has {list(sides)} for '{name}'"
                 raise ModelError(what, ANOTHER)
             found.setdefault(name, []).append(change.numbers)
+    if not found:
+        raise ModelError(
+            f"{', '.join(str(patch.file) for patch in patches)}: no row is changed, so none can be watched"
+        )
     return {name: torch.unique(torch.cat(numbers)) for name, numbers in found.items()}
 
 
