@@ -91,7 +91,8 @@ def evaluate(
             candidates.insert(-1, before)
         found = evaluate_models(candidates, suite.on(patches), device=device, store=store, progress=progress)
     if patches:
-        found = replace(found, made={**found.made, "unedited": {before.name: [sentence(edit) for edit in edits]}})
+        told = {"unedited": {before.name: [sentence(edit) for edit in edits]}, "baseline": before.name}
+        found = replace(found, made={**found.made, **told})
     found.save(out)
     if provenance is not None:
         write_atomically(out / "README.md", card.text(out, provenance, markdown(found)))

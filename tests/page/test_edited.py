@@ -12,6 +12,8 @@ from mergebench import card, page
 from mergebench.evaluation import Results
 from mergebench.evaluation.edited import facts, layers_of, sentence
 from mergebench.evaluation.tables import legend, markdown
+from mergebench.page import figures
+from mergebench.page.figures import BLUE
 from tests.page import documents
 from tests.page.test_page import HOSTILE, Tree, alone, tree_of
 
@@ -103,3 +105,18 @@ def test_what_is_not_known_is_not_told(about: dict[str, object], tmp_path: Path)
     assert layers_of(edit) == []
     tree = tree_of(alone(tmp_path / "d", "mergebench.json", documents.provenance(edits=[edit])))
     assert tree.texts["h2"] == ["Edit", "Provenance"]
+
+
+def test_bars_of_values_below_zero_and_long_texts_have_room() -> None:
+    rows = [("a", -0.4, 0.3, BLUE, "-0.40 ± 0.30"), ("b", 0.5, 0.1, BLUE, "0.50000 ± 0.10000")]
+    svg = figures.bars("one", "", "", rows).svg
+    bars = [tuple(map(float, one)) for one in re.findall(r'd="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*z', svg)]
+    (left, zero), (again, right) = (sorted(bar) for bar in bars[-2:])
+    assert zero == again
+    assert (zero - left) / (right - zero) == pytest.approx(0.4 / 0.5, rel=1e-3)
+    found = re.search(r'<clipPath[^>]*>\s*<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
+    assert found is not None
+    unit = (right - zero) / 0.5
+    assert float(found[1]) <= zero - 0.7 * unit + 0.01  # the whisker's end
+    ends = [float(x) for x in re.findall(r'text-anchor: end[^>]* x="([\d.]+)"', svg)]
+    assert float(found[1]) + float(found[2]) >= max(ends) > zero + 0.6 * unit + 5 * len(rows[1][-1])  # 5 a letter

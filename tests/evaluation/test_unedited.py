@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,16 @@ def test_merge_edit_and_measure_in_one_command(here: Path, cli: Cli) -> None:
     assert plain.of("recipe")["seen"].predictions == after["seen"].predictions
     assert len({plain.of("plain")[name].value for name in ("one", "two")} | {before["fires"].value}) == 3
 
-    assert "was before" not in done.out
+    found = compare("linear unedited", "linear", "merged/recipe")
+    assert [pair.task for pair in found.pairs] == ["fires", "seen"]
+    title, *rows = [
+        line for line in done.out.splitlines() if line.startswith((" linear against", " fires ", " seen "))
+    ][-3:]
+    assert title.split() == ["linear", "against", "linear", "unedited", "difference", "p", "lost", "won"]
+    for row, pair in zip(rows, found.pairs, strict=True):
+        change = after[pair.task].value - before[pair.task].value  # of undesired texts a higher loss is better too
+        assert float(row.split()[1].replace("−", "-")) == pytest.approx(change, rel=5e-3)
+        assert [int(count) for count in re.findall(r"(\d+) \(", row)] == [len(pair.flips.lost), len(pair.flips.won)]
     text = Path("merged/recipe/evaluation.md").read_text()
     edit = r"surgery with probe{}.safetensors of 19 of 48 rows of gate\_proj, alpha 0.7"
     assert f"linear unedited: before {edit.format(1)}, then {edit.format(2)}" in text
@@ -122,8 +132,6 @@ def test_merge_edit_and_measure_in_one_command(here: Path, cli: Cli) -> None:
     assert text.splitlines()[0] in card
     for number in (1, 2):
         assert f"`mergebench patch revert --model . --patch patch-{number}.safetensors --out ../DIR`" in card
-    found = compare("linear unedited", "linear", "merged/recipe")
-    assert [pair.task for pair in found.pairs] == ["fires", "seen"]
 
 
 def test_what_was_measured_before_its_edits_is_known_again(here: Path, cli: Cli) -> None:
