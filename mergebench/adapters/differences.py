@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergebench import methods
-from mergebench.adapters.names import prefix
+from mergebench.adapters.names import prefix, stored_in_out
 from mergebench.checkpoint import adopt, open_model
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.read import Files
@@ -60,16 +60,8 @@ class Differences:
 
     @cached_property
     def transposed(self) -> bool:
-        """Whether they are stored [in, out], as GPT-2's are: a bias has as many elements as there are out."""
-        found = set()
-        for name in self.linear:
-            rows, columns = self.shapes[name]
-            bias = self.base.tensors.get(f"{name.removesuffix('.weight')}.bias")
-            if bias is not None and rows != columns and bias.shape in ((rows,), (columns,)):
-                found.add(bias.shape == (columns,))
-        if len(found) > 1:
-            raise ModelError(f"{self.base.reference}: some linear layers are stored [in, out], others [out, in]")
-        return True in found
+        """Whether they are stored [in, out], as GPT-2's are."""
+        return stored_in_out(self.base, {name: self.shapes[name] for name in self.linear})
 
     def shape(self, name: str) -> tuple[int, int]:
         """[out, in] of a linear layer."""

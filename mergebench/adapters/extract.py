@@ -21,6 +21,7 @@ from mergebench import __version__
 from mergebench.adapters import files
 from mergebench.adapters.differences import Differences
 from mergebench.adapters.lowrank import Product, keep_energy, truncate
+from mergebench.adapters.names import task_type
 from mergebench.checkpoint.adapter import CONFIG, WEIGHTS
 from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.read import Files, whole
@@ -81,7 +82,7 @@ def extract_adapter(
             staging.resumable = False
             raise ModelError(f"{model} has the linear layers of {base}: there is nothing to extract")
         _gather(found, staging, ranks)
-        about = {"base_model_name_or_path": base, "task_type": _task(found)}
+        about = {"base_model_name_or_path": base, "task_type": task_type(found.base)}
         config = files.config(ranks, found.transposed, **about)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = {
@@ -166,12 +167,6 @@ def _gather(found: Differences, staging: Staging, ranks: dict[str, int]) -> None
 def _at_most(found: Differences, rank: int) -> int:
     """Bytes on the disk while the modules' files become one."""
     return sum(2 * 4 * min(rank, *found.shape(name)) * sum(found.shape(name)) for name in found.linear)
-
-
-def _task(found: Differences) -> str | None:
-    """PEFT's name for what the model is for, where it adds nothing to what is saved."""
-    names = found.base.config.get("architectures") or [""]
-    return "CAUSAL_LM" if str(names[0]).endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _energy(found: Differences, answers: Answers) -> dict[str, Any]:

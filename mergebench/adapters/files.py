@@ -137,6 +137,15 @@ def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     return _card(out, made, [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"], "extract")
 
 
+def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter that does what a patch does."""
+    made = (
+        f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
+        "is the edited model."
+    )
+    return _card(out, made, [f"- base: `{provenance['base']}`", f"- patch: `{provenance['patch']}`"], "edit")
+
+
 def kept_text(provenance: Mapping[str, Any]) -> str:
     """`6 modules, rank 4, 99.81% of the energy kept`."""
     modules = provenance["modules"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.names import match
+from mergebench.errors import ModelError
 
 _ALREADY = re.compile(r"^model\.")  # as most classes with a head call the model below it
 _WITHOUT_HEAD = re.compile(r"(?<!Head)(?<!Heads)Model$")
@@ -19,22 +24,65 @@ def prefix(model: Model, modules: Collection[str]) -> str:
     GPT-2's files say `h.0.attn.c_attn`, a GPT2LMHeadModel `transformer.h.0.attn.c_attn`; transformers loads either,
     PEFT only the class's own. Without a class to ask, the files' names stand.
     """
-    name = str((model.config.get("architectures") or [""])[0])
+    name = _class_name(model)
     if not name or _WITHOUT_HEAD.search(name) or any(_ALREADY.match(module) for module in modules):
         return ""
+    built = _build(model)
+    if built is None:
+        return ""
+    known = {module for module, _ in built.named_modules()}
+    ways = ("", f"{built.base_model_prefix}.")
+    return next((way for way in ways if all(way + module in known for module in modules)), "")
+
+
+def modules_of(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The module of each weight, by the files' names: only those that the class has under a name we can tell.
+
+    Without a class to ask, all that are called `MODULE.weight`.
+    """
+    plain = {name: name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+    built = _build(model)
+    if built is None:
+        return plain
+    own = {name: TensorInfo(name, "F32", tuple(value.shape), Path(), 0, 0) for name, value in built.named_parameters()}
+    found = {name: name for name in shapes if name in own} | match(shapes, own)
+    return {name: target.removesuffix(".weight") for name, target in found.items() if target.endswith(".weight")}
+
+
+def task_type(model: Model) -> str | None:
+    """PEFT's name for what the model is for, where it adds nothing to what is saved."""
+    return "CAUSAL_LM" if _class_name(model).endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _class_name(model: Model) -> str:
+    return str((model.config.get("architectures") or [""])[0])
+
+
+def _build(model: Model) -> Any:
+    """The model's class without data; None where it is not there, or has something against the config."""
     import transformers
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity(50)  # nothing below critical
     try:
-        kind = getattr(transformers, name)
+        kind = getattr(transformers, _class_name(model))
         with torch.device("meta"):
-            built = kind(kind.config_class.from_dict(model.config))
-    except Exception:  # a class that is not there, or has something against the config
-        return ""
+            return kind(kind.config_class.from_dict(model.config))
+    except Exception:
+        return None
     finally:
         logging.set_verbosity(level)
-    known = {module for module, _ in built.named_modules()}
-    ways = ("", f"{built.base_model_prefix}.")
-    return next((way for way in ways if all(way + module in known for module in modules)), "")
+
+
+def stored_in_out(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these weights of linear layers are stored [in, out], as GPT-2's are: a bias has as many elements as
+    there are out. `ModelError` where some are and some are not."""
+    found = set()
+    for name, (rows, columns) in shapes.items():
+        bias = model.tensors.get(f"{name.removesuffix('.weight')}.bias")
+        if bias is not None and rows != columns and bias.shape in ((rows,), (columns,)):
+            found.add(bias.shape == (columns,))
+    if len(found) > 1:
+        raise ModelError(f"{model.reference}: some linear layers are stored [in, out], others [out, in]")
+    return True in found

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mergebench.checkpoint.header import FP8, GGUF_HINT, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
 from mergebench.checkpoint.masked import FOLDER, Masked, holds_vector, is_task, read_task, tasks_in
+from mergebench.checkpoint.patched import METADATA as PATCH
+from mergebench.checkpoint.patched import Patched
 from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.scales import find_scales
 from mergebench.errors import ModelError, RunError
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from mergebench.checkpoint.read import Files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-Delta = LowRank | Masked  # what is added to a tensor of the base as it is read
+Delta = LowRank | Masked | Patched  # what is added to a tensor of the base as it is read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -110,6 +112,8 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         if place.checkpoint.suffix != ".safetensors":
             raise ModelError(f"{place.checkpoint}: not a .safetensors file", _PICKLE_HINT)
         headers = [read_header(place.checkpoint)]
+        if PATCH in headers[0].metadata:
+            raise ModelError(f"model '{reference}': it is a patch, not a model", f"{_ITS_MODEL}: BASE+{reference}")
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
         for tensor in header.tensors:
@@ -127,8 +131,14 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
     replaced: dict[str, TensorInfo] = {}
     if place.adapter is not None:
         if not place.adapter.is_dir():
-            raise ModelError(f"{place.adapter}: an adapter is a directory")
-        if is_task(place.adapter):
+            from mergebench.checkpoint.patch import read_patch  # which reads models
+
+            if place.adapter.suffix != ".safetensors":
+                raise ModelError(f"{place.adapter}: an adapter is a directory, a patch a .safetensors file")
+            patched, header = read_patch(place.adapter, reference, tensors)
+            deltas |= patched
+            headers = [*headers, header]
+        elif is_task(place.adapter):
             masked, more = read_task(place.adapter, _vector_of(place.adapter), tensors)
             deltas |= masked
             headers = [*headers, *more]

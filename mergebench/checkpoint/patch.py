@@ -14,7 +14,8 @@ vectors are orig + amount * direction, in float32, cast once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,14 @@ from torch import Tensor
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.neurons import Neurons, Stored
+from mergebench.checkpoint.patched import METADATA, Patched
 from mergebench.checkpoint.read import TORCH_DTYPE, Files, whole
 from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, create, part_of
 from mergebench.errors import ModelError, RunError
 
-METADATA = "patch"
 DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 PARTS = ("rows", "amount", "orig")
+BLOCK = 1 << 16  # elements worked on at once: they stay in the cache
 
 
 class Change(NamedTuple):
@@ -46,8 +48,12 @@ class Change(NamedTuple):
     def edited(self, direction: Tensor) -> Tensor:
         """The vectors after, [k, d] as stored."""
         exact = torch.promote_types(self.originals.dtype, torch.float32)
-        added = self.amounts.to(exact).unsqueeze(1) * direction.to(exact)
-        return added.add_(self.originals).to(self.originals.dtype)
+        out, step = torch.empty_like(self.originals), max(BLOCK // max(len(direction), 1), 1)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            added = self.amounts[rows, None].to(exact) * direction.to(exact)
+            out[rows] = added.add_(self.originals[rows])  # cast once
+        return out
 
 
 @dataclass(frozen=True)
@@ -68,24 +74,54 @@ class Patch:
     def names(self) -> list[str]:
         return list(self.tensors)
 
-    def change(self, name: str) -> Change:
-        """What changes in the tensor `name`; `RunError` where its neurons are not in order."""
+    def numbers(self, name: str) -> Tensor:
+        """Which neurons of the tensor `name` change; `RunError` where they are not in order."""
         with Files() as files:
-            numbers, amounts, originals = (whole(files, info) for info in self.tensors[name])
+            numbers = whole(files, self.tensors[name][0])
         if not len(numbers) or (numbers.diff() <= 0).any() or numbers[0] < 0:
             raise damaged(self.file, f"the rows of '{name}' are not in order")
-        return Change(numbers, amounts, originals, name in self.columns)
+        return numbers
+
+    def amounts(self, name: str) -> Tensor:
+        """How much of the direction each of them gets, [k] float32."""
+        with Files() as files:
+            return whole(files, self.tensors[name][1])
+
+    def change(self, name: str) -> Change:
+        """What changes in the tensor `name`."""
+        with Files() as files:
+            originals = whole(files, self.tensors[name][2])
+        return Change(self.numbers(name), self.amounts(name), originals, name in self.columns)
 
     def neurons(self, model: Model, name: str) -> Neurons:
         """Where the tensor's neurons are in a model; `ModelError` where they cannot be."""
-        info, change = model.tensors.get(name), self.change(name)
+        return self.neurons_of(model.reference, model.tensors, name)
+
+    def neurons_of(self, reference: str, tensors: Mapping[str, TensorInfo], name: str) -> Neurons:
+        """The same in the tensors of the model that goes by `reference`."""
+        info, numbers = tensors.get(name), self.numbers(name)
         if info is None:
-            raise ModelError(f"{self.file}: {model.reference} has no tensor '{name}'", ANOTHER)
-        where = Neurons(info, change.transposed)
-        if len(info.shape) < 2 or where.width != len(self.direction) or where.count <= int(change.numbers[-1]):
-            what = f"{name}: the patch changes {len(change.numbers)} vectors of {len(self.direction)} elements"
-            raise ModelError(f"{what}, {model.reference} has {list(info.shape)}", ANOTHER)
+            raise ModelError(f"{self.file}: {reference} has no tensor '{name}'", ANOTHER)
+        where = Neurons(info, name in self.columns)
+        fits = len(info.shape) in (2, 3) and where.width == len(self.direction) and where.count > int(numbers[-1])
+        if not (fits and info.is_float):
+            what = f"{name}: the patch changes {len(numbers)} vectors of {len(self.direction)} elements"
+            raise ModelError(f"{what}, {reference} has {info.dtype} {list(info.shape)}", ANOTHER)
         return where
+
+
+def read_patch(file: Path, reference: str, base: Mapping[str, TensorInfo]) -> tuple[dict[str, Patched], Header]:
+    """What a patch adds to the tensors of a model, by their names, and the file it is read from.
+
+    Raises `ModelError` where it is no patch or belongs to a model of other tensors, `RunError` where it is damaged.
+    """
+    patch = open_patch(file)
+    (direction,) = (info for info in patch.header.tensors if info.name == "direction")
+    deltas = {}
+    for name, (numbers, amounts, _) in patch.tensors.items():
+        where = patch.neurons_of(reference, base, name)
+        deltas[name] = Patched(direction, numbers, amounts, where.info.shape, where.transposed)
+    return deltas, patch.header
 
 
 ANOTHER = "the patch belongs to another model"
@@ -155,13 +191,7 @@ def write_patch(
     file.with_name(shard.file).replace(file)
 
 
-def changes_of(patch: Patch, model: Model) -> Iterator[tuple[str, Neurons, Change]]:
-    """Each tensor that a patch changes, where its neurons are in a model, and what changes."""
-    for name in patch.names:
-        yield name, patch.neurons(model, name), patch.change(name)
-
-
-def check_finite(name: str, edited: Tensor, originals: Tensor) -> None:
+def check_finite(name: str, edited: Tensor) -> None:
     """Refuse a vector that the stored type cannot hold."""
-    if not edited.isfinite().all() and originals.isfinite().all():
+    if not math.isfinite(edited.sum(dtype=torch.float32)) and not edited.isfinite().all():
         raise RunError(f"{name}: the edited rows do not fit into {DTYPE[edited.dtype]}", "choose a smaller alpha")

@@ -17,6 +17,7 @@ from mergebench.checkpoint.header import TensorInfo, damaged
 from mergebench.checkpoint.lora import LowRank
 from mergebench.checkpoint.masked import Masked
 from mergebench.checkpoint.model import Delta, Model
+from mergebench.checkpoint.patched import Patched
 from mergebench.errors import RunError
 
 TORCH_DTYPE = {
@@ -176,11 +177,46 @@ class MaskedReader:
             piece += values.float().mul_(self._delta.scale).mul_(torch.from_numpy(mask))
 
 
-DeltaReader = LowRankReader | MaskedReader
+class PatchedReader:
+    """A direction times an amount of its own for each changed neuron, rows or columns of a tensor."""
+
+    def __init__(self, files: Files, delta: Patched) -> None:
+        self._direction = whole(files, delta.direction)
+        self._numbers, self._amounts = whole(files, delta.numbers), whole(files, delta.amounts)
+        self._transposed, self._sides = delta.transposed, delta.shape[-2:]
+
+    def add_into(self, start: int, out: Tensor) -> None:
+        """out += delta[start : start + len(out)] (flat elements); what is not changed is not touched."""
+        at, stop, (rows, columns) = start, start + len(out), self._sides
+        while at < stop:  # what is left of a row, then whole rows of one expert, then the start of one
+            row, column = divmod(at, columns)
+            count = min((stop - at) // columns, rows - row % rows) if not column else 0
+            end = at + count * columns if count else min(stop, (row + 1) * columns)
+            self._add(row, column, out[at - start : end - start].view(max(count, 1), -1))
+            at = end
+
+    def _add(self, row: int, column: int, piece: Tensor) -> None:
+        """The same for rows of the tensor from element `column` of `row` on, [rows, elements]."""
+        high, wide = piece.shape
+        if self._transposed:
+            expert, coordinate = divmod(row, self._sides[0])
+            first = expert * self._sides[1] + column
+            low, stop = torch.searchsorted(self._numbers, torch.tensor([first, first + wide])).tolist()
+            direction = self._direction[coordinate : coordinate + high, None]
+            piece[:, self._numbers[low:stop] - first] += self._amounts[low:stop] * direction
+        else:
+            low, stop = torch.searchsorted(self._numbers, torch.tensor([row, row + high])).tolist()
+            direction = self._direction[column : column + wide]
+            piece[self._numbers[low:stop] - row] += self._amounts[low:stop, None] * direction
+
+
+DeltaReader = LowRankReader | MaskedReader | PatchedReader
 
 
 def delta_reader(files: Files, delta: Delta) -> DeltaReader:
     """What reads a difference in pieces."""
+    if isinstance(delta, Patched):
+        return PatchedReader(files, delta)
     return MaskedReader(files, delta) if isinstance(delta, Masked) else LowRankReader(files, delta)
 
 

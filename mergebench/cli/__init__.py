@@ -19,6 +19,7 @@ from mergebench.cli import (
     explain,
     inspect,
     merge,
+    patch,
     probe,
     report,
     search,
@@ -60,6 +61,7 @@ app.command("search")(search.search)
 app.command("report")(report.report)
 app.add_typer(probe.app, name="probe")
 app.command("edit")(edit.edit)
+app.add_typer(patch.app, name="patch")
 app.add_typer(adapters.app, name="adapters")
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.patch import show
 from mergebench.cli.progress import human
 
 if TYPE_CHECKING:
@@ -19,13 +21,18 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, org/name, or any +ADAPTER.")
+        str,
+        typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, org/name, any +ADAPTER, a patch."),
     ],
     json_: opt.Json = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards, adapter."""
     from mergebench.checkpoint import open_model
+    from mergebench.checkpoint.patch import is_patch
 
+    if is_patch(Path(model)):
+        show(Path(model), json_)
+        return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
@@ -41,6 +48,7 @@ def inspect(
     for tensor in tensors:
         rank = f"  + rank {tensor['adapter_rank']}" if "adapter_rank" in tensor else ""
         rank += f"  + mask x {tensor['mask_scale']:.4g}" if "mask_scale" in tensor else ""
+        rank += f"  + {tensor['patched']} neurons patched" if "patched" in tensor else ""
         table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + rank)
     print_table(table)
     elements = sum(t.numel for t in found.tensors.values())
@@ -57,9 +65,12 @@ def inspect(
 def _adapted(delta: Delta | None) -> dict[str, Any]:
     """What an adapter adds to a tensor."""
     from mergebench.checkpoint.masked import Masked
+    from mergebench.checkpoint.patched import Patched
 
     if isinstance(delta, Masked):
         return {"mask_scale": delta.scale}
+    if isinstance(delta, Patched):
+        return {"patched": delta.numbers.numel}
     return {} if delta is None or delta.a is None else {"adapter_rank": delta.b.shape[1]}
 
 

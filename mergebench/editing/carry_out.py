@@ -18,6 +18,7 @@ from mergebench.checkpoint.staging import Staging
 from mergebench.editing.planned import Planned
 from mergebench.editing.scan import scan
 from mergebench.errors import ModelError
+from mergebench.running.batch import one_thread
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class PutIn:
         with Files() as files:
             stored = Stored(model, files)
             for name in patch.names:
-                neurons, change = patch.neurons(model, name), patch.change(name)
-                rows = stored.vectors(neurons, change.numbers)
+                change = patch.change(name)
+                rows = stored.vectors(patch.neurons(model, name), change.numbers)
                 before, after = _equal(rows, change.originals), _equal(rows, change.edited(patch.direction))
                 if not (before and after):
                     held.add("before" if before else "after" if after else "neither")
@@ -60,7 +61,7 @@ class PutIn:
         for name in self.patch.names:
             change = self.patch.change(name)
             edited = change.edited(self.patch.direction)
-            check_finite(name, edited, change.originals)
+            check_finite(name, edited)
             rows = change.originals if self.revert else edited
             write_vectors(self.patch.neurons(model, name), change.numbers, rows)
 
@@ -77,20 +78,23 @@ def carry_out(edits: Sequence[Planned | PutIn], staging: Staging) -> list[dict[s
     killed goes on by writing them again.
     """
     model = open_model(str(staging.directory))
+    with one_thread():  # many small steps, which threads would only wait for one another in
+        return [
+            _carry_out(edit, name, model, staging) for edit, name in zip(edits, patch_names(len(edits)), strict=True)
+        ]
+
+
+def _carry_out(edit: Planned | PutIn, name: str, model: Model, staging: Staging) -> dict[str, Any]:
+    if isinstance(edit, PutIn):
+        edit.make(model)
+        return {**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert}
     made: dict[str, dict[str, Any]] = staging.journal.setdefault("edits", {})
-    done = []
-    for edit, name in zip(edits, patch_names(len(edits)), strict=True):
-        if isinstance(edit, PutIn):
-            edit.make(model)
-            done.append({**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert})
-            continue
-        if name not in made:
-            made[name] = {"patch": name, **_plan_on(edit, model, staging, name)}
-            staging.journal["shards"].append(name)
-            staging.save()
-        PutIn(open_patch(staging.directory / name)).make(model)
-        done.append(made[name])
-    return done
+    if name not in made:
+        made[name] = {"patch": name, **_plan_on(edit, model, staging, name)}
+        staging.journal["shards"].append(name)
+        staging.save()
+    PutIn(open_patch(staging.directory / name)).make(model)
+    return made[name]
 
 
 def _plan_on(edit: Planned, model: Model, staging: Staging, name: str) -> dict[str, Any]:

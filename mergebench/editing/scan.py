@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.neurons import BLOCK, Neurons, Stored
+from mergebench.checkpoint.neurons import Neurons, Stored
 from mergebench.checkpoint.read import Files
 from mergebench.editing.edit import Rows
 from mergebench.editing.planned import Planned
@@ -20,6 +20,7 @@ from mergebench.editing.targets import Target, describe
 from mergebench.errors import RunError
 from mergebench.running.batch import one_thread
 
+BLOCK = 1 << 16  # elements read at once: in float64 they stay in the cache
 NOISE = 2.0  # |z| below which a cosine is what a random vector may well have
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 Progress = Callable[[int], None]

@@ -1,0 +1,148 @@
+"""`mergebench patch`: what an edit did to a model, put in, taken out, shown, or made a LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.progress import byte_bar, human, note
+
+app = typer.Typer(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option(help="A directory, BASE+ADAPTER or org/name. Only read.")]
+File = Annotated[Path, typer.Option(metavar="FILE", help="A patch, as `mergebench edit` writes it beside the model.")]
+Out = Annotated[Path, typer.Option(help="Output directory.")]
+
+
+@app.command("apply")
+def apply(
+    model: Model,
+    patch: File,
+    out: Out,
+    workers: opt.Workers = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    shard_size: opt.ShardSize = "4GB",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write MODEL with the patch: bit for bit what the edit gave."""
+    _put_in(False, model, patch, out, workers, resume, overwrite, shard_size, json_, quiet)
+
+
+@app.command("revert")
+def revert(
+    model: Model,
+    patch: File,
+    out: Out,
+    workers: opt.Workers = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    shard_size: opt.ShardSize = "4GB",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write MODEL without the patch: bit for bit what was edited."""
+    _put_in(True, model, patch, out, workers, resume, overwrite, shard_size, json_, quiet)
+
+
+def _put_in(
+    revert: bool,
+    model: str,
+    patch: Path,
+    out: Path,
+    workers: int | None,
+    resume: bool,
+    overwrite: bool,
+    shard_size: str,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    from mergebench import api, patching
+    from mergebench.checkpoint.staging import check_target
+
+    quiet = quiet or json_
+    size = opt.parse_size(shard_size, "--shard-size")
+    plan = patching.plan_patch(model, patch, revert=revert, workers=workers, shard_size=size)
+    check_target(out, [patch], overwrite or resume)  # an output that is replaced may hold the patch
+    with byte_bar("copying", plan.bytes_read, quiet) as progress:
+        result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
+    if result.already_done:
+        note(f"{out}: already finished, nothing to resume", quiet)
+    else:
+        (done,) = result.provenance["edits"]
+        what = "taken out of" if revert else "put into"
+        note(f"{_title(done)} {what} {model}: wrote {out} in {result.provenance['seconds']:.1f} s", quiet)
+    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
+
+
+@app.command("show")
+def show(
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")],
+    json_: opt.Json = False,
+) -> None:
+    """Show what a patch changes, and what made it."""
+    from mergebench.checkpoint.patch import open_patch
+
+    read = open_patch(patch)
+    tensors: list[dict[str, Any]] = []
+    for name in read.names:
+        amounts, original = read.amounts(name), read.tensors[name][2]
+        least, most = float(amounts.min()), float(amounts.max())
+        side = "columns" if name in read.columns else "rows"
+        tensors.append(
+            {"name": name, "changed": len(amounts), "side": side, "dtype": original.dtype, "amount": [least, most]}
+        )
+    length, size = float(read.direction.norm()), patch.stat().st_size
+    if json_:
+        about = {"patch": str(patch), "width": len(read.direction), "length": length, "bytes": size}
+        typer.echo(json.dumps({**about, "made": dict(read.about), "tensors": tensors}))
+        return
+    from rich.table import Column, Table
+
+    from mergebench.cli.inspect import print_table
+
+    typer.echo(_title(read.about))
+    table = Table("tensor", Column("changed", justify="right"), "", "dtype", "amount", box=None, header_style="bold")
+    for tensor in tensors:
+        least, most = tensor["amount"]
+        amount = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+        table.add_row(tensor["name"], str(tensor["changed"]), tensor["side"], tensor["dtype"], amount)
+    print_table(table)
+    changed = sum(tensor["changed"] for tensor in tensors)
+    typer.echo(
+        f"{changed} vectors of {len(read.direction)} elements in {len(tensors)} tensors; "
+        f"the direction's length is {length:.4g}; {human(size)}"
+    )
+
+
+def _title(about: Any) -> str:
+    """`surgery (alpha 1.08, rows 4.65%, probe hate.safetensors)`: as much as a patch says."""
+    said = about.get("parameters") if isinstance(about.get("parameters"), dict) else {}
+    known = [f"{key} {said[key]}" for key in ("rows", "alpha", "select", "op") if key in said]
+    known += [f"{key} {about[key]}" for key in ("direction", "target") if key in about]
+    probe = about.get("probe")
+    known += [f"probe {probe['file']}"] if isinstance(probe, dict) and "file" in probe else []
+    return f"{about.get('edit', 'patch')}" + (f" ({', '.join(known)})" if known else "")
+
+
+@app.command("to-lora")
+def to_lora(
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")],
+    model: Annotated[str, typer.Option(help="The model that was edited.")],
+    out: Out,
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write the patch as a LoRA of rank 1 that PEFT loads: the edit as a switch of a running model."""
+    from mergebench.editing.lora import patch_to_lora
+
+    result = patch_to_lora(model, patch, out, overwrite=overwrite)
+    made = result.provenance
+    note(f"rank 1, {made['modules']} modules, {made['seconds']:.1f} s", quiet or json_)
+    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
