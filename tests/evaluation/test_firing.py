@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergebench.checkpoint.model import open_model
 from mergebench.checkpoint.neurons import write_vectors
-from mergebench.checkpoint.patch import changes_of, open_patch, write_patch
+from mergebench.checkpoint.patch import open_patch, write_patch
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
 from tests.evaluation.conftest import Files, write_encoder
@@ -139,8 +139,10 @@ def test_what_an_edit_of_the_first_layer_opens(here: Path) -> None:
     directory, rows = write_family(here / "before", "llama"), {0: ROWS[0]}
     patch = patch_of(directory, GATES["llama"], rows)
     shutil.copytree(directory, here / "after")
-    for _, neurons, change in changes_of(open_patch(patch), open_model(str(here / "after"))):
-        write_vectors(neurons, change.numbers, change.edited(DIRECTION))
+    opened, model = open_patch(patch), open_model(str(here / "after"))
+    for name in opened.names:
+        change = opened.change(name)
+        write_vectors(opened.neurons(model, name), change.numbers, change.edited(DIRECTION))
     before, after = (pre_activations(here / place, GATES["llama"]) for place in ("before", "after"))
     added = {item: 0.5 * (inputs @ DIRECTION) for item, inputs in inputs_of_first_gate(directory).items()}
     for item, layers in before.items():

@@ -108,7 +108,7 @@ def test_what_is_not_known_is_not_told(about: dict[str, object], tmp_path: Path)
 
 
 def test_bars_of_values_below_zero_and_long_texts_have_room() -> None:
-    rows = [("a", -0.4, 0.3, BLUE, "-0.40 ± 0.30"), ("b", 0.5, 0.1, BLUE, "0.50000 ± 0.10000")]
+    rows = [("a", -0.4, 0.3, BLUE, "-0.40 ± 0.30"), ("b", 0.5, 0.1, BLUE, "0.500000000 ± 0.100000000")]
     svg = figures.bars("one", "", "", rows).svg
     bars = [tuple(map(float, one)) for one in re.findall(r'd="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*z', svg)]
     (left, zero), (again, right) = (sorted(bar) for bar in bars[-2:])
