@@ -41,7 +41,7 @@ class PutIn:
             stored = Stored(model, files)
             for name in patch.names:
                 change = patch.change(name)
-                rows = stored.vectors(patch.neurons(model, name, change), change.numbers)
+                rows = stored.vectors(patch.neurons(model, name), change.numbers)
                 before, after = _equal(rows, change.originals), _equal(rows, change.edited(patch.direction))
                 if not (before and after):
                     held.add("before" if before else "after" if after else "neither")
@@ -63,7 +63,7 @@ class PutIn:
             edited = change.edited(self.patch.direction)
             check_finite(name, edited)
             rows = change.originals if self.revert else edited
-            write_vectors(self.patch.neurons(model, name, change), change.numbers, rows)
+            write_vectors(self.patch.neurons(model, name), change.numbers, rows)
 
 
 def patch_names(count: int) -> list[str]:
