@@ -16,12 +16,17 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     from ruamel.yaml import YAML
     from ruamel.yaml.compat import StringIO
 
+    from mergebench.evaluation.edited import UNDO, facts, only, sentence
+
     recipe, method = provenance["recipe"], provenance["method"]
     written = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.dump(json.loads(json.dumps(recipe)), written)
+    edits = provenance.get("edits") or []
     models = [entry.get("model") or entry.get("task_vector") for entry in recipe.get("models", [])]
+    what = f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
+    what = "One model edited" if only(provenance) is not None else what + ", then edited," * bool(edits)
     lines = [
         "---",
         *([] if provenance.get("tasks") else ["library_name: transformers"]),
@@ -31,8 +36,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
         "---",
         f"# {out.name}",
         "",
-        f"{len(models)} models merged with `{method['name']}` ({method['paper']}) by "
-        f"mergebench {provenance['mergebench']}.",
+        f"{what} by mergebench {provenance['mergebench']}.",
         "",
     ]
     if recipe.get("base_model"):
@@ -45,6 +49,13 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
             "",
         ]
         lines += [f"- `{recipe['base_model']}+{out}/tasks/{task}`" for task in provenance["tasks"]]
+    if edits:
+        lines += ["", f"## Edit{'s' * (len(edits) > 1)}"]
+        for edit in edits:
+            code = ("patch", UNDO)
+            told = [f"- {term}: `{fact}`" if term in code else f"- {term}: {fact}" for term, fact in facts(edit)]
+            lines += ["", f"{sentence(edit)}:", "", *told]
+        lines += ["", "The last edit is taken back first."] * (len(edits) > 1)
     if evaluation:
         lines += ["", "## Evaluation", "", evaluation.strip()]
     lines += ["", "## Recipe", "", "```yaml", written.getvalue().strip(), "```", ""]

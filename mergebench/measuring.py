@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mergebench import card
 from mergebench.checkpoint import Model, open_model
 from mergebench.checkpoint.masked import FOLDER as TASKS
+from mergebench.checkpoint.patch import open_patch
 from mergebench.checkpoint.staging import finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.plan import plan_merge
@@ -33,7 +34,7 @@ def read_suite(recipe: Recipe) -> Suite:
     if recipe.evaluate is None:
         raise RecipeError("the recipe has no evaluate:", "add evaluate: {suite: FILE}")
     at = ("evaluate", "suite")
-    suite = load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at)
+    suite = load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at, edited=bool(recipe.edits))
     for one in [recipe, *map(recipe.with_method, recipe.evaluate.baselines)]:
         if one.method.gives == "tasks":
             _task_of(one, suite)
@@ -69,20 +70,30 @@ def evaluate(
 ) -> Results:
     """Measure what a recipe made beside what went in, on the recipe's suite.
 
-    Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), the
-    merged model. Writes `evaluation.json`, `evaluation.md`, the card's table, `statistics.json` and
-    `report.html` into `out`. With a folder `results`, what was measured before is taken from there, and kept there.
+    Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), where the recipe has
+    edits the merge without them (not merged again: its patches have the rows before), the merged model. Writes
+    `evaluation.json`, `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. With a folder
+    `results`, what was measured before is taken from there, and kept there.
     """
     from mergebench import page
     from mergebench.evaluation import evaluate_models, markdown
+    from mergebench.evaluation.edited import sentence
 
     out = Path(out)
     suite = suite if suite is not None else read_suite(recipe)
+    provenance, store = finished(out), _store(results)
+    edits = (provenance or {}).get("edits") or [] if recipe.edits else []
+    patches = [out / edit["patch"] for edit in edits]
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
         candidates = _candidates(recipe, out, suite, Path(folder), device)
-        found = evaluate_models(candidates, suite, device=device, store=_store(results), progress=progress)
+        if patches:
+            before = _unedited(recipe, out, patches, store)
+            candidates.insert(-1, before)
+        found = evaluate_models(candidates, suite.on(patches), device=device, store=store, progress=progress)
+    if patches:
+        told = {"unedited": {before.name: [sentence(edit) for edit in edits]}, "baseline": before.name}
+        found = replace(found, made={**found.made, **told})
     found.save(out)
-    provenance = finished(out)
     if provenance is not None:
         write_atomically(out / "README.md", card.text(out, provenance, markdown(found)))
         page.look_at_merge(recipe, out, provenance)
@@ -129,6 +140,21 @@ def measure(
         return found
     baseline = against if against in names else names[list(models).index(against)]
     return replace(found, made={**found.made, "baseline": baseline})
+
+
+def _unedited(recipe: Recipe, out: Path, patches: Sequence[Path], store: Store | None) -> Candidate:
+    """The merge before its edits, as a row to set them against."""
+    from mergebench.evaluation import Candidate
+    from mergebench.evaluation.unedited import Unedited
+    from mergebench.running.content import sha256_of
+
+    edited = open_model(str(out))
+    key = None if store is None else " without ".join([str(store.content(edited)), *map(sha256_of, patches)])
+    return Candidate(_before(recipe), "baseline", Unedited(edited, [open_patch(one) for one in patches]), None, key)
+
+
+def _before(recipe: Recipe) -> str:
+    return f"{recipe.merge_method} unedited"
 
 
 def _store(folder: str | Path | None) -> Store | None:
@@ -178,7 +204,7 @@ def _candidates(recipe: Recipe, out: Path, suite: Suite, folder: Path, device: s
     from mergebench.evaluation import Candidate
 
     baselines = recipe.evaluate.baselines if recipe.evaluate else ()
-    found = inputs_of(recipe, [one.label for one in baselines])
+    found = inputs_of(recipe, [_before(recipe), *(one.label for one in baselines)])
 
     def opened(made: Recipe, place: Path) -> Model | dict[str, Model]:
         if made.method.gives == "model":

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from mergebench.evaluation.results import Results
 
 RATES = ("task", "n", "old", "new", "difference", "p", "NFR", "PFR", "NFR_mc", "BTC", "expected")
+CHANGE = ("difference", "p", "lost", "won")
+EACH_TASK = (
+    "Difference: mean over the task's items [95% interval], above 0 is better; p: paired bootstrap, of right and wrong "
+    "answers McNemar's exact test; lost, won: items that became worse and better."
+)
 ANSWER = 28  # letters of an answer that are shown
 
 
@@ -35,7 +40,8 @@ def comparison_report(
 
 
 def against_table(results: Results) -> tuple[Table, str] | None:
-    """Every other model against the baseline and how to read it; None where nothing can be compared."""
+    """Every other model against the baseline, or an edited one, task by task, against what it was before, and how to
+    read it; None where nothing can be compared."""
     heads, rows, legend = _against(results)
     if not rows:
         return None
@@ -60,18 +66,24 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
     roles = {record.model: record.role for record in results.records}
     rows, counts, graded, partly = [], set(), False, False
     for comparison in results.comparisons:
+        if comparison.old in results.made.get("unedited", {}) and roles[comparison.new] == "merged":
+            rows = [[name, "", *_change(pair.flips, pair.metric)] for name, pair in _named(comparison)]
+            return [f"{names[comparison.new]} against {names[comparison.old]}", "", *CHANGE], rows, EACH_TASK
         pooled = comparison.pooled
         if pooled is None:
             continue
-        unit = unit_of(pooled, comparison.pooled_pairs[0].metric)
-        lost, won = (f"{len(side)} ({_share(len(side) / pooled.n)} %)" for side in (pooled.lost, pooled.won))
-        row = [names[comparison.new], roles[comparison.new], difference_of(pooled, unit), p_of(pooled.p), lost, won]
-        rows.append(row)
+        rows.append([names[comparison.new], roles[comparison.new], *_change(pooled, comparison.pooled_pairs[0].metric)])
         counts.add(pooled.n)
         graded |= pooled.both_right is None
         partly |= len(comparison.pooled_pairs) < len(results.tasks)
-    heads = [f"against {names[results.comparisons[0].old]}" if rows else "", "", "difference", "p", "lost", "won"]
+    heads = [f"against {names[results.comparisons[0].old]}" if rows else "", "", *CHANGE]
     return heads, rows, _against_legend(counts, graded, partly)
+
+
+def _change(found: Flips, metric: str) -> list[str]:
+    """Cells of `CHANGE`."""
+    lost, won = (f"{len(side)} ({_share(len(side) / found.n)} %)" for side in (found.lost, found.won))
+    return [difference_of(found, unit_of(found, metric)), p_of(found.p), lost, won]
 
 
 def _against_legend(counts: set[int], graded: bool, partly: bool) -> str:

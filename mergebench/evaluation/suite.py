@@ -63,6 +63,11 @@ class Suite:
             raise RecipeError(f"{self.path or 'suite'}: no task has split: {split}", hint)
         return replace(self, tasks=tuple(task for task in self.tasks if task.split == split))
 
+    def on(self, patches: Sequence[Path]) -> Suite:
+        """Nothing is left to wait for: these are the patches of the recipe's edits."""
+        ready = (one.on_patches(patches) if one.on_patches else one for one in (task.ready for task in self.tasks))
+        return replace(self, tasks=tuple(replace(task, ready=one) for task, one in zip(self.tasks, ready, strict=True)))
+
     @property
     def items(self) -> int:
         """How many items one model is measured on."""
@@ -91,12 +96,14 @@ def load_suite(
     *,
     places: Places | None = None,
     at: Loc = (),
+    edited: bool = False,
 ) -> Suite:
     """Read and check a suite: the path of a YAML file, or a mapping.
 
     Relative paths, the suite's own and those in it, are looked up in the working directory, then the
     suite file's folder, then `folders` (such as the recipe's). A suite written out in a recipe, or
-    named there, is passed with the recipe's `places` and where it stands `at`, for messages.
+    named there, is passed with the recipe's `places` and where it stands `at`, for messages; `edited`: the recipe has
+    edits, whose patches its tasks may wait for (`Suite.on`).
     """
     if isinstance(source, Mapping):
         path, loc, places = None, at, places or Places({(): "suite"})
@@ -118,15 +125,15 @@ def load_suite(
     if not (isinstance(entries, list) and entries):
         what = "names no task" if entries in ([], None) else f"must be a list of tasks, got {show(entries)}"
         raise places.error((*loc, "tasks"), what, SHAPE)
-    reader = _Reader(places, folders)
+    reader = _Reader(places, folders, edited)
     return Suite(tuple(reader.task(entry, (*loc, "tasks", i)) for i, entry in enumerate(entries)), path)
 
 
 class _Reader:
     """Reads the entries of one suite; remembers the names it has met."""
 
-    def __init__(self, places: Places, folders: Sequence[Path]) -> None:
-        self.places, self.folders = places, folders
+    def __init__(self, places: Places, folders: Sequence[Path], edited: bool) -> None:
+        self.places, self.folders, self.edited = places, folders, edited
         self.names: set[tuple[str, str]] = set()
         self.items: dict[str, dict[str, tuple[str, str]]] = {"test": {}, "validation": {}}
 
@@ -142,6 +149,9 @@ class _Reader:
             raise self.places.error((*loc, "name"), f"a task before it is called '{name}' too", hint)
         self.names.add((name, params.split))
         task = Task(name, kind, params, kind(params))
+        if task.ready.on_patches is not None and not self.edited:
+            hint = "patch: FILE; it is known by itself only where a recipe edits what it measures"
+            raise self.places.error((*loc, "patch"), f"missing, '{kind_name}' needs it", hint)
         self.keep_apart(task, loc)
         return task
 

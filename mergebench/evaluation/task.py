@@ -20,7 +20,7 @@ import math
 import statistics
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -150,6 +150,7 @@ class Ready:
     items: Mapping[str, str] = field(default_factory=dict)  # where each stands, by its content: `items.contents`
     versions: Mapping[str, str] = field(default_factory=dict)  # of libraries and images that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
+    on_patches: Callable[[Sequence[Path]], Ready] | None = None  # it waits for the patches that a recipe's edits write
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,9 @@ def render(sources: Sources) -> str:
 
 
 def _writers() -> list[Writer]:
-    from mergebench.page import flipped, layers, origin, scores, searched
+    from mergebench.page import edited, flipped, layers, origin, scores, searched
 
-    return [scores.sections, searched.sections, flipped.sections, layers.sections, origin.sections]
+    return [scores.sections, searched.sections, flipped.sections, edited.sections, layers.sections, origin.sections]
 
 
 def _drawn(writer: Writer, sources: Sources) -> list[Section]:

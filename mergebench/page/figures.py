@@ -120,20 +120,25 @@ def bars(
     hatched: the rows of other kinds. marks: values marked by a line through all bars, with how it is drawn.
     """
     with plot(44 + 22 * len(rows)) as (canvas, axes):
-        reach = most or max([abs(value) + (error or 0) for _, value, error, _, _ in rows], default=1) or 1
+        reach = most or max([value + (error or 0) for _, value, error, _, _ in rows] + [0.0]) or 0.0
+        least = min([value - (error or 0) for _, value, error, _, _ in rows if value < 0] + [0.0])
+        room = (reach - least or 1) * max(0.37, 0.034 * max([len(text) for *_, text in rows], default=0))
         for place, (_, value, error, colour, text) in enumerate(rows):
             hatch = "////" if place in hatched else None
             axes.barh(place, value, color=colour, height=0.68, hatch=hatch, edgecolor=PAPER, linewidth=0)
             if error:
                 axes.errorbar(value, place, xerr=error, color=INK, linewidth=1.2, capsize=2.5)
-            axes.text(reach * 1.37, place, text, ha="right", va="center", fontsize=10, color=INK)
+            axes.text(reach + room, place, text, ha="right", va="center", fontsize=10, color=INK)
         for value, dashes in marks:
             axes.axvline(value, color=INK, linestyle=dashes, linewidth=1, zorder=3)
         axes.set_yticks(range(len(rows)), [short(label) for label, *_ in rows])
-        axes.set_xlim(min(0.0, *(value for _, value, *_ in rows)), reach * 1.38)
+        axes.set_xlim(least, reach + room * 1.03)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xticks([])
         axes.spines[["bottom"]].set_visible(False)
+        if least < 0:
+            axes.spines[["left"]].set_visible(False)
+            axes.axvline(0, color=LINE, linewidth=0.8)
         axes.tick_params(axis="y", length=0)
         axes.set_title(short(title, 44), fontweight="bold")
         return Figure(to_svg(canvas, name), alt)

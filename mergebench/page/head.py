@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from mergebench.evaluation.edited import only, sentence
 from mergebench.evaluation.results import Results
 from mergebench.page import flipped, scores, searched
 from mergebench.page.sources import Sources
@@ -16,7 +17,8 @@ Writer = Callable[[Any], str | list[str]]
 def title(sources: Sources) -> str:
     """The directory's name, and what it is."""
     name = sources.directory.resolve().name
-    kinds = (("search", sources.search), ("merge", sources.provenance), ("evaluation", sources.results))
+    made = "edit" if sources.provenance is not None and only(sources.provenance) is not None else "merge"
+    kinds = (("search", sources.search), (made, sources.provenance), ("evaluation", sources.results))
     return f"{name}: {next(kind for kind, found in kinds if found is not None)}"
 
 
@@ -46,7 +48,8 @@ def _said(write: Writer, source: Any) -> list[str]:
 def _merged(provenance: Mapping[str, Any]) -> str:
     recipe = provenance["recipe"]
     count = len(recipe["models"])
-    return f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
+    made = only(provenance) or f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
+    return ", then ".join([made, *map(sentence, provenance.get("edits") or ())])
 
 
 def _measured(results: Results) -> str:

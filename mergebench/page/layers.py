@@ -109,7 +109,7 @@ def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: 
             axes.plot(xs[:apart], values[:apart], **style)
         axes.set_ylim(0, 1.1 * max([v for values in lines.values() for v in values if v == v], default=1.0) or 1.0)
         axes.grid(True, axis="y", color=LINE)
-        _layer_ticks(axes, list(layers), xs)
+        layer_ticks(axes, list(layers), xs)
         axes.set_xlabel("layer")
         axes.set_title(title, fontweight="bold")
         if legend:
@@ -118,7 +118,7 @@ def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: 
         return Figure(figures.to_svg(canvas, name), f"{title} by layer. {ends}.")
 
 
-def _layer_ticks(axes: Any, labels: Sequence[str], xs: Sequence[float]) -> None:
+def layer_ticks(axes: Any, labels: Sequence[str], xs: Sequence[float]) -> None:
     """Names of layers below their places, as many as fit."""
     first, step = int(OUTSIDE in labels), -(-len(labels) // 16)
     shown = [place for place in range(len(labels)) if place < first or (place - first) % step == 0]
@@ -179,7 +179,7 @@ def _map(
                         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_tail(kind) for kind in kinds], fontsize=9)
         axes.invert_yaxis()
-        _layer_ticks(axes, labels, [x + 0.5 for x in range(len(labels))])
+        layer_ticks(axes, labels, [x + 0.5 for x in range(len(labels))])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(figures.short(model, 44), fontweight="bold")

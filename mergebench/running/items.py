@@ -44,9 +44,14 @@ def read_rows(
         rows.append(Row(where, item, tuple(column(record, name, where) for name in columns)))
     if not rows:
         raise RunError(f"{file}: it holds no items", SHAPE)
-    if seed is not None and limit is not None and limit < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    return rows
+    return some(rows, limit, seed)
+
+
+def some(rows: list[Row], limit: int | None, seed: int | None) -> list[Row]:
+    """The first `limit` of these rows; with a seed that many drawn at random, in their order."""
+    if seed is None or limit is None or limit >= len(rows):
+        return rows[:limit]
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 def contents(rows: Iterable[Row]) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Weights:
         prefix = f"{module.base_model_prefix}."
         for name, tensor in tensors.items():
             found = next((owners[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in owners), [])
-            if any(not torch.equal(getattr(*place), tensor) for place in found[:1]):
+            if any(not _same(getattr(*place), tensor) for place in found[:1]):
                 self.places = None
                 return
             self.places[name] = found
@@ -165,6 +165,13 @@ def _pack(module: torch.nn.Module, weights: Weights) -> None:
             weights.moved(child, packed)
         else:
             _pack(child, weights)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal values; NaN is itself, here."""
+    if torch.equal(one, other):
+        return True
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _idle(name: str) -> bool:

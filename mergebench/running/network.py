@@ -13,13 +13,9 @@ from torch import Tensor
 
 from mergebench.errors import ModelError
 from mergebench.running.batch import one_thread
+from mergebench.running.content import TOKENIZER_FILES
 from mergebench.running.model import LoadableModel
 from mergebench.running.module import build, config_of, failed, quiet
-
-TOKENIZER_FILES = (
-    *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
-    "chat_template*",
-)
 
 
 class Network:
@@ -58,6 +54,18 @@ class Network:
             what = f"model '{self.name}': its config.json has no hidden_size"
             raise ModelError(what, "features are read from a model that is an encoder, not one made of several")
         return int(width)
+
+    def holder(self, name: str) -> Any:
+        """The module whose `weight` is this tensor of the model's files; `ModelError` where there is none."""
+        if name not in self._weights.shapes:
+            raise ModelError(f"model '{self.name}': it has no tensor '{name}'")
+        if self._weights.places is None:
+            what = f"model '{self.name}': '{name}' is not in memory as it is in the files"
+            raise ModelError(what, "transformers converts the tensors of this architecture, such as experts it fuses")
+        for module, attribute in self._weights.places[name]:
+            if attribute == "weight":
+                return module
+        raise ModelError(f"model '{self.name}': '{name}' is no module's weight")
 
     def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""

@@ -69,6 +69,21 @@ def profile(layers: int = 3) -> Profile:
     return Profile("pcb", ("tweets", "nouns"), 1, True, {name: one.elements for name, one in counts.items()}, counts)
 
 
+def edit(**more: Any) -> dict[str, Any]:
+    """One entry of a provenance's `edits`."""
+    probe = {"file": "probe.safetensors", "sha256": "cd" * 32, "layer": 25, "test_accuracy": 0.8125}
+    parameters = {"rows": "4.65%", "alpha": 1.08, "alpha_relative": False, "select": "min-cos", "op": "add"}
+    whole = {"edit": "surgery", "patch": "patch.safetensors", "probe": probe, "parameters": parameters}
+    whole |= {"target": "gate_proj", "rows": 1229, "of": 26460, "by_layer": {"0": 12, "3": 1000, "10": 217}}
+    whole |= {
+        "share": 0.0065,
+        "alpha": 1.08,
+        "relative_step": 3.2,
+        "cosine": {"candidates": {"50": 0.001}, "least": -0.21, "most": -0.0512},
+    }
+    return whole | {"z": -2.31, "warnings": [], **more}
+
+
 def provenance(**more: Any) -> dict[str, Any]:
     recipe = {"merge_method": "pcb", "base_model": "base", "models": [{"model": "a/tweets"}, {"model": "a/nouns"}]}
     about = {"name": "pcb", "paper": "arXiv:2410.02396", "scope": "model"}

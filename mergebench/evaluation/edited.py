@@ -1,0 +1,82 @@
+"""What is told of the edits that a model went through, out of its provenance: in tables, cards and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Entry = Mapping[str, Any]  # one edit, as mergebench.json has it
+UNDO = "undone, in this directory, by"
+
+
+def sentence(edit: Entry) -> str:
+    """`surgery with probe.safetensors of 1,229 of 26,460 rows of gate_proj, alpha 1.08`."""
+    by = f" with {Path(edit['probe']['file']).name}" if edit.get("probe") else ""
+    of = f" of {_rows(edit)}" if "rows" in edit else ""
+    alpha = f", alpha {edit['alpha']:.4g}" if edit.get("alpha") is not None else ""
+    return f"{edit.get('edit', 'a patch')}{by}{of}{alpha}" + ", taken back" * bool(edit.get("reverted"))
+
+
+def _rows(edit: Entry) -> str:
+    return f"{edit['rows']:,} of {edit['of']:,} rows of {edit['target']}"
+
+
+def facts(edit: Entry) -> list[tuple[str, str]]:
+    """Terms and what stands for them: those that are known, of a patch put in or taken out less than of a new edit."""
+    given = {name: edit[name] for name in ("direction", "layers") if name in edit} | edit.get("parameters", {})
+    found = [
+        ("rows", f"{_rows(edit)}{_where(edit)}" if "rows" in edit else ""),
+        ("parameters", ", ".join(f"{name} {_value(value)}" for name, value in given.items())),
+    ]
+    if edit.get("share") is not None:
+        found.append(("share", f"{edit['share']:.2%} of the model's parameters"))
+    if edit.get("relative_step") is not None:
+        found.append(("step", f"{edit['relative_step']:.3g} times the median norm of the candidate rows"))
+    if "least" in edit.get("cosine", {}):
+        found.append(("cosine", f"{edit['cosine']['least']:+.3f} to {edit['cosine']['most']:+.3f} with the direction"))
+    if edit.get("z") is not None:
+        found.append(("z", f"{edit['z']:+.1f} at its weakest row; of random vectors standard normal"))
+    if edit.get("probe"):
+        found.append(("probe", _probe(edit["probe"])))
+    found += [("warning", str(warning)) for warning in edit.get("warnings", ())]
+    found.append(("patch", str(edit["patch"])))
+    way = "apply" if edit.get("reverted") else "revert"
+    found.append((UNDO, f"mergebench patch {way} --model . --patch {edit['patch']} --out ../DIR"))
+    return [(term, fact) for term, fact in found if fact]
+
+
+def _where(edit: Entry) -> str:
+    layers = sum(count > 0 for count in edit.get("by_layer", {}).values())
+    return f", in {layers} layer{'s' * (layers != 1)}" if layers else ""
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _probe(probe: Entry) -> str:
+    about = []
+    if probe.get("layer") is not None:
+        about.append(f"layer {probe['layer']}")
+    if probe.get("test_accuracy") is not None:
+        about.append(f"test accuracy {100 * probe['test_accuracy']:.1f} %")
+    about.append(f"SHA-256 {str(probe.get('sha256', ''))[:12]}…")
+    return f"{probe.get('file')} ({', '.join(about)})"
+
+
+def only(provenance: Mapping[str, Any]) -> str | None:
+    """The model that was edited and nothing else done to it, as it was named; None where models were merged."""
+    recipe = provenance.get("recipe", {})
+    models = recipe.get("models", [])
+    if provenance.get("edits") and recipe.get("merge_method") == "passthrough" and len(models) == 1:
+        return str(models[0].get("model"))
+    return None
+
+
+def layers_of(edit: Entry) -> Sequence[tuple[str, int]]:
+    """Rows edited by layer, first to last, those between with none of them too."""
+    counts = {str(layer): int(count) for layer, count in edit.get("by_layer", {}).items()}
+    if not all(layer.isdecimal() for layer in counts):
+        return list(counts.items())
+    return [(str(layer), counts.get(str(layer), 0)) for layer in range(max(map(int, counts), default=-1) + 1)]

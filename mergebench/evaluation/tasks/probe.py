@@ -1,0 +1,117 @@
+"""Probe: how a behaviour probe sees texts in a model's states, such as before and after an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
+from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, key, mean, task
+from mergebench.probes.labels import UNDESIRED, word
+from mergebench.probes.layers import NORMS, POOLS, Reading, features
+from mergebench.probes.probe import Probe, read_probe
+from mergebench.running.features import Texts
+from mergebench.running.items import Row, contents, read_rows, some
+from mergebench.running.model import Tick
+from mergebench.running.network import Network
+
+CLASSES = ("desired", "undesired")
+HOW = ("layer", "norm", "pool", "max_length")  # what a fitted probe says of itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(Common):
+    probe: Path = key("the probe's file, as `mergebench probe fit` writes it")
+    data: Path = key("JSON: an id, a text and a label each")
+    id: str = key("the column with the item's id", "id")
+    text: str = key("the column with the text", "text")
+    label: str = key("the column with the label", "label")
+    undesired: str | None = key("the label of the undesired class; 1, true and undesired are by themselves", None)
+    of: str = key("of which class the items are measured", "both", choices=("both", *CLASSES))
+    metric: str = key("what is measured of the probe", "loss", choices=("loss", "accuracy", "score"))
+    layer: int | None = key("for a probe that does not say it: the layer it reads, -1 for the last", None)
+    norm: str | None = key("for a probe that does not say it: the last layer after the final norm or before", None,
+                           choices=NORMS)  # fmt: skip
+    pool: str | None = key("for a probe that does not say it: over the tokens", None, choices=POOLS)
+    max_length: int | None = key("for a probe that does not say it: tokens a text is cut to", None, low=2)
+
+
+@task(network="AutoModel")
+def probe(p: Params) -> Ready:
+    """How a behaviour probe sees texts in a model's states: its loss, accuracy or score.
+
+    loss: cross-entropy of the item's own class (Wang et al., arXiv:2407.08770, table 13: an edit away from a behaviour
+    raises it on undesired texts and lowers it on desired ones). score: the logit of undesired minus that of desired.
+    """
+    found = read_probe(p.probe)
+    reading = _reading(p, found)
+    rows = read_rows(p.data, p.id, (p.text, p.label))
+    signs = _signs(p, rows)
+    wanted = [row for row in rows if p.of in ("both", CLASSES[signs[row.id] > 0])]
+    if not wanted:
+        raise RecipeError(f"{p.data}: no item is {p.of}", "leave of: out, or take other data")
+    rows = some(wanted, p.limit, p.seed)
+    for row in rows:
+        if not (isinstance(row.values[0], str) and row.values[0].strip()):
+            raise RunError(f"{row.where}: {p.text} must be text, got {row.values[0]!r:.60}")
+    texts = Texts([row.values[0] for row in rows], reading.max_length)
+
+    def measure(network: Network, tick: Tick) -> Score:
+        if network.hidden != found.width:
+            what = f"{p.probe}: the probe reads {found.width} features, {network.name} has {network.hidden}"
+            raise ModelError(what, "it was fitted on another model")
+        logits = found.logit(_features(network, texts, reading, tick)).tolist()
+        return _score(p, [row.id for row in rows], logits, [signs[row.id] for row in rows])
+
+    return Ready(len(rows), measure, files=(p.data, p.probe), items=contents(rows))
+
+
+def _reading(p: Params, probe: Probe) -> Reading:
+    """How the probe was fitted, or what the task says of one that does not tell."""
+    given = {name: getattr(p, name) for name in HOW if getattr(p, name) is not None}
+    known = {name: probe.about[name] for name in HOW if probe.about.get(name) is not None}
+    for name, value in given.items():
+        if known.get(name, value) != value:
+            raise RecipeError(f"{name}: {value}: {p.probe} was fitted with {known[name]}", f"leave {name} out")
+    return Reading(**{**given, **known})
+
+
+def _signs(p: Params, rows: Sequence[Row]) -> dict[str, int]:
+    """1 for undesired, -1 for desired, by the items' ids."""
+    labels = {row.id: word(row.values[1], row.where, p.label) for row in rows}
+    known = sorted(set(labels.values()))
+    bad = UNDESIRED if p.undesired is None else (p.undesired,)
+    if not set(bad) & set(known):
+        if p.undesired is not None:
+            raise RecipeError(f"{p.data}: no label is '{p.undesired}'", did_you_mean(p.undesired, known))
+        if len(known) > 1:
+            raise RecipeError(
+                f"{p.data}: its labels are {', '.join(known[:5])}: which is undesired?", "undesired: LABEL"
+            )
+    return {item: 1 if label in bad else -1 for item, label in labels.items()}
+
+
+def _features(network: Network, texts: Texts, reading: Reading, tick: Tick) -> Tensor:
+    """[texts, width]; made once for all probes that read these texts alike."""
+    key = texts.key, reading
+    if key in network.kept:
+        tick(len(texts))
+    else:
+        network.kept[key] = features(network, texts, reading, tick)
+    return network.kept[key]
+
+
+def _score(p: Params, items: Sequence[str], logits: Sequence[float], signs: Sequence[int]) -> Score:
+    predictions = {}
+    for item, logit, sign in zip(items, logits, signs, strict=True):
+        loss = softplus(Tensor([-sign * logit])).item()
+        value = {"loss": loss, "accuracy": float((logit > 0) == (sign > 0)), "score": logit}[p.metric]
+        predictions[item] = Prediction(CLASSES[logit > 0], value)
+    if p.metric == "accuracy":
+        return accuracy(predictions)
+    way: Direction = "higher" if p.metric == "loss" and p.of == "undesired" else "lower"
+    return mean(predictions, p.metric, way)
