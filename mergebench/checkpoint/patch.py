@@ -95,9 +95,9 @@ class Patch:
 
     def neurons(self, model: Model, name: str) -> Neurons:
         """Where the tensor's neurons are in a model; `ModelError` where they cannot be."""
-        return self.neurons_of(model.reference, model.tensors, name)
+        return self.neurons_in(model.tensors, model.reference, name)
 
-    def neurons_of(self, reference: str, tensors: Mapping[str, TensorInfo], name: str) -> Neurons:
+    def neurons_in(self, tensors: Mapping[str, TensorInfo], reference: str, name: str) -> Neurons:
         """The same in the tensors of the model that goes by `reference`."""
         info, numbers = tensors.get(name), self.numbers(name)
         if info is None:
@@ -119,7 +119,7 @@ def read_patch(file: Path, reference: str, base: Mapping[str, TensorInfo]) -> tu
     (direction,) = (info for info in patch.header.tensors if info.name == "direction")
     deltas = {}
     for name, (numbers, amounts, _) in patch.tensors.items():
-        where = patch.neurons_of(reference, base, name)
+        where = patch.neurons_in(base, reference, name)
         deltas[name] = Patched(direction, numbers, amounts, where.info.shape, where.transposed)
     return deltas, patch.header
 

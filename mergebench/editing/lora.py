@@ -43,8 +43,8 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
     missing = next((name for name in shapes if name not in modules), None)
     if missing is not None:
         raise ModelError(f"{missing}: PEFT finds no module of that name in this model's class", _AS_IT_IS)
-    others = {name: info.shape for name, info in base.tensors.items() if is_linear(name, info.shape)}
-    in_out = stored_in_out(base, {n: shape for n, shape in shapes.items() if shape[0] != shape[1]} or others)
+    linear = {name: info.shape for name, info in base.tensors.items() if is_linear(name, info.shape)}
+    in_out = stored_in_out(base, linear)  # of all, because square ones do not tell
     outer = {modules[name]: shape[::-1] if in_out else shape for name, shape in shapes.items()}
     ranks = dict.fromkeys(outer, 1)
     shard = files.lay_out(outer, ranks)
@@ -74,7 +74,7 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
 
 def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
     """The sides of the matrix that a patch changes."""
-    shape = patch.neurons(model, name).info.shape
+    shape = patch.neurons_in(model.tensors, model.reference, name).info.shape
     if len(shape) != 2:
         raise ModelError(f"{name} is {list(shape)}: PEFT has no LoRA for experts in one tensor", _AS_IT_IS)
     return shape[0], shape[1]

@@ -66,7 +66,11 @@ def test_any_piece_of_it(shape: tuple[int, ...], transposed: bool, every: int, t
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    tensors = {"layers.0.a.weight": torch.randn(6, 4), "layers.0.b.weight": torch.randn(4, 6), "n": torch.arange(4)}
+    tensors = {
+        "layers.0.a.weight": torch.randn(6, 4),
+        "layers.0.b.weight": torch.randn(4, 6),
+        "n": torch.ones(6, 4, dtype=torch.int64),
+    }
     return write_model(tmp_path / "base", tensors | {"layers.0.bias": torch.randn(4)})
 
 
@@ -93,7 +97,7 @@ def moved(old: str, new: str) -> dict[str, Tensor | None]:
     """The good patch with the tensor it changes called otherwise."""
     return {
         f"{name}.{part}".replace(".", "__"): value
-        for name, ones in ((old, (None, None, None)), (new, (torch.tensor([1]), torch.ones(1), torch.zeros(1, 4))))
+        for name, ones in ((old, (None, None, None)), (new, (torch.tensor([0]), torch.ones(1), torch.zeros(1, 4))))
         for part, value in zip(("rows", "amount", "orig"), ones, strict=True)
     }
 
@@ -101,7 +105,7 @@ def moved(old: str, new: str) -> dict[str, Tensor | None]:
 WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "another tensor": (moved("layers.0.a.weight", "layers.1.a.weight"), "has no tensor 'layers.1.a.weight'"),
     "a vector": (moved("layers.0.a.weight", "layers.0.bias"), "has F32 [4]"),
-    "integers": (moved("layers.0.a.weight", "n"), "has I64 [4]"),
+    "integers": (moved("layers.0.a.weight", "n"), "has I64 [6, 4]"),
     "another width": (
         moved("layers.0.a.weight", "layers.0.b.weight"),
         "the patch changes 1 vectors of 4 elements, BASE has F32 [4, 6]",

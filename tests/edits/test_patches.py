@@ -277,7 +277,7 @@ def test_inspecting_a_patched_model(two: list[Path], model: Path, cli: Cli) -> N
 def test_to_lora(two: list[Path], model: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("patch", "to-lora", two[0], "--model", model, "--out", tmp_path / "lora")
     twice = cli("patch", "to-lora", two[0], "--model", model, "--out", tmp_path / "lora")
-    inside = cli("patch", "to-lora", two[0], "--model", model, "--out", two[0].parent)
+    inside = cli("patch", "to-lora", two[0], "--model", model, "--out", two[0].parent, "--overwrite")
 
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "lora"))
     assert twice.code == 2 and "--overwrite" in twice.err

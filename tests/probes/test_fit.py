@@ -20,6 +20,7 @@ import mergebench
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.identity import identity
 from mergebench.errors import RunError
+from mergebench.probes.classifier import validate
 from mergebench.probes.probe import Probe, read_probe
 from mergebench.running.network import Network
 from tests.conftest import Cli
@@ -93,6 +94,9 @@ def test_equal_to_a_fit_by_hand(layer: int, pool: str, length: int, place: Path,
     assert said["train_accuracy"] == np.mean((logits > 0)[known] == y[known])
     assert said["test_accuracy"] == np.mean((logits > 0)[asked] == y[asked])
     assert said["majority"] == max(y[asked].mean(), 1 - y[asked].mean())
+    known.sort()
+    validated = validate(x[known].astype(np.float32), y[known], 0)
+    assert (said["C"], said["cv_accuracy"]) == (validated.strength, pytest.approx(validated.accuracy))
     assert said["auc"] == pytest.approx(roc_auc_score(y[asked], logits[asked]))
     assert said["model"] == {"reference": "m", "identity": identity(open_model("m"))}
     assert said["sha256"] == probe.sha256

@@ -100,8 +100,8 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
         for name in patch.names:
             numbers, module = patch.numbers(name), _holder(network, patch, name)
             sides = tuple(module.weight.shape)
-            columns = isinstance(module, Conv1D)
-            if not (columns or isinstance(module, (torch.nn.Linear, MkldnnLinear))) or (name in patch.columns) != columns:
+            columns, linear = isinstance(module, Conv1D), isinstance(module, (torch.nn.Linear, MkldnnLinear))
+            if not (columns or linear) or columns != (name in patch.columns):
                 what = f"{patch.file}: the rows of '{name}' are no gates: what they hold goes to the residual stream"
                 raise ModelError(what, "firing is of neurons that read it, such as those of gate_proj")
             width, gates = sides if columns else sides[::-1]
