@@ -14,7 +14,11 @@ from typing import Any
 from mergebench.checkpoint import Model
 from mergebench.errors import RunError
 from mergebench.running.model import LoadableModel
-from mergebench.running.network import TOKENIZER_FILES
+
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
+    "chat_template*",
+)
 
 BESIDE = ("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES)
 

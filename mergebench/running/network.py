@@ -13,13 +13,9 @@ from torch import Tensor
 
 from mergebench.errors import ModelError
 from mergebench.running.batch import one_thread
+from mergebench.running.content import TOKENIZER_FILES
 from mergebench.running.model import LoadableModel
 from mergebench.running.module import build, config_of, failed, quiet
-
-TOKENIZER_FILES = (
-    *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
-    "chat_template*",
-)
 
 
 class Network:
