@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mergebench.checkpoint import adopt, open_model
@@ -18,6 +17,7 @@ from mergebench.engine.plan import plan_merge
 from mergebench.engine.profile import sign_conflicts
 from mergebench.engine.read import ChunkReader
 from mergebench.methods import get
+from mergebench.running.batch import one_thread
 
 
 class Difference(NamedTuple):
@@ -48,7 +48,7 @@ def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
         Merge(method=linear, params=params, base=None, models=models, names=names), workers=1, device="cpu"
     )
     keep_freed_memory()
-    with Files() as files, torch.inference_mode():
+    with Files() as files, torch.inference_mode(), one_thread():  # whose dot products are short
         reader = ChunkReader(plan, files)
         return [_difference(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
 
@@ -60,13 +60,13 @@ def _difference(reader: ChunkReader, name: str, numel: int) -> Difference:
         values, _ = reader.load([Span(name, start, min(start + TILE, numel))], apply=False)
         if len(values) == 3:
             values = values[:2] - values[2]
-        left, right = (row.double().numpy() for row in values)
+        left, right = (row.double() for row in values)
         distance = right - left
-        squares_a += float(left @ left)
-        squares_b += float(right @ right)
-        dot += float(left @ right)
-        squares_d += float(distance @ distance)
-        changed += int(np.count_nonzero(distance))
+        squares_a += float(left.dot(left))
+        squares_b += float(right.dot(right))
+        dot += float(left.dot(right))
+        squares_d += float(distance.dot(distance))
+        changed += int(distance.count_nonzero())
         opposed, shared = sign_conflicts(values)
         conflicts, both = conflicts + opposed, both + shared
     norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)

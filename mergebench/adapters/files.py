@@ -143,7 +143,8 @@ def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
         "is the edited model."
     )
-    return _card(out, made, [f"- base: `{provenance['base']}`", f"- patch: `{provenance['patch']}`"], "edit")
+    lines = [f"- base: `{provenance['base']}`", f"- patch: `{provenance['patch']}`"]
+    return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.")
 
 
 def kept_text(provenance: Mapping[str, Any]) -> str:
@@ -155,7 +156,9 @@ def kept_text(provenance: Mapping[str, Any]) -> str:
     return f"{len(modules)} module{'s' * (len(modules) > 1)}, {rank}, {kept}"
 
 
-def _card(out: Path, made: str, lines: Sequence[str], tag: str) -> str:
+_ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."
+
+
+def _card(out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY) -> str:
     head = ["---", "library_name: peft", "tags:", "- lora", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
-    end = "Input files, and the energy kept in each module: `mergebench.json`."
     return "\n".join([*head, "", made, "", *lines, "", end, ""])

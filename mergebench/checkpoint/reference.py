@@ -1,7 +1,7 @@
 """From what a user writes for a model to a place on this machine.
 
 A reference is an existing path first (a directory or a `.safetensors` file), else `org/name[@revision]`
-on the hub (the local cache, or a download). `+ADAPTER` puts a LoRA directory on top of either.
+on the hub (the local cache, or a download). `+ADAPTER` puts a LoRA directory on top of either, or a patch.
 """
 
 from __future__ import annotations

@@ -68,8 +68,9 @@ def fit_probe(
     target = Path(out)
     _check_target(target, layer == "all", overwrite)
     learnt = read_labelled(Path(data), text, label, undesired)
+    _check_classes(Path(data), learnt)
     tested = None if test is None else read_labelled(Path(test), text, label, undesired)
-    known, asked = _split(Path(data), learnt, seed) if tested is None else _apart(learnt, tested)
+    known, asked = _split(learnt, seed) if tested is None else _apart(learnt, tested)
     texts = learnt.texts + (tested.texts if tested else [])
     every = np.array(learnt.undesired + (tested.undesired if tested else []))
     opened = open_model(model)
@@ -120,8 +121,10 @@ def fit_probe(
             {"layer": number, "cv_accuracy": one.accuracy, "cv_stderr": one.stderr, "auc": one.auc, "C": one.strength}
             for number, one in found.items()
         ]
+    probe = _probe(fitted, x, y, about).save(target)
+    if layer == "all":
         write_curve(about, plot_of(target))
-    return _probe(fitted, x, y, about).save(target)
+    return probe
 
 
 def plot_of(probe: Path) -> Path:
@@ -156,15 +159,18 @@ def _check_target(out: Path, curve: bool, overwrite: bool) -> None:
             raise RecipeError(f"{file}: it exists", "replace it with --overwrite, or choose another --out")
 
 
-def _split(file: Path, data: Labelled, seed: int) -> tuple[Array, Array]:
-    """Positions to learn from and to be tested on, each ascending, with the classes' shares as they are."""
-    from sklearn.model_selection import train_test_split
-
+def _check_classes(file: Path, data: Labelled) -> None:
     for name, side in zip(data.classes, (False, True), strict=True):
         count = data.undesired.count(side)
         if count < LEAST:
             what = f"{file}: {count} text{'s' * (count > 1)} of class '{name}'"
             raise RunError(what, f"a probe needs at least {LEAST} of each class")
+
+
+def _split(data: Labelled, seed: int) -> tuple[Array, Array]:
+    """Positions to learn from and to be tested on, each ascending, with the classes' shares as they are."""
+    from sklearn.model_selection import train_test_split
+
     places = np.arange(len(data.texts))
     known, asked = train_test_split(places, test_size=TEST_SHARE, stratify=data.undesired, random_state=seed)
     return np.sort(known), np.sort(asked)

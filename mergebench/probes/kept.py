@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,15 @@ class Features:
 
 
 class Keeper:
-    """Reads texts with one model, which is put in memory where something is not kept yet."""
+    """Reads texts with one model, which is put in memory where they are not kept yet."""
 
     def __init__(self, model: Model, reading: Reading, device: torch.device, results: Path) -> None:
         self.model, self.reading, self.device, self.results = model, reading, device, results
 
     def features(self, texts: Texts, tick: Tick) -> Features:
         """The features of these texts, which are cut as `reading` says; `RecipeError` where it has no such layer."""
-        made_of = [self._content, texts.key, self.reading.pool, self.device.type, versions()]
+        content = Contents(self.results).of_model(self.model)
+        made_of = [content, texts.key, self.reading.pool, self.device.type, versions()]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:40]
         found = Features(self.results / "features" / key)
         if found.whole(len(texts)):
@@ -74,16 +74,8 @@ class Keeper:
         self.reading.state(found.depth)
         return found
 
-    @cached_property
-    def _content(self) -> str | None:
-        return Contents(self.results).of_model(self.model)
-
-    @cached_property
-    def _network(self) -> Network:
-        return Network(self.model, "AutoModel", self.device)
-
     def _make(self, texts: Texts, folder: Path, tick: Tick) -> None:
-        network = self._network
+        network = Network(self.model, "AutoModel", self.device)
         self.reading.state(len(blocks(network)))  # before hours of work
         tokens, states = texts.tokens(network), every_state(network)
         with Staging(folder, "", resume=False) as staging:

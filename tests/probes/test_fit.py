@@ -233,6 +233,7 @@ def test_a_probe_that_learns_nothing_is_said(place: Path, cli: Cli) -> None:
         (["--out", "o.safetensors", "--layer", "all"], 2, "o.png: it exists", "replace it with --overwrite"),
         (["--out", "d.jsonl/p.safetensors"], 1, "d.jsonl/p.safetensors: cannot be written: File exists", ""),
         (["--data", "few.jsonl"], 1, "few.jsonl: 8 texts of class '1'", "a probe needs at least 10 of each class"),
+        (["--data", "few.jsonl", "--test", "d.jsonl"], 1, "few.jsonl: 8 texts of class '1'", "a probe needs at least"),
         (["--data", "none.jsonl"], 1, "none.jsonl: cannot be read: No such file or directory", ""),
         (["--undesired", "x"], 2, "d.jsonl: no label is 'x'", "known: 0, 1"),
         (["--model", "none"], 3, "model 'none': no such file or directory", ""),
