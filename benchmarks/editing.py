@@ -4,9 +4,9 @@
     python benchmarks/editing.py /tmp/models/base --runs 5
 
 Whole processes, ours and `cp -r` in turn, medians. Before each run what was written is synced, and the model's pages
-are dropped from the cache (`cold`: both read the disk) or read in (`warm`). Until `on disk`, each ends when what it
-wrote is there (`--sync`; `cp` and `sync`). Bytes are what one process (`--workers 1`) asked the kernel for
-(/proc/self/io).
+are dropped from the cache (`cold`: both read the disk) or read in (`warm`); memory is kept warm (warm_memory.py). Until
+`on disk`, each ends when what it wrote is there (`--sync`; `cp` and `sync`). Bytes are what one process (`--workers 1`)
+asked the kernel for (/proc/self/io).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from memory import peak
-from speed import commit
+from speed import KEEPER, WARM_MIB, commit
 
 from mergebench.probes.probe import Probe
 
@@ -52,15 +52,20 @@ def pages(folder: Path, wanted: bool) -> None:
         os.close(file)
 
 
-def seconds(command: list[str], out: Path, then: list[str] | None = None) -> float:
-    """A whole process, and what follows it."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    if then:
-        subprocess.run(then, check=True)
-    return time.perf_counter() - start
+def seconds(command: list[str], then: list[str] | None = None) -> float:
+    """A whole process, and what follows it, with memory to take."""
+    keeper = subprocess.Popen([sys.executable, KEEPER, str(WARM_MIB)], stdout=subprocess.PIPE)
+    assert keeper.stdout is not None
+    keeper.stdout.readline()
+    try:
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if then:
+            subprocess.run(then, check=True)
+        return time.perf_counter() - start
+    finally:
+        keeper.kill()
+        keeper.communicate()
 
 
 def main() -> None:
@@ -86,8 +91,9 @@ def main() -> None:
             times: tuple[list[float], list[float]] = [], []
             for _ in range(options.runs):
                 for found, command in zip(times, (copy, [*program, *(["--sync"] if synced else [])]), strict=True):
+                    shutil.rmtree(out, ignore_errors=True)
                     pages(model, not cold)
-                    found.append(seconds(command, out, ["sync", str(out)] if synced and command is copy else None))
+                    found.append(seconds(command, ["sync", str(out)] if synced and command is copy else None))
             ours, theirs = statistics.median(times[1]), statistics.median(times[0])
             row = [f"{statistics.median(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in times]
             where = "cold" if cold else "warm"
@@ -95,6 +101,9 @@ def main() -> None:
                 f"| {where} | {'on disk' if synced else 'written'} | {' | '.join(row)} | **{ours / theirs:.2f}** |",
                 flush=True,
             )
+    dry = [option for option in edit if option not in ("--overwrite",)] + ["--dry-run"]
+    start = statistics.median(seconds([program[0], *dry]) for _ in range(options.runs))
+    print(f"\n{start:.2f} s of each edit are the start and the read of the candidate rows (--dry-run, warm)")
     most = peak(program)
     said = json.loads((out / "mergebench.json").read_text(encoding="utf-8"))
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -106,7 +115,7 @@ def main() -> None:
     io = {
         key: int(value) for key, _, value in (line.partition(": ") for line in counted.splitlines()) if value.isdigit()
     }
-    print(f"\npeak memory {most / 1e6:.0f} MB (mergebench.json: {said['peak_memory'] / 1e6:.0f})")
+    print(f"peak memory {most / 1e6:.0f} MB (mergebench.json: {said['peak_memory'] / 1e6:.0f})")
     print(
         f"checkpoint {size / 1e6:.0f} MB; read {io['rchar'] / size:.2f} times, written {io['wchar'] / size:.2f} times"
     )

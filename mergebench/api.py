@@ -108,7 +108,8 @@ def run(
     def change(staging: Staging) -> dict[str, Any]:
         from mergebench.editing.carry_out import carry_out
 
-        return {"edits": carry_out(plan.merge.edits, staging)} if plan.merge.edits else {}
+        source = plan.merge.reference if plan.merge.copies else None
+        return {"edits": carry_out(plan.merge.edits, staging, source)} if plan.merge.edits else {}
 
     return run_plan(
         plan,

@@ -36,14 +36,11 @@ def plan_edit(
     """A copy of a model and the edit of it, checked by headers alone.
 
     how: direction, target, layers, and the edit's own parameters (of surgery: rows, alpha, alpha_relative, select, op,
-    seed), as in a recipe's `edits:`; None is not given. Notes of the plan's merge say what is doubtful.
+    seed), as in a recipe's `edits:`; None is not given.
     """
     given = {key: value for key, value in how.items() if value is not None}
     recipe = load(_copy(model) | {"edits": [{"edit": edit, "probe": str(probe), **given}]})
-    plan = api.with_edits(_plan_copy(recipe, memory, workers, shard_size), recipe)
-    (planned,) = plan.merge.edits
-    doubts = [*planned.doubts(), *planned.foreign(plan.merge.reference)]
-    return replace(plan, merge=replace(plan.merge, notes=(*plan.merge.notes, *doubts)))
+    return api.with_edits(_plan_copy(recipe, memory, workers, shard_size), recipe)
 
 
 def plan_patch(
@@ -70,7 +67,8 @@ def dry_run(plan: Plan, progress: Callable[[int], None] = lambda _: None) -> dic
     written. As `edits` in mergebench.json tells it of one that was made."""
     (planned,) = plan.merge.edits
     assert isinstance(planned, Planned)
-    return scan(planned, plan.merge.reference, progress).report()
+    report = scan(planned, plan.merge.reference, progress).report()
+    return report | {"warnings": planned.doubts(plan.merge.reference) + report["warnings"]}
 
 
 def _copy(model: str) -> dict[str, Any]:

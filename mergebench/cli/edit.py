@@ -70,8 +70,6 @@ def edit(
         layers=layers,
         seed=seed,
     )
-    for line in plan.merge.notes:
-        note(f"warning: {line}", quiet)
     if dry_run or out is None:
         report = patching.dry_run(plan)
         if json_:

@@ -71,26 +71,27 @@ def patch_names(count: int) -> list[str]:
     return ["patch.safetensors"] if count == 1 else [f"patch-{number}.safetensors" for number in range(1, count + 1)]
 
 
-def carry_out(edits: Sequence[Planned | PutIn], staging: Staging) -> list[dict[str, Any]]:
+def carry_out(edits: Sequence[Planned | PutIn], staging: Staging, copied: Model | None = None) -> list[dict[str, Any]]:
     """Make edits in the model in a partial directory, each planned on what the one before it left; what was done.
 
-    A patch is complete before the first of its rows is written, and says what each of them becomes: a run that was
-    killed goes on by writing them again.
+    copied: the model of which that one is a copy. A patch is complete before the first of its rows is written, and says
+    what each of them becomes: a run that was killed goes on by writing them again.
     """
     model = open_model(str(staging.directory))
+    named = zip(edits, patch_names(len(edits)), strict=True)
     with one_thread():  # many small steps, which threads would only wait for one another in
-        return [
-            _carry_out(edit, name, model, staging) for edit, name in zip(edits, patch_names(len(edits)), strict=True)
-        ]
+        return [_carry_out(edit, name, model, staging, copied or model) for edit, name in named]
 
 
-def _carry_out(edit: Planned | PutIn, name: str, model: Model, staging: Staging) -> dict[str, Any]:
+def _carry_out(edit: Planned | PutIn, name: str, model: Model, staging: Staging, source: Model) -> dict[str, Any]:
     if isinstance(edit, PutIn):
         edit.make(model)
         return {**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert}
     made: dict[str, dict[str, Any]] = staging.journal.setdefault("edits", {})
     if name not in made:
-        made[name] = {"patch": name, **_plan_on(edit, model, staging, name)}
+        doubts = edit.doubts(source)  # of what stood here before this edit
+        report = _plan_on(edit, model, staging, name)
+        made[name] = {"patch": name, **report, "warnings": doubts + report["warnings"]}
         staging.journal["shards"].append(name)
         staging.save()
     PutIn(open_patch(staging.directory / name)).make(model)

@@ -49,17 +49,15 @@ class Planned:
         plain = {**self.wanted.to_plain(), **vars(self.params), "probe": self.probe.sha256}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
-    def doubts(self) -> list[str]:
-        """Why the probe may know nothing."""
-        doubt = self.probe.doubt()
-        return [] if doubt is None else [f"{self.probe.file}: {doubt}"]
-
-    def foreign(self, model: Model) -> list[str]:
-        """A warning where the probe was fitted on another model than this one."""
+    def doubts(self, model: Model) -> list[str]:
+        """Why the probe may mean nothing to this model."""
+        doubt, found = self.probe.doubt(), []
+        if doubt is not None:
+            found.append(f"{self.probe.file}: {doubt}")
         fitted, own = (self.probe.about.get("model") or {}).get("identity"), identity(model)
-        if fitted in (None, own):
-            return []
-        return [f"{self.probe.file}: fitted on another model ({fitted}) than {model.reference} ({own})"]
+        if fitted not in (None, own):
+            found.append(f"{self.probe.file}: fitted on another model ({fitted}) than this one ({own})")
+        return found
 
 
 def plan_edit(

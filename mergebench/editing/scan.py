@@ -91,7 +91,7 @@ class Found:
         noise = []
         if len(cosines) and planned.wanted.values.get("select") != "random" and abs(z) < NOISE:
             noise = [f"the selection is noise at its end: a row with z = {z:.2f} is as near as a random vector"]
-        return found | {"warnings": planned.doubts() + noise}
+        return found | {"warnings": noise}
 
 
 def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) -> Found:

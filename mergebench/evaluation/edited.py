@@ -41,8 +41,8 @@ def facts(edit: Entry) -> list[tuple[str, str]]:
         found.append(("probe", _probe(edit["probe"])))
     found += [("warning", str(warning)) for warning in edit.get("warnings", ())]
     found.append(("patch", str(edit["patch"])))
-    way = "apply" if edit.get("reverted") else "revert"
-    found.append((UNDO, f"mergebench patch {way} --model . --patch {edit['patch']} --out ../DIR"))
+    if "reverted" not in edit:  # an edit leaves its patch beside the model
+        found.append((UNDO, f"mergebench patch revert --model . --patch {edit['patch']} --out ../DIR"))
     return [(term, fact) for term, fact in found if fact]
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mergebench.checkpoint.model import open_model
-from mergebench.checkpoint.patch import open_patch
+from mergebench.checkpoint.patch import Change, open_patch
 from mergebench.evaluation import Results, compare
-from mergebench.evaluation.unedited import Unedited
+from mergebench.evaluation.unedited import Unedited, _put_back
 from mergebench.probes.probe import Probe
 from tests.conftest import Cli
 from tests.evaluation.language import write_rows, write_texts
@@ -158,3 +158,17 @@ def test_the_row_before_has_a_name_of_its_own(here: Path, cli: Cli) -> None:
     assert Results.load(Path("merged/recipe")).models == [
         "linear unedited (input)", "b", "linear weight 0.5", "linear (defaults)", "linear unedited", "linear",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_put_back_wherever_they_lie(shape: tuple[int, ...], transposed: bool) -> None:
+    """Also those of experts in one tensor, numbered through."""
+    torch.manual_seed(0)
+    tensor, width = torch.randn(shape), shape[-2 if transposed else -1]
+    expected = (tensor.mT if transposed else tensor).reshape(-1, width).clone()
+    numbers = torch.arange(0, len(expected), 2)
+    originals = torch.randn(len(numbers), width).to(torch.bfloat16)
+    expected[numbers] = originals.float()
+    _put_back(tensor, Change(numbers, torch.ones(len(numbers)), originals, transposed))
+    assert torch.equal((tensor.mT if transposed else tensor).reshape(-1, width), expected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -72,7 +73,7 @@ def contents(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = hashes(out)
     provenance = json.loads((out / "mergebench.json").read_text())
     found["mergebench.json"] = {key: value for key, value in provenance.items() if key not in TIMES}
-    found["README.md"] = (out / "README.md").read_text().replace(out.name, "NAME")
+    found["README.md"] = re.sub(r"\b(out|whole)\b", "NAME", (out / "README.md").read_text())
     return found
 
 

@@ -98,22 +98,22 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for patch in patches:
         for name in patch.names:
-            change, module = patch.change(name), _holder(network, patch, name)
+            numbers, module = patch.numbers(name), _holder(network, patch, name)
             sides = tuple(module.weight.shape)
-            columns = isinstance(module, Conv1D)
-            if not (columns or isinstance(module, (torch.nn.Linear, MkldnnLinear))) or change.transposed != columns:
+            columns, linear = isinstance(module, Conv1D), isinstance(module, (torch.nn.Linear, MkldnnLinear))
+            if not (columns or linear) or columns != (name in patch.columns):
                 what = f"{patch.file}: the rows of '{name}' are no gates: what they hold goes to the residual stream"
                 raise ModelError(what, "firing is of neurons that read it, such as those of gate_proj")
             width, gates = sides if columns else sides[::-1]
-            if width != len(patch.direction) or gates <= int(change.numbers[-1]):
+            if width != len(patch.direction) or gates <= int(numbers[-1]):
                 what = f"{patch.file}: {network.name} has {list(sides)} for '{name}'"
                 raise ModelError(what, ANOTHER)
-            found.setdefault(name, []).append(change.numbers)
+            found.setdefault(name, []).append(numbers)
     if not found:
         raise ModelError(
             f"{', '.join(str(patch.file) for patch in patches)}: no row is changed, so none can be watched"
         )
-    return {name: torch.unique(torch.cat(numbers)) for name, numbers in found.items()}
+    return {name: torch.unique(torch.cat(parts)) for name, parts in found.items()}
 
 
 def _holder(network: Network, patch: Patch, name: str) -> Any:
