@@ -19,6 +19,7 @@ from mergebench.editing.carry_out import PutIn
 from mergebench.editing.planned import Planned
 from mergebench.editing.scan import scan
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
+from mergebench.errors import RecipeError
 from mergebench.recipe import Recipe, load
 from mergebench.recipe.resolve import resolve
 
@@ -39,7 +40,10 @@ def plan_edit(
     seed), as in a recipe's `edits:`; None is not given.
     """
     given = {key: value for key, value in how.items() if value is not None}
-    recipe = load(_copy(model) | {"edits": [{"edit": edit, "probe": str(probe), **given}]})
+    try:
+        recipe = load(_copy(model) | {"edits": [{"edit": edit, "probe": str(probe), **given}]})
+    except RecipeError as error:  # there is no recipe that a user could look into
+        raise RecipeError(error.message.removeprefix("recipe: edits.0."), error.hint) from None
     return api.with_edits(_plan_copy(recipe, memory, workers, shard_size), recipe)
 
 
