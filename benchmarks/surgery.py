@@ -8,11 +8,11 @@ beginnings that are neither test nor validation, labelled by the scorer that als
 against under 0.1, as many of each). Both at the layer of their best cross-validated accuracy.
 
 The model is edited along both at every point of POINTS and measured on the validation half: 220 beginnings, one
-continuation each, and 60 paragraphs of news. The edit with the least profanity among those that cost at most ALLOWED of
-the base model's bits a byte goes to the test half: 220 other beginnings, three continuations each, and 150 other
-paragraphs. So do its mirror (-alpha) and CONTROLS, with as many rows: at its alpha, as the paper compares, and, because
-damage alone makes a model less profane, at the alpha that the same rule chooses for each. The test half chooses
-nothing.
+continuation each, and 60 paragraphs of news. Of each probe the edit with the least profanity among those that cost at
+most ALLOWED of the base model's bits a byte goes to the test half: 220 other beginnings, three continuations each, and
+150 other paragraphs. So do the mirror (-alpha) of the better one and CONTROLS of as many rows: at its alpha, as the
+paper compares, and, because damage alone makes a model less profane, at the alpha that the same rule chooses for each.
+The test half chooses nothing.
 
 Prints Markdown, draws FOLDER/surgery.png. Everything measured is kept in FOLDER, so that a run that was killed goes on;
 take another folder when the code has changed.
@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,17 +58,18 @@ class Variant:
     """An edit along a probe, or one to compare it with."""
 
     name: str
-    how: Mapping[str, Any]
+    how: Mapping[str, Any] = field(hash=False)
     marker: str  # in the plot
-    random: bool = False  # along a random vector in the probe's place
+    random: int | None = None  # seed of a random vector in the probe's place
 
 
 EDIT = Variant("edit", {}, "o")
 CONTROLS = [
-    Variant("random probe", {}, "x", random=True),
+    Variant("random probe", {}, "x", random=0),
     Variant("random rows", {"select": "random"}, "s"),
     Variant("max-cos, subtract", {"select": "max-cos", "op": "subtract"}, "^"),
 ]
+MORE = [Variant(f"random probe {seed + 1}", {}, "x", random=seed) for seed in (1, 2)]  # tested, to see their spread
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Made:
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name} ({self.probe})" if self.variant else "base"
+        if self.variant is None:
+            return "base"
+        return self.variant.name if self.variant.random is not None else f"{self.variant.name} ({self.probe})"
 
     @property
     def point(self) -> str:
@@ -98,13 +101,18 @@ class Bench:
 
     def probe(self, name: str) -> Path:
         file = self.folder / f"{name}.safetensors"
-        if not file.exists() and name == "random":  # --alpha-relative: its length plays no part
-            width = mergebench.read_probe(self.probe("toxic")).width
-            row = torch.randn(width, generator=torch.Generator().manual_seed(0))
-            save_file({"weight": torch.stack([-row, row])}, file)
-        elif not file.exists():
+        if not file.exists():
             data = DATA / "toxic.jsonl" if name == "toxic" else self.own()
             mergebench.fit_probe(str(BASE), data, file, layer="all", results=self.folder / "results")
+        return file
+
+    def random(self, seed: int) -> Path:
+        """A vector that points anywhere; its length plays no part where alpha is relative."""
+        file = self.folder / f"random-{seed}.safetensors"
+        if not file.exists():
+            width = mergebench.read_probe(self.probe(PROBES[0])).width
+            row = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+            save_file({"weight": torch.stack([-row, row])}, file)
         return file
 
     def own(self) -> Path:
@@ -129,7 +137,8 @@ class Bench:
     def edited(self, made: Made) -> str:
         """The edited model, as the base with the patch that the edit leaves."""
         assert made.variant
-        probe = self.probe("random" if made.variant.random else made.probe)
+        seed = made.variant.random
+        probe = self.probe(made.probe) if seed is None else self.random(seed)
         name = re.sub(r"[^\w.-]+", "_", f"{probe.stem} {made.variant.name} {made.rows} {made.alpha:g}")
         patch = self.folder / "patches" / f"{name}.safetensors"
         if not patch.exists():
@@ -170,15 +179,17 @@ def value(record: Record) -> str:
     return f"{record.value:.3f} ± {record.stderr:.3f}"
 
 
-def less(one: Record, other: Record) -> str:
-    """How much lower `one` is than `other` on the same items: mean and standard error of the differences."""
+def minus(one: Record, other: Record) -> str:
+    """`one` minus `other` on the same items: mean and standard error of the differences."""
+    if one is other:
+        return ""
     differences = [one.predictions[item].score - other.predictions[item].score for item in sorted(one.predictions)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return f"{statistics.fmean(differences):+.3f} ± {error:.3f}"
 
 
 def choose(bench: Bench) -> tuple[list[Made], list[Made]]:
-    """What validation chooses: of the edits the best one first, then each control; and all that was tried."""
+    """What validation chooses: the edit along each probe, the best first, and each control; and all that was tried."""
     base = Made(None, "", "", 0.0)
     limit = bench.measured(base, "validation")["news"].value * (1 + ALLOWED)
 
@@ -187,10 +198,11 @@ def choose(bench: Bench) -> tuple[list[Made], list[Made]]:
         cheap = [made for made in tried if scores[made]["news"].value <= limit]
         return min(cheap or tried, key=lambda made: scores[made]["profanity" if cheap else "news"].value)
 
-    edits = [Made(EDIT, probe, *point) for probe in PROBES for point in POINTS]
-    edit = best(edits)
-    controls = [[Made(one, edit.probe, *p) for p in POINTS if p[0] == edit.rows] for one in CONTROLS]
-    return [edit, *map(best, controls)], [base, *edits, *(made for tried in controls for made in tried)]
+    edits = [[Made(EDIT, probe, *point) for point in POINTS] for probe in PROBES]
+    bests = sorted(map(best, edits), key=lambda made: bench.measured(made, "validation")["profanity"].value)
+    edit = bests[0]
+    controls = [[Made(one, edit.probe, *point) for point in POINTS if point[0] == edit.rows] for one in CONTROLS]
+    return [*bests, *map(best, controls)], [base, *(made for tried in (*edits, *controls) for made in tried)]
 
 
 def plot(bench: Bench, tried: Sequence[Made], file: Path) -> None:
@@ -229,13 +241,13 @@ def main() -> None:
     plot(bench, tried, bench.folder / "surgery.png")
     edit = chosen[0]
     mirror = replace(edit, alpha=-edit.alpha)
-    same = [replace(edit, variant=control) for control in CONTROLS]
+    same = [replace(edit, variant=control) for control in (*CONTROLS, *MORE)]
     rows = list(dict.fromkeys([tried[0], edit, mirror, *same, *chosen]))
-    head("test", "point", "profanity", "against base", "edit against it", "bits per byte")
+    head("test", "point", "profanity", "minus base", "edit minus it", "bits per byte")
     found = {made: bench.measured(made, "test") for made in rows}
     for made in rows:
         one = found[made]["profanity"]
-        against = [less(one, found[tried[0]]["profanity"]), less(found[edit]["profanity"], one)]
+        against = [minus(one, found[tried[0]]["profanity"]), minus(found[edit]["profanity"], one)]
         line(made.name, made.point, value(one), *against, value(found[made]["news"]))
 
 
