@@ -97,6 +97,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.known: dict[tuple[Made, Split], dict[str, Record]] = {}
         (folder / "patches").mkdir(parents=True, exist_ok=True)
 
     def probe(self, name: str) -> Path:
@@ -150,7 +151,9 @@ class Bench:
 
     def measured(self, made: Made, split: Split) -> dict[str, Record]:
         """Records by task."""
-        return self._measure(SUITE, self.edited(made) if made.variant else str(BASE), split)
+        if (made, split) not in self.known:
+            self.known[made, split] = self._measure(SUITE, self.edited(made) if made.variant else str(BASE), split)
+        return self.known[made, split]
 
     def _measure(self, suite: Path | Mapping[str, Any], model: str, split: Split) -> dict[str, Record]:
         results = mergebench.measure(load_suite(suite), [model], split=split, results=self.folder / "results")
