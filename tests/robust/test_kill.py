@@ -73,7 +73,7 @@ def contents(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = hashes(out)
     provenance = json.loads((out / "mergebench.json").read_text())
     found["mergebench.json"] = {key: value for key, value in provenance.items() if key not in TIMES}
-    found["README.md"] = re.sub(r"\b(out|whole)\b", "NAME", (out / "README.md").read_text())
+    found["README.md"] = re.sub(rf"(?<!-)\b{out.name}\b", "NAME", (out / "README.md").read_text())
     return found
 
 
