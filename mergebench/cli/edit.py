@@ -71,7 +71,9 @@ def edit(
         seed=seed,
     )
     if dry_run or out is None:
-        report = patching.dry_run(plan)
+        (planned,) = plan.merge.edits
+        with byte_bar("reading", planned.nbytes, quiet) as progress:
+            report = patching.dry_run(plan, progress)
         if json_:
             typer.echo(json.dumps(report))
         else:

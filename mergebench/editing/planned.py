@@ -44,6 +44,11 @@ class Planned:
         return sum(len(target.numbers) for target in self.targets)
 
     @property
+    def nbytes(self) -> int:
+        """What the candidate rows take, counted as two bytes an element."""
+        return 2 * self.count * self.probe.width
+
+    @property
     def digest(self) -> str:
         """What the result depends on."""
         plain = {**self.wanted.to_plain(), **vars(self.params), "probe": self.probe.sha256}
