@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from mergebench.editing.planned import Planned
 from mergebench.editing.scan import scan
 from mergebench.errors import ModelError
 from mergebench.running.batch import one_thread
+from mergebench.running.content import sha256_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class PutIn:
     @cached_property
     def digest(self) -> str:
         """What the result depends on."""
-        with open(self.patch.file, "rb") as stream:
-            return f"{hashlib.file_digest(stream, 'sha256').hexdigest()} {self.revert}"
+        return f"{sha256_of(self.patch.file)} {self.revert}"
 
     def check(self, model: Model) -> None:
         """`ModelError` where the model's rows are not, bit for bit, those that the patch is for."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mergebench.checkpoint.read import Files
 from mergebench.editing.edit import Rows
 from mergebench.editing.planned import Planned
 from mergebench.editing.targets import Target, describe
+from mergebench.engine.plan import cores
 from mergebench.errors import RunError
 from mergebench.running.batch import one_thread
 
@@ -100,7 +100,6 @@ def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) ->
     `RunError` where a row is not finite. The bits do not depend on the number of cores, nor on the order of files.
     """
     direction = planned.direction.double()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with Files() as files, one_thread():
 
         def work(target: Target) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) ->
             progress(len(target.numbers) * planned.probe.width * 2)
             return found
 
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             columns = list(pool.map(work, planned.targets))
     dots, squares = (torch.cat(column) for column in zip(*columns, strict=True))
     norms, length = squares.sqrt(), float(direction.norm())

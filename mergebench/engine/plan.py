@@ -178,7 +178,7 @@ def plan_merge(
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
     asked, asked_of_all = questions.count(merge, alignment.merged)
-    workers = workers or (3 if where.type == "cuda" else _cores())
+    workers = workers or (3 if where.type == "cuda" else cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
     size += -size % 8 if method.gives == "tasks" else 0  # whole bytes of the masks
     plan = Plan(
@@ -301,7 +301,8 @@ def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
     return max(min(most, fitting), 1) * TILE
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use."""
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

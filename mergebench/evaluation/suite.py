@@ -26,7 +26,7 @@ from mergebench.evaluation import tasks as kinds
 from mergebench.evaluation.scorer import Scorer, ScorerKind
 from mergebench.evaluation.task import Key, Kind, Ready
 from mergebench.recipe.places import Loc, Places, show
-from mergebench.recipe.source import parse, plain
+from mergebench.recipe.source import find, parse, plain
 from mergebench.running.content import sha256_of
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def load_suite(
         path, loc, places = None, at, places or Places({(): "suite"})
         data = plain(source, at, places)
     else:
-        found = _find(source, folders)
+        found = find(source, folders)
         if found is None:
             what = f"no such suite file: {os.fspath(source)}"
             raise places.error(at, what, _looked(folders)) if places else RecipeError(what, _looked(folders))
@@ -214,7 +214,7 @@ class _Reader:
             raise self.places.error(loc, f"{complaint}, got {show(value)}", key.help)
         if key.type not in (Path, Path | str):
             return value
-        found = _find(value, self.folders, key.folder)
+        found = find(value, self.folders, key.folder)
         if found is None and (key.type is Path or value.endswith((".yaml", ".yml"))):
             raise self.places.error(
                 loc, f"no such {'folder' if key.folder else 'file'}: {value}", _looked(self.folders)
@@ -223,15 +223,6 @@ class _Reader:
 
 
 NAMES = {"name": "the task's name in tables", "kind": "such as text-classification"}
-
-
-def _find(source: str | os.PathLike[str], folders: Sequence[Path], folder: bool = False) -> Path | None:
-    try:
-        path = Path(source).expanduser()
-        fits = Path.is_dir if folder else Path.is_file
-        return next((place for place in [path, *(above / path for above in folders)] if fits(place)), None)
-    except (OSError, RuntimeError, ValueError):  # too long for a name, or the home of nobody
-        return None
 
 
 def _looked(folders: Sequence[Path]) -> str:

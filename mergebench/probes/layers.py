@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError, RecipeError
-from mergebench.running.features import Texts, gather
+from mergebench.running.features import Pooling, Texts, gather
 from mergebench.running.model import Tick
 from mergebench.running.network import Network
 
@@ -61,12 +61,7 @@ def features(network: Network, texts: Texts, reading: Reading, tick: Tick) -> Te
 
 def pooling(how: str) -> Pool:
     """A function of states [batch, tokens, width] and mask [batch, tokens] to rows [batch, width]."""
-    return _mean if how == "mean" else _last
-
-
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    keep = mask.unsqueeze(-1).to(states.dtype)
-    return (states * keep).sum(1) / keep.sum(1).clamp(min=1)
+    return Pooling() if how == "mean" else _last
 
 
 def _last(states: Tensor, mask: Tensor) -> Tensor:

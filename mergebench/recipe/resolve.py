@@ -18,6 +18,7 @@ from mergebench.recipe.parts import check_parts
 from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together
+from mergebench.recipe.source import find
 from mergebench.recipe.varying import depths
 
 
@@ -216,9 +217,9 @@ def folders(recipe: Recipe) -> list[Path]:
 
 def find_file(text: str, folders: Sequence[Path]) -> Path:
     """A file that a recipe names: from the working directory, then from `folders`."""
-    paths = [folder / Path(text).expanduser() for folder in [Path(), *folders]]
-    found = next((path for path in paths if path.is_file()), None)
+    found = find(text, folders)
     if found is None:
+        paths = [folder / text for folder in [Path(), *folders]]
         raise RecipeError(f"no such file: {text}", f"looked for at {', '.join(map(str, dict.fromkeys(paths)))}")
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,3 +186,13 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode()
         raise RecipeError(f"{spot(str(path), before)}: not UTF-8 text", "save the file as UTF-8") from None
+
+
+def find(source: str | os.PathLike[str], folders: Sequence[Path], folder: bool = False) -> Path | None:
+    """A file, or a `folder`, from the working directory, then from `folders`; None where it is in none of them."""
+    try:
+        path = Path(source).expanduser()
+        fits = Path.is_dir if folder else Path.is_file
+        return next((place for place in [path, *(above / path for above in folders)] if fits(place)), None)
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or the home of nobody
+        return None

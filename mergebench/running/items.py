@@ -59,6 +59,16 @@ def contents(rows: Iterable[Row]) -> dict[str, str]:
     return {hashlib.sha256(json.dumps(row[1:], sort_keys=True).encode()).hexdigest(): row.where for row in rows}
 
 
+def texts(rows: Iterable[Row], name: str) -> list[str]:
+    """The first of the columns asked for, called `name`; `RunError` where it is no text, or blank."""
+    found = []
+    for row in rows:
+        if not (isinstance(row.values[0], str) and row.values[0].strip()):
+            raise RunError(f"{row.where}: {name} must be text, got {row.values[0]!r:.60}")
+        found.append(row.values[0])
+    return found
+
+
 def column(record: dict[str, Any], name: str, where: str, hint: str = COLUMN_HINT) -> Any:
     """One column of a row; `RunError` where there is none."""
     if name not in record:

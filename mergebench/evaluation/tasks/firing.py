@@ -17,7 +17,7 @@ from mergebench.checkpoint.patch import ANOTHER, Patch, open_patch
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, mean, task
 from mergebench.running.features import gather
-from mergebench.running.items import contents, read_rows
+from mergebench.running.items import contents, read_rows, texts
 from mergebench.running.model import Tick
 from mergebench.running.network import Network
 
@@ -39,15 +39,13 @@ def firing(p: Params) -> Ready:
     Wang et al. makes the selected neurons fire (arXiv:2407.08770, section 3.3).
     """
     rows = read_rows(p.data, p.id, (p.text,), p.limit, p.seed)
-    for row in rows:
-        if not (isinstance(row.values[0], str) and row.values[0].strip()):
-            raise RunError(f"{row.where}: {p.text} must be text, got {row.values[0]!r:.60}")
+    written = texts(rows, p.text)
 
     def on(files: Sequence[Path]) -> Ready:
         patches = [open_patch(file) for file in files]
 
         def measure(network: Network, tick: Tick) -> Score:
-            tokens = network.tokenize([row.values[0] for row in rows], p.max_length)
+            tokens = network.tokenize(written, p.max_length)
             with _watched(network, patches) as shares:
                 found = gather(network, lambda group: shares([tokens[i] for i in group]), [*map(len, tokens)], tick)
             predictions = {row.id: Prediction("", share) for row, share in zip(rows, found.tolist(), strict=True)}

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergebench.errors import RunError
 from mergebench.evaluation import harness
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, task
-from mergebench.running.items import contents, read_rows
+from mergebench.running.items import contents, read_rows, texts
 from mergebench.running.model import Tick
 from mergebench.running.network import Network
 
@@ -30,10 +29,8 @@ def perplexity(p: Params) -> Ready:
     """Perplexity of whole texts, each after the model's first token; by byte or word, so that tokenizers compare."""
     versions = harness.needed("perplexity")
     rows = read_rows(p.data, p.id, (p.text,), p.limit, p.seed)
-    for row in rows:
-        if not (isinstance(row.values[0], str) and row.values[0].strip()):
-            raise RunError(f"{row.where}: {p.text} must be text, got {row.values[0]!r:.60}")
-    documents = [{"text": row.values[0]} for row in rows]
+    written = texts(rows, p.text)
+    documents = [{"text": text} for text in written]
 
     def measure(network: Network, tick: Tick) -> Score:
         asked = harness.local_task(

@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
+from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, key, mean, task
 from mergebench.probes.labels import UNDESIRED, word
 from mergebench.probes.layers import NORMS, POOLS, Reading, features
 from mergebench.probes.probe import Probe, read_probe
 from mergebench.running.features import Texts
-from mergebench.running.items import Row, contents, read_rows, some
+from mergebench.running.items import Row, contents, read_rows, some, texts
 from mergebench.running.model import Tick
 from mergebench.running.network import Network
 
@@ -55,16 +55,13 @@ def probe(p: Params) -> Ready:
     if not wanted:
         raise RecipeError(f"{p.data}: no item is {p.of}", "leave of: out, or take other data")
     rows = some(wanted, p.limit, p.seed)
-    for row in rows:
-        if not (isinstance(row.values[0], str) and row.values[0].strip()):
-            raise RunError(f"{row.where}: {p.text} must be text, got {row.values[0]!r:.60}")
-    texts = Texts([row.values[0] for row in rows], reading.max_length)
+    inputs = Texts(texts(rows, p.text), reading.max_length)
 
     def measure(network: Network, tick: Tick) -> Score:
         if network.hidden != found.width:
             what = f"{p.probe}: the probe reads {found.width} features, {network.name} has {network.hidden}"
             raise ModelError(what, "it was fitted on another model")
-        logits = found.logit(_features(network, texts, reading, tick)).tolist()
+        logits = found.logit(_features(network, inputs, reading, tick)).tolist()
         return _score(p, [row.id for row in rows], logits, [signs[row.id] for row in rows])
 
     return Ready(len(rows), measure, files=(p.data, p.probe), items=contents(rows))
