@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,15 +81,22 @@ class Encoder:
     ) -> Tensor:
         """[positions, width] of one batch, on the network's device; gradients reach the adapter's tensors.
 
-        drop: with dropout of what the adapter reads between its two layers, as in training.
+        drop: with dropout between the adapter's two layers, as in training.
         """
-        self._here.use = None if adapter is None else _Use(adapter, drop)
+        self._here.use = None if adapter is None else _Use(adapter, drop and drop.begin())
         try:
             return self.pooling.scaled(inputs.rows(self.network, positions, self.pooling))
         finally:
             self._here.use = None
 
-    def features(self, inputs: Inputs, positions: Sequence[int], adapter: Adapter | None, tick: Tick) -> Tensor:
+    def features(
+        self,
+        inputs: Inputs,
+        positions: Sequence[int],
+        adapter: Adapter | None,
+        tick: Tick,
+        drop: Dropout | None = None,
+    ) -> Tensor:
         """[positions, width], float32, on the CPU, whatever the batches and the number of cores.
 
         Raises `RunError` where one is not finite.
@@ -99,7 +106,8 @@ class Encoder:
             adapter = {name: tensor.to(self.network.device) for name, tensor in adapter.items()}
 
         def rows(group: list[int]) -> Tensor:
-            return self.rows(inputs, [positions[i] for i in group], adapter)
+            noise = drop and drop.of(group[0])
+            return self.rows(inputs, [positions[i] for i in group], adapter, noise)
 
         return gather(self.network, rows, [lengths[i] for i in positions], tick)
 
@@ -115,21 +123,31 @@ class Encoder:
 
 
 class Dropout(NamedTuple):
-    """Elements set to zero with probability `p`, the others divided by 1 - p."""
+    """Elements set to zero with probability `p`, the others divided by 1 - p; the seed says which."""
 
     p: float
-    generator: Generator
+    seed: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        keep = torch.rand(x.shape, generator=self.generator).to(x.device) >= self.p
-        return x * keep / (1 - self.p)
+    def of(self, number: int) -> Dropout:
+        """Another one for each number."""
+        return self._replace(seed=(self.seed * 1_000_003 + number) % 2**62)
+
+    def begin(self) -> Callable[[Tensor], Tensor]:
+        """What a forward pass calls, block after block."""
+        generator = Generator().manual_seed(self.seed)
+
+        def drop(x: Tensor) -> Tensor:
+            keep = torch.rand(x.shape, generator=generator).to(x.device) >= self.p
+            return x * keep / (1 - self.p)
+
+        return drop
 
 
 class _Use(NamedTuple):
     """An adapter in one forward pass."""
 
     adapter: Adapter
-    drop: Dropout | None
+    drop: Callable[[Tensor], Tensor] | None
 
     def delta(self, block: str, x: Tensor, scale: float) -> Tensor:
         down, down_bias, up, up_bias = (self.adapter[f"{block}.{part}"] for part in PARTS)
