@@ -14,6 +14,7 @@ ROOMS = [
     "",
     "page",
     "searching",
+    "cil",
     "evaluation",
     "recipe",
     "edits",
