@@ -23,6 +23,7 @@ from mergebench.checkpoint import masked
 from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.masked import mask_bytes
 from mergebench.checkpoint.model import INDEX, SINGLE, Model
+from mergebench.checkpoint.read import TORCH_DTYPE
 from mergebench.checkpoint.scales import without_scales
 from mergebench.errors import DiskFull, RunError
 
@@ -177,6 +178,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         part.replace(path)
     except OSError as error:
         raise write_error(path, error) from None
+
+
+def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A whole safetensors file of small tensors: equal bytes for equal content (the library shuffles the metadata)."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    kinds = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+    out = [OutTensor(name, kinds[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]
+    data = [one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for _, one in ordered]
+    return b"".join([Shard("", tuple(out), metadata).header(), *data])
 
 
 def write_index(directory: Path, shards: list[Shard]) -> None:

@@ -57,6 +57,17 @@ class Head:
         """[items, classes] from rows of features [items, width]."""
         return rows @ self.weight.T + self.bias
 
+    def dump(self) -> bytes:
+        """The file's content, which `read_head` reads."""
+        from mergebench.checkpoint.write import as_file
+
+        about = {"labels": json.dumps(self.labels), "pooling": self.pooling.how}
+        about["normalize"] = json.dumps(self.pooling.normalize)
+        if self.max_length is not None:
+            about["max_length"] = str(self.max_length)
+        tensors = {"weight": self.weight, "bias": self.bias}
+        return as_file({name: tensor.detach().float().cpu() for name, tensor in tensors.items()}, about)
+
 
 def read_head(file: Path) -> Head:
     """Read and check a head; `ModelError` where it is not one."""

@@ -6,6 +6,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from mergebench.errors import ModelError, RunError
-from mergebench.running.features import Pooling, gather
-from mergebench.running.model import Tick
+from mergebench.running.features import Pooling
 from mergebench.running.module import quiet
 from mergebench.running.network import Network
 
@@ -38,7 +38,7 @@ def check_image(file: Path, where: str) -> str:
 
 
 class Images:
-    """Image files, read anew for each model: to decode one costs little beside encoding it."""
+    """Image files. They are read anew each time: to decode one costs little beside encoding it once."""
 
     def __init__(self, files: Sequence[Path], hashes: Sequence[str]) -> None:
         self.files = list(files)
@@ -47,19 +47,31 @@ class Images:
     def __len__(self) -> int:
         return len(self.files)
 
-    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
-        """[images, width], float32, on the CPU."""
-        processor = _processor(network)
+    def lengths(self, network: Network) -> list[int]:
+        """Taken to be alike, as image processors make them."""
+        height, width = self._pixels(network, 0).shape[1:]
+        return [_patches(network, height, width)] * len(self.files)
 
-        def rows(group: list[int]) -> Tensor:
-            pixels = [_pixels(processor, self.files[i], network.name) for i in group]
-            alike = len({one.shape for one in pixels}) == 1
-            parts = [torch.stack(pixels)] if alike else [one[None] for one in pixels]
-            return torch.cat([pooling(*_encode(network, part, pooling)) for part in parts])
+    def rows(self, network: Network, positions: Sequence[int], pooling: Pooling) -> Tensor:
+        pixels = [self._pixels(network, i) for i in positions]
+        alike = len({one.shape for one in pixels}) == 1
+        parts = [torch.stack(pixels)] if alike else [one[None] for one in pixels]
+        return torch.cat([pooling(*_encode(network, part, pooling)) for part in parts])
 
-        height, width = _pixels(processor, self.files[0], network.name).shape[1:]
-        tokens = _patches(network, height, width)
-        return gather(network, rows, [tokens] * len(self.files), tick)
+    def _pixels(self, network: Network, position: int) -> Tensor:
+        return _pixels(_processor(network), self.files[position], network.name)
+
+
+class Prepared(Images):
+    """The same prepared once and held in memory, for an encoder that reads them many times."""
+
+    def __init__(self, images: Images, network: Network) -> None:
+        self.files, self.key = images.files, images.key
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            self._held = list(pool.map(lambda i: images._pixels(network, i), range(len(images))))
+
+    def _pixels(self, network: Network, position: int) -> Tensor:
+        return self._held[position]
 
 
 def _encode(network: Network, pixels: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
@@ -104,6 +116,13 @@ def _pixels(processor: Any, file: Path, name: str) -> Tensor:
 
 
 def _processor(network: Network) -> Any:
+    """The image processor beside the model, read once."""
+    if network.image_processor is None:
+        network.image_processor = _read_processor(network)
+    return network.image_processor
+
+
+def _read_processor(network: Network) -> Any:
     from transformers import AutoImageProcessor
 
     if not (network.directory / PROCESSOR).is_file():

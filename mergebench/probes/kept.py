@@ -22,7 +22,7 @@ from torch import Tensor
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.write import write_error
-from mergebench.probes.layers import PRE, Reading, State, blocks, every_state, pooling, stream
+from mergebench.probes.layers import PRE, Reading, State, every_state, pooling, stream
 from mergebench.running.content import Contents
 from mergebench.running.features import Texts, scatter
 from mergebench.running.machine import versions
@@ -76,7 +76,7 @@ class Keeper:
 
     def _make(self, texts: Texts, folder: Path, tick: Tick) -> None:
         network = Network(self.model, "AutoModel", self.device)
-        self.reading.state(len(blocks(network)))  # before hours of work
+        self.reading.state(len(network.blocks))  # before hours of work
         tokens, states = texts.tokens(network), every_state(network)
         with Staging(folder, "", resume=False) as staging:
             shape = (len(texts), network.hidden)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.errors import ModelError, RecipeError
+from mergebench.errors import RecipeError
 from mergebench.running.features import Pooling, Texts, gather
 from mergebench.running.model import Tick
 from mergebench.running.network import Network
@@ -50,7 +50,7 @@ class Reading:
 def features(network: Network, texts: Texts, reading: Reading, tick: Tick) -> Tensor:
     """[texts, width], float32, on the CPU; `texts` cut as `reading` says."""
     tokens = texts.tokens(network)
-    state = reading.state(len(blocks(network)))
+    state = reading.state(len(network.blocks))
     with stream(network, pooling(reading.pool), [state]) as read:
 
         def rows(group: list[int]) -> Tensor:
@@ -71,7 +71,7 @@ def _last(states: Tensor, mask: Tensor) -> Tensor:
 
 def every_state(network: Network) -> list[State]:
     """All that can be read of a model, from its embeddings on."""
-    return [*range(len(blocks(network)) + 1), PRE]
+    return [*range(len(network.blocks) + 1), PRE]
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def stream(
 
     Hooks of one's own, not `output_hidden_states`: that keeps all states of all tokens until the end.
     """
-    every = blocks(network)
+    every = list(network.blocks.values())
     here = threading.local()
 
     def taken(state: State, value: Tensor) -> None:
@@ -118,19 +118,3 @@ def stream(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def blocks(network: Network) -> Sequence[torch.nn.Module]:
-    """A model's blocks from first to last: the outermost list of as many modules as its config says."""
-    config = network.module.config
-    if getattr(config, "is_encoder_decoder", False):
-        what = f"model '{network.name}': it is an encoder with a decoder"
-        raise ModelError(what, "a probe reads a model that is one stack of blocks")
-    depth = getattr(config, "num_hidden_layers", None)
-    for _, module in sorted(network.backbone.named_modules(), key=lambda found: found[0].count(".")):
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise ModelError(
-        f"model '{network.name}': its blocks are not to be found",
-        "a probe reads a model whose config has num_hidden_layers, and whose blocks are a list of as many modules",
-    )

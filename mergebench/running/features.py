@@ -56,8 +56,11 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
-        """[items, width], pooled and not yet scaled, float32, on the CPU."""
+    def lengths(self, network: Network) -> list[int]:
+        """How many tokens, or patches, each item has."""
+
+    def rows(self, network: Network, positions: Sequence[int], pooling: Pooling) -> Tensor:
+        """[positions, width] of one batch, pooled and not yet scaled, on the network's device."""
 
 
 def features(inputs: Inputs, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
@@ -66,7 +69,9 @@ def features(inputs: Inputs, network: Network, pooling: Pooling, tick: Tick) -> 
     if key in network.kept:
         tick(len(inputs))
     else:
-        network.kept[key] = inputs.encode(network, pooling, tick)
+        network.kept[key] = gather(
+            network, lambda group: inputs.rows(network, group, pooling), inputs.lengths(network), tick
+        )
     return pooling.scaled(network.kept[key])
 
 
@@ -81,14 +86,12 @@ class Texts:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def encode(self, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
-        """[texts, width], float32, on the CPU."""
+    def lengths(self, network: Network) -> list[int]:
+        return [len(one) for one in self.tokens(network)]
+
+    def rows(self, network: Network, positions: Sequence[int], pooling: Pooling) -> Tensor:
         tokens = self.tokens(network)
-
-        def rows(group: list[int]) -> Tensor:
-            return pooling(*network.encode([tokens[i] for i in group]))
-
-        return gather(network, rows, [len(one) for one in tokens], tick)
+        return pooling(*network.encode([tokens[i] for i in positions]))
 
     def tokens(self, network: Network) -> list[list[int]]:
         """The token ids of every text."""

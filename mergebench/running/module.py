@@ -16,6 +16,7 @@ from mergebench.checkpoint import Model
 from mergebench.engine.memory import available_memory
 from mergebench.errors import ModelError, RunError
 from mergebench.running.model import LoadableModel
+from mergebench.running.packed import PackedLinear
 
 FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
 DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
@@ -95,10 +96,9 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
     module = _build(model, tensors, auto_class)
     weights = Weights(module, tensors)
     del tensors
-    module = module.to(device).eval()
+    module = module.to(device).eval().requires_grad_(False)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        with quiet(), torch.no_grad():  # else what is packed keeps what it was made of, for gradients
-            _pack(module, weights)
+        _pack(module, weights)
     return module, weights
 
 
@@ -155,12 +155,10 @@ def _build(model: LoadableModel, tensors: Mapping[str, Tensor], auto_class: str)
 
 
 def _pack(module: torch.nn.Module, weights: Weights) -> None:
-    """Give the linear layers to oneDNN: float32 as before, and on AMD's processors twice as fast as MKL."""
-    from torch.utils.mkldnn import MkldnnLinear
-
+    """Give the linear layers to oneDNN."""
     for name, child in module.named_children():
         if type(child) is torch.nn.Linear:
-            packed = MkldnnLinear(child, torch.float32)
+            packed = PackedLinear(child)
             setattr(module, name, packed)
             weights.moved(child, packed)
         else:

@@ -45,6 +45,7 @@ class Network:
     def _take_name(self, model: LoadableModel) -> None:
         self.name, self.directory = model.reference, model.side_directory
         self.kept: dict[object, Tensor] = {}  # what was made with these weights and another task may want
+        self.image_processor: Any = None  # read when there are images
 
     @property
     def hidden(self) -> int:
@@ -76,6 +77,25 @@ class Network:
     def backbone(self) -> Any:
         """The module without its head."""
         return self.module.base_model
+
+    @property
+    def blocks(self) -> dict[str, torch.nn.Module]:
+        """The blocks from first to last, by their names in the backbone.
+
+        They are the outermost list of as many modules as its config says; `ModelError` where there is none.
+        """
+        config = self.module.config
+        if getattr(config, "is_encoder_decoder", False):
+            what = f"model '{self.name}': it is an encoder with a decoder"
+            raise ModelError(what, "only a model that is one stack of blocks is looked into")
+        depth = getattr(config, "num_hidden_layers", None)
+        for path, module in sorted(self.backbone.named_modules(), key=lambda found: found[0].count(".")):
+            if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+                return {f"{path}.{number}": block for number, block in enumerate(module)}
+        raise ModelError(
+            f"model '{self.name}': its blocks are not to be found",
+            "its config must have num_hidden_layers, and its blocks be a list of as many modules",
+        )
 
     def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask [batch, tokens], padded on the right."""

@@ -124,8 +124,8 @@ def test_features_are_made_once_for_a_model(
     encoder: Path, place: Path, task: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    encode = Texts.encode
-    monkeypatch.setattr(Texts, "encode", lambda self, *args: made.append(len(self)) or encode(self, *args))
+    lengths = Texts.lengths
+    monkeypatch.setattr(Texts, "lengths", lambda self, *args: made.append(len(self)) or lengths(self, *args))
     write_data(place / "more.jsonl", 41, seed=9)
     tasks = [task(), task(name="k", probe="knn"), task(name="c", pooling="cls"), task(name="m", data="more.jsonl")]
     tasks += [task(name="n", probe="knn", normalize=True)]

@@ -150,7 +150,7 @@ def test_equals_one_image_at_a_time(
 @pytest.mark.parametrize("tokens", [512, 1])
 def test_images_of_several_sizes(tokens: int, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergebench.evaluation.labelled import read_images
-    from mergebench.running.features import Pooling
+    from mergebench.running.features import Pooling, features
     from mergebench.running.network import Network
 
     monkeypatch.setattr("mergebench.running.features.CPU_TOKENS", tokens)
@@ -158,7 +158,7 @@ def test_images_of_several_sizes(tokens: int, here: Path, monkeypatch: pytest.Mo
     data = write_images(here / "there/sizes.jsonl", 7, sizes=(12, 16, 21))
     network = Network(Files(encoder), "AutoModel", torch.device("cpu"))
     ticks: list[int] = []
-    found = read_images(data, "id", "image", "label").inputs.encode(network, Pooling("cls+mean"), ticks.append)
+    found = features(read_images(data, "id", "image", "label").inputs, network, Pooling("cls+mean"), ticks.append)
     torch.testing.assert_close(found, pooled_by_hand(encoder, data, "cls+mean", False, 1), atol=1e-5, rtol=1e-5)
     assert sum(ticks) == 7
 

@@ -20,6 +20,7 @@ from mergebench.running.features import gather
 from mergebench.running.items import contents, read_rows, texts
 from mergebench.running.model import Tick
 from mergebench.running.network import Network
+from mergebench.running.packed import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,6 @@ def _watched(network: Network, patches: Sequence[Patch]) -> Iterator[Callable[[l
 
 def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
     """Each neuron once, by the tensor it is in; `ModelError` where the model has no gates of these numbers."""
-    from torch.utils.mkldnn import MkldnnLinear
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, list[Tensor]] = {}
@@ -98,7 +98,7 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
         for name in patch.names:
             numbers, module = patch.numbers(name), _holder(network, patch, name)
             sides = tuple(module.weight.shape)
-            columns, linear = isinstance(module, Conv1D), isinstance(module, (torch.nn.Linear, MkldnnLinear))
+            columns, linear = isinstance(module, Conv1D), isinstance(module, (torch.nn.Linear, PackedLinear))
             if not (columns or linear) or columns != (name in patch.columns):
                 what = f"{patch.file}: the rows of '{name}' are no gates: what they hold goes to the residual stream"
                 raise ModelError(what, "firing is of neurons that read it, such as those of gate_proj")
