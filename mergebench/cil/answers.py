@@ -87,7 +87,7 @@ def mos(
     retrieval = chosen if isinstance(chosen, Retrieval) else None
     adapter = chosen.adapter if isinstance(chosen, Retrieval) else chosen
     scores = torch.empty_like(cosines)
-    for one in adapter.unique().tolist():
+    for one in torch.unique(adapter).tolist():
         items = (adapter == one).nonzero()[:, 0]
         scores[items] = logits(one, items)
     if ensemble:

@@ -112,6 +112,8 @@ def _said(error: ValidationError, data: Mapping[str, Any], places: Places) -> Ex
         return places.error(loc, "missing", "a run needs backbone, train, test and tasks")
     if loc[:1] == ("tasks",):
         what = f"must be a number of tasks or the classes of each, got {show(data['tasks'])}"
-        return places.error(loc[:1], what, "tasks: 5, or tasks: [[cat, dog], [car, bus]]; quote classes that are numbers")
+        return places.error(
+            loc[:1], what, "tasks: 5, or tasks: [[cat, dog], [car, bus]]; quote classes that are numbers"
+        )
     message = first["msg"][0].lower() + first["msg"][1:]
     return places.error(loc, f"{message}, got {show(first['input'])}")

@@ -18,7 +18,11 @@ UNMERGED = {"sequential": "sequential", "unmerged": "mos"}  # a bank without mer
 
 
 def score(
-    bank: Bank, labels: Sequence[str], features: Callable[[int], Features], seed: int, stages: Sequence[int] | None = None
+    bank: Bank,
+    labels: Sequence[str],
+    features: Callable[[int], Features],
+    seed: int,
+    stages: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of every variant at every stage, each on the items of the classes so far.
 
@@ -28,7 +32,9 @@ def score(
     number = {name: i for i, name in enumerate(bank.classes)}
     for label in labels:
         if label not in number:
-            raise RunError(f"label '{label:.60}' is none of the classes of {bank.directory}", did_you_mean(label, number))
+            raise RunError(
+                f"label '{label:.60}' is none of the classes of {bank.directory}", did_you_mean(label, number)
+            )
     truth = torch.tensor([number[label] for label in labels])
     tasks = bank.task_of[truth]
     for task in range(len(bank.tasks)):

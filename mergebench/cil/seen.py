@@ -1,0 +1,40 @@
+"""What a bank's adapters make of items: features under each adapter, made when they are first asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergebench.cil.answers import NONE
+from mergebench.cil.bank import Bank
+from mergebench.cil.encoder import Encoder
+from mergebench.running.features import Inputs
+from mergebench.running.model import Tick
+
+
+class Seen:
+    """Features of items, each made at most once for an adapter. Nothing in the bank changes, so the order in which
+    they are asked for says nothing (in the published code every pass merges the stored adapters further)."""
+
+    def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, tick: Tick) -> None:
+        self.bank, self.encoder, self.inputs, self.tick = bank, encoder, inputs, tick
+        self._rows: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
+
+    def __call__(self, adapter: int, positions: Tensor) -> Tensor:
+        """[positions, d] float32 under a task's adapter, or under none (-1)."""
+        if adapter not in self._rows:
+            self._rows[adapter] = torch.empty(len(self.inputs), self.encoder.width)
+            self._known[adapter] = torch.zeros(len(self.inputs), dtype=torch.bool)
+        rows, known = self._rows[adapter], self._known[adapter]
+        missing = positions[~known[positions]]
+        if len(missing):
+            weights = None if adapter == NONE else self.bank.adapter(adapter)
+            rows[missing] = self.encoder.features(self.inputs, missing.tolist(), weights, self.tick)
+            known[missing] = True
+        return rows[positions]
+
+    @property
+    def made(self) -> int:
+        """How many times the encoder was run over an item."""
+        return sum(int(known.sum()) for known in self._known.values())
