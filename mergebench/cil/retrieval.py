@@ -70,7 +70,7 @@ def retrieve(first: Tensor, ask: Ask, limit: int = LIMIT) -> Retrieval:
         answers = torch.full_like(current, -1)
         for before in range(step):  # it was here before: the answer is known
             answers = torch.where(visited[items, before] == current, predicted[items, before], answers)
-        for adapter in current[answers < torch.unique(0]).tolist():
+        for adapter in torch.unique(current[answers < 0]).tolist():
             asked = (current == adapter) & (answers < 0)
             answers[asked] = ask(adapter, items[asked])
         visited[items, step], predicted[items, step] = current, answers
