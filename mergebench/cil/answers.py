@@ -11,8 +11,6 @@ adapter, and which items to answer:
     first-guess   the adapter that the prototypes name, not refined
     no-alignment  the head's rows as training left them
     no-ensemble   the head alone
-
-Logits are float64: then they do not depend on how many items are answered at once, but for ties within 1e-15.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mergebench.cil.bank import Bank
 from mergebench.cil.retrieval import Ask, Retrieval, retrieve
@@ -78,7 +77,7 @@ def mos(
     cosines = cosine(features(0, positions), bank.prototypes(stage))
 
     def logits(adapter: int, items: Tensor) -> Tensor:
-        return linear_logits(features(adapter, positions[items]), linear)
+        return linear.logits(features(adapter, positions[items]))
 
     def ask(adapter: int, items: Tensor) -> Tensor:
         return tasks[logits(adapter, items).argmax(1)]
@@ -110,7 +109,7 @@ def nearest(
 
 def sequential(bank: Bank, stage: int, features: Features, positions: Tensor) -> Answers:
     """The newest adapter and head, as training left them."""
-    found = linear_logits(features(stage, positions), bank.trained(stage)).argmax(1)
+    found = bank.trained(stage).logits(features(stage, positions)).argmax(1)
     return Answers(found, torch.full_like(found, stage))
 
 
@@ -127,11 +126,5 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def cosine(rows: Tensor, others: Tensor) -> Tensor:
-    """[n, C] float64: the cosine of rows [n, d] and others [C, d]."""
-    one, other = (torch.nn.functional.normalize(part.double(), dim=1) for part in (rows, others))
-    return one @ other.T
-
-
-def linear_logits(rows: Tensor, head: Head) -> Tensor:
-    """[n, C] float64 from rows of features [n, d]."""
-    return rows.double() @ head.weight.double().T + head.bias.double()
+    """[n, C]: the cosine of rows [n, d] and others [C, d]; zero with a row of zeros."""
+    return normalize(rows, dim=1) @ normalize(others, dim=1).T

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mergebench.checkpoint.header import damaged, read_header
 from mergebench.checkpoint.write import as_file, write_atomically, write_error
+from mergebench.cil.encoder import PARTS
 from mergebench.cil.manifest import (
     ADAPTER,
     CLASSES,
@@ -41,8 +42,6 @@ from mergebench.cil.manifest import (
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.evaluation.head import Head, read_head
 from mergebench.running.features import Pooling
-
-PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 @dataclass(frozen=True)

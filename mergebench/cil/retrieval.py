@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,25 @@ class Retrieval:
         now = self.visited[:, step]
         return torch.where(now >= 0, now, self.adapter)
 
+    def summary(self, tasks: Tensor | None) -> dict[str, Any]:
+        """Evaluations an item, and shares of items: with cycles, in agreement, and where their own tasks [n] are known
+        under `steps` those that hold its adapter at step 0, 1, ...
+        """
+        steps = range(self.visited.shape[1])
+        return {
+            "steps": None if tasks is None else [share(self.held(step) == tasks) for step in steps],
+            "evaluations": share(self.evaluations),
+            "cycles": share(self.cycle),
+            "agreement": share(self.agreement),
+        }
+
     def _last(self, of: Tensor) -> Tensor:
         return of.gather(1, self.evaluations[:, None] - 1)[:, 0]
+
+
+def share(of: Tensor) -> float:
+    """The mean over items."""
+    return float(of.double().mean())
 
 
 def retrieve(first: Tensor, ask: Ask, limit: int = LIMIT) -> Retrieval:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,17 @@ def parts(
     return {**given, **changes}
 
 
-def write_bank(directory: Path, tasks: Sequence[Sequence[str]] = TASKS, seed: int = 0, **changes: Any) -> Path:
+def write_bank(
+    directory: Path,
+    tasks: Sequence[Sequence[str]] = TASKS,
+    blocks: Sequence[str] = BLOCKS,
+    width: int = WIDTH,
+    **changes: Any,
+) -> Path:
     """A bank of these tasks' classes."""
     writer, before = BankWriter(directory, about(**changes)), 0
     for number, classes in enumerate(tasks):
-        writer.add(classes, **parts(before, len(classes), 100 * seed + number))
+        writer.add(classes, **parts(before, len(classes), number, blocks, width))
         before += len(classes)
     return directory
 
@@ -66,6 +72,3 @@ def write_bank(directory: Path, tasks: Sequence[Sequence[str]] = TASKS, seed: in
 def bank(tmp_path: Path) -> Bank:
     """Three tasks of two, one and three classes."""
     return read_bank(write_bank(tmp_path / "bank"))
-
-
-Writer = Callable[..., Path]
