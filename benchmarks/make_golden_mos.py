@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "golden"))
-import mos_inputs as gold  # noqa: E402
+import mos_inputs as gold
 
 FILES = ("backbone/vit_mos.py", "models/mos.py", "utils/inc_net.py")
 
