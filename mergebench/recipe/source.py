@@ -48,7 +48,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Document]:
         path = Path(source)
         if (path / PROVENANCE).is_file():
             path = path / PROVENANCE
-        found = parse_all(_text(path), str(path))
+        found = parse_all(text_of(path), str(path))
     for data, places in found:
         if data is None or data == {}:
             raise places.error((), "empty", "a recipe names at least a merge_method and models")
@@ -171,7 +171,7 @@ def spot(name: str, before: str) -> str:
     return f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

@@ -1,0 +1,81 @@
+"""Self-refined retrieval of adapters (MOS, arXiv:2412.09441): which adapter an item is answered with.
+
+A first guess names a task; the head, on the features under that task's adapter, names a task again; and so on, until it
+names the one whose adapter made the features, or after `LIMIT` evaluations. The last adapter evaluated is the answer.
+
+An item asks only for the adapters on its own path, and for all items of a step that stand at one adapter there is one
+question: the published code asks item by item, after features under every adapter were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LIMIT = 4  # evaluations, as the authors have it
+
+Ask = Callable[[int, Tensor], Tensor]  # an adapter, items [m] -> the task predicted for each under that adapter [m]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The paths of n items; whole numbers are int64."""
+
+    visited: Tensor  # [n, limit]: the adapter of each evaluation; -1 after the last
+    predicted: Tensor  # [n, limit]: the task that each evaluation predicted; -1 after the last
+
+    @property
+    def evaluations(self) -> Tensor:
+        """[n], 1 to `limit`; an adapter that comes again counts again, though its answer is known."""
+        return (self.visited >= 0).sum(1)
+
+    @property
+    def adapter(self) -> Tensor:
+        """[n]: the last one evaluated."""
+        return self._last(self.visited)
+
+    @property
+    def agreement(self) -> Tensor:
+        """[n] bool: whether the last evaluation predicted the task whose adapter it used."""
+        return self._last(self.predicted) == self.adapter
+
+    @property
+    def cycle(self) -> Tensor:
+        """[n] bool: whether the path came back to an adapter it had left, and would go round for ever."""
+        back = (self.visited == self._last(self.predicted)[:, None]).any(1)
+        return back & ~self.agreement
+
+    def held(self, step: int) -> Tensor:
+        """[n]: the adapter at step 0 (the first guess), 1, ...; where the path has ended, its last."""
+        now = self.visited[:, step]
+        return torch.where(now >= 0, now, self.adapter)
+
+    def _last(self, of: Tensor) -> Tensor:
+        return of.gather(1, self.evaluations[:, None] - 1)[:, 0]
+
+
+def retrieve(first: Tensor, ask: Ask, limit: int = LIMIT) -> Retrieval:
+    """The paths of items whose first guesses are the tasks `first` [n].
+
+    `ask(adapter, items)` is called once a step for all items that stand at an adapter, and never twice for the same
+    item and adapter; items are positions in `first`, ascending.
+    """
+    visited = torch.full((len(first), limit), -1)
+    predicted = visited.clone()
+    items, current = torch.arange(len(first)), first
+    for step in range(limit):
+        answers = torch.full_like(current, -1)
+        for before in range(step):  # it was here before: the answer is known
+            answers = torch.where(visited[items, before] == current, predicted[items, before], answers)
+        for adapter in current[answers < 0].unique().tolist():
+            asked = (current == adapter) & (answers < 0)
+            answers[asked] = ask(adapter, items[asked])
+        visited[items, step], predicted[items, step] = current, answers
+        moved = answers != current
+        items, current = items[moved], answers[moved]
+        if not len(items):
+            break
+    return Retrieval(visited, predicted)

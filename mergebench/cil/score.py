@@ -1,0 +1,71 @@
+"""What a bank is worth at every stage: records for the tables (measures.py), MOS and its ablations from one bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.cil.answers import VARIANTS, Answers, Features
+from mergebench.cil.bank import Bank
+from mergebench.cil.retrieval import LIMIT
+from mergebench.errors import RunError, did_you_mean
+
+MERGED = {name: name for name in VARIANTS if name != "sequential"}
+UNMERGED = {"sequential": "sequential", "unmerged": "mos"}  # a bank without merging: what its variants are called
+
+
+def score(
+    bank: Bank, labels: Sequence[str], features: Callable[[int], Features], seed: int, stages: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Records of every variant at every stage, each on the items of the classes so far.
+
+    features: for a stage, what gives an item's features under an adapter. Raises `RunError` where a label is of no
+    class, or a task has no items.
+    """
+    number = {name: i for i, name in enumerate(bank.classes)}
+    for label in labels:
+        if label not in number:
+            raise RunError(f"label '{label:.60}' is none of the classes of {bank.directory}", did_you_mean(label, number))
+    truth = torch.tensor([number[label] for label in labels])
+    tasks = bank.task_of[truth]
+    for task in range(len(bank.tasks)):
+        if not (tasks == task).any():
+            raise RunError(f"{bank.directory}: no item to test is of task {bank.tasks[task].name}")
+    records = []
+    for stage in range(len(bank.tasks)) if stages is None else stages:
+        positions = (tasks <= stage).nonzero()[:, 0]
+        seen = features(stage)
+        for name, variant in (MERGED if bank.about.alpha else UNMERGED).items():
+            answers = VARIANTS[variant](bank, stage, seen, positions)
+            records.append(_record(answers, truth[positions], tasks[positions], stage, name, seed))
+    return records
+
+
+def _record(answers: Answers, truth: Tensor, tasks: Tensor, stage: int, name: str, seed: int) -> dict[str, Any]:
+    right = (answers.classes == truth).double()
+    each = [tasks == task for task in range(stage + 1)]
+    found = answers.retrieval
+    steps = None if found is None else [_share(found.held(step) == tasks) for step in range(LIMIT)]
+    return {
+        "seed": seed,
+        "method": name,
+        "stage": stage + 1,
+        "accuracy": _share(right),
+        "by_task": [_share(right[one]) for one in each],
+        "items_by_task": [int(one.sum()) for one in each],
+        "retrieval": None
+        if found is None
+        else {
+            "steps": steps,
+            "evaluations": _share(found.evaluations),
+            "cycles": _share(found.cycle),
+            "agreement": _share(found.agreement),
+        },
+    }
+
+
+def _share(values: Tensor) -> float:
+    return float(values.double().mean())

@@ -1,0 +1,84 @@
+"""A labelled data set cut into a sequence of tasks with classes of their own."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergebench.cil.config import Config
+from mergebench.errors import RecipeError, RunError, did_you_mean
+from mergebench.evaluation.labelled import Labelled, read_images, read_texts
+
+LEAST = 2  # items of a class: one has no spread
+
+
+@dataclass(frozen=True)
+class Data:
+    """Items to learn from and to be tested on."""
+
+    train: Labelled
+    test: Labelled
+
+
+def read_data(config: Config) -> Data:
+    """Read both files; `RunError` where an item stands in both, a class is too small or only tested."""
+    train, test = (read(config, Path(file)) for file in (config.train, config.test))
+    for item, where in test.items.items():
+        if item in train.items:
+            raise RunError(f"{where}: the same item is in {train.items[item]}", "what is learnt is not tested on")
+    test.known(set(train.labels), config.train)
+    return Data(train, test)
+
+
+def read(config: Config, file: Path) -> Labelled:
+    """One file of items."""
+    if config.image is not None:
+        return read_images(file, config.id, config.image, config.label)
+    assert config.text is not None
+    return read_texts(file, config.id, config.text, config.label, config.max_length)
+
+
+def split(config: Config, labels: Sequence[str], seed: int) -> list[tuple[str, ...]]:
+    """The classes of each task: as the config lists them, or in an order drawn by the seed, in parts of equal size.
+
+    Where they do not divide, the first tasks have one more. `RecipeError` where a listed class is claimed twice, left
+    out or unknown; `RunError` where one has too few items.
+    """
+    counts = Counter(labels)
+    if isinstance(config.tasks, int):
+        if config.tasks > len(counts):
+            raise RecipeError(f"tasks: {config.tasks} of {len(counts)} classes", "a task has at least one class")
+        names = sorted(counts)
+        random.Random(seed).shuffle(names)
+        size, more = divmod(len(names), config.tasks)
+        ends = [size * n + min(n, more) for n in range(config.tasks + 1)]
+        tasks = [tuple(names[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    else:
+        tasks = [tuple(task) for task in config.tasks]
+        _check(tasks, counts, config.train)
+    for name, count in counts.items():
+        if count < LEAST:
+            what = f"{config.train}: class '{name}' has {count} item{'s' * (count != 1)}"
+            raise RunError(what, f"the spread of a class needs {LEAST}: add some, or leave the class out")
+    return tasks
+
+
+def _check(tasks: Sequence[tuple[str, ...]], counts: Counter[str], file: str) -> None:
+    home: dict[str, int] = {}
+    for number, task in enumerate(tasks, 1):
+        if not task:
+            raise RecipeError(f"tasks: task {number} has no classes", "a task has at least one")
+        for name in task:
+            if name in home:
+                where = f"task {home[name]} and again by task {number}"
+                raise RecipeError(f"tasks: class '{name}' is claimed by {where}", "a class belongs to one task")
+            if name not in counts:
+                what = f"tasks: class '{name}' of task {number} is empty: {file} has no item of it"
+                raise RecipeError(what, did_you_mean(name, counts))
+            home[name] = number
+    missing = sorted(counts.keys() - home.keys())
+    if missing:
+        raise RecipeError(f"tasks: class '{missing[0]}' is in no task", "list every class, or say how many tasks")

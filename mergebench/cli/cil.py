@@ -1,0 +1,63 @@
+"""`mergebench cil run` and `eval`: a sequence of tasks learnt with an adapter each, and what its banks are worth."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.progress import note, work_bar
+
+app = typer.Typer(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
+
+
+@app.command("run")
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Backbone, data, tasks.")],
+    out: Annotated[Path | None, typer.Option(help="Output directory. Default: banks/<config's name>.")] = None,
+    device: opt.Device = "auto",
+    results: opt.Results = Path("results"),
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Learn the tasks of CONFIG with an adapter each (MOS), seed by seed, and print how it and its rivals did."""
+    from mergebench.cil.config import load_config
+    from mergebench.cil.run import run_sequence
+
+    quiet = quiet or json_
+    target = out or Path("banks") / config.stem
+    loaded = load_config(config)
+    with work_bar(quiet) as progress:
+        done = run_sequence(
+            loaded,
+            target,
+            device=opt.check_device(device),
+            results=results,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            say=lambda line: note(line, quiet),
+        )
+    if done.already_done:
+        note(f"{done.out}: already finished, nothing to resume", quiet)
+    else:
+        note(f"wrote {done.out}: banks, results.json, results.md and results.png", quiet)
+    if json_:
+        typer.echo(json.dumps({"out": str(done.out), **done.results}))
+    else:
+        _show(done.results["records"])
+
+
+def _show(records: list[dict[str, object]]) -> None:
+    from mergebench.cil import report
+    from mergebench.cli.report import width
+
+    styled = sys.stdout.isatty()
+    typer.echo(report.stages(records, width=width(), styled=styled))
+    typer.echo(report.table(records, width=width(), styled=styled))
