@@ -15,7 +15,7 @@ import shutil
 import sys
 import tarfile
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,36 +45,30 @@ SHARES = {"pictures": (0.3, 0.15), "nouns": (0.2, 0.2)}  # of a class: to test o
 
 
 class Item(NamedTuple):
-    """A labelled item. Items of one group are all in one part."""
+    """A labelled item. Of those that nothing tells apart, their key being one, only one is taken."""
 
     id: str
     label: str
-    group: str
+    key: str
     content: Image.Image | str
 
 
 def split(items: Iterable[Item], most: int, shares: tuple[float, float]) -> dict[str, list[Item]]:
-    """`most` items a class in three parts, in an order that only groups and ids decide.
-
-    A group with items of two classes is left out: nobody could tell them apart.
-    """
-    groups = defaultdict(list)
-    for item in sorted(items, key=lambda item: (digest(item.group), digest(item.id))):
-        groups[item.group].append(item)
+    """`most` items a class in three parts, in an order that only keys and ids decide; none whose key has two labels."""
+    alike = defaultdict(list)
+    for item in sorted(items, key=lambda item: (digest(item.key), digest(item.id))):
+        alike[item.key].append(item)
     by_label = defaultdict(list)
-    for group in groups.values():
-        if len({item.label for item in group}) == 1:
-            by_label[group[0].label].append(group)
+    for first, *others in alike.values():
+        if all(item.label == first.label for item in others):
+            by_label[first.label].append(first)
     parts: dict[str, list[Item]] = {"test": [], "validation": [], "train": []}
-    for label in sorted(by_label):
-        left = min(most, sum(map(len, by_label[label])))
-        room = Counter(test=round(shares[0] * left), validation=round(shares[1] * left))
-        room["train"] = left - room.total()
-        for group in by_label[label]:
-            part = next((name for name in parts if room[name] >= len(group)), None)
-            if part:
-                parts[part] += group
-                room[part] -= len(group)
+    for found in by_label.values():
+        chosen = found[:most]
+        test, validation = (round(share * len(chosen)) for share in shares)
+        parts["test"] += chosen[:test]
+        parts["validation"] += chosen[test : test + validation]
+        parts["train"] += chosen[test + validation :]
     return {name: sorted(part, key=lambda item: digest(item.id)) for name, part in parts.items()}
 
 
@@ -83,20 +77,16 @@ def digest(text: str) -> str:
 
 
 def read_pictures(archive: tarfile.TarFile) -> Iterator[Item]:
-    """Clip art by its folder, whole on a white square; each once, though it stands in several places.
-
-    Pictures are of one group where nothing tells them apart at 16 x 16 shades of grey.
-    """
-    seen, start = set(), "./usr/share/openclipart/png/"
+    """Clip art by its folder, whole on a white square; alike are two of one look at 16 x 16 in 16 shades of grey."""
+    start = "./usr/share/openclipart/png/"
     for member in archive:
         name = member.name.removeprefix(start).removesuffix(".png")
         label = next((folder for folder in FOLDERS.split() if name.startswith(folder + "/")), None)
         if label is None or not (member.isfile() and member.name.endswith(".png")):
             continue
         picture = read_picture((archive.extractfile(member) or io.BytesIO()).read())
-        if picture is None or picture.tobytes() in seen:
+        if picture is None:
             continue
-        seen.add(picture.tobytes())
         small = picture.convert("L").resize((16, 16)).point(lambda value: value // 16)
         yield Item(name.replace("/", "."), label.split("/")[-1], small.tobytes().hex(), picture)
 
