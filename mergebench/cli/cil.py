@@ -56,8 +56,7 @@ def run(
 
 def _show(records: list[dict[str, object]]) -> None:
     from mergebench.cil import report
-    from mergebench.cli.report import width
 
     styled = sys.stdout.isatty()
-    typer.echo(report.stages(records, width=width(), styled=styled))
-    typer.echo(report.table(records, width=width(), styled=styled))
+    typer.echo(report.stages(records, styled=styled))
+    typer.echo(report.table(records, styled=styled))

