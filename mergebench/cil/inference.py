@@ -154,8 +154,8 @@ def _read(bank: Bank, file: Path) -> Labelled:
         else:
             data = read_texts(file, "id", "text", label, features.max_length)
     except RunError as error:
-        hint = f"a line has an id, a {features.kind} and a label or none" if error.hint == COLUMN_HINT else error.hint
-        raise RunError(error.message, hint) from None
+        columns = f"columns are id, {features.kind}, and label in every line or in none"
+        raise RunError(error.message, columns if error.hint == COLUMN_HINT else error.hint) from None
     if label is not None:
         data.known(bank.classes, bank.directory)
     return data
