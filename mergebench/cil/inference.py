@@ -114,7 +114,7 @@ def infer(
     if stage is not None and not 1 <= stage <= len(found.tasks):
         raise RecipeError(f"stage {stage}: {found.directory} has {len(found.tasks)} tasks", "stages count from 1")
     last = (stage or len(found.tasks)) - 1
-    data = _read(found, file)
+    data = read_items(found, file)
     encoder, done = open_encoder(found, device_of(device), backbone), 0
 
     def tick(items: int) -> None:
@@ -144,7 +144,8 @@ def open_encoder(bank: Bank, device: torch.device, backbone: str | None = None) 
     return Encoder(Network(model, "AutoModel", device), Pooling(about.features.pooling), about.adapter.scale)
 
 
-def _read(bank: Bank, file: Path) -> Labelled:
+def read_items(bank: Bank, file: Path) -> Labelled:
+    """The items of a file, as the bank takes them; `RunError` where a label is none of its classes."""
     features = bank.about.features
     _, first = next(records(file), ("", {}))
     label = LABEL if LABEL in first else None

@@ -34,4 +34,4 @@ class Seen:
             weights = None if adapter == NONE else self.bank.adapter(adapter)
             rows[missing] = self.encoder.features(self.inputs, missing.tolist(), weights, self.tick)
             known[missing] = True
-        return rows[positions]
+        return rows.index_select(0, positions)
