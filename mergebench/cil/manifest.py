@@ -78,7 +78,9 @@ class About(Part):
         return tuple(name for task in self.tasks for name in task.classes)
 
     def check(self, file: Path) -> None:
-        """`ModelError` where tasks are missing, or a class is claimed twice."""
+        """`ModelError` where tasks are missing, a class is claimed twice, or the texts' length is not known."""
+        if (self.features.max_length is None) != (self.features.kind == "image"):
+            raise ModelError(f"{file}: features.max_length: texts have one, images have none", COMPLETE)
         home: dict[str, str] = {}
         for number, task in enumerate(self.tasks):
             if task.name != name_of(number):

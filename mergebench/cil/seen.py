@@ -18,6 +18,7 @@ class Seen:
 
     def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, tick: Tick) -> None:
         self.bank, self.encoder, self.inputs, self.tick = bank, encoder, inputs, tick
+        self.asked = 0  # runs of the encoder over one item, so far
         self._rows: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
 
@@ -29,12 +30,8 @@ class Seen:
         rows, known = self._rows[adapter], self._known[adapter]
         missing = positions[~known[positions]]
         if len(missing):
+            self.asked += len(missing)
             weights = None if adapter == NONE else self.bank.adapter(adapter)
             rows[missing] = self.encoder.features(self.inputs, missing.tolist(), weights, self.tick)
             known[missing] = True
         return rows[positions]
-
-    @property
-    def made(self) -> int:
-        """How many times the encoder was run over an item."""
-        return sum(int(known.sum()) for known in self._known.values())

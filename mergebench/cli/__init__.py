@@ -20,6 +20,7 @@ from mergebench.cli import (
     explain,
     inspect,
     merge,
+    options,
     patch,
     probe,
     report,
@@ -116,12 +117,7 @@ def _resumes() -> bool:
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {options.printable(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {_one_line(hint)}", file=sys.stderr)
+        print(f"hint: {options.printable(hint)}", file=sys.stderr)
     sys.exit(code)
-
-
-def _one_line(text: str) -> str:
-    """Names come out of files: line breaks and terminal codes in them are shown, not obeyed."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -10,9 +10,11 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.progress import count_bar, note
+from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
 app = typer.Typer(help="Merge LoRA directories; take one out of a fine-tune.", no_args_is_help=True)
+app.command("retrieve")(retrieve)
 
 
 @app.command("merge")

@@ -19,7 +19,7 @@ class Labelled:
     """Items with their labels, ready for an encoder."""
 
     rows: Sequence[Row]
-    labels: Sequence[str]
+    labels: Sequence[str]  # none where no column was asked for
     inputs: Inputs
     items: Mapping[str, str]  # where each stands, by its content
     versions: Mapping[str, str] = field(default_factory=dict)  # of images and what reads them
@@ -38,30 +38,42 @@ class Labelled:
 
 
 def read_texts(
-    file: Path, id: str, text: str, label: str, max_length: int, limit: int | None = None, seed: int | None = None
+    file: Path,
+    id: str,
+    text: str,
+    label: str | None,
+    max_length: int,
+    limit: int | None = None,
+    seed: int | None = None,
 ) -> Labelled:
     """Rows with these columns; the texts are cut to `max_length` tokens."""
-    rows = read_rows(file, id, (text, label), limit, seed)
+    rows = read_rows(file, id, _columns(text, label), limit, seed)
     texts = [_word(row, row.values[0], text) for row in rows]
     return Labelled(rows, _labels(rows, label), Texts(texts, max_length), contents(rows))
 
 
 def read_images(
-    file: Path, id: str, image: str, label: str, limit: int | None = None, seed: int | None = None
+    file: Path, id: str, image: str, label: str | None, limit: int | None = None, seed: int | None = None
 ) -> Labelled:
     """Rows with these columns; an image is a path from the data file's folder, and known again by its bytes."""
     pillow = need("pillow", "images")
-    rows = read_rows(file, id, (image, label), limit, seed)
+    rows = read_rows(file, id, _columns(image, label), limit, seed)
     files = [file.parent / _word(row, row.values[0], image) for row in rows]
     labels = _labels(rows, label)
-    read = [(check_image(path, row.where), one) for path, row, one in zip(files, rows, labels, strict=True)]
-    seen = [row._replace(values=values) for row, values in zip(rows, read, strict=True)]
-    images = Images(files, [content for content, _ in read])
+    hashes = [check_image(path, row.where) for path, row in zip(files, rows, strict=True)]
+    seen = [row._replace(values=(one, *row.values[1:])) for row, one in zip(rows, hashes, strict=True)]
+    images = Images(files, hashes)
     return Labelled(rows, labels, images, contents(seen), {"pillow": pillow, "images": images.key})
 
 
-def _labels(rows: Sequence[Row], column: str) -> list[str]:
+def _columns(content: str, label: str | None) -> tuple[str, ...]:
+    return (content,) if label is None else (content, label)
+
+
+def _labels(rows: Sequence[Row], column: str | None) -> list[str]:
     """Labels are words; whole numbers are taken for such."""
+    if column is None:
+        return []
     values = (row.values[1] for row in rows)
     return [_word(row, str(one) if type(one) is int else one, column) for row, one in zip(rows, values, strict=True)]
 

@@ -24,9 +24,12 @@ BESIDE = ("config.json", "generation_config.json", "*processor_config.json", *TO
 
 
 class Contents:
-    """Hashes of files, remembered in a folder by place, size and time: 2 GB are read in a second, but not often."""
+    """Hashes of files, remembered in a folder by place, size and time: 2 GB are read in a second, but not often.
 
-    def __init__(self, folder: Path) -> None:
+    folder: None to remember nothing beyond this object.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def of_model(self, model: LoadableModel) -> str | None:
@@ -48,11 +51,14 @@ class Contents:
         known = self._known.get(place)
         if not (isinstance(known, list) and known[:2] == stamp and len(known) == 3):
             self._known[place] = known = [*stamp, sha256_of(file)]
-            put(self.folder, "hashes.json", self._known)
+            if self.folder is not None:
+                put(self.folder, "hashes.json", self._known)
         return str(known[2])
 
     @cached_property
     def _known(self) -> dict[str, Any]:
+        if self.folder is None:
+            return {}
         with suppress(OSError, ValueError):
             found = json.loads((self.folder / "hashes.json").read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}

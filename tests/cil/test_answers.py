@@ -161,13 +161,13 @@ def test_features_are_those_of_the_encoder(real: Bank, encoder: Encoder) -> None
             wanted = encoder.features(inputs, positions, weights, nothing)
             assert torch.allclose(seen(adapter, torch.tensor(positions)), wanted, rtol=0, atol=1e-5)
     assert asked == [(none, some) for none in (True, False, False) for some in ([5, 2], [8, 0])]
-    assert seen.made == 12
+    assert seen.asked == 12
 
 
 def answer(bank: Bank, encoder: Encoder, inputs: Texts, split: int = 1000) -> tuple[list[Answers], int]:
     seen = Seen(bank, encoder, inputs, nothing)
     parts = torch.arange(len(inputs)).split(split)
-    return [VARIANTS["mos"](bank, 2, seen, part) for part in parts], seen.made
+    return [VARIANTS["mos"](bank, 2, seen, part) for part in parts], seen.asked
 
 
 def test_answers_do_not_depend_on_batches_or_on_what_was_asked_before(real: Bank, encoder: Encoder) -> None:

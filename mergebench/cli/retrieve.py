@@ -1,0 +1,75 @@
+"""`mergebench adapters retrieve`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.progress import count_bar, note
+
+
+def retrieve(
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="A directory that cil run wrote.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA.jsonl", help="An id and a text or image a line, and a label or none.")
+    ],
+    trace: Annotated[bool, typer.Option("--trace", help="Say of each item which way it took.")] = False,
+    stage: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Answer as after task N. Default: the last.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
+    ] = None,
+    device: opt.Device = "auto",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Answer items with a bank, finding the adapter for each (MOS): id, label and adapter a line.
+
+    With --trace also the path (02>04>04: under adapter 02 the head named task 04, under 04 again), how many adapters
+    were evaluated, and how it ended: settled, cycle (it would go round for ever) or stopped (after four).
+    """
+    from mergebench.cil.inference import infer
+
+    quiet = quiet or json_
+    with count_bar("encoding", quiet) as progress:
+        found = infer(bank, data, stage=stage, backbone=backbone, device=opt.check_device(device), progress=progress)
+    items, about = found.items(), found.summary()
+    if json_:
+        typer.echo(json.dumps({"bank": str(bank), **about, "items": items}))
+        return
+    for item in items:
+        columns = [item["id"], item["label"], item["adapter"]]
+        if trace:
+            columns += [">".join(item["path"]), str(item["evaluations"]), _end(item)]
+        typer.echo("\t".join(opt.printable(column) for column in columns))
+    _say(about, quiet)
+
+
+def _end(item: dict[str, Any]) -> str:
+    return "settled" if item["agreement"] else "cycle" if item["cycle"] else "stopped"
+
+
+def _say(about: dict[str, Any], quiet: bool) -> None:
+    """What it comes to."""
+    count = about["n"]
+    each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder an item"
+    ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"
+    note(f"{count} item{'s' * (count != 1)} at stage {about['stage']}: {each}; {ends}", quiet)
+    labelled = about.get("labelled")
+    if labelled is None:
+        return
+    if labelled < count:
+        note(f"{count - labelled} of later tasks are not counted", quiet)
+    if labelled:
+        right = f"accuracy {_percent(about['accuracy'])} ± {_percent(about['stderr'])} %"
+        steps = ", ".join(map(_percent, about["steps"]))
+        note(f"{right}; their own task's adapter at step 0 to {len(about['steps']) - 1}: {steps} %", quiet)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
