@@ -68,7 +68,7 @@ class Evaluation:
             fixed = adapter <= 0  # no adapter, or the first task's
             passes = torch.zeros_like(missing) if fixed else self._before[adapter] + self._place[missing]
             passes = self._drifting._settled(passes)
-            for number in passes.unique().tolist():
+            for number in torch.unique(passes).tolist():
                 here = missing[passes == number]
                 rows = self._drifting._features(adapter, number, here)
                 self._rows.update({(adapter, one): row for one, row in zip(here.tolist(), rows, strict=True)})

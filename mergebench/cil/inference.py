@@ -18,14 +18,13 @@ from mergebench.cil.manifest import name_of
 from mergebench.cil.retrieval import Retrieval, share
 from mergebench.cil.seen import Seen
 from mergebench.errors import ModelError, RecipeError, RunError
+from mergebench.evaluation.images import Images, Prepared
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.running.content import Contents
-from mergebench.running.features import Pooling
+from mergebench.running.features import Inputs, Pooling
 from mergebench.running.items import COLUMN_HINT, records
 from mergebench.running.machine import device_of
 from mergebench.running.network import Network
-
-LABEL = "label"  # the column, where a file has it
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def infer(
     if stage is not None and not 1 <= stage <= len(found.tasks):
         raise RecipeError(f"stage {stage}: {found.directory} has {len(found.tasks)} tasks", "stages count from 1")
     last = (stage or len(found.tasks)) - 1
-    data = _read(found, file)
+    data = read_items(found, file)
     encoder, done = open_encoder(found, device_of(device), backbone), 0
 
     def tick(items: int) -> None:
@@ -144,21 +143,29 @@ def open_encoder(bank: Bank, device: torch.device, backbone: str | None = None) 
     return Encoder(Network(model, "AutoModel", device), Pooling(about.features.pooling), about.adapter.scale)
 
 
-def _read(bank: Bank, file: Path) -> Labelled:
-    features = bank.about.features
-    _, first = next(records(file), ("", {}))
-    label = LABEL if LABEL in first else None
+def read_items(bank: Bank, file: Path, labelled: bool | None = None) -> Labelled:
+    """The items of a file, as the bank's columns have them; labelled: None for where the file has labels."""
+    columns, features = bank.about.items, bank.about.features
+    if labelled is None:
+        labelled = columns.label in next(records(file), ("", {}))[1]
+    label, content = columns.label if labelled else None, columns.content or features.kind
     try:
         if features.max_length is None:
-            data = read_images(file, "id", "image", label)
+            data = read_images(file, columns.id, content, label)
         else:
-            data = read_texts(file, "id", "text", label, features.max_length)
+            data = read_texts(file, columns.id, content, label, features.max_length)
     except RunError as error:
-        hint = f"a line has an id, a {features.kind} and a label or none" if error.hint == COLUMN_HINT else error.hint
+        names = f"'{columns.id}', '{content}'" + (f" and '{label}'" if label else "")
+        hint = f"the bank's columns are {names}" if error.hint == COLUMN_HINT else error.hint
         raise RunError(error.message, hint) from None
     if label is not None:
         data.known(bank.classes, bank.directory)
     return data
+
+
+def loaded(data: Labelled, network: Network) -> Inputs:
+    """Items that are read many times: images are prepared once and stay in memory."""
+    return Prepared(data.inputs, network) if isinstance(data.inputs, Images) else data.inputs
 
 
 _NAME_IT = "name it as it is now with --backbone MODEL"
