@@ -99,6 +99,10 @@ def _check(
     method = PEFT_NAMES.get(method, method)
     if method == "dare":
         raise RecipeError("--method: 'dare' alone does not say how what is left is merged", "dare_linear or dare_ties")
+    if method == "ema":
+        raise RecipeError(
+            "--method: 'ema' merges the stored tensors of a sequence", "mergebench.merge_sequence does it"
+        )
     if method not in KNOWN:
         raise RecipeError(f"--method: no method '{method}' for adapters", did_you_mean(method, KNOWN))
     if not directories:
@@ -221,9 +225,6 @@ def _provenance(
     counted = [product for product in energy.values() if product is not None]
     total = sum(product.total for product in counted)
     bases = [adapter.config.get("base_model_name_or_path") for adapter in job.adapters]
-    notes = []
-    if len(set(bases)) > 1:
-        notes.append(f"the adapters name different bases: {', '.join(dict.fromkeys(str(base) for base in bases))}")
     return {
         "mergebench": __version__,
         "command": "adapters merge",
@@ -235,11 +236,15 @@ def _provenance(
             {"adapter": str(adapter.directory), "weight": weight, "base_model": base}
             for adapter, weight, base in zip(job.adapters, job.weights, bases, strict=True)
         ],
-        "notes": notes,
+        "notes": files.different_bases(bases),
         "energy_kept": sum(product.kept for product in counted) / total if total else 1.0,
         "modules": {
             module: {"rank": ranks[module], "energy_kept": p.kept / p.total if p and p.total else 1.0}
             for module, p in energy.items()
         },
-        "inputs": [entry for adapter in job.adapters for entry in files.inputs(adapter)],
+        "inputs": [
+            entry
+            for adapter in job.adapters
+            for entry in files.inputs(adapter.directory / name for name in (CONFIG, WEIGHTS))
+        ],
     }
