@@ -174,8 +174,10 @@ def plan_fold(
     read = read_stored(adapter)
     if read.kind != "LORA":
         raise ModelError(
-            f"{adapter}: an adapter of type {read.kind} does not fold: what it does is no difference of weights here",
-            "only LoRA folds" + ("; a bottleneck has a ReLU inside" if read.kind == "bottleneck" else ""),
+            f"{adapter}: an adapter of type {read.kind} is not folded, only LoRA is",
+            "PEFT's merge_and_unload() folds what can be"
+            if read.is_directory
+            else "no weights of the base do what it does",
         )
     if open_model(base).adapter is not None:
         raise RecipeError(f"--base: '{base}' has an adapter on top", "fold that one first, and name what comes out")

@@ -135,14 +135,15 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
 def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of adapters of a sequence of tasks."""
     adapters, method, kind = provenance["adapters"], provenance["method"], provenance["kind"]
-    which = "Each but the first, merged" if method["all"] else "The last one, merged"
+    which = (
+        f"{len(adapters)} {kind} adapters, each" if method["all"] else f"The last of {len(adapters)} {kind} adapters,"
+    )
     made = (
-        f"{len(adapters)} {kind} adapters in sequence. {which} on the stored tensors by mergebench "
-        f"{provenance['mergebench']} toward the mean of those before it, by {method['alpha']:g} of the way "
-        "(MOS, arXiv:2412.09441)."
+        f"{which} merged on the stored tensors toward the mean of those before it, by {method['alpha']:g} of the way "
+        f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."
     )
     if len(adapters) == 1 or not method["alpha"]:
-        made = f"A copy of {'each of' if method['all'] else 'one of'} {len(adapters)} {kind} adapters."
+        made = f"A copy of {', '.join(provenance['copied'])}."
     peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
     bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
     inside = [f"- adapter: `{entry['adapter']}`" for entry in adapters]

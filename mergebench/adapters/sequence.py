@@ -128,7 +128,7 @@ def _provenance(read: Sequence[Stored], alpha: float, every: bool, copied: Seque
     last = read[-1]
     notes = files.different_bases([adapter.base for adapter in read])
     if last.kind == "LORA" and len(read) > 1:
-        notes.append("the average of the factors A and B is not that of what they do, B A: --method linear is")
+        notes.append("A and B are averaged apart, which is not averaging what they do, B A: --method linear does that")
     return {
         "mergebench": __version__,
         "command": "adapters merge",

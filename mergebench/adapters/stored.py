@@ -38,7 +38,7 @@ _ABOUT = (
     "format",
 )
 _TRAINING = ("init_", "runtime_")
-_HINT = "number by number, only adapters of equal settings and tensors go together"
+_HINT = "number by number, only adapters of one type, with equal settings and tensors, go together"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Stored:
 
     @property
     def base(self) -> str | None:
-        return self.settings.get("base_model_name_or_path")
+        base = self.settings.get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -98,7 +99,7 @@ def read_stored(path: str | Path) -> Stored:
     path = Path(path)
     if path.is_dir():
         inside = [*path.glob("*.safetensors"), *(config.parent for config in path.glob(f"*/{CONFIG}"))]
-        if inside and not is_adapter(path):
+        if inside and not is_adapter(path) and not (path / "config.json").exists():
             raise ModelError(f"{path}: not an adapter: no {CONFIG}", f"name what it holds, such as {min(inside)}")
         settings, header = read_directory(path)
         if not isinstance(settings.get("peft_type"), str):
@@ -113,7 +114,10 @@ def read_stored(path: str | Path) -> Stored:
     elif path.exists():
         raise ModelError(f"{path}: not an adapter", "a directory as PEFT saves it, or a .safetensors file")
     else:
-        raise ModelError(f"{path}: no such file or directory", "an adapter is a place on this machine")
+        raise ModelError(
+            f"{path}: no such file or directory",
+            "adapters are read from this machine: a directory as PEFT saves it, or a .safetensors file",
+        )
     if not header.tensors:
         raise ModelError(f"{path}: the adapter holds no tensors")
     return Stored(path, settings, header)
@@ -191,4 +195,5 @@ def _setting(adapter: Stored, key: str) -> Any:
 def _differ(key: str, first: Stored, other: Stored) -> ModelError:
     said = [json.dumps(adapter.settings.get(key))[:200] for adapter in (first, other)]
     what = f"{key}: {first.path} has {said[0]}, {other.path} has {said[1]}"
-    return ModelError(what, _HINT)
+    lora = "; LoRAs of any rank: --method linear" * (first.kind == "LORA")
+    return ModelError(what, _HINT + lora)

@@ -111,7 +111,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
     """Config and header of what PEFT saved, of any type; `ModelError` where it is no adapter."""
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{directory}: not an adapter: no {CONFIG}",
             "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",

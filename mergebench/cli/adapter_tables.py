@@ -36,13 +36,15 @@ def drift(
         zip(found.names, found.total.norms, found.total.drift, found.total.cosines, strict=True)
     ):
         table.add_row(numbers[at], name, _short(norm), _short(moved), *[_short(cosine) for cosine in cosines[:at]])
+    table.columns[1].justify = "left"
     _print(table)
+    typer.echo()
     table = _table("drift in", *numbers[1:])
     for layer, apart in found.layers.items():
         table.add_row(layer, *[_short(moved) for moved in apart.drift[1:]])
     _print(table)
     typer.echo(
-        f"{found.tensors} tensors as they are stored ({found.kind}). "
+        f"\n{found.tensors} tensors as they are stored ({found.kind}). "
         "Drift: |A - mean of those before| / |A|; cos: of the angle to the others."
     )
 
@@ -69,7 +71,8 @@ def inspect(
         "tensors": [f"{one.tensors} ({', '.join(one.dtypes)})" for one in found],
         "parameters": [f"{one.parameters:,}" for one in found],
         "size": [human(one.bytes) for one in found],
-        "norm": [f"{_short(one.norm)} ({_MEASURED[one.norm_of]})" for one in found],
+        "norm of": ["scale B A" if one.norm_of == "differences" else "the tensors" for one in found],
+        "norm": [_short(one.norm) for one in found],
     }
     for layer in dict.fromkeys(layer for one in found for layer in one.norms):
         rows[f"  {layer}"] = [_short(one.norms.get(layer)) for one in found]
@@ -77,9 +80,6 @@ def inspect(
         if any(cells):
             table.add_row(title, *cells)
     _print(table)
-
-
-_MEASURED = {"differences": "of scale B A", "tensors": "of the tensors"}
 
 
 def sequence_text(made: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
+from mergebench.cli.merge import say_notes
 from mergebench.cli.progress import byte_bar, count_bar, note
 from mergebench.errors import RecipeError
 
@@ -103,6 +104,7 @@ def fold(
     quiet = quiet or json_
     sizes = {"memory": opt.parse_size(memory, "--memory"), "shard_size": opt.parse_size(shard_size, "--shard-size")}
     plan = api.plan_fold(base, adapter, workers=workers, **sizes)
+    say_notes(plan, quiet)
     with byte_bar("folding", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
     if result.already_done:
