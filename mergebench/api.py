@@ -173,12 +173,8 @@ def plan_fold(
     """
     read = read_stored(adapter)
     if read.kind != "LORA":
-        raise ModelError(
-            f"{adapter}: an adapter of type {read.kind} is not folded, only LoRA is",
-            "PEFT's merge_and_unload() folds what can be"
-            if read.is_directory
-            else "no weights of the base do what it does",
-        )
+        other = "PEFT's merge_and_unload() folds what can be" if read.is_directory else "no weights do what it does"
+        raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only LoRA is", other)
     if open_model(base).adapter is not None:
         raise RecipeError(f"--base: '{base}' has an adapter on top", "fold that one first, and name what comes out")
     recipe = load({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})

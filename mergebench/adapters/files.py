@@ -135,9 +135,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
 def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of adapters of a sequence of tasks."""
     adapters, method, kind = provenance["adapters"], provenance["method"], provenance["kind"]
-    which = (
-        f"{len(adapters)} {kind} adapters, each" if method["all"] else f"The last of {len(adapters)} {kind} adapters,"
-    )
+    which = f"{len(adapters)} {kind} adapters"
+    which = f"{which}, each" if method["all"] else f"The last of {which},"
     made = (
         f"{which} merged on the stored tensors toward the mean of those before it, by {method['alpha']:g} of the way "
         f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."

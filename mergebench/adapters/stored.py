@@ -85,13 +85,14 @@ class Stored:
     @property
     def layers(self) -> dict[str, list[str]]:
         """The names of the floats in each layer, by depth; what is in none of them last."""
-        found: dict[tuple[str, float], list[str]] = {}
+        found: dict[tuple[str, int], list[str]] = {}
+        outside = []
         for name, info in self.tensors.items():
             if info.is_float:
                 layer = layer_of(name.removeprefix(PREFIX))
-                found.setdefault((OUTSIDE, torch.inf) if layer is None else layer[:2], []).append(name)
-        ordered = sorted(found, key=lambda layer: (layer[1] == torch.inf, layer))
-        return {stack if n == torch.inf else f"{stack}.{n}".lstrip("."): found[stack, n] for stack, n in ordered}
+                (outside if layer is None else found.setdefault(layer[:2], [])).append(name)
+        inside = {f"{stack}.{number}".lstrip("."): found[stack, number] for stack, number in sorted(found)}
+        return inside | ({OUTSIDE: outside} if outside else {})
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -116,7 +117,7 @@ def read_stored(path: str | Path) -> Stored:
     else:
         raise ModelError(
             f"{path}: no such file or directory",
-            "adapters are read from this machine: a directory as PEFT saves it, or a .safetensors file",
+            "adapters are read from this machine, as PEFT directories or .safetensors files",
         )
     if not header.tensors:
         raise ModelError(f"{path}: the adapter holds no tensors")

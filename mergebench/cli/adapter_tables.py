@@ -35,13 +35,13 @@ def drift(
     for at, (name, norm, moved, cosines) in enumerate(
         zip(found.names, found.total.norms, found.total.drift, found.total.cosines, strict=True)
     ):
-        table.add_row(numbers[at], name, _short(norm), _short(moved), *[_short(cosine) for cosine in cosines[:at]])
+        table.add_row(numbers[at], name, _short(norm), _share(moved), *[_share(cosine) for cosine in cosines[:at]])
     table.columns[1].justify = "left"
     _print(table)
     typer.echo()
     table = _table("drift in", *numbers[1:])
     for layer, apart in found.layers.items():
-        table.add_row(layer, *[_short(moved) for moved in apart.drift[1:]])
+        table.add_row(layer, *[_share(moved) for moved in apart.drift[1:]])
     _print(table)
     typer.echo(
         f"\n{found.tensors} tensors as they are stored ({found.kind}). "
@@ -99,6 +99,10 @@ def _range(values: Sequence[float]) -> str:
 
 def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.2e}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _table(first: str, *more: str) -> Any:
