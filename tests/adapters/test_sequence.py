@@ -224,7 +224,12 @@ def test_settings_that_say_nothing_of_the_tensors(base: Path, tmp_path: Path) ->
     shutil.copytree(one, two)
     config = json.loads((two / "adapter_config.json").read_text())
     config |= {"lora_dropout": 0.5, "inference_mode": False, "init_lora_weights": "gaussian", "task_type": None}
-    config |= {"target_modules": config["target_modules"][::-1], "a_list": ["k", "q"], "peft_version": "0", "rank_pattern": None}
+    config |= {
+        "target_modules": config["target_modules"][::-1],
+        "a_list": ["k", "q"],
+        "peft_version": "0",
+        "rank_pattern": None,
+    }
     config |= {"a_number_of_tomorrow": 16, "a_switch_of_tomorrow": False, "a_word_of_tomorrow": "none"}
     (two / "adapter_config.json").write_text(json.dumps(config))
     merge_sequence([one, two], tmp_path / "out")
