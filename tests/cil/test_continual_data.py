@@ -48,9 +48,11 @@ def deb(file: Path, files: dict[str, bytes]) -> Path:
 
 
 def png(size: tuple[int, int], mark: tuple[int, int, int, int]) -> bytes:
-    """Transparent, with black where nothing is seen, and a block of colour in the middle half."""
+    """Transparent, with black where nothing is seen; of the middle half two quarters that touch are of a colour."""
     image = Image.new("RGBA", size, (0, 0, 0, 0))
-    image.paste(mark, (size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4))
+    for start in (1, 2):
+        (left, upper), (right, lower) = ([side * at // 4 for side in size] for at in (start, start + 1))
+        image.paste(mark, (left, upper, right, lower))
     stream = io.BytesIO()
     image.save(stream, "png")
     return stream.getvalue()
@@ -91,7 +93,8 @@ def test_pictures_come_out_of_a_package_whole_and_once(
     }  # fmt: skip
     bird = found["animals.birds.red"].content  # 30 x 60 are drawn: the sides are filled up with white
     assert bird.size == (112, 112)
-    assert [bird.getpixel(at) for at in ((56, 2), (56, 109), (3, 56))] == [(255, 0, 0), (255, 0, 0), (255, 255, 255)]
+    assert [bird.getpixel(at) for at in ((35, 5), (75, 105))] == [(255, 0, 0)] * 2
+    assert [bird.getpixel(at) for at in ((75, 5), (35, 105), (3, 56))] == [(255, 255, 255)] * 3
 
 
 def test_a_package_of_another_content_is_refused(fetch: Any, tmp_path: Path) -> None:
