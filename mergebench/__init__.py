@@ -21,6 +21,7 @@ _PUBLIC = {
     "load": "mergebench.recipe",
     "load_stages": "mergebench.recipe",
     "plan": "mergebench.api",
+    "plan_fold": "mergebench.api",
     "run": "mergebench.api",
     "evaluate": "mergebench.measuring",
     "measure": "mergebench.measuring",
@@ -29,6 +30,9 @@ _PUBLIC = {
     "plan_edit": "mergebench.patching",
     "plan_patch": "mergebench.patching",
     "merge_adapters": "mergebench.adapters",
+    "merge_sequence": "mergebench.adapters",
+    "adapter_drift": "mergebench.adapters",
+    "describe_adapter": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
     "fit_probe": "mergebench.probes.fit",
     "read_probe": "mergebench.probes.probe",
@@ -52,8 +56,8 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from mergebench.adapters import extract_adapter, merge_adapters
-    from mergebench.api import plan, run, task_vector
+    from mergebench.adapters import adapter_drift, describe_adapter, extract_adapter, merge_adapters, merge_sequence
+    from mergebench.api import plan, plan_fold, run, task_vector
     from mergebench.choosing import search
     from mergebench.editing.edit import Rows, edit
     from mergebench.engine.chunks import total
@@ -78,7 +82,9 @@ __all__ = [
     "Tasks",
     "Weights",
     "__version__",
+    "adapter_drift",
     "compare",
+    "describe_adapter",
     "edit",
     "evaluate",
     "extract_adapter",
@@ -89,11 +95,13 @@ __all__ = [
     "measure",
     "merge_adapters",
     "merge_method",
+    "merge_sequence",
     "norms",
     "order_statistics",
     "param",
     "plan",
     "plan_edit",
+    "plan_fold",
     "plan_patch",
     "read_probe",
     "report",

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mergebench import card, edits
+from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt, open_model
 from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.checkpoint.write import write_atomically
 from mergebench.engine.merge import Merge
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
-from mergebench.errors import MergebenchError, RecipeError
+from mergebench.errors import MergebenchError, ModelError, RecipeError
 from mergebench.methods import get as get_method
-from mergebench.recipe import Recipe, Stage
+from mergebench.recipe import Recipe, Stage, load
 from mergebench.recipe.resolve import find_file, folders, open_named, resolve
 from mergebench.recipe.stages import default_out, references
 
@@ -158,4 +159,26 @@ def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32
     return run_plan(plan_merge(merge), Path(out), overwrite=overwrite)
 
 
-__all__ = ["Result", "check_stages", "default_out", "plan", "run", "task_vector"]
+def plan_fold(
+    base: str,
+    adapter: str | Path,
+    *,
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    shard_size: int = SHARD_SIZE,
+) -> Plan:
+    """A LoRA directory folded into its base: the plan of the recipe that passes BASE+ADAPTER through.
+
+    `ModelError` where the adapter is of a type whose work is no difference of the base's weights.
+    """
+    read = read_stored(adapter)
+    if read.kind != "LORA":
+        other = "PEFT's merge_and_unload() folds what can be" if read.is_directory else "no weights do what it does"
+        raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only LoRA is", other)
+    if open_model(base).adapter is not None:
+        raise RecipeError(f"--base: '{base}' has an adapter on top", "fold that one first, and name what comes out")
+    recipe = load({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})
+    return plan(recipe, memory=memory, workers=workers, shard_size=shard_size)
+
+
+__all__ = ["Result", "check_stages", "default_out", "plan", "plan_fold", "run", "task_vector"]

@@ -1,6 +1,9 @@
-"""LoRA adapters as what they are: low-rank differences, merged in delta space, or taken out of a fine-tune."""
+"""Adapters: LoRA as the low-rank differences they are, and sequences of any type by their stored tensors."""
 
+from mergebench.adapters.describe import describe_adapter
+from mergebench.adapters.drift import adapter_drift
 from mergebench.adapters.extract import extract_adapter
 from mergebench.adapters.merge import merge_adapters
+from mergebench.adapters.sequence import merge_sequence
 
-__all__ = ["extract_adapter", "merge_adapters"]
+__all__ = ["adapter_drift", "describe_adapter", "extract_adapter", "merge_adapters", "merge_sequence"]

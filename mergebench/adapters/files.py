@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,19 @@ def copy(adapter: Adapter, directory: Path) -> None:
         raise write_error(directory, error) from None
 
 
-def inputs(adapter: Adapter) -> list[dict[str, Any]]:
+def inputs(paths: Iterable[Path]) -> list[dict[str, Any]]:
     found = []
-    for name in (CONFIG, WEIGHTS):
-        path = adapter.directory / name
+    for path in paths:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         found.append({"file": str(path), "size": path.stat().st_size, "sha256": digest})
     return found
+
+
+def different_bases(bases: Sequence[Any]) -> list[str]:
+    """A note, where the adapters name more than one."""
+    named = dict.fromkeys(str(base) for base in bases)
+    return [f"the adapters name different bases: {', '.join(named)}"] if len(named) > 1 else []
 
 
 def card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -125,6 +130,23 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
     bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
     inside = [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
     return _card(out, made, [*bases, *inside], "merge")
+
+
+def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of adapters of a sequence of tasks."""
+    adapters, method, kind = provenance["adapters"], provenance["method"], provenance["kind"]
+    which = f"{len(adapters)} {kind} adapters"
+    which = f"{which}, each" if method["all"] else f"The last of {which},"
+    made = (
+        f"{which} merged on the stored tensors toward the mean of those before it, by {method['alpha']:g} of the way "
+        f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."
+    )
+    if len(adapters) == 1 or not method["alpha"]:
+        made = f"A copy of {', '.join(provenance['copied'])}."
+    peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
+    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"- adapter: `{entry['adapter']}`" for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft)
 
 
 def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -159,6 +181,9 @@ def kept_text(provenance: Mapping[str, Any]) -> str:
 _ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."
 
 
-def _card(out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY) -> str:
-    head = ["---", "library_name: peft", "tags:", "- lora", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
+def _card(
+    out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY, kind: str = "lora", peft: bool = True
+) -> str:
+    library = ["library_name: peft"] if peft else []
+    head = ["---", *library, "tags:", f"- {kind}", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
     return "\n".join([*head, "", made, "", *lines, "", end, ""])

@@ -19,6 +19,7 @@ from mergebench import __version__
 from mergebench.adapters import combine, files
 from mergebench.adapters.combine import ELEMENTWISE, KNOWN, SUMS, Job, Part, built_in
 from mergebench.adapters.lowrank import Product
+from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from mergebench.checkpoint.lora import Names, read_lora
@@ -99,8 +100,12 @@ def _check(
     method = PEFT_NAMES.get(method, method)
     if method == "dare":
         raise RecipeError("--method: 'dare' alone does not say how what is left is merged", "dare_linear or dare_ties")
+    if method == "ema":
+        raise RecipeError(
+            "--method: 'ema' merges the stored tensors of a sequence", "mergebench.merge_sequence does it"
+        )
     if method not in KNOWN:
-        raise RecipeError(f"--method: no method '{method}' for adapters", did_you_mean(method, KNOWN))
+        raise RecipeError(f"--method: no method '{method}' for adapters", did_you_mean(method, (*KNOWN, "ema")))
     if not directories:
         raise RecipeError("no adapter to merge")
     count = len(directories)
@@ -118,7 +123,7 @@ def _check(
         raise RecipeError(f"--rank: must be at least 1, got {rank}")
     if rank is not None and method == "cat":
         raise RecipeError("--rank: 'cat' has the sum of the ranks", "linear and svd take --rank")
-    adapters = [read_adapter(Path(directory)) for directory in directories]
+    adapters = [_read(Path(directory)) for directory in directories]
     model = None if base is None else open_model(base)
     if model is not None and model.adapter is not None:
         raise RecipeError(f"--base: '{base}' has an adapter on top", "name the model that the adapters were trained on")
@@ -128,6 +133,15 @@ def _check(
         for adapter in adapters:
             _check_difference(adapter, method, model is not None)
     return job
+
+
+def _read(directory: Path) -> Adapter:
+    if directory.exists() and (kind := read_stored(directory).kind) != "LORA":
+        raise ModelError(
+            f"{directory}: an adapter of type {kind} is no low-rank difference, as LoRA is",
+            "--method ema averages the stored tensors of adapters of any type",
+        )
+    return read_adapter(directory)
 
 
 def _check_density(method: str, density: float | None) -> None:
@@ -221,9 +235,6 @@ def _provenance(
     counted = [product for product in energy.values() if product is not None]
     total = sum(product.total for product in counted)
     bases = [adapter.config.get("base_model_name_or_path") for adapter in job.adapters]
-    notes = []
-    if len(set(bases)) > 1:
-        notes.append(f"the adapters name different bases: {', '.join(dict.fromkeys(str(base) for base in bases))}")
     return {
         "mergebench": __version__,
         "command": "adapters merge",
@@ -235,11 +246,15 @@ def _provenance(
             {"adapter": str(adapter.directory), "weight": weight, "base_model": base}
             for adapter, weight, base in zip(job.adapters, job.weights, bases, strict=True)
         ],
-        "notes": notes,
+        "notes": files.different_bases(bases),
         "energy_kept": sum(product.kept for product in counted) / total if total else 1.0,
         "modules": {
             module: {"rank": ranks[module], "energy_kept": p.kept / p.total if p and p.total else 1.0}
             for module, p in energy.items()
         },
-        "inputs": [entry for adapter in job.adapters for entry in files.inputs(adapter)],
+        "inputs": [
+            entry
+            for adapter in job.adapters
+            for entry in files.inputs(adapter.directory / name for name in (CONFIG, WEIGHTS))
+        ],
     }

@@ -82,11 +82,8 @@ def is_adapter(directory: Path) -> bool:
 
 def read_adapter(directory: Path) -> Adapter:
     """Read a LoRA directory; `ModelError` where it is none, or of a kind not supported."""
-    config = _config(directory)
-    if not (directory / WEIGHTS).is_file():
-        found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
-        raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
-    header = read_header(directory / WEIGHTS)
+    config, header = read_directory(directory)
+    _check_lora(directory, config)
     parts: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for tensor in header.tensors:
@@ -110,10 +107,11 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(directory, config, header, modules, whole)
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
+    """Config and header of what PEFT saved, of any type; `ModelError` where it is no adapter."""
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{directory}: not an adapter: no {CONFIG}",
             "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
@@ -122,20 +120,32 @@ def _config(directory: Path) -> dict[str, Any]:
         raise RunError(f"{directory / CONFIG}: not readable as JSON") from None
     if not isinstance(config, dict):
         raise RunError(f"{directory / CONFIG}: not a JSON object")
+    if not (directory / WEIGHTS).is_file():
+        found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
+        raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
+    return config, read_header(directory / WEIGHTS)
+
+
+def residual(config: Mapping[str, Any]) -> str | None:
+    """How a LoRA was begun, where that took something out of the base."""
+    start = config.get("init_lora_weights")
+    return start if isinstance(start, str) and start.lower().startswith(_RESIDUAL) else None
+
+
+def _check_lora(directory: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{directory}: adapter type {config.get('peft_type')!r} is not supported, only LORA is")
     for key, what in _UNSUPPORTED.items():
         if config.get(key):
             raise ModelError(f"{directory}: {what} ({key}) is not supported yet")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
+    start = residual(config)
+    if start is not None:
         raise ModelError(
             f"{directory}: init_lora_weights: {start}: its factors belong to a changed base",
             "let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
         raise ModelError(f"{directory / CONFIG}: r and lora_alpha must be numbers")
-    return config
 
 
 def _whole_name(directory: Path, stored: str, name: str, config: Mapping[str, Any]) -> str:

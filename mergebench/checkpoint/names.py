@@ -48,6 +48,8 @@ _PARTS = (
     (".output.dense.", ".mlp.fc2."),
 )
 
+_LAYER = re.compile(r"(?:(.*?)\.)??(\d+)\.(.+)")
+
 Shape = tuple[int, ...]
 
 
@@ -99,6 +101,15 @@ def describe(renamed: Mapping[str, str]) -> str:
         changes[" as ".join(re.sub(r"\b\d+\b", "N", text) for text in both)] += 1
     listed = [text for text, _ in changes.most_common(2)]
     return ", ".join([*listed, *(["..."] if len(changes) > 2 else [])])
+
+
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """`model.layers.3.mlp.up_proj.weight` as (`model.layers`, 3, `mlp.up_proj.weight`); None outside the layers.
+
+    The first number in a name counts: experts and the like are numbered within a layer.
+    """
+    found = _LAYER.fullmatch(name)
+    return (found[1] or "", int(found[2]), found[3]) if found else None
 
 
 def _fits(name: str, shape: Shape, base: Mapping[str, TensorInfo]) -> bool:

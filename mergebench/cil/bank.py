@@ -5,8 +5,8 @@
     heads/01.safetensors         a head (evaluation/head.py) of all classes so far, after the alignment of this task
     heads/01.trained.safetensors the rows of this task's classes, as training left them
     classes/01.safetensors       features under this task's adapter: mean [c, d], count [c], and covariance [c, d, d],
-                                 variance [c, d] or centroids [c, k, d]; prototype [c, d]: means under the first
-                                 task's adapter; frozen [c, d]: means under none
+                                 variance [c, d] or centroids and within [c, k, d] (statistics.py); prototype
+                                 [c, d]: means under the first task's adapter; frozen [c, d]: means under none
 
 What a stage needs is in the files of the tasks up to it, so one finished bank answers as it would have at any stage.
 Nothing here writes into a bank but `BankWriter`, which adds a task.
@@ -101,7 +101,7 @@ class Bank:
         return _head(self.about, self.directory, rows, self.classes_at(stage))
 
     def statistics(self, task: int) -> dict[str, Tensor]:
-        """mean, count, and covariance, variance or centroids of a task's classes; read anew."""
+        """mean, count, and the spread of a task's classes (statistics.py); read anew."""
         tensors = _tensors(self.directory, self.tasks[task], CLASSES)
         return {name: tensor for name, tensor in tensors.items() if name not in ("prototype", "frozen")}
 
@@ -226,7 +226,10 @@ def _check_classes(file: Path, found: Mapping[str, Tensor], about: About, entry:
     centroids = found[about.statistics].shape[1:2] if about.statistics in found else ()
     spread = {"covariance": (width, width), "variance": (width,), "centroids": (*centroids, width)}[about.statistics]
     rows = dict.fromkeys(("mean", "prototype", "frozen"), (classes, width))
-    _fits(file, found, {**rows, "count": (classes,), about.statistics: (classes, *spread)})
+    wanted = {**rows, "count": (classes,), about.statistics: (classes, *spread)}
+    if about.statistics == "centroids":
+        wanted["within"] = wanted["centroids"]
+    _fits(file, found, wanted)
     for name, count in zip(entry.classes, found["count"].tolist(), strict=True):
         if count < 1:
             raise ModelError(f"{file}: class '{name}' counts {count} items", "a class needs at least one")

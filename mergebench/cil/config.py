@@ -47,7 +47,7 @@ class Config(BaseModel):
     bottleneck: Count = 16  # width of the adapters' inner layer
     scale: Positive = 0.1
     dropout: Share = 0.1
-    epochs: Count = 20  # of a task
+    epochs: Annotated[int, Field(ge=0)] = 20  # of a task; 0 leaves the encoder as it is
     batch: Annotated[int, Field(ge=2)] = 48
     lr: Positive = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4

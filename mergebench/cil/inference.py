@@ -18,14 +18,13 @@ from mergebench.cil.manifest import name_of
 from mergebench.cil.retrieval import Retrieval, share
 from mergebench.cil.seen import Seen
 from mergebench.errors import ModelError, RecipeError, RunError
+from mergebench.evaluation.images import Images, Prepared
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.running.content import Contents
-from mergebench.running.features import Pooling
+from mergebench.running.features import Inputs, Pooling
 from mergebench.running.items import COLUMN_HINT, records
 from mergebench.running.machine import device_of
 from mergebench.running.network import Network
-
-LABEL = "label"  # the column, where a file has it
 
 
 @dataclass(frozen=True)
@@ -144,22 +143,28 @@ def open_encoder(bank: Bank, device: torch.device, backbone: str | None = None) 
     return Encoder(Network(model, "AutoModel", device), Pooling(about.features.pooling), about.adapter.scale)
 
 
-def read_items(bank: Bank, file: Path) -> Labelled:
-    """The items of a file, as the bank takes them; `RunError` where a label is none of its classes."""
-    features = bank.about.features
-    _, first = next(records(file), ("", {}))
-    label = LABEL if LABEL in first else None
+def read_items(bank: Bank, file: Path, labelled: bool | None = None) -> Labelled:
+    """The items of a file, as the bank's columns have them; labelled: None for where the file has labels."""
+    columns, features = bank.about.items, bank.about.features
+    if labelled is None:
+        labelled = columns.label in next(records(file), ("", {}))[1]
+    label, content = columns.label if labelled else None, columns.content or features.kind
     try:
         if features.max_length is None:
-            data = read_images(file, "id", "image", label)
+            data = read_images(file, columns.id, content, label)
         else:
-            data = read_texts(file, "id", "text", label, features.max_length)
+            data = read_texts(file, columns.id, content, label, features.max_length)
     except RunError as error:
-        columns = f"columns are id, {features.kind}, and label in every line or in none"
-        raise RunError(error.message, columns if error.hint == COLUMN_HINT else error.hint) from None
+        names = f"columns are {columns.id}, {content}, and {columns.label} in every line or in none"
+        raise RunError(error.message, names if error.hint == COLUMN_HINT else error.hint) from None
     if label is not None:
         data.known(bank.classes, bank.directory)
     return data
+
+
+def loaded(data: Labelled, network: Network) -> Inputs:
+    """Items that are read many times: images are prepared once and stay in memory."""
+    return Prepared(data.inputs, network) if isinstance(data.inputs, Images) else data.inputs
 
 
 _NAME_IT = "name it as it is now with --backbone MODEL"

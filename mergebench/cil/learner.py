@@ -103,7 +103,8 @@ class Learner:
     def _passes(self, items: Items) -> Iterator[list[int]]:
         """A task's items as statistics are gathered: class by class, some batches at once."""
         for label in range(int(items.labels.max()) + 1):
-            yield from map(Tensor.tolist, (items.labels == label).nonzero().flatten().split(PASSES * self.config.batch))
+            own = (items.labels == label).nonzero().flatten()
+            yield from map(Tensor.tolist, torch.split(own, PASSES * self.config.batch))
 
     def _means(self, items: Items, adapter: Adapter | None, tick: Tick, drop: Dropout | None = None) -> Tensor:
         """[c, d]: the mean features of each class."""

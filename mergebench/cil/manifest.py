@@ -4,7 +4,8 @@
  "backbone": {"model": reference, "sha256": of its contents},
  "features": {"kind": "image", "pooling": "cls", "max_length": null},
  "adapter": {"kind": "bottleneck", "scale": 0.1, "bottleneck": 16},
- "statistics": "covariance", "semantics": "paper", "alpha": 0.1, "seed": 0,
+ "statistics": "covariance", "semantics": "paper", "alpha": 0.1, "seed": 0, "batch": 48,
+ "items": {"test": "cache/test.jsonl", "id": "id", "content": "image", "label": "label"},
  "tasks": [{"name": "01", "classes": ["3", "7"], "forwards": 0, "files": {"adapters/01.safetensors": sha256, ...}}]}
 """
 
@@ -52,6 +53,15 @@ class AdapterKind(Part):
     bottleneck: Annotated[int, Field(ge=1)]
 
 
+class Items(Part):
+    """The columns of a file of items, and the file that the bank is to be tested on."""
+
+    test: str | None = None
+    id: Word = "id"
+    content: Word | None = None  # text or image where not given
+    label: Word = "label"
+
+
 class TaskEntry(Part):
     name: Word  # 01, 02, ...
     classes: tuple[Word, ...]
@@ -70,6 +80,8 @@ class About(Part):
     semantics: Literal["paper", "reference"]
     alpha: Annotated[float, Field(ge=0, le=1)]
     seed: Annotated[int, Field(ge=0)]
+    batch: Annotated[int, Field(ge=1)] = 48  # items of a training step
+    items: Items = Items()
     tasks: tuple[TaskEntry, ...] = ()
 
     @property

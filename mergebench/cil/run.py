@@ -25,16 +25,14 @@ from mergebench.cil import report
 from mergebench.cil.bank import Bank, BankWriter, read_bank
 from mergebench.cil.config import Config
 from mergebench.cil.encoder import Encoder
+from mergebench.cil.inference import loaded
 from mergebench.cil.learner import Learner, Left
-from mergebench.cil.manifest import About, AdapterKind, Backbone, name_of
+from mergebench.cil.manifest import About, AdapterKind, Backbone, Items, name_of
 from mergebench.cil.manifest import Features as FeaturesKind
 from mergebench.cil.score import score
-from mergebench.cil.seen import Seen
 from mergebench.cil.split import Data, read_data, split
-from mergebench.evaluation.images import Images, Prepared
-from mergebench.evaluation.labelled import Labelled
 from mergebench.running.content import Contents, sha256_of
-from mergebench.running.features import Inputs, Pooling
+from mergebench.running.features import Pooling
 from mergebench.running.machine import device_of, versions
 from mergebench.running.network import Network
 
@@ -58,7 +56,6 @@ def run_sequence(
     out: Path,
     *,
     device: str = "auto",
-    results: Path = Path("results"),
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -74,7 +71,7 @@ def run_sequence(
     model = open_model(config.backbone)
     data, place = read_data(config), device_of(device)
     sequences = {seed: split(config, data.train.labels, seed) for seed in config.seeds}
-    content = Contents(results).of_model(model)
+    content = Contents(None).of_model(model)
     made_of: list[Any] = [config.model_dump(), [sha256_of(Path(file)) for file in (config.train, config.test)]]
     made_of += [data.train.inputs.key, data.test.inputs.key, content, place.type, versions()]
     fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -186,14 +183,10 @@ class _Work:
             semantics=config.semantics,
             alpha=self.learners[name].alpha,
             seed=seed,
+            batch=config.batch,
+            items=Items(test=config.test, id=config.id, content=config.text or config.image, label=config.label),
         )
 
     def _score(self, bank: Bank, seed: int) -> list[dict[str, Any]]:
         self.what = f"seed {seed}, {bank.directory.name}: scoring"
-        seen = Seen(bank, self.encoder, self.test, self.tick)
-        return score(bank, self.data.test.labels, lambda stage: seen, seed)
-
-
-def loaded(data: Labelled, network: Network) -> Inputs:
-    """Items that are read many times: images are prepared once and stay in memory."""
-    return Prepared(data.inputs, network) if isinstance(data.inputs, Images) else data.inputs
+        return score(bank, self.encoder, self.test, self.data.test.labels, self.tick)

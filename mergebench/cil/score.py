@@ -10,24 +10,23 @@ from torch import Tensor
 
 from mergebench.cil.answers import VARIANTS, Answers, Features
 from mergebench.cil.bank import Bank
-from mergebench.cil.retrieval import LIMIT
+from mergebench.cil.drifting import Drifting
+from mergebench.cil.encoder import Encoder
+from mergebench.cil.retrieval import share
+from mergebench.cil.seen import Seen
 from mergebench.errors import RunError, did_you_mean
+from mergebench.running.features import Inputs
+from mergebench.running.model import Tick
 
 MERGED = {name: name for name in VARIANTS if name != "sequential"}
 UNMERGED = {"sequential": "sequential", "unmerged": "mos"}  # a bank without merging: what its variants are called
 
 
-def score(
-    bank: Bank,
-    labels: Sequence[str],
-    features: Callable[[int], Features],
-    seed: int,
-    stages: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
+def score(bank: Bank, encoder: Encoder, inputs: Inputs, labels: Sequence[str], tick: Tick) -> list[dict[str, Any]]:
     """Records of every variant at every stage, each on the items of the classes so far.
 
-    features: for a stage, what gives an item's features under an adapter. Raises `RunError` where a label is of no
-    class, or a task has no items.
+    Features are made as the bank's semantics has it. Raises `RunError` where a label is of no class, or a task has no
+    items.
     """
     number = {name: i for i, name in enumerate(bank.classes)}
     for label in labels:
@@ -41,37 +40,33 @@ def score(
         if not (tasks == task).any():
             raise RunError(f"{bank.directory}: no item to test is of task {bank.tasks[task].name}")
     records = []
-    for stage in range(len(bank.tasks)) if stages is None else stages:
-        positions = (tasks <= stage).nonzero()[:, 0]
-        seen = features(stage)
+    features, order = _features(bank, encoder, inputs, tick), truth.argsort(stable=True)  # class by class
+    for stage in range(len(bank.tasks)):
+        positions = order[tasks[order] <= stage]
+        seen = features(stage, positions)
         for name, variant in (MERGED if bank.about.alpha else UNMERGED).items():
             answers = VARIANTS[variant](bank, stage, seen, positions)
-            records.append(_record(answers, truth[positions], tasks[positions], stage, name, seed))
+            records.append(_record(answers, truth[positions], tasks[positions], stage, name, bank.about.seed))
     return records
+
+
+def _features(bank: Bank, encoder: Encoder, inputs: Inputs, tick: Tick) -> Callable[[int, Tensor], Features]:
+    """What gives the features of items at a stage."""
+    if bank.about.semantics == "reference":
+        return Drifting(bank, encoder, inputs, bank.about.batch, tick).evaluate
+    seen = Seen(bank, encoder, inputs, tick)
+    return lambda stage, positions: seen
 
 
 def _record(answers: Answers, truth: Tensor, tasks: Tensor, stage: int, name: str, seed: int) -> dict[str, Any]:
     right = (answers.classes == truth).double()
     each = [tasks == task for task in range(stage + 1)]
-    found = answers.retrieval
-    steps = None if found is None else [_share(found.held(step) == tasks) for step in range(LIMIT)]
     return {
         "seed": seed,
         "method": name,
         "stage": stage + 1,
-        "accuracy": _share(right),
-        "by_task": [_share(right[one]) for one in each],
+        "accuracy": share(right),
+        "by_task": [share(right[one]) for one in each],
         "items_by_task": [int(one.sum()) for one in each],
-        "retrieval": None
-        if found is None
-        else {
-            "steps": steps,
-            "evaluations": _share(found.evaluations),
-            "cycles": _share(found.cycle),
-            "agreement": _share(found.agreement),
-        },
+        "retrieval": None if answers.retrieval is None else answers.retrieval.summary(tasks),
     }
-
-
-def _share(values: Tensor) -> float:
-    return float(values.double().mean())

@@ -86,8 +86,9 @@ def train(
         {"params": [weight, bias], "lr": HEAD_RATE * settings.lr},
     ]
     optimiser = torch.optim.SGD(groups, settings.lr, MOMENTUM, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(settings.epochs, 1))
     step = _Step(encoder, items, settings.dropout)
+    loss, right = 0.0, 0
     for _ in range(settings.epochs):
         loss, right = 0.0, 0
         for chosen in _shuffled(len(items.positions), settings.batch, generator):

@@ -1,4 +1,4 @@
-"""`mergebench adapters merge` and `extract`."""
+"""`mergebench adapters merge`, `extract` and `fold`; `drift`, `inspect` and `retrieve` have files of their own."""
 
 from __future__ import annotations
 
@@ -8,23 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
+from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.progress import count_bar, note
+from mergebench.cli.merge import say_notes
+from mergebench.cli.progress import byte_bar, count_bar, note
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
-app = typer.Typer(help="Merge LoRA directories; take one out of a fine-tune.", no_args_is_help=True)
+app = typer.Typer(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
+app.command("drift")(adapter_tables.drift)
+app.command("inspect")(adapter_tables.inspect)
 app.command("retrieve")(retrieve)
 
 
 @app.command("merge")
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="LoRA directories, as PEFT saves them.")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER...", help="LoRA directories, as PEFT saves them; for ema of any type, in order."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Output directory.")],
     method: Annotated[
         str,
         typer.Option(
-            help="linear, cat, svd, ties, dare_linear, dare_ties, pcb, magnitude_prune, knots, tsv_m, iso_c or iso_cts."
+            help="linear, cat, svd, ties, dare_linear, dare_ties, pcb, magnitude_prune, knots, tsv_m, iso_c, iso_cts: "
+            "what the adapters do. ema: the stored tensors of the last, toward the mean of those before it."
         ),
     ] = "linear",
     weights: Annotated[
@@ -37,33 +47,75 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="The model the adapters belong to; needed where one is DoRA.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of random masks. Default: 0.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="ema: the share of the mean. Default: 0.1.")] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="ema: write every adapter, merged toward those before it as they are given.")
+    ] = False,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Merge LoRA directories into one that PEFT loads: what they do is merged, not their factors."""
-    from mergebench.adapters import merge_adapters
-    from mergebench.adapters.files import kept_text
+    """Merge adapters into one that PEFT loads: what LoRAs do, or by ema the tensors of any type."""
+    given = {"--weights": weights, "--density": density, "--rank": rank, "--base": base, "--seed": seed}
+    given = given if method == "ema" else {"--alpha": alpha, "--all": all_ or None}
+    for option, value in given.items():
+        if value is not None:
+            takes = "it takes --alpha and --all" if method == "ema" else f"{option} belongs to --method ema"
+            raise RecipeError(f"{option}: '{method}' takes none", takes)
+    quiet = quiet or json_
+    if method == "ema":
+        from mergebench.adapters.sequence import ALPHA, merge_sequence
+
+        share = ALPHA if alpha is None else alpha
+        result = merge_sequence(adapters, out, alpha=share, every=all_, overwrite=overwrite)
+        said = adapter_tables.sequence_text(result.provenance)
+    else:
+        from mergebench.adapters import merge_adapters
+        from mergebench.adapters.files import kept_text
+
+        numbers = None if weights is None else _numbers(weights)
+        how: dict[str, Any] = {"method": method, "weights": numbers, "density": density, "rank": rank, "base": base}
+        result = merge_adapters(adapters, out, **how, seed=seed or 0, overwrite=overwrite)
+        name = result.provenance["method"]["name"]
+        said = (
+            f"{'copied' if result.provenance['copied'] else f'{name} in delta space'}: {kept_text(result.provenance)}"
+        )
+    for line in result.provenance["notes"]:
+        note(f"warning: {line}", quiet)
+    note(f"{said}, {result.provenance['seconds']:.1f} s", quiet)
+    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
+
+
+@app.command("fold")
+def fold(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it.")],
+    base: Annotated[str, typer.Option(help="The model it was trained on.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")],
+    memory: opt.Memory = "400MiB",
+    workers: opt.Workers = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    shard_size: opt.ShardSize = "4GB",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Fold a LoRA into its base: a checkpoint that needs no adapter."""
+    from mergebench import api
 
     quiet = quiet or json_
-    result = merge_adapters(
-        adapters,
-        out,
-        method=method,
-        weights=None if weights is None else _numbers(weights),
-        density=density,
-        rank=rank,
-        base=base,
-        seed=seed,
-        overwrite=overwrite,
-    )
-    made = result.provenance
-    for line in made["notes"]:
-        note(f"warning: {line}", quiet)
-    what = "copied" if made["copied"] else f"{made['method']['name']} in delta space"
-    note(f"{what}: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    sizes = {"memory": opt.parse_size(memory, "--memory"), "shard_size": opt.parse_size(shard_size, "--shard-size")}
+    plan = api.plan_fold(base, adapter, workers=workers, **sizes)
+    say_notes(plan, quiet)
+    with byte_bar("folding", plan.bytes_read, quiet) as progress:
+        result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
+    if result.already_done:
+        note(f"{out}: already finished, nothing to resume", quiet)
+    else:
+        adapted = len(plan.merge.reference.deltas)
+        seconds = result.provenance["seconds"]
+        note(f"{adapter} folded into {adapted} tensors of {base}: wrote {out} in {seconds:.1f} s", quiet)
+    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
 
 
 @app.command("extract")

@@ -20,7 +20,6 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Backbone, data, tasks.")],
     out: Annotated[Path | None, typer.Option(help="Output directory. Default: banks/<config's name>.")] = None,
     device: opt.Device = "auto",
-    results: opt.Results = Path("results"),
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
@@ -38,7 +37,6 @@ def run(
             loaded,
             target,
             device=opt.check_device(device),
-            results=results,
             resume=resume,
             overwrite=overwrite,
             progress=progress,
@@ -52,6 +50,32 @@ def run(
         typer.echo(json.dumps({"out": str(done.out), **done.results}))
     else:
         _show(done.results["records"])
+
+
+@app.command("eval")
+def evaluate(
+    banks: Annotated[list[Path], typer.Argument(metavar="BANK...", help="Banks, or what cil run wrote.")],
+    test: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Items to test on. Default: those that the bank names.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
+    ] = None,
+    device: opt.Device = "auto",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Score banks at every stage, MOS whole and without each of its parts. Banks are only read."""
+    from mergebench.cil.evaluate import evaluate_banks
+
+    with work_bar(quiet or json_) as progress:
+        records = evaluate_banks(
+            banks, test=test, backbone=backbone, device=opt.check_device(device), progress=progress
+        )
+    if json_:
+        typer.echo(json.dumps({"banks": [str(bank) for bank in banks], "records": records}))
+    else:
+        _show(records)
 
 
 def _show(records: list[dict[str, object]]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
 from mergebench.cli.patch import show
 from mergebench.cli.progress import human
@@ -28,10 +29,14 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards, adapter."""
     from mergebench.checkpoint import open_model
+    from mergebench.checkpoint.adapter import is_adapter
     from mergebench.checkpoint.patch import is_patch
 
     if is_patch(Path(model)):
         show(Path(model), json_)
+        return
+    if is_adapter(Path(model)) and not any(Path(model).glob("model*.safetensors")):
+        adapter_tables.inspect([Path(model)], json_)
         return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [

@@ -38,6 +38,8 @@ def retrieve(
     quiet = quiet or json_
     with count_bar("encoding", quiet) as progress:
         found = infer(bank, data, stage=stage, backbone=backbone, device=opt.check_device(device), progress=progress)
+    if found.bank.about.semantics == "reference":
+        note("the bank was learnt as the published code does it; its adapters are used as stored, and stay so", quiet)
     items, about = found.items(), found.summary()
     if json_:
         typer.echo(json.dumps({"bank": str(bank), **about, "items": items}))

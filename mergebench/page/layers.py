@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergebench.checkpoint.names import layer_of
 from mergebench.engine.profile import Counts
 from mergebench.page import figures
 from mergebench.page.figures import INK, LINE, MARKS, SERIES, Figure
 from mergebench.page.parts import Fold, Gallery, Section, Table, cells
 from mergebench.page.profile import Profile
 from mergebench.page.sources import Sources
-from mergebench.recipe.varying import layer_of
 
 OUTSIDE = "other"  # embeddings, last norm, head
 MERGE = "the merge"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mergebench.checkpoint.names import layer_of
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import comes_before
-from mergebench.recipe.varying import layer_of
 
 SHOWN = 3  # names in a note
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from mergebench import methods
 from mergebench.checkpoint import TensorInfo
+from mergebench.checkpoint.names import layer_of
 from mergebench.errors import RecipeError
 from mergebench.recipe.places import Loc, Places, show
-from mergebench.recipe.varying import fits, layer_of
+from mergebench.recipe.varying import fits
 
 # What mergekit calls a part, and how names of its tensors begin, or go on after a dot.
 _PROJECTOR = ("multi_modal_projector", "mm_projector", "visual.merger", "visual.deepstack_merger_list")

@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from mergebench.checkpoint.names import layer_of
+
 _GLOB = re.compile(r"[*?[]")
-_LAYER = re.compile(r"(?:(.*?)\.)??(\d+)\.(.+)")
 
 
 def varies(value: Any) -> bool:
@@ -53,15 +54,6 @@ def fits(pattern: str | None, name: str) -> bool:
     if len(pattern) > 1 and pattern[0] == pattern[-1] == "/":
         return re.search(pattern[1:-1], name) is not None
     return fnmatch.fnmatchcase(name, pattern) if _GLOB.search(pattern) else pattern in name
-
-
-def layer_of(name: str) -> tuple[str, int, str] | None:
-    """`model.layers.3.mlp.up_proj.weight` as (`model.layers`, 3, `mlp.up_proj.weight`); None outside the layers.
-
-    The first number in a name counts: experts and the like are numbered within a layer.
-    """
-    found = _LAYER.fullmatch(name)
-    return (found[1] or "", int(found[2]), found[3]) if found else None
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import is_vocabulary, tied_to
 from mergebench.checkpoint.header import FP8
+from mergebench.checkpoint.names import layer_of
 from mergebench.checkpoint.rows import choose
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe import tokenizers
@@ -23,7 +24,6 @@ from mergebench.recipe.places import Loc
 from mergebench.recipe.recipe import Recipe
 from mergebench.recipe.resolve import locate_named
 from mergebench.recipe.tokens import TokenSource, Vocabulary
-from mergebench.recipe.varying import layer_of
 
 Ids = NDArray[np.int64]
 

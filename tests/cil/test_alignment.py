@@ -75,21 +75,22 @@ def test_only_the_head_moves_and_the_generator_decides_how() -> None:
     assert not any(tensor.requires_grad for tensor in (*now, *first))
 
 
-def test_one_epoch_is_so_many_steps_of_sgd() -> None:
+def test_epochs_are_so_many_steps_of_sgd_at_rates_of_a_cosine() -> None:
     tasks, (weight, bias) = statistics(), head()
-    found = align(weight, bias, tasks, epochs=1, lr=0.1, batch=4, weight_decay=0.01, generator=generator(3))
+    found = align(weight, bias, tasks, epochs=2, lr=0.1, batch=4, weight_decay=0.01, generator=generator(3))
     random = generator(3)
-    rows, classes = draw(tasks, 20, random)
-    order = torch.randperm(120, generator=random)
     theta = torch.cat([weight, bias[:, None]], 1).double()
     velocity = torch.zeros_like(theta)
-    rows = torch.cat([rows, torch.ones(120, 1)], 1).double()
-    for step in range(6):  # as many as classes
-        part = order[20 * step : 20 * step + 20]
-        error = (rows[part] @ theta.T).softmax(1)
-        error[torch.arange(20), classes[part]] -= 1
-        velocity = 0.9 * velocity + error.T @ rows[part] / 20 + 0.01 * theta
-        theta = theta - 0.1 * velocity
+    for rate in (0.1, 0.05):
+        rows, classes = draw(tasks, 20, random)
+        order = torch.randperm(120, generator=random)
+        rows = torch.cat([rows, torch.ones(120, 1)], 1).double()
+        for step in range(6):  # as many as classes
+            part = order[20 * step : 20 * step + 20]
+            error = (rows[part] @ theta.T).softmax(1)
+            error[torch.arange(20), classes[part]] -= 1
+            velocity = 0.9 * velocity + error.T @ rows[part] / 20 + 0.01 * theta
+            theta = theta - rate * velocity
 
     torch.testing.assert_close(torch.cat([found[0], found[1][:, None]], 1).double(), theta, atol=1e-5, rtol=0)
 

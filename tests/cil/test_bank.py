@@ -106,10 +106,11 @@ def test_statistics_must_be_what_the_manifest_says(tmp_path: Path) -> None:
         writer = BankWriter(tmp_path / kind, about(statistics=kind))
         with pytest.raises(ModelError, match=f"{kind} is missing|{kind} has"):
             writer.add("ab", **given | {"statistics": {"mean": mean, "count": count, kind: mean[0]}})
+        names = (kind, "within") if kind == "centroids" else (kind,)
+        whole = {"mean": mean, "count": count, **{name: torch.ones(2, *spread) for name in names}}
         with pytest.raises(ModelError, match="class 'b' counts 0 items"):
-            empty = {"mean": mean, "count": torch.tensor([3, 0]), kind: torch.ones(2, *spread)}
-            writer.add("ab", **given | {"statistics": empty})
-        writer.add("ab", **given | {"statistics": {"mean": mean, "count": count, kind: torch.ones(2, *spread)}})
+            writer.add("ab", **given | {"statistics": whole | {"count": torch.tensor([3, 0])}})
+        writer.add("ab", **given | {"statistics": whole})
         assert read_bank(tmp_path / kind).statistics(0)[kind].shape == (2, *spread)
 
 

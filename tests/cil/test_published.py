@@ -18,7 +18,8 @@ from mergebench.cil.bank import Bank, BankWriter, read_bank
 from mergebench.cil.drifting import Drifting
 from mergebench.cil.encoder import Encoder
 from mergebench.cil.manifest import AdapterKind, Features
-from mergebench.cil.semantics import merging_of
+from mergebench.cil.seen import Seen
+from mergebench.cil.semantics import in_pass, merging_of
 from mergebench.cil.statistics import of_classes
 from mergebench.cil.training import Items, Settings, train
 from mergebench.running.features import Pooling
@@ -150,12 +151,14 @@ def test_an_evaluation_is_of_its_order_and_asks_may_come_in_any(encoder: Encoder
     torch.testing.assert_close(seen(1, order[:4]), first(1, order[:4]))
 
 
-def test_passes_beyond_count_are_one(encoder: Encoder, bank: Bank) -> None:
-    """After so many that nothing of the adapter's own is left."""
+@pytest.mark.parametrize("passes", [6, 40, 10**6])
+def test_only_passes_that_change_nothing_are_taken_together(encoder: Encoder, bank: Bank, passes: int) -> None:
     every, images = torch.arange(4), Pixels(gold.asked()[:4])
-    far, mean = (Drifting(bank, encoder, images, 1, quiet) for _ in range(2))
-    far.forwards, mean.forwards = [10**6] * 3, [40] * 3
-    torch.testing.assert_close(far.evaluate(2, every)(2, every), mean.evaluate(2, every)(2, every), **CLOSE)
+    drifting = Drifting(bank, encoder, images, 4, quiet)
+    drifting.forwards = [passes] * 3
+    adapter = in_pass(bank.adapter(1), bank.adapter(0), gold.ALPHA, encoder.blocks, passes)
+    expected = encoder.features(images, range(4), adapter, quiet)
+    torch.testing.assert_close(drifting.evaluate(2, every)(1, every), expected, atol=1e-6, rtol=0)
 
 
 def test_training_and_statistics_are_the_published_ones(encoder: Encoder) -> None:
@@ -182,3 +185,19 @@ def test_training_and_statistics_are_the_published_ones(encoder: Encoder) -> Non
     torch.testing.assert_close(found.spread, STORED["covariance"], **CLOSE)
     for name, tensor in left.items():
         torch.testing.assert_close(tensor, STORED[f"left/{name}"], **CLOSE)
+
+
+def test_in_the_papers_semantics_answers_depend_on_nothing_but_the_item(encoder: Encoder, bank: Bank) -> None:
+    """Not on the batch, the order or how often they were asked for."""
+    before, images = hashes(bank.directory), Pixels(gold.asked())
+    every = torch.arange(gold.ASKED)
+    whole = Seen(bank, encoder, images, quiet)
+    expected = mos(bank, gold.TASKS - 1, whole, every).classes
+    for batch in (16, 5, 1):
+        seen, order = Seen(bank, encoder, images, quiet), torch.randperm(gold.ASKED)
+        for _ in range(2):
+            found = torch.cat([mos(bank, gold.TASKS - 1, seen, part).classes for part in order.split(batch)])
+            assert torch.equal(found, expected[order])
+        for task in range(gold.TASKS):
+            torch.testing.assert_close(seen(task, every), whole(task, every), **CLOSE)
+    assert hashes(bank.directory) == before

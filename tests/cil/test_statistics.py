@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from mergebench.cil.bank import BankWriter, read_bank
 from mergebench.cil.statistics import ClassStatistics, of_classes
 from mergebench.errors import RunError
+from tests.cil.conftest import WIDTH, about, parts
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -95,6 +99,17 @@ def test_tensors_say_all_and_a_generator_decides_the_rest(kind: str) -> None:
     assert read.kind == kind
     assert torch.equal(read.draw(7, generator(1)), again.draw(7, generator(1)))
     assert all(tensor.shape[0] == 2 for tensor in one.tensors().values())
+
+
+@pytest.mark.parametrize("kind", ["covariance", "variance", "centroids"])
+def test_a_bank_keeps_them(kind: str, tmp_path: Path) -> None:
+    rows, labels = items(WIDTH)
+    one = of_classes(rows, labels, ["a", "b"], kind, generator())
+    writer = BankWriter(tmp_path / "bank", about(statistics=kind))
+    writer.add(["a", "b"], **parts(0, 2, 0, statistics=one.tensors()))
+    read = ClassStatistics.of_tensors(read_bank(tmp_path / "bank").statistics(0))
+
+    assert torch.equal(read.draw(3, generator(1)), one.draw(3, generator(1)))
 
 
 def test_large_features_keep_a_covariance_that_can_be_drawn_from() -> None:

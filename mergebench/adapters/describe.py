@@ -1,0 +1,123 @@
+"""What an adapter is, told from its settings and header, and how large it is in every layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mergebench.adapters.stored import Stored, read_stored, together
+from mergebench.checkpoint.adapter import Factors, read_adapter
+from mergebench.checkpoint.read import Files, whole
+from mergebench.errors import ModelError, RunError
+
+_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "bias of B"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """An adapter at a glance; of ranks, scales and stored types, all that occur."""
+
+    name: str
+    adapter: str
+    kind: str
+    variants: list[str]
+    base: str | None
+    ranks: list[int]
+    scales: list[float]
+    targets: list[str]
+    saved_whole: list[str]
+    tensors: int
+    parameters: int
+    dtypes: list[str]
+    bytes: int
+    norm_of: str  # differences (scale B A) or tensors (as they are stored)
+    norm: float
+    norms: dict[str, float]  # by layer
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe_adapter(path: str | Path) -> Description:
+    """Describe a PEFT directory of any type, or a single .safetensors file.
+
+    The norms are those of the differences scale B A where a LoRA is made of these, else of its tensors. Raises
+    `ModelError` where it is no adapter, `RunError` where it is damaged or not finite.
+    """
+    read = read_stored(path)
+    factors = _factors(read)
+    differences = bool(factors) and not read.settings.get("use_dora")
+    squares = _of_differences(read, factors) if differences else _of_tensors(read)
+    return Description(
+        name=read.name,
+        adapter=str(path),
+        kind=read.kind,
+        variants=[name for key, name in _VARIANTS.items() if read.settings.get(key)],
+        base=read.base,
+        ranks=sorted({one.rank for one in factors.values()} or _widths(read)),
+        scales=sorted({one.scale for one in factors.values()} or _scale(read)),
+        targets=_names(read, "target_modules"),
+        saved_whole=_names(read, "modules_to_save"),
+        tensors=len(read.tensors),
+        parameters=read.parameters,
+        dtypes=sorted({tensor.dtype for tensor in read.tensors.values()}),
+        bytes=sum(file.stat().st_size for file in read.files),
+        norm_of="differences" if differences else "tensors",
+        norm=math.sqrt(sum(squares.values())),
+        norms={layer: math.sqrt(square) for layer, square in squares.items()},
+    )
+
+
+def _names(read: Stored, key: str) -> list[str]:
+    """Modules that a setting names: a list of them, or one pattern."""
+    value = read.settings.get(key) or []
+    return sorted(map(str, value)) if isinstance(value, list) else [str(value)]
+
+
+def _factors(read: Stored) -> dict[str, Factors]:
+    """A LoRA's factors, by the name of A; none where it is of a sort that is not read as such."""
+    try:
+        return {one.a.name: one for one in read_adapter(read.path).modules.values()} if read.kind == "LORA" else {}
+    except ModelError:
+        return {}
+
+
+def _of_differences(read: Stored, factors: dict[str, Factors]) -> dict[str, float]:
+    """|s B A|^2 = s^2 <B'B, A A'> by layer: no matrix of the model's size."""
+    found: dict[str, float] = {}
+    with Files() as files:
+        for layer, names in read.layers.items():
+            for one in (factors[name] for name in names if name in factors):
+                a, b = whole(files, one.a).double(), whole(files, one.b).double()
+                square = one.scale**2 * float((b.T @ b).mul_(a @ a.T).sum())
+                if not math.isfinite(square):
+                    raise RunError(f"{one.a.file}: '{one.a.name}' or its B holds NaN or infinity")
+                found[layer] = found.get(layer, 0.0) + max(square, 0.0)
+    return found
+
+
+def _of_tensors(read: Stored) -> dict[str, float]:
+    with Files() as files:
+        return {
+            layer: sum(
+                float(row.double().square().sum()) for name in names for _, (row,) in together(files, [read], name)
+            )
+            for layer, names in read.layers.items()
+        }
+
+
+def _widths(read: Stored) -> set[int]:
+    """The ranks of what is no LoRA: of a bottleneck its width, of other types what they call r."""
+    rank = read.settings.get("r")
+    if isinstance(rank, int):
+        return {rank}
+    return {tensor.shape[0] for name, tensor in read.tensors.items() if name.endswith(".down.weight") and tensor.shape}
+
+
+def _scale(read: Stored) -> set[float]:
+    try:
+        return {float(read.settings["scale"])}
+    except (KeyError, TypeError, ValueError):
+        return set()

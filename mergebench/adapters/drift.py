@@ -1,0 +1,91 @@
+"""How far the adapters of a sequence lie from one another: from the mean of those before, and by their angles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.adapters.stored import check_alike, read_stored, together
+from mergebench.checkpoint.read import Files
+from mergebench.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Of some tensors taken together, n adapters: `dots` [n, n], and `moved` [n], the squared distances to the mean
+    of those before (the first has none); float64."""
+
+    dots: Tensor
+    moved: Tensor
+
+    def __add__(self, other: Apart) -> Apart:
+        return Apart(self.dots + other.dots, self.moved + other.moved)
+
+    @property
+    def norms(self) -> list[float]:
+        return self.dots.diagonal().sqrt().tolist()
+
+    @property
+    def drift(self) -> list[float | None]:
+        """|A_b - mean of A_1 .. A_b-1| / |A_b|; None for the first, and for one that is all zero."""
+        lengths = zip(self.moved.sqrt().tolist(), self.norms, strict=True)
+        return [distance / norm if at and norm else None for at, (distance, norm) in enumerate(lengths)]
+
+    @property
+    def cosines(self) -> list[list[float | None]]:
+        """Of the angle between each two; None where one is all zero."""
+        norms = self.norms
+        return [
+            [dot / (a * b) if a and b else None for dot, b in zip(row, norms, strict=True)]
+            for row, a in zip(self.dots.tolist(), norms, strict=True)
+        ]
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"norms": self.norms, "drift": self.drift, "cosines": self.cosines}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A sequence of adapters, compared on their stored tensors."""
+
+    names: list[str]
+    kind: str
+    total: Apart
+    layers: dict[str, Apart]  # by depth; what is in no layer last
+    tensors: int
+
+
+def adapter_drift(adapters: Sequence[str | Path]) -> Drift:
+    """Compare the adapters of a sequence, two or more, in the order of their tasks.
+
+    Raises `RecipeError` for fewer, `ModelError` where they do not fit together, `RunError` where one is damaged or
+    not finite.
+    """
+    if len(adapters) < 2:
+        raise RecipeError("drift compares the adapters of a sequence", "name two or more")
+    read = [read_stored(adapter) for adapter in adapters]
+    check_alike(read)
+    layers = {}
+    with Files() as files:
+        for layer, names in read[0].layers.items():
+            layers[layer] = sum((_apart(rows) for name in names for _, rows in together(files, read, name)), _NONE)
+    names = [adapter.name for adapter in read]
+    if len(set(names)) < len(names):
+        names = [str(adapter.path) for adapter in read]
+    return Drift(names, read[0].kind, sum(layers.values(), _NONE), layers, sum(map(len, read[0].layers.values())))
+
+
+_NONE = Apart(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+
+
+def _apart(rows: Sequence[Tensor]) -> Apart:
+    values = torch.stack(list(rows)).double()
+    means = values.cumsum(0) / torch.arange(1, len(values) + 1, dtype=torch.float64)[:, None]
+    moved = torch.zeros(len(values), dtype=torch.float64)
+    moved[1:] = (values[1:] - means[:-1]).square().sum(1)
+    return Apart(values @ values.T, moved)

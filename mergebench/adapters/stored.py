@@ -1,0 +1,200 @@
+"""Any adapter as what is stored of it: tensors by name, and the settings that say what they do.
+
+A directory as PEFT saves it, of any type, or one .safetensors file with its settings in the metadata, as the adapters
+of a bank are. Headers only; the data of several are read side by side, in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, is_adapter, read_directory, residual
+from mergebench.checkpoint.header import Header, TensorInfo, read_header
+from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.patched import METADATA as PATCH
+from mergebench.checkpoint.read import TORCH_DTYPE, Files
+from mergebench.engine.noise import TILE
+from mergebench.errors import ModelError, RunError
+
+OUTSIDE = "other"  # what belongs to no layer
+# which modules have tensors; that is told by the tensors' names
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# what says nothing of what the tensors do: where they come from, how they were begun and trained
+_ABOUT = (
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "task_type",
+    "inference_mode",
+    "peft_version",
+    "format",
+)
+_TRAINING = ("init_", "runtime_")
+_HINT = "number by number, only adapters of one type, with equal settings and tensors, go together"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter of any type, settings and header read and checked."""
+
+    path: Path  # as the user wrote it
+    settings: dict[str, Any]  # adapter_config.json, or the metadata of a single file
+    header: Header
+
+    @property
+    def is_directory(self) -> bool:
+        return self.header.file != self.path
+
+    @property
+    def name(self) -> str:
+        """The directory's, or the file's without its ending."""
+        path = self.path.resolve() if self.path.name in ("", "..") else self.path  # a link keeps its own
+        return path.name if self.is_directory else path.stem
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path / CONFIG, self.path / WEIGHTS] if self.is_directory else [self.path]
+
+    @property
+    def kind(self) -> str:
+        """PEFT's type, such as LORA; of a single file what it says, such as bottleneck."""
+        return str(self.settings.get("peft_type" if self.is_directory else "kind", "tensors"))
+
+    @property
+    def base(self) -> str | None:
+        base = self.settings.get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """In file order."""
+        return {tensor.name: tensor for tensor in self.header.tensors}
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.header.tensors)
+
+    @property
+    def layers(self) -> dict[str, list[str]]:
+        """The names of the floats in each layer, by depth; what is in none of them last."""
+        found: dict[tuple[str, int], list[str]] = {}
+        outside: list[str] = []
+        for name, info in self.tensors.items():
+            if info.is_float:
+                layer = layer_of(name.removeprefix(PREFIX))
+                (outside if layer is None else found.setdefault(layer[:2], [])).append(name)
+        inside = {f"{stack}.{number}".lstrip("."): found[stack, number] for stack, number in sorted(found)}
+        return inside | ({OUTSIDE: outside} if outside else {})
+
+
+def read_stored(path: str | Path) -> Stored:
+    """Read a PEFT directory or a single .safetensors file; `ModelError` where it is no adapter."""
+    path = Path(path)
+    if path.is_dir():
+        inside = [*path.glob("*.safetensors"), *(config.parent for config in path.glob(f"*/{CONFIG}"))]
+        if inside and not is_adapter(path) and not (path / "config.json").exists():
+            raise ModelError(f"{path}: not an adapter: no {CONFIG}", f"name what it holds, such as {min(inside)}")
+        settings, header = read_directory(path)
+        if not isinstance(settings.get("peft_type"), str):
+            raise ModelError(f"{path / CONFIG}: it names no peft_type", "name a directory as PEFT saves it")
+    elif path.suffix == ".safetensors" and path.exists():
+        if path.name == WEIGHTS and is_adapter(path.parent):
+            raise ModelError(f"{path}: its settings are in {CONFIG} beside it", f"name the directory: {path.parent}")
+        header = read_header(path)
+        settings = dict(header.metadata)
+        if PATCH in settings:
+            raise ModelError(f"{path}: it is a patch, not an adapter", "mergebench patch show tells what it holds")
+    elif path.exists():
+        raise ModelError(f"{path}: not an adapter", "a directory as PEFT saves it, or a .safetensors file")
+    else:
+        raise ModelError(
+            f"{path}: no such file or directory",
+            "adapters are read from this machine, as PEFT directories or .safetensors files",
+        )
+    if not header.tensors:
+        raise ModelError(f"{path}: the adapter holds no tensors")
+    return Stored(path, settings, header)
+
+
+def check_alike(adapters: Sequence[Stored]) -> None:
+    """`ModelError` where numbers in the same place of two adapters do not mean the same: other settings or tensors."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        _check_settings(first, other)
+        _check_tensors(first, other)
+
+
+def together(files: Files, adapters: Sequence[Stored], name: str) -> Iterator[tuple[int, list[Tensor]]]:
+    """A tensor of all adapters in flat pieces: where each begins, and a row an adapter; floats as float32.
+
+    `RunError` where one is not finite, `ModelError` where numbers that are no floats differ.
+    """
+    infos = [adapter.tensors[name] for adapter in adapters]
+    for start in range(0, infos[0].numel, TILE):
+        rows: list[Tensor] = []
+        for info in infos:
+            row = torch.empty(min(TILE, info.numel - start), dtype=TORCH_DTYPE[info.dtype])
+            files.read_elements(info, start, row)
+            if info.is_float:
+                row = row.float()
+                if not torch.isfinite(row).all():
+                    raise RunError(f"{info.file}: '{name}' holds NaN or infinity", "use another adapter")
+            elif rows and not torch.equal(row, rows[0]):
+                other = adapters[len(rows)].path
+                raise ModelError(f"{name}: {adapters[0].path} and {other} hold other {info.dtype} numbers", _HINT)
+            rows.append(row)
+        yield start, rows
+
+
+def _check_settings(first: Stored, other: Stored) -> None:
+    if first.is_directory != other.is_directory or first.kind != other.kind:
+        what = f"{first.path} is of type {first.kind}, {other.path} of type {other.kind}"
+        raise ModelError(what, _HINT)
+    for key in {**first.settings, **other.settings}:
+        mine, theirs = _setting(first, key), _setting(other, key)
+        if mine != theirs and key not in _SELECTION:
+            both = key in first.settings and key in other.settings
+            # what one does not have is at its default there: None, or a number or word that is not known here
+            if both or not first.is_directory or isinstance(mine or theirs, bool | list | dict):
+                raise _differ(key, first, other)
+
+
+def _check_tensors(first: Stored, other: Stored) -> None:
+    for one, two in ((first, other), (other, first)):
+        missing = next((name for name in one.tensors if name not in two.tensors), None)
+        if missing is not None:
+            if _setting(one, "target_modules") != _setting(two, "target_modules"):
+                raise _differ("target_modules", first, other)
+            raise ModelError(f"{two.path}: it has no tensor '{missing}', {one.path} has", _HINT)
+    for name, mine in first.tensors.items():
+        theirs = other.tensors[name]
+        if mine.shape != theirs.shape:
+            what = f"{first.path} has {list(mine.shape)}, {other.path} has {list(theirs.shape)}"
+            raise ModelError(f"{name}: {what}", _HINT)
+        if mine.dtype != theirs.dtype and not (mine.is_float and theirs.is_float):
+            raise ModelError(f"{name}: {first.path} has {mine.dtype}, {other.path} has {theirs.dtype}", _HINT)
+
+
+def _setting(adapter: Stored, key: str) -> Any:
+    """What a setting says of the tensors: none, off and empty are the same, and lists of names have no order."""
+    if key == "init_lora_weights":
+        return residual(adapter.settings)
+    if key in _ABOUT or key.startswith(_TRAINING) or "dropout" in key:
+        return None
+    value = adapter.settings.get(key) or None
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def _differ(key: str, first: Stored, other: Stored) -> ModelError:
+    said = [json.dumps(adapter.settings.get(key))[:200] for adapter in (first, other)]
+    what = f"{key}: {first.path} has {said[0]}, {other.path} has {said[1]}"
+    lora = "; LoRAs of any rank: --method linear" * (first.kind == "LORA")
+    return ModelError(what, _HINT + lora)
