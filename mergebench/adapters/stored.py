@@ -86,7 +86,7 @@ class Stored:
     def layers(self) -> dict[str, list[str]]:
         """The names of the floats in each layer, by depth; what is in none of them last."""
         found: dict[tuple[str, int], list[str]] = {}
-        outside = []
+        outside: list[str] = []
         for name, info in self.tensors.items():
             if info.is_float:
                 layer = layer_of(name.removeprefix(PREFIX))

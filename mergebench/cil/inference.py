@@ -155,9 +155,8 @@ def read_items(bank: Bank, file: Path, labelled: bool | None = None) -> Labelled
         else:
             data = read_texts(file, columns.id, content, label, features.max_length)
     except RunError as error:
-        names = f"'{columns.id}', '{content}'" + (f" and '{label}'" if label else "")
-        hint = f"the bank's columns are {names}" if error.hint == COLUMN_HINT else error.hint
-        raise RunError(error.message, hint) from None
+        names = f"columns are {columns.id}, {content}, and {columns.label} in every line or in none"
+        raise RunError(error.message, names if error.hint == COLUMN_HINT else error.hint) from None
     if label is not None:
         data.known(bank.classes, bank.directory)
     return data

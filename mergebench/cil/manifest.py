@@ -127,7 +127,9 @@ def read_manifest(directory: Path) -> About:
         about = About.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         missing = "no such directory" if not directory.exists() else f"not a bank: it has no {MANIFEST}"
-        raise ModelError(f"{directory}: {missing}", "mergebench cil run writes banks") from None
+        inside = sorted(directory.glob(f"*/*/{MANIFEST}"))  # as cil run leaves them, a seed and a kind each
+        hint = f"it holds banks, such as {inside[0].parent}" if inside else "mergebench cil run writes banks"
+        raise ModelError(f"{directory}: {missing}", hint) from None
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:

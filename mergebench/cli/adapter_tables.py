@@ -66,7 +66,7 @@ def inspect(
         "base": [one.base or "" for one in found],
         "rank": [_range(one.ranks) for one in found],
         "scale": [_range(one.scales) for one in found],
-        "targets": [", ".join(one.targets) for one in found],
+        "targets": ["\n".join(one.targets) for one in found],
         "saved whole": [", ".join(one.saved_whole) for one in found],
         "tensors": [f"{one.tensors} ({', '.join(one.dtypes)})" for one in found],
         "parameters": [f"{one.parameters:,}" for one in found],

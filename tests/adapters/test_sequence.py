@@ -19,7 +19,7 @@ from torch import Tensor
 from mergebench.adapters import adapter_drift, merge_adapters, merge_sequence
 from mergebench.adapters.sequence import merged
 from mergebench.engine.noise import TILE
-from mergebench.errors import ModelError, RecipeError
+from mergebench.errors import ModelError, RecipeError, RunError
 from tests.adapters.test_merge import PROJECTIONS, loaded, save
 from tests.conftest import Cli
 
@@ -104,6 +104,20 @@ def test_settings_are_kept(sequence: list[Path], tmp_path: Path) -> None:
     merge_sequence([*sequence[:3], tmp_path / "out" / "04.safetensors"], tmp_path / "again")
 
 
+def test_each_keeps_its_type(sequence: list[Path], tmp_path: Path) -> None:
+    kinds, given = (torch.float32, torch.bfloat16, torch.float16, torch.float64), []
+    for path, kind in zip(sequence, kinds, strict=True):
+        given.append({name: value.to(kind) for name, value in load_file(path).items()})
+        save_file(given[-1], path, metadata={"kind": "bottleneck", "scale": "0.1"})
+    merge_sequence(sequence, tmp_path / "out", alpha=0.4, every=True)
+    for at in range(1, 4):
+        found = load_file(tmp_path / "out" / sequence[at].name)
+        assert {value.dtype for value in found.values()} == {kinds[at]}
+        for name, value in formula(given[: at + 1], 0.4).items():  # float32 inside, also where more is stored
+            tolerance = max(torch.finfo(kind).eps for kind in (kinds[at], torch.float32))
+            torch.testing.assert_close(found[name].double(), value.double(), rtol=2 * tolerance, atol=1e-6)
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_alpha_zero_and_one_adapter_are_copies(sequence: list[Path], tmp_path: Path, every: bool) -> None:
     sequence[3] = bottleneck(tmp_path / "04.safetensors", 4, zero=torch.tensor([-0.0, 0.0]))
@@ -130,6 +144,14 @@ def test_affine() -> None:
     sequence = [torch.randn(50) for _ in range(5)]
     for plain, moved in zip(merged(sequence, 0.3), merged([3 * one - 2 for one in sequence], 0.3), strict=True):
         torch.testing.assert_close(moved, 3 * plain - 2)
+
+
+def test_too_far_apart(tmp_path: Path) -> None:
+    for name, value in (("1", 3e38), ("2", -3e38)):
+        save_file({"x": torch.tensor([value])}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(RunError, match="x: the adapters are too far apart for float32"):
+        merge_sequence([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], tmp_path / "out")
+    assert names(tmp_path) == ["1.safetensors", "2.safetensors"]
 
 
 def test_numbers_that_are_no_floats(tmp_path: Path) -> None:
@@ -198,11 +220,16 @@ def test_peft_loads_what_is_merged(base: Path, tmp_path: Path, kind: str) -> Non
 
 def test_settings_that_say_nothing_of_the_tensors(base: Path, tmp_path: Path) -> None:
     """Where it was trained and how; lists in another order; what a newer version writes."""
-    one, two = base / "lora", tmp_path / "two"
+    one, two = changed(base / "lora", tmp_path / "one", a_list=["q", "k"]), tmp_path / "two"
     shutil.copytree(one, two)
     config = json.loads((two / "adapter_config.json").read_text())
     config |= {"lora_dropout": 0.5, "inference_mode": False, "init_lora_weights": "gaussian", "task_type": None}
-    config |= {"target_modules": config["target_modules"][::-1], "peft_version": "0", "rank_pattern": None}
+    config |= {
+        "target_modules": config["target_modules"][::-1],
+        "a_list": ["k", "q"],
+        "peft_version": "0",
+        "rank_pattern": None,
+    }
     config |= {"a_number_of_tomorrow": 16, "a_switch_of_tomorrow": False, "a_word_of_tomorrow": "none"}
     (two / "adapter_config.json").write_text(json.dumps(config))
     merge_sequence([one, two], tmp_path / "out")
