@@ -44,9 +44,7 @@ def bank_of(backbone: Path, directory: Path, kind: str = "text") -> Path:
     encoder = Encoder(Network(model, "AutoModel", torch.device("cpu")), Pooling("cls"), 0.5)
     features = Features.model_validate({"kind": kind, "pooling": "cls", "max_length": 16 if kind == "text" else None})
     where = Backbone(model=str(backbone), sha256=content)
-    return write_bank(
-        directory, blocks=encoder.blocks, width=encoder.width, backbone=where, features=features
-    )
+    return write_bank(directory, blocks=encoder.blocks, width=encoder.width, backbone=where, features=features)
 
 
 @pytest.fixture(scope="module")
