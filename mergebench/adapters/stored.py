@@ -66,7 +66,7 @@ class Stored:
     @property
     def kind(self) -> str:
         """PEFT's type, such as LORA; of a single file what it says, such as bottleneck."""
-        return str(self.settings.get("peft_type" if self.is_directory else "kind", "tensors"))
+        return str(self.settings.get("peft_type" if self.is_directory else "kind", "untyped"))
 
     @property
     def base(self) -> str | None:
