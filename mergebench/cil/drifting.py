@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from mergebench.cil.answers import NONE
 from mergebench.cil.bank import Bank
 from mergebench.cil.encoder import Encoder
+from mergebench.cil.seen import Seen
 from mergebench.cil.semantics import in_pass, mean_of
 from mergebench.running.features import Inputs
 from mergebench.running.model import Tick
@@ -29,47 +29,35 @@ class Drifting:
     def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, batch: int, tick: Tick) -> None:
         self.bank, self.encoder, self.inputs, self.batch, self.tick = bank, encoder, inputs, batch, tick
         self.forwards = [task.forwards for task in bank.tasks]
-        kept = (1 - bank.about.alpha) ** len(encoder.blocks)
-        self._last = math.ceil(math.log(GONE) / math.log(kept)) if 0 < kept < 1 else 0
 
     def evaluate(self, stage: int, order: Tensor) -> Evaluation:
         """The next evaluation: of the items at positions `order`, in that order, under the adapters up to `stage`."""
-        before = list(self.forwards)
+        found = Evaluation(self, order)
         for task in range(stage + 1):
             self.forwards[task] += math.ceil(len(order) / self.batch)
-        place = torch.full((len(self.inputs),), -1)
-        place[order] = torch.arange(len(order)) // self.batch
-        return Evaluation(self, before, place)
-
-    def _features(self, task: int, forwards: int, positions: Tensor) -> Tensor:
-        """Under a task's adapter after so many passes."""
-        adapter = None if task == NONE else self.bank.adapter(task)
-        if adapter is not None and task > 0:
-            mean = mean_of([self.bank.adapter(one) for one in range(task)]) or {}
-            adapter = in_pass(adapter, mean, self.bank.about.alpha, self.encoder.blocks, forwards)
-        return self.encoder.features(self.inputs, positions.tolist(), adapter, self.tick)
-
-    def _settled(self, forwards: Tensor) -> Tensor:
-        """Numbers of passes, those after which nothing changes any more made one."""
-        return forwards.clamp(max=self._last)
+        return found
 
 
-class Evaluation:
-    """One evaluation's features; asking again gives the same, as the published loop looks at each item once."""
+class Evaluation(Seen):
+    """The features of one evaluation; asking again gives the same, for its loop takes each item once."""
 
-    def __init__(self, drifting: Drifting, before: list[int], place: Tensor) -> None:
-        self._drifting, self._before, self._place = drifting, before, place
-        self._rows: dict[tuple[int, int], Tensor] = {}
+    def __init__(self, drifting: Drifting, order: Tensor) -> None:
+        super().__init__(drifting.bank, drifting.encoder, drifting.inputs, drifting.tick)
+        self._before = list(drifting.forwards)
+        self._batch = torch.zeros(len(drifting.inputs), dtype=torch.int64)
+        self._batch[order] = torch.arange(len(order)) // drifting.batch
+        kept = (1 - self.bank.about.alpha) ** len(self.encoder.blocks)
+        self._settled = math.ceil(math.log(GONE) / math.log(kept)) if 0 < kept < 1 else 0
 
-    def __call__(self, adapter: int, positions: Tensor) -> Tensor:
-        """[positions, d] float32 under a task's adapter, or under none (-1)."""
-        missing = torch.tensor([one for one in positions.tolist() if (adapter, one) not in self._rows])
-        if len(missing):
-            fixed = adapter <= 0  # no adapter, or the first task's
-            passes = torch.zeros_like(missing) if fixed else self._before[adapter] + self._place[missing]
-            passes = self._drifting._settled(passes)
-            for number in torch.unique(passes).tolist():
-                here = missing[passes == number]
-                rows = self._drifting._features(adapter, number, here)
-                self._rows.update({(adapter, one): row for one, row in zip(here.tolist(), rows, strict=True)})
-        return torch.stack([self._rows[adapter, one] for one in positions.tolist()])
+    def make(self, adapter: int, positions: Tensor) -> Tensor:
+        if adapter <= 0:  # none, or the first task's
+            return super().make(adapter, positions)
+        alpha, blocks = self.bank.about.alpha, self.encoder.blocks
+        stored, mean = self.bank.adapter(adapter), mean_of([self.bank.adapter(one) for one in range(adapter)]) or {}
+        passes = (self._before[adapter] + self._batch[positions]).clamp(max=self._settled)  # alike from there on
+        rows = torch.empty(len(positions), self.encoder.width)
+        for number in torch.unique(passes).tolist():
+            here = passes == number
+            used = in_pass(stored, mean, alpha, blocks, number)
+            rows[here] = self.encoder.features(self.inputs, positions[here].tolist(), used, self.tick)
+        return rows

@@ -40,9 +40,9 @@ def score(bank: Bank, encoder: Encoder, inputs: Inputs, labels: Sequence[str], t
         if not (tasks == task).any():
             raise RunError(f"{bank.directory}: no item to test is of task {bank.tasks[task].name}")
     records = []
-    features = _features(bank, encoder, inputs, tick)
+    features, order = _features(bank, encoder, inputs, tick), truth.argsort(stable=True)  # class by class
     for stage in range(len(bank.tasks)):
-        positions = (tasks <= stage).nonzero()[:, 0]
+        positions = order[tasks[order] <= stage]
         seen = features(stage, positions)
         for name, variant in (MERGED if bank.about.alpha else UNMERGED).items():
             answers = VARIANTS[variant](bank, stage, seen, positions)

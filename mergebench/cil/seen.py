@@ -31,7 +31,11 @@ class Seen:
         missing = positions[~known[positions]]
         if len(missing):
             self.asked += len(missing)
-            weights = None if adapter == NONE else self.bank.adapter(adapter)
-            rows[missing] = self.encoder.features(self.inputs, missing.tolist(), weights, self.tick)
+            rows[missing] = self.make(adapter, missing)
             known[missing] = True
         return rows[positions]
+
+    def make(self, adapter: int, positions: Tensor) -> Tensor:
+        """The same, made now."""
+        weights = None if adapter == NONE else self.bank.adapter(adapter)
+        return self.encoder.features(self.inputs, positions.tolist(), weights, self.tick)

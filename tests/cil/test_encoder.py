@@ -105,7 +105,7 @@ def test_blocks_by_hand(family: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def texts() -> Texts:
-    words = ["good film", "a bad bad film and a long one", "the end", "good", "one more of them", "bad"]
+    words = ["w1 w2", "w4 w3 w3 w2 w5 w4 w6 w7", "w8 w9", "w1", "w7 w10 w11 w12", "w3"]
     return Texts(words, 16)
 
 

@@ -18,6 +18,7 @@ from mergebench.cil.bank import Bank, BankWriter, read_bank
 from mergebench.cil.drifting import Drifting
 from mergebench.cil.encoder import Encoder
 from mergebench.cil.manifest import AdapterKind, Features
+from mergebench.cil.seen import Seen
 from mergebench.cil.semantics import in_pass, merging_of
 from mergebench.cil.statistics import of_classes
 from mergebench.cil.training import Items, Settings, train
@@ -184,3 +185,19 @@ def test_training_and_statistics_are_the_published_ones(encoder: Encoder) -> Non
     torch.testing.assert_close(found.spread, STORED["covariance"], **CLOSE)
     for name, tensor in left.items():
         torch.testing.assert_close(tensor, STORED[f"left/{name}"], **CLOSE)
+
+
+def test_in_the_papers_semantics_answers_depend_on_nothing_but_the_item(encoder: Encoder, bank: Bank) -> None:
+    """Not on the batch, the order or how often they were asked for."""
+    before, images = hashes(bank.directory), Pixels(gold.asked())
+    every = torch.arange(gold.ASKED)
+    whole = Seen(bank, encoder, images, quiet)
+    expected = mos(bank, gold.TASKS - 1, whole, every).classes
+    for batch in (16, 5, 1):
+        seen, order = Seen(bank, encoder, images, quiet), torch.randperm(gold.ASKED)
+        for _ in range(2):
+            found = torch.cat([mos(bank, gold.TASKS - 1, seen, part).classes for part in order.split(batch)])
+            assert torch.equal(found, expected[order])
+        for task in range(gold.TASKS):
+            torch.testing.assert_close(seen(task, every), whole(task, every), **CLOSE)
+    assert hashes(bank.directory) == before

@@ -17,7 +17,7 @@ from mergebench.running.features import Pooling, Texts
 from mergebench.running.network import Network
 from tests.evaluation.conftest import Files, write_encoder
 
-WORDS = ["good film", "a bad bad film and a long one", "the end", "good", "one more of them", "bad", "end", "a film"]
+WORDS = ["w1 w2", "w4 w3 w3 w2 w5 w4 w6 w7", "w8 w9", "w1", "w7 w10 w11 w12", "w3", "w9", "w4 w2"]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
 SETTINGS = Settings(epochs=3, batch=3, lr=0.2, weight_decay=0.01, orthogonality=0.3, dropout=0.0)
 ALPHA = 0.3
