@@ -129,5 +129,5 @@ VARIANTS: Mapping[str, Variant] = {
 
 def cosine(rows: Tensor, others: Tensor) -> Tensor:
     """[n, C]: the cosine of rows [n, d] and others [C, d]; zero with a row of zeros."""
-    lengths = rows.norm(dim=1, keepdim=True).clamp(min=TINY)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=TINY)
     return rows @ normalize(others, dim=1).T / lengths
