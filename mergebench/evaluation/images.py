@@ -60,7 +60,7 @@ class Images:
         return torch.cat([pooling(*_encode(network, part, pooling)) for part in parts])
 
     def held(self, network: Network) -> Images:
-        """The same for reading many times: prepared once and kept in memory, where a quarter of what is free will do."""
+        """The same to be read many times: prepared once, kept in memory where a quarter of what is free will do."""
         free, one = available_memory(), self._pixels(network, 0)
         if free is not None and 4 * len(self) * one.numel() * one.element_size() > free:
             return self
