@@ -73,12 +73,13 @@ class Experiment:
 
 
 def own_parts(bank: Bank) -> str:
-    """Of every adapter but the first: how far it is from the mean of those before, by its own norm."""
+    """Of every adapter but the first: how far U, which began as zero, is from the mean of those before, by its norm."""
     shares = []
     for task in range(1, len(bank.tasks)):
         adapter, mean = bank.adapter(task), mean_of([bank.adapter(one) for one in range(task)]) or {}
-        away = sum((tensor - mean[name]).square().sum() for name, tensor in adapter.items())
-        shares.append(f"{bank.tasks[task].name} {(away / sum(t.square().sum() for t in adapter.values())).sqrt():.1%}")
+        ups = {name: tensor for name, tensor in adapter.items() if name.endswith(".up.weight")}
+        away = sum((tensor - mean[name]).square().sum() for name, tensor in ups.items())
+        shares.append(f"{bank.tasks[task].name} {(away / sum(t.square().sum() for t in ups.values())).sqrt():.1%}")
     return ", ".join(shares)
 
 
@@ -100,7 +101,7 @@ def main() -> None:
     experiment = Experiment(bank, encoder, loaded(data, encoder.network), data.labels)
     print(f"Commit {commit()}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}.")
     print(f"A bank of {len(bank.tasks)} tasks trained in {bank.about.semantics} semantics, {len(data.rows)} items.")
-    print(f"Distance from the mean of those before, by the adapter's norm: {own_parts(bank)}.\n")
+    print(f"Distance of an adapter's U from the mean of those before, by its own norm: {own_parts(bank)}.\n")
     print(
         "| evaluation | batch | accuracy | differs from the first | differs from paper |\n|---|---|---|---|---|",
         flush=True,

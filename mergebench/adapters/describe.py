@@ -10,6 +10,7 @@ from typing import Any
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.adapter import Factors, read_adapter
 from mergebench.checkpoint.read import Files, whole
+from mergebench.engine.threads import one_thread
 from mergebench.errors import ModelError, RunError
 
 _VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "bias of B"}
@@ -49,7 +50,8 @@ def describe_adapter(path: str | Path) -> Description:
     read = read_stored(path)
     factors = _factors(read)
     differences = bool(factors) and not read.settings.get("use_dora")
-    squares = _of_differences(read, factors) if differences else _of_tensors(read)
+    with one_thread():
+        squares = _of_differences(read, factors) if differences else _of_tensors(read)
     return Description(
         name=read.name,
         adapter=str(path),

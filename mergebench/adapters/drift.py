@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mergebench.adapters.stored import check_alike, read_stored, together
 from mergebench.checkpoint.read import Files
+from mergebench.engine.memory import keep_freed_memory
+from mergebench.engine.threads import one_thread
 from mergebench.errors import RecipeError
 
 
@@ -71,7 +73,8 @@ def adapter_drift(adapters: Sequence[str | Path]) -> Drift:
     read = [read_stored(adapter) for adapter in adapters]
     check_alike(read)
     layers = {}
-    with Files() as files:
+    keep_freed_memory()
+    with Files() as files, torch.inference_mode(), one_thread():  # whose dot products are short
         for layer, names in read[0].layers.items():
             layers[layer] = sum((_apart(rows) for name in names for _, rows in together(files, read, name)), _NONE)
     names = [adapter.name for adapter in read]
@@ -85,7 +88,9 @@ _NONE = Apart(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.
 
 def _apart(rows: Sequence[Tensor]) -> Apart:
     values = torch.stack(list(rows)).double()
-    means = values.cumsum(0) / torch.arange(1, len(values) + 1, dtype=torch.float64)[:, None]
-    moved = torch.zeros(len(values), dtype=torch.float64)
-    moved[1:] = (values[1:] - means[:-1]).square().sum(1)
+    moved, total = torch.zeros(len(values), dtype=torch.float64), values[0].clone()
+    for at, value in enumerate(values[1:], 1):
+        distance = total.div(at).sub_(value)
+        moved[at] = distance.dot(distance)
+        total += value
     return Apart(values @ values.T, moved)

@@ -27,7 +27,9 @@ from mergebench.adapters.stored import Stored, check_alike, read_stored, togethe
 from mergebench.checkpoint.read import TORCH_DTYPE, Files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
 from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, create, write_atomically, write_error
+from mergebench.engine.memory import keep_freed_memory
 from mergebench.engine.run import Result
+from mergebench.engine.threads import one_thread
 from mergebench.errors import RecipeError, RunError
 
 ALPHA = 0.1  # the paper's
@@ -63,7 +65,8 @@ def merge_sequence(
     _check_names([read[at] for at in written])
     check_target(out, [adapter.path for adapter in read], overwrite)
     check_room(out, sum(read[at].header.size for at in written))
-    with Staging(out, "", resume=False) as staging, ExitStack() as stack:
+    keep_freed_memory()
+    with Staging(out, "", resume=False) as staging, one_thread(), ExitStack() as stack:
         opened: dict[int, ShardFiles] = {}
         for at in written:
             place = staging.directory / read[at].name if every and read[at].is_directory else staging.directory

@@ -29,15 +29,10 @@ OUTSIDE = "other"  # what belongs to no layer
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # what says nothing of what the tensors do: where they come from, how they were begun and trained
 _ABOUT = (
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "task_type",
-    "inference_mode",
-    "peft_version",
-    "format",
-)
-_TRAINING = ("init_", "runtime_")
+    "base_model_name_or_path", "tokenizer_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode",
+    "peft_version", "runtime_config", "format",
+)  # fmt: skip
+_TRAINING = ("init", "dropout")  # in their names
 _HINT = "number by number, only adapters of one type, with equal settings and tensors, go together"
 
 
@@ -66,7 +61,7 @@ class Stored:
     @property
     def kind(self) -> str:
         """PEFT's type, such as LORA; of a single file what it says, such as bottleneck."""
-        return str(self.settings.get("peft_type" if self.is_directory else "kind", "tensors"))
+        return str(self.settings.get("peft_type" if self.is_directory else "kind", "untyped"))
 
     @property
     def base(self) -> str | None:
@@ -187,7 +182,7 @@ def _setting(adapter: Stored, key: str) -> Any:
     """What a setting says of the tensors: none, off and empty are the same, and lists of names have no order."""
     if key == "init_lora_weights":
         return residual(adapter.settings)
-    if key in _ABOUT or key.startswith(_TRAINING) or "dropout" in key:
+    if key in _ABOUT or any(part in key for part in _TRAINING):
         return None
     value = adapter.settings.get(key) or None
     return sorted(map(str, value)) if isinstance(value, list) else value

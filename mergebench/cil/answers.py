@@ -21,7 +21,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.functional import linear, normalize
 
 from mergebench.cil.bank import Bank
@@ -130,5 +129,5 @@ VARIANTS: Mapping[str, Variant] = {
 
 def cosine(rows: Tensor, others: Tensor) -> Tensor:
     """[n, C]: the cosine of rows [n, d] and others [C, d]; zero with a row of zeros."""
-    lengths: Tensor = vector_norm(rows, dim=1, keepdim=True).clamp(min=TINY)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=TINY)
     return rows @ normalize(others, dim=1).T / lengths

@@ -23,40 +23,48 @@ from mergebench.recipe.places import Places, show
 from mergebench.recipe.source import find, parse, plain, text_of
 
 Word = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+SHAPE = "a run needs backbone, train, test and tasks"
+
+
+def _key(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default, description=help, **limits)
 
 
 class Config(BaseModel):
     """Every key with its default; those of training are the paper's for CIFAR-100 (arXiv:2412.09441)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    backbone: Word  # a directory, BASE+ADAPTER or org/name; its weights stay as they are
-    train: Word  # JSON lines: an id, a text or an image's path, a label each
-    test: Word  # the same, of other items
-    id: Word = "id"  # columns
-    text: Word | None = None
-    image: Word | None = None
-    label: Word = "label"
-    tasks: Count | list[list[Word]]  # how many, their classes drawn by the seed; or the classes of each
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
-    pooling: Literal["mean", "cls", "cls+mean"] | None = None  # of the last states; cls for images, mean for texts
-    max_length: Annotated[int, Field(ge=2)] = 128  # tokens a text is cut to
-    bottleneck: Count = 16  # width of the adapters' inner layer
-    scale: Positive = 0.1
-    dropout: Share = 0.1
-    epochs: Annotated[int, Field(ge=0)] = 20  # of a task; 0 leaves the encoder as it is
-    batch: Annotated[int, Field(ge=2)] = 48
-    lr: Positive = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    orthogonality: Annotated[float, Field(ge=0)] = 0.1
-    alpha: Annotated[float, Field(gt=0, le=1)] = 0.1  # how far each merge goes toward the mean of the adapters before
-    statistics: Literal["covariance", "variance", "centroids"] = "covariance"
-    align_epochs: Count = 30
-    align_lr: Positive = 0.005
-    semantics: Literal["paper", "reference"] = "paper"
+    backbone: Word = _key(..., "the encoder, a directory, BASE+ADAPTER or org/name; its weights stay as they are")
+    train: Word = _key(..., "the items to learn from, JSON lines: an id, a text or an image's path, a label each")
+    test: Word = _key(..., "the items to be tested on, in the same form")
+    id: Word = _key("id", "the column with the item's id")
+    text: Word | None = _key(None, "the column with the text, where the items are texts")
+    image: Word | None = _key(None, "the column with the image's path, where the items are images")
+    label: Word = _key("label", "the column with the label")
+    tasks: Annotated[int, Field(ge=1)] | list[list[Word]] = _key(
+        ..., "tasks: 5, their classes drawn by the seed, or tasks: [[cat, dog], [car, bus]]; numbers need quotes"
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = _key([0, 1, 2], "one run each: seeds: [0, 1, 2]", min_length=1)
+    pooling: Literal["mean", "cls", "cls+mean"] | None = _key(
+        None, "of the last states; cls for images and mean for texts, where not given"
+    )
+    max_length: int = _key(128, "tokens a text is cut to", ge=2)
+    bottleneck: int = _key(16, "the width of an adapter's inner layer", ge=1)
+    scale: float = _key(0.1, "what an adapter's output is multiplied by", gt=0)
+    dropout: float = _key(0.1, "the share of an adapter's inner layer that training leaves out", ge=0, lt=1)
+    epochs: int = _key(20, "of a task's training; 0 leaves the encoder as it is", ge=0)
+    batch: int = _key(48, "items of a training step", ge=2)
+    lr: float = _key(0.03, "the learning rate of the adapters, ten times the head's", gt=0)
+    weight_decay: float = _key(5e-4, "of SGD", ge=0)
+    orthogonality: float = _key(0.1, "the weight of the loss that keeps features of different items apart", ge=0)
+    alpha: float = _key(0.1, "how far each merge goes toward the mean of the adapters before", gt=0, le=1)
+    statistics: Literal["covariance", "variance", "centroids"] = _key(
+        "covariance", "what is kept of a class's features"
+    )
+    align_epochs: int = _key(30, "of the head's alignment", ge=1)
+    align_lr: float = _key(0.005, "its learning rate", gt=0)
+    semantics: Literal["paper", "reference"] = _key("paper", "reference: as the published code merges")
 
     @property
     def kind(self) -> Literal["image", "text"]:
@@ -78,8 +86,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         places = Places({(): str(path)})
         data, folders = parse(text_of(path), str(path), places), [path.parent]
     if not isinstance(data, dict):
-        hint = "begin with backbone:, train:, test: and tasks:"
-        raise places.error((), f"must be a mapping, got {show(data)}", hint)
+        raise places.error((), f"must be a mapping, got {show(data)}", SHAPE)
     try:
         config = Config.model_validate(data, strict=True)
     except ValidationError as error:
@@ -88,7 +95,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         what = "text or image: one of them says what the items are"
         raise places.error((), what, "image: COLUMN with their paths, or text: COLUMN")
     if len(set(config.seeds)) < len(config.seeds):
-        raise places.error(("seeds",), "a seed is given twice")
+        raise places.error(("seeds",), "a seed is given twice", "one run each")
     found = {}
     for key in ("train", "test"):
         file = find(getattr(config, key), folders)
@@ -105,15 +112,14 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
 def _said(error: ValidationError, data: Mapping[str, Any], places: Places) -> Exception:
     """The first complaint, at its place."""
     first = error.errors()[0]
-    loc = tuple(part for part in first["loc"] if part in data or isinstance(part, int) or len(first["loc"]) == 1)
+    key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return places.error(loc, "no such key", did_you_mean(str(loc[-1]), Config.model_fields))
+        return places.error((key,), "no such key", did_you_mean(key, Config.model_fields))
+    help = Config.model_fields[key].description
     if first["type"] == "missing":
-        return places.error(loc, "missing", "a run needs backbone, train, test and tasks")
-    if loc[:1] == ("tasks",):
-        what = f"must be a number of tasks or the classes of each, got {show(data['tasks'])}"
-        return places.error(
-            loc[:1], what, "tasks: 5, or tasks: [[cat, dog], [car, bus]]; quote classes that are numbers"
-        )
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return places.error(loc, f"{message}, got {show(first['input'])}")
+        return places.error((key,), "missing", f"{SHAPE}: {help}")
+    if key == "tasks":
+        what = f"must be a number of tasks or the classes of each, got {show(data[key])}"
+    else:
+        what = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {show(first['input'])}"
+    return places.error((key,), what, help)

@@ -12,16 +12,14 @@ adapter is told by one number, the forward passes it has been through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Adapter = Mapping[str, Tensor]
-
-SEMANTICS = ("paper", "reference")
+from mergebench.cil.encoder import Adapter
 
 
 class Merging(Protocol):
@@ -91,7 +89,7 @@ def in_pass(adapter: Adapter, mean: Adapter, alpha: float, blocks: Sequence[str]
     merges = {block: len(blocks) * before + number for number, block in enumerate(blocks, 1)}
     with torch.no_grad():
         return {
-            name: tensor.lerp(mean[name], share(alpha, merges[name.rsplit(".", 2)[0]]))
+            name: tensor.lerp(mean[name].to(tensor.device), share(alpha, merges[name.rsplit(".", 2)[0]]))
             for name, tensor in adapter.items()
         }
 
@@ -112,4 +110,4 @@ def mean_of(adapters: Sequence[Adapter]) -> dict[str, Tensor] | None:
 def _merge(adapter: Adapter, mean: Adapter, alpha: float, merges: int) -> None:
     with torch.no_grad():
         for name, tensor in adapter.items():
-            tensor.lerp_(mean[name], share(alpha, merges))
+            tensor.lerp_(mean[name].to(tensor.device), share(alpha, merges))

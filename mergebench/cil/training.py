@@ -10,6 +10,7 @@ the head's is a tenth of the adapter's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy, linear
 from mergebench.cil.encoder import Dropout, Encoder
 from mergebench.cil.semantics import Merging
 from mergebench.errors import RunError
-from mergebench.running.batch import CPU_TOKENS, batches, run_batches
+from mergebench.running.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
 from mergebench.running.features import Inputs
 from mergebench.running.model import Tick
 
@@ -133,9 +134,11 @@ class _Step:
         positions = [self.items.positions[i] for i in chosen]
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in used.items()}
         drop = Dropout(self.dropout, int(torch.randint(2**62, (), generator=generator))) if self.dropout else None
-        # parts by length alone: the same on any machine
-        parts = batches([self.lengths[i] for i in positions], CPU_TOKENS)
         device = self.encoder.network.device
+        lengths = [self.lengths[i] for i in positions]
+        # two parts or more, by length alone: the same whatever the number of cores
+        most = min(CPU_TOKENS, math.ceil(sum(lengths) / 2)) if device.type == "cpu" else GPU_TOKENS
+        parts = batches(lengths, most)
 
         def forward(part: list[int]) -> Tensor:
             here = [positions[i] for i in part]

@@ -13,6 +13,7 @@ from mergebench.cli import options as opt
 from mergebench.cli.progress import human
 
 _ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
+MOST = 8  # adapters that have a column each: a terminal is no wider
 
 
 def drift(
@@ -30,22 +31,25 @@ def drift(
         about = {"adapters": list(map(str, adapters)), "names": found.names, "kind": found.kind}
         typer.echo(json.dumps({**about, "tensors": found.tensors, **found.total.to_plain(), "layers": layers}))
         return
-    numbers = [str(number) for number in range(1, len(found.names) + 1)]
-    table = _table("", "adapter", "norm", "drift", *[f"cos {number}" for number in numbers[:-1]])
-    for at, (name, norm, moved, cosines) in enumerate(
-        zip(found.names, found.total.norms, found.total.drift, found.total.cosines, strict=True)
-    ):
-        table.add_row(numbers[at], name, _short(norm), _share(moved), *[_share(cosine) for cosine in cosines[:at]])
+    count = len(found.names)
+    titles = [f"cos {at + 1}" for at in range(count - 1)] if count <= MOST else ["cos 1", "cos before"]
+    table = _table("", "adapter", "norm", "drift", *titles)
+    for at, (name, cosines) in enumerate(zip(found.names, found.total.cosines, strict=True)):
+        lengths = [_short(found.total.norms[at]), _share(found.total.drift[at])]
+        before = cosines[:at] if count <= MOST or not at else [cosines[0], cosines[at - 1]]
+        table.add_row(str(at + 1), name, *lengths, *map(_share, before))
     table.columns[1].justify = "left"
     _print(table)
     typer.echo()
-    table = _table("drift in", *numbers[1:])
+    last = range(1, count)[-MOST:]
+    table = _table("drift in", *[str(at + 1) for at in last])
     for layer, apart in found.layers.items():
-        table.add_row(layer, *[_share(moved) for moved in apart.drift[1:]])
+        table.add_row(layer, *[_share(apart.drift[at]) for at in last])
     _print(table)
+    more = " All of them: --json." * (count > MOST)
     typer.echo(
         f"\n{found.tensors} tensors as they are stored ({found.kind}). "
-        "Drift: |A - mean of those before| / |A|; cos: of the angle to the others."
+        f"Drift: |A - mean of those before| / |A|; cos: of the angle to the others.{more}"
     )
 
 

@@ -82,5 +82,5 @@ def _show(records: list[dict[str, object]]) -> None:
     from mergebench.cil import report
 
     styled = sys.stdout.isatty()
-    typer.echo(report.stages(records, styled=styled))
+    typer.echo(report.stages(records, styled=styled) + "\n")
     typer.echo(report.table(records, styled=styled))

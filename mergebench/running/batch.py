@@ -7,29 +7,18 @@ the work itself), and the bits do not depend on the number of cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from mergebench.engine.threads import one_thread as one_thread
 from mergebench.running.model import Tick
 
 T = TypeVar("T")
 
 CPU_TOKENS, GPU_TOKENS = 512, 32_768  # in a batch, padding included
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread for a while; what begins afterwards has as many as before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -375,6 +375,14 @@ def test_drift_on_the_command_line(cli: Cli, base: Path, sequence: list[Path], t
     assert first == ["1", "01", f"{found.total.norms[0]:.4f}"] and third == ["3", "zero", "0.0000"]
     assert second[-1] == f"{found.total.cosines[1][0]:.4f}"
     assert ("5 tensors as they are stored (bottleneck)." in out and last[0] == "Drift:") or last[0] == "5"
+    # of many, what fits on a terminal
+    many = [*sequence, zero, *sequence, sequence[1]]
+    total = adapter_drift(many).total
+    out = cli("adapters", "drift", *many).out
+    assert "All of them: --json." in out
+    assert out.splitlines()[0].split() == ["adapter", "norm", "drift", "cos", "1", "cos", "before"]
+    assert f"drift in {' '.join(map(str, range(3, 11)))} layers.0" in " ".join(out.split())
+    assert f" {total.cosines[9][0]:.4f} {total.cosines[9][8]:.4f}" in " ".join(out.split())
     code, out, _ = cli("adapters", "drift", *sequence[:2], zero, "--json")
     document = json.loads(out)
     assert code == 0 and document["layers"]["layers.1"] == found.layers["layers.1"].to_plain()

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mergebench.cil.config import load_config
+from mergebench.cil.split import read_data, split
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 CACHE = RECIPES / "continual" / "cache"
 pytest.importorskip("onnx")
@@ -124,3 +127,15 @@ def test_the_page_counts_right_and_no_item_is_on_two_sides(name: str) -> None:
     page = (RECIPES / "continual" / "README.md").read_text(encoding="utf-8")
     assert f"`{name}.yaml` | {', '.join(str(len(rows)) for rows in parts.values())} " in page
     assert len({frozenset(row["label"] for row in rows) for rows in parts.values()}) == 1
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (CACHE / "nouns").is_dir(), reason="python recipes/continual/fetch.py fetches it")
+@pytest.mark.parametrize("file", sorted((RECIPES / "continual").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_reads_and_divides(file: Path) -> None:
+    config = load_config(file)
+    data = read_data(config)
+    tasks = split(config, data.train.labels, 0)
+
+    assert len(tasks) == 5 and len({len(task) for task in tasks}) == 1
+    assert {name for task in tasks for name in task} == set(data.test.labels)
