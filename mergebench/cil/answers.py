@@ -21,12 +21,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from mergebench.cil.bank import Bank
 from mergebench.cil.retrieval import Ask, Retrieval, retrieve
 from mergebench.evaluation.head import Head
 
+TINY = 1e-12
 NONE = -1  # the adapter of the backbone alone
 Features = Callable[[int, Tensor], Tensor]  # an adapter, positions [m] -> features [m, d]; seen.py is one
 
@@ -73,11 +74,14 @@ def mos(
 
     The prototypes' own answer is the first guess. That their branch gets sharper with b is the authors' code.
     """
-    linear, tasks = head(bank, stage), bank.task_of
+    classifier, tasks = head(bank, stage), bank.task_of
     cosines = cosine(features(0, positions), bank.prototypes(stage))
+    scores, scored = torch.empty_like(cosines), torch.full_like(positions, NONE)  # logits, and under which adapter
 
     def logits(adapter: int, items: Tensor) -> Tensor:
-        return linear.logits(features(adapter, positions[items]))
+        found = linear(features(adapter, positions[items]), classifier.weight, classifier.bias)
+        scores[items], scored[items] = found, adapter
+        return found
 
     def ask(adapter: int, items: Tensor) -> Tensor:
         return tasks[logits(adapter, items).argmax(1)]
@@ -85,10 +89,8 @@ def mos(
     chosen = choose(tasks[cosines.argmax(1)], ask, stage)
     retrieval = chosen if isinstance(chosen, Retrieval) else None
     adapter = chosen.adapter if isinstance(chosen, Retrieval) else chosen
-    scores = torch.empty_like(cosines)
-    for one in torch.unique(adapter).tolist():
-        items = (adapter == one).nonzero()[:, 0]
-        scores[items] = logits(one, items)
+    for one in torch.unique(adapter[scored != adapter]).tolist():  # never asked, or another one asked since
+        logits(one, ((adapter == one) & (scored != one)).nonzero()[:, 0])
     if ensemble:
         scores = scores.softmax(1) + ((stage + 1) * cosines).softmax(1)
     return Answers(scores.argmax(1), adapter, retrieval)
@@ -127,4 +129,5 @@ VARIANTS: Mapping[str, Variant] = {
 
 def cosine(rows: Tensor, others: Tensor) -> Tensor:
     """[n, C]: the cosine of rows [n, d] and others [C, d]; zero with a row of zeros."""
-    return normalize(rows, dim=1) @ normalize(others, dim=1).T
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=TINY)
+    return rows @ normalize(others, dim=1).T / lengths

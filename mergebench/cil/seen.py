@@ -33,7 +33,7 @@ class Seen:
             self.asked += len(missing)
             rows[missing] = self.make(adapter, missing)
             known[missing] = True
-        return rows[positions]
+        return rows.index_select(0, positions)
 
     def make(self, adapter: int, positions: Tensor) -> Tensor:
         """The same, made now."""

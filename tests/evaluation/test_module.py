@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mergebench.running.network import Network
+from mergebench.running.packed import PackedLinear
 from tests.evaluation.conftest import Files, write_encoder
 
 CPU = torch.device("cpu")
@@ -111,3 +112,20 @@ def test_another_tokenizer_is_read(tmp_path: Path) -> None:
     assert network.tokenize(["w1"], 8) == [[2, 5, 3]]
     assert network.take(Files(second, "b"))
     assert network.tokenize(["w1"], 8) == [[2, 6, 3]]
+
+
+def test_gradients_of_what_is_packed() -> None:
+    """Those of torch's own layer, also after other weights took the place; nothing reaches the weights."""
+    layers = [torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)]
+    packed = PackedLinear(layers[0])
+    x = torch.randn(5, 3, 6, requires_grad=True)
+    slope = torch.randn(3, 5, 4).transpose(0, 1)
+    for layer in layers:
+        packed.weight, packed.bias = layer.weight.detach().to_mkldnn(), layer.bias.detach().to_mkldnn()
+        one, other = (torch.autograd.grad(which(x), x, slope)[0] for which in (layer, packed))
+        torch.testing.assert_close(one, other)
+    assert not packed.weight.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), layers[1](x))
+    bare = torch.nn.Linear(6, 4, bias=False)
+    torch.testing.assert_close(PackedLinear(bare)(x), bare(x))
