@@ -29,6 +29,9 @@ class Drifting:
     def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, batch: int, tick: Tick) -> None:
         self.bank, self.encoder, self.inputs, self.batch, self.tick = bank, encoder, inputs, batch, tick
         self.forwards = [task.forwards for task in bank.tasks]
+        kept = (1 - bank.about.alpha) ** len(encoder.blocks)
+        settled = math.ceil(math.log(GONE) / math.log(kept)) if 0 < kept < 1 else 0
+        self.settled = After(bank, encoder, inputs, tick, settled)  # from there on passes change nothing
 
     def evaluate(self, stage: int, order: Tensor) -> Evaluation:
         """The next evaluation: of the items at positions `order`, in that order, under the adapters up to `stage`."""
@@ -38,26 +41,40 @@ class Drifting:
         return found
 
 
+class After(Seen):
+    """Features in the forward pass that follows so many others."""
+
+    def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, tick: Tick, passes: int) -> None:
+        super().__init__(bank, encoder, inputs, tick)
+        self.passes = passes
+
+    def make(self, adapter: int, positions: Tensor) -> Tensor:
+        if adapter <= 0:  # none, or the first task's
+            return super().make(adapter, positions)
+        stored, before = self.bank.adapter(adapter), [self.bank.adapter(one) for one in range(adapter)]
+        used = in_pass(stored, mean_of(before) or {}, self.bank.about.alpha, self.encoder.blocks, self.passes)
+        return self.encoder.features(self.inputs, positions.tolist(), used, self.tick)
+
+
 class Evaluation(Seen):
     """The features of one evaluation; asking again gives the same, for its loop takes each item once."""
 
     def __init__(self, drifting: Drifting, order: Tensor) -> None:
         super().__init__(drifting.bank, drifting.encoder, drifting.inputs, drifting.tick)
-        self._before = list(drifting.forwards)
+        self._settled, self._before = drifting.settled, list(drifting.forwards)
         self._batch = torch.zeros(len(drifting.inputs), dtype=torch.int64)
         self._batch[order] = torch.arange(len(order)) // drifting.batch
-        kept = (1 - self.bank.about.alpha) ** len(self.encoder.blocks)
-        self._settled = math.ceil(math.log(GONE) / math.log(kept)) if 0 < kept < 1 else 0
 
     def make(self, adapter: int, positions: Tensor) -> Tensor:
-        if adapter <= 0:  # none, or the first task's
-            return super().make(adapter, positions)
-        alpha, blocks = self.bank.about.alpha, self.encoder.blocks
-        stored, mean = self.bank.adapter(adapter), mean_of([self.bank.adapter(one) for one in range(adapter)]) or {}
-        passes = (self._before[adapter] + self._batch[positions]).clamp(max=self._settled)  # alike from there on
+        if adapter <= 0:  # what no pass changes is made once for all evaluations
+            return self._settled(adapter, positions)
+        passes = (self._before[adapter] + self._batch[positions]).clamp(max=self._settled.passes)
         rows = torch.empty(len(positions), self.encoder.width)
         for number in torch.unique(passes).tolist():
             here = passes == number
-            used = in_pass(stored, mean, alpha, blocks, number)
-            rows[here] = self.encoder.features(self.inputs, positions[here].tolist(), used, self.tick)
+            if number == self._settled.passes:
+                rows[here] = self._settled(adapter, positions[here])
+            else:
+                after = After(self.bank, self.encoder, self.inputs, self.tick, number)
+                rows[here] = after.make(adapter, positions[here])
         return rows
