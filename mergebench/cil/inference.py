@@ -18,7 +18,7 @@ from mergebench.cil.manifest import name_of
 from mergebench.cil.retrieval import Retrieval, share
 from mergebench.cil.seen import Seen
 from mergebench.errors import ModelError, RecipeError, RunError
-from mergebench.evaluation.images import Images, Prepared
+from mergebench.evaluation.images import Images
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.running.content import Contents
 from mergebench.running.features import Inputs, Pooling
@@ -163,8 +163,8 @@ def read_items(bank: Bank, file: Path, labelled: bool | None = None) -> Labelled
 
 
 def loaded(data: Labelled, network: Network) -> Inputs:
-    """Items that are read many times: images are prepared once and stay in memory."""
-    return Prepared(data.inputs, network) if isinstance(data.inputs, Images) else data.inputs
+    """Items that are read many times."""
+    return data.inputs.held(network) if isinstance(data.inputs, Images) else data.inputs
 
 
 _NAME_IT = "name it as it is now with --backbone MODEL"

@@ -60,10 +60,11 @@ def split(config: Config, labels: Sequence[str], seed: int) -> list[tuple[str, .
     else:
         tasks = [tuple(task) for task in config.tasks]
         _check(tasks, counts, config.train)
-    for name, count in counts.items():
-        if count < LEAST:
-            what = f"{config.train}: class '{name}' has {count} item{'s' * (count != 1)}"
-            raise RunError(what, f"the spread of a class needs {LEAST}: add some, or leave the class out")
+    if config.statistics != "centroids":
+        for name, count in counts.items():
+            if count < LEAST:
+                what = f"{config.train}: class '{name}' has 1 item, its {config.statistics} takes at least {LEAST}"
+                raise RunError(what, "add one, leave the class out, or choose statistics: centroids, which take one")
     return tasks
 
 

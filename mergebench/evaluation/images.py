@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergebench.engine.memory import available_memory
 from mergebench.errors import ModelError, RunError
 from mergebench.running.features import Pooling
 from mergebench.running.module import quiet
@@ -57,6 +58,13 @@ class Images:
         alike = len({one.shape for one in pixels}) == 1
         parts = [torch.stack(pixels)] if alike else [one[None] for one in pixels]
         return torch.cat([pooling(*_encode(network, part, pooling)) for part in parts])
+
+    def held(self, network: Network) -> Images:
+        """The same to be read many times: prepared once, kept in memory where a quarter of what is free will do."""
+        free, one = available_memory(), self._pixels(network, 0)
+        if free is not None and 4 * len(self) * one.numel() * one.element_size() > free:
+            return self
+        return Prepared(self, network)
 
     def _pixels(self, network: Network, position: int) -> Tensor:
         return _pixels(_processor(network), self.files[position], network.name)

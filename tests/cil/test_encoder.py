@@ -174,16 +174,22 @@ def test_dropout(tmp_path: Path, texts: Texts) -> None:
     assert float((many.mean(0) - whole).norm()) < 0.2 * float((whole - plain).norm())
 
 
-def test_images_held_in_memory(tmp_path: Path) -> None:
+def test_images_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(network(write_image_encoder(tmp_path / "encoder")), Pooling("cls+mean"), SCALE)
     images = read_images(write_images(tmp_path / "data.jsonl", 9), "id", "image", "label").inputs
     assert isinstance(images, Images)
     adapter = some_adapter(encoder)
-    held = Prepared(images, encoder.network)
+    held = images.held(encoder.network)
+    assert isinstance(held, Prepared)
     assert held.key == images.key
     there = encoder.features(held, range(9), adapter, never)
     assert there.shape == (9, encoder.width) == (9, 2 * HIDDEN)
     assert torch.equal(there, encoder.features(images, range(9), adapter, never))
+    size = 9 * 3 * 12 * 12 * 4
+    monkeypatch.setattr("mergebench.evaluation.images.available_memory", lambda: 4 * size - 1)
+    assert images.held(encoder.network) is images
+    monkeypatch.setattr("mergebench.evaluation.images.available_memory", lambda: 4 * size)
+    assert isinstance(images.held(encoder.network), Prepared)
 
 
 def test_models_without_a_place(tmp_path: Path) -> None:
