@@ -58,9 +58,7 @@ def evaluate(
     test: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Items to test on. Default: those that the bank names.")
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
-    ] = None,
+    backbone: opt.Backbone = None,
     device: opt.Device = "auto",
     json_: opt.Json = False,
     quiet: opt.Quiet = False,

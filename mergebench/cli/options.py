@@ -39,6 +39,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Results = Annotated[
     Path, typer.Option(metavar="DIR", help="What is measured is kept there, and never measured twice.", file_okay=False)
 ]
+Backbone = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 

@@ -21,9 +21,7 @@ def retrieve(
     stage: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Answer as after task N. Default: the last.")
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
-    ] = None,
+    backbone: opt.Backbone = None,
     device: opt.Device = "auto",
     json_: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -103,8 +103,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 3, 8])
-def test_resumed_after_a_task(after: int, here: Path, whole: Path, tmp_path: Path) -> None:
+def stopped(here: Path, out: Path, after: int, **changes: Any) -> None:
+    """A run that ended before the `after`-th task learnt was kept."""
     said: list[str] = []
 
     def stop(line: str) -> None:
@@ -113,12 +113,17 @@ def test_resumed_after_a_task(after: int, here: Path, whole: Path, tmp_path: Pat
             raise Stop
 
     with pytest.raises(Stop):
-        run(here, tmp_path / "run", say=stop)
-    assert not (tmp_path / "run").exists()
-    first = len(said)
+        run(here, out, say=stop, **changes)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("after", [1, 3, 8])
+def test_resumed_after_a_task(after: int, here: Path, whole: Path, tmp_path: Path) -> None:
+    stopped(here, tmp_path / "run", after)
+    said: list[str] = []
     run(here, tmp_path / "run", resume=True, say=said.append)
     assert contents(tmp_path / "run") == contents(whole)
-    assert len(said) - first == 10 - (after - 1)  # 2 seeds, 5 times learnt each; what was being said was not yet kept
+    assert len(said) == 10 - (after - 1)  # 2 seeds, 5 times learnt each
     again = run(here, tmp_path / "run", resume=True, say=said.append)
     assert again.already_done
     with pytest.raises(RecipeError, match="it holds a finished result"):
@@ -127,16 +132,7 @@ def test_resumed_after_a_task(after: int, here: Path, whole: Path, tmp_path: Pat
 
 def test_a_manifest_ahead_of_the_journal(here: Path, whole: Path, tmp_path: Path) -> None:
     """Killed between a task's manifest and the journal: the task is learnt again."""
-    calls = 0
-
-    def die(line: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(here, tmp_path / "run", say=die)
+    stopped(here, tmp_path / "run", 4)
     journal = tmp_path / ".run.partial/.journal.json"
     state = json.loads(journal.read_text())
     last = [name for name in state["shards"] if "/02." in name]
@@ -150,16 +146,7 @@ def test_a_manifest_ahead_of_the_journal(here: Path, whole: Path, tmp_path: Path
 def test_as_published(here: Path, tmp_path: Path) -> None:
     """The published semantics run through, resume to the same bytes, and are another thing than the paper's."""
     run(here, tmp_path / "whole", semantics="reference", seeds=[0])
-    calls = 0
-
-    def die(line: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(here, tmp_path / "run", say=die, semantics="reference", seeds=[0])
+    stopped(here, tmp_path / "run", 4, semantics="reference", seeds=[0])
     run(here, tmp_path / "run", resume=True, semantics="reference", seeds=[0])
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     run(here, tmp_path / "paper", seeds=[0])
