@@ -31,6 +31,8 @@ from mergebench.cil.manifest import About, AdapterKind, Backbone, Items, name_of
 from mergebench.cil.manifest import Features as FeaturesKind
 from mergebench.cil.score import score
 from mergebench.cil.split import Data, read_data, split
+from mergebench.errors import RunError
+from mergebench.running.batch import out_of_memory
 from mergebench.running.content import Contents, sha256_of
 from mergebench.running.features import Pooling
 from mergebench.running.machine import device_of, versions
@@ -70,7 +72,7 @@ def run_sequence(
     started = time.perf_counter()
     model = open_model(config.backbone)
     data, place = read_data(config), device_of(device)
-    sequences = {seed: split(config, data.train.labels, seed) for seed in config.seeds}
+    sequences = {seed: split(config, data, seed) for seed in config.seeds}
     content = Contents(None).of_model(model)
     made_of: list[Any] = [config.model_dump(), [sha256_of(Path(file)) for file in (config.train, config.test)]]
     made_of += [data.train.inputs.key, data.test.inputs.key, content, place.type, versions()]
@@ -82,7 +84,13 @@ def run_sequence(
     with Staging(out, fingerprint, resume) as staging:
         work = _Work(config, data, Network(model, "AutoModel", place), content, staging, progress, say)
         work.expect(sequences)
-        records = [record for seed, tasks in sequences.items() for record in work.sequence(seed, tasks)]
+        try:
+            records = [record for seed, tasks in sequences.items() for record in work.sequence(seed, tasks)]
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            what = f"model '{model.reference}': out of memory at {work.what}"
+            raise RunError(what, "a smaller batch takes less; what is learnt is kept for --resume") from None
         found = {
             "mergebench": mergebench.__version__,
             "config": config.model_dump(),

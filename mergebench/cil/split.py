@@ -42,13 +42,13 @@ def read(config: Config, file: Path) -> Labelled:
     return read_texts(file, config.id, config.text, config.label, config.max_length)
 
 
-def split(config: Config, labels: Sequence[str], seed: int) -> list[tuple[str, ...]]:
+def split(config: Config, data: Data, seed: int) -> list[tuple[str, ...]]:
     """The classes of each task: as the config lists them, or in an order drawn by the seed, in parts of equal size.
 
     Where they do not divide, the first tasks have one more. `RecipeError` where a listed class is claimed twice, left
-    out or unknown; `RunError` where one has too few items.
+    out or unknown; `RunError` where one has too few items, or none of a task is tested.
     """
-    counts = Counter(labels)
+    counts = Counter(data.train.labels)
     if isinstance(config.tasks, int):
         if config.tasks > len(counts):
             raise RecipeError(f"tasks: {config.tasks} of {len(counts)} classes", "a task has at least one class")
@@ -65,6 +65,10 @@ def split(config: Config, labels: Sequence[str], seed: int) -> list[tuple[str, .
             if count < LEAST:
                 what = f"{config.train}: class '{name}' has 1 item, its {config.statistics} takes at least {LEAST}"
                 raise RunError(what, "add one, leave the class out, or choose statistics: centroids, which take one")
+    for number, task in enumerate(tasks, 1):
+        if not set(task) & set(data.test.labels):
+            what = f"{config.test}: no item to test is of task {number} of seed {seed} ({', '.join(task)})"
+            raise RunError(what, "a task is scored on items of its own")
     return tasks
 
 

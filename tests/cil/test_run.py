@@ -69,10 +69,10 @@ def test_what_it_writes(here: Path, whole: Path) -> None:
     assert len(found["records"]) == len(NAMES) * 3 * 2
     assert (whole / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "| MOS |" in (whole / "results.md").read_text()
-    labels = [json.loads(line)["label"] for line in (here / "train.jsonl").read_text().splitlines()]
+    loaded = load_config(config(here))
     for seed in (0, 7):
         merged, unmerged = (read_bank(whole / f"seed-{seed}" / name) for name in ("merged", "unmerged"))
-        sequence = split(load_config(config(here)), labels, seed)
+        sequence = split(loaded, read_data(loaded), seed)
         assert [task.classes for task in merged.tasks] == [task.classes for task in unmerged.tasks] == sequence
         assert sorted(merged.classes) == sorted(CLASSES)
         assert [len(task) for task in sequence] == [2, 2, 1]
@@ -198,6 +198,15 @@ def test_items_that_do_not_fit(here: Path, tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             run(here, tmp_path / "run", train=str(tmp_path / "train.jsonl"))
         assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_is_not_tested(here: Path, tmp_path: Path) -> None:
+    """Said before hours of training."""
+    test = (here / "test.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(test[:-3]) + "\n")
+    with pytest.raises(RunError, match=r"no item to test is of task 3 of seed 0 \(eel\)"):
+        run(here, tmp_path / "run", test=str(tmp_path / "test.jsonl"), tasks=[["ant"], ["bee", "cat", "dog"], ["eel"]])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_task_of_one_class_learns_nothing_but_works(here: Path, tmp_path: Path) -> None:
