@@ -168,6 +168,7 @@ class _Work:
         took, trained = time.perf_counter() - began, left.trained
         named = ", ".join(classes[:MOST]) + ", ..." * (len(classes) > MOST)
         worth = f"{trained.accuracy:.1%} of its training items right, loss {trained.loss:.3g}"
+        worth = worth if self.config.epochs else "not trained"
         self.say(f"{where} ({named}): {worth}, {took:.0f} s")
         return left
 
