@@ -122,5 +122,6 @@ class Learner:
             epochs=self.config.align_epochs,
             lr=self.config.align_lr,
             batch=self.config.batch,
+            weight_decay=self.config.weight_decay,
             generator=generator,
         )

@@ -65,7 +65,7 @@ class Items(Part):
 class TaskEntry(Part):
     name: Word  # 01, 02, ...
     classes: tuple[Word, ...]
-    forwards: Annotated[int, Field(ge=0)]  # training's forward passes: what the published semantics depend on
+    forwards: Annotated[int, Field(ge=0)]  # evaluation passes since it was stored, in published semantics
     files: dict[str, str]  # the SHA-256 of each
 
 
