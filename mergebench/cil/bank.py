@@ -149,12 +149,11 @@ class BankWriter:
         statistics: Mapping[str, Tensor],
         prototype: Tensor,
         frozen: Tensor,
-        forwards: int = 0,
     ) -> list[str]:
         """Add a task and return the files written, the manifest last; nothing is left of one that does not fit.
 
         head: weight [C, d] and bias [C] of all classes so far; trained: those of `classes` alone. statistics: mean,
-        count and the spread, as a task's file has them. forwards: how many forward passes its training took.
+        count and the spread, as a task's file has them.
         """
         name = name_of(len(self.about.tasks))
         every = [*self.about.classes, *classes]
@@ -168,7 +167,7 @@ class BankWriter:
         }
         files = {pattern.format(name): raw for pattern, raw in written.items()}
         hashes = {file: hashlib.sha256(raw).hexdigest() for file, raw in files.items()}
-        entry = TaskEntry(name=name, classes=tuple(classes), forwards=forwards, files=hashes)
+        entry = TaskEntry(name=name, classes=tuple(classes), files=hashes)
         about = self.about.model_copy(update={"tasks": (*self.about.tasks, entry)})
         about.check(self.directory / MANIFEST)
         try:

@@ -3,7 +3,7 @@
 Its test loop takes the items in order, a batch at a time, through every stored adapter, and each such forward pass
 merges that adapter once for each block (`semantics.py`); A_1 alone never changes. So what is seen of an item depends
 on the batches before it, and on every evaluation before this one. Here the bank stays as it is: an adapter's drift is
-the number of passes it has been through, beginning with the manifest's.
+the number of passes it has been through.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Drifting:
 
     def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, batch: int, tick: Tick) -> None:
         self.bank, self.encoder, self.inputs, self.batch, self.tick = bank, encoder, inputs, batch, tick
-        self.forwards = [task.forwards for task in bank.tasks]
+        self.forwards = [0] * len(bank.tasks)  # of each adapter, since it was stored
         kept = (1 - bank.about.alpha) ** len(encoder.blocks)
         settled = math.ceil(math.log(GONE) / math.log(kept)) if 0 < kept < 1 else 0
         self.settled = After(bank, encoder, inputs, tick, settled)  # from there on passes change nothing

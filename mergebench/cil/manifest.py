@@ -6,7 +6,7 @@
  "adapter": {"kind": "bottleneck", "scale": 0.1, "bottleneck": 16},
  "statistics": "covariance", "semantics": "paper", "alpha": 0.1, "seed": 0, "batch": 48,
  "items": {"test": "cache/test.jsonl", "id": "id", "content": "image", "label": "label"},
- "tasks": [{"name": "01", "classes": ["3", "7"], "forwards": 0, "files": {"adapters/01.safetensors": sha256, ...}}]}
+ "tasks": [{"name": "01", "classes": ["3", "7"], "files": {"adapters/01.safetensors": sha256, ...}}]}
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Items(Part):
 class TaskEntry(Part):
     name: Word  # 01, 02, ...
     classes: tuple[Word, ...]
-    forwards: Annotated[int, Field(ge=0)]  # evaluation passes since it was stored, in published semantics
     files: dict[str, str]  # the SHA-256 of each
 
 
