@@ -11,6 +11,7 @@ adapter, and which items to answer:
     first-guess   the adapter that the prototypes name, not refined
     no-alignment  the head's rows as training left them
     no-ensemble   the head alone
+    frozen-head   the head alone, under the newest adapter; of a bank whose adapters add nothing: no adapters at all
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ VARIANTS: Mapping[str, Variant] = {
     "first-guess": partial(mos, choose=guessed),
     "no-alignment": partial(mos, head=Bank.trained),
     "no-ensemble": partial(mos, ensemble=False),
+    "frozen-head": partial(mos, choose=newest, ensemble=False),
 }
 
 

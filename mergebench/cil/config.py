@@ -53,7 +53,7 @@ class Config(BaseModel):
     bottleneck: int = _key(16, "the width of an adapter's inner layer", ge=1)
     scale: float = _key(0.1, "what an adapter's output is multiplied by", gt=0)
     dropout: float = _key(0.1, "the share of an adapter's inner layer that training leaves out", ge=0, lt=1)
-    epochs: int = _key(20, "of a task's training; 0 leaves the encoder as it is", ge=0)
+    epochs: int = _key(20, "of a task's training", ge=1)
     batch: int = _key(48, "items of a training step", ge=2)
     lr: float = _key(0.03, "the learning rate of the adapters, ten times the head's", gt=0)
     weight_decay: float = _key(5e-4, "of SGD", ge=0)

@@ -35,18 +35,23 @@ class Left(NamedTuple):
 
 
 class Learner:
-    """Learns the tasks of one bank, each from what is in it already."""
+    """Learns the tasks of one bank, each from what is in it already.
 
-    def __init__(self, encoder: Encoder, inputs: Inputs, labels: Sequence[str], config: Config, alpha: float) -> None:
+    epochs: 0 for adapters that add nothing, under a head that alignment alone makes.
+    """
+
+    def __init__(
+        self, encoder: Encoder, inputs: Inputs, labels: Sequence[str], config: Config, alpha: float, epochs: int
+    ) -> None:
         self.encoder, self.inputs, self.labels = encoder, inputs, labels
-        self.config, self.alpha = config, alpha
+        self.config, self.alpha, self.epochs = config, alpha, epochs
         self.settings = Settings(
-            config.epochs, config.batch, config.lr, config.weight_decay, config.orthogonality, config.dropout
+            epochs, config.batch, config.lr, config.weight_decay, config.orthogonality, config.dropout
         )
 
     def work(self, classes: Sequence[str]) -> int:
         """How many items learning a task comes to, as `tick` counts them."""
-        return (self.config.epochs + 3) * sum(label in classes for label in self.labels)
+        return (self.epochs + 3) * sum(label in classes for label in self.labels)
 
     def learn(self, classes: Sequence[str], bank: Bank | None, seed: int, tick: Tick) -> Left:
         """The next task; bank: those before, None for the first."""
@@ -67,7 +72,7 @@ class Learner:
         files = {
             "adapter": trained.adapter,
             "trained": own,
-            "head": own if bank is None else self._align(bank, trained, [*known, statistics], generator),
+            "head": own if task == 0 and self.epochs else self._align(bank, own, [*known, statistics], generator),
             "statistics": statistics.tensors(),
             "prototype": self._means(items, first, tick, drop),
             "frozen": self._means(items, None, tick),
@@ -112,12 +117,18 @@ class Learner:
         return torch.stack([features[items.labels == one].mean(0) for one in range(int(items.labels.max()) + 1)])
 
     def _align(
-        self, bank: Bank, trained: Trained, statistics: Sequence[ClassStatistics], generator: Generator
+        self,
+        bank: Bank | None,
+        own: tuple[Tensor, Tensor],
+        statistics: Sequence[ClassStatistics],
+        generator: Generator,
     ) -> tuple[Tensor, Tensor]:
-        head = bank.head(len(bank.tasks) - 1)
+        """The head of all classes so far, from the last one and the rows of the new."""
+        if bank is not None:
+            last = bank.head(len(bank.tasks) - 1)
+            own = torch.cat([last.weight, own[0]]), torch.cat([last.bias, own[1]])
         return align(
-            torch.cat([head.weight, trained.weight]),
-            torch.cat([head.bias, trained.bias]),
+            *own,
             statistics,
             epochs=self.config.align_epochs,
             lr=self.config.align_lr,

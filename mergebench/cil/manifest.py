@@ -4,7 +4,7 @@
  "backbone": {"model": reference, "sha256": of its contents},
  "features": {"kind": "image", "pooling": "cls", "max_length": null},
  "adapter": {"kind": "bottleneck", "scale": 0.1, "bottleneck": 16},
- "statistics": "covariance", "semantics": "paper", "alpha": 0.1, "seed": 0, "batch": 48,
+ "statistics": "covariance", "semantics": "paper", "alpha": 0.1, "seed": 0, "epochs": 20, "batch": 48,
  "items": {"test": "cache/test.jsonl", "id": "id", "content": "image", "label": "label"},
  "tasks": [{"name": "01", "classes": ["3", "7"], "files": {"adapters/01.safetensors": sha256, ...}}]}
 """
@@ -79,6 +79,7 @@ class About(Part):
     semantics: Literal["paper", "reference"]
     alpha: Annotated[float, Field(ge=0, le=1)]
     seed: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0)] = 20  # of a task's training; 0: the adapters add nothing
     batch: Annotated[int, Field(ge=1)] = 48  # items of a training step
     items: Items = Items()
     tasks: tuple[TaskEntry, ...] = ()

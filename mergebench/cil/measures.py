@@ -23,6 +23,7 @@ MOS = "mos"
 SECTIONS = (  # the order of the rows
     {
         "simplecil": "frozen prototypes (SimpleCIL)",
+        "frozen-head": "no adapters, aligned head",
         "first-task": "first adapter's prototypes",
         "sequential": "one adapter for all",
     },

@@ -13,6 +13,7 @@ from mergebench.cil.measures import MOS, NAMES, Record, estimate, runs_of
 # Colour (Okabe and Ito, "Color universal design", 2008), marker and line: any two methods differ in two of them.
 LOOKS = {
     "simplecil": ("#999999", "s", ":"),
+    "frozen-head": ("#999999", "o", "-"),
     "first-task": ("#56b4e9", "v", ":"),
     "sequential": ("#e69f00", "X", "-"),
     "unmerged": ("#d55e00", "^", "--"),

@@ -1,8 +1,8 @@
-"""The whole of `mergebench cil run`: banks of every seed, with merging and without, then the tables of what they hold.
+"""The whole of `mergebench cil run`: three banks of every seed, then the tables of what they are worth.
 
-    OUT/seed-0/merged/      a bank          OUT/results.json    config, records, versions
-    OUT/seed-0/unmerged/    the same with   OUT/results.md      the tables
-                            alpha 0         OUT/results.png     their plot
+    OUT/seed-0/merged/      a bank                   OUT/results.json    config, records, versions
+    OUT/seed-0/unmerged/    the same with alpha 0    OUT/results.md      the tables
+    OUT/seed-0/frozen/      adapters not trained     OUT/results.png     their plot
 
 It is built beside its place and resumed after the last task that was complete.
 """
@@ -39,7 +39,7 @@ from mergebench.running.machine import device_of, versions
 from mergebench.running.network import Network
 
 RESULTS = "results"  # .json, .md, .png
-MERGED, UNMERGED = "merged", "unmerged"
+MERGED, UNMERGED, FROZEN = "merged", "unmerged", "frozen"
 MOST = 6  # classes of a task that are named
 Progress = Callable[[str, int, int], None]
 
@@ -127,8 +127,12 @@ class _Work:
         self.encoder = Encoder(network, Pooling(config.pools), config.scale)
         train, self.test = loaded(data.train, network), loaded(data.test, network)
         self.learners = {
-            name: Learner(self.encoder, train, data.train.labels, config, alpha)
-            for name, alpha in ((MERGED, config.alpha), (UNMERGED, 0.0))
+            name: Learner(self.encoder, train, data.train.labels, config, alpha, epochs)
+            for name, alpha, epochs in (
+                (MERGED, config.alpha, config.epochs),
+                (UNMERGED, 0.0, config.epochs),
+                (FROZEN, 0.0, 0),
+            )
         }
         self.what, self.done, self.total = "", 0, 0
 
@@ -144,21 +148,22 @@ class _Work:
         self.progress(self.what, min(self.done, self.total), self.total)
 
     def sequence(self, seed: int, tasks: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        """Both banks of a seed, then what they are worth."""
+        """The banks of a seed, then what they are worth."""
         folders = {name: self.staging.directory / f"seed-{seed}" / name for name in self.learners}
         writers = {name: BankWriter(folder, self._about(name, seed)) for name, folder in folders.items()}
         for writer in writers.values():
             if writer.about.tasks:  # the manifest may be ahead of what the journal has
                 writer.about.write(writer.directory)
         for number, classes in enumerate(tasks):
-            left = None
+            left: dict[bool, Left] = {}
             for name, writer in writers.items():
                 if number < len(writer.about.tasks):
                     self.tick(self.learners[name].work(classes))
                     continue
-                if left is None or number > 0:  # before the first task there is nothing to merge with
-                    left = self._learn(name, seed, number, classes, folders[name])
-                self._keep(writer, writer.add(classes, **left.files))
+                trains = self.learners[name].epochs > 0
+                if number > 0 or trains not in left:  # before the first task there is nothing to merge with
+                    left[trains] = self._learn(name, seed, number, classes, folders[name])
+                self._keep(writer, writer.add(classes, **left[trains].files))
         return [record for folder in folders.values() for record in self._score(read_bank(folder), seed)]
 
     def _learn(self, name: str, seed: int, number: int, classes: Sequence[str], folder: Path) -> Left:
@@ -168,7 +173,7 @@ class _Work:
         took, trained = time.perf_counter() - began, left.trained
         named = ", ".join(classes[:MOST]) + ", ..." * (len(classes) > MOST)
         worth = f"{trained.accuracy:.1%} of its training items right, loss {trained.loss:.3g}"
-        worth = worth if self.config.epochs else "not trained"
+        worth = worth if self.learners[name].epochs else "not trained"
         self.say(f"{where} ({named}): {worth}, {took:.0f} s")
         return left
 
@@ -192,6 +197,7 @@ class _Work:
             semantics=config.semantics,
             alpha=self.learners[name].alpha,
             seed=seed,
+            epochs=self.learners[name].epochs,
             batch=config.batch,
             items=Items(test=config.test, id=config.id, content=config.text or config.image, label=config.label),
         )

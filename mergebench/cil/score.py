@@ -18,8 +18,9 @@ from mergebench.errors import RunError, did_you_mean
 from mergebench.running.features import Inputs
 from mergebench.running.model import Tick
 
-MERGED = {name: name for name in VARIANTS if name != "sequential"}
-UNMERGED = {"sequential": "sequential", "unmerged": "mos"}  # a bank without merging: what its variants are called
+FROZEN = {"frozen-head": "frozen-head"}
+UNMERGED = {"sequential": "sequential", "unmerged": "mos"}  # what the variants of a bank without merging are called
+MERGED = {name: name for name in VARIANTS if name not in (*FROZEN, *UNMERGED)}
 
 
 def score(bank: Bank, encoder: Encoder, inputs: Inputs, labels: Sequence[str], tick: Tick) -> list[dict[str, Any]]:
@@ -39,12 +40,13 @@ def score(bank: Bank, encoder: Encoder, inputs: Inputs, labels: Sequence[str], t
     for task in range(len(bank.tasks)):
         if not (tasks == task).any():
             raise RunError(f"{bank.directory}: no item to test is of task {bank.tasks[task].name}")
+    told = FROZEN if not bank.about.epochs else MERGED if bank.about.alpha else UNMERGED
     records = []
     features, order = _features(bank, encoder, inputs, tick), truth.argsort(stable=True)  # class by class
     for stage in range(len(bank.tasks)):
         positions = order[tasks[order] <= stage]
         seen = features(stage, positions)
-        for name, variant in (MERGED if bank.about.alpha else UNMERGED).items():
+        for name, variant in told.items():
             answers = VARIANTS[variant](bank, stage, seen, positions)
             records.append(_record(answers, truth[positions], tasks[positions], stage, name, bank.about.seed))
     return records

@@ -64,6 +64,8 @@ def one_by_one(name: str, bank: Bank, stage: int, made: list[list[list[float]]],
         return largest(angles(rows[0], bank.prototypes(stage).tolist())), 0
     if name == "sequential":
         return largest(linear(rows[stage], bank.trained(stage))), stage
+    if name == "frozen-head":
+        return largest(linear(rows[stage], bank.head(stage))), stage
     head = bank.trained(stage) if name == "no-alignment" else bank.head(stage)
     prototypes = angles(rows[0], bank.prototypes(stage).tolist())
     adapter = task_of[largest(prototypes)]
