@@ -40,4 +40,4 @@ $(VENV)/dev.stamp: $(VENV)/base.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) merged recipes/*/cache
+	rm -rf $(VENV) merged banks recipes/*/cache
