@@ -135,7 +135,7 @@ def test_the_page_counts_right_and_no_item_is_on_two_sides(name: str) -> None:
 def test_every_config_reads_and_divides(file: Path) -> None:
     config = load_config(file)
     data = read_data(config)
-    tasks = split(config, data.train.labels, 0)
+    tasks = split(config, data, 0)
 
     assert len(tasks) == 5 and len({len(task) for task in tasks}) == 1
     assert {name for task in tasks for name in task} == set(data.test.labels)
