@@ -26,7 +26,7 @@ from mergebench.cil.answers import Features, mos
 from mergebench.cil.bank import Bank, read_bank
 from mergebench.cil.drifting import Drifting
 from mergebench.cil.encoder import Encoder
-from mergebench.cil.inference import loaded, open_encoder, read_items
+from mergebench.cil.inference import open_encoder, read_items
 from mergebench.cil.seen import Seen
 from mergebench.cil.semantics import mean_of
 from mergebench.running.features import Inputs
@@ -98,7 +98,7 @@ def main() -> None:
     bank = read_bank(args.bank)
     data = read_items(bank, args.data, labelled=True)
     encoder = open_encoder(bank, torch.device("cpu"), args.backbone)
-    experiment = Experiment(bank, encoder, loaded(data, encoder.network), data.labels)
+    experiment = Experiment(bank, encoder, data.inputs.held(encoder.network), data.labels)
     print(f"Commit {commit()}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}.")
     print(f"A bank of {len(bank.tasks)} tasks trained in {bank.about.semantics} semantics, {len(data.rows)} items.")
     print(f"Distance of an adapter's U from the mean of those before, by its own norm: {own_parts(bank)}.\n")

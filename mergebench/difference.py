@@ -16,8 +16,8 @@ from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.profile import sign_conflicts
 from mergebench.engine.read import ChunkReader
+from mergebench.engine.threads import one_thread
 from mergebench.methods import get
-from mergebench.running.batch import one_thread
 
 
 class Difference(NamedTuple):

@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from mergebench.cil.statistics import ClassStatistics
+from mergebench.engine.threads import one_thread
 from mergebench.errors import RunError
-from mergebench.running.batch import one_thread
 
 DRAWS = 5  # a class and epoch, in units of the batch
 

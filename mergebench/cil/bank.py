@@ -39,7 +39,7 @@ from mergebench.cil.manifest import (
     name_of,
     read_manifest,
 )
-from mergebench.errors import ModelError, RecipeError, RunError
+from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
 from mergebench.evaluation.head import Head, read_head
 from mergebench.running.features import Pooling
 
@@ -76,6 +76,15 @@ class Bank:
     def task_of(self) -> Tensor:
         """[C] int64: the task of each class."""
         return torch.tensor([number for number, task in enumerate(self.tasks) for _ in task.classes])
+
+    def numbers(self, labels: Sequence[str]) -> Tensor:
+        """[n] int64: where labels stand among the classes; `RunError` where one is none of them."""
+        number = {name: i for i, name in enumerate(self.classes)}
+        for label in labels:
+            if label not in number:
+                what = f"label '{label:.60}' is none of the classes of {self.directory}"
+                raise RunError(what, did_you_mean(label, number))
+        return torch.tensor([number[label] for label in labels])
 
     @property
     def width(self) -> int:
@@ -204,12 +213,10 @@ def _read(directory: Path, about: About, task: int, first: Stored | None) -> Sto
 def _check_adapter(file: Path, adapter: Mapping[str, Tensor], about: About, first: Stored | None) -> int:
     """The width of the model it belongs to; every block has four tensors that fit, and those of the first task."""
     blocks = sorted({name.removesuffix(f".{part}") for name in adapter for part in PARTS if name.endswith(f".{part}")})
-    hidden, rank = (
-        len(next((t for name, t in adapter.items() if name.endswith(".up.bias")), ())),
-        about.adapter.bottleneck,
-    )
+    hidden = len(next((tensor for name, tensor in adapter.items() if name.endswith(".up.bias")), ()))
     if not (blocks and hidden):
         raise ModelError(f"{file}: not an adapter: it holds {', '.join(list(adapter)[:3]) or 'no tensors'}", COMPLETE)
+    rank = about.adapter.bottleneck
     shapes = ((rank, hidden), (rank,), (hidden, rank), (hidden,))
     _fits(
         file, adapter, {f"{block}.{part}": shape for block in blocks for part, shape in zip(PARTS, shapes, strict=True)}
@@ -250,6 +257,13 @@ def _fits(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Sequence
 
 def _tensors(directory: Path, entry: TaskEntry, pattern: str) -> dict[str, Tensor]:
     """What a file holds, if it is the one that the manifest means."""
+    raw = _raw(directory, entry, pattern)
+    read_header(directory / pattern.format(entry.name))  # a clear word where it is no safetensors file
+    return dict(sorted(load(raw).items()))
+
+
+def _raw(directory: Path, entry: TaskEntry, pattern: str) -> bytes:
+    """A file's bytes, if they are those that the manifest means."""
     place = pattern.format(entry.name)
     file = directory / place
     try:
@@ -260,14 +274,13 @@ def _tensors(directory: Path, entry: TaskEntry, pattern: str) -> dict[str, Tenso
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(raw).hexdigest() != entry.files[place]:
         raise damaged(file, "it is not the file that bank.json was written with")
-    read_header(file)  # a clear word where it is no safetensors file
-    return dict(sorted(load(raw).items()))
+    return raw
 
 
 def _read_head(
     directory: Path, entry: TaskEntry, pattern: str, about: About, classes: Sequence[str], width: int
 ) -> Head:
-    _tensors(directory, entry, pattern)  # the file that the manifest means
+    _raw(directory, entry, pattern)
     head = read_head(directory / pattern.format(entry.name))
     if head.labels != tuple(classes):
         what = f"it is for {_some(head.labels)}, bank.json has {_some(classes)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.cil.bank import Bank, read_bank
-from mergebench.cil.inference import loaded, open_encoder, read_items
+from mergebench.cil.inference import open_encoder, read_items
 from mergebench.cil.manifest import MANIFEST
 from mergebench.cil.score import score
 from mergebench.errors import ModelError
@@ -57,4 +57,4 @@ def _score(
         done += items
         progress(f"scoring {bank.directory}", min(done, total), total)
 
-    return score(bank, encoder, loaded(data, encoder.network), data.labels, tick)
+    return score(bank, encoder, data.inputs.held(encoder.network), data.labels, tick)

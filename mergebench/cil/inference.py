@@ -18,10 +18,9 @@ from mergebench.cil.manifest import name_of
 from mergebench.cil.retrieval import Retrieval, share
 from mergebench.cil.seen import Seen
 from mergebench.errors import ModelError, RecipeError, RunError
-from mergebench.evaluation.images import Images
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.running.content import Contents
-from mergebench.running.features import Inputs, Pooling
+from mergebench.running.features import Pooling
 from mergebench.running.items import COLUMN_HINT, records
 from mergebench.running.machine import device_of
 from mergebench.running.network import Network
@@ -81,8 +80,7 @@ class Inferred:
         }
         if not self.data.labels:
             return about
-        number = {name: i for i, name in enumerate(self.bank.classes)}
-        truth = torch.tensor([number[label] for label in self.data.labels])
+        truth = self.bank.numbers(self.data.labels)
         tasks = self.bank.task_of[truth]
         known = tasks <= self.stage
         if not known.any():
@@ -160,11 +158,6 @@ def read_items(bank: Bank, file: Path, labelled: bool | None = None) -> Labelled
     if label is not None:
         data.known(bank.classes, bank.directory)
     return data
-
-
-def loaded(data: Labelled, network: Network) -> Inputs:
-    """Items that are read many times."""
-    return data.inputs.held(network) if isinstance(data.inputs, Images) else data.inputs
 
 
 _NAME_IT = "name it as it is now with --backbone MODEL"

@@ -107,14 +107,14 @@ class Learner:
 
     def _passes(self, items: Items) -> Iterator[list[int]]:
         """A task's items as statistics are gathered: class by class, some batches at once."""
-        for label in range(int(items.labels.max()) + 1):
+        for label in range(items.classes):
             own = (items.labels == label).nonzero().flatten()
             yield from map(Tensor.tolist, torch.split(own, PASSES * self.config.batch))
 
     def _means(self, items: Items, adapter: Adapter | None, tick: Tick, drop: Dropout | None = None) -> Tensor:
         """[c, d]: the mean features of each class."""
         features = self.encoder.features(self.inputs, items.positions, adapter, tick, drop)
-        return torch.stack([features[items.labels == one].mean(0) for one in range(int(items.labels.max()) + 1)])
+        return torch.stack([features[items.labels == one].mean(0) for one in range(items.classes)])
 
     def _align(
         self,

@@ -25,7 +25,6 @@ from mergebench.cil import report
 from mergebench.cil.bank import Bank, BankWriter, read_bank
 from mergebench.cil.config import Config
 from mergebench.cil.encoder import Encoder
-from mergebench.cil.inference import loaded
 from mergebench.cil.learner import Learner, Left
 from mergebench.cil.manifest import About, AdapterKind, Backbone, Items, name_of
 from mergebench.cil.manifest import Features as FeaturesKind
@@ -125,7 +124,7 @@ class _Work:
         self.config, self.data, self.content = config, data, content
         self.staging, self.progress, self.say = staging, progress, say
         self.encoder = Encoder(network, Pooling(config.pools), config.scale)
-        train, self.test = loaded(data.train, network), loaded(data.test, network)
+        train, self.test = (one.inputs.held(network) for one in (data.train, data.test))
         self.learners = {
             name: Learner(self.encoder, train, data.train.labels, config, alpha, epochs)
             for name, alpha, epochs in (

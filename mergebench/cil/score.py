@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mergebench.cil.answers import VARIANTS, Answers, Features
@@ -14,7 +13,7 @@ from mergebench.cil.drifting import Drifting
 from mergebench.cil.encoder import Encoder
 from mergebench.cil.retrieval import share
 from mergebench.cil.seen import Seen
-from mergebench.errors import RunError, did_you_mean
+from mergebench.errors import RunError
 from mergebench.running.features import Inputs
 from mergebench.running.model import Tick
 
@@ -29,13 +28,7 @@ def score(bank: Bank, encoder: Encoder, inputs: Inputs, labels: Sequence[str], t
     Features are made as the bank's semantics has it. Raises `RunError` where a label is of no class, or a task has no
     items.
     """
-    number = {name: i for i, name in enumerate(bank.classes)}
-    for label in labels:
-        if label not in number:
-            raise RunError(
-                f"label '{label:.60}' is none of the classes of {bank.directory}", did_you_mean(label, number)
-            )
-    truth = torch.tensor([number[label] for label in labels])
+    truth = bank.numbers(labels)
     tasks = bank.task_of[truth]
     for task in range(len(bank.tasks)):
         if not (tasks == task).any():

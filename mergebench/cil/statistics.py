@@ -20,8 +20,8 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
+from mergebench.engine.threads import one_thread
 from mergebench.errors import RunError
-from mergebench.running.batch import one_thread
 from mergebench.running.extra import need
 
 KINDS = ("covariance", "variance", "centroids")

@@ -48,6 +48,10 @@ class Items(NamedTuple):
     positions: Sequence[int]  # in `inputs`
     labels: Tensor  # [n] int64, from 0 within the task
 
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
 
 class Trained(NamedTuple):
     """What training leaves, on the CPU."""
@@ -76,7 +80,7 @@ def train(
     """
     device = encoder.network.device
     adapter = {name: tensor.clone().to(device).requires_grad_() for name, tensor in start.items()}
-    classes, bound = int(items.labels.max()) + 1, encoder.width**-0.5
+    classes, bound = items.classes, encoder.width**-0.5
     weight, bias = (
         (torch.rand(shape, generator=generator) * 2 * bound - bound).to(device).requires_grad_()
         for shape in ((classes, encoder.width), (classes,))
@@ -150,18 +154,14 @@ class _Step:
         loss, logits = judge(features)
         torch.autograd.backward(loss)
         assert features.grad is not None
-        slopes = {id(part): features.grad[part] for part in parts}
+        made, slopes = {part[0]: one for part, one in zip(parts, rows, strict=True)}, features.grad
 
         def backward(part: list[int]) -> Sequence[Tensor]:
-            return torch.autograd.grad(made[id(part)], list(leaves.values()), slopes[id(part)])
+            return torch.autograd.grad(made[part[0]], list(leaves.values()), slopes[part])
 
-        made = {id(part): one for part, one in zip(parts, rows, strict=True)}
         found = run_batches(backward, parts, device, _nothing)
         for tensor, *gradients in zip(adapter.values(), *found, strict=True):
-            total = gradients[0]
-            for gradient in gradients[1:]:
-                total = total + gradient
-            tensor.grad = total
+            tensor.grad = sum(gradients[1:], start=gradients[0])  # one by one, in the order of the parts
         return loss.detach(), logits.detach()
 
 

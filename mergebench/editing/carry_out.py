@@ -16,8 +16,8 @@ from mergebench.checkpoint.read import Files
 from mergebench.checkpoint.staging import Staging
 from mergebench.editing.planned import Planned
 from mergebench.editing.scan import scan
+from mergebench.engine.threads import one_thread
 from mergebench.errors import ModelError
-from mergebench.running.batch import one_thread
 from mergebench.running.content import sha256_of
 
 

@@ -17,8 +17,8 @@ from mergebench.editing.edit import Rows
 from mergebench.editing.planned import Planned
 from mergebench.editing.targets import Target, describe
 from mergebench.engine.plan import cores
+from mergebench.engine.threads import one_thread
 from mergebench.errors import RunError
-from mergebench.running.batch import one_thread
 
 BLOCK = 1 << 16  # elements read at once: in float64 they stay in the cache
 NOISE = 2.0  # |z| below which a cosine is what a random vector may well have

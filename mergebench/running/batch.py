@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from mergebench.engine.threads import one_thread as one_thread
+from mergebench.engine.threads import one_thread
 from mergebench.running.model import Tick
 
 T = TypeVar("T")

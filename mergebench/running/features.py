@@ -56,6 +56,9 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
+    def held(self, network: Network) -> Inputs:
+        """The same to be read many times."""
+
     def lengths(self, network: Network) -> list[int]:
         """How many tokens, or patches, each item has."""
 
@@ -85,6 +88,9 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def held(self, network: Network) -> Texts:
+        return self  # its tokens are kept as it is
 
     def lengths(self, network: Network) -> list[int]:
         return [len(one) for one in self.tokens(network)]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergebench.engine.threads import one_thread
 from mergebench.errors import ModelError
-from mergebench.running.batch import one_thread
 from mergebench.running.content import TOKENIZER_FILES
 from mergebench.running.model import LoadableModel
 from mergebench.running.module import build, config_of, failed, quiet
