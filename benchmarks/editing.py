@@ -25,7 +25,7 @@ import torch
 from memory import peak
 from speed import KEEPER, WARM_MIB, commit
 
-from mergebench.probes.probe import Probe
+from mergebench.editing.probes.probe import Probe
 
 COUNTING = """
 import os, sys

@@ -24,10 +24,10 @@ import mergebench
 from mergebench.evaluation import Candidate, load_suite
 from mergebench.evaluation.head import read_head
 from mergebench.evaluation.run import Batch
+from mergebench.evaluation.search.candidates import Candidates
 from mergebench.evaluation.suite import Suite
-from mergebench.running.batch import CPU_TOKENS, batches, run_batches
-from mergebench.running.network import Network
-from mergebench.searching.candidates import Candidates
+from mergebench.networks.batch import CPU_TOKENS, batches, run_batches
+from mergebench.networks.network import Network
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # what changes from one candidate to the next

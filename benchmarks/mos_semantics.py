@@ -3,10 +3,10 @@
     python benchmarks/mos_semantics.py BANK DATA [--batches 64 16 1] [--passes 4] [--backbone MODEL]
 
 BANK is a bank of `mergebench cil run`, DATA its test items. In the published code every forward pass of an evaluation
-merges the stored adapters further; that is emulated (mergebench/cil/drifting.py, held against the code itself by
-tests/cil/test_published.py), the bank is only read. For every batch size: identical evaluations of all items, one
-after the other, from the bank as it is; then from a bank that was evaluated after every task before, as a training run
-of the published code does it. In the paper's semantics: all items at once, then batch by batch, everything made anew.
+merges the stored adapters further; that is emulated (mergebench/systems/mos/published_features.py, held against the
+code itself by tests/systems/mos/test_published.py), the bank is only read. For every batch size: identical evaluations
+of all items, one after the other, from the bank as it is; then from a bank that was evaluated after every task before,
+as a training run of the published code does it. In the paper's semantics: all items at once, then batch by batch, everything made anew.
 
 Prints Markdown: accuracy, the share of answers that differ from the first evaluation (published: with this batch size),
 and from the paper's.
@@ -22,14 +22,14 @@ import torch
 from speed import commit
 from torch import Tensor
 
-from mergebench.cil.answers import Features, mos
-from mergebench.cil.bank import Bank, read_bank
-from mergebench.cil.drifting import Drifting
-from mergebench.cil.encoder import Encoder
-from mergebench.cil.inference import open_encoder, read_items
-from mergebench.cil.seen import Seen
-from mergebench.cil.semantics import mean_of
-from mergebench.running.features import Inputs
+from mergebench.networks.attach import Encoder
+from mergebench.networks.features import Inputs
+from mergebench.systems.mos.bank import Bank, read_bank
+from mergebench.systems.mos.feature_cache import Seen
+from mergebench.systems.mos.inference import open_encoder, read_items
+from mergebench.systems.mos.merging import mean_of
+from mergebench.systems.mos.published_features import Drifting
+from mergebench.systems.mos.variants import Features, mos
 
 
 class Experiment:

@@ -28,14 +28,14 @@ from speed import commit
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mergebench.cil.answers import Features, cosine, mos
-from mergebench.cil.bank import Bank, BankWriter, read_bank
-from mergebench.cil.inference import open_encoder, read_items
-from mergebench.cil.manifest import About, AdapterKind, Backbone
-from mergebench.cil.manifest import Features as FeaturesKind
-from mergebench.cil.retrieval import retrieve
-from mergebench.cil.seen import Seen
-from mergebench.running.machine import device_of
+from mergebench.networks.device import device_of
+from mergebench.systems.mos.bank import Bank, BankWriter, read_bank
+from mergebench.systems.mos.feature_cache import Seen
+from mergebench.systems.mos.inference import open_encoder, read_items
+from mergebench.systems.mos.manifest import About, AdapterKind, Backbone
+from mergebench.systems.mos.manifest import Features as FeaturesKind
+from mergebench.systems.mos.retrieval import retrieve
+from mergebench.systems.mos.variants import Features, cosine, mos
 
 TASKS, CLASSES, WIDTH, ITEMS = 10, 10, 768, 5000
 

@@ -23,21 +23,21 @@ _PUBLIC = {
     "plan": "mergebench.api",
     "plan_fold": "mergebench.api",
     "run": "mergebench.api",
-    "evaluate": "mergebench.measuring",
-    "measure": "mergebench.measuring",
-    "search": "mergebench.choosing",
+    "evaluate": "mergebench.evaluation.measure",
+    "measure": "mergebench.evaluation.measure",
+    "search": "mergebench.evaluation.search.search",
     "task_vector": "mergebench.api",
-    "plan_edit": "mergebench.patching",
-    "plan_patch": "mergebench.patching",
+    "plan_edit": "mergebench.api",
+    "plan_patch": "mergebench.api",
     "merge_adapters": "mergebench.adapters",
     "merge_sequence": "mergebench.adapters",
     "adapter_drift": "mergebench.adapters",
     "describe_adapter": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
-    "fit_probe": "mergebench.probes.fit",
-    "read_probe": "mergebench.probes.probe",
+    "fit_probe": "mergebench.editing.probes.fit",
+    "read_probe": "mergebench.editing.probes.probe",
     "report": "mergebench.evaluation",
-    "compare": "mergebench.evaluation",
+    "compare": "mergebench.evaluation.compare.comparison",
     "merge_method": "mergebench.engine.method",
     "edit": "mergebench.editing.edit",
     "Rows": "mergebench.editing.edit",
@@ -57,19 +57,19 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from mergebench.adapters import adapter_drift, describe_adapter, extract_adapter, merge_adapters, merge_sequence
-    from mergebench.api import plan, plan_fold, run, task_vector
-    from mergebench.choosing import search
+    from mergebench.api import plan, plan_edit, plan_fold, plan_patch, run, task_vector
     from mergebench.editing.edit import Rows, edit
+    from mergebench.editing.probes.fit import fit_probe
+    from mergebench.editing.probes.probe import read_probe
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
     from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
     from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
-    from mergebench.evaluation import compare, report
-    from mergebench.measuring import evaluate, measure
-    from mergebench.patching import plan_edit, plan_patch
-    from mergebench.probes.fit import fit_probe
-    from mergebench.probes.probe import read_probe
+    from mergebench.evaluation import report
+    from mergebench.evaluation.compare.comparison import compare
+    from mergebench.evaluation.measure import evaluate, measure
+    from mergebench.evaluation.search.search import search
     from mergebench.recipe import load, load_stages
 
 __all__ = [

@@ -1,27 +1,36 @@
-"""Planning and running a merge, as the command line and Python users call it; measuring is in `measuring.py`."""
+"""Plan and run merges, edits and patches, as the command line and Python users call it.
+
+plan = plan_edit("org/model", "probe.safetensors", rows="4.65%", alpha=1.08)
+run(plan, "edited")                                        # beside the model, edited/patch.safetensors
+run(plan_patch("edited", "edited/patch.safetensors", revert=True), "as-it-was")
+"""
 
 from __future__ import annotations
 
 import gc
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergebench import card, edits
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt, open_model
+from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.patch import open_patch
 from mergebench.checkpoint.staging import Staging, check_target, finished
-from mergebench.checkpoint.write import write_atomically
-from mergebench.engine.merge import Merge
+from mergebench.editing import edits
+from mergebench.engine.job import Merge
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import MergebenchError, ModelError, RecipeError
+from mergebench.evaluation.page import card
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, Stage, load
-from mergebench.recipe.resolve import find_file, folders, open_named, resolve
-from mergebench.recipe.stages import default_out, references
+from mergebench.recipe.open import find_file, folders, open_named
+from mergebench.recipe.resolve import resolve
+from mergebench.recipe.stages import references
 
 
 def plan(
@@ -49,7 +58,7 @@ def with_edits(plan: Plan, recipe: Recipe) -> Plan:
     """The plan with the recipe's edits of what it gives, checked against that."""
     if not recipe.edits:
         return plan
-    from mergebench.editing.planned import plan_edit
+    from mergebench.editing.plan import plan_edit
 
     reference = plan.merge.reference
     tensors = {info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.layout()}
@@ -107,7 +116,7 @@ def run(
             card.verify(directory)
 
     def change(staging: Staging) -> dict[str, Any]:
-        from mergebench.editing.carry_out import carry_out
+        from mergebench.editing.apply import carry_out
 
         source = plan.merge.reference if plan.merge.copies else None
         return {"edits": carry_out(plan.merge.edits, staging, source)} if plan.merge.edits else {}
@@ -181,4 +190,73 @@ def plan_fold(
     return plan(recipe, memory=memory, workers=workers, shard_size=shard_size)
 
 
-__all__ = ["Result", "check_stages", "default_out", "plan", "plan_fold", "run", "task_vector"]
+def plan_edit(
+    model: str,
+    probe: str | Path,
+    *,
+    edit: str = "surgery",
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    shard_size: int = SHARD_SIZE,
+    **how: Any,
+) -> Plan:
+    """A copy of a model and the edit of it, checked by headers alone.
+
+    how: direction, target, layers, and the edit's own parameters (of surgery: rows, alpha, alpha_relative, select, op,
+    seed), as in a recipe's `edits:`; None is not given.
+    """
+    given = {key: value for key, value in how.items() if value is not None}
+    try:
+        recipe = load(_copy(model) | {"edits": [{"edit": edit, "probe": str(probe), **given}]})
+    except RecipeError as error:  # there is no recipe that a user could look into
+        raise RecipeError(error.message.removeprefix("recipe: edits.0."), error.hint) from None
+    return with_edits(_plan_copy(recipe, memory, workers, shard_size), recipe)
+
+
+def plan_patch(
+    model: str,
+    patch: str | Path,
+    *,
+    revert: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    shard_size: int = SHARD_SIZE,
+) -> Plan:
+    """A copy of a model with a patch put in, or with `revert` taken out, bit for bit.
+
+    `ModelError` where the model's rows are not those that the patch was made on (with `revert`: those it made).
+    """
+    from mergebench.editing.apply import PutIn
+
+    put_in = PutIn(open_patch(patch), revert)
+    plan = _plan_copy(load(_copy(model)), memory, workers, shard_size)
+    put_in.check(plan.merge.reference)
+    return replace(plan, merge=replace(plan.merge, edits=(put_in,)))
+
+
+def dry_run(plan: Plan, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """What the edit of a plan by `plan_edit` would do to how many rows, from one read of the candidates; nothing is
+    written. As `edits` in mergebench.json tells it of one that was made."""
+    from mergebench.editing.plan import Planned
+    from mergebench.editing.scan import scan
+
+    (planned,) = plan.merge.edits
+    assert isinstance(planned, Planned)
+    report = scan(planned, plan.merge.reference, progress).report()
+    return report | {"warnings": planned.doubts(plan.merge.reference) + report["warnings"]}
+
+
+def _copy(model: str) -> dict[str, Any]:
+    """The recipe of a copy."""
+    return {"merge_method": "passthrough", "models": [{"model": model}]}
+
+
+def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int) -> Plan:
+    """The plan of a copy: bytes are moved as they are, but for what an adapter changes."""
+    merge = resolve(recipe)
+    changed = tuple(glob.escape(name) for name in merge.reference.deltas)
+    merge = replace(merge, include=changed, exclude=() if changed else ("*",), copies=True)
+    return plan_merge(merge, memory=memory, workers=workers, shard_size=shard_size, device="cpu")
+
+
+__all__ = ["Result", "check_stages", "plan", "plan_edit", "plan_fold", "plan_patch", "run", "task_vector"]

@@ -131,7 +131,7 @@ def check_at_work(folder: Path, count: int) -> None:
 
 
 def child(request: dict[str, Any], stdin: IO[str]) -> None:
-    import mergebench.engine.work
+    import mergebench.engine.executors
     from mergebench.cli import main
 
     stdin.close()
@@ -143,7 +143,7 @@ def child(request: dict[str, Any], stdin: IO[str]) -> None:
     if "largest_file" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
     if request.get("forked"):
-        mergebench.engine.work.FORK_FROM = 0
+        mergebench.engine.executors.FORK_FROM = 0
     if "die_at" in request or "count" in request:
         watch(str(folder), request.get("die_at"), request.get("by", signal.SIGKILL), request.get("count"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background

@@ -17,12 +17,14 @@ from torch import Tensor
 from mergebench import methods
 from mergebench.adapters.lowrank import Product, compress, truncate
 from mergebench.checkpoint.adapter import Adapter, Factors
+from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.lora import LowRank
-from mergebench.checkpoint.read import Files, LowRankReader, whole
-from mergebench.engine.context import Context, Span
+from mergebench.checkpoint.values import LowRankReader
+from mergebench.engine.context import Context
 from mergebench.engine.method import Method
-from mergebench.engine.whole import run_at_once, run_in_chunks
+from mergebench.engine.replay import run_at_once, run_in_chunks
+from mergebench.engine.span import Span
 from mergebench.errors import RunError
 
 SUMS = ("linear", "cat", "svd")

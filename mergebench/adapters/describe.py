@@ -9,8 +9,8 @@ from typing import Any
 
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.adapter import Factors, read_adapter
-from mergebench.checkpoint.read import Files, whole
-from mergebench.engine.threads import one_thread
+from mergebench.checkpoint.files import Files, whole
+from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError, RunError
 
 _VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "bias of B"}

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mergebench.adapters.stored import check_alike, read_stored, together
-from mergebench.checkpoint.read import Files
-from mergebench.engine.memory import keep_freed_memory
-from mergebench.engine.threads import one_thread
+from mergebench.checkpoint.files import Files
+from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.errors import RecipeError
 
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from mergebench import __version__
-from mergebench.adapters import files
-from mergebench.adapters.differences import Differences
+from mergebench.adapters import peft_directory
+from mergebench.adapters.fine_tune import Differences
 from mergebench.adapters.lowrank import Product, keep_energy, truncate
-from mergebench.adapters.names import task_type
+from mergebench.adapters.peft_names import task_type
 from mergebench.checkpoint.adapter import CONFIG, WEIGHTS
+from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.header import read_header
-from mergebench.checkpoint.read import Files, whole
+from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
-from mergebench.checkpoint.write import ShardFiles, create, write_atomically
 from mergebench.engine.provenance import inputs, places
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result
@@ -83,7 +83,7 @@ def extract_adapter(
             raise ModelError(f"{model} has the linear layers of {base}: there is nothing to extract")
         _gather(found, staging, ranks)
         about = {"base_model_name_or_path": base, "task_type": task_type(found.base)}
-        config = files.config(ranks, found.transposed, **about)
+        config = peft_directory.config(ranks, found.transposed, **about)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = {
             "mergebench": __version__,
@@ -96,7 +96,7 @@ def extract_adapter(
             "fingerprint": fingerprint,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        write_atomically(staging.directory / "README.md", files.extracted_card(out, provenance))
+        write_atomically(staging.directory / "README.md", peft_directory.extracted_card(out, provenance))
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
         staging.publish(overwrite, sync=False)
     return Result(out, provenance)
@@ -144,16 +144,16 @@ def _part(found: Differences, name: str) -> str:
 
 
 def _write(directory: Path, file: str, module: str, shape: tuple[int, int], product: Product) -> None:
-    shard = dataclasses.replace(files.lay_out({module: shape}, {module: product.a.shape[0]}), file=file)
+    shard = dataclasses.replace(peft_directory.lay_out({module: shape}, {module: product.a.shape[0]}), file=file)
     create(directory / file, shard)
     with closing(ShardFiles(directory, [shard])) as written:
-        files.put(written, module, product)
+        peft_directory.put(written, module, product)
 
 
 def _gather(found: Differences, staging: Staging, ranks: dict[str, int]) -> None:
     """One file of all modules' factors, in the place of one each."""
     names = {module: name for name, module in found.linear.items()}
-    shard = files.lay_out({module: found.shape(names[module]) for module in ranks}, ranks)
+    shard = peft_directory.lay_out({module: found.shape(names[module]) for module in ranks}, ranks)
     create(staging.directory / WEIGHTS, shard)
     parts = [staging.directory / _part(found, names[module]) for module in ranks]
     with closing(ShardFiles(staging.directory, [shard])) as written, Files() as opened:

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from mergebench import __version__
-from mergebench.adapters import combine, files
+from mergebench.adapters import combine, peft_directory
 from mergebench.adapters.combine import ELEMENTWISE, KNOWN, SUMS, Job, Part, built_in
 from mergebench.adapters.lowrank import Product
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
+from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.lora import Names, read_lora
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.read import Files
+from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
-from mergebench.checkpoint.write import ShardFiles, create, write_atomically
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 
@@ -65,24 +65,24 @@ def merge_adapters(
     shapes = _shapes(job.adapters)
     keeps_one = _keeps_one(job)
     ranks = {module: _rank(job, module, shape, keeps_one) for module, shape in shapes.items()}
-    shard = files.lay_out(shapes, ranks)
+    shard = peft_directory.lay_out(shapes, ranks)
     check_room(out, sum(a.header.size for a in job.adapters) if keeps_one else shard.nbytes)
     with Staging(out, "", resume=False) as staging:
         energy: dict[str, Product | None] = dict.fromkeys(shapes)
         if keeps_one:
-            files.copy(job.adapters[0], staging.directory)
+            peft_directory.copy(job.adapters[0], staging.directory)
         else:
             create(staging.directory / WEIGHTS, shard)
             with closing(ShardFiles(staging.directory, [shard])) as written, Files() as opened:
                 for module, shape in shapes.items():
                     product = combine.merged(opened, job, module, shape, ranks[module])
-                    files.put(written, module, product)
+                    peft_directory.put(written, module, product)
                     energy[module] = product._replace(a=product.a[:0], b=product.b[:0])
-            config = files.merged_config(job.adapters, ranks)
+            config = peft_directory.merged_config(job.adapters, ranks)
             write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = _provenance(job, base, keeps_one, ranks, energy)
         provenance |= {"seconds": round(time.perf_counter() - started, 3)}
-        write_atomically(staging.directory / "README.md", files.card(out, provenance))
+        write_atomically(staging.directory / "README.md", peft_directory.card(out, provenance))
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
         staging.publish(overwrite, sync=False)
     return Result(out, provenance)
@@ -246,7 +246,7 @@ def _provenance(
             {"adapter": str(adapter.directory), "weight": weight, "base_model": base}
             for adapter, weight, base in zip(job.adapters, job.weights, bases, strict=True)
         ],
-        "notes": files.different_bases(bases),
+        "notes": peft_directory.different_bases(bases),
         "energy_kept": sum(product.kept for product in counted) / total if total else 1.0,
         "modules": {
             module: {"rank": ranks[module], "energy_kept": p.kept / p.total if p and p.total else 1.0}
@@ -255,6 +255,6 @@ def _provenance(
         "inputs": [
             entry
             for adapter in job.adapters
-            for entry in files.inputs(adapter.directory / name for name in (CONFIG, WEIGHTS))
+            for entry in peft_directory.inputs(adapter.directory / name for name in (CONFIG, WEIGHTS))
         ],
     }

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from mergebench import __version__
-from mergebench.adapters import files
+from mergebench.adapters import peft_directory
 from mergebench.adapters.stored import Stored, check_alike, read_stored, together
-from mergebench.checkpoint.read import TORCH_DTYPE, Files
+from mergebench.checkpoint.files import TORCH_DTYPE, Files, write_atomically, write_error
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
-from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, create, write_atomically, write_error
-from mergebench.engine.memory import keep_freed_memory
+from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.engine.run import Result
-from mergebench.engine.threads import one_thread
 from mergebench.errors import RecipeError, RunError
 
 ALPHA = 0.1  # the paper's
@@ -76,7 +75,7 @@ def merge_sequence(
         _merge(stack.enter_context(Files()), read, alpha, opened)
         provenance = _provenance(read, alpha, every, [read[at].name for at in written if at not in opened])
         provenance |= {"seconds": round(time.perf_counter() - started, 3)}
-        write_atomically(staging.directory / "README.md", files.sequence_card(out, provenance))
+        write_atomically(staging.directory / "README.md", peft_directory.sequence_card(out, provenance))
         write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
         staging.publish(overwrite, sync=False)
     return Result(out, provenance)
@@ -129,7 +128,7 @@ def _begin(adapter: Stored, place: Path, copied: bool) -> Shard | None:
 
 def _provenance(read: Sequence[Stored], alpha: float, every: bool, copied: Sequence[str]) -> dict[str, Any]:
     last = read[-1]
-    notes = files.different_bases([adapter.base for adapter in read])
+    notes = peft_directory.different_bases([adapter.base for adapter in read])
     if last.kind == "LORA" and len(read) > 1:
         notes.append("A and B are averaged apart, which is not averaging what they do, B A: --method linear does that")
     return {
@@ -143,5 +142,5 @@ def _provenance(read: Sequence[Stored], alpha: float, every: bool, copied: Seque
         "notes": notes,
         "tensors": len(last.tensors),
         "parameters": last.parameters,
-        "inputs": [entry for adapter in read for entry in files.inputs(adapter.files)],
+        "inputs": [entry for adapter in read for entry in peft_directory.inputs(adapter.files)],
     }

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, is_adapter, read_directory, residual
+from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.names import layer_of
 from mergebench.checkpoint.patched import METADATA as PATCH
-from mergebench.checkpoint.read import TORCH_DTYPE, Files
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RunError
 

@@ -12,16 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.names import is_vocabulary
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.model import Model
 
 _DERIVED = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias|relative_position_index)$"
-)
-_VOCABULARY = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|lm_head|shared|tok_embeddings|lm_head\.decoder"
-    r"|predictions\.decoder)\.(weight|bias)$|(^|\.)(predictions|lm_head)\.bias$"
 )
 _CAUSAL_MASK = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's [1, 1, n, n]; a real bias has one dimension
 
@@ -94,11 +91,6 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
             _judge_extra(result, base, model, name, wanted)
     result.problems.sort(key=lambda problem: problem.text)
     return result
-
-
-def is_vocabulary(name: str) -> bool:
-    """An embedding or head by its name: a row for each token."""
-    return bool(_VOCABULARY.search(name))
 
 
 def is_derived(info: TensorInfo) -> bool:

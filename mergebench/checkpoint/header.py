@@ -20,8 +20,7 @@ from mergebench.errors import ModelError, RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergebench.checkpoint.read import Files
-
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 ITEM_SIZE = {
@@ -47,15 +46,23 @@ class Scale(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Reader(Protocol):
+    """What reads bytes and elements of files; `files.Files` does."""
+
+    def read_into(self, file: Path, offset: int, buffer: memoryview) -> None: ...
+
+    def read_elements(self, tensor: TensorInfo, start: int, out: Tensor) -> None: ...
+
+
 class Made(Protocol):
     """What a tensor is made of that no file holds as it is: rows chosen from others, others put together."""
 
     @property
     def own(self) -> TensorInfo: ...  # a tensor of the model's own, as stored
 
-    def read(self, files: Files, start: int, out: Tensor) -> None: ...  # fill the flat `out` from element `start`
+    def read(self, files: Reader, start: int, out: Tensor) -> None: ...  # fill the flat `out` from element `start`
 
-    def settle(self, files: Files) -> None: ...  # compute now what all workers need
+    def settle(self, files: Reader) -> None: ...  # compute now what all workers need
 
     def digest(self) -> str: ...  # what identifies it
 

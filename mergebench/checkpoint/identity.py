@@ -8,9 +8,9 @@ import json
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.read import TORCH_DTYPE, Files
 
 PIECES, ELEMENTS = 8, 256  # read of a tensor: 4 KiB of one in 16 bits
 

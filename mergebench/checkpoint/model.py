@@ -13,21 +13,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.checkpoint.header import FP8, GGUF_HINT, Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.fp8 import find_scales
+from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.lora import LowRank, is_adapter, read_lora
 from mergebench.checkpoint.masked import FOLDER, Masked, holds_vector, is_task, read_task, tasks_in
 from mergebench.checkpoint.patched import METADATA as PATCH
 from mergebench.checkpoint.patched import Patched
 from mergebench.checkpoint.reference import locate
-from mergebench.checkpoint.scales import find_scales
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     import torch
 
-    from mergebench.checkpoint.read import Files
+    from mergebench.checkpoint.files import Files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Delta = LowRank | Masked | Patched  # what is added to a tensor of the base as it is read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -89,7 +88,7 @@ class Model:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors in memory: floats as float32 with the adapter folded in, the others as stored."""
-        from mergebench.checkpoint.read import read_whole
+        from mergebench.checkpoint.values import read_whole
 
         if self.is_task_vector:
             raise ModelError(f"model '{self.reference}': it holds differences to a base, no model", _VECTOR_HINT)

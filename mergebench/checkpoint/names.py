@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from mergebench.checkpoint.align import is_vocabulary
 from mergebench.checkpoint.header import TensorInfo
 
 # Beginnings of names that may stand for the same part of a model.
@@ -48,6 +47,10 @@ _PARTS = (
     (".output.dense.", ".mlp.fc2."),
 )
 
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|lm_head|shared|tok_embeddings|lm_head\.decoder"
+    r"|predictions\.decoder)\.(weight|bias)$|(^|\.)(predictions|lm_head)\.bias$"
+)
 _LAYER = re.compile(r"(?:(.*?)\.)??(\d+)\.(.+)")
 
 Shape = tuple[int, ...]
@@ -110,6 +113,11 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
     """
     found = _LAYER.fullmatch(name)
     return (found[1] or "", int(found[2]), found[3]) if found else None
+
+
+def is_vocabulary(name: str) -> bool:
+    """An embedding or head by its name: a row for each token."""
+    return bool(_VOCABULARY.search(name))
 
 
 def _fits(name: str, shape: Shape, base: Mapping[str, TensorInfo]) -> bool:

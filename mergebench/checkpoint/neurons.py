@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.files import TORCH_DTYPE, Files, put, write_error
+from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.read import TORCH_DTYPE, DeltaReader, Files, Scales, delta_reader
-from mergebench.checkpoint.write import put, write_error
+from mergebench.checkpoint.values import DeltaReader, delta_reader
 
 BLOCK = 1 << 20  # elements read at once
 

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.files import TORCH_DTYPE, Files, part_of, whole
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.neurons import Neurons, Stored
 from mergebench.checkpoint.patched import METADATA, Patched
-from mergebench.checkpoint.read import TORCH_DTYPE, Files, whole
-from mergebench.checkpoint.write import OutTensor, Shard, ShardFiles, create, part_of
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.errors import ModelError, RunError
 
 DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}

@@ -15,8 +15,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
-from mergebench.checkpoint.read import TORCH_DTYPE, Files, Scaler, whole
+from mergebench.checkpoint.files import TORCH_DTYPE, whole
+from mergebench.checkpoint.fp8 import Scaler
+from mergebench.checkpoint.header import ITEM_SIZE, Reader, TensorInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +50,11 @@ class Stack:
         listed = [(part.name, part.offset, str(part.file)) for part in self.parts]
         return hashlib.sha256(repr(listed).encode()).hexdigest()
 
-    def settle(self, files: Files) -> None:
+    def settle(self, files: Reader) -> None:
         """Nothing to compute ahead but where parts start."""
         _ = self._starts
 
-    def read(self, files: Files, start: int, out: Tensor) -> None:
+    def read(self, files: Reader, start: int, out: Tensor) -> None:
         """Fill the flat `out` (of this tensor's type) with elements `start` onwards."""
         at, stop = start, start + len(out)
         number = bisect_right(self._starts, start) - 1

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.write import part_of, write_atomically, write_error
+from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
 PROVENANCE = "mergebench.json"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import human
+from mergebench.cli.output import human
 
 _ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
 MOST = 8  # adapters that have a column each: a terminal is no wider
@@ -116,6 +116,6 @@ def _table(first: str, *more: str) -> Any:
 
 
 def _print(table: Any) -> None:
-    from mergebench.cli.inspect import print_table
+    from mergebench.cli.output import print_table
 
     print_table(table)

@@ -11,7 +11,7 @@ import typer
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
 from mergebench.cli.merge import say_notes
-from mergebench.cli.progress import byte_bar, count_bar, note
+from mergebench.cli.output import byte_bar, count_bar, note
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
@@ -72,7 +72,7 @@ def merge(
         said = adapter_tables.sequence_text(result.provenance)
     else:
         from mergebench.adapters import merge_adapters
-        from mergebench.adapters.files import kept_text
+        from mergebench.adapters.peft_directory import kept_text
 
         numbers = None if weights is None else _numbers(weights)
         how: dict[str, Any] = {"method": method, "weights": numbers, "density": density, "rank": rank, "base": base}
@@ -135,7 +135,7 @@ def extract(
 ) -> None:
     """Take what a fine-tune adds to its base's linear layers as a LoRA directory that PEFT loads."""
     from mergebench.adapters import extract_adapter
-    from mergebench.adapters.files import kept_text
+    from mergebench.adapters.peft_directory import kept_text
 
     quiet = quiet or json_
     with count_bar("extracting", quiet) as progress:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import note, work_bar
+from mergebench.cli.output import note, work_bar
 
 app = typer.Typer(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
 
@@ -26,8 +26,8 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Learn the tasks of CONFIG with an adapter each (MOS), seed by seed, and print how it and its rivals did."""
-    from mergebench.cil.config import load_config
-    from mergebench.cil.run import run_sequence
+    from mergebench.systems.mos.config import load_config
+    from mergebench.systems.mos.run import run_sequence
 
     quiet = quiet or json_
     target = out or Path("banks") / config.stem
@@ -64,7 +64,7 @@ def evaluate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Score banks at every stage, MOS whole and without each of its parts. Banks are only read."""
-    from mergebench.cil.evaluate import evaluate_banks
+    from mergebench.systems.mos.evaluate import evaluate_banks
 
     with work_bar(quiet or json_) as progress:
         records = evaluate_banks(
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _show(records: list[dict[str, object]]) -> None:
-    from mergebench.cil import report
+    from mergebench.systems.mos import report
 
     styled = sys.stdout.isatty()
     typer.echo(report.stages(records, styled=styled) + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import item_bar
+from mergebench.cli.output import item_bar
 from mergebench.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -41,20 +41,21 @@ def compare(
     OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), rows of an
     evaluation (--in merged/mine), or models (--suite suite.yaml).
     """
-    from mergebench import evaluation
+    from mergebench.evaluation import comparison_report
+    from mergebench.evaluation.compare.comparison import compare as compare_answers
 
     if in_ is not None and suite is not None:
         raise RecipeError("--in and --suite: rows of an evaluation, or models to be measured", "leave one out")
     if split is not None and suite is None:
         raise RecipeError("--split goes with --suite", "files and rows are compared as they are")
     if suite is None:
-        found = evaluation.compare(old, new, in_)
+        found = compare_answers(old, new, in_)
     else:
         found = _measured(suite, old, new, split, opt.check_device(device), results, quiet or json_)
     if json_:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        typer.echo(evaluation.comparison_report(found, items=flips, styled=sys.stdout.isatty()))
+        typer.echo(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
     if max_nfr is not None and (above := found.above(max_nfr)):
         named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
         raise RunError(f"NFR above {100 * max_nfr:g} %: {named}", "--flips N shows more of the lost items, --json all")
@@ -62,13 +63,13 @@ def compare(
 
 def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:
     from mergebench.checkpoint import open_model
-    from mergebench.evaluation import compare
-    from mergebench.measuring import measure
-    from mergebench.recipe.resolve import short_names
+    from mergebench.evaluation.compare.comparison import compare as compare_answers
+    from mergebench.evaluation.measure import measure
+    from mergebench.recipe.open import short_names
 
     for model in (old, new):  # one that is not there shows before the other is measured
         open_model(model)
     with item_bar("evaluating", quiet) as step:
         found = measure(suite, [old, new], split=split, device=device, results=kept, progress=step)
     first, second = short_names([old, new])
-    return compare(first, second, found)
+    return compare_answers(first, second, found)

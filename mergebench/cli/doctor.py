@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.inspect import print_table
-from mergebench.cli.progress import check_bar
+from mergebench.cli.output import check_bar, print_table
 
 if TYPE_CHECKING:
-    from mergebench.doctor import Report
+    from mergebench.testing.doctor import Report
 
 
 def doctor(
@@ -28,8 +27,8 @@ def doctor(
     does not apply, and --json says why. Then the same for merged adapters of every kind of LoRA (without
     METHOD): one is copied, a sum is the sum of what they do. Exit code 1 where something fails.
     """
-    from mergebench import doctor_adapters
-    from mergebench.doctor import CHECKS, examine
+    from mergebench.testing import doctor_adapters
+    from mergebench.testing.doctor import CHECKS, examine
 
     with check_bar("checking", json_) as progress:
         reports = examine(names or (), progress)

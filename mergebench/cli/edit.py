@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import byte_bar, note
+from mergebench.cli.output import byte_bar, note
 from mergebench.errors import RecipeError
 
 BAR = 40  # characters of the longest bar
@@ -115,7 +115,7 @@ def show(report: Mapping[str, Any]) -> None:
     """What an edit would do, in full."""
     from rich.table import Table
 
-    from mergebench.cli.inspect import print_table
+    from mergebench.cli.output import print_table
 
     typer.echo(sentence(report))
     for line in report["candidates"]:

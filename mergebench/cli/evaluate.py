@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import item_bar, note
+from mergebench.cli.output import item_bar, note
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Results
@@ -31,8 +31,8 @@ def evaluate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure MODELs side by side on the tasks of a SUITE."""
-    from mergebench import page
-    from mergebench.measuring import measure
+    from mergebench.evaluation import page
+    from mergebench.evaluation.measure import measure
 
     if split not in (None, "test", "validation"):
         raise opt.wrong("--split", split, "test or validation")

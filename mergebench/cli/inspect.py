@@ -11,8 +11,8 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
+from mergebench.cli.output import human, print_table
 from mergebench.cli.patch import show
-from mergebench.cli.progress import human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.model import Delta
@@ -87,7 +87,7 @@ def diff(
     json_: opt.Json = False,
 ) -> None:
     """Compare two models tensor by tensor: norm ratio, cosine, changed share, sign conflict of task vectors."""
-    from mergebench.difference import differences
+    from mergebench.evaluation.weights import differences
 
     rows = differences(a, b, base)
     if json_:
@@ -115,8 +115,8 @@ def methods(
     json_: opt.Json = False,
 ) -> None:
     """List the merge methods and edits, or show one: formula, paper, parameters, defaults."""
-    from mergebench import edits
     from mergebench import methods as registry
+    from mergebench.editing import edits
 
     own = name is not None and name in edits.names()
     listed = [edits.get(one) for one in edits.names() if name in (None, one)]
@@ -160,7 +160,7 @@ def _method(method: Method) -> dict[str, Any]:
 
 def _edit(edit: Edit) -> dict[str, Any]:
     """What an edit is, with the parameters that every edit has."""
-    from mergebench.editing.wanted import COMMON, Wanted
+    from mergebench.editing.spec import COMMON, Wanted
 
     common = [
         {
@@ -199,14 +199,3 @@ def _finite(value: Any) -> Any:
 
 def _architecture(config: dict[str, Any]) -> str:
     return str((config.get("architectures") or [config.get("model_type") or ""])[0])
-
-
-def print_table(table: Any) -> None:
-    """A table on stdout, as wide as it needs to be."""
-    import sys
-
-    from rich.console import Console
-
-    # a pipe has no width: give tables the room they need there. A name's brackets and colons are its own.
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False, markup=False, emoji=False).print(table)

@@ -11,7 +11,7 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.progress import byte_bar, human, item_bar, note
+from mergebench.cli.output import byte_bar, human, item_bar, note
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -56,7 +56,8 @@ def merge(
     quiet: opt.Quiet = False,
 ) -> None:
     """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how."""
-    from mergebench import api, measuring
+    from mergebench import api
+    from mergebench.evaluation import measure
 
     quiet = quiet or json_
     stages = load(recipe, set_, seed, out)
@@ -69,7 +70,7 @@ def merge(
         "shard_size": opt.parse_size(shard_size, "--shard-size"),
     }
     ways = {"resume": resume, "overwrite": overwrite, "sync": sync, "hash_inputs": hash_, "verify": verify}
-    suite = measuring.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
+    suite = measure.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
     if earlier:
         api.check_stages(stages, resume=resume, overwrite=overwrite)
     before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
@@ -83,7 +84,7 @@ def merge(
     missing = not (target / "evaluation.json").exists()
     if suite is not None and (missing or not result.already_done):
         with item_bar("evaluating", quiet) as step:
-            found = measuring.evaluate(loaded, target, suite=suite, device=device, results=results, progress=step)
+            found = measure.evaluate(loaded, target, suite=suite, device=device, results=results, progress=step)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
         if earlier:
@@ -152,7 +153,7 @@ def each_stage(
 def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
     """The plan; where models do not fit together, every mismatch goes to stderr."""
     from mergebench import api
-    from mergebench.engine.mismatch import Mismatch
+    from mergebench.checkpoint.mismatch import Mismatch
 
     try:
         return api.plan(stage.recipe, **limits)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import byte_bar, human, note
+from mergebench.cli.output import byte_bar, human, note
 
 app = typer.Typer(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
 
@@ -104,7 +104,7 @@ def show(
         return
     from rich.table import Column, Table
 
-    from mergebench.cli.inspect import print_table
+    from mergebench.cli.output import print_table
 
     typer.echo(_title(read.about))
     table = Table("tensor", Column("changed", justify="right"), "", "dtype", "amount", box=None, header_style="bold")
@@ -140,7 +140,7 @@ def to_lora(
     quiet: opt.Quiet = False,
 ) -> None:
     """Write the patch as a LoRA of rank 1 that PEFT loads: the edit as a switch of a running model."""
-    from mergebench.editing.lora import patch_to_lora
+    from mergebench.adapters.from_patch import patch_to_lora
 
     result = patch_to_lora(model, patch, out, overwrite=overwrite)
     made = result.provenance

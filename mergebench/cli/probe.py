@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import note, work_bar
+from mergebench.cli.output import note, work_bar
 
 if TYPE_CHECKING:
-    from mergebench.probes.probe import Probe
+    from mergebench.editing.probes.probe import Probe
 
 app = typer.Typer(help="Fit a linear probe of a behaviour, for an edit to use.", no_args_is_help=True)
 
@@ -49,7 +49,7 @@ def fit(
     quiet: opt.Quiet = False,
 ) -> None:
     """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart."""
-    from mergebench.probes.fit import fit_probe, plot_of
+    from mergebench.editing.probes.fit import fit_probe, plot_of
 
     quiet = quiet or json_
     with work_bar(quiet) as progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergebench.cli.progress import note
+from mergebench.cli.output import note
 
 
 def report(
@@ -18,7 +18,7 @@ def report(
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
     """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance."""
-    from mergebench import page
+    from mergebench.evaluation import page
 
     written = page.write(directory, out)
     typer.echo(str(written))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import count_bar, note
+from mergebench.cli.output import count_bar, note
 
 
 def retrieve(
@@ -31,7 +31,7 @@ def retrieve(
     With --trace also the path (02>04>04: under adapter 02 the head named task 04, under 04 again), how many adapters
     were evaluated, and how it ended: settled, cycle (it would go round for ever) or stopped (after four).
     """
-    from mergebench.cil.inference import infer
+    from mergebench.systems.mos.inference import infer
 
     quiet = quiet or json_
     with count_bar("encoding", quiet) as progress:

@@ -11,10 +11,10 @@ import typer
 
 from mergebench.cli import evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.progress import note, search_bar
+from mergebench.cli.output import note, search_bar
 
 if TYPE_CHECKING:
-    from mergebench.choosing import Found
+    from mergebench.evaluation.search.search import Found
 
 SHOWN = 8  # points in the table, beside the recipe as given
 
@@ -44,7 +44,7 @@ def search(
     quiet: opt.Quiet = False,
 ) -> None:
     """Search parameters of a RECIPE on the validation tasks of a suite, and report the best on its test tasks."""
-    from mergebench import choosing
+    from mergebench.evaluation.search import search as searching
     from mergebench.recipe import load
 
     quiet = quiet or json_
@@ -52,7 +52,7 @@ def search(
     for line in loaded.notes:
         note(f"note: {line}", quiet)
     with search_bar(budget, quiet) as (searched, step):
-        found = choosing.search(
+        found = searching.search(
             loaded,
             suite,
             over,
@@ -101,7 +101,7 @@ def _table(found: Found) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from mergebench.evaluation.layout import number
+    from mergebench.evaluation.tables.layout import number
 
     history = found.history
     ranked, metrics = history.ranked, history.metrics

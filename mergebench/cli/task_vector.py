@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.progress import note
+from mergebench.cli.output import note
 from mergebench.errors import RecipeError
 
 DTYPES = ("float32", "float16", "bfloat16")

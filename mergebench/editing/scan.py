@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.neurons import Neurons, Stored
-from mergebench.checkpoint.read import Files
 from mergebench.editing.edit import Rows
-from mergebench.editing.planned import Planned
+from mergebench.editing.plan import Planned
 from mergebench.editing.targets import Target, describe
+from mergebench.engine.machine import one_thread
 from mergebench.engine.plan import cores
-from mergebench.engine.threads import one_thread
 from mergebench.errors import RunError
 
 BLOCK = 1 << 16  # elements read at once: in float64 they stay in the cache

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergebench.engine.noise import bernoulli
+from mergebench.engine.span import Span
 from mergebench.errors import MergebenchError, RunError
-
-
-class Span(NamedTuple):
-    """Elements `start` to `stop` of one tensor, flattened."""
-
-    tensor: str
-    start: int
-    stop: int
-
-    @property
-    def numel(self) -> int:
-        return self.stop - self.start
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.files import TORCH_DTYPE
+from mergebench.checkpoint.header import Reader, TensorInfo
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.read import TORCH_DTYPE, Files
-from mergebench.checkpoint.write import ALIGN, Shard
+from mergebench.checkpoint.shards import ALIGN, Shard
 
 
 class InMemory:
@@ -58,10 +58,10 @@ class _Held:
     own: TensorInfo
     flat: Tensor
 
-    def read(self, files: Files, start: int, out: Tensor) -> None:
+    def read(self, files: Reader, start: int, out: Tensor) -> None:
         out.copy_(self.flat[start : start + len(out)])
 
-    def settle(self, files: Files) -> None:
+    def settle(self, files: Reader) -> None:
         """It is there."""
 
     def digest(self) -> str:

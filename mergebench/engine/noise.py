@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mergebench.engine.context import Span
+    from mergebench.engine.span import Span
 
 TILE = 65_536
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # as signed 32-bit integers

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import torch
 
+from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.masked import Masked
-from mergebench.checkpoint.packed import check_not_packed
-from mergebench.checkpoint.write import Shard, lay_out, with_tasks
-from mergebench.engine import mismatch, questions
+from mergebench.checkpoint.quantized import check_not_packed
+from mergebench.checkpoint.shards import Shard, lay_out, with_tasks
+from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES, LEAST_NEW
-from mergebench.engine.merge import Merge, Operand, operands_of
+from mergebench.engine.job import Merge, Operand, operands_of
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RecipeError
 
@@ -177,7 +178,7 @@ def plan_merge(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
-    asked, asked_of_all = questions.count(merge, alignment.merged)
+    asked, asked_of_all = trace.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
     size += -size % 8 if method.gives == "tasks" else 0  # whole bytes of the masks

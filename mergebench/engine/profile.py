@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergebench.engine.context import Context
 from mergebench.engine.method import Method, Tasks
+from mergebench.engine.replay import replay
 from mergebench.engine.statistics import Statistic
-from mergebench.engine.whole import replay
 
 
 class Counts(NamedTuple):

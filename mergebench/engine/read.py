@@ -9,11 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.files import TORCH_DTYPE, Files
+from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import FP8, TensorInfo
-from mergebench.checkpoint.read import TORCH_DTYPE, DeltaReader, Files, Scales, delta_reader
-from mergebench.engine.context import Span
-from mergebench.engine.merge import Operand
+from mergebench.checkpoint.values import DeltaReader, delta_reader
+from mergebench.engine.job import Operand
 from mergebench.engine.plan import Plan
+from mergebench.engine.span import Span
 
 
 class ChunkReader:

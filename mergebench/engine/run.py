@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import masked
+from mergebench.checkpoint.files import Files, write_atomically, write_error
 from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.read import Files
+from mergebench.checkpoint.shards import create, write_index
+from mergebench.checkpoint.side_files import copy_side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
-from mergebench.checkpoint.write import copy_side_files, create, write_atomically, write_error, write_index
-from mergebench.engine.answers import answers_of, ask_of_all
+from mergebench.engine.answers import Known, answers_of, ask_of_all
+from mergebench.engine.executors import Progress
 from mergebench.engine.inmemory import InMemory
-from mergebench.engine.known import Known
-from mergebench.engine.memory import keep_freed_memory
+from mergebench.engine.machine import keep_freed_memory
 from mergebench.engine.plan import Group, Plan
 from mergebench.engine.provenance import fingerprint_of, peak_memory, places, record
 from mergebench.engine.sweep import Sweeper
-from mergebench.engine.work import Progress
 from mergebench.errors import ModelError, RunError
 
 BLOCK = 1 << 20  # bytes compared or hashed at a time

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergebench.checkpoint.read import Files
+from mergebench.checkpoint.files import Files
 from mergebench.engine.brackets import Miss, Sample
-from mergebench.engine.context import Span
+from mergebench.engine.executors import BATCH, Progress, chunks_of, copies_of, start_workers
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.method import Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Group, Plan, Unit
+from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic
-from mergebench.engine.work import BATCH, Progress, chunks_of, copies_of, start_workers
-from mergebench.engine.worker import Item, Known, context_of, replay
+from mergebench.engine.worker import Item, Known, context_of, replay_chunk
 
 SMALL = BATCH  # chunks: a unit of at most so many may be gathered whole, by one worker
 WIDE = 1 / 12  # share of a small unit in brackets from which that takes less time: its values are not sorted
@@ -78,7 +78,7 @@ class Sweeper:
             self._numel(name) if name in self.plan.whole else self._piece(unit) if self.plan.merge.cut == "row" else 1
         )
         values = torch.zeros(len(self.plan.merge.models), size, device=self.plan.device)
-        statistic = replay(self.plan, values, context_of(self.plan, unit, (Span(name, 0, size),)), answers)
+        statistic = replay_chunk(self.plan, values, context_of(self.plan, unit, (Span(name, 0, size),)), answers)
         assert isinstance(statistic, Statistic)
         return statistic
 
@@ -86,7 +86,7 @@ class Sweeper:
         """The factors of the tasks; known: all answers about the first group."""
         unit = self.plan.groups[0].units[0]
         values = torch.zeros(len(self.plan.merge.models), 1, device=self.plan.device)
-        tasks = replay(self.plan, values, context_of(self.plan, unit, (Span(unit.tensors[0], 0, 1),)), known[0])
+        tasks = replay_chunk(self.plan, values, context_of(self.plan, unit, (Span(unit.tensors[0], 0, 1),)), known[0])
         assert isinstance(tasks, Tasks)
         return tasks.scales
 

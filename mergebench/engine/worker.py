@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.files import TORCH_DTYPE, Files
+from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import FP8
-from mergebench.checkpoint.read import TORCH_DTYPE, Files, Scales
-from mergebench.checkpoint.write import ShardFiles
-from mergebench.engine import whole
+from mergebench.checkpoint.shards import ShardFiles
 from mergebench.engine.brackets import Floats
-from mergebench.engine.context import Context, Span
+from mergebench.engine.context import Context
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.method import Tasks
 from mergebench.engine.plan import Plan, Unit
 from mergebench.engine.profile import Counts, counts
 from mergebench.engine.read import ChunkReader
+from mergebench.engine.replay import replay
+from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.errors import RunError
 
@@ -38,9 +40,9 @@ class Item(NamedTuple):
     tile: int
 
 
-def replay(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor | Tasks:
+def replay_chunk(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor | Tasks:
     """Run the method with the answers known so far: the next question, or the merged chunk."""
-    return whole.replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, answers)
+    return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, answers)
 
 
 def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
@@ -70,7 +72,8 @@ class Worker:
         found = []
         for item in items:
             values, _ = self.reader.load(item.spans, apply=False)
-            statistic = replay(self.plan, values, context_of(self.plan, units[item.unit], item.spans), known[item.unit])
+            context = context_of(self.plan, units[item.unit], item.spans)
+            statistic = replay_chunk(self.plan, values, context, known[item.unit])
             assert isinstance(statistic, OrderStatistics)
             found.append((item.tile, item.unit, statistic.keyed()))
         return found
@@ -84,7 +87,8 @@ class Worker:
             values, _ = self.reader.load(item.spans, apply=False)
             if not known[item.unit]:
                 self._check_finite(item, values)
-            statistic = replay(self.plan, values, context_of(self.plan, units[item.unit], item.spans), known[item.unit])
+            context = context_of(self.plan, units[item.unit], item.spans)
+            statistic = replay_chunk(self.plan, values, context, known[item.unit])
             assert isinstance(statistic, Statistic), "the method asked fewer questions than it did on the toy chunk"
             statistic.reduce(states[item.unit], item.tile)
         return states
@@ -126,7 +130,7 @@ class Worker:
         values, base = self.reader.load(item.spans, apply=True)
         if not unit.passes:
             self._check_finite(item, values)
-        merged = replay(self.plan, values, context_of(self.plan, unit, item.spans), answers)
+        merged = replay_chunk(self.plan, values, context_of(self.plan, unit, item.spans), answers)
         assert not isinstance(merged, Statistic), "the method asked more questions than it did on the toy chunk"
         masks: Sequence[Tensor] = ()
         if isinstance(merged, Tasks):

@@ -8,14 +8,14 @@
 Neither torch nor transformers is imported before something is measured.
 """
 
-from mergebench.evaluation.comparison import Comparison, compare
-from mergebench.evaluation.flip_tables import comparison_report
-from mergebench.evaluation.flips import Flips, flips
+from mergebench.evaluation.compare.comparison import Comparison
+from mergebench.evaluation.compare.flips import Flips
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
 from mergebench.evaluation.run import Candidate, Step, evaluate_models
 from mergebench.evaluation.suite import Suite, Task, load_suite
-from mergebench.evaluation.tables import legend, markdown, report, table
-from mergebench.running.model import LoadableModel
+from mergebench.evaluation.tables.flips import comparison_report
+from mergebench.evaluation.tables.results import legend, markdown, report, table
+from mergebench.networks.loadable import LoadableModel
 
 __all__ = [
     "Candidate",
@@ -27,10 +27,8 @@ __all__ = [
     "Step",
     "Suite",
     "Task",
-    "compare",
     "comparison_report",
     "evaluate_models",
-    "flips",
     "legend",
     "load_suite",
     "markdown",

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.errors import MergebenchError, ModelError, RunError
-from mergebench.running.batch import batches, out_of_memory, run_batches
-from mergebench.running.extra import need
-from mergebench.running.module import quiet
+from mergebench.networks.batch import batches, out_of_memory, run_batches
+from mergebench.networks.module import quiet
+from mergebench.plugins import need
 
 if TYPE_CHECKING:
-    from mergebench.running.model import Tick
-    from mergebench.running.network import Network
+    from mergebench.networks.loadable import Tick
+    from mergebench.networks.network import Network
 
 READ_TOKENS = {"cpu": 256, "cuda": 8192}  # in a batch, padding included; each costs two float32 rows of the vocabulary
 WRITTEN_TOKENS = {"cpu": 1024, "cuda": 32_768}  # prompt and continuation; only the last has such rows

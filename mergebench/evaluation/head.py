@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.task import Ready, Score
-from mergebench.running.features import POOLINGS, Pooling, features
-from mergebench.running.model import Tick
+from mergebench.networks.features import POOLINGS, Pooling, features
+from mergebench.networks.loadable import Tick
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergebench.evaluation.labelled import Labelled
-    from mergebench.running.network import Network
+    from mergebench.networks.network import Network
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -59,7 +59,7 @@ class Head:
 
     def dump(self) -> bytes:
         """The file's content, which `read_head` reads."""
-        from mergebench.checkpoint.write import as_file
+        from mergebench.checkpoint.shards import as_file
 
         about = {"labels": json.dumps(self.labels), "pooling": self.pooling.how}
         about["normalize"] = json.dumps(self.pooling.normalize)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.engine.memory import available_memory
+from mergebench.engine.machine import available_memory
 from mergebench.errors import ModelError, RunError
-from mergebench.running.features import Pooling
-from mergebench.running.module import quiet
-from mergebench.running.network import Network
+from mergebench.networks.features import Pooling
+from mergebench.networks.module import quiet
+from mergebench.networks.network import Network
 
 PROCESSOR = "preprocessor_config.json"
 

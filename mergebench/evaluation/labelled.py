@@ -9,9 +9,9 @@ from pathlib import Path
 from mergebench.errors import RunError, did_you_mean
 from mergebench.evaluation.images import Images, check_image
 from mergebench.evaluation.task import Prediction, Score, accuracy
-from mergebench.running.extra import need
-from mergebench.running.features import Inputs, Texts
-from mergebench.running.items import Row, contents, read_rows
+from mergebench.networks.features import Inputs, Texts
+from mergebench.networks.items import Row, contents, read_rows
+from mergebench.plugins import need
 
 
 @dataclass(frozen=True)

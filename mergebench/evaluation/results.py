@@ -16,7 +16,7 @@ from mergebench.errors import RunError
 from mergebench.evaluation.task import Direction, Prediction
 
 if TYPE_CHECKING:
-    from mergebench.evaluation.comparison import Comparison
+    from mergebench.evaluation.compare.comparison import Comparison
 
 Role = Literal["base", "input", "merged", "baseline"]
 FILE, VIEW = "evaluation.json", "evaluation.md"
@@ -68,14 +68,14 @@ class Results:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """Every model against the baseline; on disk a view like the others, for other programs."""
-        from mergebench.evaluation.comparison import against
+        from mergebench.evaluation.compare.comparison import against
 
         return against(self)
 
     def save(self, directory: Path) -> None:
         """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
-        from mergebench.checkpoint.write import write_atomically
-        from mergebench.evaluation.tables import markdown
+        from mergebench.checkpoint.files import write_atomically
+        from mergebench.evaluation.tables.results import markdown
 
         document = self.to_dict()
         made = json.dumps(document["made"], indent=1, ensure_ascii=False, allow_nan=False)

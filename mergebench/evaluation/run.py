@@ -18,8 +18,8 @@ from mergebench.evaluation.suite import Suite, Task
 if TYPE_CHECKING:
     from mergebench.evaluation.store import Store
     from mergebench.evaluation.task import Score
-    from mergebench.running.model import LoadableModel
-    from mergebench.running.network import Network
+    from mergebench.networks.loadable import LoadableModel
+    from mergebench.networks.network import Network
 
     Measured = LoadableModel | Mapping[str, LoadableModel]
 
@@ -86,7 +86,7 @@ class Batch:
     """The results of one suite, model by model, with one model in memory at a time."""
 
     def __init__(self, suite: Suite, device: str, store: Store | None, meter: _Meter | None = None) -> None:
-        from mergebench.running.machine import device_of, versions
+        from mergebench.networks.device import device_of, versions
 
         self.suite, self.device, self.store = suite, device_of(device), store
         self.meter = meter or _Meter(None, 0)
@@ -145,7 +145,7 @@ class Batch:
 
     def _hold(self, model: LoadableModel, auto_class: str) -> Network:
         """The model in memory, in the place of the one before it."""
-        from mergebench.running.network import Network
+        from mergebench.networks.network import Network
 
         if self._held is model and self._network is not None:
             return self._network
@@ -159,7 +159,7 @@ class Batch:
     @contextmanager
     def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
         """What fails is noted, and the evaluation goes on."""
-        from mergebench.running.batch import out_of_memory
+        from mergebench.networks.batch import out_of_memory
 
         try:
             yield

@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+from mergebench.checkpoint.content import Contents, put
 from mergebench.evaluation.suite import Task
 from mergebench.evaluation.task import Direction, Prediction, Score
-from mergebench.running.content import Contents, put
-from mergebench.running.model import LoadableModel
+from mergebench.networks.loadable import LoadableModel
 
 DEFAULT = Path("results")
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergebench.checkpoint.content import sha256_of
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
 from mergebench.evaluation.scorer import Scorer, ScorerKind
 from mergebench.evaluation.task import Key, Kind, Ready
-from mergebench.recipe.places import Loc, Places, show
-from mergebench.recipe.source import find, parse, plain
-from mergebench.running.content import sha256_of
+from mergebench.recipe.positions import Loc, Places, show
+from mergebench.recipe.yaml import find, parse, plain
 
 T = TypeVar("T")
 SHAPE = "begin with tasks: and list them as '- name: …'"

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mergebench.running.model import Tick
+from mergebench.networks.loadable import Tick
 
 if TYPE_CHECKING:
-    from mergebench.running.network import Network
+    from mergebench.networks.network import Network
 
 Direction = Literal["higher", "lower"]  # which values are better
 

@@ -4,7 +4,7 @@ Third parties add methods by an entry point in the group `mergebench.methods`.
 """
 
 from mergebench.engine.method import Method
-from mergebench.registry import Registry
+from mergebench.plugins import Registry
 
 _registry = Registry(__name__, "mergebench.methods", "method", Method, "@merge_method")
 names, origin, get = _registry.names, _registry.origin, _registry.get

@@ -6,7 +6,7 @@ to some of them.
 
 from __future__ import annotations
 
-from mergebench.recipe.places import Places, show
+from mergebench.recipe.positions import Places, show
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergebench.editing.wanted import COMMON, Wanted
+from mergebench.editing.spec import COMMON, Wanted
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe import parameters
-from mergebench.recipe.places import Loc, Places, show
+from mergebench.recipe.positions import Loc, Places, show
 from mergebench.recipe.schema import EDITS_FORM
 
 
 def check(data: Mapping[str, Any], loc: Loc, places: Places) -> Wanted:
     """One entry of edits:, its parameters checked."""
-    from mergebench import edits  # torch comes with them
+    from mergebench.editing import edits  # torch comes with them
 
     given = {key: value for key, value in data.items() if value is not None}
     name = given.pop("edit", None)

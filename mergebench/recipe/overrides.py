@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergebench.errors import RecipeError
-from mergebench.recipe.places import Loc, Places, dotted, show
-from mergebench.recipe.source import parse
+from mergebench.recipe.positions import Loc, Places, dotted, show
+from mergebench.recipe.yaml import parse
 
 EXAMPLE = "write a path and a value, such as --set parameters.density=0.2 or --set models.0.parameters.weight=0.5"
 

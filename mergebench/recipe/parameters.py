@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergebench.engine.method import Method, Parameter
-from mergebench.recipe.places import Loc, Places, show
-from mergebench.recipe.varying import fits, scalars, value_at
+from mergebench.recipe.gradients import fits, scalars, value_at
+from mergebench.recipe.positions import Loc, Places, show
 
 HABITS = (
     "int8_mask",

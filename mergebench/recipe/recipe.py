@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergebench import methods
-from mergebench.editing.wanted import Wanted
+from mergebench.editing.spec import Wanted
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
 from mergebench.recipe import edits, modules, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
 from mergebench.recipe.chat import chat_template
-from mergebench.recipe.parts import Part
-from mergebench.recipe.places import Loc, Places
+from mergebench.recipe.gradients import varies
+from mergebench.recipe.modules import Part
+from mergebench.recipe.positions import Loc, Places
 from mergebench.recipe.slices import Slice, Source, check_ranges
-from mergebench.recipe.source import Document, plain, read
-from mergebench.recipe.varying import varies
+from mergebench.recipe.yaml import Document, plain, read
 
 Scope = Literal["tensor", "model"]
 

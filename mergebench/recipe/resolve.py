@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint import Model, adopt, open_model
-from mergebench.checkpoint.reference import Location, locate
+from mergebench.checkpoint import Model, adopt
+from mergebench.engine.job import Merge
 from mergebench.engine.lines import Lines
-from mergebench.engine.merge import Merge
-from mergebench.errors import MergebenchError, RecipeError
+from mergebench.errors import RecipeError
+from mergebench.recipe.gradients import depths
+from mergebench.recipe.modules import check_parts
 from mergebench.recipe.notes import about_gradients, about_the_base
-from mergebench.recipe.parts import check_parts
-from mergebench.recipe.places import Loc
+from mergebench.recipe.open import open_named, short_names
+from mergebench.recipe.positions import Loc
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together
-from mergebench.recipe.source import find
-from mergebench.recipe.varying import depths
 
 
 def resolve(recipe: Recipe) -> Merge:
@@ -195,53 +193,10 @@ def _sliced(recipe: Recipe, base: Model | None, models: Sequence[Model]) -> Merg
     return _varying(_merge(recipe, notes, whole_base, columns, None, labels), values)
 
 
-def short_names(references: Sequence[str]) -> tuple[str, ...]:
-    """The last part of each reference; more of it where that is not unique."""
-    parts = [text.replace("+", "/").rstrip("/").removesuffix(".safetensors").split("/") for text in references]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return tuple(names)
-    seen: Counter[str] = Counter()
-    unique = []
-    for reference in references:
-        seen[reference] += 1
-        unique.append(reference if seen[reference] == 1 else f"{reference} ({seen[reference]})")
-    return tuple(unique)
-
-
-def folders(recipe: Recipe) -> list[Path]:
-    """Where relative paths are looked up after the working directory."""
-    return [] if recipe.folder is None else [recipe.folder]
-
-
-def find_file(text: str, folders: Sequence[Path]) -> Path:
-    """A file that a recipe names: from the working directory, then from `folders`."""
-    found = find(text, folders)
-    if found is None:
-        paths = [folder / text for folder in [Path(), *folders]]
-        raise RecipeError(f"no such file: {text}", f"looked for at {', '.join(map(str, dict.fromkeys(paths)))}")
-    return found
-
-
 def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
     reference = entry.model if entry.model is not None else entry.task_vector
     assert reference is not None, "a checked entry names a model or a task vector"
     return open_named(recipe, reference, loc, task_vector=entry.task_vector is not None)
-
-
-def open_named(recipe: Recipe, reference: str, loc: Loc, task_vector: bool = False) -> Model:
-    """Open the model that a recipe names at `loc`."""
-    locate_named(recipe, reference, loc)
-    return open_model(reference, folders=folders(recipe), task_vector=task_vector)
-
-
-def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
-    """Find the model that a recipe names at `loc`."""
-    try:
-        return locate(reference, folders(recipe))
-    except MergebenchError as error:  # what is not there is the recipe's matter: say where it is named
-        raise type(error)(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
 
 
 def _same(model: Model, base: Model) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergebench.errors import did_you_mean
-from mergebench.recipe.places import Loc, Places, show
+from mergebench.recipe.positions import Loc, Places, show
 
 DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("tensor", "model")

@@ -21,7 +21,7 @@ from mergebench.checkpoint.header import Header, TensorInfo
 from mergebench.checkpoint.model import Delta
 from mergebench.checkpoint.names import layer_of
 from mergebench.errors import ModelError, RecipeError
-from mergebench.recipe.places import Loc
+from mergebench.recipe.positions import Loc
 
 _BEFORE = re.compile(r"(^|[._])(emb|wte|wpe|shared|position|tok)")
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -21,9 +21,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from mergebench.recipe.places import Loc
+from mergebench.recipe.positions import Loc
 from mergebench.recipe.recipe import Recipe, check
-from mergebench.recipe.source import PROVENANCE, Document, read
+from mergebench.recipe.yaml import PROVENANCE, Document, read
 
 UNNAMED = "every document but the result needs a name that the others call it by: name: NAME"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.write import TOKENIZER_FILES
+from mergebench.checkpoint.side_files import TOKENIZER_FILES
 from mergebench.errors import ModelError
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

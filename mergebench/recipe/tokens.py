@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergebench.recipe.places import Loc, Places, show
+from mergebench.recipe.positions import Loc, Places, show
 
 _SOURCE = "write {source: MODEL}, {source: {kind: zero}} or {source: {kind: model_token, model: MODEL, token: TEXT}}"
 _ROWS = {"zero": set(), "model_token": {"model", "token", "token_id"}}

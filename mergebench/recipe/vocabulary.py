@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergebench.checkpoint import Model, TensorInfo
-from mergebench.checkpoint.align import is_vocabulary, tied_to
+from mergebench.checkpoint.align import tied_to
+from mergebench.checkpoint.chosen_rows import choose
 from mergebench.checkpoint.header import FP8
-from mergebench.checkpoint.names import layer_of
-from mergebench.checkpoint.rows import choose
+from mergebench.checkpoint.names import is_vocabulary, layer_of
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe import tokenizers
-from mergebench.recipe.places import Loc
+from mergebench.recipe.open import locate_named
+from mergebench.recipe.positions import Loc
 from mergebench.recipe.recipe import Recipe
-from mergebench.recipe.resolve import locate_named
 from mergebench.recipe.tokens import TokenSource, Vocabulary
 
 Ids = NDArray[np.int64]

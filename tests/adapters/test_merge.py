@@ -20,10 +20,11 @@ from torch import Tensor
 
 from mergebench import methods
 from mergebench.adapters import merge_adapters
-from mergebench.adapters.files import _pattern
 from mergebench.adapters.lowrank import SMALL, compress, truncate
-from mergebench.engine.context import Context, Span
-from mergebench.testing import run_whole
+from mergebench.adapters.peft_directory import _pattern
+from mergebench.engine.context import Context
+from mergebench.engine.span import Span
+from mergebench.testing.methods import run_whole
 from tests.conftest import Cli
 
 LLAMA = transformers.LlamaConfig(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import mergebench
 from mergebench.checkpoint import open_model
+from mergebench.checkpoint.files import Files
+from mergebench.checkpoint.fp8 import Scaler, find_scales
 from mergebench.checkpoint.header import Scale, TensorInfo
-from mergebench.checkpoint.read import Files, Scaler
-from mergebench.checkpoint.scales import find_scales
-from mergebench.engine.context import Span
 from mergebench.engine.read import ChunkReader
+from mergebench.engine.span import Span
 
 QUANTIZED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 

@@ -17,8 +17,8 @@ from models import pack
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mergebench.checkpoint.files import TORCH_DTYPE, Files, whole
 from mergebench.checkpoint.header import FLOATS, FP8, ITEM_SIZE, MAX_HEADER_BYTES, read_header
-from mergebench.checkpoint.read import TORCH_DTYPE, Files, whole
 from mergebench.errors import MergebenchError, ModelError, RunError
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

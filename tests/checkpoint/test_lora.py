@@ -21,7 +21,8 @@ from torch import Tensor
 
 import mergebench
 from mergebench.checkpoint import open_model
-from mergebench.checkpoint.read import LOW_RANK_TILE, Files, LowRankReader, read_whole
+from mergebench.checkpoint.files import Files
+from mergebench.checkpoint.values import LOW_RANK_TILE, LowRankReader, read_whole
 from mergebench.errors import ModelError
 
 LLAMA = transformers.LlamaConfig(

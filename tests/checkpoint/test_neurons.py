@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench.checkpoint import neurons as module
+from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.model import open_model
 from mergebench.checkpoint.neurons import Neurons, Stored, write_vectors
-from mergebench.checkpoint.read import Files
 
 
 def vectors_of(tensor: Tensor, transposed: bool) -> Tensor:

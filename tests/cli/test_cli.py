@@ -20,9 +20,9 @@ from torch import Tensor
 
 import mergebench
 from mergebench.checkpoint import read_header
-from mergebench.cli import progress
+from mergebench.cli import output
 from mergebench.cli.options import parse_size
-from mergebench.cli.progress import byte_bar, human
+from mergebench.cli.output import byte_bar, human
 from mergebench.errors import RecipeError
 from tests.conftest import Cli
 
@@ -222,7 +222,7 @@ def test_workers_and_memory_do_not_change_the_bits(base: Tensors, cli: Cli) -> N
 def test_plain_lines_where_there_is_no_terminal(
     base: Tensors, cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(output, "EVERY", 0.0)
     _, out, err = cli("merge", "recipe.yaml", "--out", "out")
     lines = err.splitlines()[1:-2]
     assert out == "out\n" and lines
@@ -238,7 +238,7 @@ def test_plain_lines_where_there_is_no_terminal(
 def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One each ten seconds, with the speed since the start; nothing read yet is no error."""
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
     with byte_bar("reading", 4_000_000_000, quiet=False) as advance:
         for seconds, done in ((9, 0), (2, 0), (5, 10**9), (4, 0), (1, 10**9), (9, 10**9)):
             clock[0] += seconds
@@ -250,7 +250,7 @@ def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def test_no_bar_when_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(output, "EVERY", 0.0)
     with byte_bar("reading", 10, quiet=True) as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")

@@ -26,7 +26,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def evaluation(directory: Path) -> Path:
     """The same answers as rows of an evaluation."""
     from mergebench.evaluation import Record, Results
-    from mergebench.evaluation.predictions import read_predictions
+    from mergebench.evaluation.compare.predictions import read_predictions
     from mergebench.evaluation.task import accuracy
 
     records = []

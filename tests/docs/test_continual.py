@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mergebench.cil.config import Config, load_config
+from mergebench.systems.mos.config import Config, load_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "continual.md").read_text(encoding="utf-8")
 

@@ -13,8 +13,8 @@ from models import read_model, write_model
 from safetensors.torch import load_file
 
 import mergebench
-from mergebench import edits
-from tests.edits.conftest import CONFIG, WIDTH, gated, write_probe
+from mergebench.editing import edits
+from tests.editing.conftest import CONFIG, WIDTH, gated, write_probe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 

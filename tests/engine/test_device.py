@@ -23,15 +23,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import mergebench
 from mergebench import methods
-from mergebench.checkpoint.read import Files
-from mergebench.engine import whole
+from mergebench.checkpoint.files import Files
+from mergebench.engine import replay
 from mergebench.engine.brackets import Sample
-from mergebench.engine.context import Context, Span
+from mergebench.engine.context import Context
 from mergebench.engine.noise import TILE
 from mergebench.engine.read import ChunkReader
+from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.engine.sweep import to_device
-from mergebench.trial import Trial
+from mergebench.testing.trial import Trial
 
 GPU = torch.device("cuda", 0)
 SHAPE = (260, 257)  # more than a tile
@@ -111,7 +112,7 @@ def merged(name: str, device: torch.device, ask: Callable[[Statistic], Any], pla
     params = trial.params(count, chosen)
     models = tuple(f"m{number}" for number in range(count))
     context = Context(numel, models, (Span("layers.0.up.weight", 0, numel),), SHAPE, "tensor", 0, device)
-    return whole.run_at_once(trial.method, values.to(device), params, context, ask)
+    return replay.run_at_once(trial.method, values.to(device), params, context, ask)
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import mergebench
 from mergebench.engine import brackets, statistics, sweep
-from mergebench.engine.context import Span
 from mergebench.engine.noise import TILE, bernoulli
 from mergebench.engine.run import Result
+from mergebench.engine.span import Span
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,9 @@ import pytest
 
 import mergebench
 from mergebench.errors import MergebenchError, RecipeError, RunError
-from mergebench.evaluation import Record, Results, comparison_report, flips, markdown, report
-from mergebench.evaluation.comparison import against
+from mergebench.evaluation import Record, Results, comparison_report, markdown, report
+from mergebench.evaluation.compare import flips
+from mergebench.evaluation.compare.comparison import against
 from mergebench.evaluation.task import Direction, Prediction
 
 GOLD, OLD, NEW = "01201201", "01200111", "01121010"  # the golden example of test_flips.py

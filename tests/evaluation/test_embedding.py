@@ -14,10 +14,10 @@ import torch
 import transformers
 from sklearn.linear_model import LogisticRegression
 
+from mergebench import plugins
 from mergebench.errors import MergebenchError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
-from mergebench.running import extra
-from mergebench.running.features import Texts
+from mergebench.networks.features import Texts
 from tests.evaluation.conftest import Files, write_data, write_encoder
 from tests.evaluation.test_images import pooled_by_hand, write_image_encoder, write_images
 
@@ -92,7 +92,7 @@ def test_equals_probes_made_apart(
     probe: str, k: int | None, how: str, normalize: bool, length: int,
     encoder: Path, place: Path, task: Make, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("mergebench.running.features.CPU_TOKENS", 90)
+    monkeypatch.setattr("mergebench.networks.features.CPU_TOKENS", 90)
     train, data = rows(place / "train.jsonl"), rows(place / "data.jsonl")
     known, asked = (
         text_features(encoder, [row["text"] for row in part], how, normalize, length) for part in (train, data)
@@ -167,9 +167,9 @@ def test_what_cannot_be_learnt_from(place: Path, task: Make, monkeypatch: pytest
     assert said(task())[:2] == (RunError, "data.jsonl:2: the same item is in train.jsonl:6")
 
     def absent(library: str) -> str:
-        raise extra.PackageNotFoundError
+        raise plugins.PackageNotFoundError
 
-    monkeypatch.setattr(extra, "version", absent)
+    monkeypatch.setattr(plugins, "version", absent)
     assert said(task())[1:] == (
         "embedding tasks need scikit-learn, which is not installed", "pip install 'mergebench[eval]'"
     )  # fmt: skip

@@ -163,7 +163,7 @@ def inputs_of_first_gate(directory: Path) -> dict[str, Tensor]:
 
 def test_neither_threads_nor_the_model_before_change_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of three texts on three threads; the second model's weights take the place of the first one's."""
-    from mergebench.running import features
+    from mergebench.networks import features
 
     first, second = write_decoder(here / "a"), write_decoder(here / "b", seed=5)
     patch = patch_of(first, GATES["llama"])

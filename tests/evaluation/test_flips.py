@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergebench.errors import RunError
-from mergebench.evaluation.flips import RESAMPLES, Answers, Flips, _newcombe, flips
+from mergebench.evaluation.compare.flips import RESAMPLES, Answers, Flips, _newcombe, flips
 from mergebench.evaluation.task import Prediction
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergebench import plugins
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
-from mergebench.running import extra
 from tests.evaluation.conftest import HIDDEN, Files, write_encoder, write_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +140,7 @@ def test_equals_one_image_at_a_time(
     assert len(set(answers)) > 1
     labels = [json.loads(line)["label"] for line in (here / "there/data.jsonl").read_text().splitlines()]
     for tokens in (512, 40):  # in a batch: of 9 patches and what stands in front
-        monkeypatch.setattr("mergebench.running.features.CPU_TOKENS", tokens)
+        monkeypatch.setattr("mergebench.networks.features.CPU_TOKENS", tokens)
         record = measure(encoder, task())
         assert [prediction.output for prediction in record.predictions.values()] == answers
         assert list(record.predictions) == [str(number) for number in range(23)]
@@ -150,10 +150,10 @@ def test_equals_one_image_at_a_time(
 @pytest.mark.parametrize("tokens", [512, 1])
 def test_images_of_several_sizes(tokens: int, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergebench.evaluation.labelled import read_images
-    from mergebench.running.features import Pooling, features
-    from mergebench.running.network import Network
+    from mergebench.networks.features import Pooling, features
+    from mergebench.networks.network import Network
 
-    monkeypatch.setattr("mergebench.running.features.CPU_TOKENS", tokens)
+    monkeypatch.setattr("mergebench.networks.features.CPU_TOKENS", tokens)
     encoder = write_image_encoder(here / "encoder")
     data = write_images(here / "there/sizes.jsonl", 7, sizes=(12, 16, 21))
     network = Network(Files(encoder), "AutoModel", torch.device("cpu"))
@@ -220,9 +220,9 @@ def test_broken_data(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no such key" in said(nowhere, max_length=3)[1]
 
     def absent(library: str) -> str:
-        raise extra.PackageNotFoundError
+        raise plugins.PackageNotFoundError
 
-    monkeypatch.setattr(extra, "version", absent)
+    monkeypatch.setattr(plugins, "version", absent)
     assert said(nowhere) == (
         RecipeError, "images need pillow, which is not installed", "pip install 'mergebench[eval]'"
     )  # fmt: skip

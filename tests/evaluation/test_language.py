@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergebench import plugins
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
-from mergebench.evaluation import Candidate, Record, evaluate_models, harness, load_suite, own_tasks
+from mergebench.evaluation import Candidate, Record, evaluate_models, harness, harness_tasks, load_suite
 from mergebench.evaluation.tasks.perplexity import stderr
-from mergebench.running import extra
 from tests.evaluation.conftest import Files
 from tests.evaluation.language import TEMPLATE, write_decoder, write_prompts, write_questions, write_rows, write_texts
 
@@ -323,7 +323,7 @@ def test_without_lm_eval(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(library: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(extra, "version", nothing)
+    monkeypatch.setattr(plugins, "version", nothing)
     for kind in ("multiple-choice", "perplexity", "generation", "lm-eval"):
         more = {"scorer": {"regex": "a"}} if kind == "generation" else {"task": "x"} if kind == "lm-eval" else {}
         with pytest.raises(RecipeError, match=f"{kind} tasks need lm-eval, which is not installed") as error:
@@ -345,7 +345,7 @@ def test_models_that_cannot_be_asked(decoder: Path, here: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_task_files(here: Path, lm_eval_task: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_tasks, "_hub_answers", lambda: False)  # as it is without a network, at once
+    monkeypatch.setattr(harness_tasks, "_hub_answers", lambda: False)  # as it is without a network, at once
     plain = lm_eval_task("generation", ["exact_match"], output_type="generate_until", doc_to_text="{{prompt}}")
     plain |= {"doc_to_target": "{{target}}"}
 
@@ -366,7 +366,7 @@ def test_wrong_task_files(here: Path, lm_eval_task: Callable[..., Any], monkeypa
 
 @pytest.mark.slow
 def test_names_of_lm_evals_own_tasks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_tasks, "_hub_answers", lambda: False)
+    monkeypatch.setattr(harness_tasks, "_hub_answers", lambda: False)
     for name, what in (
         ("arc_eazy", "lm-eval has no task 'arc_eazy'"),
         ("mmlu", "lm-eval's 'mmlu' is a group of tasks"),

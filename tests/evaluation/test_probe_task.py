@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergebench.editing.probes.probe import Probe
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
-from mergebench.probes.probe import Probe
 from tests.evaluation.conftest import Files
 from tests.evaluation.language import some_text, write_decoder, write_rows
 

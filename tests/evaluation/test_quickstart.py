@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mergebench.evaluation import load_suite
-from mergebench.page.profile import Profile
+from mergebench.evaluation.page.profile import Profile
 from tests.conftest import Cli
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from mergebench.checkpoint import open_model
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Results, Step, Suite, evaluate_models, load_suite
 from mergebench.evaluation.run import homes_of as homes
-from mergebench.running.network import Network
+from mergebench.networks.network import Network
 from tests.evaluation.conftest import Files, write_encoder, write_head
 
 Entry = Callable[..., dict[str, Any]]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Suite, load_suite
-from mergebench.recipe.places import Places
+from mergebench.recipe.positions import Places
 from tests.evaluation.conftest import LABELS, write_data, write_head
 
 Entry = Callable[..., dict[str, Any]]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mergebench.evaluation import Record, Results, markdown, report, table
-from mergebench.evaluation.tables import short_names
+from mergebench.evaluation.tables.results import short_names
 from mergebench.evaluation.task import Prediction, accuracy
 
 RIGHT = {  # of 300, by model; columns are the tasks

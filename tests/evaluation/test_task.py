@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergebench import registry
+from mergebench import plugins as registry
 from mergebench.errors import RecipeError
 from mergebench.evaluation import Candidate, evaluate_models, load_suite, tasks
 from mergebench.evaluation.task import Common, Key, Ready, Score, key, task
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
 from tests.evaluation.conftest import Files
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
-from mergebench.running.batch import batches, run_batches
-from mergebench.running.network import Network
+from mergebench.networks.batch import batches, run_batches
+from mergebench.networks.network import Network
 from tests.evaluation.conftest import LABELS, Files, write_data, write_encoder, write_head
 
 
@@ -91,7 +91,7 @@ def test_equals_one_text_at_a_time(
 ) -> None:
     encoder = write_encoder(place / "encoder", family)
     head = write_head(place / "a", pooling=pooling, normalize=str(normalize).lower())
-    monkeypatch.setattr("mergebench.running.features.CPU_TOKENS", 90)
+    monkeypatch.setattr("mergebench.networks.features.CPU_TOKENS", 90)
     data = rows(place / "data.jsonl")
     texts = [row["text"] for row in data]
     expected = balance(head, one_by_one(encoder, head, texts, pooling, normalize, 24))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mergebench import methods
-from mergebench.engine.context import Context, Span
+from mergebench.engine.context import Context
+from mergebench.engine.span import Span
 from mergebench.errors import RecipeError
 from tests.methods.test_by_hand import elect_by_hand
 from tests.methods.whole import whole

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mergebench import methods
-from mergebench.engine.context import Context, Span
-from mergebench.testing import run_whole
+from mergebench.engine.context import Context
+from mergebench.engine.span import Span
+from mergebench.testing.methods import run_whole
 
 
 def whole(

@@ -9,7 +9,7 @@ import pytest
 
 from mergebench.errors import RecipeError
 from mergebench.recipe import load
-from mergebench.recipe.varying import value_at
+from mergebench.recipe.gradients import value_at
 
 Write = Callable[[str], str]
 MODELS = [{"model": "a"}, {"model": "b"}]

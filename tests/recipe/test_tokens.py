@@ -131,10 +131,10 @@ def test_statistics_over_remapped_rows_are_cut_alike(make: Make) -> None:
 
 
 def test_forked_workers_read_the_same_rows(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergebench.engine import work
+    from mergebench.engine import executors
 
     expected = load_file(make(CASES["tokens"]) / "model.safetensors")
-    monkeypatch.setattr(work, "FORK_FROM", 0)
+    monkeypatch.setattr(executors, "FORK_FROM", 0)
     found = load_file(make(CASES["tokens"], workers=2) / "model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

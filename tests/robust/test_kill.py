@@ -20,7 +20,7 @@ import torch
 from models import INDEX, SINGLE, fine_tuned, hashes, read_model, write_model, write_recipe
 from processes import Server, check_at_work
 
-from mergebench.probes.probe import Probe
+from mergebench.editing.probes.probe import Probe
 
 METHODS = {
     "pcb": {},

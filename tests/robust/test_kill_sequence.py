@@ -13,7 +13,7 @@ import pytest
 from models import hashes
 from processes import Server
 
-from tests.cil.test_sequence_run import here  # noqa: F401  (a fixture)
+from tests.systems.mos.test_sequence_run import here  # noqa: F401  (a fixture)
 
 ARGS = ["cil", "run", "sequence.yaml", "--out", "out", "--device", "cpu", "-q"]
 

@@ -4,7 +4,7 @@ Third parties add scorers by an entry point in the group `mergebench.scorers`.
 """
 
 from mergebench.evaluation.scorer import ScorerKind
-from mergebench.registry import Registry
+from mergebench.plugins import Registry
 
 _registry = Registry(__name__, "mergebench.scorers", "scorer", ScorerKind, "@scorer", dashes=True)
 names, origin, get = _registry.names, _registry.origin, _registry.get

@@ -13,8 +13,8 @@ import torch
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction, key
-from mergebench.running.batch import CPU_TOKENS, batches
-from mergebench.running.module import quiet
+from mergebench.networks.batch import CPU_TOKENS, batches
+from mergebench.networks.module import quiet
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.evaluation.task import Common, Ready, Score, key, task
-from mergebench.running.extra import need
-from mergebench.running.features import POOLINGS, Pooling, features
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
+from mergebench.networks.features import POOLINGS, Pooling, features
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
+from mergebench.plugins import need
 
 if TYPE_CHECKING:
     from torch import Tensor

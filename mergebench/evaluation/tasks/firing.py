@@ -16,11 +16,11 @@ from torch import Tensor
 from mergebench.checkpoint.patch import ANOTHER, Patch, open_patch
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, mean, task
-from mergebench.running.features import gather
-from mergebench.running.items import contents, read_rows, texts
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
-from mergebench.running.packed import PackedLinear
+from mergebench.networks.features import gather
+from mergebench.networks.items import contents, read_rows, texts
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
+from mergebench.networks.onednn import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)

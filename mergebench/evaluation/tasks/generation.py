@@ -9,9 +9,9 @@ from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import harness
 from mergebench.evaluation.scorer import Continuation, Scorer
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, key, mean, task
-from mergebench.running.items import contents, read_rows
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
+from mergebench.networks.items import contents, read_rows
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)

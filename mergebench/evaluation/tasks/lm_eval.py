@@ -13,12 +13,12 @@ from typing import Any
 
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation import harness
-from mergebench.evaluation.own_tasks import own_task
+from mergebench.evaluation.harness_tasks import own_task
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, task
 from mergebench.evaluation.tasks.multiple_choice import likeliest
 from mergebench.evaluation.tasks.perplexity import METRICS, stderr
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
 
 ACCURACIES = ("acc", "acc_norm")
 

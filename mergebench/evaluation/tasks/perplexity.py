@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mergebench.evaluation import harness
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, task
-from mergebench.running.items import contents, read_rows, texts
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
+from mergebench.networks.items import contents, read_rows, texts
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
 
 METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from mergebench.editing.probes.labels import UNDESIRED, word
+from mergebench.editing.probes.layers import NORMS, POOLS, Reading, features
+from mergebench.editing.probes.probe import Probe, read_probe
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, key, mean, task
-from mergebench.probes.labels import UNDESIRED, word
-from mergebench.probes.layers import NORMS, POOLS, Reading, features
-from mergebench.probes.probe import Probe, read_probe
-from mergebench.running.features import Texts
-from mergebench.running.items import Row, contents, read_rows, some, texts
-from mergebench.running.model import Tick
-from mergebench.running.network import Network
+from mergebench.networks.features import Texts
+from mergebench.networks.items import Row, contents, read_rows, some, texts
+from mergebench.networks.loadable import Tick
+from mergebench.networks.network import Network
 
 CLASSES = ("desired", "undesired")
 HOW = ("layer", "norm", "pool", "max_length")  # what a fitted probe says of itself

@@ -1,0 +1,92 @@
+"""A patch as a LoRA of rank 1, which PEFT loads: a switch for a running model.
+
+Every changed neuron gets the same direction v times an amount of its own, so what changes in a matrix is an outer
+product. Where the neurons are rows of a Linear [out, in], A [1, in] is v and B [out, 1] the amounts, zero for those
+that stay; where they are columns, the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from mergebench import __version__
+from mergebench.adapters import peft_directory
+from mergebench.adapters.fine_tune import is_linear
+from mergebench.adapters.lowrank import Product
+from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
+from mergebench.checkpoint.adapter import CONFIG, WEIGHTS
+from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.model import Model, open_model
+from mergebench.checkpoint.patch import Patch, open_patch
+from mergebench.checkpoint.shards import ShardFiles, create
+from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
+from mergebench.engine.run import Result
+from mergebench.errors import ModelError
+
+_AS_IT_IS = "use the patch as it is: MODEL+PATCH, or mergebench patch apply"
+
+
+def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: bool = False) -> Result:
+    """Write what a patch adds to a model as the LoRA directory `out`, at rank and scale 1.
+
+    The base with it equals what the patch gives to one unit of the stored type: PEFT rounds the difference before
+    it adds it. Raises `ModelError` where the patch belongs to another model, or changes what PEFT has no module for.
+    """
+    started = time.perf_counter()
+    out, base, read = Path(out), open_model(model), open_patch(patch)
+    shapes = {name: _shape(read, base, name) for name in read.names}
+    modules = modules_of(base, shapes)
+    missing = next((name for name in shapes if name not in modules), None)
+    if missing is not None:
+        raise ModelError(f"{missing}: PEFT finds no module of that name in this model's class", _AS_IT_IS)
+    linear = {name: info.shape for name, info in base.tensors.items() if is_linear(name, info.shape)}
+    in_out = stored_in_out(base, linear)  # of all, because square ones do not tell
+    outer = {modules[name]: shape[::-1] if in_out else shape for name, shape in shapes.items()}
+    ranks = dict.fromkeys(outer, 1)
+    shard = peft_directory.lay_out(outer, ranks)
+    check_target(out, [place for place in (base.directory, read.file) if place is not None], overwrite)
+    check_room(out, shard.nbytes)
+    with Staging(out, "", resume=False) as staging:
+        create(staging.directory / WEIGHTS, shard)
+        with closing(ShardFiles(staging.directory, [shard])) as written:
+            for name, shape in shapes.items():
+                peft_directory.put(written, modules[name], _product(read, name, shape, in_out))
+        config = peft_directory.config(ranks, in_out, base_model_name_or_path=model, task_type=task_type(base))
+        write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
+        provenance = {
+            "mergebench": __version__,
+            "command": "patch to-lora",
+            "base": model,
+            "patch": str(patch),
+            "made": dict(read.about),
+            "modules": len(outer),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        write_atomically(staging.directory / "README.md", peft_directory.patch_card(out, provenance))
+        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+        staging.publish(overwrite, sync=False)
+    return Result(out, provenance)
+
+
+def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
+    """The sides of the matrix that a patch changes."""
+    shape = patch.neurons_in(model.tensors, model.reference, name).info.shape
+    if len(shape) != 2:
+        raise ModelError(f"{name} is {list(shape)}: PEFT has no LoRA for experts in one tensor", _AS_IT_IS)
+    return shape[0], shape[1]
+
+
+def _product(patch: Patch, name: str, shape: tuple[int, int], in_out: bool) -> Product:
+    """B [out, 1] and A [1, in] of what a patch adds to one matrix."""
+    numbers, amounts = patch.numbers(name), patch.amounts(name)
+    each = torch.zeros(shape[name in patch.columns])
+    each[numbers] = amounts
+    down, across = (patch.direction, each) if name in patch.columns else (each, patch.direction)
+    b, a = (across, down) if in_out else (down, across)
+    energy = float(amounts.double().square().sum() * patch.direction.double().square().sum())
+    return Product(b[:, None], a[None], energy, energy)

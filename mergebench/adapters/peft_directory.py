@@ -1,0 +1,190 @@
+"""The files of a merged adapter beside its factors: PEFT's config, the card, hashes of what went in."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergebench.adapters.lowrank import Product
+from mergebench.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from mergebench.checkpoint.files import write_error
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles
+
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_SHARED = ("task_type", "auto_mapping", "revision")
+
+
+def key(module: str, factor: str) -> str:
+    return f"{PREFIX}{module}.lora_{factor}.weight"
+
+
+def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> Shard:
+    """The file of factors, float32: A [rank, in] and B [out, rank] of every module."""
+    tensors = []
+    for module, (rows, columns) in shapes.items():
+        rank = ranks[module]
+        tensors.append(OutTensor(key(module, "A"), "F32", (rank, columns), 4 * rank * columns))
+        tensors.append(OutTensor(key(module, "B"), "F32", (rows, rank), 4 * rank * rows))
+    return Shard(WEIGHTS, tuple(tensors))
+
+
+def put(written: ShardFiles, module: str, product: Product) -> None:
+    written.write(key(module, "A"), 0, product.a.contiguous().reshape(-1))
+    written.write(key(module, "B"), 0, product.b.contiguous().reshape(-1))
+
+
+def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:
+    """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r)."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = _pattern(ranks, rank)
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    } | more
+
+
+def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The same for a merged adapter: what its inputs say in one voice is kept."""
+    first = adapters[0].config
+    shared = {
+        key: first.get(key) for key in _SHARED if all(adapter.config.get(key) == first.get(key) for adapter in adapters)
+    }
+    shared["base_model_name_or_path"] = first.get("base_model_name_or_path")
+    return config(ranks, adapters[0].transposed, **shared, **_selection(adapters))
+
+
+def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """rank_pattern: PEFT takes the first key that a module's name is or, after a dot, ends with."""
+    names = {module for module, rank in ranks.items() if rank != usual}
+    names |= {module for module in ranks if any(module.endswith(f".{name}") for name in names)}
+    # keys are regular expressions; a dot is left as it is, as everybody writes it
+    return {
+        re.escape(name).replace(r"\.", "."): ranks[name] for name in sorted(names, key=lambda name: (-len(name), name))
+    }
+
+
+def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What the inputs target where they all say the same; else every module by its full name."""
+
+    def said(adapter: Adapter) -> list[Any]:
+        values = [adapter.config.get(key) for key in _SELECTION]
+        return [sorted(map(str, value)) if isinstance(value, list) else value for value in values]
+
+    first = adapters[0]
+    alike = all(said(a) == said(first) and a.modules.keys() == first.modules.keys() for a in adapters)
+    if alike and first.config.get("target_modules"):
+        return {key: first.config[key] for key in _SELECTION if first.config.get(key) is not None}
+    return {}
+
+
+def copy(adapter: Adapter, directory: Path) -> None:
+    """The adapter's own two files, byte for byte."""
+    try:
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(adapter.directory / name, directory / name)
+    except OSError as error:
+        raise write_error(directory, error) from None
+
+
+def inputs(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    found = []
+    for path in paths:
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.append({"file": str(path), "size": path.stat().st_size, "sha256": digest})
+    return found
+
+
+def different_bases(bases: Sequence[Any]) -> list[str]:
+    """A note, where the adapters name more than one."""
+    named = dict.fromkeys(str(base) for base in bases)
+    return [f"the adapters name different bases: {', '.join(named)}"] if len(named) > 1 else []
+
+
+def card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of a merged adapter."""
+    adapters, method = provenance["adapters"], provenance["method"]
+    how = "" if method["density"] is None else f", density {method['density']:g}"
+    if provenance["copied"]:
+        made = "A copy of one LoRA adapter."
+    else:
+        count = f"{len(adapters)} LoRA adapter{'s' * (len(adapters) > 1)}"
+        made = (
+            f"{count} merged with `{method['name']}`{how} in delta space by mergebench {provenance['mergebench']}: "
+            f"{kept_text(provenance)}."
+        )
+    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge")
+
+
+def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of adapters of a sequence of tasks."""
+    adapters, method, kind = provenance["adapters"], provenance["method"], provenance["kind"]
+    which = f"{len(adapters)} {kind} adapters"
+    which = f"{which}, each" if method["all"] else f"The last of {which},"
+    made = (
+        f"{which} merged on the stored tensors toward the mean of those before it, by {method['alpha']:g} of the way "
+        f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."
+    )
+    if len(adapters) == 1 or not method["alpha"]:
+        made = f"A copy of {', '.join(provenance['copied'])}."
+    peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
+    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"- adapter: `{entry['adapter']}`" for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft)
+
+
+def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter taken out of a fine-tune."""
+    made = (
+        f"What a fine-tune adds to the linear layers of its base, extracted by mergebench {provenance['mergebench']}: "
+        f"{kept_text(provenance)}. Embeddings, heads, norms and biases, left out, hold {provenance['left_out']:.2%} "
+        "of all that it changed."
+    )
+    return _card(out, made, [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"], "extract")
+
+
+def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter that does what a patch does."""
+    made = (
+        f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
+        "is the edited model."
+    )
+    lines = [f"- base: `{provenance['base']}`", f"- patch: `{provenance['patch']}`"]
+    return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.")
+
+
+def kept_text(provenance: Mapping[str, Any]) -> str:
+    """`6 modules, rank 4, 99.81% of the energy kept`."""
+    modules = provenance["modules"]
+    ranks = sorted({module["rank"] for module in modules.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    kept = f"{provenance['energy_kept']:.2%} of the energy kept"
+    return f"{len(modules)} module{'s' * (len(modules) > 1)}, {rank}, {kept}"
+
+
+_ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."
+
+
+def _card(
+    out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY, kind: str = "lora", peft: bool = True
+) -> str:
+    library = ["library_name: peft"] if peft else []
+    head = ["---", *library, "tags:", f"- {kind}", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
+    return "\n".join([*head, "", made, "", *lines, "", end, ""])

@@ -1,0 +1,122 @@
+"""Bytes in and out of files: `pread` into buffers the caller owns, `pwrite`, whole files put in place at once.
+
+Memory-mapped pages would count against a user's memory limit; reused buffers do not grow.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.header import Reader, TensorInfo, damaged
+from mergebench.errors import DiskFull, RunError
+
+TORCH_DTYPE = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+# bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
+AT_ONCE = 128 << 10
+
+
+class Files:
+    """Open file descriptors, shared by all threads (`pread` has no position to fight over)."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: Path) -> int:
+        number = self._open.get(file)
+        if number is None:
+            with self._lock:
+                if file not in self._open:
+                    try:
+                        self._open[file] = os.open(file, os.O_RDONLY)
+                    except OSError as error:
+                        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+                number = self._open[file]
+        return number
+
+    def close(self) -> None:
+        with self._lock:
+            for number in self._open.values():
+                os.close(number)
+            self._open.clear()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`."""
+        number, got = self.descriptor(file), 0
+        while got < len(buffer):
+            try:
+                count = os.preadv(number, [buffer[got:]], offset + got)
+            except OSError as error:
+                raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+            if count == 0:
+                raise damaged(file, "it became shorter while it was read")
+            got += count
+
+    def read_elements(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
+        """Fill the flat `out` (the tensor's own dtype) with elements `start` onwards."""
+        if tensor.made is not None:
+            tensor.made.read(self, start, out)
+            return
+        item = out.element_size()
+        view = out.view(torch.uint8).numpy().data
+        self.read_into(tensor.file, tensor.offset + start * item, view)
+
+    def advise(self, tensor: TensorInfo, start: int, stop: int) -> None:
+        """Tell the kernel that elements `start` to `stop` will be wanted soon."""
+        if hasattr(os, "posix_fadvise") and tensor.numel and tensor.made is None:
+            item = tensor.nbytes // tensor.numel
+            where, size = tensor.offset + start * item, (stop - start) * item
+            os.posix_fadvise(self.descriptor(tensor.file), where, size, os.POSIX_FADV_WILLNEED)
+
+
+def whole(files: Reader, tensor: TensorInfo) -> Tensor:
+    """One tensor as stored."""
+    out = torch.empty(tensor.numel, dtype=TORCH_DTYPE[tensor.dtype])
+    if tensor.numel:
+        files.read_elements(tensor, 0, out)
+    return out.reshape(tensor.shape)
+
+
+def put(file: int, raw: memoryview, at: int) -> None:
+    while raw:
+        count = os.pwrite(file, raw[:AT_ONCE], at)
+        raw, at = raw[count:], at + count
+
+
+def write_error(path: Path, error: OSError) -> RunError:
+    message = f"{path}: cannot be written: {error.strerror}"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return DiskFull(message, "free some space") if full else RunError(message)
+
+
+def part_of(name: str) -> str:
+    """What a file is called until it is complete."""
+    return f".{name}.part"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a whole file in place at once: readers see the old one or the new one."""
+    part = path.with_name(part_of(path.name))
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from None

@@ -1,0 +1,146 @@
+"""FP8 checkpoints: values of eight bits, and scales that turn them into what they stand for.
+
+A scale is one number a tensor, one a row, or one a block of 128 x 128 elements; the value is always the
+stored one times the scale, also where its name ends in `_inv`. Here scales are found, by headers alone, and
+their tensors taken out of the model; `read.Scales` multiplies chunks while they stream.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.files import whole
+from mergebench.checkpoint.header import FLOATS, FP8, Reader, Scale, TensorInfo
+from mergebench.errors import ModelError
+
+BLOCK = (128, 128)
+SETTINGS = ("quantization_config", "compression_config")  # what config.json says of scales
+_ENDS = ("_scale_inv", "_scale")
+_ACTIVATIONS = re.compile(r"(^|\.)(input_scale|input_scale_ub|output_scale|activation_scale|[qkv]_scale)$")
+
+
+def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """A model's tensors without those that hold scales; each FP8 tensor knows its own.
+
+    `ModelError` where a scale does not fit, or is missing in a model that says it is quantized.
+    """
+    found, used = dict(tensors), set()
+    settings = next((config[key] for key in SETTINGS if isinstance(config.get(key), dict)), None)
+    for name, info in tensors.items():
+        if info.dtype not in FP8:
+            continue
+        scale = next((tensors[name + end] for end in _ENDS if name + end in tensors), None)
+        if scale is not None:
+            used.add(scale.name)
+            found[name] = info._replace(scale=_fitted(reference, info, scale, settings or {}))
+        elif settings is not None:
+            wanted = " or ".join(name + end for end in _ENDS)
+            raise ModelError(f"{name}: {reference} has {info.dtype} and no scale", f"it would be called {wanted}")
+    return {
+        name: info
+        for name, info in found.items()
+        if name not in used and not (info.numel == 1 and _ACTIVATIONS.search(name))
+    }
+
+
+def without_scales(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that no longer says the model is quantized."""
+    return {
+        key: without_scales(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in SETTINGS
+    }
+
+
+def _fitted(reference: str, info: TensorInfo, scale: TensorInfo, settings: Mapping[str, Any]) -> Scale:
+    """The scale with the size of its blocks, side by side with the tensor's."""
+    shape = scale.shape
+    if math.prod(shape) == 1:
+        shape = (1,) * len(info.shape)
+    elif len(shape) == 1 and len(info.shape) > 1:  # one a row
+        shape = (*(1,) * (len(info.shape) - 2), *shape, 1)
+    sizes = settings.get("weight_block_size")
+    given = isinstance(sizes, list) and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+    usual = (*(1,) * (len(info.shape) - 2), *(sizes if given and isinstance(sizes, list) else BLOCK))[-len(shape) :]
+    blocks = []
+    for side, count, block in zip(info.shape, shape, usual, strict=False):
+        blocks.append(max(side, 1) if count == 1 else 1 if count == side else block)
+    if (
+        scale.dtype not in FLOATS
+        or len(shape) != len(info.shape)
+        or any(-(-side // block) != count for side, block, count in zip(info.shape, blocks, shape, strict=True) if side)
+    ):
+        what = f"{scale.dtype} {list(scale.shape)}, the tensor has {list(info.shape)}"
+        hint = f"a scale is float: one number, one a row, or one a block of {usual[0]} x {usual[-1]}"
+        raise ModelError(f"{scale.name}: {reference} has {what}", hint)
+    return Scale(scale, shape, tuple(blocks))
+
+
+class Scaler:
+    """The scale of one tensor in memory: multiplies any piece of it, a row or many at a time."""
+
+    def __init__(self, info: TensorInfo, scale: Tensor) -> None:
+        assert info.scale is not None
+        self.shape, self.blocks = info.shape, info.scale.blocks
+        self.scale = scale.float().reshape(-1, info.scale.shape[-1] if info.scale.shape else 1)
+        self.sides = info.scale.shape
+        self.columns = info.shape[-1] if info.shape else 1
+
+    def multiply(self, start: int, out: Tensor) -> None:
+        """out *= scale[start : start + len(out)] (flat elements)."""
+        if self.scale.numel() == 1:
+            out.mul_(self.scale.reshape(()))
+            return
+        at, columns = 0, self.columns
+        while at < len(out):  # what is left of a row, then whole rows, then the start of one
+            row, column = divmod(start + at, columns)
+            size = min(columns - column, len(out) - at)
+            if size == columns:
+                size = (len(out) - at) // columns * columns
+            piece = out[at : at + size]
+            factors = self.scale[self._rows(row, row + -(-size // columns))]
+            if self.scale.shape[1] == 1:
+                piece.view(len(factors), -1).mul_(factors)
+            elif size >= columns and columns % self.blocks[-1] == 0:
+                piece.view(len(factors), factors.shape[1], -1).mul_(factors[:, :, None])
+            else:
+                wide = factors.repeat_interleave(self.blocks[-1], 1)[:, column : column + min(size, columns)]
+                piece.view(len(factors), -1).mul_(wide)
+            at += size
+
+    def _rows(self, first: int, stop: int) -> Tensor:
+        """Which rows of the scale belong to rows of the tensor, all dimensions but the last laid flat."""
+        rows = torch.arange(first, stop, device=self.scale.device)
+        found, stride = torch.zeros_like(rows), 1
+        for side, block, count in zip(self.shape[-2::-1], self.blocks[-2::-1], self.sides[-2::-1], strict=True):
+            found += rows % side // block * stride
+            rows, stride = rows // side, stride * count
+        return found
+
+
+class Scales:
+    """FP8 values times their scales; the scales of the tensors read last stay in memory."""
+
+    KEPT = 64
+
+    def __init__(self, files: Reader) -> None:
+        self._files = files
+        self._kept: dict[tuple[Path, int], Scaler] = {}
+
+    def multiply(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
+        """out *= what the stored elements `start` onwards are scaled by; nothing for a tensor without a scale."""
+        if tensor.scale is None:
+            return
+        key = (tensor.file, tensor.offset)
+        if key not in self._kept:
+            if len(self._kept) >= self.KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = Scaler(tensor, whole(self._files, tensor.scale.stored).to(out.device))
+        self._kept[key].multiply(start, out)

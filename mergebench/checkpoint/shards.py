@@ -1,0 +1,157 @@
+"""Write a checkpoint: shards filled in any order, index, config and side files, all by umask.
+
+safetensors has no streaming writer (it wants every tensor of a shard in memory, and makes files of
+mode 0600), so the header is laid out first and chunks are put in place with `pwrite`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint import masked
+from mergebench.checkpoint.files import TORCH_DTYPE, put, write_atomically, write_error
+from mergebench.checkpoint.header import INDEX, ITEM_SIZE, SINGLE, TensorInfo
+from mergebench.checkpoint.masked import mask_bytes
+
+ALIGN = 64  # the data of a shard start at a multiple of this many bytes
+
+
+class OutTensor(NamedTuple):
+    """One tensor of the output: name, stored dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output and what it will hold, in order."""
+
+    file: str
+    tensors: tuple[OutTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[Shard, ...] = ()  # files that are filled along with it
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """This file, and those beside it."""
+        return (self, *self.beside)
+
+    def header(self) -> bytes:
+        """The file's first bytes: length and JSON, padded to `ALIGN`."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **self.metadata}}
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.nbytes
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+        raw = json.dumps(entries, separators=(",", ":")).encode()
+        raw += b" " * (-(8 + len(raw)) % ALIGN)
+        return struct.pack("<Q", len(raw)) + raw
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def lay_out(
+    tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size: int, by_file: bool = True
+) -> list[Shard]:
+    """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes."""
+    groups: list[list[OutTensor]] = []
+    file, room = None, 0
+    for info in tensors:
+        dtype = dtypes[info.name]
+        out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
+        if (info.file is not file and (by_file or file is None)) or (out.nbytes > room and groups[-1]):
+            groups.append([])
+            file, room = info.file, shard_size
+        groups[-1].append(out)
+        room -= out.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, tuple(groups[0]))]
+    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+
+
+def with_tasks(shard: Shard, tasks: Sequence[str], merged: Mapping[str, int]) -> Shard:
+    """A shard of a vector, and beside it the masks of these tasks; merged: numbers of elements by name."""
+    sizes = [(tensor.name, mask_bytes(merged[tensor.name])) for tensor in shard.tensors if tensor.name in merged]
+    masks = tuple(OutTensor(name, "U8", (size,), size) for name, size in sizes)
+    beside = tuple(Shard(f"{masked.FOLDER}/{task}/{shard.file}", masks) for task in tasks)
+    return replace(shard, metadata=masked.VECTOR, beside=beside)
+
+
+def create(path: Path, shard: Shard) -> None:
+    """Make a shard's file: its header, and room for its tensors, all zero."""
+    header = shard.header()
+    size = len(header) + shard.nbytes
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, size)  # a full disk shows here, not after an hour
+            else:
+                os.truncate(file, size)
+            put(file, memoryview(header), 0)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+class ShardFiles:
+    """The shards of a directory, created before; `write` puts elements in place, in any order."""
+
+    def __init__(self, directory: Path, shards: Iterable[Shard]) -> None:
+        self._place: dict[str, tuple[Path, int]] = {}
+        self._open: dict[Path, int] = {}
+        for shard in shards:
+            path, at = directory / shard.file, len(shard.header())
+            for tensor in shard.tensors:
+                self._place[tensor.name] = (path, at)
+                at += tensor.nbytes
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put the flat `values` (already of the stored dtype) at element `start` of a tensor."""
+        path, at = self._place[name]
+        try:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_WRONLY)
+            put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
+        except OSError as error:
+            raise write_error(path, error) from None
+
+    def close(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+        self._open.clear()
+
+
+def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A whole safetensors file of small tensors: equal bytes for equal content (the library shuffles the metadata)."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    kinds = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+    out = [OutTensor(name, kinds[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]
+    data = [one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for _, one in ordered]
+    return b"".join([Shard("", tuple(out), metadata).header(), *data])
+
+
+def write_index(directory: Path, shards: list[Shard]) -> None:
+    """The index transformers wants where there is more than one shard."""
+    if len(shards) == 1:
+        return
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,113 @@
+"""Edits made in a checkpoint's own files, which nobody sees yet, and patches put in or taken out there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.files import Files
+from mergebench.checkpoint.model import Model, open_model
+from mergebench.checkpoint.neurons import Stored, write_vectors
+from mergebench.checkpoint.patch import Patch, check_finite, open_patch, write_patch
+from mergebench.checkpoint.staging import Staging
+from mergebench.editing.plan import Planned
+from mergebench.editing.scan import scan
+from mergebench.engine.machine import one_thread
+from mergebench.errors import ModelError
+
+
+@dataclass(frozen=True)
+class PutIn:
+    """A patch that is to be put into a model, or with `revert` to be taken out."""
+
+    patch: Patch
+    revert: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """What the result depends on."""
+        return f"{sha256_of(self.patch.file)} {self.revert}"
+
+    def check(self, model: Model) -> None:
+        """`ModelError` where the model's rows are not, bit for bit, those that the patch is for."""
+        patch, held = self.patch, set()
+        with Files() as files:
+            stored = Stored(model, files)
+            for name in patch.names:
+                change = patch.change(name)
+                rows = stored.vectors(patch.neurons(model, name), change.numbers)
+                before, after = _equal(rows, change.originals), _equal(rows, change.edited(patch.direction))
+                if not (before and after):
+                    held.add("before" if before else "after" if after else "neither")
+        wrong = held - {"after" if self.revert else "before"}
+        if not wrong:
+            return
+        if len(held) > 1 or "neither" in held:
+            what = f"{model.reference} has other rows than the model it was made on"
+            raise ModelError(f"{patch.file}: {what}", "patches go into that model, and out of what that gave")
+        if self.revert:
+            raise ModelError(f"{patch.file}: {model.reference} does not have this edit", "there is nothing to take out")
+        what = f"{model.reference} is already edited with this patch"
+        raise ModelError(f"{patch.file}: {what}", "mergebench patch revert takes it out")
+
+    def make(self, model: Model) -> None:
+        """Write the rows into the model's own files."""
+        for name in self.patch.names:
+            change = self.patch.change(name)
+            edited = change.edited(self.patch.direction)
+            check_finite(name, edited)
+            rows = change.originals if self.revert else edited
+            write_vectors(self.patch.neurons(model, name), change.numbers, rows)
+
+
+def patch_names(count: int) -> list[str]:
+    """What the patches of so many edits are called, beside the model."""
+    return ["patch.safetensors"] if count == 1 else [f"patch-{number}.safetensors" for number in range(1, count + 1)]
+
+
+def carry_out(edits: Sequence[Planned | PutIn], staging: Staging, copied: Model | None = None) -> list[dict[str, Any]]:
+    """Make edits in the model in a partial directory, each planned on what the one before it left; what was done.
+
+    copied: the model of which that one is a copy. A patch is complete before the first of its rows is written, and says
+    what each of them becomes: a run that was killed goes on by writing them again.
+    """
+    model = open_model(str(staging.directory))
+    named = zip(edits, patch_names(len(edits)), strict=True)
+    with one_thread():  # many small steps, which threads would only wait for one another in
+        return [_carry_out(edit, name, model, staging, copied or model) for edit, name in named]
+
+
+def _carry_out(edit: Planned | PutIn, name: str, model: Model, staging: Staging, source: Model) -> dict[str, Any]:
+    if isinstance(edit, PutIn):
+        edit.make(model)
+        return {**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert}
+    made: dict[str, dict[str, Any]] = staging.journal.setdefault("edits", {})
+    if name not in made:
+        doubts = edit.doubts(source)  # of what stood here before this edit
+        report = _plan_on(edit, model, staging, name)
+        made[name] = {"patch": name, **report, "warnings": doubts + report["warnings"]}
+        staging.journal["shards"].append(name)
+        staging.save()
+    PutIn(open_patch(staging.directory / name)).make(model)
+    return made[name]
+
+
+def _plan_on(edit: Planned, model: Model, staging: Staging, name: str) -> dict[str, Any]:
+    """Find the rows and write the patch; what is told of it."""
+    found = scan(edit, model)
+    changes = found.changes()
+    report = found.report()
+    columns = frozenset(target.tensor for target in edit.targets if target.transposed) & changes.keys()
+    about = {key: value for key, value in report.items() if key not in ("by_layer", "cosine")}
+    write_patch(staging.directory / name, model, edit.direction, changes, columns, about)
+    return report
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """To the bit: zeros have signs, and NaN is NaN."""
+    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))

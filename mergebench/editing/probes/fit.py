@@ -1,0 +1,209 @@
+"""Fitting a probe: features of labelled texts, a layer, a classifier, and how far to trust it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mergebench.checkpoint import open_model
+from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.files import write_error
+from mergebench.checkpoint.identity import identity
+from mergebench.editing.probes import classifier
+from mergebench.editing.probes.classifier import Array, Validated
+from mergebench.editing.probes.curve import write_curve
+from mergebench.editing.probes.feature_cache import Features, Keeper
+from mergebench.editing.probes.labels import Labelled, read_labelled
+from mergebench.editing.probes.layers import NORMS, POOLS, Reading
+from mergebench.editing.probes.probe import Probe
+from mergebench.errors import RecipeError, RunError
+from mergebench.networks.batch import out_of_memory
+from mergebench.networks.device import device_of, versions
+from mergebench.networks.features import Texts
+from mergebench.networks.network import tokenizer_hash
+from mergebench.plugins import need
+
+TEST_SHARE = 0.2
+LEAST = 10  # texts of a class, the test's among them
+
+Progress = Callable[[str, int, int], None]  # told what is being done, how many of how many
+
+
+def fit_probe(
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    layer: int | str = -1,
+    norm: str = "post",
+    pool: str = "mean",
+    max_length: int = 100,
+    text: str = "text",
+    label: str = "label",
+    undesired: str | None = None,
+    test: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    results: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Probe:
+    """Fit a linear probe of a behaviour and write it to the file `out`.
+
+    model: as a recipe names it. data: JSON lines of texts with labels. layer: its number in transformers'
+    `hidden_states`, from the end where negative, or "all": the best by cross-validated accuracy (the first of
+    equals), and a plot of all beside the probe. norm: post or pre, at the last layer. pool: mean or last.
+    undesired: the label of that class (by itself 1, true and "undesired"). test: a file of its own; else a
+    fifth of the data, drawn by `seed`. results: a folder that keeps features, so that the model runs once.
+    """
+    sklearn = need("scikit-learn", "probes")
+    reading = _reading(layer, norm, pool, max_length)
+    target = Path(out)
+    _check_target(target, layer == "all", overwrite)
+    learnt = read_labelled(Path(data), text, label, undesired)
+    _check_classes(Path(data), learnt)
+    tested = None if test is None else read_labelled(Path(test), text, label, undesired)
+    known, asked = _split(learnt, seed) if tested is None else _apart(learnt, tested)
+    texts = learnt.texts + (tested.texts if tested else [])
+    every = np.array(learnt.undesired + (tested.undesired if tested else []))
+    opened = open_model(model)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from None
+    with tempfile.TemporaryDirectory(prefix="mergebench-") if results is None else nullcontext(results) as folder:
+        features = _features(Keeper(opened, reading, device_of(device), Path(folder)), texts, progress)
+        depth = features.depth
+        wanted = range(depth + 1) if layer == "all" else [reading.layer % (depth + 1)]
+        states = {number: replace(reading, layer=number).state(depth) for number in wanted}
+        found: dict[int, Validated] = {}
+        for number, state in states.items():
+            found[number] = classifier.validate(features.rows(state)[known], every[known], seed)
+            progress("fitting", len(found), len(states))
+        best = max(found, key=lambda number: (found[number].accuracy, -number))
+        rows = features.rows(states[best])
+        x, y, x_test, y_test = rows[known], every[known], rows[asked], every[asked]
+    fitted = classifier.fit(x, y, found[best].strength)
+    if not fitted.weight.astype(np.float32).any():
+        raise RunError(f"model '{opened.reference}': all texts have the same features", "choose another --layer")
+    about: dict[str, Any] = {
+        "layer": best,
+        "depth": depth,
+        "norm": norm,
+        "pool": pool,
+        "max_length": max_length,
+        "classes": list(learnt.classes),
+        "model": {"reference": opened.reference, "identity": identity(opened)},
+        "tokenizer": tokenizer_hash(opened.side_directory),
+        "data": {str(file): sha256_of(Path(file)) for file in (data, test) if file is not None},
+        "seed": seed,
+        "n_train": len(y),
+        "n_test": len(y_test),
+        "train_accuracy": classifier.right(fitted.logits(x), y),
+        "test_accuracy": classifier.right(fitted.logits(x_test), y_test),
+        "majority": _majority(y_test),
+        "auc": classifier.area(fitted.logits(x_test), y_test),
+        "cv_accuracy": found[best].accuracy,
+        "cv_stderr": found[best].stderr,
+        "cv_majority": _majority(y),
+        "C": found[best].strength,
+        "versions": {**versions(), "scikit-learn": sklearn},
+    }
+    if layer == "all":
+        about["layers"] = [
+            {"layer": number, "cv_accuracy": one.accuracy, "cv_stderr": one.stderr, "auc": one.auc, "C": one.strength}
+            for number, one in found.items()
+        ]
+    probe = _probe(fitted, x, y, about).save(target)
+    if layer == "all":
+        write_curve(about, plot_of(target))
+    return probe
+
+
+def plot_of(probe: Path) -> Path:
+    """Where the plot of a probe's layers lies."""
+    return probe.with_suffix(".png")
+
+
+def _probe(fitted: classifier.Classifier, x: Array, undesired: Array, about: dict[str, Any]) -> Probe:
+    """One vector w as the rows -w/2 and w/2: the difference of the two logits is the classifier's."""
+    half = torch.from_numpy(fitted.weight / 2).float()
+    bias = torch.tensor([-fitted.bias / 2, fitted.bias / 2])
+    means = [x[side].mean(0, dtype=np.float64) for side in (undesired, ~undesired)]
+    return Probe(torch.stack([-half, half]), bias, torch.from_numpy(means[0] - means[1]).float(), about)
+
+
+def _reading(layer: int | str, norm: str, pool: str, max_length: int) -> Reading:
+    if not isinstance(layer, int) and layer != "all":
+        raise RecipeError(f"--layer: '{layer}' is not possible", "a layer's number, negative from the end, or all")
+    for option, value, allowed in (("norm", norm, NORMS), ("pool", pool, POOLS)):
+        if value not in allowed:
+            raise RecipeError(f"--{option}: '{value}' is not possible", " or ".join(allowed))
+    if max_length < 1:
+        raise RecipeError(f"--max-length: {max_length} is not possible", "at least 1 token")
+    return Reading(-1 if isinstance(layer, str) else layer, norm, pool, max_length)
+
+
+def _check_target(out: Path, curve: bool, overwrite: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise RecipeError(f"--out: '{out}' is no place for a probe", "a probe is a file: NAME.safetensors")
+    for file in [out, plot_of(out)] if curve else [out]:
+        if file.is_dir() or (file.exists() and not overwrite):
+            raise RecipeError(f"{file}: it exists", "replace it with --overwrite, or choose another --out")
+
+
+def _check_classes(file: Path, data: Labelled) -> None:
+    for name, side in zip(data.classes, (False, True), strict=True):
+        count = data.undesired.count(side)
+        if count < LEAST:
+            what = f"{file}: {count} text{'s' * (count > 1)} of class '{name}'"
+            raise RunError(what, f"a probe needs at least {LEAST} of each class")
+
+
+def _split(data: Labelled, seed: int) -> tuple[Array, Array]:
+    """Positions to learn from and to be tested on, each ascending, with the classes' shares as they are."""
+    from sklearn.model_selection import train_test_split
+
+    places = np.arange(len(data.texts))
+    known, asked = train_test_split(places, test_size=TEST_SHARE, stratify=data.undesired, random_state=seed)
+    return np.sort(known), np.sort(asked)
+
+
+def _apart(learnt: Labelled, tested: Labelled) -> tuple[Array, Array]:
+    """Positions of the texts of two files, those to be tested on behind the others."""
+    for text, where in tested.places.items():
+        if text in learnt.places:
+            raise RunError(
+                f"{where}: the same text is in {learnt.places[text]}", "what is learnt from is not tested on"
+            )
+    both = np.arange(len(learnt.texts) + len(tested.texts))
+    return both[: len(learnt.texts)], both[len(learnt.texts) :]
+
+
+def _features(keeper: Keeper, texts: Sequence[str], progress: Progress) -> Features:
+    done = 0
+
+    def tick(items: int) -> None:
+        nonlocal done
+        done += items
+        progress("reading texts", done, len(texts))
+
+    try:
+        return keeper.features(Texts(texts, keeper.reading.max_length), tick)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        what = f"model '{keeper.model.reference}': out of memory"
+        raise RunError(what, "run it on a machine, or a --device, with more memory") from None
+
+
+def _majority(undesired: Array) -> float:
+    share = float(np.mean(undesired))
+    return max(share, 1 - share)

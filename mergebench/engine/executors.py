@@ -1,0 +1,281 @@
+"""Who does the work: chunks in file order, handed out in batches to processes, or to threads.
+
+Python runs one thread at a time. Between the calls that do arithmetic, threads wait for one another: on
+two cores the second one adds a third, on sixteen most would stand still. So a large merge on a CPU is
+done by forked processes, which share what was planned and nothing else. A small one, one on a GPU (whose
+arithmetic runs elsewhere) and one where there is no fork is done by threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+import torch
+
+from mergebench.checkpoint.files import Files
+from mergebench.engine.inmemory import InMemory
+from mergebench.engine.noise import TILE
+from mergebench.engine.plan import Plan
+from mergebench.engine.span import Span
+from mergebench.engine.worker import Item, Worker
+from mergebench.errors import MergebenchError, RunError
+
+BATCH = 8  # chunks handed out at once; the kernel is told of the next ones before they are needed
+COPIED = 16 * TILE  # elements of a piece that is only copied
+FORK_FROM = 200_000_000  # bytes read, from which processes are worth their start
+_PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
+
+Progress = Callable[[int], None]  # called with the bytes that were read
+
+
+def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]:
+    """A merged tensor in chunks; `tile` is the number of its first tile in the unit."""
+    info, size = plan.merge.reference.tensors[name], plan.chunk
+    if plan.merge.cut == "row":
+        columns = info.shape[-1] if info.shape else 1
+        size = max(size // max(columns, 1), 1) * columns
+    elif name in plan.whole:
+        size = info.numel
+    for start in range(0, info.numel, size):
+        yield Item(unit, (Span(name, start, min(start + size, info.numel)),), tile + start // TILE)
+
+
+def copies_of(plan: Plan, name: str) -> Iterator[Item]:
+    """A tensor that is copied, in pieces; a difference of zero is there already."""
+    numel = plan.merge.reference.tensors[name].numel if name in plan.copied else 0
+    for start in range(0, numel, COPIED):
+        yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
+
+
+def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> Threads | Processes:
+    """The workers of one run."""
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if can_fork and plan.device.type == "cpu" and plan.workers > 1 and plan.bytes_read >= FORK_FROM:
+        return Processes(plan, files, progress, target)
+    return Threads(plan, files, progress, target)
+
+
+class _Batches:
+    """The items of one task in batches, in order; whoever takes one has the kernel told of the next."""
+
+    def __init__(self, plan: Plan, files: Files, items: Iterator[Item], task: str, progress: Progress) -> None:
+        self._plan, self._files, self._task, self._progress = plan, files, task, progress
+        self._items, self._lock = items, threading.Lock()
+        self._next = self._advised()
+
+    def take(self) -> list[Item]:
+        """The next batch; empty at the end."""
+        with self._lock:
+            batch = self._next
+            if batch:
+                self._next = self._advised()
+                if self._task != "sample":  # what comes before a sweep is no part of it
+                    self._progress(sum(self._bytes(item.unit, *item.spans) for item in batch))
+            return batch
+
+    def _advised(self) -> list[Item]:
+        # one whole matrix may take seconds: a batch of them would keep a worker busy when the others are done
+        batch = list(itertools.islice(self._items, 1 if self._plan.whole else BATCH))
+        if self._task == "gather" and len(batch) == BATCH:
+            batch += self._rest_of(batch[-1].unit)
+        spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # those are scattered
+        for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
+            pieces = list(group)
+            for operand in self._plan.operands[name]:
+                if operand.stored is not None:
+                    self._files.advise(operand.stored, pieces[0].start, pieces[-1].stop)
+        return batch
+
+    def _rest_of(self, unit: int) -> list[Item]:
+        """The next chunks, where they end a unit: a small one is gathered whole, so by one worker."""
+        ahead = list(itertools.islice(self._items, BATCH))
+        rest = list(itertools.takewhile(lambda item: item.unit == unit, ahead))
+        if len(rest) == BATCH:  # a larger one
+            rest = []
+        self._items = itertools.chain(ahead[len(rest) :], self._items)
+        return rest
+
+    def _bytes(self, unit: int, span: Span) -> int:
+        info = self._plan.merge.reference.tensors[span.tensor]
+        whole = info.nbytes if unit < 0 else self._plan.sweep_bytes(span.tensor, self._task == "apply")
+        return whole * span.numel // info.numel
+
+
+class Threads:
+    """Workers in threads of this process."""
+
+    def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None) -> None:
+        self._plan, self._files, self._progress = plan, files, progress
+        self._workers = [Worker(plan, files, target) for _ in range(plan.workers)]
+        self._pool = ThreadPoolExecutor(plan.workers, "worker", initializer=torch.set_num_threads, initargs=(1,))
+        self._stop = threading.Event()
+        self._threads = torch.get_num_threads()
+
+    def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
+        """Let each worker do `task` on batches of items until there are none; their results."""
+        batches = _Batches(self._plan, self._files, items, task, self._progress)
+
+        def stream() -> Iterator[Item]:
+            while batch := batches.take():
+                for item in batch:
+                    if self._stop.is_set():
+                        return
+                    yield item
+
+        def work(worker: Worker) -> Any:
+            on_gpu = self._plan.device.type == "cuda"  # a stream of its own: workers copy and compute side by side
+            cuda = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+            try:
+                with torch.inference_mode(), cuda:
+                    return getattr(worker, task)(stream(), *arguments)
+            except BaseException:
+                self._stop.set()
+                raise
+
+        futures = [self._pool.submit(work, worker) for worker in self._workers]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            self._stop.set()
+            for future in futures:
+                future.exception()
+            raise
+
+    def memory(self) -> int:
+        """Bytes held beside this process's own: none."""
+        return 0
+
+    def close(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True)
+        for worker in self._workers:
+            worker.close()
+        torch.set_num_threads(self._threads)
+
+
+class Processes:
+    """Workers in forked processes. They ask for batches; this process hands them out and collects results."""
+
+    def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None) -> None:
+        self._plan, self._files, self._progress = plan, files, progress
+        self._connections: list[Connection] = []
+        self._processes = []
+        context = multiprocessing.get_context("fork")
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's to handle
+        try:
+            for _ in range(plan.workers):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(plan, files, target, theirs, os.getpid()), daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(mine)
+                self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
+        """Let each worker do `task` on batches of items until there are none; their results."""
+        order = pickle.dumps((task, arguments))
+        for connection in self._connections:
+            connection.send_bytes(order)
+        batches = _Batches(self._plan, self._files, items, task, self._progress)
+        results: dict[Any, Any] = {}
+        while len(results) < len(self._connections):
+            for connection in cast("list[Connection]", wait([one for one in self._connections if one not in results])):
+                try:
+                    kind, value = _receive(connection)
+                    if kind == "next":
+                        connection.send_bytes(pickle.dumps(batches.take()))
+                    elif kind == "done":
+                        results[connection] = value
+                    else:
+                        raise value
+                except (EOFError, ConnectionError):
+                    raise RunError(
+                        "a worker process was killed (is the machine out of memory?)",
+                        "use fewer --workers, and go on with --resume",
+                    ) from None
+        return [results[connection] for connection in self._connections]
+
+    def memory(self) -> int:
+        """Bytes that the processes held at most and do not share with this one."""
+        return sum(self.run("peak_memory", iter(())))
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+
+def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connection, parent: int) -> None:
+    """The life of a forked worker: tasks in, results out, until the parent ends it or is gone."""
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it writes nothing once the lock is free
+    if os.getppid() != parent:
+        os._exit(1)
+    torch.set_num_threads(1)
+    worker = Worker(plan, files, target)
+
+    def stream() -> Iterator[Item]:
+        _send(connection, ("next", None))
+        while batch := pickle.loads(connection.recv_bytes()):
+            _send(connection, ("next", None))  # for the batch after this one
+            yield from batch
+
+    with suppress(EOFError, ConnectionError), torch.inference_mode():
+        while True:
+            task, arguments = pickle.loads(connection.recv_bytes())
+            try:
+                answer = ("done", getattr(worker, task)(stream(), *arguments))
+                worker.note_memory()
+            except (EOFError, ConnectionError):
+                raise
+            except Exception as error:
+                answer = ("failed", _portable(error))
+            _send(connection, answer)
+            del answer  # its memory is wanted for the next task
+    os._exit(0)  # what the parent registered to be done at its end is not this process's to do
+
+
+def _send(connection: Connection, value: Any) -> None:
+    """Send home a value; its arrays go as they are, without a copy."""
+    arrays: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    connection.send_bytes(len(arrays).to_bytes(8, "little") + rest)
+    for array in arrays:
+        connection.send_bytes(array.raw())
+
+
+def _receive(connection: Connection) -> Any:
+    """A value that was sent; its arrays lie in the memory they came in, and cannot be written to."""
+    rest = connection.recv_bytes()
+    arrays = [connection.recv_bytes() for _ in range(int.from_bytes(rest[:8], "little"))]
+    return pickle.loads(rest[8:], buffers=arrays)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent: ours as it is, a fault in a method with the place where it happened."""
+    if isinstance(error, MergebenchError):
+        return error
+    place = f"in a worker process:\n{traceback.format_exc()}"
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(place)
+    return error

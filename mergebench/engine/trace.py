@@ -1,0 +1,98 @@
+"""What a method asks, learnt on a toy chunk: it asks the same whatever the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mergebench.engine.context import Context
+from mergebench.engine.job import Merge
+from mergebench.engine.span import Span
+from mergebench.engine.statistics import Norms, OrderStatistics, Statistic
+from mergebench.errors import RecipeError
+
+
+def asked(merge: Merge, params: Any) -> list[Any]:
+    """What the method asks with these parameters. One entry a question: its ranks, or the sort of sum."""
+    return [kind for kind, _ in _trace(merge, params)]
+
+
+def read_for(merge: Merge, params: Any) -> list[frozenset[str]]:
+    """For each question, the parameters that the method has read when it is asked: it depends on no others."""
+    read: set[str] = set()
+    return [so_far for _, so_far in _trace(merge, _watched(params, read), read)]
+
+
+def _trace(merge: Merge, params: Any, read: Iterable[str] = ()) -> list[tuple[Any, frozenset[str]]]:
+    """Each question, and what has been `read` so far."""
+    method = merge.method
+    values, context = toy(merge)
+    running = method(values, params, context)
+    if not inspect.isgenerator(running):
+        return []
+    steps = cast("Generator[Statistic, Any, Tensor]", running)
+    found: list[tuple[Any, frozenset[str]]] = []
+    try:
+        statistic = next(steps)
+        while True:
+            # ranks are sampled (at rows of one length), sums are taken over whole tiles
+            other = "tensor" if not isinstance(statistic, OrderStatistics) else "row"
+            if merge.cut not in ("element", other) or (merge.cut == "row" and merge.scope == "model"):
+                what = type(statistic).__name__
+                raise TypeError(f"{method.name}: {what} cannot be asked with cut='{merge.cut}', scope '{merge.scope}'")
+            if any(kind is Norms for kind, _ in found):
+                raise TypeError(f"{method.name}: norms reach over all tensors, they can only be asked last")
+            kind = statistic.ranks if isinstance(statistic, OrderStatistics) else type(statistic)
+            answer = statistic.exact()
+            found.append((kind, frozenset(read)))
+            statistic = steps.send(answer)
+    except StopIteration:
+        return found
+
+
+def _watched(params: Any, read: set[str]) -> Any:
+    """A copy of a method's parameters that notes in `read` which of them are looked at."""
+    names = {field.name for field in dataclasses.fields(params)}
+
+    class Watched(type(params)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            read.update(names if name == "__dict__" else names & {name})
+            return super().__getattribute__(name)
+
+    copy = object.__new__(Watched)
+    for name in names:
+        object.__setattr__(copy, name, getattr(params, name))
+    return copy
+
+
+def toy(merge: Merge, shape: tuple[int, ...] = (61,)) -> tuple[Tensor, Context]:
+    """A small tensor of each model, and its surroundings."""
+    models, numel = len(merge.models), math.prod(shape)
+    values = torch.sin(torch.arange(1.0, models * numel + 1)).reshape(models, numel) * 0.01
+    spans = (Span("toy", 0, numel),)
+    return values, Context(numel, merge.names, spans, shape, merge.scope, merge.seed, torch.device("cpu"))
+
+
+def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool]:
+    """How many questions are asked about each tensor, and whether the last is about all together.
+
+    At scope model they must be the same about all.
+    """
+    known: dict[int, list[Any]] = {}
+    for name in merged:
+        params = merge.params_for(name)
+        if id(params) not in known:
+            known[id(params)] = asked(merge, params)
+    kinds = list(known.values())
+    if merge.scope == "model" and any(kind != kinds[0] for kind in kinds):
+        raise RecipeError(
+            f"scope: model: '{merge.method.name}' asks about the whole model at once, what it asks varies here",
+            "give a density one value, or use scope: tensor",
+        )
+    return {name: len(known[id(merge.params_for(name))]) for name in merged}, any(Norms in kind for kind in kinds)

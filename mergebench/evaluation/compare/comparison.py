@@ -1,0 +1,189 @@
+"""Comparisons: two models on the same tasks, out of an evaluation's records or two files of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mergebench.errors import RecipeError, RunError, did_you_mean
+from mergebench.evaluation.compare.flips import Answers, Flips, flips
+from mergebench.evaluation.compare.predictions import read_predictions
+from mergebench.evaluation.results import FILE, Record, Results
+from mergebench.evaluation.tables.layout import short_names
+from mergebench.evaluation.task import Direction
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models' answers to one task's items."""
+
+    task: str
+    split: str
+    metric: str
+    direction: Direction
+    old: Answers
+    new: Answers
+    gold: Mapping[str, str] = field(default_factory=dict)  # the right answers, where they are known
+
+    @cached_property
+    def flips(self) -> Flips:
+        return flips(self.old, self.new, self.direction)
+
+    def to_dict(self, items: bool) -> dict[str, Any]:
+        about = {"task": self.task, "split": self.split, "metric": self.metric, "direction": self.direction}
+        listed = {"lost_items": list(self.flips.lost), "won_items": list(self.flips.won)} if items else {}
+        return about | self.flips.to_dict() | listed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A new model against an old one, task by task."""
+
+    old: str
+    new: str
+    pairs: tuple[Pair, ...]
+
+    @cached_property
+    def pooled_pairs(self) -> tuple[Pair, ...]:
+        """The tasks whose items count alike: all where they share a metric, else those with right and wrong answers."""
+        if len({(pair.metric, pair.direction) for pair in self.pairs}) == 1:
+            return self.pairs
+        return tuple(pair for pair in self.pairs if pair.flips.both_right is not None)
+
+    @cached_property
+    def pooled(self) -> Flips | None:
+        """All their items as one task, with ids (task, split, id); None where scores have no common measure."""
+        if not self.pooled_pairs:
+            return None
+        old = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.old.items()}
+        new = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.new.items()}
+        return flips(old, new, self.pooled_pairs[0].direction)
+
+    def above(self, max_nfr: float) -> list[Pair]:
+        """The tasks with a larger share of negative flips, the worst first."""
+        return sorted((p for p in self.pairs if not p.flips.nfr <= max_nfr), key=lambda p: -p.flips.nfr)
+
+    def to_dict(self, items: bool = True) -> dict[str, Any]:
+        """Every number by task and pooled, ready for JSON; the ids of flipped items where `items`."""
+        return {
+            "old": self.old,
+            "new": self.new,
+            "tasks": [pair.to_dict(items) for pair in self.pairs],
+            "pooled": None if self.pooled is None else self.pooled.to_dict(),
+        }
+
+
+def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path | None = None) -> Comparison:
+    """What a new model does better and what worse than an old one, item by item.
+
+    With an evaluation, or the directory or file it was saved in, `old` and `new` are names of its models, as in it or
+    as in its table. Without, they are files of predictions, JSON lines or a list of {"id", "pred", "gold"}, or with a
+    "score" (higher is better) in place of gold or beside it.
+
+    `RecipeError` for an unknown name or no such file; `RunError` where the two did not answer the same items of the
+    same tasks, measured alike, and with file and line for a broken or missing column or an id that stands twice.
+    """
+    if evaluation is not None:
+        found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
+        return _compare_rows(found, str(old), str(new))
+    for file in (old, new):
+        if not Path(file).is_file() or Path(file).name == FILE:
+            hint = "rows of an evaluation go with --in DIR, models to be measured with --suite SUITE"
+            raise RecipeError(f"{file}: no file of predictions", hint)
+    return _compare_files(Path(old), Path(new))
+
+
+def against(results: Results) -> list[Comparison]:
+    """Every other model against `made["baseline"]`, else the base, else the first one, on what both answered."""
+    models = results.models
+    bases = [record.model for record in results.records if record.role == "base"]
+    named = [name for name in [results.made.get("baseline")] if name in models]
+    if not models:
+        return []
+    baseline = [*named, *bases, *models][0]
+    before = _by_task(results, baseline)
+    found = []
+    for model in models:
+        after = _by_task(results, model)
+        pairs = tuple(_pair(record, after[key]) for key, record in before.items() if _alike(record, after.get(key)))
+        if model != baseline and pairs:
+            found.append(Comparison(baseline, model, pairs))
+    return found
+
+
+def _compare_rows(results: Results, old: str, new: str) -> Comparison:
+    old, new = (_row(results, name) for name in (old, new))
+    before, after = (_by_task(results, name) for name in (old, new))
+    for here, there, lacking, other in ((before, after, new, old), (after, before, old, new)):
+        missing = ", ".join(f"'{task}'" for task, split in here if (task, split) not in there)
+        if missing:
+            what, failed = f"'{lacking}' has no result on {missing}, '{other}' has", _failed(results, lacking)
+            if failed is not None:
+                raise RunError(f"{what}: {failed['error']}", failed["hint"])
+            raise RunError(what, "compare models that were measured on the same tasks")
+    pairs = []
+    for key, record in before.items():
+        later = after[key]
+        if (record.metric, record.direction) != (later.metric, later.direction):
+            raise RunError(f"task '{record.task}': '{old}' has {record.metric}, '{new}' has {later.metric}")
+        pairs.append(_checked(_pair(record, later), f"task '{record.task}'"))
+    return Comparison(old, new, tuple(pairs))
+
+
+def _compare_files(old: Path, new: Path) -> Comparison:
+    before, after = read_predictions(old), read_predictions(new)
+    if before.scored != after.scored:
+        has, lacks = (old, new) if before.scored else (new, old)
+        raise RunError(f"{has} has scores, {lacks} has none", "give both a column 'score', or neither")
+    gold = before.gold | after.gold
+    for item, right in before.gold.items():
+        if gold[item] != right:
+            what = f"item '{item}': gold is '{right}' in {old} and '{gold[item]}' in {new}"
+            raise RunError(what, "compare answers to the same items")
+    metric = "score" if before.scored else "accuracy"
+    pair = Pair("items", "", metric, "higher", before.answers, after.answers, gold)
+    return Comparison(str(old), str(new), (_checked(pair, f"{old}, {new}"),))
+
+
+def _row(results: Results, name: str) -> str:
+    """A model's name in the results; what is said of one that failed is said again."""
+    failed = _failed(results, name)
+    if failed is not None and name not in results.models:
+        raise RunError(failed["error"], failed["hint"])
+    short = {shown: model for model, shown in short_names(results.models).items()}
+    if name not in results.models and name not in short:
+        raise RecipeError(f"no model in the evaluation is called '{name}'", did_you_mean(name, [*short]))
+    return name if name in results.models else short[name]
+
+
+def _failed(results: Results, model: str) -> dict[str, Any] | None:
+    return next((one for one in results.made.get("failed", ()) if one["model"] == model), None)
+
+
+def _by_task(results: Results, model: str) -> dict[tuple[str, str], Record]:
+    return {(record.task, record.split): record for record in results.records if record.model == model}
+
+
+def _pair(old: Record, new: Record) -> Pair:
+    return Pair(old.task, old.split, old.metric, old.direction, old.predictions, new.predictions)
+
+
+def _alike(old: Record, new: Record | None) -> bool:
+    return (
+        new is not None
+        and (old.metric, old.direction) == (new.metric, new.direction)
+        and bool(old.predictions)
+        and old.predictions.keys() == new.predictions.keys()
+    )
+
+
+def _checked(pair: Pair, where: str) -> Pair:
+    """The pair, its flips counted."""
+    try:
+        _ = pair.flips
+    except RunError as error:
+        raise RunError(f"{where}: {error.message}", error.hint) from None
+    return pair

@@ -1,0 +1,226 @@
+"""Measuring: what a recipe made beside what went in, or any models side by side, on the tasks of a suite."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.masked import FOLDER as TASKS
+from mergebench.checkpoint.patch import open_patch
+from mergebench.checkpoint.staging import finished
+from mergebench.engine.plan import plan_merge
+from mergebench.engine.run import run_plan
+from mergebench.errors import MergebenchError, RecipeError, did_you_mean
+from mergebench.evaluation.page import card
+from mergebench.recipe import Baseline, Recipe
+from mergebench.recipe.open import folders, short_names
+from mergebench.recipe.resolve import open_all, resolve
+
+if TYPE_CHECKING:
+    from mergebench.evaluation import Candidate, Results, Step, Suite
+    from mergebench.evaluation.results import Role
+    from mergebench.evaluation.store import Store
+
+
+def read_suite(recipe: Recipe) -> Suite:
+    """The recipe's suite with its data: what is wrong with it shows before the merge, not after."""
+    from mergebench.evaluation import load_suite
+
+    if recipe.evaluate is None:
+        raise RecipeError("the recipe has no evaluate:", "add evaluate: {suite: FILE}")
+    at = ("evaluate", "suite")
+    suite = load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at, edited=bool(recipe.edits))
+    for one in [recipe, *map(recipe.with_method, recipe.evaluate.baselines)]:
+        if one.method.gives == "tasks":
+            _task_of(one, suite)
+    return suite
+
+
+def _task_of(recipe: Recipe, suite: Suite) -> dict[str, str]:
+    """For each of the suite's tasks, the one of the merge: its head lies beside the model that was merged."""
+    merge = resolve(recipe)
+    owners: dict[Path | None, str] = {}
+    for model, name in zip(merge.models, merge.tasks, strict=True):
+        place = model.own_directory()
+        owners.setdefault(place and place.resolve(), name)
+    found = {}
+    for task in suite.tasks:
+        home = task.ready.home
+        if home is None or home.resolve() not in owners:
+            what = f"'{merge.method.name}' makes a model for each input, task '{task.name}' is none of theirs"
+            hint = "put its head beside the input it belongs to, or merge with --no-eval"
+            raise recipe.places.error(("evaluate",), what, hint)
+        found[task.name] = owners[home.resolve()]
+    return found
+
+
+def evaluate(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    suite: Suite | None = None,
+    device: str = "auto",
+    results: str | Path | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> Results:
+    """Measure what a recipe made beside what went in, on the recipe's suite.
+
+    Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), where the recipe has
+    edits the merge without them (not merged again: its patches have the rows before), the merged model. Writes
+    `evaluation.json`, `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. With a folder
+    `results`, what was measured before is taken from there, and kept there.
+    """
+    from mergebench.editing.summary import sentence
+    from mergebench.evaluation import evaluate_models, markdown, page
+
+    out = Path(out)
+    suite = suite if suite is not None else read_suite(recipe)
+    provenance, store = finished(out), _store(results)
+    edits = (provenance or {}).get("edits") or [] if recipe.edits else []
+    patches = [out / edit["patch"] for edit in edits]
+    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
+        candidates = _candidates(recipe, out, suite, Path(folder), device)
+        if patches:
+            before = _unedited(recipe, out, patches, store)
+            candidates.insert(-1, before)
+        found = evaluate_models(candidates, suite.on(patches), device=device, store=store, progress=progress)
+    if patches:
+        told = {"unedited": {before.name: [sentence(edit) for edit in edits]}, "baseline": before.name}
+        found = replace(found, made={**found.made, **told})
+    found.save(out)
+    if provenance is not None:
+        write_atomically(out / "README.md", card.text(out, provenance, markdown(found)))
+        page.look_at_merge(recipe, out, provenance)
+    page.attempt(out)
+    return found
+
+
+def measure(
+    suite: Suite | str | Path,
+    models: Sequence[str],
+    *,
+    split: str | None = None,
+    against: str | None = None,
+    device: str = "auto",
+    results: str | Path | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> Results:
+    """Measure models side by side on the tasks of a suite, one model in memory at a time.
+
+    models: as a recipe names them. split: test or validation (default: test where the suite has it).
+    against: the model the others are compared with (default: the base, else the first). results: a folder;
+    what was measured before is taken from there, and kept there.
+    """
+    from mergebench.evaluation import Candidate, evaluate_models, load_suite
+
+    loaded = (load_suite(suite) if isinstance(suite, (str, Path)) else suite).only(split)
+    names = short_names(list(models))
+    if against is not None and against not in (*names, *models):
+        raise RecipeError(f"--against: '{against}' is none of the models", did_you_mean(against, names))
+    opened: list[Model | MergebenchError] = [_try_open(model) for model in models]
+    bases = {place for model in opened if isinstance(model, Model) for place in _bases_of(model)}
+
+    def candidate(name: str, model: Model | MergebenchError) -> Candidate:
+        if isinstance(model, MergebenchError):
+            return Candidate(name, "input", partial(_raise, model))
+        place = model.own_directory()
+        made = place is not None and finished(place) is not None
+        role: Role = "base" if place is not None and place.resolve() in bases else "merged" if made else "input"
+        return Candidate(name, role, model, place)
+
+    candidates = [candidate(name, model) for name, model in zip(names, opened, strict=True)]
+    found = evaluate_models(candidates, loaded, device=device, store=_store(results), progress=progress)
+    if against is None:
+        return found
+    baseline = against if against in names else names[list(models).index(against)]
+    return replace(found, made={**found.made, "baseline": baseline})
+
+
+def _unedited(recipe: Recipe, out: Path, patches: Sequence[Path], store: Store | None) -> Candidate:
+    """The merge before its edits, as a row to set them against."""
+    from mergebench.checkpoint.content import sha256_of
+    from mergebench.editing.undo import Unedited
+    from mergebench.evaluation import Candidate
+
+    edited = open_model(str(out))
+    key = None if store is None else " without ".join([str(store.content(edited)), *map(sha256_of, patches)])
+    return Candidate(_before(recipe), "baseline", Unedited(edited, [open_patch(one) for one in patches]), None, key)
+
+
+def _before(recipe: Recipe) -> str:
+    return f"{recipe.merge_method} unedited"
+
+
+def _store(folder: str | Path | None) -> Store | None:
+    from mergebench.evaluation.store import Store
+
+    return None if folder is None else Store(Path(folder))
+
+
+def _try_open(model: str) -> Model | MergebenchError:
+    """One model that cannot be opened does not keep the others from being measured."""
+    try:
+        return open_model(model)
+    except MergebenchError as error:
+        return error
+
+
+def _raise(error: MergebenchError) -> Model:
+    raise error
+
+
+def _bases_of(model: Model) -> list[Path]:
+    """Where the model lies that this one was made from."""
+    if model.directory is None:
+        return []
+    if model.adapter is not None:
+        return [model.directory.resolve()]
+    base = (finished(model.directory) or {}).get("recipe", {}).get("base_model")
+    return [Path(base).resolve()] if isinstance(base, str) else []
+
+
+def inputs_of(recipe: Recipe, taken: Collection[str] = ()) -> list[Candidate]:
+    """What goes into a merge, as rows of a table: the base, and every model; not called by a name that is taken."""
+    from mergebench.evaluation import Candidate
+
+    origin, entries = open_all(recipe)
+    base = None if origin is None else origin.own_directory()
+    models = [model for _, model in entries]
+    inputs = [m for m in models if not m.is_task_vector and (base is None or m.own_directory() != base)]
+    taken = {"base", recipe.merge_method, *taken}
+    names = [f"{n} (input)" if n in taken else n for n in short_names([model.reference for model in inputs])]
+    found = [] if origin is None else [Candidate("base", "base", origin, base)]
+    return found + [Candidate(n, "input", m, m.own_directory()) for n, m in zip(names, inputs, strict=True)]
+
+
+def _candidates(recipe: Recipe, out: Path, suite: Suite, folder: Path, device: str) -> list[Candidate]:
+    """The table's rows in order. A baseline is merged into `folder` when its turn comes."""
+    from mergebench.evaluation import Candidate
+
+    baselines = recipe.evaluate.baselines if recipe.evaluate else ()
+    found = inputs_of(recipe, [_before(recipe), *(one.label for one in baselines)])
+
+    def opened(made: Recipe, place: Path) -> Model | dict[str, Model]:
+        if made.method.gives == "model":
+            return open_model(str(place))
+        tasks = _task_of(made, suite)
+        root = f"{made.base_model}+{place}/{TASKS}"
+        models = {name: open_model(f"{root}/{name}", folders=folders(made)) for name in tasks.values()}
+        return {task: models[name] for task, name in tasks.items()}
+
+    def merged(baseline: Baseline, place: Path) -> Model | dict[str, Model]:
+        made = recipe.with_method(baseline)
+        run_plan(plan_merge(resolve(made), device=device), place)
+        return opened(made, place)
+
+    for number, one in enumerate(baselines):
+        label = f"{one.label} (defaults)" if one.label == recipe.merge_method else one.label
+        found.append(Candidate(label, "baseline", partial(merged, one, folder / str(number)), None))
+    found.append(Candidate(recipe.merge_method, "merged", opened(recipe, out), None))
+    return found

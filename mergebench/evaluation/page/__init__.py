@@ -1,0 +1,97 @@
+"""One page to look at: what a directory holds of a merge, an evaluation, a search, as `report.html`.
+
+    write(directory)
+
+The page is one file that asks for nothing else: no script, no font, no request. A section stands where there is
+something for it to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergebench.errors import MergebenchError
+from mergebench.evaluation.page.parts import Section, Text
+from mergebench.evaluation.page.sources import Sources, read
+
+if TYPE_CHECKING:
+    from mergebench.recipe import Recipe
+
+FILE = "report.html"
+Writer = Callable[[Sources], Iterator[Section]]
+
+
+def write(directory: Path, out: Path | None = None) -> Path:
+    """Put the page in place, by default as `report.html` in the directory; where it lies.
+
+    Raises `RecipeError` where there is nothing to show, `RunError` where a document is damaged or the disk full.
+    """
+    from mergebench.checkpoint.files import write_atomically, write_error
+
+    target = out if out is not None else directory / FILE
+    text = render(read(directory)).encode("utf-8", "replace").decode()  # of half a character, JSON takes no offence
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from None
+    write_atomically(target, text)
+    return target
+
+
+def attempt(directory: Path) -> None:
+    """Put the page in place if it can be: what was measured is on the disk already, and no page may spoil it."""
+    with suppress(Exception):
+        write(directory)
+
+
+def look_at_merge(recipe: Recipe, directory: Path, provenance: Mapping[str, Any]) -> None:
+    """Put the statistics of a merge beside it, where there are any and they can be had: only the page needs them."""
+    from mergebench.evaluation.page.profile import profile
+    from mergebench.recipe.resolve import resolve
+
+    with suppress(MergebenchError, OSError, KeyError):  # inputs that are gone, answers of another version
+        found = profile(resolve(recipe), provenance["answers"])
+        if found is not None:
+            found.save(directory)
+
+
+def render(sources: Sources) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from mergebench import __version__
+    from mergebench.evaluation.page import head
+
+    folder = Path(__file__).parent
+    template = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    ).get_template("page.html")
+    return template.render(
+        title=head.title(sources),
+        what=head.what(sources),
+        findings=head.findings(sources),
+        sections=[section for writer in _writers() for section in _drawn(writer, sources)],
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        version=__version__,
+    )
+
+
+def _writers() -> list[Writer]:
+    from mergebench.evaluation.page import edited, flipped, layers, origin, scores, searched
+
+    return [scores.sections, searched.sections, flipped.sections, edited.sections, layers.sections, origin.sections]
+
+
+def _drawn(writer: Writer, sources: Sources) -> list[Section]:
+    """A writer's sections. One that fails says so on the page, and the others stand."""
+    found: list[Section] = []
+    try:
+        for section in writer(sources):
+            found.append(section)
+    except Exception as error:
+        name = writer.__module__.rpartition(".")[2]
+        found.append(Section(f"Not drawn: {name}", [Text(f"{type(error).__name__}: {error}")]))
+    return found

@@ -1,0 +1,62 @@
+"""What stands at the top: a title, what was measured, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from mergebench.editing.summary import only, sentence
+from mergebench.evaluation.page import flipped, scores, searched
+from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.results import Results
+
+Writer = Callable[[Any], str | list[str]]
+
+
+def title(sources: Sources) -> str:
+    """The directory's name, and what it is."""
+    name = sources.directory.resolve().name
+    made = "edit" if sources.provenance is not None and only(sources.provenance) is not None else "merge"
+    kinds = (("search", sources.search), (made, sources.provenance), ("evaluation", sources.results))
+    return f"{name}: {next(kind for kind, found in kinds if found is not None)}"
+
+
+def what(sources: Sources) -> str:
+    """What was tried, merged and measured, on how much, when."""
+    said = _said(searched.size, sources.search), _said(_merged, sources.provenance), _said(_measured, sources.results)
+    return " · ".join(sentence for found in said for sentence in found)
+
+
+def findings(sources: Sources) -> list[str]:
+    """A sentence each on the search, the table and the flips."""
+    ways: list[tuple[Writer, Any]] = [(searched.finding, sources.search)]
+    ways += [(scores.finding, sources.results), (flipped.finding, sources.results)]
+    found = [sentence for way, source in ways for sentence in _said(way, source)]
+    return found or ["Nothing was measured."]
+
+
+def _said(write: Writer, source: Any) -> list[str]:
+    """What is written of a document that is there; of a broken one nothing, its section says what is wrong."""
+    if source is not None:
+        with suppress(Exception):
+            found = write(source)
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def _merged(provenance: Mapping[str, Any]) -> str:
+    recipe = provenance["recipe"]
+    count = len(recipe["models"])
+    made = only(provenance) or f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
+    return ", then ".join([made, *map(sentence, provenance.get("edits") or ())])
+
+
+def _measured(results: Results) -> str:
+    models, tasks = len(results.models), len(results.tasks)
+    counts = sorted({record.n for record in results.records})
+    items = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
+    splits = " and ".join(dict.fromkeys(record.split for record in results.records))
+    date = str(results.made.get("date", ""))[:10]
+    size = f"{models} model{'s' * (models != 1)} on {tasks} task{'s' * (tasks != 1)}"
+    return f"{size}, {items} {splits} items a task" + (f", {date}" if date else "")

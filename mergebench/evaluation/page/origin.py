@@ -1,0 +1,92 @@
+"""Where it comes from: recipe, inputs, versions, what it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergebench.evaluation.page.parts import Facts, Fold, Part, Section, Table, Verbatim, cells
+from mergebench.evaluation.page.sources import Sources
+
+
+def sections(sources: Sources) -> Iterator[Section]:
+    """The merge, the evaluation, the search: each that there is."""
+    parts: list[Part] = []
+    if sources.provenance is not None:
+        parts += _merge(sources.provenance)
+    if sources.results is not None:
+        parts += _evaluation(sources.results.made)
+    if sources.search is not None:
+        parts.append(Fold("How it was searched", [Verbatim(_yaml(sources.search.get("made", {})))]))
+    yield Section("Provenance", parts)
+
+
+def _merge(provenance: Mapping[str, Any]) -> list[Part]:
+    method, stages = provenance.get("method", {}), provenance.get("stages", {})
+    facts = [
+        ("method", f"{method.get('name', '')} ({method.get('paper', '')}), scope {method.get('scope', '')}"),
+        ("tensors", f"{provenance.get('merged_tensors')} merged, {provenance.get('copied_tensors')} copied"),
+        ("sweeps", f"{provenance.get('sweeps')}" + _extra(provenance.get("extra_sweeps"))),
+        ("read, written", f"{_size(provenance.get('bytes_read'))}, {_size(provenance.get('bytes_written'))}"),
+        ("merging took", f"{provenance.get('seconds')} s ({', '.join(f'{k} {v} s' for k, v in stages.items())})"),
+        ("peak memory", _size(provenance.get("peak_memory"))),
+        ("versions", _versions({"mergebench": provenance.get("mergebench"), **provenance.get("versions", {})})),
+    ]
+    if provenance.get("kept"):
+        kept = ", ".join(f"{model} {share:.2%}" for model, share in provenance["kept"].items())
+        facts.insert(1, ("at or above the thresholds", kept))
+    facts += [("note", str(note)) for note in provenance.get("notes", [])]
+    files = provenance.get("inputs", [])
+    rows = [cells(str(e.get("file")), _size(e.get("size")), *_hash(e)) for e in files]
+    inputs = Table(["file", "size", "hash of", "SHA-256"], rows, "Input files.")
+    recipe = Fold("Recipe", [Verbatim(_yaml(provenance.get("recipe", {})))])
+    return [Facts(facts), recipe, Fold(f"{len(files)} input files", [inputs])]
+
+
+def _evaluation(made: Mapping[str, Any]) -> list[Part]:
+    suite = made.get("suite", {})
+    facts = [
+        ("suite", str(suite.get("file") or "written in the recipe")),
+        ("measured on", f"{made.get('device', 'unknown')} in {made.get('seconds', '?')} s, {made.get('date', '')}"),
+        ("measured with", _versions({k: made.get(k) for k in ("mergebench", "torch", "transformers", "python")})),
+    ]
+    rows = [
+        cells(str(task.get("name")), str(task.get("kind")), str(task.get("split")), f"{task.get('n')}", file, digest)
+        for task in suite.get("tasks", [])
+        for file, digest in task.get("sha256", {}).items()
+    ]
+    data = Table(["task", "kind", "split", "items", "file", "SHA-256"], rows, "Files the tasks were read from.", 3)
+    return [Facts(facts), *([Fold(f"{len(rows)} files of data", [data])] if rows else [])]
+
+
+def _hash(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Of the whole file where it was taken, else of the header."""
+    whole = entry.get("sha256")
+    return ("the file", str(whole)) if whole else ("the header", str(entry.get("header_sha256", "")))
+
+
+def _extra(count: object) -> str:
+    return f", {count} more for brackets that missed" if count else ""
+
+
+def _size(count: object) -> str:
+    if not isinstance(count, (int, float)):
+        return "unknown"
+    unit = next((unit for unit in ("B", "kB", "MB") if count < 1000 ** ("B", "kB", "MB").index(unit) * 1000), "GB")
+    return f"{count / 1000 ** ('B', 'kB', 'MB', 'GB').index(unit):.4g} {unit}"
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def _yaml(document: Any) -> str:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.compat import StringIO
+
+    stream = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(json.loads(json.dumps(document)), stream)
+    return stream.getvalue().strip()

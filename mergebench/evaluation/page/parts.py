@@ -1,0 +1,71 @@
+"""What a page is made of. The template knows these and nothing of what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mergebench.evaluation.page.figures import Figure
+from mergebench.evaluation.tables.results import Cell
+
+
+class Text(NamedTuple):
+    """A paragraph."""
+
+    text: str
+    kind: str = "text"
+
+
+class Gallery(NamedTuple):
+    """Plots beside each other where there is room, and how to read them."""
+
+    figures: Sequence[Figure]
+    caption: str
+    kind: str = "gallery"
+
+
+class Table(NamedTuple):
+    """Rows under heads; each row begins with what it is about. `words`: columns of text, from the left."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str
+    words: int = 1
+    kind: str = "table"
+
+
+class Facts(NamedTuple):
+    """Terms and what stands for them."""
+
+    pairs: Sequence[tuple[str, str]]
+    kind: str = "facts"
+
+
+class Verbatim(NamedTuple):
+    """Text as it was written."""
+
+    text: str
+    kind: str = "verbatim"
+
+
+class Fold(NamedTuple):
+    """More, for who opens it."""
+
+    summary: str
+    parts: Sequence[Part]
+    kind: str = "fold"
+
+
+Part = Text | Gallery | Table | Facts | Verbatim | Fold
+
+
+class Section(NamedTuple):
+    """A titled piece of the page."""
+
+    title: str
+    parts: Sequence[Part]
+
+
+def cells(*texts: str) -> list[Cell]:
+    """Cells of plain text."""
+    return [Cell(text) for text in texts]

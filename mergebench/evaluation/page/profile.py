@@ -1,0 +1,116 @@
+"""The statistics of a merge by tensor, from one more sweep over its inputs: `statistics.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint.files import Files, write_atomically
+from mergebench.engine.answers import decoded, units_of
+from mergebench.engine.executors import chunks_of, start_workers
+from mergebench.engine.job import Merge
+from mergebench.engine.plan import plan_merge
+from mergebench.engine.profile import Counts
+from mergebench.methods import get
+
+FILE = "statistics.json"
+MOST = 1 << 25  # elements looked at; of a larger model, every second, third, ... chunk of each tensor
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one sweep over a merge's task vectors tells; all counts by tensor, in the order of the files.
+
+    every: of the chunks of a tensor, one in so many was looked at. replayed: whether `merged` and `kept` are known.
+    """
+
+    method: str
+    models: tuple[str, ...]
+    every: int
+    replayed: bool
+    numel: Mapping[str, int]
+    counts: Mapping[str, Counts]
+
+    def save(self, directory: Path) -> None:
+        """Put `statistics.json` in place; one tensor a line."""
+        head = {"method": self.method, "models": self.models, "every": self.every, "replayed": self.replayed}
+        lines = ",\n".join(
+            json.dumps({"name": name, "numel": self.numel[name], **counts._asdict()})
+            for name, counts in self.counts.items()
+        )
+        write_atomically(directory / FILE, f'{json.dumps(head)[:-1]}, "tensors": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def load(cls, directory: Path) -> Profile:
+        """What `save` wrote; `OSError`, `ValueError`, `KeyError` or `TypeError` where there is none."""
+        document = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        numel, counts = {}, {}
+        for entry in document.pop("tensors"):
+            name = entry.pop("name")
+            numel[name] = int(entry.pop("numel"))
+            counts[name] = Counts(**entry)
+        document["models"] = tuple(document["models"])
+        return cls(**document, numel=numel, counts=counts)
+
+
+def profile(merge: Merge, answers: Mapping[str, Any]) -> Profile | None:
+    """Look at a merge's task vectors once more; None where there is no base to differ from.
+
+    answers: to the method's questions, as the merge found them (`KeyError` where one is missing). A method on weights
+    or on whole matrices is not replayed: all elements go into what it gives.
+    """
+    if merge.base is None:
+        return None
+    replayed = merge.from_base and merge.cut != "tensor"
+    method = merge.method
+    if not replayed:
+        sums = get("task_arithmetic")
+        params = sums.make_params({"weight": (1.0,) * len(merge.models)})
+        merge = replace(merge, method=sums, params=params, by_tensor={}, lines=None, scope="tensor")
+    plan = plan_merge(merge, device="cpu")
+    units, every = units_of(plan), math.ceil(plan.elements / MOST)
+    known = decoded(plan, dict(answers))
+    items = (
+        item
+        for number, unit in enumerate(units)
+        for name in unit.tensors
+        for item in list(chunks_of(plan, name, number))[::every]
+    )
+    with Files() as files:
+        for model in [merge.reference, *merge.models]:
+            model.settle(files)
+        workers = start_workers(plan, files, lambda _: None)
+        try:
+            results = workers.run("profile", items, units, known, replayed)
+        finally:
+            workers.close()
+    found: dict[str, Counts] = {}
+    for tensor, _, counts in sorted((one for part in results for one in part), key=lambda one: one[1]):
+        found[tensor] = found[tensor] + counts if tensor in found else counts
+    infos = merge.reference.tensors
+    order = [name for name in infos if name in found]
+    return _without_base(
+        Profile(
+            method=method.name,
+            models=merge.names,
+            every=every,
+            replayed=replayed,
+            numel={name: infos[name].numel for name in order},
+            counts={name: found[name] for name in order},
+        )
+    )
+
+
+def _without_base(one: Profile) -> Profile:
+    """Models that nowhere differ from the base are left out: it counts as a model for methods on weights."""
+    moved = [k for k in range(len(one.models)) if any(counts.squares[k] for counts in one.counts.values())]
+
+    def taken(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[k] for k in moved)
+
+    counts = {name: old._replace(squares=taken(old.squares), kept=taken(old.kept)) for name, old in one.counts.items()}
+    return replace(one, models=taken(one.models), counts=counts)

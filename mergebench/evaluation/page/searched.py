@@ -1,0 +1,203 @@
+"""A search: its objective against each parameter, and the two tasks that pull apart most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from mergebench.evaluation.page import figures
+from mergebench.evaluation.page.figures import BLUE, GREEN, INK, LINE, ORANGE, PAPER, SOFT, Figure
+from mergebench.evaluation.page.parts import Fold, Gallery, Part, Section, Table, cells
+from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.tables.layout import NONE, SHARES, number
+from mergebench.evaluation.tables.results import Cell
+
+Point = Mapping[str, Any]
+SHOWN = 10  # points in the table
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `search.json` says."""
+
+    made: Mapping[str, Any]
+    points: Sequence[Point]  # that were measured, in their order
+    failed: Sequence[Point]
+    best: Point | None
+
+    @property
+    def objective(self) -> str:
+        return str(self.made.get("objective", "objective"))
+
+    @property
+    def higher(self) -> bool:
+        """Which objectives are better."""
+        return bool(self.made.get("direction", "higher") == "higher")
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(task for point in self.points for task in point["tasks"]))
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether the tasks have one metric, and it is known which values of it are better."""
+        metrics = {self.metric(task) for task in self.tasks}
+        return len(metrics) == 1 and (self.objective == "mean" or metrics <= set(SHARES))
+
+    def metric(self, task: str) -> str:
+        return str(self.made.get("metrics", {}).get(task, ""))
+
+    def said(self, objective: float) -> str:
+        """An objective as text: a mean in the tasks' own unit, else a share of what the fine-tunes reach."""
+        own = self.metric(self.tasks[0]) if self.tasks else ""
+        return number(objective, own if self.objective == "mean" else "accuracy")
+
+
+def read(document: Mapping[str, Any]) -> Search:
+    points = document.get("points", [])
+    measured = [point for point in points if point.get("objective") is not None]
+    failed = [point for point in points if point.get("objective") is None]
+    best = next((point for point in measured if point["number"] == document.get("best")), None)
+    return Search(document.get("made", {}), measured, failed, best)
+
+
+def sections(sources: Sources) -> Iterator[Section]:
+    """Plots where there are two points or more, the best points, the ones that failed."""
+    search = read(sources.search or {})
+    points, best = search.points, search.best
+    failed = [_failures(search.failed)] if search.failed else []
+    if not points:
+        if failed:
+            yield Section("Search", failed)
+        return
+    names = list(dict.fromkeys(name for point in points for name in point["values"]))
+    drawn = [_against(search, name, place) for place, name in enumerate(names)] if len(points) > 1 else []
+    caption = f"Each dot is one of {len(points)} merges, measured on validation data. Star: the best."
+    caption += " Diamond: the recipe as given." if best is not points[0] else ""
+    pair = _apart(points, search.tasks) if search.one_scale else None
+    if pair is not None:
+        drawn.append(_trade_off(search, *pair))
+        caption += f" The last plot: {pair[0]} and {pair[1]}, the two tasks that pull apart most; "
+        caption += "on its line, no other point is better in both."
+    sign = -1 if search.higher else 1
+    order = sorted(points, key=lambda point: (point is not best, sign * point["objective"]))
+    note = f"The best {min(SHOWN, len(points))} of {len(points)} points; all are in search.json."
+    heads = ["point", *names, search.objective, *search.tasks]
+    parts: list[Part] = [Gallery(drawn, caption)] if drawn else []
+    parts += [Table(heads, [_row(search, point, names) for point in order[:SHOWN]], note), *failed]
+    yield Section("Search", parts)
+
+
+def size(document: Mapping[str, Any]) -> str:
+    """How much was tried."""
+    search = read(document)
+    count = len(search.points) + len(search.failed)
+    return f"{count} point{'s' * (count != 1)} tried" + (f", {len(search.failed)} failed" if search.failed else "")
+
+
+def finding(document: Mapping[str, Any]) -> list[str]:
+    """The best point in a sentence."""
+    search = read(document)
+    if search.best is None:
+        return ["No point of the search could be measured."]
+    given = search.points[0]
+    beside = f"; as given {search.said(given['objective'])}" if given is not search.best else ", the recipe as given"
+    value = search.said(search.best["objective"])
+    return [f"Best of {len(search.points)} on validation: {_values(search.best)} ({search.objective} {value}{beside})."]
+
+
+def _row(search: Search, point: Point, names: Sequence[str]) -> list[Cell]:
+    values = [_value(point["values"].get(name)) for name in names]
+    scores = [number(point["tasks"][t], search.metric(t)) if t in point["tasks"] else NONE for t in search.tasks]
+    label = f"{point['number']}{' ★' * (point is search.best)}"
+    return [Cell(label, point is search.best), *cells(*values, search.said(point["objective"]), *scores)]
+
+
+def _failures(failed: Sequence[Point]) -> Fold:
+    rows = [cells(str(point["number"]), _values(point), str(point.get("error") or "")) for point in failed]
+    return Fold(f"{len(failed)} failed", [Table(["point", "values", "error"], rows, "Points that failed.", words=3)])
+
+
+def _values(point: Point) -> str:
+    return ", ".join(f"{name} {_value(value)}" for name, value in point["values"].items())
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.4g}" if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _against(search: Search, name: str, place: int) -> Figure:
+    """The objective over one parameter; words are set side by side."""
+    known = [point for point in search.points if name in point["values"]]
+    raw = [point["values"][name] for point in known]
+    numeric = all(map(_is_number, raw))
+    words = sorted({_value(value) for value in raw})
+    xs = [float(value) if numeric else float(words.index(_value(value))) for value in raw]
+    with figures.plot(220) as (canvas, axes):
+        _dots(search, axes, known, xs, [point["objective"] for point in known])
+        if not numeric:
+            axes.set_xticks(range(len(words)), [figures.short(word) for word in words])
+        axes.set_xlabel(figures.short(name, 40))
+        axes.set_ylabel(search.objective + ("" if search.higher else " (lower is better)"))
+        alt = f"{search.objective} of {len(known)} points against {name}."
+        if search.best is not None and name in search.best["values"]:
+            alt += f" The best is at {_value(search.best['values'][name])}: {search.said(search.best['objective'])}."
+        return Figure(figures.to_svg(canvas, f"search{place}"), alt)
+
+
+def _apart(points: Sequence[Point], tasks: Sequence[str]) -> tuple[str, str] | None:
+    """The two tasks with the lowest correlation over the points."""
+    import numpy as np
+
+    known = [point["tasks"] for point in points if all(task in point["tasks"] for task in tasks)]
+    values = {task: np.array([scores[task] for scores in known]) for task in tasks}
+    moved = [task for task in tasks if len(known) > 2 and values[task].std() > 0]
+    pairs = list(combinations(moved, 2))
+    if not pairs:
+        return None
+    return min(pairs, key=lambda pair: float(np.corrcoef(values[pair[0]], values[pair[1]])[0, 1]))
+
+
+def _trade_off(search: Search, x: str, y: str) -> Figure:
+    """Two tasks against each other, with the points that none beats in both."""
+    known = [point for point in search.points if x in point["tasks"] and y in point["tasks"]]
+    places = [(point["tasks"][x], point["tasks"][y]) for point in known]
+    front = _front(places, search.higher)
+    with figures.plot(220) as (canvas, axes):
+        axes.plot(*zip(*front, strict=True), color=SOFT, linewidth=1, zorder=1)
+        _dots(search, axes, known, [x for x, _ in places], [y for _, y in places])
+        axes.set_xlabel(figures.short(x, 40))
+        axes.set_ylabel(figures.short(y, 30))
+        alt = f"{y} against {x} for {len(known)} points; {len(front)} are not beaten in both."
+        return Figure(figures.to_svg(canvas, "tradeoff"), alt)
+
+
+def _front(places: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
+    """Those that none beats in both, the best in the first value first."""
+    sign = 1 if higher else -1
+    front: list[tuple[float, float]] = []
+    for place in sorted(places, key=lambda place: (sign * place[0], sign * place[1]), reverse=True):
+        if not front or sign * place[1] > sign * front[-1][1]:
+            front.append(place)
+    return front
+
+
+def _dots(search: Search, axes: Any, points: Sequence[Point], xs: Sequence[float], ys: Sequence[float]) -> None:
+    """The best as a star, the recipe as given (the first point) as a diamond."""
+    axes.grid(True, color=LINE)
+    edge = {"edgecolor": INK, "linewidth": 0.8, "zorder": 3}
+    for point, x, y in zip(points, xs, ys, strict=True):
+        if point is search.best:
+            axes.scatter(x, y, s=170, marker="*", color=ORANGE, **edge)
+        elif point is search.points[0]:
+            axes.scatter(x, y, s=60, marker="D", color=GREEN, **edge)
+        else:
+            axes.scatter(x, y, s=26, color=BLUE, edgecolor=PAPER, linewidth=0.5, zorder=2)

@@ -1,0 +1,133 @@
+"""The merge of one point after another: planned anew, but nothing is asked twice, and small models stay in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergebench.checkpoint import open_model
+from mergebench.checkpoint.content import BESIDE, sha256_of
+from mergebench.checkpoint.side_files import copy_side_files
+from mergebench.engine import trace
+from mergebench.engine.answers import Known
+from mergebench.engine.inmemory import InMemory
+from mergebench.engine.job import Merge
+from mergebench.engine.machine import available_memory
+from mergebench.engine.plan import Plan, plan_merge
+from mergebench.engine.provenance import fingerprint_of
+from mergebench.engine.replay import run_at_once
+from mergebench.engine.run import run_in_memory, run_plan
+from mergebench.engine.statistics import Statistic
+from mergebench.errors import MergebenchError
+from mergebench.methods import get as get_method
+from mergebench.recipe import Recipe
+from mergebench.recipe.resolve import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergebench.evaluation import LoadableModel
+
+SHARE = 8  # a result of up to one part in so many of the free memory stays there
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model in memory, until the next one."""
+
+    reference: str
+    side_directory: Path
+    tensors: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.float() if value.is_floating_point() else value for name, value in self.tensors.items()}
+
+
+class Candidates:
+    """The merges of one recipe with other parameters, in a folder of their own for what must be files.
+
+    Where lambda is the last thing that a method multiplies by (which is tried on toy chunks), what it gives at lambda 1
+    is kept: another lambda is then a scaled task vector added to the base, bit for bit what the method would give.
+    """
+
+    def __init__(self, folder: Path, device: str, in_memory: bool | None = None) -> None:
+        self._folder, self._device, self._in_memory = folder, device, in_memory
+        self._known = Known()
+        self._target: InMemory | None = None
+        self._vector: tuple[Any, InMemory, Plan] | None = None  # the parameters it was made with, but for lambda
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """The merge of a recipe; raises what planning it raises."""
+        return plan_merge(resolve(recipe), device=self._device)
+
+    def merge(self, plan: Plan, name: str) -> LoadableModel:
+        """Merge; the model is good until the next one. Raises `RunError` where the method refuses or gives NaN."""
+        if not self._stays(plan):
+            return open_model(str(run_plan(plan, self._folder / "model", overwrite=True, known=self._known).out))
+        if self._target is None:
+            self._target = InMemory(plan.shards)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            copy_side_files(plan.merge.reference, self._folder, None)
+        plan = self._scaled(plan) if _ends_with_lambda(plan.merge) else plan
+        run_in_memory(plan, self._target, self._known)
+        return Merged(name, self._folder, self._target.tensors)
+
+    def key(self, plan: Plan) -> str:
+        """What tells the merge of a plan, with its config and tokenizer, from all others: for stored results."""
+        place = plan.merge.reference.side_directory
+        files = sorted({file for pattern in BESIDE for file in place.glob(pattern) if file.is_file()})
+        made_of = [fingerprint_of(plan), *((file.name, sha256_of(file)) for file in files)]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    def _stays(self, plan: Plan) -> bool:
+        if self._in_memory is None:
+            free = available_memory()
+            self._in_memory = free is None or plan.bytes_written * SHARE <= free
+        return self._in_memory
+
+    def _scaled(self, plan: Plan) -> Plan:
+        """The same merge as the base and one task vector times lambda; the vector is made if its parameters are new."""
+        merge = plan.merge
+        params = replace(merge.params, lambda_=1.0)
+        if self._vector is None or self._vector[0] != params:
+            method = replace(merge.method, gives="vector")
+            given = plan_merge(replace(merge, method=method, params=params, dtype="float32"), device=self._device)
+            target = self._vector[1] if self._vector is not None else InMemory(given.shards)
+            self._vector = None  # it is overwritten
+            run_in_memory(given, target, self._known)
+            self._vector = params, target, given
+        _, target, given = self._vector
+        sum_of_one = get_method("task_arithmetic")
+        one = replace(
+            merge,
+            method=sum_of_one,
+            params=sum_of_one.make_params({"weight": (1.0,), "lambda": merge.params.lambda_}),
+            models=(target.task_vector(given.shards, merge.method.name, merge.reference),),
+            names=(merge.method.name,),
+            lines=None,
+        )
+        return plan_merge(one, device=self._device)
+
+
+def _ends_with_lambda(merge: Merge) -> bool:
+    """Whether what the method gives is, in all bits, lambda times what it gives at lambda 1: tried on toy tensors."""
+    if not merge.onto_base or merge.by_tensor or "lambda" not in merge.method.parameters:
+        return False
+
+    def made(shape: tuple[int, ...], lambda_: float) -> Tensor:
+        values, context = trace.toy(merge, shape)
+        return run_at_once(merge.method, values, replace(merge.params, lambda_=lambda_), context, Statistic.exact)
+
+    try:
+        return all(
+            torch.equal(made(shape, lambda_), made(shape, 1.0) * lambda_)
+            for shape in ((61,), (7, 9))
+            for lambda_ in (0.37, -1.9)
+        )
+    except MergebenchError:  # it refuses the toys
+        return False

@@ -1,0 +1,141 @@
+"""What a search has found so far, in `search.json`: complete after every point, so that a killed search goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint.files import write_atomically, write_error
+from mergebench.errors import RecipeError, RunError
+
+FAILED = 1e300
+FILE, BEST, WORK = "search.json", "best.yaml", ".candidate"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merge that was measured, or could not be."""
+
+    number: int  # from 0, the recipe as given
+    values: Mapping[str, Any]  # by dimension
+    tasks: Mapping[str, float]  # what was measured on each validation task
+    objective: float | None  # None: it failed
+    seconds: float
+    error: str | None = None
+
+
+@dataclass
+class History:
+    """The points of one search, in their order, and what made them; in `folder`."""
+
+    folder: Path
+    made: dict[str, Any]
+    direction: str = "higher"  # which objectives are better
+    metrics: dict[str, str] = field(default_factory=dict)  # by task; known when a point was measured
+    points: list[Point] = field(default_factory=list)
+
+    def cost(self, point: Point) -> float:
+        """The objective, turned round where higher is better; above all others where the point failed."""
+        if point.objective is None:
+            return FAILED
+        return -point.objective if self.direction == "higher" else point.objective
+
+    @property
+    def ranked(self) -> list[Point]:
+        """The points that could be measured, the best first; of equal ones the earlier."""
+        found = [point for point in self.points if point.objective is not None]
+        return sorted(found, key=lambda point: (self.cost(point), point.number))
+
+    @property
+    def best(self) -> Point | None:
+        return next(iter(self.ranked), None)
+
+    def add(self, point: Point) -> None:
+        self.points.append(point)
+        self.save()
+
+    def save(self) -> None:
+        write_atomically(self.folder / FILE, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole document, ready for JSON."""
+        best = self.best
+        return {
+            "made": {**self.made, "direction": self.direction, "metrics": self.metrics},
+            "points": [vars(point) for point in self.points],
+            "best": None if best is None else best.number,
+        }
+
+    def resume(self) -> None:
+        """Take in the points that an interrupted search of the same settings left in the folder."""
+        found = read(self.folder)
+        if found is None:
+            return
+        for name in SETTINGS:
+            if found["made"].get(name) != json.loads(json.dumps(self.made.get(name))):
+                what = f"{self.folder}: it holds a search with another {SETTINGS[name]}"
+                raise RecipeError(what, "run it as before, choose another --out, or start afresh with --overwrite")
+        try:
+            self.direction, self.metrics = found["made"]["direction"], dict(found["made"]["metrics"])
+            self.points = [Point(**{name: point[name] for name in Point.__annotations__}) for point in found["points"]]
+        except (KeyError, TypeError):
+            raise RunError(f"{self.folder / FILE}: damaged", "start afresh with --overwrite") from None
+
+
+SETTINGS = {
+    "over": "--over",
+    "strategy": "--strategy",
+    "budget": "--budget",
+    "seed": "--seed",
+    "objective": "--objective",
+    "suite": "suite, or other data",
+    "merge": "recipe, or other inputs",
+}
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The document in a folder; None where there is none."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        found = None
+    if not (isinstance(found, dict) and isinstance(found.get("made"), dict) and isinstance(found.get("points"), list)):
+        raise RunError(f"{folder / FILE}: not a search", "choose another --out")
+    return found
+
+
+@contextmanager
+def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The folder of a search, for this process alone; its files of an earlier one are kept or taken away."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RecipeError(f"{folder}: it exists and is not a directory", "choose another --out")
+        if folder.exists() and any(folder.iterdir()):
+            if read(folder) is None:
+                raise RecipeError(f"{folder}: it exists and holds no search", "choose another --out")
+            if not (resume or overwrite):
+                hint = "go on with --resume, replace it with --overwrite, or choose another --out"
+                raise RecipeError(f"{folder}: it holds a search", hint)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise write_error(folder, error) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another search is writing it", "wait for it, or choose another --out") from None
+        if overwrite and not resume:
+            for name in (BEST, "evaluation.json", "evaluation.md", "report.html", FILE):
+                (folder / name).unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,227 @@
+"""Choosing a recipe's parameters: searched on a suite's validation tasks, reported on its test tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergebench import __version__
+from mergebench.errors import RecipeError
+from mergebench.evaluation.measure import inputs_of, read_suite
+from mergebench.evaluation.search.history import BEST, WORK, History, Point, held
+from mergebench.recipe import Recipe, load
+from mergebench.recipe.open import folders
+from mergebench.recipe.stages import default_out
+
+if TYPE_CHECKING:
+    import os
+
+    from mergebench.evaluation import Results, Step, Suite
+    from mergebench.evaluation.compare.flips import Flips
+    from mergebench.evaluation.search.candidates import Candidates
+    from mergebench.evaluation.search.space import Dimension
+    from mergebench.evaluation.store import Store
+
+GIVEN, CHOSEN = "as given", "chosen"  # what follows the method's name in the table
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, and where it lies."""
+
+    out: Path
+    history: History
+    results: Results | None  # on the test tasks; None where the suite has none
+    difference: Flips | None = None  # of the chosen parameters to the given ones on all test items; None where equal
+    resumed: int = 0  # points that an earlier run had measured
+
+    @property
+    def best(self) -> Point:
+        best = self.history.best
+        assert best is not None, "a search that finds nothing raises"
+        return best
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole of it, ready for JSON."""
+        return {
+            "out": str(self.out),
+            **self.history.to_dict(),
+            "evaluation": None if self.results is None else self.results.to_dict(),
+            "verdict": self.verdict(),
+        }
+
+    def verdict(self) -> str:
+        """Whether the chosen parameters beat the given ones on test, in a sentence."""
+        if self.best.number == 0:
+            return "Nothing was better on validation than the recipe as given."
+        if self.results is None:
+            return "The suite has no test tasks: whether the chosen parameters beat the given ones is not known."
+        if self.difference is None:
+            return "The test results of the chosen and the given parameters cannot be compared item by item."
+        by = self.difference
+        scale, unit = (1, "") if by.both_right is None else (100, " percentage points")
+        every = sum(record.n for record in self.results.of(self.results.models[-1]).values())
+        items = f"all {by.n} test items" if by.n == every else f"the {by.n} of {every} test items that count alike"
+        size = f"{scale * by.difference:+.3g}{unit} over {items}"
+        if by.interval is not None and by.p is not None:
+            low, high = (f"{scale * end:+.3g}" for end in by.interval)
+            size += f" (95 % interval {low} to {high}, p = {by.p:.2g})"
+        if by.p is not None and by.p < 0.05:
+            return f"On test the chosen parameters {'beat' if by.difference > 0 else 'lose to'} the given ones: {size}."
+        return f"On test the chosen parameters do not differ from the given ones beyond chance: {size}."
+
+
+def search(
+    recipe: Recipe | str | os.PathLike[str],
+    suite: Suite | str | os.PathLike[str] | None = None,
+    over: Sequence[str] = ("lambda",),
+    budget: int = 40,
+    *,
+    strategy: str | None = None,
+    objective: str = "mean",
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+    results: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    searched: Callable[[Point, History], None] = lambda point, history: None,
+    progress: Callable[[Step], None] | None = None,
+) -> Found:
+    """Try up to `budget` parameters of a recipe, its own first, and write what was best into `out`.
+
+    suite: with validation tasks, on which parameters are chosen; the recipe as given and the chosen one are then
+    measured on the test tasks (None: the recipe's own suite). over: parameters, such as "lambda", "density=0.1:0.5"
+    or "weight.*". strategy: grid, random or cmaes (None: a grid over one or two parameters, else cmaes). objective:
+    mean, relative or worst. results: a folder; what was measured before is taken from there, and kept there.
+    searched: called after every point. progress: called while the test tasks are measured.
+
+    Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
+    Raises `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
+    """
+    from mergebench.evaluation import page
+    from mergebench.evaluation.search.best import write_recipe
+    from mergebench.evaluation.search.candidates import Candidates
+    from mergebench.evaluation.search.loop import Search
+    from mergebench.evaluation.search.objective import check, make_objective
+    from mergebench.evaluation.search.space import at_point, parse
+    from mergebench.evaluation.search.strategies import choose
+    from mergebench.evaluation.store import Store
+
+    recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    if recipe.method.gives != "model":
+        raise RecipeError(f"'{recipe.merge_method}' makes a model for each task: search looks for one for all tasks")
+    if recipe.edits:
+        raise recipe.places.error(
+            ("edits",), "search measures merges in memory, before any edit", "search without them"
+        )
+    if budget < 2:
+        raise RecipeError(f"--budget {budget}: the recipe as given is the first point", "give it at least 2")
+    check(objective)
+    space = parse(over, recipe)
+    strategy = choose(strategy, space)
+    whole = _suite(recipe, suite)
+    validation = whole.only("validation")
+    target = Path(out) if out is not None else Path("searches") / default_out(recipe).name
+    store = None if results is None else Store(Path(results))
+    candidates = Candidates(target / WORK, device)
+    plan = candidates.plan(recipe)
+    with held(target, resume=resume, overwrite=overwrite):
+        made = {
+            "mergebench": __version__,
+            "recipe": recipe.to_dict(),
+            "over": [one.to_plain() for one in space],
+            "strategy": strategy,
+            "budget": budget,
+            "seed": seed,
+            "objective": objective,
+            "suite": [_about(task) for task in validation.to_dict()["tasks"]],
+            "merge": candidates.key(plan),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        history = History(target, made)
+        if resume:
+            history.resume()
+        try:
+            goal = make_objective(objective, inputs_of(recipe), validation, device, store)
+            tell = partial(_tell, searched, history)
+            parts = (recipe, space, validation, goal, candidates, history)
+            running = Search(*parts, device=device, store=store, progress=tell)
+            running.run()
+            best = history.best
+            assert best is not None
+            write_recipe(at_point(recipe, space, best.values), target / BEST, _comment(history, best))
+            found = _on_test(recipe, space, whole, best, candidates, device, store, progress)
+        finally:
+            shutil.rmtree(target / WORK, ignore_errors=True)
+        if found is not None:
+            found.save(target)
+        page.attempt(target)
+    return Found(target, history, found, None if found is None else _difference(recipe, found), running.resumed)
+
+
+def _suite(recipe: Recipe, given: Suite | str | os.PathLike[str] | None) -> Suite:
+    from mergebench.evaluation import Suite, load_suite
+
+    if given is None:
+        if recipe.evaluate is None:
+            raise RecipeError("the recipe has no evaluate:, so there is nothing to choose by", "name it: --suite FILE")
+        return read_suite(recipe)
+    return given if isinstance(given, Suite) else load_suite(given, folders(recipe))
+
+
+def _about(task: dict[str, Any]) -> dict[str, Any]:
+    """What a task is, wherever its files lie."""
+    return {**task, "sha256": list(task["sha256"].values())}
+
+
+def _tell(searched: Callable[[Point, History], None], history: History, point: Point) -> None:
+    searched(point, history)
+
+
+def _comment(history: History, best: Point) -> str:
+    made, values = history.made, ", ".join(f"{name} {value}" for name, value in best.values.items())
+    how = f"{made['objective']} {best.objective:.4g} on validation, point {best.number} of {len(history.points)}"
+    return f"mergebench merge {history.folder / BEST}\n\nChosen by mergebench search: {values} ({how})."
+
+
+def _on_test(
+    recipe: Recipe,
+    space: Sequence[Dimension],
+    suite: Suite,
+    best: Point,
+    candidates: Candidates,
+    device: str,
+    store: Store | None,
+    progress: Callable[[Step], None] | None,
+) -> Results | None:
+    """The recipe as given and as chosen beside what goes in, on the test tasks; None where there are none."""
+    from mergebench.evaluation import Candidate, evaluate_models
+    from mergebench.evaluation.search.space import as_given, at_point
+
+    if all(task.split != "test" for task in suite.tasks):
+        return None
+    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    rows = inputs_of(recipe, (given, chosen))
+    points = [(given, "baseline", as_given(space))] if best.number else []
+    for name, role, values in [*points, (chosen if best.number else given, "merged", best.values)]:
+        plan = candidates.plan(at_point(recipe, space, values))
+        merged = partial(candidates.merge, plan, name)
+        rows.append(Candidate(name, "merged" if role == "merged" else "baseline", merged, key=candidates.key(plan)))
+    found = evaluate_models(rows, suite.only("test"), device=device, store=store, progress=progress)
+    return replace(found, made={**found.made, "baseline": given})
+
+
+def _difference(recipe: Recipe, found: Results) -> Flips | None:
+    """Of the chosen parameters to the given ones, over the items of all tasks that count alike."""
+    from mergebench.evaluation.compare.comparison import compare
+
+    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    if not {given, chosen} <= {*found.models} or found.of(given).keys() != found.of(chosen).keys():
+        return None  # one failed, on some task
+    return compare(given, chosen, found).pooled

@@ -1,0 +1,215 @@
+"""What a search varies: parameters of the recipe, each over a range or a few values.
+
+- lambda: over a range made from what the method declares and the recipe has
+- lambda=0.2:1.2: over a range
+- density=0.05/0.1/0.2: over these values
+- weight.*: one for each model; weight.tweets: of the model of that name
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergebench.engine.method import Parameter
+from mergebench.errors import RecipeError, did_you_mean
+from mergebench.recipe import Recipe
+from mergebench.recipe.gradients import varies
+from mergebench.recipe.open import short_names
+from mergebench.recipe.parameters import about
+
+FORMS = "write lambda, lambda=0.2:1.2 (a range), density=0.05/0.1/0.2 (values) or weight.* (one a model)"
+OF_UNBOUNDED = (0.2, 1.5)  # times the recipe's value, where the method declares no bounds
+OF_OPEN = 100  # what must be above zero begins at its upper bound over this
+
+Values = Mapping[str, Any]  # a point: value by the dimension's name
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One parameter: of all models, or of one."""
+
+    name: str
+    parameter: Parameter
+    model: int | None  # place among the recipe's models; None: the recipe's own parameters
+    own: Any  # what the recipe as given has
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def levels(self) -> int | None:
+        """How many different values there are; None where a range has no end of them."""
+        if self.choices:
+            return len(self.choices)
+        return int(self.high - self.low) + 1 if self.parameter.type is int else None
+
+    @property
+    def by_factors(self) -> bool:
+        """Whether equal steps are equal factors: so for what must be above zero, such as a density."""
+        return self.parameter.above == 0 and self.low > 0
+
+    def at(self, place: float) -> Any:
+        """The value at a place from 0 to 1."""
+        if self.choices:
+            return self.choices[min(int(place * len(self.choices)), len(self.choices) - 1)]  # 1 is the last one's
+        if self.by_factors:
+            value = self.low * (self.high / self.low) ** place
+        else:
+            value = self.low + (self.high - self.low) * place
+        value = min(max(float(f"{value:.4g}"), self.low), self.high)  # digits that a person reads
+        return round(value) if self.parameter.type is int else value
+
+    def place(self, value: Any) -> float:
+        """Where a value lies; in the middle if it is not among these."""
+        if self.choices:
+            return (self.choices.index(value) + 0.5) / len(self.choices) if value in self.choices else 0.5
+        if value is None or self.high == self.low:
+            return 0.5
+        value = min(max(value, self.low), self.high)
+        if self.by_factors:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return float((value - self.low) / (self.high - self.low))
+
+    def to_plain(self) -> dict[str, Any]:
+        """What is varied, ready for JSON."""
+        over = {"values": list(self.choices)} if self.choices else {"low": self.low, "high": self.high}
+        return {"name": self.name, **over}
+
+
+def at_point(recipe: Recipe, space: Sequence[Dimension], values: Values) -> Recipe:
+    """The recipe with these values."""
+    common, own = dict(recipe.parameters), [dict(entry.parameters) for entry in recipe.models]
+    for one in space:
+        if values[one.name] is not None:
+            (common if one.model is None else own[one.model])[one.parameter.name] = values[one.name]
+    models = tuple(replace(entry, parameters=given) for entry, given in zip(recipe.models, own, strict=True))
+    return replace(recipe, parameters=common, models=models)
+
+
+def as_given(space: Sequence[Dimension]) -> dict[str, Any]:
+    """The point at which the recipe stands."""
+    return {one.name: one.own for one in space}
+
+
+def parse(over: Sequence[str], recipe: Recipe) -> tuple[Dimension, ...]:
+    """The dimensions that `--over` names, commas between them; `RecipeError` where it is not understood."""
+    words = [word.strip() for text in over for word in text.split(",")]
+    if not any(words):
+        raise RecipeError("--over: it names no parameter", FORMS)
+    found: dict[str, Dimension] = {}
+    for word in filter(None, words):
+        for one in _dimensions(word, recipe):
+            if one.name in found:
+                raise RecipeError(f"--over {word}: {one.name} is named twice")
+            found[one.name] = one
+    for one in found.values():
+        if one.model is not None and one.parameter.name in found:
+            raise RecipeError(f"--over {one.name}: {one.parameter.name} is searched for all models already")
+    return tuple(found.values())
+
+
+def _dimensions(word: str, recipe: Recipe) -> Iterator[Dimension]:
+    """What one word of `--over` names."""
+    path, given, span = word.partition("=")
+    models, where = _models(recipe), f"--over {word}"
+    name, _, model = _named(path.strip(), models).partition(".")
+    parameters = recipe.method.parameters
+    if name not in parameters:
+        what = f"{where}: '{recipe.merge_method}' has no parameter '{name}'"
+        raise RecipeError(what, did_you_mean(name, parameters) or "there is nothing to search")
+    parameter = parameters[name]
+    if not model:
+        others = [label for label, i in models.items() if name in recipe.models[i].parameters]
+        if others:
+            hint = f"vary it model by model: --over {name}.*"
+            raise RecipeError(f"{where}: {', '.join(others)} has its own {name} in the recipe", hint)
+        yield _ranged(Dimension(name, parameter, None, recipe.parameters.get(name)), given and span, where)
+        return
+    if not parameter.per_model:
+        raise RecipeError(f"{where}: '{recipe.merge_method}' takes {name} once for all models", f"--over {name}")
+    if recipe.slices:
+        raise RecipeError(f"{where}: with slices, no model has parameters of its own", f"--over {name}")
+    if model != "*" and model not in models:
+        raise RecipeError(f"{where}: no model is called '{model}'", did_you_mean(model, models))
+    for label in models if model == "*" else [model]:
+        own = recipe.models[models[label]].parameters.get(name, recipe.parameters.get(name, parameter.default))
+        yield _ranged(Dimension(f"{name}.{label}", parameter, models[label], own), given and span, where)
+
+
+def _named(path: str, models: Mapping[str, int]) -> str:
+    """`parameters.lambda` and `models.0.parameters.weight`, as --set spells them: lambda, weight.NAME."""
+    parts = path.split(".")
+    if len(parts) == 2 and parts[0] == "parameters":
+        return parts[1]
+    if len(parts) == 4 and parts[0] == "models" and parts[2] == "parameters":
+        return f"{parts[3]}.{next((name for name, i in models.items() if str(i) == parts[1]), parts[1])}"
+    return path
+
+
+def _models(recipe: Recipe) -> dict[str, int]:
+    """The places of the models that are merged, by their short names."""
+    skipped = recipe.base_model if recipe.method.takes == "task_vectors" else None
+    listed = [(i, entry.model or entry.task_vector or "") for i, entry in enumerate(recipe.models)]
+    listed = [(i, text) for i, text in listed if text != skipped]
+    return dict(zip(short_names([text for _, text in listed]), (i for i, _ in listed), strict=True))
+
+
+def _ranged(one: Dimension, span: str, where: str) -> Dimension:
+    """The dimension over what is written, or over its usual range."""
+    parameter = one.parameter
+    if varies(one.own):
+        hint = f"give the recipe one value: --set parameters.{parameter.name}=VALUE"
+        raise RecipeError(f"{where}: in the recipe {parameter.name} varies from tensor to tensor", hint)
+    if not span:
+        return _usual(one, where)
+    if ":" in span and "/" not in span and parameter.type not in (str, bool):
+        low, *more = (_value(part, parameter, where) for part in span.split(":"))
+        high = more[0]
+        if len(more) > 1 or not low < high:
+            raise RecipeError(f"{where}: a range is LOW:HIGH, the lower end first", FORMS)
+        return replace(one, low=low, high=high)
+    choices = tuple(_value(part, parameter, where) for part in span.split("/"))
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        hint = f"a fixed value is set in the recipe: --set parameters.{parameter.name}={span}"
+        raise RecipeError(f"{where}: it takes several different values, or a range LOW:HIGH", hint)
+    return replace(one, choices=choices)
+
+
+def _usual(one: Dimension, where: str) -> Dimension:
+    parameter = one.parameter
+    if parameter.choices or parameter.type is bool:
+        return replace(one, choices=parameter.choices or (False, True))
+    least = parameter.low if parameter.above is None else parameter.above
+    if least is not None and parameter.high is not None:
+        return replace(one, low=parameter.high / OF_OPEN if parameter.above == 0 else least, high=parameter.high)
+    if parameter.type is str or not one.own:
+        hint = f"give it a range or values: {one.name}=LOW:HIGH or {one.name}=A/B/C"
+        raise RecipeError(f"{where}: no range follows from {one.own!r}, where the recipe stands", hint)
+    low, high = sorted(factor * one.own for factor in OF_UNBOUNDED)
+    if parameter.type is int:
+        low, high = math.floor(low), math.ceil(high)
+    return replace(one, low=low, high=high)
+
+
+def _value(text: str, parameter: Parameter, where: str) -> Any:
+    """One value as it is written, checked."""
+    text = text.strip()
+    value: Any
+    if parameter.type is str:
+        value = text
+    elif parameter.type is bool:
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    else:
+        try:
+            value = float(text)
+        except ValueError:
+            raise RecipeError(f"{where}: '{text}' is no number", FORMS) from None
+    complaint = parameter.complaint(value)
+    if complaint is None and parameter.type is int and value != int(value):
+        complaint = f"must be a whole number, got {text}"
+    if complaint is not None:
+        raise RecipeError(f"{where}: {complaint}", about(parameter) or None)
+    return int(value) if parameter.type is int else value

@@ -1,0 +1,82 @@
+"""Which points a search tries, one after the other.
+
+A strategy is a generator: it yields a point as places from 0 to 1, one for each dimension, and is sent what that
+point costs (lower is better). It goes on for as long as it is asked. All are deterministic in their seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Sequence
+
+from mergebench.errors import RecipeError, did_you_mean
+from mergebench.evaluation.search.space import Dimension
+
+Strategy = Generator[Sequence[float], float, None]
+Start = Sequence[float]  # the recipe as given
+
+
+def grid(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
+    """All combinations of evenly spread values, as many a dimension as `budget` points allow."""
+    counts = [1] * len(space)
+
+    def finer(i: int) -> list[int]:
+        return [count + (number == i) for number, count in enumerate(counts)]
+
+    def fits(i: int) -> bool:
+        return math.prod(finer(i)) <= budget and counts[i] < (space[i].levels or budget)
+
+    while fitting := [i for i in range(len(space)) if fits(i)]:
+        counts = finer(min(fitting, key=lambda i: counts[i]))
+    # lambda runs fastest: what differs in it alone is merged in a moment
+    order = sorted(range(len(space)), key=lambda i: space[i].parameter.name == "lambda")
+    for places in itertools.product(*(_spread(space[i], counts[i], start[i]) for i in order)):
+        yield [place for _, place in sorted(zip(order, places, strict=True))]
+
+
+def _spread(one: Dimension, count: int, own: float) -> list[float]:
+    if count == 1:
+        return [own]
+    return [i / (count - 1) for i in range(count)]
+
+
+def random(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
+    """Points drawn uniformly."""
+    import numpy as np
+
+    generator = np.random.Generator(np.random.PCG64(seed))
+    while True:
+        yield generator.random(len(space)).tolist()
+
+
+def cmaes(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
+    """Evolution of the covariance matrix (Hansen, arXiv:1604.00772), from the recipe as given outwards.
+
+    Du et al. (arXiv:2410.02396) search PCB's coefficients so.
+    """
+    import numpy as np
+    from cmaes import CMA
+
+    bounds = np.array([[0.0, 1.0]] * len(space))
+    optimizer = CMA(mean=np.array(start), sigma=0.25, bounds=bounds, seed=seed % 2**32)
+    while not optimizer.should_stop():
+        told = []
+        for _ in range(optimizer.population_size):
+            point = optimizer.ask()
+            told.append((point, (yield point.tolist())))
+        optimizer.tell(told)
+
+
+STRATEGIES: dict[str, Callable[[Sequence[Dimension], Start, int, int], Strategy]] = {
+    "grid": grid, "random": random, "cmaes": cmaes,
+}  # fmt: skip
+
+
+def choose(name: str | None, space: Sequence[Dimension]) -> str:
+    """A strategy by name; None: a grid over one or two dimensions, evolution over more."""
+    if name is None:
+        return "grid" if len(space) <= 2 else "cmaes"
+    if name not in STRATEGIES:
+        raise RecipeError(f"--strategy: '{name}' is none", did_you_mean(name, STRATEGIES))
+    return name

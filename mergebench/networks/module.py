@@ -1,0 +1,203 @@
+"""A model's tensors as a transformers model in float32, and other tensors put in their place."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint import Model
+from mergebench.engine.machine import available_memory
+from mergebench.errors import ModelError, RunError
+from mergebench.networks.loadable import LoadableModel
+from mergebench.networks.onednn import PackedLinear
+
+FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
+DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
+NOISE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # of a config.json
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what matters of them is raised as an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class Weights:
+    """Where in a module each tensor of a model's files is, so that those of another one can take their place.
+
+    Tensors that transformers converts on the way (experts it fuses, names of older versions) have no such place.
+    """
+
+    def __init__(self, module: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.places: dict[str, list[tuple[Any, str]]] | None = {}
+        owners: dict[str, list[tuple[Any, str]]] = {}  # tied tensors have several
+        same: dict[int, list[tuple[Any, str]]] = {}
+        for path, child in module.named_modules(remove_duplicate=False):
+            for name, value in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
+                owners[f"{path}.{name}".lstrip(".")] = same.setdefault(id(value), [])
+                same[id(value)].append((child, name))
+        prefix = f"{module.base_model_prefix}."
+        for name, tensor in tensors.items():
+            found = next((owners[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in owners), [])
+            if any(not _same(getattr(*place), tensor) for place in found[:1]):
+                self.places = None
+                return
+            self.places[name] = found
+        covered = {place for places in self.places.values() for place in places}
+        kept = module.state_dict().keys()  # other buffers follow from the config
+        if any(not _idle(name) and not covered.issuperset(owners[name]) for name in kept):
+            self.places = None
+
+    def moved(self, old: Any, new: Any) -> None:
+        """The tensors of one module are in another one from now on."""
+        for places in (self.places or {}).values():
+            places[:] = [(new if module is old else module, name) for module, name in places]
+
+    def put(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether the tensors could be put in place, each taken out of `tensors`; if not, nothing has changed."""
+        if self.places is None or {name: tensor.shape for name, tensor in tensors.items()} != self.shapes:
+            return False
+        with torch.no_grad():
+            for name in list(tensors):
+                tensor = tensors.pop(name)  # its memory is wanted for the next one
+                for module, attribute in self.places[name]:
+                    place = getattr(module, attribute)
+                    if place.is_mkldnn:
+                        setattr(module, attribute, tensor.to_mkldnn())
+                    else:
+                        place.copy_(tensor)
+        return True
+
+
+def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[Any, Weights]:
+    """A model ready to run, and where its tensors are."""
+    if isinstance(model, Model):
+        _check_memory(model)
+    tensors = model.state_dict()
+    module = _build(model, tensors, auto_class)
+    weights = Weights(module, tensors)
+    del tensors
+    module = module.to(device).eval().requires_grad_(False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        _pack(module, weights)
+    return module, weights
+
+
+def config_of(model: LoadableModel) -> dict[str, Any]:
+    """What config.json says of the architecture."""
+    path = model.side_directory / "config.json"
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ModelError(
+            f"model '{model.reference}': no config.json in {model.side_directory}",
+            "to be measured, a model needs config.json and its tokenizer beside its weights",
+        ) from None
+    except (OSError, ValueError, TypeError):
+        raise RunError(f"{path}: not readable as JSON") from None
+    return {key: value for key, value in config.items() if key not in NOISE}
+
+
+def _check_memory(model: Model) -> None:
+    """In float32, its tensors, the module made of them, and what is not given back between: measured at 0.55 B.
+
+    What does not fit would end the program, not the model.
+    """
+    need, free = 10 * sum(info.numel for info in model.tensors.values()), available_memory()
+    if free is not None and need > free:
+        what = f"measuring it takes {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        hint = "measure it where there is more; models are measured in float32"
+        raise RunError(f"model '{model.reference}': {what}", hint)
+
+
+def _build(model: LoadableModel, tensors: Mapping[str, Tensor], auto_class: str) -> Any:
+    """The transformers model of these tensors; their names may be the files' or the module's."""
+    import transformers
+
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                model.side_directory, local_files_only=True, trust_remote_code=False
+            )
+            with torch.device("meta"):  # only to learn which class the config stands for
+                architecture: Any = type(getattr(transformers, auto_class).from_config(config))
+            module, report = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are in the report, with their names
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise failed(model.reference, "the model", error) from None
+    _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class)
+    return module
+
+
+def _pack(module: torch.nn.Module, weights: Weights) -> None:
+    """Give the linear layers to oneDNN."""
+    for name, child in module.named_children():
+        if type(child) is torch.nn.Linear:
+            packed = PackedLinear(child)
+            setattr(module, name, packed)
+            weights.moved(child, packed)
+        else:
+            _pack(child, weights)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal values; NaN is itself, here."""
+    if torch.equal(one, other):
+        return True
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _idle(name: str) -> bool:
+    """Tensors of a module that no output depends on, or that follow from the config."""
+    return name.endswith(DERIVED) or "pooler." in name
+
+
+def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
+    """Every tensor has a place and every place a tensor. Poolers and foreign heads are no loss to a bare encoder."""
+    bare = auto_class == "AutoModel"
+    headed = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)
+
+    def no_loss(key: str) -> bool:
+        return key.endswith(DERIVED) or (bare and "pooler." in key) or (headed and not key.startswith(f"{prefix}."))
+
+    missing = [key for key in report["missing_keys"] if not (bare and "pooler." in key)]
+    unexpected = [key for key in report["unexpected_keys"] if not no_loss(key)]
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(f"model '{name}': '{key}' has {list(found)}, its config.json asks for {list(wanted)}", FOREIGN)
+    for keys, what in ((missing, "is missing"), (unexpected, "has no place")):
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise ModelError(
+                f"model '{name}': '{min(keys)}' {what} in the model of its config.json{more}",
+                FOREIGN,
+            )
+
+
+def failed(name: str, what: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"model '{name}': transformers cannot build {what}: {reason}")

@@ -1,0 +1,144 @@
+"""One candidate in memory as a transformers model in float32, with the tokenizer that lies beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.content import TOKENIZER_FILES
+from mergebench.engine.machine import one_thread
+from mergebench.errors import ModelError
+from mergebench.networks.loadable import LoadableModel
+from mergebench.networks.module import build, config_of, failed, quiet
+
+
+class Network:
+    """A candidate's model, ready to run."""
+
+    def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
+        self.auto_class, self.device = auto_class, device
+        self._config = config_of(model)
+        with one_thread():  # many small steps, which threads would only wait for one another in
+            self.module, self._weights = build(model, auto_class, device)
+        self._take_name(model)
+
+    def take(self, model: LoadableModel) -> bool:
+        """Whether another model of this architecture could take this one's place: its weights go where these were."""
+        if config_of(model) != self._config:
+            return False
+        with one_thread():
+            if not self._weights.put(model.state_dict()):
+                return False
+        key = self.tokenizer_key
+        del self.tokenizer_key
+        self._take_name(model)
+        if self.tokenizer_key != key:
+            self.__dict__.pop("tokenizer", None)
+        return True
+
+    def _take_name(self, model: LoadableModel) -> None:
+        self.name, self.directory = model.reference, model.side_directory
+        self.kept: dict[object, Tensor] = {}  # what was made with these weights and another task may want
+        self.image_processor: Any = None  # read when there are images
+
+    @property
+    def hidden(self) -> int:
+        """Width of the last states."""
+        width = getattr(self.module.config, "hidden_size", None)
+        if width is None:
+            what = f"model '{self.name}': its config.json has no hidden_size"
+            raise ModelError(what, "features are read from a model that is an encoder, not one made of several")
+        return int(width)
+
+    def holder(self, name: str) -> Any:
+        """The module whose `weight` is this tensor of the model's files; `ModelError` where there is none."""
+        if name not in self._weights.shapes:
+            raise ModelError(f"model '{self.name}': it has no tensor '{name}'")
+        if self._weights.places is None:
+            what = f"model '{self.name}': '{name}' is not in memory as it is in the files"
+            raise ModelError(what, "transformers converts the tensors of this architecture, such as experts it fuses")
+        for module, attribute in self._weights.places[name]:
+            if attribute == "weight":
+                return module
+        raise ModelError(f"model '{self.name}': '{name}' is no module's weight")
+
+    def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""
+        ids, mask = self.padded(tokens)
+        return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    @property
+    def backbone(self) -> Any:
+        """The module without its head."""
+        return self.module.base_model
+
+    @property
+    def blocks(self) -> dict[str, torch.nn.Module]:
+        """The blocks from first to last, by their names in the backbone.
+
+        They are the outermost list of as many modules as its config says; `ModelError` where there is none.
+        """
+        config = self.module.config
+        if getattr(config, "is_encoder_decoder", False):
+            what = f"model '{self.name}': it is an encoder with a decoder"
+            raise ModelError(what, "only a model that is one stack of blocks is looked into")
+        depth = getattr(config, "num_hidden_layers", None)
+        for path, module in sorted(self.backbone.named_modules(), key=lambda found: found[0].count(".")):
+            if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+                return {f"{path}.{number}": block for number, block in enumerate(module)}
+        raise ModelError(
+            f"model '{self.name}': its blocks are not to be found",
+            "its config must have num_hidden_layers, and its blocks be a list of as many modules",
+        )
+
+    def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [batch, tokens], padded on the right."""
+        width = max(1, *map(len, tokens)) if tokens else 1
+        pad = self.module.config.pad_token_id or 0
+        ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in tokens], device=self.device)
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in tokens], device=self.device)
+        return ids, mask
+
+    def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """Token ids of each text with the special ones, cut to `max_length` or to what the model takes."""
+        limit = min(max_length, self.tokenizer.model_max_length)
+        with quiet():
+            ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        return ids
+
+    @cached_property
+    def tokenizer_key(self) -> str:
+        """Equal for tokenizers that give equal tokens, wherever they lie."""
+        return f"{self.module.config.model_type} {tokenizer_hash(self.directory)}"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, as transformers reads it."""
+        from transformers import AutoTokenizer
+
+        if not _tokenizer_files(self.directory):
+            raise ModelError(f"model '{self.name}': no tokenizer in {self.directory}", "put tokenizer.json beside it")
+        try:
+            with quiet():
+                return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise failed(self.name, "its tokenizer", error) from None
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """The SHA-256 of the files of the tokenizer in a directory."""
+    digest = hashlib.sha256()
+    for file in _tokenizer_files(directory):
+        content = file.read_bytes()
+        digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})

@@ -1,0 +1,57 @@
+"""What a recipe names, found and opened: models, files, and the short names of models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint.reference import Location, locate
+from mergebench.errors import MergebenchError, RecipeError
+from mergebench.recipe.positions import Loc
+from mergebench.recipe.recipe import Recipe
+from mergebench.recipe.yaml import find
+
+
+def folders(recipe: Recipe) -> list[Path]:
+    """Where relative paths are looked up after the working directory."""
+    return [] if recipe.folder is None else [recipe.folder]
+
+
+def find_file(text: str, folders: Sequence[Path]) -> Path:
+    """A file that a recipe names: from the working directory, then from `folders`."""
+    found = find(text, folders)
+    if found is None:
+        paths = [folder / text for folder in [Path(), *folders]]
+        raise RecipeError(f"no such file: {text}", f"looked for at {', '.join(map(str, dict.fromkeys(paths)))}")
+    return found
+
+
+def open_named(recipe: Recipe, reference: str, loc: Loc, task_vector: bool = False) -> Model:
+    """Open the model that a recipe names at `loc`."""
+    locate_named(recipe, reference, loc)
+    return open_model(reference, folders=folders(recipe), task_vector=task_vector)
+
+
+def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
+    """Find the model that a recipe names at `loc`."""
+    try:
+        return locate(reference, folders(recipe))
+    except MergebenchError as error:  # what is not there is the recipe's matter: say where it is named
+        raise type(error)(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
+
+
+def short_names(references: Sequence[str]) -> tuple[str, ...]:
+    """The last part of each reference; more of it where that is not unique."""
+    parts = [text.replace("+", "/").rstrip("/").removesuffix(".safetensors").split("/") for text in references]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    seen: Counter[str] = Counter()
+    unique = []
+    for reference in references:
+        seen[reference] += 1
+        unique.append(reference if seen[reference] == 1 else f"{reference} ({seen[reference]})")
+    return tuple(unique)
