@@ -36,7 +36,7 @@ from train_quickstart import BASE, CHOOSING_TEXTS, QUICKSTART, TASKS, TEST_TEXTS
 
 import mergebench
 from mergebench import methods
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from mergebench.evaluation import Candidate, Record, Results, Suite, evaluate_models, load_suite
 from mergebench.recipe import Recipe
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.adapters.stored import read_stored
-from mergebench.checkpoint import adopt, open_model
+from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.patch import open_patch
 from mergebench.checkpoint.staging import Staging, check_target, finished
+from mergebench.deltas.open import open_model
 from mergebench.editing import edits
+from mergebench.editing.patches import open_patch
 from mergebench.engine.job import Merge
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
@@ -61,7 +62,9 @@ def with_edits(plan: Plan, recipe: Recipe) -> Plan:
     from mergebench.editing.plan import plan_edit
 
     reference = plan.merge.reference
-    tensors = {info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.layout()}
+    tensors = {
+        info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.tensors.values()
+    }
     planned = []
     for number, wanted in enumerate(recipe.edits):
         try:
@@ -184,8 +187,6 @@ def plan_fold(
     if read.kind != "LORA":
         other = "PEFT's merge_and_unload() folds what can be" if read.is_directory else "no weights do what it does"
         raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only LoRA is", other)
-    if open_model(base).adapter is not None:
-        raise RecipeError(f"--base: '{base}' has an adapter on top", "fold that one first, and name what comes out")
     recipe = load({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})
     return plan(recipe, memory=memory, workers=workers, shard_size=shard_size)
 

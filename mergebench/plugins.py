@@ -24,15 +24,24 @@ class Registry(Generic[T]):
     A name is the file's name, and the object of that name in it; `-` in a name is `_` there.
     """
 
-    def __init__(self, room: str, group: str, what: str, kind: type[T], decorator: str, dashes: bool = False) -> None:
+    def __init__(
+        self,
+        room: str,
+        group: str,
+        what: str,
+        kind: type[T],
+        decorator: str,
+        dashes: bool = False,
+        beside: tuple[str, ...] = (),
+    ) -> None:
         self._room, self._group, self._what = room, group, what
-        self._kind, self._decorator, self._dashes = kind, decorator, dashes
+        self._kind, self._decorator, self._dashes, self._beside = kind, decorator, dashes, frozenset(beside)
 
     @cached_property
     def _builtin(self) -> frozenset[str]:
         path = importlib.import_module(self._room).__path__
-        modules = [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
-        return frozenset(name.replace("_", "-") if self._dashes else name for name in modules)
+        modules = {m.name for m in pkgutil.iter_modules(path) if not m.ispkg and not m.name.startswith("_")}
+        return frozenset(n.replace("_", "-") if self._dashes else n for n in modules - self._beside)
 
     @cached_property
     def _plugins(self) -> dict[str, EntryPoint]:

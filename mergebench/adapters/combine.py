@@ -16,11 +16,12 @@ from torch import Tensor
 
 from mergebench import methods
 from mergebench.adapters.lowrank import Product, compress, truncate
-from mergebench.checkpoint.adapter import Adapter, Factors
+from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import Files, whole
+from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.lora import LowRank
-from mergebench.checkpoint.values import LowRankReader
+from mergebench.checkpoint.values import chain
+from mergebench.deltas.formats.lora import Adapter, Factors
 from mergebench.engine.context import Context
 from mergebench.engine.method import Method
 from mergebench.engine.replay import run_at_once, run_in_chunks
@@ -37,11 +38,18 @@ KEEPS_COLUMNS = ("knots",)  # elementwise along the rows: only the left basis ma
 KNOWN = (*SUMS, *ELEMENTWISE, *ROOM)
 
 
+class OnBase(NamedTuple):
+    """A delta that is a function of the base's weights, and these."""
+
+    info: TensorInfo
+    delta: Delta
+
+
 class Part(NamedTuple):
     """What one adapter does to a module."""
 
     factors: Factors
-    dora: LowRank | None = None  # with the base's weights, which DoRA's difference depends on
+    dora: OnBase | None = None
     transposed: bool = False
 
 
@@ -131,7 +139,7 @@ def _difference(files: Files, part: Part, shape: tuple[int, int]) -> Tensor:
     if part.dora is None:
         return (b * part.factors.scale) @ a
     stored = torch.zeros(shape[::-1] if part.transposed else shape)
-    LowRankReader(files, part.dora).add_into(0, stored.view(-1))
+    chain(files, Scales(files), part.dora.info, [part.dora.delta]).add_into(0, stored.view(-1))
     if not torch.isfinite(stored).all():  # a row of length zero has no direction
         raise RunError(
             f"{part.factors.b.file}: {part.factors.b.name}: DoRA's difference is not finite",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.adapters.stored import Stored, read_stored, together
-from mergebench.checkpoint.adapter import Factors, read_adapter
 from mergebench.checkpoint.files import Files, whole
+from mergebench.deltas.formats.lora import Factors, read_adapter
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError, RunError
 

@@ -22,11 +22,11 @@ from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Differences
 from mergebench.adapters.lowrank import Product, keep_energy, truncate
 from mergebench.adapters.peft_names import task_type
-from mergebench.checkpoint.adapter import CONFIG, WEIGHTS
 from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
+from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.engine.provenance import inputs, places
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result

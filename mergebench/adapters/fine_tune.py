@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mergebench import methods
 from mergebench.adapters.peft_names import prefix, stored_in_out
-from mergebench.checkpoint import adopt, open_model
+from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.mismatch import Mismatch
 from mergebench.checkpoint.model import Model
+from mergebench.deltas.open import open_model
 from mergebench.engine.job import Merge
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
@@ -30,7 +31,7 @@ class Differences:
     def __init__(self, base: str, model: str) -> None:
         self.base = open_model(base)
         tuned = adopt(self.base, open_model(model))
-        if self.base.adapter is not None:
+        if self.base.adapters:
             raise RecipeError(f"--base: '{base}' has an adapter on top", "a LoRA belongs to a plain model: name that")
         method = methods.get("task_arithmetic")
         params = method.make_params({"weight": (1.0,), "lambda": 1.0})

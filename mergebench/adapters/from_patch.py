@@ -19,12 +19,13 @@ from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.lowrank import Product
 from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
-from mergebench.checkpoint.adapter import CONFIG, WEIGHTS
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.model import Model, open_model
-from mergebench.checkpoint.patch import Patch, open_patch
+from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
+from mergebench.deltas.open import open_model
+from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
+from mergebench.editing.patches import Patch, open_patch
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError
 
@@ -84,9 +85,9 @@ def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
 def _product(patch: Patch, name: str, shape: tuple[int, int], in_out: bool) -> Product:
     """B [out, 1] and A [1, in] of what a patch adds to one matrix."""
     numbers, amounts = patch.numbers(name), patch.amounts(name)
-    each = torch.zeros(shape[name in patch.columns])
+    each = torch.zeros(shape[patch.columns(name)])
     each[numbers] = amounts
-    down, across = (patch.direction, each) if name in patch.columns else (each, patch.direction)
+    down, across = (patch.direction, each) if patch.columns(name) else (each, patch.direction)
     b, a = (across, down) if in_out else (down, across)
     energy = float(amounts.double().square().sum() * patch.direction.double().square().sum())
     return Product(b[:, None], a[None], energy, energy)

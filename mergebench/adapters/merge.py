@@ -17,16 +17,18 @@ from typing import Any
 
 from mergebench import __version__
 from mergebench.adapters import combine, peft_directory
-from mergebench.adapters.combine import ELEMENTWISE, KNOWN, SUMS, Job, Part, built_in
+from mergebench.adapters.combine import ELEMENTWISE, KNOWN, SUMS, Job, OnBase, Part, built_in
 from mergebench.adapters.lowrank import Product
 from mergebench.adapters.stored import read_stored
-from mergebench.checkpoint import open_model
-from mergebench.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from mergebench.checkpoint.files import Files, write_atomically
-from mergebench.checkpoint.lora import Names, read_lora
+from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
+from mergebench.deltas.formats.lora import Adapter, lora, read_adapter, shapes_of
+from mergebench.deltas.open import open_model
+from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
+from mergebench.deltas.peft.names import Names
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 
@@ -125,7 +127,7 @@ def _check(
         raise RecipeError("--rank: 'cat' has the sum of the ranks", "linear and svd take --rank")
     adapters = [_read(Path(directory)) for directory in directories]
     model = None if base is None else open_model(base)
-    if model is not None and model.adapter is not None:
+    if model is not None and model.adapters:
         raise RecipeError(f"--base: '{base}' has an adapter on top", "name the model that the adapters were trained on")
     parts = [_parts(adapter, model) for adapter in adapters]
     job = Job(adapters, parts, method, tuple(map(float, weights)), density, rank, seed)
@@ -162,11 +164,14 @@ def _parts(adapter: Adapter, base: Model | None) -> dict[str, Part]:
     """The adapter's modules; with a base, held against it."""
     if base is None:
         return {module: Part(factors) for module, factors in adapter.modules.items()}
-    changes, names, found = read_lora(adapter.directory, base.tensors), Names(adapter, base.tensors), {}
+    read = lora.read(adapter.directory, Base(base.reference, base.tensors, base.config))
+    names = Names(adapter.directory, base.tensors, shapes_of(adapter))
+    parts = {}
     for module, factors in adapter.modules.items():
-        low_rank = changes.low_rank[names.find(f"{module}.weight")]
-        found[module] = Part(factors, low_rank if factors.magnitude else None, adapter.transposed)
-    return found
+        name = names.find(f"{module}.weight")
+        on_base = OnBase(base.tensors[name], read.deltas[name]) if factors.magnitude else None
+        parts[module] = Part(factors, on_base, adapter.transposed)
+    return parts
 
 
 def _keeps_one(job: Job) -> bool:

@@ -2,6 +2,6 @@
 
 from mergebench.checkpoint.adopt import adopt
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
-from mergebench.checkpoint.model import Model, open_model
+from mergebench.checkpoint.model import Model
 
-__all__ = ["Header", "Model", "TensorInfo", "adopt", "open_model", "read_header"]
+__all__ = ["Header", "Model", "TensorInfo", "adopt", "read_header"]

@@ -30,7 +30,6 @@ def adopt(base: Model, model: Model) -> Model:
     return replace(
         model,
         tensors={name: info if info.name == name else info._replace(name=name) for name, info in named.items()},
-        deltas={found.get(name, name): delta for name, delta in model.deltas.items()},
-        replaced={found.get(name, name): info for name, info in model.replaced.items()},
+        deltas={found.get(name, name): deltas for name, deltas in model.deltas.items()},
         remarks=tuple(remarks),
     )

@@ -35,12 +35,12 @@ class Contents:
         """A hash of every file that says what a model computes; None for a model that is not made of files."""
         if not isinstance(model, Model):
             return None
-        files = [header.file for header in model.files()]
+        files = [header.file for header in model.headers]
         if model.directory is not None:
             files += sorted({file for pattern in BESIDE for file in model.side_directory.glob(pattern)})
-        if model.adapter is not None:
-            files += sorted(model.adapter.glob("*config.json"))
         listed = [(file.name, self.of_file(file)) for file in files]
+        if model.delta_digest is not None:
+            listed.append(("deltas", model.delta_digest))
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def of_file(self, file: Path) -> str:

@@ -23,6 +23,7 @@ TORCH_DTYPE = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 # bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
 AT_ONCE = 128 << 10
 

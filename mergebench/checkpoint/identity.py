@@ -24,15 +24,12 @@ def identity(model: Model) -> str:
     """
     found = []
     with Files() as files:
-        for header in model.files():
+        for header in model.headers:
             for tensor in header.tensors:
                 digest = hashlib.sha256(_some(files, tensor).view(torch.uint8).numpy().data).hexdigest()
                 found.append((tensor.name, tensor.dtype, tensor.shape, digest))
-    if model.adapter is not None:  # its scale is in its config
-        found += [
-            (file.name, "", (), hashlib.sha256(file.read_bytes()).hexdigest())
-            for file in model.adapter.glob("*config.json")
-        ]
+    if model.delta_digest is not None:
+        found.append(("deltas", "", (), model.delta_digest))
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,7 @@
 """From what a user writes for a model to a place on this machine.
 
 A reference is an existing path first (a directory or a `.safetensors` file), else `org/name[@revision]`
-on the hub (the local cache, or a download). `+ADAPTER` puts a LoRA directory on top of either, or a patch.
+on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's directory, a patch or another delta on top.
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenize
 
 @dataclass(frozen=True)
 class Location:
-    """Where a reference leads: the checkpoint, and the adapter on top of it, if any."""
+    """Where a reference leads: the checkpoint, and the deltas on top of it, the first one first."""
 
     checkpoint: Path
-    adapter: Path | None = None
+    adapters: tuple[Path, ...] = ()
 
 
 def locate(text: str, folders: Sequence[Path] = ()) -> Location:
     """Find a model reference; relative paths resolve against the working directory, then `folders`."""
-    whole = _existing(text, folders)
-    if whole is not None:
-        return Location(whole)
-    left, plus, right = text.rpartition("+")
-    if plus and left and right:
-        return Location(_place(left, folders), _place(right, folders))
+    if _existing(text, folders) is None:
+        for left, right in _splits(text):
+            place = _existing(right, folders)
+            if place is not None:  # a name on disk may hold a plus
+                below = locate(left, folders)
+                return Location(below.checkpoint, (*below.adapters, place))
+        for left, right in _splits(text):
+            below = locate(left, folders)
+            return Location(below.checkpoint, (*below.adapters, _place(right, folders)))
     return Location(_place(text, folders))
+
+
+def _splits(text: str) -> list[tuple[str, str]]:
+    """What stands before and after each plus, the last one first."""
+    at = [number for number, sign in enumerate(text) if sign == "+"]
+    return [(text[:n], text[n + 1 :]) for n in reversed(at) if text[:n] and text[n + 1 :]]
 
 
 def _existing(text: str, folders: Sequence[Path]) -> Path | None:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint import masked
 from mergebench.checkpoint.files import TORCH_DTYPE, put, write_atomically, write_error
 from mergebench.checkpoint.header import INDEX, ITEM_SIZE, SINGLE, TensorInfo
-from mergebench.checkpoint.masked import mask_bytes
 
 ALIGN = 64  # the data of a shard start at a multiple of this many bytes
 
@@ -81,14 +79,6 @@ def lay_out(
     if len(groups) == 1:
         return [Shard(SINGLE, tuple(groups[0]))]
     return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
-
-
-def with_tasks(shard: Shard, tasks: Sequence[str], merged: Mapping[str, int]) -> Shard:
-    """A shard of a vector, and beside it the masks of these tasks; merged: numbers of elements by name."""
-    sizes = [(tensor.name, mask_bytes(merged[tensor.name])) for tensor in shard.tensors if tensor.name in merged]
-    masks = tuple(OutTensor(name, "U8", (size,), size) for name, size in sizes)
-    beside = tuple(Shard(f"{masked.FOLDER}/{task}/{shard.file}", masks) for task in tasks)
-    return replace(shard, metadata=masked.VECTOR, beside=beside)
 
 
 def create(path: Path, shard: Shard) -> None:

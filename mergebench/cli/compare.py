@@ -62,7 +62,7 @@ def compare(
 
 
 def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:
-    from mergebench.checkpoint import open_model
+    from mergebench.deltas.open import open_model
     from mergebench.evaluation.compare.comparison import compare as compare_answers
     from mergebench.evaluation.measure import measure
     from mergebench.recipe.open import short_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from mergebench.cli.output import human, print_table
 from mergebench.cli.patch import show
 
 if TYPE_CHECKING:
-    from mergebench.checkpoint.model import Delta
+    from mergebench.checkpoint.delta import Delta
     from mergebench.editing.edit import Edit
     from mergebench.engine.method import Method
 
@@ -28,11 +29,11 @@ def inspect(
     json_: opt.Json = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards, adapter."""
-    from mergebench.checkpoint import open_model
-    from mergebench.checkpoint.adapter import is_adapter
-    from mergebench.checkpoint.patch import is_patch
+    from mergebench.deltas.formats.native import is_delta_file
+    from mergebench.deltas.open import open_model
+    from mergebench.deltas.peft.directory import is_adapter
 
-    if is_patch(Path(model)):
+    if is_delta_file(Path(model)):
         show(Path(model), json_)
         return
     if is_adapter(Path(model)) and not any(Path(model).glob("model*.safetensors")):
@@ -41,7 +42,7 @@ def inspect(
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
-        | _adapted(found.deltas.get(t.name))
+        | _changed(found.deltas.get(t.name, ()))
         for t in found.tensors.values()
     ]
     if json_:
@@ -51,32 +52,24 @@ def inspect(
 
     table = Table("tensor", "dtype", "shape", box=None, header_style="bold")
     for tensor in tensors:
-        rank = f"  + rank {tensor['adapter_rank']}" if "adapter_rank" in tensor else ""
-        rank += f"  + mask x {tensor['mask_scale']:.4g}" if "mask_scale" in tensor else ""
-        rank += f"  + {tensor['patched']} neurons patched" if "patched" in tensor else ""
-        table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + rank)
+        changes = "".join(f"  + {delta}" for delta in tensor.get("deltas", ()))
+        table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + changes)
     print_table(table)
     elements = sum(t.numel for t in found.tensors.values())
     size = sum(t.nbytes for t in found.tensors.values())
     files = len({t.file for t in found.tensors.values()})
     kind = _architecture(found.config) or "no config"
-    adapted = f", {len(found.deltas)} adapted by {found.adapter}" if found.deltas else ""
+    places = ", ".join(map(str, found.adapters))
+    adapted = f", {len(found.deltas)} changed by {places}" if found.deltas else ""
     typer.echo(
         f"{kind}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
         f"{human(size)} in {files} file{'s' * (files > 1)}{adapted}"
     )
 
 
-def _adapted(delta: Delta | None) -> dict[str, Any]:
-    """What an adapter adds to a tensor."""
-    from mergebench.checkpoint.masked import Masked
-    from mergebench.checkpoint.patched import Patched
-
-    if isinstance(delta, Masked):
-        return {"mask_scale": delta.scale}
-    if isinstance(delta, Patched):
-        return {"patched": delta.numbers.numel}
-    return {} if delta is None or delta.a is None else {"adapter_rank": delta.b.shape[1]}
+def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """What is put on a tensor, in words."""
+    return {"deltas": [delta.describe() for delta in deltas]} if deltas else {}
 
 
 def diff(

@@ -86,14 +86,15 @@ def show(
     json_: opt.Json = False,
 ) -> None:
     """Show what a patch changes, and what made it."""
-    from mergebench.checkpoint.patch import open_patch
+    from mergebench.editing.patches import open_patch
 
     read = open_patch(patch)
     tensors: list[dict[str, Any]] = []
     for name in read.names:
-        amounts, original = read.amounts(name), read.tensors[name][2]
+        amounts, original = read.amounts(name), read.read.entries[name].orig
+        assert original is not None
         least, most = float(amounts.min()), float(amounts.max())
-        side = "columns" if name in read.columns else "rows"
+        side = "columns" if read.columns(name) else "rows"
         tensors.append(
             {"name": name, "changed": len(amounts), "side": side, "dtype": original.dtype, "amount": [least, most]}
         )

@@ -11,10 +11,11 @@ import torch
 
 from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.model import Model, open_model
-from mergebench.checkpoint.neurons import Stored, write_vectors
-from mergebench.checkpoint.patch import Patch, check_finite, open_patch, write_patch
+from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.staging import Staging
+from mergebench.deltas.open import open_model
+from mergebench.editing.neurons import vectors, write_vectors
+from mergebench.editing.patches import Patch, check_finite, open_patch, write_patch
 from mergebench.editing.plan import Planned
 from mergebench.editing.scan import scan
 from mergebench.engine.machine import one_thread
@@ -37,10 +38,10 @@ class PutIn:
         """`ModelError` where the model's rows are not, bit for bit, those that the patch is for."""
         patch, held = self.patch, set()
         with Files() as files:
-            stored = Stored(model, files)
+            values = model.values(files)
             for name in patch.names:
                 change = patch.change(name)
-                rows = stored.vectors(patch.neurons(model, name), change.numbers)
+                rows = vectors(values, patch.neurons(model, name), change.numbers)
                 before, after = _equal(rows, change.originals), _equal(rows, change.edited(patch.direction))
                 if not (before and after):
                     held.add("before" if before else "after" if after else "neither")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.neurons import Neurons, Stored
+from mergebench.checkpoint.values import Values
 from mergebench.editing.edit import Rows
+from mergebench.editing.neurons import Neurons
 from mergebench.editing.plan import Planned
 from mergebench.editing.targets import Target, describe
 from mergebench.engine.machine import one_thread
@@ -103,7 +104,7 @@ def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) ->
     with Files() as files, one_thread():
 
         def work(target: Target) -> tuple[Tensor, Tensor]:
-            found = _facts(Stored(model, files), target, direction)
+            found = _facts(model.values(files), target, direction, model.reference)
             progress(len(target.numbers) * planned.probe.width * 2)
             return found
 
@@ -120,9 +121,9 @@ def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) ->
     return Found(planned, rows, planned.edit(rows, planned.params))
 
 
-def _facts(stored: Stored, target: Target, direction: Tensor) -> tuple[Tensor, Tensor]:
+def _facts(values: Values, target: Target, direction: Tensor, reference: str) -> tuple[Tensor, Tensor]:
     """Dot products with the direction and squared norms of a target's rows, float64 [n]."""
-    info = stored.model.tensors[target.tensor]
+    info = values.tensors[target.tensor]
     neurons = Neurons(info, target.transposed)
     width, side = neurons.width, neurons.side
     if not target.transposed:
@@ -133,7 +134,7 @@ def _facts(stored: Stored, target: Target, direction: Tensor) -> tuple[Tensor, T
         )
         for first in range(target.first, target.stop, step):
             stop = min(first + step, target.stop)
-            block = stored.elements(info, first * width, (stop - first) * width).view(-1, width).double()
+            block = values.elements(info.name, first * width, (stop - first) * width).view(-1, width).double()
             place = slice(first - target.first, stop - target.first)
             dots[place], squares[place] = block @ direction, block.square_().sum(1)
         dots, squares = dots[:: target.step], squares[:: target.step]
@@ -142,7 +143,9 @@ def _facts(stored: Stored, target: Target, direction: Tensor) -> tuple[Tensor, T
         dots, squares = torch.zeros(side).double(), torch.zeros(side).double()
         for row in range(0, width, step):
             stop = min(row + step, width)
-            block = stored.elements(info, (expert * width + row) * side, (stop - row) * side).view(-1, side).double()
+            block = (
+                values.elements(info.name, (expert * width + row) * side, (stop - row) * side).view(-1, side).double()
+            )
             dots += direction[row:stop] @ block
             squares += block.square_().sum(0)
         columns = slice(target.first - expert * side, target.stop - expert * side, target.step)
@@ -150,7 +153,7 @@ def _facts(stored: Stored, target: Target, direction: Tensor) -> tuple[Tensor, T
     bad = (~squares.isfinite()).nonzero().ravel()
     if len(bad):
         number = target.numbers[int(bad[0])]
-        what = f"{info.name}: row {number} of {stored.model.reference} holds a value that is not finite"
+        what = f"{info.name}: row {number} of {reference} holds a value that is not finite"
         raise RunError(what, "an edit of it would be broken: use another checkpoint")
     return dots, squares
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.patch import Change, Patch
+from mergebench.editing.patches import Change, Patch
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.model import Delta, Model
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.values import split
 from mergebench.engine.lines import Lines
 from mergebench.engine.method import Cut, Method
 
@@ -78,31 +80,51 @@ class Merge:
 
 
 class Operand(NamedTuple):
-    """How one model's row of a chunk is made: stored +- base + delta, each only where needed."""
+    """How one model's row of a chunk is made: stored, with its deltas, +- the base; or what deltas add to the base."""
 
-    stored: TensorInfo | None
-    base: int  # -1, 0 or 1 times the base
-    delta: Delta | None
+    stored: TensorInfo | None  # None: the model is the base, and deltas
+    base: int = 0  # -1, 0 or 1 times the base
+    deltas: tuple[Delta, ...] = ()
+    shared: int = 0  # the first so many deltas are the base's too: they are no part of the difference
+
+    @property
+    def added(self) -> tuple[Delta, ...]:
+        """The deltas that the row holds."""
+        return self.deltas[self.shared :]
+
+    @property
+    def folds(self) -> bool:
+        """Whether the row is read by tiles, deltas and all: some are functions of what they are on."""
+        return self.stored is not None and any(delta.needs_base for delta in self.deltas)
 
 
 def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:
     """How each model's row is made, for every merged tensor; a base read twice would cancel, so it is not read."""
-    tensors = merge.reference.tensors
-    base_files = {header.file for header in merge.reference.headers}
+    reference = merge.reference
+    below = {name: split(reference.tensors[name], reference.deltas.get(name, ())) for name in sources}
     columns = []
     for number, model in enumerate(merge.models):
-        on_base = not base_files.isdisjoint(header.file for header in model.headers)
         column = []
         for name, infos in sources.items():
-            info = infos[number]
-            delta = model.deltas.get(info.name)
-            if not merge.from_base:
-                column.append(Operand(info, 1 if model.is_task_vector else 0, delta))
-            elif model.is_task_vector:
-                column.append(Operand(info, 0, delta))
-            elif on_base and (info.file, info.offset) == (tensors[name].file, tensors[name].offset):
-                column.append(Operand(None, 0, delta))  # the model is the base plus an adapter
+            stored, deltas = split(infos[number], model.deltas.get(infos[number].name, ()))
+            if merge.from_base and not model.is_task_vector:
+                column.append(_from_base(*below[name], stored, deltas))
             else:
-                column.append(Operand(info, -1, delta))
+                column.append(Operand(stored, 1 if model.is_task_vector and not merge.from_base else 0, deltas))
         columns.append(column)
     return dict(zip(sources, zip(*columns, strict=True), strict=True))
+
+
+def _from_base(own: TensorInfo, below: tuple[Delta, ...], stored: TensorInfo, deltas: tuple[Delta, ...]) -> Operand:
+    """A model's difference to the base, which is `own` with the deltas `below`."""
+    if _place(stored) != _place(own) or deltas[: len(below)] != below:
+        return Operand(stored, -1, deltas)
+    added = deltas[len(below) :]
+    if added and added[0].difference is not None and not any(delta.needs_base for delta in added):
+        return Operand(added[0].difference, 0, added[1:])  # a task vector is read as it lies
+    return Operand(None, 0, deltas, len(below))
+
+
+def _place(info: TensorInfo) -> tuple[Any, ...]:
+    """Where a tensor is from: two of one place are one."""
+    return info.file, info.offset, info.shape, info.made and info.made.digest()

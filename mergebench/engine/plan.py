@@ -14,10 +14,12 @@ import torch
 
 from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
+from mergebench.checkpoint.delta import Delta, resident
 from mergebench.checkpoint.header import FP8, TensorInfo
-from mergebench.checkpoint.masked import Masked
 from mergebench.checkpoint.quantized import check_not_packed
-from mergebench.checkpoint.shards import Shard, lay_out, with_tasks
+from mergebench.checkpoint.shards import Shard, lay_out
+from mergebench.checkpoint.values import split
+from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.job import Merge, Operand, operands_of
@@ -103,8 +105,16 @@ class Plan:
         """Bytes read of one tensor in one sweep."""
         operands = self.operands[name]
         total = sum(operand.stored.nbytes for operand in operands if operand.stored is not None)
-        total += sum(operand.delta.nbytes for operand in operands if isinstance(operand.delta, Masked))
-        return total + (self.merge.reference.tensors[name].nbytes if self.needs_base(name, apply) else 0)
+        total += sum(info.nbytes for operand in operands for delta in operand.added for info in delta.stored)
+        if not self.needs_base(name, apply):
+            return total
+        base, deltas = self.base_of(name)
+        return total + base.nbytes + sum(info.nbytes for delta in deltas for info in delta.stored)
+
+    def base_of(self, name: str) -> tuple[TensorInfo, tuple[Delta, ...]]:
+        """What the base's values are read from, and the deltas on top."""
+        reference = self.merge.reference
+        return split(reference.tensors[name], reference.deltas.get(name, ()))
 
     def needs_base(self, name: str, apply: bool) -> bool:
         return (apply and self.merge.onto_base) or any(operand.base for operand in self.operands[name])
@@ -123,7 +133,17 @@ class Plan:
             wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
             taken = [workspace(info.shape, models, params) + 3 * 4 * info.numel for info, params in wholes]
             temporaries += max(taken, default=0)
-        return self.workers * (self.longest * _buffer_bytes(models) + temporaries)
+        return self.workers * (self.longest * _buffer_bytes(models) + temporaries + self.delta_bytes)
+
+    @cached_property
+    def delta_bytes(self) -> int:
+        """What one worker's open deltas hold at most: those of one tensor, of all models and the base."""
+        held = [
+            resident(self.base_of(name)[1]) + sum(resident(operand.deltas) for operand in operands)
+            for name, operands in self.operands.items()
+        ]
+        copied = [resident(self.base_of(name)[1]) for name in self.copied if name in self.merge.reference.deltas]
+        return max([*held, *copied], default=0)
 
     @property
     def peak_memory(self) -> int:
@@ -142,7 +162,7 @@ class Plan:
         untouched = sum(
             self.merge.reference.tensors[name].numel
             for name in self.alignment.merged
-            if self.operands[name][model] == Operand(None, 0, None)
+            if self.operands[name][model].stored is None and not self.operands[name][model].added
         )
         return untouched / max(self.elements, 1)
 
@@ -168,7 +188,7 @@ def plan_merge(
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    layout = list(merge.reference.layout())
+    layout = list(merge.reference.tensors.values())
     stored = _STORED.get(merge.dtype or "")
     dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
     shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)

@@ -72,14 +72,15 @@ def places(plan: Plan) -> list[Path]:
     models = [*plan.merge.models, plan.merge.reference]
     found = []
     for model in models:
-        found += [place for place in (model.directory, model.adapter) if place is not None]
-        found += [header.file.parent if model.directory else header.file for header in model.headers]
+        found += [place for place in (model.directory, *model.adapters) if place is not None]
+        files = [header.file for header in model.headers]
+        found += [file.parent if model.directory and file not in model.adapters else file for file in files]
     return found
 
 
 def inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
     """Every input file once: size, time and a hash of the header; of everything with `hash_inputs`."""
-    headers = {h.file: h for model in [plan.merge.reference, *plan.merge.models] for h in model.files()}
+    headers = {h.file: h for model in [plan.merge.reference, *plan.merge.models] for h in model.headers}
     found = []
     for file, header in sorted(headers.items()):
         entry = {
@@ -101,7 +102,7 @@ def fingerprint_of(plan: Plan) -> str:
         "recipe": {key: value for key, value in plan.merge.recipe.items() if key != "evaluate"},
         "inputs": inputs(plan, hash_inputs=False),
         "sources": {name: [info.name for info in infos] for name, infos in plan.alignment.sources.items()},
-        "adapters": [{name: delta.scale for name, delta in model.deltas.items()} for model in plan.merge.models],
+        "deltas": [model.delta_digest for model in [plan.merge.reference, *plan.merge.models]],
         "made": [
             {name: info.made.digest() for name, info in model.tensors.items() if info.made is not None}
             for model in [plan.merge.reference, *plan.merge.models]

@@ -1,4 +1,4 @@
-"""Fill a chunk: stored values, minus the base, plus adapters' differences, as float32 on the device."""
+"""Fill a chunk: stored values with their deltas, minus the base, as float32 on the device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.delta import Chain, Delta
 from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import FP8, TensorInfo
-from mergebench.checkpoint.values import DeltaReader, delta_reader
+from mergebench.checkpoint.values import chain
 from mergebench.engine.job import Operand
 from mergebench.engine.plan import Plan
 from mergebench.engine.span import Span
+
+BASE = -1  # the base's number among the models
 
 
 class ChunkReader:
@@ -28,7 +31,7 @@ class ChunkReader:
         self._base = torch.empty(plan.longest, dtype=torch.float32, device=plan.device)
         self._raw = torch.empty((rows + 1) * plan.longest * 8, dtype=torch.uint8, pin_memory=pinned)
         self._bytes = self._raw.numpy().data  # the same memory: slicing it is quicker than slicing a tensor
-        self._deltas: dict[tuple[str, int], DeltaReader] = {}
+        self._chains: dict[tuple[str, int], Chain] = {}
         self._scales = Scales(files)
 
     def load(self, spans: Sequence[Span], apply: bool) -> tuple[Tensor, Tensor]:
@@ -48,24 +51,28 @@ class ChunkReader:
         """Pieces of one tensor, `column` of the chunk onwards. Models that are stored alike share the calls: on a chunk
         in the cache, a call costs as much as its arithmetic."""
         if self.plan.needs_base(name, apply):
-            self._stored([self.plan.merge.reference.tensors[name]], pieces, base[None], len(values), column)
+            stored, deltas = self.plan.base_of(name)
+            if deltas:
+                at = 0
+                for span in pieces:
+                    self._chain(name, BASE, stored, deltas).read(span.start, base[at : at + span.numel])
+                    at += span.numel
+            else:
+                self._stored([stored], pieces, base[None], len(values), column)
         at = 0
-        for (stored, sign), group in groupby(self.plan.operands[name], key=_kind):
+        for (dtype, folds, sign), group in groupby(self.plan.operands[name], key=_kind):
             operands = list(group)
             rows = values[at : at + len(operands)]
-            if stored is None:
+            if dtype is None:
                 rows.zero_()
-            else:
+            elif not folds:
                 self._stored([cast(TensorInfo, operand.stored) for operand in operands], pieces, rows, at, column)
+            for number, operand in enumerate(operands, at):
+                if operand.added:
+                    self._add_deltas(name, number, operand, pieces, values[number])
             if sign:
                 rows.add_(base) if sign > 0 else rows.sub_(base)
             at += len(operands)
-        for number, operand in enumerate(self.plan.operands[name]):
-            if operand.delta is not None:
-                at = 0
-                for span in pieces:
-                    self._add_delta(span, number, operand, values[number, at : at + span.numel])
-                    at += span.numel
 
     def _stored(
         self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], out: Tensor, place: int, column: int
@@ -91,20 +98,28 @@ class ChunkReader:
                 self._scales.multiply(tensor, span.start, row[at : at + span.numel])
                 at += span.numel
 
-    def _add_delta(self, span: Span, number: int, operand: Operand, row: Tensor) -> None:
-        key = (span.tensor, number)
-        if key not in self._deltas:
-            self._deltas = {k: v for k, v in self._deltas.items() if k[0] == span.tensor}
-            assert operand.delta is not None
-            self._deltas[key] = delta_reader(self.files, operand.delta)
-        if row.device.type == "cpu":
-            self._deltas[key].add_into(span.start, row)
-        else:
-            delta = torch.zeros(len(row))
-            self._deltas[key].add_into(span.start, delta)
-            row.add_(delta.to(row.device))
+    def _add_deltas(self, name: str, number: int, operand: Operand, pieces: Sequence[Span], row: Tensor) -> None:
+        """Fold an operand's deltas into its row, piece by piece."""
+        stored = self.plan.base_of(name)[0] if operand.stored is None else operand.stored
+        folded = self._chain(name, number, stored, operand.deltas, operand.shared)
+        at = 0
+        for span in pieces:
+            piece = row[at : at + span.numel]
+            if operand.folds:
+                folded.read(span.start, piece)
+            else:
+                folded.add_into(span.start, piece)
+            at += span.numel
+
+    def _chain(self, name: str, number: int, stored: TensorInfo, deltas: Sequence[Delta], shared: int = 0) -> Chain:
+        """A tensor's deltas opened, of the model `number`; those of other tensors are closed."""
+        key = (name, number)
+        if key not in self._chains:
+            self._chains = {k: v for k, v in self._chains.items() if k[0] == name}
+            self._chains[key] = chain(self.files, self._scales, stored, deltas, self.plan.device, shared)
+        return self._chains[key]
 
 
-def _kind(operand: Operand) -> tuple[str | None, int]:
-    """How a model's tensor is stored, and what the base does to it."""
-    return operand.stored and operand.stored.dtype, operand.base
+def _kind(operand: Operand) -> tuple[str | None, bool, int]:
+    """How a model's tensor is stored, whether deltas replace its values, and what the base does to it."""
+    return operand.stored and operand.stored.dtype, operand.folds, operand.base

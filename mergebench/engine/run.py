@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint import masked
 from mergebench.checkpoint.files import Files, write_atomically, write_error
 from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import create, write_index
 from mergebench.checkpoint.side_files import copy_side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
+from mergebench.deltas.formats import emr
 from mergebench.engine.answers import Known, answers_of, ask_of_all
 from mergebench.engine.executors import Progress
 from mergebench.engine.inmemory import InMemory
@@ -173,7 +173,7 @@ def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) ->
     for task, model, scale in zip(plan.merge.tasks, plan.merge.models, scales, strict=True):
         about = {"scale": scale, "method": plan.merge.method.name, "model": model.reference}
         about["base_model"] = plan.merge.reference.reference
-        path = staging.directory / masked.FOLDER / task / masked.CONFIG
+        path = staging.directory / emr.FOLDER / task / emr.CONFIG
         write_atomically(path, json.dumps(about, indent=1) + "\n")
     return dict(zip(plan.merge.tasks, scales, strict=True))
 

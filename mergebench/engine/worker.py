@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.files import TORCH_DTYPE, Files
-from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.shards import ShardFiles
 from mergebench.engine.brackets import Floats
@@ -60,6 +59,7 @@ class Worker:
     def __init__(self, plan: Plan, files: Files, target: InMemory | None = None) -> None:
         self.plan, self.files = plan, files
         self.reader = ChunkReader(plan, files)
+        self._copies = plan.merge.reference.values(files)
         self._outputs: list[ShardFiles | InMemory] = [] if target is None else [target]  # then each task's masks
         self._peak = 0
 
@@ -154,12 +154,13 @@ class Worker:
 
     def _copied(self, span: Span) -> Tensor:
         """Elements of a tensor that is not merged, a float converted to the stored type."""
-        info = self.plan.merge.reference.tensors[span.tensor]
-        values = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
-        self.files.read_elements(info, span.start, values)
-        if info.dtype in FP8 and self.plan.dtypes[span.tensor] != info.dtype:
-            values = values.float()
-            Scales(self.files).multiply(info, span.start, values)
+        info, deltas = self.plan.base_of(span.tensor)
+        if deltas or (info.dtype in FP8 and self.plan.dtypes[span.tensor] != info.dtype):
+            values = torch.empty(span.numel)
+            self._copies.read(span.tensor, span.start, values)
+        else:
+            values = torch.empty(span.numel, dtype=TORCH_DTYPE[info.dtype])
+            self.files.read_elements(info, span.start, values)
         stored = values.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
         if stored.dtype != values.dtype and not torch.equal(torch.isfinite(stored), torch.isfinite(values)):
             raise _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint import Model
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.masked import FOLDER as TASKS
-from mergebench.checkpoint.patch import open_patch
 from mergebench.checkpoint.staging import finished
+from mergebench.deltas.formats.emr import FOLDER as TASKS
+from mergebench.deltas.open import open_model
+from mergebench.editing.patches import open_patch
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.run import run_plan
 from mergebench.errors import MergebenchError, RecipeError, did_you_mean
@@ -179,7 +180,7 @@ def _bases_of(model: Model) -> list[Path]:
     """Where the model lies that this one was made from."""
     if model.directory is None:
         return []
-    if model.adapter is not None:
+    if model.adapters:
         return [model.directory.resolve()]
     base = (finished(model.directory) or {}).get("recipe", {}).get("base_model")
     return [Path(base).resolve()] if isinstance(base, str) else []

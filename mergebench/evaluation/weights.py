@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from mergebench.checkpoint import adopt, open_model
+from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import Files
+from mergebench.deltas.open import open_model
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.engine.noise import TILE

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint import Model
 from mergebench.checkpoint.reference import Location, locate
+from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.positions import Loc
 from mergebench.recipe.recipe import Recipe

@@ -31,9 +31,6 @@ def resolve(recipe: Recipe) -> Merge:
     method, cut = merge.method, merge.cut
     if merge.scope == "model" != method.scope and cut != "element":
         raise recipe.places.error(("scope",), f"'{method.name}' works on one {cut} at a time", "take out scope: model")
-    if method.gives == "tasks" and merge.reference.adapter is not None:
-        what = f"'{method.name}' writes differences to the base, which cannot be one with an adapter"
-        raise recipe.places.error(("base_model",), what, "make that base first, by a merge of its own")
     if recipe.lines is None:
         return merge
     if recipe.lines.alpha is None and cut == "row":
@@ -113,9 +110,10 @@ def _with_tokens(
     return base and shared[_key(base)], [(entry, shared[_key(model)]) for entry, model in entries]
 
 
-def _key(model: Model) -> tuple[Path, Path | None, bool]:
+def _key(model: Model) -> tuple[Path, tuple[Path, ...], bool]:
+    """Equal for models of one reference, however it is written."""
     place = (model.directory or model.headers[0].file).resolve()
-    return place, model.adapter and model.adapter.resolve(), model.is_task_vector
+    return place, tuple(adapter.resolve() for adapter in model.adapters), model.is_task_vector
 
 
 def _merge(
@@ -200,5 +198,5 @@ def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
 
 
 def _same(model: Model, base: Model) -> bool:
-    places = [(one.directory or one.headers[0].file).resolve() for one in (model, base)]
-    return places[0] == places[1] and not model.deltas and not model.is_task_vector
+    """Whether a model is the base, listed again."""
+    return not model.is_task_vector and _key(model) == _key(base)

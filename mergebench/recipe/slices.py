@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import Header, TensorInfo
-from mergebench.checkpoint.model import Delta
 from mergebench.checkpoint.names import layer_of
 from mergebench.errors import ModelError, RecipeError
 from mergebench.recipe.positions import Loc
@@ -100,7 +100,7 @@ def put_together(
     """One model made of one source of each slice, `places[i]` of slice i."""
     sources = [one.sources[at] for one, at in zip(slices, places, strict=True)]
     tensors: dict[str, TensorInfo] = {}
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, tuple[Delta, ...]] = {}
     for name, piece in pieces.items():
         model, theirs = opened[sources[piece.slice].model], piece.names[places[piece.slice]]
         if theirs not in model.tensors:
@@ -117,7 +117,6 @@ def put_together(
         headers=list(headers.values()),
         tensors=tensors,
         deltas=deltas,
-        replaced={},
         sliced=True,
         config_changes={**(models[0].config_changes or {}), **_config_changes(models[0].config, layers)},
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench.adapters import merge_adapters
-from mergebench.checkpoint.adapter import CONFIG, WEIGHTS
+from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.errors import MergebenchError
 from mergebench.testing.doctor import OK, SKIPPED, Finding, Report
 from mergebench.testing.trial import Broken, Inapplicable

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergebench.checkpoint import Model, open_model
+from mergebench.checkpoint import Model
+from mergebench.deltas.open import open_model
 from mergebench.engine import trace
 from mergebench.engine.context import Context
 from mergebench.engine.job import Merge

@@ -178,7 +178,7 @@ def test_names_without_the_prefix_of_the_class(tmp_path: Path) -> None:
     expected = load(tuned).state_dict()
     for module in made["modules"]:
         torch.testing.assert_close(found[f"{module}.weight"], expected[f"{module}.weight"], rtol=1e-5, atol=1e-6)
-    folded = mergebench.checkpoint.open_model(f"{base}+{tmp_path / 'out'}").state_dict()  # and so do we
+    folded = mergebench.deltas.open.open_model(f"{base}+{tmp_path / 'out'}").state_dict()  # and so do we
     torch.testing.assert_close(folded["h.0.attn.c_attn.weight"], expected["transformer.h.0.attn.c_attn.weight"])
 
 

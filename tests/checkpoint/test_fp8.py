@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mergebench
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp8 import Scaler, find_scales
 from mergebench.checkpoint.header import Scale, TensorInfo
+from mergebench.deltas.open import open_model
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.span import Span
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.values import LOW_RANK_TILE, LowRankReader, read_whole
+from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
 
 LLAMA = transformers.LlamaConfig(

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergebench.checkpoint import neurons as module
 from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.model import open_model
-from mergebench.checkpoint.neurons import Neurons, Stored, write_vectors
+from mergebench.deltas.open import open_model
+from mergebench.editing import neurons as module
+from mergebench.editing.neurons import Neurons, vectors, write_vectors
 
 
 def vectors_of(tensor: Tensor, transposed: bool) -> Tensor:
@@ -45,7 +45,7 @@ def test_read_and_write(
     for numbers in ([], [0], list(range(len(whole))), [i for i in range(len(whole)) if i % 3 != 1]):
         wanted = torch.tensor(numbers, dtype=torch.int64)
         with Files() as files:
-            assert torch.equal(whole[wanted], Stored(model, files).vectors(neurons, wanted))
+            assert torch.equal(whole[wanted], vectors(model.values(files), neurons, wanted))
 
         new = torch.randn(len(numbers), neurons.width).to(dtype)
         write_vectors(neurons, wanted, new)

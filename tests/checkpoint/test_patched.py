@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from mergebench.checkpoint.patched import Patched
 from models import unpack, write_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.model import open_model
-from mergebench.checkpoint.patched import Patched
 from mergebench.checkpoint.values import delta_reader
+from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, ModelError, RunError
 
 Parts = dict[str, Tensor]

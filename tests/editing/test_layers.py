@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from mergebench.editing.probes.layers import PRE, Reading, every_state, features, pooling, stream
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.networks.features import Texts

@@ -17,8 +17,8 @@ from torch import Tensor
 import mergebench
 from mergebench.adapters.from_patch import patch_to_lora
 from mergebench.api import plan_edit, plan_patch
-from mergebench.checkpoint.model import open_model
-from mergebench.checkpoint.patch import open_patch
+from mergebench.deltas.open import open_model
+from mergebench.editing.patches import open_patch
 from mergebench.errors import ModelError
 from tests.conftest import Cli
 from tests.editing.conftest import CONFIG, GATE, LAYERS, WIDTH, gated, write_probe

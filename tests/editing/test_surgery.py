@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 import mergebench
 from mergebench.api import dry_run, plan_edit, plan_patch
-from mergebench.checkpoint.patch import open_patch
+from mergebench.editing.patches import open_patch
 from tests.conftest import Cli
 from tests.editing.conftest import CONFIG, GATE, LAYERS, NEURONS, WIDTH, gated, write_probe
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.model import open_model
+from mergebench.deltas.open import open_model
 from mergebench.editing.targets import ROLES, Target, choose_layers, describe, find_targets
 from mergebench.errors import ModelError, RecipeError
 

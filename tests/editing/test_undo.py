@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mergebench.checkpoint.model import open_model
-from mergebench.checkpoint.patch import Change, open_patch
+from mergebench.deltas.open import open_model
+from mergebench.editing.patches import Change, open_patch
 from mergebench.editing.probes.probe import Probe
 from mergebench.editing.undo import Unedited, _put_back
 from mergebench.evaluation import Results

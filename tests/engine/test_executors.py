@@ -63,7 +63,7 @@ def planned(folder: Path, method: Any, workers: int = 2) -> Plan:
         if method == "ties":
             recipe["parameters"] = {"density": 0.2}
         return mergebench.plan(mergebench.load(recipe), workers=workers)
-    base, *models = (mergebench.checkpoint.open_model(str(folder / name)) for name in ("base", "ft1", "ft2"))
+    base, *models = (mergebench.deltas.open.open_model(str(folder / name)) for name in ("base", "ft1", "ft2"))
     merge = Merge(method, method.make_params({}), base, tuple(models), ("ft1", "ft2"), scope=method.scope)
     return plan_merge(merge, workers=workers)
 

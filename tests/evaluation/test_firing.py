@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergebench.checkpoint.model import open_model
-from mergebench.checkpoint.neurons import write_vectors
-from mergebench.checkpoint.patch import open_patch, write_patch
+from mergebench.deltas.open import open_model
+from mergebench.editing.neurons import write_vectors
+from mergebench.editing.patches import open_patch, write_patch
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
 from tests.evaluation.conftest import Files, write_encoder

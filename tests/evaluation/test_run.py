@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Results, Step, Suite, evaluate_models, load_suite
 from mergebench.evaluation.run import homes_of as homes

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from mergebench.errors import RunError
 from mergebench.evaluation import Candidate, Results, evaluate_models, load_suite
 from mergebench.evaluation.store import Store

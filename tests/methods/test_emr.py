@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench import evaluate, load, plan, run
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from mergebench.engine.noise import TILE
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from tests.conftest import Cli

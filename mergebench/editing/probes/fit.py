@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.files import write_error
 from mergebench.checkpoint.identity import identity
+from mergebench.deltas.open import open_model
 from mergebench.editing.probes import classifier
 from mergebench.editing.probes.classifier import Array, Validated
 from mergebench.editing.probes.curve import write_curve

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.content import BESIDE, sha256_of
 from mergebench.checkpoint.side_files import copy_side_files
+from mergebench.deltas.open import open_model
 from mergebench.engine import trace
 from mergebench.engine.answers import Known
 from mergebench.engine.inmemory import InMemory

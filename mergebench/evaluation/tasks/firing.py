@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.patch import ANOTHER, Patch, open_patch
+from mergebench.deltas.formats.native import ANOTHER
+from mergebench.editing.patches import Patch, open_patch
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, mean, task
 from mergebench.networks.features import gather
@@ -99,7 +100,7 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
             numbers, module = patch.numbers(name), _holder(network, patch, name)
             sides = tuple(module.weight.shape)
             columns, linear = isinstance(module, Conv1D), isinstance(module, (torch.nn.Linear, PackedLinear))
-            if not (columns or linear) or columns != (name in patch.columns):
+            if not (columns or linear) or columns != patch.columns(name):
                 what = f"{patch.file}: the rows of '{name}' are no gates: what they hold goes to the residual stream"
                 raise ModelError(what, "firing is of neurons that read it, such as those of gate_proj")
             width, gates = sides if columns else sides[::-1]

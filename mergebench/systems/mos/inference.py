@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.content import Contents
+from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.networks.attach import Encoder

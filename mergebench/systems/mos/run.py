@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import mergebench
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.content import Contents, sha256_of
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target, finished
+from mergebench.deltas.open import open_model
 from mergebench.errors import RunError
 from mergebench.networks.attach import Encoder
 from mergebench.networks.batch import out_of_memory

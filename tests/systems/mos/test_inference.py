@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mergebench.checkpoint import open_model
 from mergebench.checkpoint.content import Contents
+from mergebench.deltas.open import open_model
 from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Pooling, Texts
 from mergebench.networks.network import Network

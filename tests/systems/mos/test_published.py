@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Pooling
 from mergebench.networks.network import Network

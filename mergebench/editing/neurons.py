@@ -15,11 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.files import TORCH_DTYPE, Files, put, write_error
-from mergebench.checkpoint.fp8 import Scales
+from mergebench.checkpoint.files import put, write_error
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.values import DeltaReader, delta_reader
+from mergebench.checkpoint.values import Values
 
 BLOCK = 1 << 20  # elements read at once
 
@@ -64,43 +62,19 @@ class Neurons:
                 yield slice(low, high), rows, (expert * self.width + row) * self.side, numbers[low:high] - first
 
 
-class Stored:
-    """The values of a model's tensors as a copy of it stores them: an adapter folded in, FP8 scaled."""
-
-    def __init__(self, model: Model, files: Files) -> None:
-        self.model, self.files = model, files
-        self._scales = Scales(files)
-        self._delta: tuple[str, DeltaReader] | None = None
-
-    def elements(self, info: TensorInfo, start: int, numel: int) -> Tensor:
-        """Elements `start` onwards, flat, in the stored type (scaled FP8: bfloat16)."""
-        values = torch.empty(numel, dtype=TORCH_DTYPE[info.dtype])
-        self.files.read_elements(info, start, values)
-        delta = self.model.deltas.get(info.name)
-        if delta is None and info.scale is None:
-            return values
-        wide = values.float()
-        self._scales.multiply(info, start, wide)
-        if delta is not None:
-            if self._delta is None or self._delta[0] != info.name:
-                self._delta = info.name, delta_reader(self.files, delta)
-            self._delta[1].add_into(start, wide)
-        return wide.to(torch.bfloat16 if info.scale is not None else values.dtype)
-
-    def vectors(self, neurons: Neurons, numbers: Tensor) -> Tensor:
-        """[k, width] of the neurons with these numbers (int64, ascending)."""
-        width, side = neurons.width, neurons.side
-        dtype = torch.bfloat16 if neurons.info.scale is not None else TORCH_DTYPE[neurons.info.dtype]
-        out = torch.empty(len(numbers), width, dtype=dtype)
-        if not neurons.transposed:
-            for at, first, stop in neurons.runs(numbers):
-                values = self.elements(neurons.info, first * width, (stop - first) * width)
-                out[at : at + stop - first] = values.view(-1, width)
-            return out
-        for places, rows, start, columns in neurons.stretches(numbers):
-            block = self.elements(neurons.info, start, (rows.stop - rows.start) * side).view(-1, side)
-            out[places, rows] = block.T[columns]
+def vectors(values: Values, neurons: Neurons, numbers: Tensor) -> Tensor:
+    """[k, width] of the neurons with these numbers (int64, ascending), as a copy of the model stores them."""
+    name, width, side = neurons.info.name, neurons.width, neurons.side
+    out = torch.empty(len(numbers), width, dtype=values.copied_type(name))
+    if not neurons.transposed:
+        for at, first, stop in neurons.runs(numbers):
+            block = values.elements(name, first * width, (stop - first) * width)
+            out[at : at + stop - first] = block.view(-1, width)
         return out
+    for places, rows, start, columns in neurons.stretches(numbers):
+        block = values.elements(name, start, (rows.stop - rows.start) * side).view(-1, side)
+        out[places, rows] = block.T[columns]
+    return out
 
 
 def write_vectors(neurons: Neurons, numbers: Tensor, vectors: Tensor) -> None:

@@ -1,11 +1,12 @@
-"""What a LoRA directory (PEFT's format) holds: factors by module, tensors saved whole, their settings.
+"""A LoRA directory as PEFT saves it: factors by module, tensors saved whole, their settings.
 
-Read from config and header alone, without the base the adapter was trained on.
+    delta W = scale * B @ A,  scale = alpha / r  (alpha / sqrt(r) for rsLoRA)
+
+with A [r, in] and B [out, r] (arXiv:2106.09685; rsLoRA arXiv:2312.03732), and DoRA's norms (arXiv:2402.09353).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,11 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.header import Header, TensorInfo, read_header
-from mergebench.errors import ModelError, RunError
+from mergebench.checkpoint.format import Base, Deltas, delta_format
+from mergebench.checkpoint.header import Header, TensorInfo
+from mergebench.checkpoint.kind import Part
+from mergebench.deltas.dense import dense
+from mergebench.deltas.dora import dora
+from mergebench.deltas.low_rank import low_rank
+from mergebench.deltas.peft.directory import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    of_type,
+    read_directory,
+    saved_modules,
+    whole_name,
+)
+from mergebench.deltas.peft.names import Placing
+from mergebench.errors import ModelError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
 _UNSUPPORTED = {
     "trainable_token_indices": "trained tokens",
     "target_parameters": "LoRA of bare parameters",
@@ -37,7 +51,6 @@ _PARTS = {
     "bias": re.compile(r"(.+)\.lora_B(?:\.default)?\.bias"),
     "magnitude": re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"),
 }
-_BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,12 @@ class Factors:
         """[out, in], whichever way the base stores it."""
         return self.b.shape[0], self.a.shape[1]
 
+    def on_stored(self, transposed: bool) -> dict[str, Part]:
+        """The factors of the tensor as the base stores it: of one stored [in, out], A' B'."""
+        if transposed:
+            return {"b": Part(self.a, transposed=True), "a": Part(self.b, transposed=True)}
+        return {"b": Part(self.b), "a": Part(self.a)}
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -74,10 +93,6 @@ class Adapter:
     def transposed(self) -> bool:
         """Whether the base stores its weights [in, out] (GPT-2's Conv1D)."""
         return bool(self.config.get("fan_in_fan_out"))
-
-
-def is_adapter(directory: Path) -> bool:
-    return (directory / CONFIG).is_file()
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -97,33 +112,14 @@ def read_adapter(directory: Path) -> Adapter:
                 found_parts[part] = tensor
                 break
         else:
-            whole[_whole_name(directory, tensor.name, name, config)] = tensor
+            whole[whole_name(directory, tensor.name, name, config)] = tensor
     modules = {module: _factors(directory, module, found, config) for module, found in parts.items()}
     if not modules:
         raise ModelError(f"{directory}: the adapter holds no " + ("LoRA factors" if whole else "tensors"))
-    for saved in _saved_modules(config):
+    for saved in saved_modules(config):
         if not any(f"{saved}." in name for name in whole):
             raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
     return Adapter(directory, config, header, modules, whole)
-
-
-def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
-    """Config and header of what PEFT saved, of any type; `ModelError` where it is no adapter."""
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(
-            f"{directory}: not an adapter: no {CONFIG}",
-            "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
-        ) from None
-    except (OSError, ValueError):
-        raise RunError(f"{directory / CONFIG}: not readable as JSON") from None
-    if not isinstance(config, dict):
-        raise RunError(f"{directory / CONFIG}: not a JSON object")
-    if not (directory / WEIGHTS).is_file():
-        found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
-        raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
-    return config, read_header(directory / WEIGHTS)
 
 
 def residual(config: Mapping[str, Any]) -> str | None:
@@ -146,22 +142,6 @@ def _check_lora(directory: Path, config: Mapping[str, Any]) -> None:
         )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
         raise ModelError(f"{directory / CONFIG}: r and lora_alpha must be numbers")
-
-
-def _whole_name(directory: Path, stored: str, name: str, config: Mapping[str, Any]) -> str:
-    """The name of the base's tensor that a tensor saved whole replaces, without PEFT's wrappers."""
-    bias = _BIAS.fullmatch(name)
-    if bias is not None and config.get("bias", "none") != "none":
-        return f"{bias[1]}.bias"
-    inside = any(f"{module}." in name for module in _saved_modules(config))
-    if not inside or "lora_" in name or ".base_layer." in name:
-        raise ModelError(f"{directory}: {stored}: not a LoRA factor of a linear layer: not supported yet")
-    return name
-
-
-def _saved_modules(config: Mapping[str, Any]) -> list[str]:
-    saved = config.get("modules_to_save") or []
-    return [str(module) for module in (saved if isinstance(saved, list) else [saved])]
 
 
 def _factors(directory: Path, module: str, found: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Factors:
@@ -189,3 +169,38 @@ def _alpha(directory: Path, module: str, config: Mapping[str, Any]) -> float:
     except (re.error, AttributeError, TypeError, ValueError):
         raise ModelError(f"{directory / CONFIG}: alpha_pattern must map modules to numbers") from None
     return float(config["lora_alpha"])
+
+
+@delta_format(what="an adapter", claims=of_type("LORA"), beside_model=True)
+def lora(directory: Path, base: Base) -> Deltas:
+    """What a LoRA directory changes; `ModelError` where it is for another base, or of a kind not supported."""
+    adapter = read_adapter(directory)
+    placing = Placing(directory, base, shapes_of(adapter))
+    weights = []
+    for module, factors in adapter.modules.items():
+        parts = factors.on_stored(adapter.transposed)
+        if factors.magnitude is None:
+            weights.append(placing.put(f"{module}.weight", module, low_rank, parts, scale=factors.scale))
+        else:
+            parts["magnitude"] = Part(factors.magnitude)
+            settings = {"scale": factors.scale, "columns": adapter.transposed}
+            weights.append(placing.put(f"{module}.weight", module, dora, parts, **settings))
+        if factors.bias is not None:
+            placing.put(f"{module}.bias", module, dense, {"values": Part(factors.bias)}, scale=factors.scale)
+    for stored, tensor in adapter.whole.items():
+        placing.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
+    if adapter.config.get("bias", "none") != "none":
+        for name in (f"{weight.removesuffix('.weight')}.bias" for weight in weights):
+            if name in base.tensors and name not in placing.deltas:
+                raise ModelError(f"{directory}: bias: {adapter.config['bias']}, but it holds no '{name}'")
+    return Deltas(placing.deltas, [adapter.header])
+
+
+def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The tensors that an adapter changes, by its own names, in the shapes that the base stores."""
+    shapes = {name: tensor.shape for name, tensor in adapter.whole.items()}
+    for module, factors in adapter.modules.items():
+        shapes[f"{module}.weight"] = factors.shape[::-1] if adapter.transposed else factors.shape
+        if factors.bias is not None:
+            shapes[f"{module}.bias"] = factors.bias.shape
+    return shapes

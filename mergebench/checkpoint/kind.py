@@ -1,0 +1,334 @@
+"""What a kind of delta is: one function of one row tile that reads like its paper, and the parts it is made of.
+
+    @dataclass(frozen=True)
+    class Factors:
+        b: Tensor                 # read whole, as float32
+        a: Tensor
+        scale: float = 1.0        # a setting
+
+    @delta_kind(paper="arXiv:2106.09685")
+    def low_rank(p: Factors, tile: slice, base: Tensor | None) -> Tensor:
+        return p.scale * p.b[tile] @ p.a
+
+Rows are those of the tensor as it is stored, [..., columns] taken as a matrix. The same function folds, streams and
+trains: `p` holds tensors read from files, or parameters with gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.delta import Opened, Source, matrix_shape, tile_rows
+from mergebench.checkpoint.files import TORCH_DTYPE, whole
+from mergebench.checkpoint.header import Reader, TensorInfo
+
+# Parts as large as the tensor itself: `p.values[tile]` reads the rows of a tile, and only those.
+Rows = Annotated[Tensor, "rows"]  # of the tensor's shape
+Mask = Annotated[Tensor, "mask"]  # one bit an element, packed: bit i % 8 of byte i // 8 is element i's
+
+StoredAs = Literal["replacement", "difference"] | None
+Tile = Callable[[Any, slice, Tensor | None], Tensor]
+Fold = Callable[[Any, slice, Tensor], Tensor]
+Prepare = Callable[[Any, Source, tuple[int, ...]], Any]  # the parts, W and its shape
+
+
+class Part(NamedTuple):
+    """One part of a delta: where it is stored, and whether it is read transposed."""
+
+    info: TensorInfo
+    transposed: bool = False
+
+
+class FieldOf(NamedTuple):
+    """One field of a kind's dataclass."""
+
+    name: str
+    sort: str  # tensor, rows, mask or setting
+    default: Any  # dataclasses.MISSING where there is none
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaKind:
+    """A kind of delta and what must be known of it."""
+
+    name: str
+    function: Tile
+    paper: str
+    parts: type  # the dataclass the function takes first
+    needs_base: Callable[[Any], bool]  # of the settings: whether it is a function of W itself
+    folds: Fold | None  # W' where it is not W plus a tile, to the bit
+    prepare: Prepare | None  # run once when a delta is opened; may pass over W
+    whole: bool  # it cannot be cut: a tile is all rows
+    energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
+    factors: Callable[[Any], tuple[Tensor, Tensor] | None] | None  # B and A with W' - W = B A, where that is exact
+    check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], str | None] | None
+    validate: Callable[[Any, tuple[int, ...]], str | None] | None  # a complaint about the parts' values, or None
+    label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
+    stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # by the settings, what its one part is as it is stored
+
+    def __call__(self, p: Any, tile: slice, base: Tensor | None) -> Tensor:
+        return self.function(p, tile, base)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _named, (self.function.__module__, self.function.__qualname__)
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @cached_property
+    def fields(self) -> dict[str, FieldOf]:
+        """The fields of its dataclass by name."""
+        hints = typing.get_type_hints(self.parts, include_extras=True)
+        return {f.name: FieldOf(f.name, _sort(hints[f.name]), f.default) for f in dataclasses.fields(self.parts)}
+
+    def on(self, shape: tuple[int, ...], parts: Mapping[str, Part | TensorInfo | None], **settings: Any) -> StoredDelta:
+        """A delta of this kind on a tensor of `shape`: its parts as they are stored, and its settings.
+
+        Raises `ValueError` where parts or settings are missing, unknown, or do not fit the tensor.
+        """
+        stored = {
+            name: part if isinstance(part, Part) else Part(part) for name, part in parts.items() if part is not None
+        }
+        for name, about in self.fields.items():
+            given = stored if about.sort != "setting" else settings
+            if about.default is dataclasses.MISSING and name not in given:
+                raise ValueError(f"{self.name} needs '{name}'")
+        strange = [n for n in (*stored, *settings) if n not in self.fields]
+        if strange:
+            raise ValueError(f"{self.name} has no '{strange[0]}'")
+        everything = {n: f.default for n, f in self.fields.items() if f.sort == "setting"} | settings
+        if self.check is not None:
+            shapes = {name: part.info.shape[:: -1 if part.transposed else 1] for name, part in stored.items()}
+            complaint = self.check(shapes, everything, shape)
+            if complaint:
+                raise ValueError(complaint)
+        return StoredDelta(self, shape, tuple(stored.items()), tuple(everything.items()))
+
+
+def _named(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _sort(hint: Any) -> str:
+    """What a field holds, by its type."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        return str(hint.__metadata__[0])
+    for inner in (hint, *arguments):
+        if typing.get_origin(inner) is Annotated:
+            return _sort(inner)
+    return "tensor" if Tensor in (hint, *arguments) else "setting"
+
+
+@dataclass(frozen=True)
+class StoredDelta:
+    """A delta of any kind as files hold it: a `Delta`."""
+
+    of: DeltaKind
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, Part], ...]
+    settings: tuple[tuple[str, Any], ...]
+
+    @property
+    def kind(self) -> str:
+        return self.of.name
+
+    @property
+    def needs_base(self) -> bool:
+        return self.of.needs_base(self.setting)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return tuple(part.info for _, part in self.parts)
+
+    @cached_property
+    def part(self) -> dict[str, TensorInfo]:
+        """The stored parts by name."""
+        return {name: part.info for name, part in self.parts}
+
+    @cached_property
+    def setting(self) -> dict[str, Any]:
+        """The settings by name, defaults included."""
+        return dict(self.settings)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of all that is not in the stored bytes."""
+        parts = [(name, part.info.name, part.info.file.name, part.transposed) for name, part in self.parts]
+        text = json.dumps([self.kind, self.shape, parts, sorted(self.setting.items())], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def replacement(self) -> TensorInfo | None:
+        return self.parts[0][1].info if self._is == "replacement" else None
+
+    @property
+    def difference(self) -> TensorInfo | None:
+        return self.parts[0][1].info if self._is == "difference" else None
+
+    @cached_property
+    def _is(self) -> StoredAs:
+        return None if self.of.stored_as is None else self.of.stored_as(self.setting)
+
+    def resident(self) -> int:
+        """Bytes that an open one holds: its parts as float32, but for those that are read tile by tile."""
+        sorts = {name: about.sort for name, about in self.of.fields.items()}
+        return sum(
+            max(4, TORCH_DTYPE[info.dtype].itemsize * (not info.is_float)) * info.numel
+            for name, info in self.part.items()
+            if sorts[name] == "tensor"
+        )
+
+    def describe(self) -> str:
+        """In a few words, such as `low_rank 16`."""
+        words = "" if self.of.label is None else self.of.label(self.part, self.setting)
+        return f"{self.kind} {words}".rstrip()
+
+    def load(self, files: Reader, device: torch.device) -> Any:
+        """The kind's dataclass, its parts in memory, or read as their rows are asked for."""
+        values: dict[str, Any] = dict(self.setting)
+        for name, about in self.of.fields.items():
+            if about.sort != "setting":
+                part = dict(self.parts).get(name)
+                values[name] = None if part is None else _load(files, device, part, about.sort, self.shape)
+        return self.of.parts(**values)
+
+    def open(self, files: Reader, device: torch.device, base: Source) -> Opened:
+        """Ready to give tiles on this device; `base` is W, passed over once by kinds that must know all of it."""
+        p = self.load(files, device)
+        if self.of.prepare is not None:
+            p = self.of.prepare(p, base, self.shape)
+        return InMemory(self.of, p, self.shape)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A delta whose parts are in memory: an `Opened`."""
+
+    of: DeltaKind
+    p: Any  # the kind's dataclass
+    shape: tuple[int, ...]
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = matrix_shape(self.shape)[0] if self.of.whole else tile_rows(self.shape)
+        object.__setattr__(self, "rows", max(rows, 1))
+
+    def tile(self, first: int, base: Tensor | None) -> Tensor:
+        """W' - W from row `first` on."""
+        return self.of.function(self.p, self._slice(first), base)
+
+    def fold(self, first: int, base: Tensor) -> Tensor:
+        """W' from row `first` on."""
+        if self.of.folds is not None:
+            return self.of.folds(self.p, self._slice(first), base)
+        return base + self.tile(first, base)
+
+    def _slice(self, first: int) -> slice:
+        return slice(first, min(first + self.rows, matrix_shape(self.shape)[0]))
+
+
+def _load(files: Reader, device: torch.device, part: Part, sort: str, shape: tuple[int, ...]) -> Any:
+    if sort == "rows":
+        return _StreamedRows(files, device, part.info, shape)
+    if sort == "mask":
+        return _StreamedMask(files, device, part.info, shape)
+    values = whole(files, part.info)
+    values = values.float() if part.info.is_float else values
+    return (values.T.contiguous() if part.transposed else values).to(device)
+
+
+class _StreamedRows:
+    """Rows of a stored tensor, read when they are asked for."""
+
+    def __init__(self, files: Reader, device: torch.device, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        self._files, self._device, self._info = files, device, info
+        self._columns = matrix_shape(shape)[1]
+
+    def __getitem__(self, tile: slice) -> Tensor:
+        """float32 [rows, columns]."""
+        rows = torch.empty((tile.stop - tile.start) * self._columns, dtype=TORCH_DTYPE[self._info.dtype])
+        self._files.read_elements(self._info, tile.start * self._columns, rows)
+        return rows.to(self._device).float().view(-1, self._columns)
+
+
+class _StreamedMask:
+    """Rows of a mask of packed bits, read when they are asked for."""
+
+    def __init__(self, files: Reader, device: torch.device, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        self._files, self._device, self._info = files, device, info
+        self._columns = matrix_shape(shape)[1]
+
+    def __getitem__(self, tile: slice) -> Tensor:
+        """uint8 [rows, columns], zeros and ones."""
+        first, stop = tile.start * self._columns, tile.stop * self._columns
+        packed = np.empty(max((stop - 1) // 8 - first // 8 + 1, 0) if stop > first else 0, np.uint8)
+        self._files.read_into(self._info.file, self._info.offset + first // 8, packed.data)
+        bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: stop - first]
+        return torch.from_numpy(bits).to(self._device).view(-1, self._columns)
+
+
+def delta_kind(
+    *,
+    paper: str,
+    needs_base: bool | Callable[[Any], bool] = False,
+    folds: Fold | None = None,
+    prepare: Prepare | None = None,
+    whole: bool = False,
+    energy: Callable[[Any, tuple[int, ...]], float] | None = None,
+    factors: Callable[[Any], tuple[Tensor, Tensor] | None] | None = None,
+    check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], str | None] | None = None,
+    validate: Callable[[Any, tuple[int, ...]], str | None] | None = None,
+    label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,
+    stored_as: Callable[[Mapping[str, Any]], StoredAs] | None = None,
+) -> Callable[[Tile], DeltaKind]:
+    """Declare a function `(parts: a dataclass, tile: slice, base) -> W' - W` as a kind of delta.
+
+    The function gives float32 [rows of the tile, columns]; `base` holds these rows of W where `needs_base` says so (by
+    the settings, where it is a function of them), else None. `paper`: where the formula stands. `folds`: W' itself,
+    where W plus the tile is not it to the bit. `prepare`: what to know before the first tile; may read all of W.
+    `whole`: it cannot be cut into tiles. `energy`: the squared norm of W' - W in closed form. `factors`: B and A whose
+    product W' - W is, where that is exact. `check`: a complaint about the shapes of the parts (by name), the settings
+    and the tensor's shape, or None. `validate`: one about the values of the parts, where they are small. `label`: a
+    few words for tables, of stored parts and settings. `stored_as`: whether, by the settings, its only part is W' as it
+    is stored, or W' - W, and may be read without tiles.
+    """
+
+    def declare(function: Tile) -> DeltaKind:
+        names = list(inspect.signature(function).parameters)
+        parts = typing.get_type_hints(function).get(names[0]) if len(names) == 3 else None
+        if not isinstance(parts, type) or not dataclasses.is_dataclass(parts):
+            raise TypeError(f"{function.__name__}: a delta kind takes (parts: a dataclass, tile: slice, base)")
+        asks = needs_base if callable(needs_base) else lambda settings, answer=needs_base: answer
+        return DeltaKind(
+            name=function.__name__,
+            function=function,
+            paper=paper,
+            parts=parts,
+            needs_base=asks,
+            folds=folds,
+            prepare=prepare,
+            whole=whole,
+            energy=energy,
+            factors=factors,
+            check=check,
+            validate=validate,
+            label=label,
+            stored_as=stored_as,
+        )
+
+    return declare

@@ -1,0 +1,45 @@
+"""A difference written out, or a tensor in the base's place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mergebench.checkpoint.kind import Rows, StoredAs, delta_kind
+
+
+@dataclass(frozen=True)
+class Dense:
+    """values of the tensor's shape: W' - W over the scale, or with `replace` W' itself."""
+
+    values: Rows
+    scale: float = 1.0
+    replace: bool = False
+
+
+def _folds(p: Dense, tile: slice, base: Tensor) -> Tensor:
+    """W + (S - W) is not S in float32."""
+    return p.values[tile] if p.replace else base + dense(p, tile, None)
+
+
+def _stored_as(settings: Mapping[str, Any]) -> StoredAs:
+    return "replacement" if settings["replace"] else "difference" if settings["scale"] == 1 else None
+
+
+@delta_kind(
+    paper="arXiv:2212.04089",
+    needs_base=lambda settings: settings["replace"],
+    folds=_folds,
+    stored_as=_stored_as,
+    label=lambda parts, settings: "whole" if settings["replace"] else "",
+)
+def dense(p: Dense, tile: slice, base: Tensor | None) -> Tensor:
+    """A task vector, a bias's difference, or a tensor that an adapter saves whole."""
+    values = p.values[tile]
+    if p.replace:
+        assert base is not None
+        return values - base
+    return values if p.scale == 1 else p.scale * values

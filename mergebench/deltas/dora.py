@@ -1,0 +1,78 @@
+"""DoRA (Liu et al., arXiv:2402.09353): a low-rank change of direction, and a trained norm for every output row.
+
+    W' = m (W + s B A) / |W + s B A|        (eq. 5)
+
+The norms are those of output rows. Where the tensor is stored [in, out] these are columns, and all of them must be
+known before the first row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.delta import Source, matrix_shape, tile_rows
+from mergebench.checkpoint.kind import delta_kind
+from mergebench.deltas import low_rank
+
+
+@dataclass(frozen=True)
+class Dora:
+    """B [rows, r], A [r, columns], magnitude m [output rows]."""
+
+    b: Tensor
+    a: Tensor
+    magnitude: Tensor
+    scale: float = 1.0
+    columns: bool = False  # output rows are columns of the stored tensor
+    norms: Tensor | None = None  # of the columns of W + s B A; made, not stored
+
+
+def _column_norms(p: Dora, base: Source, shape: tuple[int, ...]) -> Dora:
+    """Pass over W once where output rows are columns."""
+    if not p.columns:
+        return p
+    (rows, columns), step = matrix_shape(shape), tile_rows(shape)
+    squares = torch.zeros(columns, dtype=torch.float64, device=p.b.device)
+    for first in range(0, rows, step):
+        tile = slice(first, min(first + step, rows))
+        values = torch.empty((tile.stop - first) * columns, device=p.b.device)
+        base.read(first * columns, values)
+        squares += _adapted(p, tile, values.view(-1, columns)).double().square().sum(0)
+    return replace(p, norms=squares.sqrt().float())
+
+
+def _adapted(p: Dora, tile: slice, base: Tensor) -> Tensor:
+    return base + p.scale * p.b[tile] @ p.a
+
+
+def _complaint(
+    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]
+) -> str | None:
+    out = matrix_shape(shape)[1 if settings["columns"] else 0]
+    if shapes["magnitude"] != (out,):
+        return f"magnitude {list(shapes['magnitude'])} is not one norm for each of {out} output rows"
+    return low_rank.complaint(shapes, settings, shape)
+
+
+@delta_kind(
+    paper="arXiv:2402.09353",
+    needs_base=True,
+    prepare=_column_norms,
+    check=_complaint,
+    label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
+)
+def dora(p: Dora, tile: slice, base: Tensor | None) -> Tensor:
+    """m (W + s B A) / |W + s B A| - W."""
+    assert base is not None
+    adapted = _adapted(p, tile, base)
+    if p.columns:
+        assert p.norms is not None
+        return adapted * (p.magnitude / p.norms) - base
+    norms = torch.linalg.vector_norm(adapted.detach(), dim=1)  # a constant in training (section 4.3)
+    factor: Tensor = p.magnitude[tile] / norms
+    return adapted * factor[:, None] - base

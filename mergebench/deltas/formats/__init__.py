@@ -1,0 +1,17 @@
+"""How deltas lie on disk: one file a format.
+
+Third parties add formats by an entry point in the group `mergebench.formats`.
+"""
+
+from pathlib import Path
+
+from mergebench.checkpoint.format import Format
+from mergebench.plugins import Registry
+
+_registry = Registry(__name__, "mergebench.formats", "format", Format, "@delta_format")
+names, origin, get = _registry.names, _registry.origin, _registry.get
+
+
+def format_of(place: Path) -> Format | None:
+    """The format that a directory or file is of, if it is one of deltas."""
+    return next((known for known in map(get, names()) if known.claims(place)), None)

@@ -1,0 +1,208 @@
+"""Our own file, for deltas of every kind: one safetensors file, small beside the model.
+
+    NAME.PART    a part of the delta on the tensor NAME, such as NAME.b and NAME.a; several deltas may share one
+    NAME.orig    what the delta changes as it was, for an exact undo: the tensor, or the neurons that a patch changes
+
+The metadata says under `delta`, as JSON:
+
+    {"base": which model it was made on (`checkpoint.identity`), or null,
+     "tensors": {NAME: {"kind": ..., "settings": {...}, "parts": {PART: its name in the file}}},
+     "made": how it was made}
+
+Patches written before have `patch` instead, and are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench import deltas as kinds
+from mergebench.checkpoint.files import DTYPE_NAME, Files, part_of
+from mergebench.checkpoint.format import Base, Deltas, delta_format
+from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.kind import StoredDelta
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.errors import MergebenchError, ModelError
+
+METADATA, BEFORE = "delta", "patch"
+ANOTHER = "the patch belongs to another model"
+
+
+class Entry(NamedTuple):
+    """The delta on one tensor, as a file has it."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    parts: Mapping[str, TensorInfo]
+    orig: TensorInfo | None
+
+
+@dataclass(frozen=True)
+class DeltaFile:
+    """A file of deltas, header checked."""
+
+    header: Header
+    base: str | None
+    entries: Mapping[str, Entry]  # by the changed tensor's name
+    made: Mapping[str, Any]
+    turned: frozenset[str] = field(default=frozenset())  # of a patch written before: neurons that are columns
+
+    @property
+    def file(self) -> Path:
+        return self.header.file
+
+    def on(self, name: str, base: Base) -> StoredDelta:
+        """The delta on a tensor of the base; `ModelError` where they do not fit together."""
+        entry, info = self.entries[name], base.tensors.get(name)
+        if info is None:
+            raise ModelError(f"{self.file}: {base.reference} has no tensor '{name}'", ANOTHER)
+        settings = dict(entry.settings)
+        if name in self.turned and info.shape:
+            settings["columns"] = info.shape[-1]
+        kind = kinds.get(entry.kind)
+        try:
+            if not info.is_float:
+                raise ValueError(f"a {entry.kind} changes floats")
+            delta = kind.on(info.shape, entry.parts, **settings)
+            if kind.validate is not None:
+                with Files() as files:
+                    complaint = kind.validate(delta.load(files, torch.device("cpu")), info.shape)
+                if complaint:
+                    raise ValueError(complaint)
+        except ValueError as error:
+            has = f"{base.reference} has {info.dtype} {list(info.shape)}"
+            raise ModelError(f"{self.file}: {name}: {error}, {has}", ANOTHER) from None
+        return delta
+
+
+def is_delta_file(place: Path) -> bool:
+    """Whether a file's header says so."""
+    if place.suffix != ".safetensors" or not place.is_file():
+        return False
+    try:
+        return not {METADATA, BEFORE}.isdisjoint(read_header(place).metadata)
+    except MergebenchError:
+        return False
+
+
+@delta_format(what="a patch", claims=is_delta_file)
+def native(file: Path, base: Base) -> Deltas:
+    """The deltas of a file of ours."""
+    read = read_file(file)
+    return Deltas({name: read.on(name, base) for name in read.entries}, [read.header])
+
+
+def read_file(file: str | Path) -> DeltaFile:
+    """Read the header of a file of deltas; `ModelError` where it is missing or none, `RunError` where damaged."""
+    header = read_header(Path(file))
+    if METADATA not in header.metadata and BEFORE not in header.metadata:
+        raise ModelError(f"{file}: not a patch", "a patch is what `mergebench edit` writes beside the model")
+    stored = {info.name: info for info in header.tensors}
+    try:
+        if BEFORE in header.metadata:
+            return _read_before(header, stored)
+        about = json.loads(header.metadata[METADATA])
+        entries = {
+            name: Entry(
+                str(one["kind"]),
+                dict(one["settings"]),
+                {part: stored[where] for part, where in one["parts"].items()},
+                stored.get(f"{name}.orig"),
+            )
+            for name, one in about["tensors"].items()
+        }
+        base, made = about["base"], dict(about["made"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged(header.file, "not readable as a patch") from None
+    used = {info.name for entry in entries.values() for info in (*entry.parts.values(), entry.orig) if info}
+    if used != stored.keys() or not entries:
+        raise damaged(header.file, "its tensors are not those of a patch")
+    return DeltaFile(header, base, entries, made)
+
+
+def _read_before(header: Header, stored: dict[str, TensorInfo]) -> DeltaFile:
+    """A patch whose parts all share `direction`, its metadata the edit's report and `columns`."""
+    made = json.loads(header.metadata[BEFORE])
+    turned = frozenset(made["columns"])
+    names = dict.fromkeys(name.rpartition(".")[0] for name in stored if name != "direction")
+    entries = {
+        name: Entry(
+            "row_patch",
+            {},
+            {"direction": stored["direction"], "rows": stored[f"{name}.rows"], "amount": stored[f"{name}.amount"]},
+            stored[f"{name}.orig"],
+        )
+        for name in names
+    }
+    if len(stored) != 3 * len(entries) + 1:
+        raise damaged(header.file, "its tensors are not those of a patch")
+    return DeltaFile(header, None, entries, {key: value for key, value in made.items() if key != "columns"}, turned)
+
+
+class Later(NamedTuple):
+    """A tensor that is made when its place in the file is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Writing(NamedTuple):
+    """A delta to be written: its kind, settings, parts in memory, and the name of each part that is shared."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    parts: Mapping[str, Tensor]
+    shared: Mapping[str, str] = {}
+    orig: Tensor | Later | None = None
+
+
+def write_file(
+    file: Path,
+    writings: Mapping[str, Writing],
+    shared: Mapping[str, Tensor],
+    made: Mapping[str, Any],
+    base: str | None = None,
+) -> None:
+    """Write deltas by the names of the tensors they change, all at once, in place; `shared`: parts of several."""
+    listed = {
+        name: {
+            "kind": one.kind,
+            "settings": dict(one.settings),
+            "parts": {part: f"{name}.{part}" for part in one.parts} | dict(one.shared),
+        }
+        for name, one in writings.items()
+    }
+    metadata = {METADATA: json.dumps({"base": base, "tensors": listed, "made": dict(made)})}
+    tensors = dict(_named(writings, shared))
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
+    out = [OutTensor(name, DTYPE_NAME[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]
+    shard = Shard(part_of(file.name), tuple(out), metadata)
+    create(file.with_name(shard.file), shard)
+    with closing(ShardFiles(file.parent, [shard])) as output:
+        for name, values in ordered:
+            made_now = values.make() if isinstance(values, Later) else values
+            output.write(name, 0, made_now.contiguous().reshape(-1))
+    file.with_name(shard.file).replace(file)
+
+
+def _named(writings: Mapping[str, Writing], shared: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | Later]]:
+    yield from shared.items()
+    for name, one in writings.items():
+        for part, values in one.parts.items():
+            yield f"{name}.{part}", values
+        if one.orig is not None:
+            yield f"{name}.orig", one.orig

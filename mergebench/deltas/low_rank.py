@@ -1,0 +1,62 @@
+"""LoRA (Hu et al., arXiv:2106.09685), and what differs from it in a scale: rsLoRA, AdaLoRA.
+
+    W' = W + s B diag(E) A
+
+B [rows, r], A [r, columns]; s = alpha / r (rsLoRA, arXiv:2312.03732: alpha / sqrt(r)); E [r] is AdaLoRA's
+(arXiv:2303.10512, eq. 3), ones elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.kind import delta_kind
+
+
+@dataclass(frozen=True)
+class Factors:
+    """B [rows, r], A [r, columns], E [r]."""
+
+    b: Tensor
+    a: Tensor
+    e: Tensor | None = None
+    scale: float = 1.0
+
+
+def factors(p: Factors) -> tuple[Tensor, Tensor]:
+    """B and A with the scale, and E, on B."""
+    return (p.scale * p.b if p.e is None else p.scale * p.b * p.e), p.a
+
+
+def energy(p: Factors, shape: tuple[int, ...]) -> float:
+    """|B A|^2 = <B'B, A A'>, in float64."""
+    b, a = (part.double() for part in factors(p))
+    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+
+
+def complaint(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    """Why factors do not make a matrix of this shape."""
+    b, a, (rows, columns) = shapes["b"], shapes["a"], matrix_shape(shape)
+    if len(b) != 2 or len(a) != 2 or b[1] != a[0] or shapes.get("e", b[1:]) not in (b[1:], (*b[1:], 1)):
+        return f"factors {list(b)} and {list(a)} do not multiply"
+    if (b[0], a[1]) != (rows, columns):
+        return f"factors {list(b)} and {list(a)} make {[b[0], a[1]]}, the tensor has {list(shape)}"
+    return None
+
+
+@delta_kind(
+    paper="arXiv:2106.09685",
+    energy=energy,
+    factors=factors,
+    check=complaint,
+    label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
+)
+def low_rank(p: Factors, tile: slice, base: Tensor | None) -> Tensor:
+    """s B diag(E) A: LoRA, rsLoRA by its scale, AdaLoRA by E."""
+    b = p.scale * p.b[tile]
+    return (b if p.e is None else b * p.e) @ p.a

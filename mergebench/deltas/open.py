@@ -1,0 +1,92 @@
+"""The model that a reference names: a checkpoint, and the deltas after each `+` on top of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mergebench.checkpoint.format import Base
+from mergebench.checkpoint.model import Model, open_checkpoint
+from mergebench.checkpoint.reference import locate
+from mergebench.checkpoint.values import split
+from mergebench.deltas import formats
+from mergebench.deltas.peft.directory import is_adapter, read_directory
+from mergebench.errors import ModelError
+
+_ITS_MODEL = "name the model it belongs to"
+
+
+def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False) -> Model:
+    """Open the model a reference names, `BASE[+DELTA ...]`: headers only, every one checked.
+
+    folders: where relative paths are looked up after the working directory. task_vector: its tensors are differences.
+    Raises `ModelError` where it is missing, no checkpoint, or a delta is not for it; `RunError` where it is damaged.
+    """
+    place = locate(reference, folders)
+    _check_no_delta(reference, place.checkpoint)
+    model = replace(open_checkpoint(reference, place.checkpoint), reference=reference)
+    if any(".lora_A." in name for name in model.tensors):
+        raise ModelError(f"model '{reference}': it is an adapter, not a model", f"{_ITS_MODEL}: BASE+DIRECTORY")
+    for adapter in place.adapters:
+        model = put_on(model, adapter)
+    if task_vector and not model.adapters:
+        model = replace(model, is_task_vector=True)
+    return model
+
+
+def put_on(model: Model, place: Path) -> Model:
+    """The model with the deltas at a place on top of those it has."""
+    known = formats.format_of(place)
+    if known is None:
+        raise _no_format(place)
+    read = known.read(place, Base(model.reference, model.tensors, model.config))
+    deltas = dict(model.deltas)
+    for name, delta in read.deltas.items():
+        deltas[name] = (*deltas.get(name, ()), delta)
+    changed = replace(model, headers=[*model.headers, *read.headers], deltas=deltas, adapters=(*model.adapters, place))
+    _check_tied(changed, place)
+    return changed
+
+
+def _check_no_delta(reference: str, place: Path) -> None:
+    """Refuse a delta where a model is named."""
+    known = formats.format_of(place)
+    if known is None or known.name == "task_vector":
+        return
+    holds_model = known.beside_model and any(place.glob("model*.safetensors*"))
+    if not holds_model and not (known.name == "emr" and (place / "model.safetensors").exists()):
+        raise ModelError(f"model '{reference}': it is {known.what}, not a model", f"{_ITS_MODEL}: BASE+{reference}")
+
+
+def _no_format(place: Path) -> ModelError:
+    """Why what stands after a `+` cannot be put on a model."""
+    if is_adapter(place):
+        config, _ = read_directory(place)
+        types = ", ".join(name.upper() for name in formats.names() if formats.get(name).what == "an adapter")
+        return ModelError(f"{place}: adapter type {config.get('peft_type')!r} is not supported, only {types}")
+    if place.is_dir():
+        read_directory(place)  # says that it is no adapter
+    if place.suffix == ".safetensors":
+        return ModelError(f"{place}: not a patch", "a patch is what `mergebench edit` writes beside the model")
+    return ModelError(f"{place}: an adapter is a directory, a patch a .safetensors file")
+
+
+def _check_tied(model: Model, place: Path) -> None:
+    """Half of a tied pair cannot change alone: what PEFT makes of the other half is not in the files."""
+    if not model.config.get("tie_word_embeddings", True):
+        return
+    for name, deltas in model.deltas.items():
+        if (
+            len(model.tensors[name].shape) == 2
+            and _TIED.search(name)
+            and split(model.tensors[name], deltas)[0].file != (model.tensors[name].file)
+        ):
+            raise ModelError(
+                f"{place}: '{name}' is saved whole, the base ties input and output embeddings",
+                "fold it with PEFT's merge_and_unload() and name the model that gives",
+            )
+
+
+_TIED = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|shared|word_embeddings|lm_head|embed_out|decoder)\.weight$")

@@ -1,0 +1,73 @@
+"""A directory as PEFT saves it, of any type: config and header, and tensors that take the place of the base's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint.header import Header, read_header
+from mergebench.errors import ModelError, RunError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before a module's name
+_BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
+
+
+def is_adapter(directory: Path) -> bool:
+    return (directory / CONFIG).is_file()
+
+
+def of_type(kind: str) -> Callable[[Path], bool]:
+    """Whether a place is a directory of this PEFT type, as its config says."""
+
+    def claims(place: Path) -> bool:
+        return is_adapter(place) and peft_type(place) == kind
+
+    return claims
+
+
+def peft_type(directory: Path) -> str | None:
+    """The type that the config names; None where it names none, or cannot be read."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("peft_type") if isinstance(config, dict) else None
+
+
+def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
+    """Config and header of what PEFT saved, of any type; `ModelError` where it is no adapter."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(
+            f"{directory}: not an adapter: no {CONFIG}",
+            "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
+        ) from None
+    except (OSError, ValueError):
+        raise RunError(f"{directory / CONFIG}: not readable as JSON") from None
+    if not isinstance(config, dict):
+        raise RunError(f"{directory / CONFIG}: not a JSON object")
+    if not (directory / WEIGHTS).is_file():
+        found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
+        raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
+    return config, read_header(directory / WEIGHTS)
+
+
+def whole_name(directory: Path, stored: str, name: str, config: Mapping[str, Any]) -> str:
+    """The name of the base's tensor that a tensor saved whole replaces, without PEFT's wrappers."""
+    bias = _BIAS.fullmatch(name)
+    if bias is not None and config.get("bias", "none") != "none":
+        return f"{bias[1]}.bias"
+    inside = any(f"{module}." in name for module in saved_modules(config))
+    if not inside or "lora_" in name or ".base_layer." in name:
+        raise ModelError(f"{directory}: {stored}: not a LoRA factor of a linear layer: not supported yet")
+    return name
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    saved = config.get("modules_to_save") or []
+    return [str(module) for module in (saved if isinstance(saved, list) else [saved])]

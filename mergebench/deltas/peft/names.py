@@ -1,0 +1,88 @@
+"""The base's names for what a PEFT directory changes, and deltas put on the base's tensors by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.format import Base
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.kind import DeltaKind, Part
+from mergebench.checkpoint.names import match
+from mergebench.errors import ModelError
+
+OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
+
+
+class Names:
+    """The base's names for what an adapter changes.
+
+    It may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`), or whose version
+    calls its parts otherwise. shapes: of the tensors it changes, by the adapter's names, as the base stores them.
+    """
+
+    def __init__(self, directory: Path, base: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._directory, self._base, self._shapes = directory, base, shapes
+
+    def find(self, name: str) -> str:
+        """The base tensor that goes by `name`; `ModelError` where there is none."""
+        if name in self._base:
+            return name
+        ends: list[str] = [*self._longer.get(name, ()), *(end for end in _ends(name) if end in self._base)]
+        if len(ends) == 1:
+            return ends[0]
+        if name not in self._matched:
+            raise ModelError(f"{self._directory}: the base has no tensor '{name}' to adapt", OTHER_MODEL)
+        return self._matched[name]
+
+    @cached_property
+    def _longer(self) -> dict[str, list[str]]:
+        """The base's names by their ends."""
+        longer: dict[str, list[str]] = {}
+        for name in self._base:
+            for end in _ends(name):
+                longer.setdefault(end, []).append(name)
+        return longer
+
+    @cached_property
+    def _matched(self) -> dict[str, str]:
+        return match(self._shapes, self._base)
+
+
+class Placing:
+    """Puts the deltas of a PEFT directory on the base's tensors, one on each."""
+
+    def __init__(self, directory: Path, base: Base, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._directory, self._base, self._shapes = directory, base, shapes
+        self._names = Names(directory, base.tensors, shapes)
+        self.deltas: dict[str, Delta] = {}
+
+    def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
+        """A delta on the tensor that the adapter calls `stored`; returns the base's name.
+
+        `ModelError` where the base has none, or one of another shape or of integers, or where it is changed already.
+        """
+        name = self._names.find(stored)
+        target, shape = self._base.tensors[name], self._shapes[stored]
+        if name in self.deltas:
+            raise ModelError(f"{self._directory}: {what}: '{name}' is changed twice")
+        if shape != target.shape:
+            text = f"the adapter changes {list(shape)}, base has {list(target.shape)}"
+            raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL)
+        if not target.is_float:
+            text = f"base has it as {target.dtype}: only floats can be adapted"
+            raise ModelError(f"{self._directory}: {what}: {text}")
+        try:
+            self.deltas[name] = kind.on(target.shape, parts, **settings)
+        except ValueError as error:
+            raise ModelError(f"{self._directory}: {what}: {error}") from None
+        return name
+
+
+def _ends(name: str) -> Iterator[str]:
+    """`b.c` and `c` of `a.b.c`."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

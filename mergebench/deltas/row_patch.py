@@ -1,0 +1,84 @@
+"""Model surgery (arXiv:2407.08770): a direction added to some rows, each its own amount of it.
+
+Rows are neurons' vectors. torch's Linear stores them as rows [..., neurons, width]; GPT-2's Conv1D, and experts of
+some mixtures, as columns [..., width, neurons]. Where experts stand in front, neurons are numbered through:
+expert * neurons + neuron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.kind import delta_kind
+
+
+@dataclass(frozen=True)
+class Patch:
+    """direction [width], rows int64 [k] ascending, amount [k]."""
+
+    direction: Tensor
+    rows: Tensor
+    amount: Tensor
+    columns: int = 0  # neurons are columns, so many in an expert; 0: they are rows
+
+
+def _energy(p: Patch, shape: tuple[int, ...]) -> float:
+    """|amounts|^2 |direction|^2, in float64."""
+    return float(p.amount.double().square().sum() * p.direction.double().square().sum())
+
+
+def _complaint(
+    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]
+) -> str | None:
+    direction, rows, columns = shapes["direction"], shapes["rows"], settings["columns"]
+    if len(direction) != 1 or len(rows) != 1 or shapes["amount"] != rows:
+        return f"rows {list(rows)}, amounts {list(shapes['amount'])} and direction {list(direction)} do not go together"
+    fits = len(shape) in (2, 3) and (shape[-2:] == (*direction, columns) if columns else shape[-1:] == direction)
+    return None if fits else f"the patch changes {rows[0]} vectors of {direction[0]} elements"
+
+
+def _validate(p: Patch, shape: tuple[int, ...]) -> str | None:
+    """Neurons in order, and none beyond the last."""
+    count = math.prod(shape) // len(p.direction)
+    if not len(p.rows) or (p.rows.diff() <= 0).any() or p.rows[0] < 0:
+        return "the rows are not in order"
+    return None if p.rows[-1] < count else f"the patch changes vector {int(p.rows[-1])}, of {count}"
+
+
+@delta_kind(
+    paper="arXiv:2407.08770",
+    energy=_energy,
+    check=_complaint,
+    validate=_validate,
+    label=lambda parts, settings: f"{parts['rows'].numel} neurons",
+)
+def row_patch(p: Patch, tile: slice, base: Tensor | None) -> Tensor:
+    """amount_i * direction for each changed neuron i."""
+    width, height = len(p.direction), tile.stop - tile.start
+    # adding -0.0 changes no bit, adding 0.0 turns -0.0 into 0.0: what is not changed stays as it is
+    out = torch.full((height, p.columns or width), -0.0, device=p.direction.device)
+    if not p.columns:
+        chosen = _between(p.rows, tile.start, tile.stop)
+        out[p.rows[chosen] - tile.start] = p.amount[chosen, None] * p.direction
+        return out
+    first = tile.start
+    while first < tile.stop:  # coordinates of one expert after the other
+        expert, coordinate = divmod(first, width)
+        stop = min(tile.stop, (expert + 1) * width)
+        chosen = _between(p.rows, expert * p.columns, (expert + 1) * p.columns)
+        direction = p.direction[coordinate : coordinate + stop - first, None]
+        out[first - tile.start : stop - tile.start, p.rows[chosen] - expert * p.columns] = p.amount[chosen] * direction
+        first = stop
+    return out
+
+
+def _between(rows: Tensor, first: int, stop: int) -> slice:
+    """The places of the rows numbered `first` to `stop`."""
+    low, high = torch.searchsorted(rows, torch.tensor([first, stop], device=rows.device)).tolist()
+    return slice(low, high)

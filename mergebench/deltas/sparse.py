@@ -1,0 +1,24 @@
+"""A few elements of a tensor: a mask over a difference that tasks share, as EMR-Merging's (arXiv:2405.17461)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergebench.checkpoint.kind import Mask, Rows, delta_kind
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A vector of the tensor's shape, and a bit for each of its elements."""
+
+    vector: Rows
+    mask: Mask
+    scale: float = 1.0
+
+
+@delta_kind(paper="arXiv:2405.17461", label=lambda parts, settings: f"mask x {settings['scale']:.4g}")
+def sparse(p: Masked, tile: slice, base: Tensor | None) -> Tensor:
+    """scale * mask * vector."""
+    return p.vector[tile] * p.scale * p.mask[tile]

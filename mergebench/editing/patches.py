@@ -1,0 +1,141 @@
+"""A patch: what an edit did to a model, small beside it, to be applied and taken back bit for bit.
+
+It is a file of deltas (`deltas.formats.native`) whose deltas are row patches that share one direction. The new vectors
+are orig + amount * direction, in float32, cast once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.files import DTYPE_NAME, Files, whole
+from mergebench.checkpoint.format import Base
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.model import Model
+from mergebench.deltas.formats.native import DeltaFile, Later, Writing, read_file, write_file
+from mergebench.editing.neurons import Neurons, vectors
+from mergebench.errors import ModelError, RunError
+
+BLOCK = 1 << 16  # elements worked on at once: they stay in the cache
+
+
+class Change(NamedTuple):
+    """What changes in one tensor: neurons [k], how much of the direction each gets [k], their vectors before [k, d]."""
+
+    numbers: Tensor  # int64, ascending
+    amounts: Tensor  # float32
+    originals: Tensor  # as stored
+    transposed: bool
+
+    def edited(self, direction: Tensor) -> Tensor:
+        """The vectors after, [k, d] as stored."""
+        exact = torch.promote_types(self.originals.dtype, torch.float32)
+        out, step = torch.empty_like(self.originals), max(BLOCK // max(len(direction), 1), 1)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            added = self.amounts[rows, None].to(exact) * direction.to(exact)
+            out[rows] = added.add_(self.originals[rows])  # cast once
+        return out
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch file, header checked; made by `open_patch`."""
+
+    read: DeltaFile
+    direction: Tensor  # [width] float32
+
+    @property
+    def file(self) -> Path:
+        return self.read.file
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.read.entries)
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Edit, alpha, rows and the like."""
+        return self.read.made
+
+    def numbers(self, name: str) -> Tensor:
+        """Which neurons of the tensor `name` change, int64 ascending."""
+        return self._part(name, "rows")
+
+    def amounts(self, name: str) -> Tensor:
+        """How much of the direction each of them gets, [k] float32."""
+        return self._part(name, "amount")
+
+    def columns(self, name: str) -> bool:
+        """Whether the tensor's neurons are columns."""
+        return name in self.read.turned or bool(self.read.entries[name].settings.get("columns"))
+
+    def change(self, name: str) -> Change:
+        """What changes in the tensor `name`."""
+        info = self.read.entries[name].orig
+        assert info is not None
+        with Files() as files:
+            originals = whole(files, info)
+        return Change(self.numbers(name), self.amounts(name), originals, self.columns(name))
+
+    def neurons(self, model: Model, name: str) -> Neurons:
+        """Where the tensor's neurons are in a model; `ModelError` where they cannot be."""
+        return self.neurons_in(model.tensors, model.reference, name)
+
+    def neurons_in(self, tensors: Mapping[str, TensorInfo], reference: str, name: str) -> Neurons:
+        """Where they are in the tensors of the model that goes by `reference`."""
+        self.read.on(name, Base(reference, tensors, {}))
+        return Neurons(tensors[name], self.columns(name))
+
+    def _part(self, name: str, part: str) -> Tensor:
+        with Files() as files:
+            return whole(files, self.read.entries[name].parts[part])
+
+
+def open_patch(file: str | Path) -> Patch:
+    """Read a patch's header and direction; `ModelError` where it is missing or no patch, `RunError` where damaged."""
+    read = read_file(file)
+    entries = read.entries.values()
+    directions = {entry.parts["direction"].name for entry in entries if "direction" in entry.parts}
+    if any(entry.kind != "row_patch" or entry.orig is None for entry in entries) or len(directions) != 1:
+        hint = "put it on a model as MODEL+FILE; a patch is what `mergebench edit` writes beside the model"
+        raise ModelError(f"{file}: its deltas are not those of one edit", hint)
+    first = next(iter(entries))
+    with Files() as files:
+        return Patch(read, whole(files, first.parts["direction"]))
+
+
+def write_patch(
+    file: Path,
+    model: Model,
+    direction: Tensor,
+    changes: Mapping[str, tuple[Tensor, Tensor]],
+    columns: frozenset[str],
+    about: Mapping[str, Any],
+) -> None:
+    """Write the patch that gives the neurons `changes[NAME][0]` (int64, ascending) of a model's tensors
+    `changes[NAME][1]` (float32) times the direction; their vectors before are the model's. All at once, in place."""
+    with Files() as files:
+        values, writings = model.values(files), {}
+        for name, (numbers, amounts) in changes.items():
+            neurons = Neurons(model.tensors[name], name in columns)
+            make = partial(vectors, values, neurons, numbers)
+            settings = {"columns": neurons.info.shape[-1]} if name in columns else {}
+            parts = {"rows": numbers, "amount": amounts}
+            before = Later(values.copied_type(name), (len(numbers), len(direction)), make)
+            writings[name] = Writing("row_patch", settings, parts, {"direction": "direction"}, before)
+        write_file(file, writings, {"direction": direction}, about)
+
+
+def check_finite(name: str, edited: Tensor) -> None:
+    """Refuse a vector that the stored type cannot hold."""
+    if not math.isfinite(edited.sum(dtype=torch.float32)) and not edited.isfinite().all():
+        raise RunError(f"{name}: the edited rows do not fit into {DTYPE_NAME[edited.dtype]}", "choose a smaller alpha")
