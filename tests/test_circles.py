@@ -38,8 +38,9 @@ def graph_of(package: Path) -> Graph:
     graph: Graph = {path: set() for path in files}
     for path in files:
         for module in imported(path, package):
-            # the version is a constant of the package: whoever writes it down imports none of its public names
-            if module.split(".")[0] == package.name and module != f"{package.name}.__version__":
+            # whoever writes down the version, a constant of the package, imports none of its public names
+            version = (package.name, f"{package.name}.__version__")
+            if module.split(".")[0] == package.name and module not in version:
                 target = file_of(module)
                 if target is not None:
                     graph[path].add(target)
