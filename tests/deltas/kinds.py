@@ -114,7 +114,16 @@ def write_world(folder: Path) -> Path:
 def merge(out: str, method: str, models: Sequence[Any], base: str | None = None, **more: Any) -> dict[str, Tensor]:
     """The tensors that a recipe gives; a model is a reference, or an entry as a mapping."""
     entries = [one if isinstance(one, dict) else {"model": one} for one in models]
-    recipe = {"merge_method": method, "models": entries} | ({"base_model": base} if base else {}) | more
+    return carry_out({"merge_method": method, "models": entries} | ({"base_model": base} if base else {}) | more, out)
+
+
+def merge_slices(out: str, method: str, *slices: list[tuple[str, int, int]], **more: Any) -> dict[str, Tensor]:
+    """The tensors that slices give; a source is (model, first layer, end)."""
+    parts = [{"sources": [{"model": m, "layer_range": [a, b]} for m, a, b in one]} for one in slices]
+    return carry_out({"merge_method": method, "slices": parts, **more}, out)
+
+
+def carry_out(recipe: dict[str, Any], out: str) -> dict[str, Tensor]:
     return read_model(mergebench.run(mergebench.plan(mergebench.load(recipe), device="cpu"), out).out)
 
 
@@ -128,4 +137,7 @@ def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], clos
     """To the bit, or within `close`."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}")
+        try:
+            torch.testing.assert_close(found[name], value, rtol=close, atol=close)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
