@@ -18,6 +18,7 @@ from typing import Any
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.model import VECTOR
 from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.deltas.open import open_model
 from mergebench.editing import edits
@@ -168,7 +169,9 @@ def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32
         dtype=dtype,
         recipe={"task_vector": model, "base_model": base, "dtype": dtype},
     )
-    return run_plan(plan_merge(merge), Path(out), overwrite=overwrite)
+    planned = plan_merge(merge)
+    vectors = [replace(shard, metadata=VECTOR) for shard in planned.shards]
+    return run_plan(replace(planned, shards=vectors), Path(out), overwrite=overwrite)
 
 
 def plan_fold(

@@ -21,6 +21,7 @@ ROOMS = [
     "methods",
     "networks",
     "engine",
+    "deltas",
     "checkpoint",
     "plugins",
     "errors",

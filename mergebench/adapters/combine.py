@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from mergebench import methods
-from mergebench.adapters.lowrank import Product, compress, truncate
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.values import chain
 from mergebench.deltas.formats.lora import Adapter, Factors
+from mergebench.deltas.svd import Product, compress, truncate
 from mergebench.engine.context import Context
 from mergebench.engine.method import Method
 from mergebench.engine.replay import run_at_once, run_in_chunks

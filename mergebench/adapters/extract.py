@@ -20,13 +20,13 @@ import torch
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Differences
-from mergebench.adapters.lowrank import Product, keep_energy, truncate
 from mergebench.adapters.peft_names import task_type
 from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
+from mergebench.deltas.svd import Product, keep_energy, truncate
 from mergebench.engine.provenance import inputs, places
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result

@@ -17,7 +17,6 @@ import torch
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
-from mergebench.adapters.lowrank import Product
 from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import Model
@@ -25,6 +24,7 @@ from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
+from mergebench.deltas.svd import Product
 from mergebench.editing.patches import Patch, open_patch
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError

@@ -18,7 +18,6 @@ from typing import Any
 from mergebench import __version__
 from mergebench.adapters import combine, peft_directory
 from mergebench.adapters.combine import ELEMENTWISE, KNOWN, SUMS, Job, OnBase, Part, built_in
-from mergebench.adapters.lowrank import Product
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
@@ -29,6 +28,7 @@ from mergebench.deltas.formats.lora import Adapter, lora, read_adapter, shapes_o
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.peft.names import Names
+from mergebench.deltas.svd import Product
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergebench.adapters.lowrank import Product
 from mergebench.checkpoint.files import write_error
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles
 from mergebench.deltas.formats.lora import Adapter
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
+from mergebench.deltas.svd import Product
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHARED = ("task_type", "auto_mapping", "revision")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from mergebench.checkpoint.header import Reader, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TILE = 1 << 16  # elements of a tile, at most, unless a row is longer
 
@@ -85,7 +86,7 @@ class Folded:
         self._count, self._columns = matrix_shape(delta.shape)
         self._opened = delta.open(files, device, below)
         self._last: tuple[int, bool] | None = None  # first row, and whether W' or W' - W
-        self._tile = torch.empty(0)
+        self._tile: Tensor | None = None
 
     def read(self, start: int, out: Tensor) -> None:
         """Fill the flat `out` with W' from element `start`."""
@@ -113,10 +114,12 @@ class Folded:
 
     def _at(self, row: int, folded: bool) -> Tensor:
         """The flat tile that begins at `row`."""
-        if self._last != (row, folded):
+        if self._tile is None or self._last != (row, folded):
             rows = min(self._opened.rows, self._count - row)
             base = None
             if self.needs_base:
+                import torch  # headers are read without it
+
                 base = torch.empty(rows * self._columns, device=self._device)
                 self.below.read(row * self._columns, base)
                 base = base.view(rows, self._columns)

@@ -34,20 +34,21 @@ class Format:
     what: str  # what a place of this format is called in a message: an adapter, a patch
     claims: Callable[[Path], bool]
     read: Callable[[Path, Base], Deltas]
-    beside_model: bool  # its directories may hold a whole model too, which then is what a plain reference means
+    alone: Callable[[Path], bool]  # whether such a place can be no model as well
 
 
 def delta_format(
-    *, what: str, claims: Callable[[Path], bool], beside_model: bool = False
+    *, what: str, claims: Callable[[Path], bool], alone: Callable[[Path], bool] = lambda place: True
 ) -> Callable[[Callable[[Path, Base], Deltas]], Format]:
     """Declare a function `(path, base) -> Deltas` as a format.
 
     The function raises `ModelError` where the deltas do not belong to this base, `RunError` where a file is damaged;
     every tensor it finds is consumed, or refused by name. `what`: what such a place is called in messages. `claims`:
-    whether a place is of this format, told from a look at names or a header.
+    whether a place is of this format, told from a look at names or a header. `alone`: whether a place that is can be no
+    model as well; one that can is a model where it stands before the first `+`.
     """
 
     def declare(function: Callable[[Path, Base], Deltas]) -> Format:
-        return Format(function.__name__, what, claims, function, beside_model)
+        return Format(function.__name__, what, claims, function, alone)
 
     return declare

@@ -25,24 +25,24 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mergebench.checkpoint.delta import Opened, Source, matrix_shape, tile_rows
-from mergebench.checkpoint.files import TORCH_DTYPE, whole
-from mergebench.checkpoint.header import Reader, TensorInfo
+from mergebench.checkpoint.header import FLOATS, Reader, TensorInfo
 
-# Parts as large as the tensor itself: `p.values[tile]` reads the rows of a tile, and only those.
-Rows = Annotated[Tensor, "rows"]  # of the tensor's shape
-Mask = Annotated[Tensor, "mask"]  # one bit an element, packed: bit i % 8 of byte i // 8 is element i's
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Tile = Callable[[Any, slice, Tensor | None], Tensor]
+    Fold = Callable[[Any, slice, Tensor], Tensor]
 
 StoredAs = Literal["replacement", "difference"] | None
-Tile = Callable[[Any, slice, Tensor | None], Tensor]
-Fold = Callable[[Any, slice, Tensor], Tensor]
+Check = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], None]  # see `delta_kind`
 Prepare = Callable[[Any, Source, tuple[int, ...]], Any]  # the parts, W and its shape
+DTYPES = {
+    "tensor": FLOATS, "rows": FLOATS, "indices": {"I64"}, "mask": {"U8"},
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -74,8 +74,8 @@ class DeltaKind:
     whole: bool  # it cannot be cut: a tile is all rows
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
     factors: Callable[[Any], tuple[Tensor, Tensor] | None] | None  # B and A with W' - W = B A, where that is exact
-    check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], str | None] | None
-    validate: Callable[[Any, tuple[int, ...]], str | None] | None  # a complaint about the parts' values, or None
+    check: Check | None
+    validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, about the parts' values
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # by the settings, what its one part is as it is stored
 
@@ -92,13 +92,15 @@ class DeltaKind:
     @cached_property
     def fields(self) -> dict[str, FieldOf]:
         """The fields of its dataclass by name."""
+        from mergebench.checkpoint.parts import sort_of  # torch comes with it
+
         hints = typing.get_type_hints(self.parts, include_extras=True)
-        return {f.name: FieldOf(f.name, _sort(hints[f.name]), f.default) for f in dataclasses.fields(self.parts)}
+        return {f.name: FieldOf(f.name, sort_of(hints[f.name]), f.default) for f in dataclasses.fields(self.parts)}
 
     def on(self, shape: tuple[int, ...], parts: Mapping[str, Part | TensorInfo | None], **settings: Any) -> StoredDelta:
         """A delta of this kind on a tensor of `shape`: its parts as they are stored, and its settings.
 
-        Raises `ValueError` where parts or settings are missing, unknown, or do not fit the tensor.
+        Raises `Misfit` where they are not of this tensor, else `ValueError` where they are unsound.
         """
         stored = {
             name: part if isinstance(part, Part) else Part(part) for name, part in parts.items() if part is not None
@@ -110,28 +112,22 @@ class DeltaKind:
         strange = [n for n in (*stored, *settings) if n not in self.fields]
         if strange:
             raise ValueError(f"{self.name} has no '{strange[0]}'")
+        for name, part in stored.items():
+            if part.info.dtype not in DTYPES[self.fields[name].sort]:
+                raise ValueError(f"'{name}' is {part.info.dtype}")
         everything = {n: f.default for n, f in self.fields.items() if f.sort == "setting"} | settings
         if self.check is not None:
             shapes = {name: part.info.shape[:: -1 if part.transposed else 1] for name, part in stored.items()}
-            complaint = self.check(shapes, everything, shape)
-            if complaint:
-                raise ValueError(complaint)
+            self.check(shapes, everything, shape)
         return StoredDelta(self, shape, tuple(stored.items()), tuple(everything.items()))
+
+
+class Misfit(ValueError):
+    """A delta that is sound, and not of this tensor."""
 
 
 def _named(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
-
-
-def _sort(hint: Any) -> str:
-    """What a field holds, by its type."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Annotated:
-        return str(hint.__metadata__[0])
-    for inner in (hint, *arguments):
-        if typing.get_origin(inner) is Annotated:
-            return _sort(inner)
-    return "tensor" if Tensor in (hint, *arguments) else "setting"
 
 
 @dataclass(frozen=True)
@@ -186,11 +182,11 @@ class StoredDelta:
 
     def resident(self) -> int:
         """Bytes that an open one holds: its parts as float32, but for those that are read tile by tile."""
-        sorts = {name: about.sort for name, about in self.of.fields.items()}
+        fields = self.of.fields
         return sum(
-            max(4, TORCH_DTYPE[info.dtype].itemsize * (not info.is_float)) * info.numel
+            (4 if info.is_float else 8) * info.numel
             for name, info in self.part.items()
-            if sorts[name] == "tensor"
+            if fields[name].sort in ("tensor", "indices")
         )
 
     def describe(self) -> str:
@@ -200,11 +196,13 @@ class StoredDelta:
 
     def load(self, files: Reader, device: torch.device) -> Any:
         """The kind's dataclass, its parts in memory, or read as their rows are asked for."""
+        from mergebench.checkpoint.parts import load
+
         values: dict[str, Any] = dict(self.setting)
         for name, about in self.of.fields.items():
             if about.sort != "setting":
                 part = dict(self.parts).get(name)
-                values[name] = None if part is None else _load(files, device, part, about.sort, self.shape)
+                values[name] = None if part is None else load(files, device, *part, about.sort, self.shape)
         return self.of.parts(**values)
 
     def open(self, files: Reader, device: torch.device, base: Source) -> Opened:
@@ -242,46 +240,6 @@ class InMemory:
         return slice(first, min(first + self.rows, matrix_shape(self.shape)[0]))
 
 
-def _load(files: Reader, device: torch.device, part: Part, sort: str, shape: tuple[int, ...]) -> Any:
-    if sort == "rows":
-        return _StreamedRows(files, device, part.info, shape)
-    if sort == "mask":
-        return _StreamedMask(files, device, part.info, shape)
-    values = whole(files, part.info)
-    values = values.float() if part.info.is_float else values
-    return (values.T.contiguous() if part.transposed else values).to(device)
-
-
-class _StreamedRows:
-    """Rows of a stored tensor, read when they are asked for."""
-
-    def __init__(self, files: Reader, device: torch.device, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        self._files, self._device, self._info = files, device, info
-        self._columns = matrix_shape(shape)[1]
-
-    def __getitem__(self, tile: slice) -> Tensor:
-        """float32 [rows, columns]."""
-        rows = torch.empty((tile.stop - tile.start) * self._columns, dtype=TORCH_DTYPE[self._info.dtype])
-        self._files.read_elements(self._info, tile.start * self._columns, rows)
-        return rows.to(self._device).float().view(-1, self._columns)
-
-
-class _StreamedMask:
-    """Rows of a mask of packed bits, read when they are asked for."""
-
-    def __init__(self, files: Reader, device: torch.device, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        self._files, self._device, self._info = files, device, info
-        self._columns = matrix_shape(shape)[1]
-
-    def __getitem__(self, tile: slice) -> Tensor:
-        """uint8 [rows, columns], zeros and ones."""
-        first, stop = tile.start * self._columns, tile.stop * self._columns
-        packed = np.empty(max((stop - 1) // 8 - first // 8 + 1, 0) if stop > first else 0, np.uint8)
-        self._files.read_into(self._info.file, self._info.offset + first // 8, packed.data)
-        bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: stop - first]
-        return torch.from_numpy(bits).to(self._device).view(-1, self._columns)
-
-
 def delta_kind(
     *,
     paper: str,
@@ -291,8 +249,8 @@ def delta_kind(
     whole: bool = False,
     energy: Callable[[Any, tuple[int, ...]], float] | None = None,
     factors: Callable[[Any], tuple[Tensor, Tensor] | None] | None = None,
-    check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], str | None] | None = None,
-    validate: Callable[[Any, tuple[int, ...]], str | None] | None = None,
+    check: Check | None = None,
+    validate: Callable[[Any, tuple[int, ...]], None] | None = None,
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None = None,
 ) -> Callable[[Tile], DeltaKind]:
@@ -302,10 +260,11 @@ def delta_kind(
     the settings, where it is a function of them), else None. `paper`: where the formula stands. `folds`: W' itself,
     where W plus the tile is not it to the bit. `prepare`: what to know before the first tile; may read all of W.
     `whole`: it cannot be cut into tiles. `energy`: the squared norm of W' - W in closed form. `factors`: B and A whose
-    product W' - W is, where that is exact. `check`: a complaint about the shapes of the parts (by name), the settings
-    and the tensor's shape, or None. `validate`: one about the values of the parts, where they are small. `label`: a
-    few words for tables, of stored parts and settings. `stored_as`: whether, by the settings, its only part is W' as it
-    is stored, or W' - W, and may be read without tiles.
+    product W' - W is, where that is exact. `check`: of the shapes of the parts by name, the settings and the tensor's
+    shape; raises `ValueError` where they are unsound, `Misfit` where they are not of this tensor. `validate`: the same
+    of parts and the tensor's shape, where the values are few enough to be looked at. `label`: a few words for tables,
+    of stored parts and settings. `stored_as`: whether, by the settings, its only part is W' as it is stored, or W' - W,
+    and may be read without tiles.
     """
 
     def declare(function: Tile) -> DeltaKind:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint.delta import Delta
-from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.fp8 import find_scales
 from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
-from mergebench.checkpoint.values import Values
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     import torch
+
+    from mergebench.checkpoint.files import Files
+    from mergebench.checkpoint.values import Values
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VECTOR = {"holds": "task vector"}  # metadata of a file whose tensors are differences
@@ -82,10 +82,14 @@ class Model:
 
     def values(self, files: Files) -> Values:
         """The values of its tensors, deltas folded in."""
+        from mergebench.checkpoint.values import Values
+
         return Values(self.tensors, self.deltas, files)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors in memory: floats as float32 with the deltas folded in, the others as stored."""
+        from mergebench.checkpoint.files import Files
+
         if self.is_task_vector:
             raise ModelError(f"model '{self.reference}': it holds differences to a base, no model", _VECTOR_HINT)
         with Files() as files:
@@ -117,6 +121,8 @@ def open_checkpoint(reference: str, place: Path) -> Model:
         raise ModelError(f"model '{reference}': it holds no tensors")
     config = Model(reference, directory, headers, tensors).config  # a damaged one shows here, not when all is done
     if any(info.dtype in FP8 for info in tensors.values()):
+        from mergebench.checkpoint.fp8 import find_scales  # torch comes with it
+
         tensors = find_scales(reference, tensors, config)
     return Model(reference, directory, headers, tensors, is_task_vector=holds_vector(headers))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mergebench.checkpoint.kind import Rows, StoredAs, delta_kind
+from mergebench.checkpoint.kind import StoredAs, delta_kind
+from mergebench.checkpoint.parts import Rows
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.delta import Source, matrix_shape, tile_rows
-from mergebench.checkpoint.kind import delta_kind
+from mergebench.checkpoint.kind import Misfit, delta_kind
 from mergebench.deltas import low_rank
 
 
@@ -50,20 +50,18 @@ def _adapted(p: Dora, tile: slice, base: Tensor) -> Tensor:
     return base + p.scale * p.b[tile] @ p.a
 
 
-def _complaint(
-    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]
-) -> str | None:
+def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     out = matrix_shape(shape)[1 if settings["columns"] else 0]
     if shapes["magnitude"] != (out,):
-        return f"magnitude {list(shapes['magnitude'])} is not one norm for each of {out} output rows"
-    return low_rank.complaint(shapes, settings, shape)
+        raise Misfit(f"magnitude {list(shapes['magnitude'])} is not one norm for each of {out} output rows")
+    low_rank.check(shapes, settings, shape)
 
 
 @delta_kind(
     paper="arXiv:2402.09353",
     needs_base=True,
     prepare=_column_norms,
-    check=_complaint,
+    check=_check,
     label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
 )
 def dora(p: Dora, tile: slice, base: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mergebench.checkpoint.delta import matrix_shape
-from mergebench.checkpoint.kind import delta_kind
+from mergebench.checkpoint.kind import Misfit, delta_kind
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,20 @@ def energy(p: Factors, shape: tuple[int, ...]) -> float:
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
 
 
-def complaint(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    """Why factors do not make a matrix of this shape."""
+def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Factors multiply, and make a matrix of this shape."""
     b, a, (rows, columns) = shapes["b"], shapes["a"], matrix_shape(shape)
     if len(b) != 2 or len(a) != 2 or b[1] != a[0] or shapes.get("e", b[1:]) not in (b[1:], (*b[1:], 1)):
-        return f"factors {list(b)} and {list(a)} do not multiply"
+        raise ValueError(f"factors {list(b)} and {list(a)} do not multiply")
     if (b[0], a[1]) != (rows, columns):
-        return f"factors {list(b)} and {list(a)} make {[b[0], a[1]]}, the tensor has {list(shape)}"
-    return None
+        raise Misfit(f"the factors make {[b[0], a[1]]}")
 
 
 @delta_kind(
     paper="arXiv:2106.09685",
     energy=energy,
     factors=factors,
-    check=complaint,
+    check=check,
     label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
 )
 def low_rank(p: Factors, tile: slice, base: Tensor | None) -> Tensor:

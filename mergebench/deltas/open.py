@@ -8,14 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergebench.checkpoint.format import Base
+from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, open_checkpoint
 from mergebench.checkpoint.reference import locate
-from mergebench.checkpoint.values import split
-from mergebench.deltas import formats
-from mergebench.deltas.peft.directory import is_adapter, read_directory
+from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
 from mergebench.errors import ModelError
-
-_ITS_MODEL = "name the model it belongs to"
 
 
 def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False) -> Model:
@@ -25,10 +22,13 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
     Raises `ModelError` where it is missing, no checkpoint, or a delta is not for it; `RunError` where it is damaged.
     """
     place = locate(reference, folders)
-    _check_no_delta(reference, place.checkpoint)
-    model = replace(open_checkpoint(reference, place.checkpoint), reference=reference)
-    if any(".lora_A." in name for name in model.tensors):
-        raise ModelError(f"model '{reference}': it is an adapter, not a model", f"{_ITS_MODEL}: BASE+DIRECTORY")
+    try:
+        model = replace(open_checkpoint(reference, place.checkpoint), reference=reference)
+    except ModelError:
+        _refuse_delta(reference, place.checkpoint)
+        raise
+    if not _is_plain(model, place.checkpoint):
+        _refuse_delta(reference, place.checkpoint)
     for adapter in place.adapters:
         model = put_on(model, adapter)
     if task_vector and not model.adapters:
@@ -38,6 +38,8 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
 
 def put_on(model: Model, place: Path) -> Model:
     """The model with the deltas at a place on top of those it has."""
+    from mergebench.deltas import formats  # torch comes with them
+
     known = formats.format_of(place)
     if known is None:
         raise _no_format(place)
@@ -50,18 +52,29 @@ def put_on(model: Model, place: Path) -> Model:
     return changed
 
 
-def _check_no_delta(reference: str, place: Path) -> None:
+def _is_plain(model: Model, place: Path) -> bool:
+    """Whether there is no reason to ask the formats, which need torch, if this is a model."""
+    named = not place.is_dir() or (place / SINGLE).exists() or (place / INDEX).exists()
+    silent = all(header.metadata.keys() <= {"format"} for header in model.headers)
+    return named and silent and any(info.is_float for info in model.tensors.values())
+
+
+def _refuse_delta(reference: str, place: Path) -> None:
     """Refuse a delta where a model is named."""
+    from mergebench.deltas import formats
+
     known = formats.format_of(place)
-    if known is None or known.name == "task_vector":
-        return
-    holds_model = known.beside_model and any(place.glob("model*.safetensors*"))
-    if not holds_model and not (known.name == "emr" and (place / "model.safetensors").exists()):
-        raise ModelError(f"model '{reference}': it is {known.what}, not a model", f"{_ITS_MODEL}: BASE+{reference}")
+    what = known.what if known is not None and known.alone(place) else None
+    if known is None and is_adapter(place) and holds_no_model(place):
+        what = "an adapter"
+    if what is not None:
+        raise ModelError(f"model '{reference}': it is {what}, not a model", f"name its base: BASE+{reference}")
 
 
 def _no_format(place: Path) -> ModelError:
     """Why what stands after a `+` cannot be put on a model."""
+    from mergebench.deltas import formats
+
     if is_adapter(place):
         config, _ = read_directory(place)
         types = ", ".join(name.upper() for name in formats.names() if formats.get(name).what == "an adapter")
@@ -69,12 +82,15 @@ def _no_format(place: Path) -> ModelError:
     if place.is_dir():
         read_directory(place)  # says that it is no adapter
     if place.suffix == ".safetensors":
+        read_header(place)  # says what is wrong with it
         return ModelError(f"{place}: not a patch", "a patch is what `mergebench edit` writes beside the model")
     return ModelError(f"{place}: an adapter is a directory, a patch a .safetensors file")
 
 
 def _check_tied(model: Model, place: Path) -> None:
     """Half of a tied pair cannot change alone: what PEFT makes of the other half is not in the files."""
+    from mergebench.checkpoint.values import split
+
     if not model.config.get("tie_word_embeddings", True):
         return
     for name, deltas in model.deltas.items():

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.kind import delta_kind
+from mergebench.checkpoint.kind import Misfit, delta_kind
+from mergebench.checkpoint.parts import Indices
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Patch:
     """direction [width], rows int64 [k] ascending, amount [k]."""
 
     direction: Tensor
-    rows: Tensor
+    rows: Indices
     amount: Tensor
     columns: int = 0  # neurons are columns, so many in an expert; 0: they are rows
 
@@ -33,28 +34,26 @@ def _energy(p: Patch, shape: tuple[int, ...]) -> float:
     return float(p.amount.double().square().sum() * p.direction.double().square().sum())
 
 
-def _complaint(
-    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]
-) -> str | None:
+def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     direction, rows, columns = shapes["direction"], shapes["rows"], settings["columns"]
     if len(direction) != 1 or len(rows) != 1 or shapes["amount"] != rows:
-        return f"rows {list(rows)}, amounts {list(shapes['amount'])} and direction {list(direction)} do not go together"
-    fits = len(shape) in (2, 3) and (shape[-2:] == (*direction, columns) if columns else shape[-1:] == direction)
-    return None if fits else f"the patch changes {rows[0]} vectors of {direction[0]} elements"
+        raise ValueError(f"rows {list(rows)}, amounts {list(shapes['amount'])} and direction {list(direction)}")
+    if len(shape) not in (2, 3) or (shape[-2:] != (*direction, columns) if columns else shape[-1:] != direction):
+        raise Misfit(f"the patch changes {rows[0]} vectors of {direction[0]} elements")
 
 
-def _validate(p: Patch, shape: tuple[int, ...]) -> str | None:
+def _validate(p: Patch, shape: tuple[int, ...]) -> None:
     """Neurons in order, and none beyond the last."""
-    count = math.prod(shape) // len(p.direction)
     if not len(p.rows) or (p.rows.diff() <= 0).any() or p.rows[0] < 0:
-        return "the rows are not in order"
-    return None if p.rows[-1] < count else f"the patch changes vector {int(p.rows[-1])}, of {count}"
+        raise ValueError("the rows are not in order")
+    if p.rows[-1] >= math.prod(shape) // len(p.direction):
+        raise Misfit(f"the patch changes {len(p.rows)} vectors of {len(p.direction)} elements")
 
 
 @delta_kind(
     paper="arXiv:2407.08770",
     energy=_energy,
-    check=_complaint,
+    check=_check,
     validate=_validate,
     label=lambda parts, settings: f"{parts['rows'].numel} neurons",
 )

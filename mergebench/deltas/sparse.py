@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergebench.checkpoint.kind import Mask, Rows, delta_kind
+from mergebench.checkpoint.kind import delta_kind
+from mergebench.checkpoint.parts import Mask, Rows
 
 
 @dataclass(frozen=True)

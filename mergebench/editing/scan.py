@@ -17,8 +17,7 @@ from mergebench.editing.edit import Rows
 from mergebench.editing.neurons import Neurons
 from mergebench.editing.plan import Planned
 from mergebench.editing.targets import Target, describe
-from mergebench.engine.machine import one_thread
-from mergebench.engine.plan import cores
+from mergebench.engine.machine import cores, one_thread
 from mergebench.errors import RunError
 
 BLOCK = 1 << 16  # elements read at once: in float64 they stay in the cache

@@ -23,6 +23,7 @@ from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.job import Merge, Operand, operands_of
+from mergebench.engine.machine import cores
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RecipeError
 
@@ -103,13 +104,10 @@ class Plan:
 
     def sweep_bytes(self, name: str, apply: bool) -> int:
         """Bytes read of one tensor in one sweep."""
-        operands = self.operands[name]
-        total = sum(operand.stored.nbytes for operand in operands if operand.stored is not None)
-        total += sum(info.nbytes for operand in operands for delta in operand.added for info in delta.stored)
-        if not self.needs_base(name, apply):
-            return total
-        base, deltas = self.base_of(name)
-        return total + base.nbytes + sum(info.nbytes for delta in deltas for info in delta.stored)
+        rows = [(operand.stored, operand.added) for operand in self.operands[name]]
+        rows += [self.base_of(name)] if self.needs_base(name, apply) else []
+        deltas = sum(info.nbytes for _, added in rows for delta in added for info in delta.stored)
+        return deltas + sum(stored.nbytes for stored, _ in rows if stored is not None)
 
     def base_of(self, name: str) -> tuple[TensorInfo, tuple[Delta, ...]]:
         """What the base's values are read from, and the deltas on top."""
@@ -138,12 +136,12 @@ class Plan:
     @cached_property
     def delta_bytes(self) -> int:
         """What one worker's open deltas hold at most: those of one tensor, of all models and the base."""
-        held = [
-            resident(self.base_of(name)[1]) + sum(resident(operand.deltas) for operand in operands)
-            for name, operands in self.operands.items()
-        ]
-        copied = [resident(self.base_of(name)[1]) for name in self.copied if name in self.merge.reference.deltas]
-        return max([*held, *copied], default=0)
+        held = [0]
+        for name in {**self.operands, **self.merge.reference.deltas}:
+            operands = self.operands.get(name, ())
+            base = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()
+            held.append(resident(base) + sum(resident(operand.deltas) for operand in operands))
+        return max(held)
 
     @property
     def peak_memory(self) -> int:
@@ -320,10 +318,3 @@ def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
     each = _buffer_bytes(len(merge.models)) + _temporary_bytes(len(merge.models))
     fitting = memory // (2 * each * TILE)  # the other half is for statistics
     return max(min(most, fitting), 1) * TILE
-
-
-def cores() -> int:
-    """How many this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mergebench.deltas.svd import svd, svd_bytes
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, param
 from mergebench.methods._matrices import matrices, matrix_method, mean
-from mergebench.methods._svd import svd, svd_bytes
 
 
 @dataclass(frozen=True)

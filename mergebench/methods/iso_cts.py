@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mergebench.deltas.svd import gram_bytes, nearest_orthogonal, svd, svd_by_gram, svd_bytes
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, param
 from mergebench.methods._matrices import matrices, matrix_method, mean
-from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_by_gram, svd_bytes
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergebench.deltas.svd import svd, svd_bytes
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
 from mergebench.engine.method import Passes, TaskVectors, param
 from mergebench.methods._matrices import matrices, matrix_method, mean
-from mergebench.methods._svd import svd, svd_bytes
 from mergebench.methods.ties import elect_and_merge
 
 NEGLIGIBLE = 1e-5  # singular values up to it are dropped

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import mergebench.checkpoint
 from mergebench import extract_adapter
-from mergebench.adapters import lowrank
-from mergebench.adapters.lowrank import SMALL, keep_energy
+from mergebench.deltas import svd
+from mergebench.deltas.svd import SMALL, keep_energy
 from tests.adapters.test_combine import DORA, GPT2, assert_close, folded, product
 from tests.adapters.test_merge import BERT, LLAMA, PROJECTIONS, best, save
 from tests.conftest import Cli
@@ -209,7 +209,7 @@ def test_full_decompositions(rows: int, columns: int) -> None:
     for inner in (30, 3):
         matrix = torch.randn(rows, inner) @ torch.randn(inner, columns)
         for rank in (2, 30):
-            product = lowrank.truncate(matrix, rank)
+            product = svd.truncate(matrix, rank)
             assert torch.isfinite(product.a).all() and torch.isfinite(product.b).all()
             assert_close(product.b @ product.a, best(matrix, rank), 1e-5)
             assert product.kept == pytest.approx(float(best(matrix, rank).double().square().sum()), rel=1e-5)
@@ -219,7 +219,7 @@ def test_a_seed_changes_rounding_alone() -> None:
     torch.manual_seed(0)
     noise = 0.01 * torch.randn(SMALL + 20, SMALL + 30)
     matrix = torch.randn(SMALL + 20, 8) @ torch.randn(8, SMALL + 30) + noise
-    one, two, same = (lowrank.truncate(matrix, 8, seed) for seed in (0, 1, 0))
+    one, two, same = (svd.truncate(matrix, 8, seed) for seed in (0, 1, 0))
     assert torch.equal(one.b, same.b) and not torch.equal(one.b, two.b)
     assert_close(one.b @ one.a, two.b @ two.a, 1e-4)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mergebench import methods
 from mergebench.adapters import merge_adapters
-from mergebench.adapters.lowrank import SMALL, compress, truncate
 from mergebench.adapters.peft_directory import _pattern
+from mergebench.deltas.svd import SMALL, compress, truncate
 from mergebench.engine.context import Context
 from mergebench.engine.span import Span
 from mergebench.testing.methods import run_whole

@@ -210,7 +210,7 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
     """A plan's first look costs no import of torch."""
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     code = (
-        "import sys; from mergebench.checkpoint import open_model; "
+        "import sys; from mergebench.deltas.open import open_model; "
         f"open_model({str(tmp_path)!r}); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers', 'safetensors')))"
     )

@@ -397,14 +397,14 @@ def test_inspect(base: Tensors, cli: Cli) -> None:
     assert ["embed.weight", "F32", "11", "x", "8"] in lines
     assert ["layers.0.weight", "F32", "8", "x", "8", "+", "rank", "2"] in lines
     assert out.splitlines()[-1] == (
-        f"LlamaForCausalLM: 7 tensors, 0.00 M elements, {BASE + STEPS} B in 2 files, 1 adapted by lora"
+        f"LlamaForCausalLM: 7 tensors, 0.00 M elements, {BASE + STEPS} B in 2 files, 1 changed by lora"
     )
     found = document(cli("inspect", "ft2+lora", "--json").out)
     assert (found["model"], found["architecture"]) == ("ft2+lora", "LlamaForCausalLM")
     tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
     assert tensors.keys() == base.keys()
     assert tensors["layers.0.weight"] == {
-        "name": "layers.0.weight", "dtype": "F32", "shape": [8, 8], "bytes": 256, "adapter_rank": 2,
+        "name": "layers.0.weight", "dtype": "F32", "shape": [8, 8], "bytes": 256, "deltas": ["low_rank rank 2"],
         "file": "model-00002-of-00002.safetensors",
     }  # fmt: skip
 

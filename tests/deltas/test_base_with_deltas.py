@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.searching.conftest import write_search
 
 import mergebench
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from tests.conftest import Cli
 from tests.deltas.kinds import CHANGES, SQUARE, assert_equal, base_tensors, fold, merge, merge_slices, write_adapter
 from tests.models import read_model, write_model
-from tests.searching.conftest import write_search
 
 pytestmark = pytest.mark.usefixtures("world")
 BASE = "base+lora"

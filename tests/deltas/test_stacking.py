@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mergebench
-from mergebench.checkpoint import open_model
+from mergebench.deltas.open import open_model
 from tests.conftest import Cli
 from tests.deltas.kinds import CHANGES, SQUARE, UP, assert_equal, fold, merge, merge_slices, write_adapter
 from tests.models import fine_tuned, read_model

@@ -43,7 +43,8 @@ def merge(out: Path, method: str, models: list[Any], base: Path | None = None, *
 def delta_of(patch: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a patch adds to each tensor, float32, by brute force."""
     read = load_file(patch)
-    columns = json.loads(open_patch(patch).header.metadata["patch"])["columns"]
+    opened = open_patch(patch)
+    columns = [name for name in opened.names if opened.columns(name)]
     found = {}
     for name, tensor in like.items():
         delta = torch.zeros(tensor.shape)
@@ -271,7 +272,7 @@ def test_show(two: list[Path], tmp_path: Path, cli: Cli) -> None:
 def test_inspecting_a_patched_model(two: list[Path], model: Path, cli: Cli) -> None:
     shown = cli("inspect", f"{model}+{two[0]}")
 
-    assert "neurons patched" in shown.out and f"adapted by {two[0]}" in shown.out
+    assert "+ row_patch " in shown.out and f"changed by {two[0]}" in shown.out
 
 
 def test_to_lora(two: list[Path], model: Path, tmp_path: Path, cli: Cli) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mergebench import Context, Passes, PerModel, TaskVectors, Weights, gram, merge_method, methods, param, total
 from mergebench.adapters import combine, peft_directory
-from mergebench.adapters.lowrank import Product
+from mergebench.deltas.svd import Product
 from mergebench.engine.method import Identity, Method
 from mergebench.errors import RecipeError, RunError
 from mergebench.testing.doctor import CHECKS, Finding, diagnose, examine

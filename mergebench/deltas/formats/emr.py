@@ -53,7 +53,7 @@ def _vector_of(task: Path) -> list[Header]:
     return headers
 
 
-@delta_format(what="a task's mask", claims=lambda place: is_task(place) or bool(tasks_in(place)))
+@delta_format(what="a task's mask", claims=lambda place: is_task(place) or bool(tasks_in(place)), alone=is_task)
 def emr(directory: Path, base: Base) -> Deltas:
     """What a task changes; `ModelError` where it does not belong to this base, `RunError` where a file is damaged."""
     if not is_task(directory):

@@ -24,6 +24,7 @@ from mergebench.deltas.peft.directory import (
     CONFIG,
     PREFIX,
     WEIGHTS,
+    holds_no_model,
     of_type,
     read_directory,
     saved_modules,
@@ -171,7 +172,7 @@ def _alpha(directory: Path, module: str, config: Mapping[str, Any]) -> float:
     return float(config["lora_alpha"])
 
 
-@delta_format(what="an adapter", claims=of_type("LORA"), beside_model=True)
+@delta_format(what="an adapter", claims=of_type("LORA"), alone=holds_no_model)
 def lora(directory: Path, base: Base) -> Deltas:
     """What a LoRA directory changes; `ModelError` where it is for another base, or of a kind not supported."""
     adapter = read_adapter(directory)

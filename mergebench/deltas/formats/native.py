@@ -29,7 +29,7 @@ from mergebench import deltas as kinds
 from mergebench.checkpoint.files import DTYPE_NAME, Files, part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
-from mergebench.checkpoint.kind import StoredDelta
+from mergebench.checkpoint.kind import Misfit, StoredDelta
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.errors import MergebenchError, ModelError
 
@@ -71,16 +71,16 @@ class DeltaFile:
         kind = kinds.get(entry.kind)
         try:
             if not info.is_float:
-                raise ValueError(f"a {entry.kind} changes floats")
+                raise Misfit(f"{entry.kind} changes floats")
             delta = kind.on(info.shape, entry.parts, **settings)
             if kind.validate is not None:
                 with Files() as files:
-                    complaint = kind.validate(delta.load(files, torch.device("cpu")), info.shape)
-                if complaint:
-                    raise ValueError(complaint)
-        except ValueError as error:
+                    kind.validate(delta.load(files, torch.device("cpu")), info.shape)
+        except Misfit as error:
             has = f"{base.reference} has {info.dtype} {list(info.shape)}"
-            raise ModelError(f"{self.file}: {name}: {error}, {has}", ANOTHER) from None
+            raise ModelError(f"{name}: {error}, {has}", ANOTHER) from None
+        except ValueError as error:
+            raise damaged(self.file, f"{name}: {error}") from None
         return delta
 
 

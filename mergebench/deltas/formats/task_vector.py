@@ -24,7 +24,7 @@ def _claims(place: Path) -> bool:
         return False
 
 
-@delta_format(what="a task vector", claims=_claims, beside_model=True)
+@delta_format(what="a task vector", claims=_claims, alone=lambda place: False)
 def task_vector(place: Path, base: Base) -> Deltas:
     """What a task vector adds to each float tensor; `ModelError` where it is for another base."""
     headers = open_directory(str(place), place) if place.is_dir() else [read_header(place)]

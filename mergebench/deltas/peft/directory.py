@@ -29,6 +29,11 @@ def of_type(kind: str) -> Callable[[Path], bool]:
     return claims
 
 
+def holds_no_model(directory: Path) -> bool:
+    """Whether no model lies in the directory too."""
+    return not any(directory.glob("model*.safetensors"))
+
+
 def peft_type(directory: Path) -> str | None:
     """The type that the config names; None where it names none, or cannot be read."""
     try:

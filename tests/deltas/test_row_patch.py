@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from mergebench.checkpoint.patched import Patched
 from models import unpack, write_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.values import delta_reader
+from mergebench.checkpoint.fp8 import Scales
+from mergebench.checkpoint.values import chain
 from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, ModelError, RunError
 
@@ -49,15 +49,16 @@ def test_any_piece_of_it(shape: tuple[int, ...], transposed: bool, every: int, t
     parts = {"direction": direction, "m.weight.rows": numbers, "m.weight.amount": amounts}
     parts["m.weight.orig"] = torch.zeros(len(numbers), width)
     patch = put(tmp_path / "p.safetensors", parts, ["m.weight"] if transposed else [])
-    delta = open_model(f"{model}+{patch}").deltas["m.weight"]
-    assert isinstance(delta, Patched)
+    opened = open_model(f"{model}+{patch}")
+    (delta,) = opened.deltas["m.weight"]
+    assert delta.kind == "row_patch"
     changed = dense(shape, numbers, torch.ones(len(numbers)), torch.ones(width), transposed).view(-1) != 0
     start_values = torch.where(torch.rand(changed.shape) < 0.5, -0.0, torch.randn(changed.shape))
     wanted = torch.where(
         changed, start_values + dense(shape, numbers, amounts, direction, transposed).view(-1), start_values
     )
     with Files() as files:
-        reader = delta_reader(files, delta)
+        reader = chain(files, Scales(files), opened.tensors["m.weight"], [delta])
         for start in range(len(wanted)):
             for stop in range(start, len(wanted) + 1):
                 piece = start_values[start:stop].clone()
@@ -134,7 +135,7 @@ DAMAGED: dict[str, dict[str, Tensor | None]] = {
     "rows backwards": {"layers__0__a__weight__rows": torch.tensor([4, 1])},
     "a row below none": {"layers__0__a__weight__rows": torch.tensor([-1, 1])},
     "other counts": {"layers__0__a__weight__amount": torch.ones(3)},
-    "other types": {"layers__0__a__weight__amount": torch.ones(2).half()},
+    "other types": {"layers__0__a__weight__rows": torch.tensor([1.0, 4.0])},
 }
 
 

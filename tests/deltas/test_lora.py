@@ -8,6 +8,7 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
+from mergebench.checkpoint import delta as protocol
 from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.values import LOW_RANK_TILE, LowRankReader, read_whole
+from mergebench.checkpoint.fp8 import Scales
+from mergebench.checkpoint.values import chain
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
 
@@ -212,7 +215,12 @@ def test_a_prefix_more_or_less(tmp_path: Path, change: str) -> None:
 @given(st.data())
 def test_any_split_gives_the_same_bits(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Rows are computed in fixed tiles: where a chunk ends cannot change an element."""
-    rows = data.draw(st.integers(1, 3 * LOW_RANK_TILE + 5))
+    with mock.patch.object(protocol, "TILE", data.draw(st.integers(1, 300))):
+        _any_split(tmp_path_factory, data)
+
+
+def _any_split(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 100))
     columns, rank = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 8))
     conv = data.draw(st.booleans())
     folder = tmp_path_factory.mktemp("lora")
@@ -220,11 +228,11 @@ def test_any_split_gives_the_same_bits(tmp_path_factory: pytest.TempPathFactory,
     dora = data.draw(st.booleans())
     _write_adapter(folder, rows, columns, rank, fan_in_fan_out=conv, use_dora=dora)
     model = open_model(f"{folder / 'base'}+{folder / 'lora'}")
-    whole = read_whole(model, "layer.weight").reshape(-1)
+    whole = model.state_dict()["layer.weight"].reshape(-1)
     cuts = data.draw(st.lists(st.integers(0, rows * columns), max_size=6))
     edges = [0, *sorted(cuts), rows * columns]
     with Files() as files:
-        reader = LowRankReader(files, model.deltas["layer.weight"])
+        reader = chain(files, Scales(files), model.tensors["layer.weight"], model.deltas["layer.weight"])
         pieces = []
         for start, stop in pairwise(edges):
             piece = torch.zeros(stop - start)
@@ -358,7 +366,7 @@ def test_a_tensor_adapted_twice(tmp_path: Path) -> None:
     _write_adapter(tmp_path, 4, 4, 2)
     file = tmp_path / "lora" / "adapter_model.safetensors"
     save_file(load_file(file) | {f"model.{name}": value for name, value in load_file(file).items()}, file)
-    with pytest.raises(ModelError, match=r"second pair of factors for 'layer\.weight'"):
+    with pytest.raises(ModelError, match=r"'layer\.weight' is changed twice"):
         open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
 
 

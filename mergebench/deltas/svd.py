@@ -1,4 +1,4 @@
-"""Low-rank products: compress one without writing it out, or cut a matrix down to one."""
+"""Singular value decompositions: all of a matrix, its first triplets, a product of factors without writing it out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compress(b: Tensor, a: Tensor, rank: int) -> Product:
 
 def truncate(matrix: Tensor, rank: int, seed: int = 0) -> Product:
     """The best product of `rank` for a matrix."""
-    found = _decompose(matrix) if _needs_all(matrix, rank) else _search(matrix, rank, seed)
+    found = _all(matrix) if _needs_all(matrix, rank) else _search(matrix, rank, seed)
     return _product(*found, rank, squared_norm(matrix))
 
 
@@ -47,7 +47,7 @@ def keep_energy(matrix: Tensor, share: float, seed: int = 0) -> Product:
     total, rank = squared_norm(matrix), FIRST
     while True:
         everything = _needs_all(matrix, rank)
-        us, s, v = _decompose(matrix) if everything else _search(matrix, rank, seed)
+        us, s, v = _all(matrix) if everything else _search(matrix, rank, seed)
         energy = s[: len(s) if everything else rank].double().square()
         enough = torch.nonzero(energy.cumsum(0) >= share * total)
         if len(enough) or everything:
@@ -86,16 +86,10 @@ def _search(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tenso
     return (q.double() @ u) * s, s, v
 
 
-def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All triplets as (U S, S, V), by the smaller Gram matrix: in float64, squaring loses nothing of float32."""
-    exact = matrix.double()
-    wide = matrix.shape[0] < matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
-    s, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    if not wide:
-        return exact @ vectors, s, vectors.T
-    v = (vectors.T @ exact) / s.clamp(min=1e-8 * float(s[0]) or 1.0).unsqueeze(1)
-    return vectors * s, s, v
+def _all(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All triplets as (U S, S, V), float64."""
+    u, s, v = svd_by_gram(matrix.double())
+    return u * s, s, v
 
 
 def _product(us: Tensor, s: Tensor, v: Tensor, rank: int, total: float) -> Product:
@@ -105,3 +99,55 @@ def _product(us: Tensor, s: Tensor, v: Tensor, rank: int, total: float) -> Produ
     inverse = torch.where(s > 1e-8 * s[:1], 1 / root, 0.0)
     kept = float(s.square().sum())
     return Product((us * inverse).float(), (v * root.unsqueeze(1)).float(), min(kept, total), total)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors [m, r], singular values [r], right vectors [r, n], of numerical rank r.
+
+    Triplets at rounding level are left out: their directions are arbitrary.
+    """
+    try:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return svd_by_gram(matrix)
+    return _significant(u, s, v, s[:1].sum().item())
+
+
+def svd_by_gram(matrix: Tensor, size: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`svd` by the eigenvectors of the smaller Gram matrix; in float64, squaring loses nothing of float32.
+
+    LAPACK's svd gives up where many singular values are equal, as those of stacked bases are. What is
+    rounding is compared with `size`, by default the largest singular value.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        v, s, u = svd_by_gram(matrix.mT, size)
+        return u.mT, s, v.mT
+    exact = matrix.double()
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(exact.mT @ exact))
+    s = values.clamp_(min=0).sqrt_()
+    u = (exact @ vectors).div_(s.clamp(min=torch.finfo(s.dtype).tiny))
+    u, s, v = (part.to(matrix.dtype) for part in (u, s, vectors.mT))
+    return _significant(u, s, v, s[:1].sum().item() if size is None else size)
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """U V^T of the singular value decomposition: the polar factor, zero where the matrix has no rank."""
+    u, _, v = svd_by_gram(matrix)
+    return u @ v
+
+
+def _significant(u: Tensor, s: Tensor, v: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The triplets above what rounding makes of a matrix whose largest singular value is `size`, as measured."""
+    rounding = 4 * torch.finfo(s.dtype).eps * max(len(u), v.shape[1]) ** 0.5
+    rank = int((s > rounding * size).sum())
+    return u[:, :rank], s[:rank], v[:rank]
+
+
+def svd_bytes(rows: int, columns: int, itemsize: int = 4) -> int:
+    """What `svd` holds beside its input: a copy, the vectors, and LAPACK's workspace (as measured)."""
+    return (2 * rows * columns + 6 * min(rows, columns) ** 2) * itemsize + (1 << 20)
+
+
+def gram_bytes(rows: int, columns: int) -> int:
+    """What `nearest_orthogonal` holds beside its input: float64 copies, and LAPACK's workspace (as measured)."""
+    return (3 * rows * columns + 7 * min(rows, columns) ** 2) * 8 + (1 << 20)
