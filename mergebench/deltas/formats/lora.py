@@ -22,13 +22,12 @@ from mergebench.deltas.dora import dora
 from mergebench.deltas.low_rank import low_rank
 from mergebench.deltas.peft.directory import (
     CONFIG,
-    PREFIX,
     WEIGHTS,
+    by_module,
     holds_no_model,
     of_type,
     read_directory,
     saved_modules,
-    whole_name,
 )
 from mergebench.deltas.peft.names import Placing
 from mergebench.errors import ModelError
@@ -100,20 +99,7 @@ def read_adapter(directory: Path) -> Adapter:
     """Read a LoRA directory; `ModelError` where it is none, or of a kind not supported."""
     config, header = read_directory(directory)
     _check_lora(directory, config)
-    parts: dict[str, dict[str, TensorInfo]] = {}
-    whole: dict[str, TensorInfo] = {}
-    for tensor in header.tensors:
-        name = tensor.name.removeprefix(PREFIX)
-        for part, pattern in _PARTS.items():
-            match = pattern.fullmatch(name)
-            if match is not None:
-                found_parts = parts.setdefault(match[1], {})
-                if part in found_parts:
-                    raise ModelError(f"{directory}: {match[1]}: a second lora_{part}: '{tensor.name}'")
-                found_parts[part] = tensor
-                break
-        else:
-            whole[whole_name(directory, tensor.name, name, config)] = tensor
+    parts, whole = by_module(directory, header, config, _PARTS)
     modules = {module: _factors(directory, module, found, config) for module, found in parts.items()}
     if not modules:
         raise ModelError(f"{directory}: the adapter holds no " + ("LoRA factors" if whole else "tensors"))

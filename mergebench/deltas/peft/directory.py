@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.header import Header, read_header
+from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.errors import ModelError, RunError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,6 +60,27 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
         found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
         raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
     return config, read_header(directory / WEIGHTS)
+
+
+def by_module(
+    directory: Path, header: Header, config: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str]]
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """A header's tensors: the parts of each module, told by patterns whose first group is its name, and those that are
+    saved whole, by the name of the base's tensor. Each is one or the other, or refused by name."""
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    whole: dict[str, TensorInfo] = {}
+    for tensor in header.tensors:
+        name = tensor.name.removeprefix(PREFIX)
+        for part, pattern in patterns.items():
+            match = pattern.fullmatch(name)
+            if match is not None:
+                if part in parts.setdefault(match[1], {}):
+                    raise ModelError(f"{directory}: {match[1]}: a second {part}: '{tensor.name}'")
+                parts[match[1]][part] = tensor
+                break
+        else:
+            whole[whole_name(directory, tensor.name, name, config)] = tensor
+    return parts, whole
 
 
 def whole_name(directory: Path, stored: str, name: str, config: Mapping[str, Any]) -> str:
