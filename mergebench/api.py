@@ -20,6 +20,7 @@ from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR
 from mergebench.checkpoint.staging import Staging, check_target, finished
+from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import open_model
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
@@ -182,14 +183,14 @@ def plan_fold(
     workers: int | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """A LoRA directory folded into its base: the plan of the recipe that passes BASE+ADAPTER through.
+    """An adapter folded into its base: the plan of the recipe that passes BASE+ADAPTER through.
 
     `ModelError` where the adapter is of a type whose work is no difference of the base's weights.
     """
     read = read_stored(adapter)
-    if read.kind != "LORA":
+    if format_of(Path(adapter)) is None:
         other = "PEFT's merge_and_unload() folds what can be" if read.is_directory else "no weights do what it does"
-        raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only LoRA is", other)
+        raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only {peft_types()}", other)
     recipe = load({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})
     return plan(recipe, memory=memory, workers=workers, shard_size=shard_size)
 

@@ -77,8 +77,8 @@ def _no_format(place: Path) -> ModelError:
 
     if is_adapter(place):
         config, _ = read_directory(place)
-        types = ", ".join(name.upper() for name in formats.names() if formats.get(name).what == "an adapter")
-        return ModelError(f"{place}: adapter type {config.get('peft_type')!r} is not supported, only {types}")
+        kind = config.get("peft_type")
+        return ModelError(f"{place}: adapter type {kind!r} is not supported, only {formats.peft_types()}")
     if place.is_dir():
         read_directory(place)  # says that it is no adapter
     if place.suffix == ".safetensors":

@@ -12,6 +12,11 @@ _registry = Registry(__name__, "mergebench.formats", "format", Format, "@delta_f
 names, origin, get = _registry.names, _registry.origin, _registry.get
 
 
+def peft_types() -> str:
+    """PEFT's types that there is a format for."""
+    return ", ".join(name.upper() for name in names() if get(name).what == "an adapter")
+
+
 def format_of(place: Path) -> Format | None:
     """The format that a directory or file is of, if it is one of deltas."""
     return next((known for known in map(get, names()) if known.claims(place)), None)

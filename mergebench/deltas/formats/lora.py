@@ -22,12 +22,10 @@ from mergebench.deltas.dora import dora
 from mergebench.deltas.low_rank import low_rank
 from mergebench.deltas.peft.directory import (
     CONFIG,
-    WEIGHTS,
     by_module,
     holds_no_model,
     of_type,
     read_directory,
-    saved_modules,
 )
 from mergebench.deltas.peft.names import Placing
 from mergebench.errors import ModelError
@@ -103,9 +101,6 @@ def read_adapter(directory: Path) -> Adapter:
     modules = {module: _factors(directory, module, found, config) for module, found in parts.items()}
     if not modules:
         raise ModelError(f"{directory}: the adapter holds no " + ("LoRA factors" if whole else "tensors"))
-    for saved in saved_modules(config):
-        if not any(f"{saved}." in name for name in whole):
-            raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
     return Adapter(directory, config, header, modules, whole)
 
 

@@ -80,6 +80,9 @@ def by_module(
                 break
         else:
             whole[whole_name(directory, tensor.name, name, config)] = tensor
+    for saved in saved_modules(config):
+        if not any(f"{saved}." in name for name in whole):
+            raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
     return parts, whole
 
 
