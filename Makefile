@@ -14,6 +14,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python recipes/quickstart/fetch.py
 	$(BIN)/mergebench merge recipes/quickstart.yaml --overwrite
+	@echo 'mergebench is in $(VENV); for this shell: source $(BIN)/activate'
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

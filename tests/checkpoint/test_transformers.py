@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import INDEX, SINGLE, names, read_model, write_model
+from models import INDEX, SINGLE, names, read_model, write_model, write_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -408,14 +410,14 @@ def test_shard_size(zoo: Any, tmp_path: Path, size: int) -> None:
 
 
 def test_bare_files_and_the_config_beside_them(zoo: Any, tmp_path: Path) -> None:
-    """A file named itself: no config goes along, and --verify says that it needs one."""
+    """A file named itself: no config goes along, and --verify says that it needs one before anything is merged."""
     files = [{"model": str(zoo("llama", torch.float32) / name / SINGLE)} for name in ("base", "base")]
     plan = mergebench.plan(mergebench.load({"merge_method": "linear", "models": files}))
     out = mergebench.run(plan, tmp_path / "out").out
     assert not (out / "config.json").exists()
     with pytest.raises(MergebenchError, match=r"needs a config\.json"):
         mergebench.run(plan, tmp_path / "verified", verify=True)
-    assert not (tmp_path / "verified").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # -- verify ------------------------------------------------------------------------------------------
@@ -427,7 +429,46 @@ def verified(folder: Path, out: Path) -> None:
         mergebench.run(plan, out, verify=True)
     assert failed.value.exit_code == 1
     assert not out.exists()
+    partial = out.with_name(f".{out.name}.partial")
+    hint = f"the checkpoint in {partial} is complete: the same command with --resume, without --verify, publishes it"
+    assert failed.value.hint == hint and partial.is_dir()
+    read: list[int] = []
+    mergebench.run(plan, out, resume=True, progress=read.append)
+    assert not partial.exists() and sum(read) == 0  # as the hint says, and no tensor is merged again
+    assert {"config.json", "mergebench.json", *names(folder / "base")} <= {*names(out)}
     raise failed.value
+
+
+WITHOUT_ACCELERATE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *where):
+        return None if name == "accelerate" else PathFinder.find_spec(name, *where)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+import mergebench, transformers
+assert not transformers.utils.is_accelerate_available()
+recipe, out = sys.argv[1:]
+mergebench.run(mergebench.plan(mergebench.load(recipe)), out, verify=True)
+"""
+
+
+@pytest.mark.parametrize("name, missing", [("llama-tied", False), ("mixtral", False), ("llama", True)])
+def test_verify_needs_no_accelerate(zoo: Any, tmp_path: Path, name: str, missing: bool) -> None:
+    """transformers loads onto `meta` only where accelerate is installed, and mergebench does not bring it."""
+    folder, out = tmp_path / "models", tmp_path / "out"
+    shutil.copytree(zoo(name, torch.float32), folder)
+    if missing:
+        config = json.loads((folder / "base" / "config.json").read_text())
+        (folder / "base" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    recipe = write_recipe(tmp_path / "recipe.yaml", "linear", [folder / "base", folder / "ft1"])
+    command = [sys.executable, "-c", WITHOUT_ACCELERATE, str(recipe), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "finds missing keys" in done.stderr) == (int(missing), missing), done.stderr
+    assert out.exists() is not missing
 
 
 def test_verify_runs_no_code_of_the_model(zoo: Any, tmp_path: Path) -> None:

@@ -171,5 +171,6 @@ def test_what_cannot_be_learnt_from(place: Path, task: Make, monkeypatch: pytest
 
     monkeypatch.setattr(plugins, "version", absent)
     assert said(task())[1:] == (
-        "embedding tasks need scikit-learn, which is not installed", "pip install 'mergebench[eval]'"
-    )  # fmt: skip
+        "embedding tasks need scikit-learn, which is not installed",
+        "pip install 'mergebench[probe]', or in a clone: pip install -e '.[probe]'",
+    )

@@ -224,8 +224,10 @@ def test_broken_data(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(plugins, "version", absent)
     assert said(nowhere) == (
-        RecipeError, "images need pillow, which is not installed", "pip install 'mergebench[eval]'"
-    )  # fmt: skip
+        RecipeError,
+        "images need pillow, which is not installed",
+        "pip install 'mergebench[eval]', or in a clone: pip install -e '.[eval]'",
+    )
 
 
 def test_a_file_that_opens_and_does_not_decode(here: Path) -> None:

@@ -328,7 +328,7 @@ def test_without_lm_eval(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         more = {"scorer": {"regex": "a"}} if kind == "generation" else {"task": "x"} if kind == "lm-eval" else {}
         with pytest.raises(RecipeError, match=f"{kind} tasks need lm-eval, which is not installed") as error:
             suite_of(kind, **more)
-        assert error.value.hint == "pip install 'mergebench[eval]'"
+        assert error.value.hint == "pip install 'mergebench[eval]', or in a clone: pip install -e '.[eval]'"
 
 
 def test_models_that_cannot_be_asked(decoder: Path, here: Path) -> None:

@@ -65,31 +65,45 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
 
 def verify(directory: Path) -> None:
     """Load the result on `meta` with transformers: no missing, unexpected or mismatched tensor."""
-    if not (directory / "config.json").is_file():
-        raise RunError(f"{directory}: --verify needs a config.json, the base has none")
+    hint = f"the checkpoint in {directory} is complete: the same command with --resume, without --verify, publishes it"
     try:
         with _quiet():
             info = _loading_info(directory)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # whatever it has against the config
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise RunError(f"{directory}: transformers cannot load it: {reason}") from None
+        raise RunError(f"{directory}: transformers cannot load it: {reason}", hint) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             raise RunError(
-                f"{directory}: transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}"
+                f"{directory}: transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}",
+                hint,
             )
 
 
 def _loading_info(directory: Path) -> dict[str, Any]:
+    import torch
     import transformers
+
+    from mergebench.checkpoint import open_model
+    from mergebench.checkpoint.read import TORCH_DTYPE
+
+    class OnMeta(torch.Tensor):
+        """A tensor that stays on `meta`: loading onto it by `device_map` is what transformers needs accelerate for."""
+
+        def to(self, *where: Any, dtype: torch.dtype | None = None, **how: Any) -> torch.Tensor:
+            return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
     loader = getattr(transformers, name, None)
     if loader is None:
         raise ValueError(f"it has no {name}")
+    tensors = {
+        name: torch.empty(info.shape, dtype=TORCH_DTYPE[info.dtype], device="meta").as_subclass(OnMeta)
+        for name, info in open_model(str(directory)).tensors.items()
+    }
     _, info = loader.from_pretrained(
-        directory, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
     )
     return dict(info)
 
