@@ -121,7 +121,9 @@ def run(
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
         write_atomically(directory / "README.md", card.text(target, provenance))
         if verify:
-            card.verify(directory)
+            from mergebench.networks.verify import verify as check
+
+            check(directory)
 
     def change(staging: Staging) -> dict[str, Any]:
         from mergebench.editing.apply import carry_out

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mergebench.running import extra
 
+from mergebench import plugins
 from mergebench.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +75,9 @@ def test_a_hint_names_the_smallest_extra(library: str, monkeypatch: pytest.Monke
     def absent(library: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(extra, "version", absent)
+    monkeypatch.setattr(plugins, "version", absent)
     with pytest.raises(RecipeError) as error:
-        extra.need(library, "tests")
+        plugins.need(library, "tests")
     (name,) = set(re.findall(r"\[(\w+)\]", error.value.hint))
     having = [each for each in EXTRAS if library in requirements(each)]
     assert name == min(having, key=lambda each: len(requirements(each)))

@@ -1,0 +1,71 @@
+"""The check that transformers takes a checkpoint: names and shapes, without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mergebench.errors import RunError
+
+
+def verify(directory: Path) -> None:
+    """Load the result on `meta` with transformers: no missing, unexpected or mismatched tensor."""
+    hint = f"the checkpoint in {directory} is complete: the same command with --resume, without --verify, publishes it"
+    try:
+        with _quiet():
+            info = _loading_info(directory)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # whatever it has against the config
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise RunError(f"{directory}: transformers cannot load it: {reason}", hint) from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise RunError(
+                f"{directory}: transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}",
+                hint,
+            )
+
+
+def _loading_info(directory: Path) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from mergebench.checkpoint.files import TORCH_DTYPE
+    from mergebench.deltas.open import open_model
+
+    class OnMeta(torch.Tensor):
+        """A tensor that stays on `meta`: loading onto it by `device_map` is what transformers needs accelerate for."""
+
+        def to(self, *where: Any, dtype: torch.dtype | None = None, **how: Any) -> torch.Tensor:
+            return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+    loader = getattr(transformers, name, None)
+    if loader is None:
+        raise ValueError(f"it has no {name}")
+    tensors = {
+        name: torch.empty(info.shape, dtype=TORCH_DTYPE[info.dtype], device="meta").as_subclass(OnMeta)
+        for name, info in open_model(str(directory)).tensors.items()
+    }
+    _, info = loader.from_pretrained(
+        None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    return dict(info)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and reports of transformers: what it finds is said in one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(50)  # nothing below critical
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
