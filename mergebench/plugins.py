@@ -11,7 +11,7 @@ import os
 import pkgutil
 from functools import cached_property
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mergebench.errors import RecipeError, did_you_mean
 
@@ -83,6 +83,11 @@ class Registry(Generic[T]):
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
+
+
+def named(module: str, name: str) -> Any:
+    """What stands under a name in a module: how declared things pickle, as they stand in their function's place."""
+    return getattr(importlib.import_module(module), name)
 
 
 _SMALLER = {"scikit-learn": "probe"}  # the extra that has it and least besides; [eval] has all

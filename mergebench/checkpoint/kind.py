@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import json
 import typing
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mergebench.checkpoint.delta import Opened, Source, matrix_shape, tile_rows
 from mergebench.checkpoint.header import FLOATS, Reader, TensorInfo
+from mergebench.plugins import named
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class DeltaKind:
         return self.function(p, tile, base)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _named, (self.function.__module__, self.function.__qualname__)
+        return named, (self.function.__module__, self.function.__qualname__)
 
     @property
     def summary(self) -> str:
@@ -124,10 +124,6 @@ class DeltaKind:
 
 class Misfit(ValueError):
     """A delta that is sound, and not of this tensor."""
-
-
-def _named(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mergebench.engine.method import Parameter, make_params, parameters_of
 from mergebench.errors import RecipeError
+from mergebench.plugins import named
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Edit:
     paper: str
     params: type
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return named, (self.function.__module__, self.function.__qualname__)
 
     def __call__(self, rows: Rows, params: Any) -> Tensor:
         """How much of the direction is added to each row: float32 [N]."""

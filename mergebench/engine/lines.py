@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,23 +32,29 @@ class Lines:
 
     def around(self, method: Method) -> Method:
         """The method with what it gives scaled."""
-
-        @functools.wraps(method.function)
-        def scaled(tvs: Tensor, p: Any, ctx: Context) -> Any:
-            merged = method(tvs, p, ctx)
-            if inspect.isgenerator(merged):
-                merged = yield from merged
-            alpha = self.alpha
-            if alpha is None:
-                alpha = alpha_of((yield norms(torch.stack([total(tvs), merged]))), len(tvs))
-            cut = torch.split(merged, [span.numel for span in ctx.spans])
-            parts = [times(part, self.factor(alpha, span.tensor)) for part, span in zip(cut, ctx.spans, strict=True)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        return dataclasses.replace(method, function=scaled)
+        return dataclasses.replace(method, function=_Scaled(self, method))
 
     def factor(self, alpha: float, tensor: str) -> float:
         return alpha + self.beta * self.depth.get(tensor, 0.0)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A method's function with what it gives scaled."""
+
+    lines: Lines
+    method: Method
+
+    def __call__(self, tvs: Tensor, p: Any, ctx: Context) -> Any:
+        merged = self.method(tvs, p, ctx)
+        if inspect.isgenerator(merged):
+            merged = yield from merged
+        alpha = self.lines.alpha
+        if alpha is None:
+            alpha = alpha_of((yield norms(torch.stack([total(tvs), merged]))), len(tvs))
+        cut = torch.split(merged, [span.numel for span in ctx.spans])
+        parts = [times(part, self.lines.factor(alpha, span.tensor)) for part, span in zip(cut, ctx.spans, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def alpha_of(lengths: Tensor, models: int) -> float:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+from mergebench.plugins import named
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -154,6 +156,16 @@ class Method:
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, and by what was changed of what stands there."""
+        function = self.function
+        while not inspect.isfunction(function):  # what is put around it, such as `Lines`
+            function = function.method.function  # type: ignore[attr-defined]
+        declared = named(function.__module__, function.__qualname__)
+        fields = [f.name for f in dataclasses.fields(self)]
+        changed = {name: value for name in fields if (value := getattr(self, name)) is not getattr(declared, name)}
+        return _varied, (function.__module__, function.__qualname__, changed)
+
     @property
     def needs_base(self) -> bool:
         return self.takes == "task_vectors" and not self.optional_base
@@ -169,6 +181,12 @@ class Method:
     def make_params(self, values: Mapping[str, Any]) -> Any:
         """The method's `Params` from recipe names to values."""
         return make_params(self.params, values)
+
+
+def _varied(module: str, name: str, changed: Mapping[str, Any]) -> Any:
+    """A method by its name; with other fields, a copy."""
+    declared = named(module, name)
+    return dataclasses.replace(declared, **changed) if changed else declared
 
 
 def make_params(params: type, values: Mapping[str, Any]) -> Any:

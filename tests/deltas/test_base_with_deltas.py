@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.searching.conftest import write_search
+from tests.evaluation.search.conftest import write_search
 
 import mergebench
 from mergebench.deltas.open import open_model

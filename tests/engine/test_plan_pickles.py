@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.edits.conftest import write_probe
 
 import mergebench
 from mergebench import methods
 from tests.deltas.kinds import CHANGES, WIDTH, write_world
+from tests.editing.conftest import write_probe
 from tests.models import hashes, write_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
