@@ -85,6 +85,7 @@ class Folded:
         self._device = device
         self._count, self._columns = matrix_shape(delta.shape)
         self._opened = delta.open(files, device, below)
+        self.rows = self._opened.rows
         self._last: tuple[int, bool] | None = None  # first row, and whether W' or W' - W
         self._tile: Tensor | None = None
 
@@ -104,7 +105,7 @@ class Folded:
 
     def _pieces(self, start: int, out: Tensor, folded: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of `out`, and the elements of a tile that belong there."""
-        stop, rows = start + len(out), self._opened.rows
+        stop, rows = start + len(out), self.rows
         row = start // self._columns // rows * rows
         while row * self._columns < stop:
             tile, at = self._at(row, folded), row * self._columns
@@ -115,7 +116,7 @@ class Folded:
     def _at(self, row: int, folded: bool) -> Tensor:
         """The flat tile that begins at `row`."""
         if self._tile is None or self._last != (row, folded):
-            rows = min(self._opened.rows, self._count - row)
+            rows = min(self.rows, self._count - row)
             base = None
             if self.needs_base:
                 import torch  # headers are read without it

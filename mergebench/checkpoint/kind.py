@@ -73,7 +73,9 @@ class DeltaKind:
     prepare: Prepare | None  # run once when a delta is opened; may pass over W
     whole: bool  # it cannot be cut: a tile is all rows
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
-    factors: Callable[[Any], tuple[Tensor, Tensor] | None] | None  # B and A with W' - W = B A, where that is exact
+    factors: (
+        Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None
+    )  # B and A with W' - W = B A, where that is exact
     check: Check | None
     validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, about the parts' values
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
@@ -244,7 +246,7 @@ def delta_kind(
     prepare: Prepare | None = None,
     whole: bool = False,
     energy: Callable[[Any, tuple[int, ...]], float] | None = None,
-    factors: Callable[[Any], tuple[Tensor, Tensor] | None] | None = None,
+    factors: Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None = None,
     check: Check | None = None,
     validate: Callable[[Any, tuple[int, ...]], None] | None = None,
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,

@@ -28,14 +28,14 @@ class Factors:
     scale: float = 1.0
 
 
-def factors(p: Factors) -> tuple[Tensor, Tensor]:
+def factors(p: Factors, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """B and A with the scale, and E, on B."""
     return (p.scale * p.b if p.e is None else p.scale * p.b * p.e), p.a
 
 
 def energy(p: Factors, shape: tuple[int, ...]) -> float:
     """|B A|^2 = <B'B, A A'>, in float64."""
-    b, a = (part.double() for part in factors(p))
+    b, a = (part.double() for part in factors(p, shape))
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
 
 

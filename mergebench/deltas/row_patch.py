@@ -34,6 +34,15 @@ def _energy(p: Patch, shape: tuple[int, ...]) -> float:
     return float(p.amount.double().square().sum() * p.direction.double().square().sum())
 
 
+def _factors(p: Patch, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """One direction, so an outer product; of experts in one tensor it is none."""
+    if len(shape) != 2:
+        return None
+    amounts = torch.zeros(shape[1 if p.columns else 0])
+    amounts[p.rows] = p.amount
+    return (p.direction[:, None], amounts[None]) if p.columns else (amounts[:, None], p.direction[None])
+
+
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     direction, rows, columns = shapes["direction"], shapes["rows"], settings["columns"]
     if len(direction) != 1 or len(rows) != 1 or shapes["amount"] != rows:
@@ -53,6 +62,7 @@ def _validate(p: Patch, shape: tuple[int, ...]) -> None:
 @delta_kind(
     paper="arXiv:2407.08770",
     energy=_energy,
+    factors=_factors,
     check=_check,
     validate=_validate,
     label=lambda parts, settings: f"{parts['rows'].numel} neurons",

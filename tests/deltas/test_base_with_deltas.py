@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.evaluation.search.conftest import write_search
 
 import mergebench
 from mergebench.deltas.open import open_model
 from tests.conftest import Cli
 from tests.deltas.kinds import CHANGES, SQUARE, assert_equal, base_tensors, fold, merge, merge_slices, write_adapter
+from tests.evaluation.search.conftest import write_search
 from tests.models import read_model, write_model
 
 pytestmark = pytest.mark.usefixtures("world")

@@ -1,0 +1,110 @@
+"""What is done with any delta: written out, measured, turned into another kind; put into a tensor, taken out again.
+
+The verbs know no kind. A kind may declare a quicker way (`energy`, `factors`); it is held against the slow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.delta import Delta, Folded, Source, matrix_shape
+from mergebench.checkpoint.header import Reader
+from mergebench.checkpoint.kind import StoredDelta
+from mergebench.deltas import svd
+from mergebench.deltas.low_rank import Factors, low_rank
+from mergebench.errors import ModelError
+
+CPU = torch.device("cpu")
+
+
+class Size(NamedTuple):
+    """What deltas take on disk."""
+
+    nbytes: int
+    parameters: int
+
+
+class Converted(NamedTuple):
+    """A delta of another kind: its parts in memory, and the share of the squared norm that it keeps."""
+
+    parts: Any
+    kept: float
+
+
+class Nothing:
+    """A base of zeros: for deltas that do not depend on theirs."""
+
+    def read(self, start: int, out: Tensor) -> None:
+        out.zero_()
+
+
+def size(deltas: Sequence[Delta]) -> Size:
+    """Bytes and numbers stored, a part that several share counted once."""
+    stored = {(info.file, info.offset): info for delta in deltas for info in delta.stored}.values()
+    return Size(sum(info.nbytes for info in stored), sum(info.numel for info in stored))
+
+
+def materialise(files: Reader, delta: Delta, base: Source | None = None) -> Tensor:
+    """W' - W written out, float32 of the tensor's shape; `base` gives W, for a delta that depends on it."""
+    out = torch.zeros(delta.shape)
+    flat, at = out.view(-1), 0
+    for piece in pieces(files, delta, base):
+        flat[at : at + len(piece)] = piece
+        at += len(piece)
+    return out
+
+
+def pieces(files: Reader, delta: Delta, base: Source | None = None) -> Iterator[Tensor]:
+    """W' - W tile by tile, flat."""
+    folded = Folded(files, CPU, _base(delta, base), delta)
+    numel = matrix_shape(delta.shape)[0] * matrix_shape(delta.shape)[1]
+    step = max(folded.rows * matrix_shape(delta.shape)[1], 1)
+    for start in range(0, numel, step):
+        piece = torch.zeros(min(step, numel - start))
+        folded.add_into(start, piece)
+        yield piece
+
+
+def energy(files: Reader, delta: Delta, base: Source | None = None) -> float:
+    """|W' - W|^2: in closed form where the kind has one, else summed over the tiles in float64."""
+    if isinstance(delta, StoredDelta) and delta.of.energy is not None:
+        return delta.of.energy(delta.load(files, CPU), delta.shape)
+    return sum((float(piece.double().square().sum()) for piece in pieces(files, delta, base)), 0.0)
+
+
+def as_low_rank(
+    files: Reader, delta: Delta, *, rank: int | None = None, base: Source | None = None, seed: int = 0
+) -> Converted:
+    """A delta on a matrix as a low-rank one: exact where the kind has factors and no smaller `rank` is asked for, else
+    the best of `rank` (Eckart-Young), for which one matrix is written out.
+
+    Raises `ModelError` where it is no matrix, or `rank` is needed and not given.
+    """
+    exact = None
+    if isinstance(delta, StoredDelta) and delta.of.factors is not None:
+        exact = delta.of.factors(delta.load(files, CPU), delta.shape)
+    if exact is not None:
+        b, a = exact
+        if rank is None or rank >= min(b.shape):
+            return Converted(Factors(b, a), 1.0)
+        product = svd.compress(b, a, rank)
+    elif len(delta.shape) != 2:
+        raise ModelError(f"{delta.describe()}: {list(delta.shape)} is no matrix, and low-rank deltas are on matrices")
+    elif rank is None:
+        raise ModelError(f"{delta.describe()} has no exact low-rank form", "give a rank")
+    else:
+        product = svd.truncate(materialise(files, delta, base), rank, seed)
+    return Converted(Factors(product.b, product.a), product.kept / product.total if product.total else 1.0)
+
+
+def _base(delta: Delta, base: Source | None) -> Source:
+    if base is None and delta.needs_base:
+        raise ModelError(f"{delta.kind}: what it changes depends on the base's weights", "give the base")
+    return Nothing() if base is None else base
+
+
+__all__ = ["Converted", "Size", "as_low_rank", "energy", "low_rank", "materialise", "pieces", "size"]
