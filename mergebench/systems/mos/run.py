@@ -23,7 +23,6 @@ from mergebench.checkpoint.content import Contents, sha256_of
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target, finished
 from mergebench.errors import RunError
-from mergebench.networks.attach import Encoder
 from mergebench.networks.batch import out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Pooling
@@ -31,6 +30,7 @@ from mergebench.networks.network import Network
 from mergebench.systems.mos import report
 from mergebench.systems.mos.bank import Bank, BankWriter, read_bank
 from mergebench.systems.mos.config import Config
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.learner import Learner, Left
 from mergebench.systems.mos.manifest import About, AdapterKind, Backbone, Items, name_of
 from mergebench.systems.mos.manifest import Features as FeaturesKind
