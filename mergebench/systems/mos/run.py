@@ -21,7 +21,7 @@ import mergebench
 from mergebench.checkpoint import open_model
 from mergebench.checkpoint.content import Contents, sha256_of
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target, finished
+from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.errors import RunError
 from mergebench.networks.batch import out_of_memory
 from mergebench.networks.device import device_of, versions
@@ -102,9 +102,7 @@ def run_sequence(
         report.plot(records, staging.directory / f"{RESULTS}.png")
         provenance: dict[str, Any] = {key: value for key, value in found.items() if key != "records"}
         provenance |= {"command": "cil run", "fingerprint": fingerprint}
-        provenance |= {"seconds": round(time.perf_counter() - started, 1)}
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-        staging.publish(overwrite, sync=False)
+        staging.finish(provenance, started, overwrite)
     return Outcome(out, found)
 
 
