@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergebench.checkpoint import open_model
-from mergebench.checkpoint.identity import identity
+from mergebench.checkpoint.content import identity
 from tests.models import fine_tuned, tiny_tensors, write_model
 
 

@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 
 import mergebench
 from mergebench.checkpoint import open_model
-from mergebench.checkpoint.identity import identity
+from mergebench.checkpoint.content import identity
 from mergebench.editing.probes.classifier import validate
 from mergebench.editing.probes.probe import Probe, read_probe
 from mergebench.errors import RunError
