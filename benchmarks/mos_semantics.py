@@ -23,9 +23,9 @@ import torch
 from speed import commit
 from torch import Tensor
 
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Inputs
 from mergebench.systems.mos.bank import Bank, read_bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.feature_cache import Seen
 from mergebench.systems.mos.inference import open_encoder, read_items
 from mergebench.systems.mos.merging import mean_of

@@ -24,7 +24,7 @@ from mergebench.adapters.peft_names import task_type
 from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.shards import ShardFiles, create
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished
+from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.svd import Product, keep_energy, truncate
 from mergebench.engine.provenance import inputs, places
@@ -94,11 +94,8 @@ def extract_adapter(
             **_energy(found, answers),
             "inputs": inputs(found.plan, hash_inputs=False),
             "fingerprint": fingerprint,
-            "seconds": round(time.perf_counter() - started, 3),
         }
-        write_atomically(staging.directory / "README.md", peft_directory.extracted_card(out, provenance))
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-        staging.publish(overwrite, sync=False)
+        provenance = staging.finish(provenance, started, overwrite, peft_directory.extracted_card(out, provenance))
     return Result(out, provenance)
 
 

@@ -21,7 +21,7 @@ from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import ShardFiles, create
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging, check_room, check_target
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.svd import Product
@@ -66,11 +66,8 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
             "patch": str(patch),
             "made": dict(read.about),
             "modules": len(outer),
-            "seconds": round(time.perf_counter() - started, 3),
         }
-        write_atomically(staging.directory / "README.md", peft_directory.patch_card(out, provenance))
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-        staging.publish(overwrite, sync=False)
+        provenance = staging.finish(provenance, started, overwrite, peft_directory.patch_card(out, provenance))
     return Result(out, provenance)
 
 

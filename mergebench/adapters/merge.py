@@ -23,7 +23,7 @@ from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import ShardFiles, create
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging, check_room, check_target
 from mergebench.deltas.formats.lora import Adapter, lora, read_adapter, shapes_of
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
@@ -83,10 +83,7 @@ def merge_adapters(
             config = peft_directory.merged_config(job.adapters, ranks)
             write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = _provenance(job, base, keeps_one, ranks, energy)
-        provenance |= {"seconds": round(time.perf_counter() - started, 3)}
-        write_atomically(staging.directory / "README.md", peft_directory.card(out, provenance))
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-        staging.publish(overwrite, sync=False)
+        provenance = staging.finish(provenance, started, overwrite, peft_directory.card(out, provenance))
     return Result(out, provenance)
 
 

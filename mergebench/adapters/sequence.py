@@ -9,7 +9,6 @@ type whose numbers mean the same. Of a LoRA, the averages of A and of B do not m
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections import Counter
@@ -24,9 +23,9 @@ from torch import Tensor
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.stored import Stored, check_alike, read_stored, together
-from mergebench.checkpoint.files import TORCH_DTYPE, Files, write_atomically, write_error
+from mergebench.checkpoint.files import TORCH_DTYPE, Files, write_error
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging, check_room, check_target
 from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.engine.run import Result
 from mergebench.errors import RecipeError, RunError
@@ -74,10 +73,7 @@ def merge_sequence(
                 opened[at] = stack.enter_context(closing(ShardFiles(place, [shard])))
         _merge(stack.enter_context(Files()), read, alpha, opened)
         provenance = _provenance(read, alpha, every, [read[at].name for at in written if at not in opened])
-        provenance |= {"seconds": round(time.perf_counter() - started, 3)}
-        write_atomically(staging.directory / "README.md", peft_directory.sequence_card(out, provenance))
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-        staging.publish(overwrite, sync=False)
+        provenance = staging.finish(provenance, started, overwrite, peft_directory.sequence_card(out, provenance))
     return Result(out, provenance)
 
 

@@ -1,4 +1,8 @@
-"""What files and models hold, as hashes: what is kept under them is found again wherever the files lie."""
+"""Which model this is: a hash of all that its files hold, or an identity told from a little of every tensor.
+
+What is kept under a hash of contents is found again wherever the files lie. An identity keeps what was made for one
+model from being used on another.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,46 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint import Model
+import torch
+from torch import Tensor
+
+from mergebench.checkpoint.files import TORCH_DTYPE, Files
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
 from mergebench.errors import RunError
 
-TOKENIZER_FILES = (
-    *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
-    "chat_template*",
-)
+PIECES, ELEMENTS = 8, 256  # read of a tensor: 4 KiB of one in 16 bits
 
-BESIDE = ("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES)
+
+def identity(model: Model) -> str:
+    """16 hex digits, equal for equal models however they are cut into shards: a hash of every tensor's name, type,
+    shape and some of its elements, the adapter's too.
+
+    The elements are eight pieces at even distances, because an edit of single rows need not reach the first ones.
+    Tells fine-tunes and edits apart, in a second; it is no proof that two models are equal.
+    """
+    found = []
+    with Files() as files:
+        for header in model.headers:
+            for tensor in header.tensors:
+                digest = hashlib.sha256(_some(files, tensor).view(torch.uint8).numpy().data).hexdigest()
+                found.append((tensor.name, tensor.dtype, tensor.shape, digest))
+    if model.delta_digest is not None:
+        found.append(("deltas", "", (), model.delta_digest))
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
+
+
+def _some(files: Files, tensor: TensorInfo) -> Tensor:
+    """Elements of a tensor: all of a small one, else pieces from its first to its last."""
+    size = min(tensor.numel, PIECES * ELEMENTS)
+    out = torch.empty(size, dtype=TORCH_DTYPE[tensor.dtype])
+    pieces = 1 if size == tensor.numel else PIECES
+    length = size // pieces
+    for number in range(pieces if size else 0):
+        start = number * (tensor.numel - length) // max(pieces - 1, 1)
+        files.read_elements(tensor, start, out[number * length : (number + 1) * length])
+    return out
 
 
 class Contents:
@@ -37,7 +72,7 @@ class Contents:
             return None
         files = [header.file for header in model.headers]
         if model.directory is not None:
-            files += sorted({file for pattern in BESIDE for file in model.side_directory.glob(pattern)})
+            files += decisive_files(model.side_directory)
         listed = [(file.name, self.of_file(file)) for file in files]
         if model.delta_digest is not None:
             listed.append(("deltas", model.delta_digest))
@@ -62,6 +97,15 @@ class Contents:
             found = json.loads((self.folder / "hashes.json").read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
         return {}
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """The SHA-256 of the files of the tokenizer in a directory."""
+    digest = hashlib.sha256()
+    for file in tokenizer_files(directory):
+        content = file.read_bytes()
+        digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def sha256_of(file: Path) -> str:

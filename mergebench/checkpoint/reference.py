@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mergebench.errors import ModelError
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm")  # beside the weights
+HUB_FILES = ["*.safetensors", "tokenizer*", *(f"*{suffix}" for suffix in SIDE_SUFFIXES)]
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.fp8 import without_scales
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.reference import SIDE_SUFFIXES
 
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors"}
-TOKENIZER_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model",
-}  # fmt: skip
-_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm"}
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
+    "chat_template*",
+)
+_DECISIVE = ("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES)
+
+
+def decisive_files(directory: Path) -> list[Path]:
+    """The files beside a model's weights that have a say in what it computes, by name."""
+    return _matching(directory, _DECISIVE)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of the tokenizer in a directory, by name; none where there is no directory."""
+    return _matching(directory, TOKENIZER_FILES)
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
 def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> list[str]:
@@ -30,12 +45,13 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         return []
     copied = []
     replaced = source.tokenizer_files
+    stale = [] if replaced is None else tokenizer_files(source.directory)
     scaled = any(info.dtype in FP8 for info in source.tensors.values())
     for path in sorted(source.directory.iterdir()):
         skip = path.name in _LEAVE or path.name.startswith((".", "adapter_")) or path.name.endswith(".index.json")
-        skip |= replaced is not None and path.name in TOKENIZER_FILES
+        skip |= path in stale
         skip |= scaled and path.name == "hf_quant_config.json"
-        if skip or path.suffix not in _SIDE_SUFFIXES or not path.is_file():
+        if skip or path.suffix not in SIDE_SUFFIXES or not path.is_file():
             continue
         shutil.copyfile(path, directory / path.name)
         copied.append(path.name)

@@ -10,7 +10,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ class Staging:
     def save(self) -> None:
         """Write the journal; what it lists is complete."""
         write_atomically(self.directory / _JOURNAL, json.dumps(self.journal))
+
+    def finish(
+        self, provenance: Mapping[str, Any], started: float, overwrite: bool, readme: str | None = None
+    ) -> dict[str, Any]:
+        """Write the provenance with the seconds since `started` (of `time.perf_counter`), README.md, and publish.
+
+        Returns the provenance as it was written.
+        """
+        written = {**provenance, "seconds": round(time.perf_counter() - started, 3)}
+        if readme is not None:
+            write_atomically(self.directory / "README.md", readme)
+        write_atomically(self.directory / PROVENANCE, json.dumps(written, indent=1) + "\n")
+        self.publish(overwrite, sync=False)
+        return written
 
     def publish(self, overwrite: bool, sync: bool) -> None:
         """Rename the partial directory to its target: the one moment at which a result appears."""

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.identity import identity
 from mergebench.checkpoint.model import Model
 from mergebench.editing.edit import Edit, Rows
 from mergebench.editing.probes.probe import Direction, Probe, read_probe

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.content import TOKENIZER_FILES
+from mergebench.checkpoint.content import tokenizer_hash
+from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
 from mergebench.networks.loadable import LoadableModel
@@ -122,23 +121,10 @@ class Network:
         """The tokenizer beside the model, as transformers reads it."""
         from transformers import AutoTokenizer
 
-        if not _tokenizer_files(self.directory):
+        if not tokenizer_files(self.directory):
             raise ModelError(f"model '{self.name}': no tokenizer in {self.directory}", "put tokenizer.json beside it")
         try:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parts raise
             raise failed(self.name, "its tokenizer", error) from None
-
-
-def tokenizer_hash(directory: Path) -> str:
-    """The SHA-256 of the files of the tokenizer in a directory."""
-    digest = hashlib.sha256()
-    for file in _tokenizer_files(directory):
-        content = file.read_bytes()
-        digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-def _tokenizer_files(directory: Path) -> list[Path]:
-    return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.side_files import TOKENIZER_FILES
+from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.errors import ModelError
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -109,7 +109,7 @@ def saved(tokenizer: Any) -> dict[str, bytes]:
 
 def stored(directory: Path) -> dict[str, bytes]:
     """The tokenizer files in a directory."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name in TOKENIZER_FILES}
+    return {path.name: path.read_bytes() for path in tokenizer_files(directory)}
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mergebench.checkpoint.identity import identity
+from mergebench.checkpoint.content import identity
 from mergebench.deltas.open import open_model
 from tests.models import fine_tuned, tiny_tensors, write_model
 

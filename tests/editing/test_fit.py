@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 import mergebench
-from mergebench.checkpoint.identity import identity
+from mergebench.checkpoint.content import identity
 from mergebench.deltas.open import open_model
 from mergebench.editing.probes.classifier import validate
 from mergebench.editing.probes.probe import Probe, read_probe

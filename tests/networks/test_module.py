@@ -87,7 +87,8 @@ def test_tied_tensors_change_together(tmp_path: Path) -> None:
         assert torch.equal(network.module(ids).logits, anew.module(ids).logits)
 
 
-def test_another_architecture_is_not_taken(tmp_path: Path, encoder: Path) -> None:
+def test_another_architecture_is_not_taken(tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "bert")
     network = Network(Files(encoder), "AutoModel", CPU)
     before = states(network)
     assert not network.take(Files(write_encoder(tmp_path / "r", "roberta")))

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.content import identity, sha256_of, tokenizer_hash
 from mergebench.checkpoint.files import write_error
-from mergebench.checkpoint.identity import identity
 from mergebench.deltas.open import open_model
 from mergebench.editing.probes import classifier
 from mergebench.editing.probes.classifier import Array, Validated
@@ -27,7 +26,6 @@ from mergebench.errors import RecipeError, RunError
 from mergebench.networks.batch import out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Texts
-from mergebench.networks.network import tokenizer_hash
 from mergebench.plugins import need
 
 TEST_SHARE = 0.2

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergebench.checkpoint.content import BESIDE, sha256_of
-from mergebench.checkpoint.side_files import copy_side_files
+from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.side_files import copy_side_files, decisive_files
 from mergebench.deltas.open import open_model
 from mergebench.engine import trace
 from mergebench.engine.answers import Known
@@ -79,8 +79,7 @@ class Candidates:
 
     def key(self, plan: Plan) -> str:
         """What tells the merge of a plan, with its config and tokenizer, from all others: for stored results."""
-        place = plan.merge.reference.side_directory
-        files = sorted({file for pattern in BESIDE for file in place.glob(pattern) if file.is_file()})
+        files = decisive_files(plan.merge.reference.side_directory)
         made_of = [fingerprint_of(plan), *((file.name, sha256_of(file)) for file in files)]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 

@@ -29,7 +29,7 @@ from mergebench.checkpoint.header import damaged, read_header
 from mergebench.checkpoint.shards import as_file
 from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
 from mergebench.evaluation.head import Head, read_head
-from mergebench.networks.attach import PARTS
+from mergebench.networks.bottleneck import PARTS
 from mergebench.networks.features import Pooling
 from mergebench.systems.mos.manifest import (
     ADAPTER,

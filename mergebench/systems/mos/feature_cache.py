@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Inputs
 from mergebench.networks.loadable import Tick
 from mergebench.systems.mos.bank import Bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.variants import NONE
 
 

@@ -14,12 +14,12 @@ from mergebench.checkpoint.content import Contents
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
-from mergebench.networks.attach import Encoder
 from mergebench.networks.device import device_of
 from mergebench.networks.features import Pooling
 from mergebench.networks.items import COLUMN_HINT, records
 from mergebench.networks.network import Network
 from mergebench.systems.mos.bank import Bank, read_bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.feature_cache import Seen
 from mergebench.systems.mos.manifest import name_of
 from mergebench.systems.mos.retrieval import Retrieval, share

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from mergebench.networks.attach import Adapter, Dropout, Encoder
+from mergebench.networks.bottleneck import Adapter, Dropout
 from mergebench.networks.features import Inputs
 from mergebench.networks.loadable import Tick
 from mergebench.systems.mos.alignment import align
 from mergebench.systems.mos.bank import Bank
 from mergebench.systems.mos.config import Config
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.merging import Merging, mean_of, merging_of
 from mergebench.systems.mos.statistics import ClassStatistics, of_classes
 from mergebench.systems.mos.training import Items, Settings, Trained, train

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mergebench.networks.attach import Adapter
+from mergebench.networks.bottleneck import Adapter
 
 
 class Merging(Protocol):

@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Inputs
 from mergebench.networks.loadable import Tick
 from mergebench.systems.mos.bank import Bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.feature_cache import Seen
 from mergebench.systems.mos.merging import in_pass, mean_of
 

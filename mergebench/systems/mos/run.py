@@ -20,10 +20,9 @@ from typing import Any
 import mergebench
 from mergebench.checkpoint.content import Contents, sha256_of
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target, finished
+from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.deltas.open import open_model
 from mergebench.errors import RunError
-from mergebench.networks.attach import Encoder
 from mergebench.networks.batch import out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Pooling
@@ -31,6 +30,7 @@ from mergebench.networks.network import Network
 from mergebench.systems.mos import report
 from mergebench.systems.mos.bank import Bank, BankWriter, read_bank
 from mergebench.systems.mos.config import Config
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.learner import Learner, Left
 from mergebench.systems.mos.manifest import About, AdapterKind, Backbone, Items, name_of
 from mergebench.systems.mos.manifest import Features as FeaturesKind
@@ -102,9 +102,7 @@ def run_sequence(
         report.plot(records, staging.directory / f"{RESULTS}.png")
         provenance: dict[str, Any] = {key: value for key, value in found.items() if key != "records"}
         provenance |= {"command": "cil run", "fingerprint": fingerprint}
-        provenance |= {"seconds": round(time.perf_counter() - started, 1)}
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-        staging.publish(overwrite, sync=False)
+        staging.finish(provenance, started, overwrite)
     return Outcome(out, found)
 
 

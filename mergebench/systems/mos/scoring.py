@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from mergebench.errors import RunError
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Inputs
 from mergebench.networks.loadable import Tick
 from mergebench.systems.mos.bank import Bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.feature_cache import Seen
 from mergebench.systems.mos.published_features import Drifting
 from mergebench.systems.mos.retrieval import share

@@ -10,20 +10,21 @@ the head's is a tenth of the adapter's.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy, linear
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from mergebench.errors import RunError
-from mergebench.networks.attach import Dropout, Encoder
-from mergebench.networks.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
+from mergebench.networks import training
+from mergebench.networks.bottleneck import Dropout
 from mergebench.networks.features import Inputs
 from mergebench.networks.loadable import Tick
+from mergebench.networks.training import Gradients, Parameters, gradients
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.merging import Merging
 
 MOMENTUM, HEAD_RATE, TEMPERATURE = 0.9, 0.1, 0.8
@@ -85,95 +86,60 @@ def train(
         (torch.rand(shape, generator=generator) * 2 * bound - bound).to(device).requires_grad_()
         for shape in ((classes, encoder.width), (classes,))
     )
+    head = {"weight": weight, "bias": bias}
     means = None if means is None else means.to(device)
     groups: list[dict[str, Any]] = [
         {"params": list(adapter.values())},
-        {"params": [weight, bias], "lr": HEAD_RATE * settings.lr},
+        {"params": list(head.values()), "lr": HEAD_RATE * settings.lr},
     ]
     optimiser = torch.optim.SGD(groups, settings.lr, MOMENTUM, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(settings.epochs, 1))
-    step = _Step(encoder, items, settings.dropout)
-    loss, right = 0.0, 0
-    for _ in range(settings.epochs):
-        loss, right = 0.0, 0
-        for chosen in _shuffled(len(items.positions), settings.batch, generator):
-            labels = items.labels[chosen].to(device)
+    lengths = items.inputs.lengths(encoder.network)
+    lengths = [lengths[position] for position in items.positions]
 
-            def judge(features: Tensor, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
-                logits = linear(features, weight, bias)
-                return cross_entropy(logits, labels) + settings.orthogonality * _overlap(means, features), logits
+    def gradients_of(chosen: Tensor) -> Gradients:
+        """Those at the tensors that the pass computes with; the rows are its logits."""
+        labels, batch = items.labels[chosen].to(device), chosen.tolist()
+        used = merging.forward(adapter)
+        drop = _dropout(settings.dropout, generator)
 
-            optimiser.zero_grad()
-            used = merging.forward(adapter)
-            value, logits = step.backward(chosen.tolist(), used, adapter, judge, generator)
-            if not value.isfinite():
-                raise RunError("training: the loss is not finite", f"give a smaller lr than {settings.lr:g}")
-            optimiser.step()
-            merging.step(adapter)
-            loss += value.item() * len(chosen)
-            right += int((logits.argmax(1) == labels).sum())
-            tick(len(chosen))
-        schedule.step()
-    done = {name: tensor.detach().cpu() for name, tensor in adapter.items()}
+        def rows(part: list[int], parameters: Parameters) -> Tensor:
+            positions = [items.positions[batch[i]] for i in part]
+            return encoder.rows(items.inputs, positions, parameters, drop and drop.of(part[0]))
+
+        def loss(features: Tensor, parameters: Parameters) -> Tensor:
+            logits = linear(features, parameters["weight"], parameters["bias"])
+            return cross_entropy(logits, labels) + settings.orthogonality * _overlap(means, features)
+
+        found = gradients({**used, **head}, rows, [lengths[i] for i in batch], device, loss)
+        with torch.no_grad():
+            return found._replace(rows=linear(found.rows, weight, bias))
+
+    losses, right = [0.0] * max(settings.epochs, 1), [0] * max(settings.epochs, 1)
+    for step in training.train(
+        adapter | head,
+        gradients_of,
+        optimiser,
+        count=len(items.positions),
+        epochs=settings.epochs,
+        batch=settings.batch,
+        generator=generator,
+        schedule=CosineAnnealingLR(optimiser, max(settings.epochs, 1)),
+    ):
+        merging.step(adapter)
+        size, labels = len(step.items), items.labels[step.items].to(device)
+        losses[step.epoch] += step.gradients.loss.item() * size
+        right[step.epoch] += int((step.gradients.rows.argmax(1) == labels).sum())
+        tick(size)
+    trained = {name: tensor.detach().cpu() for name, tensor in adapter.items()}
     count = len(items.positions)
-    return Trained(done, weight.detach().cpu(), bias.detach().cpu(), loss / count, right / count)
+    return Trained(trained, weight.detach().cpu(), bias.detach().cpu(), losses[-1] / count, right[-1] / count)
 
 
-class _Step:
-    """Gradients of one batch, its parts on several cores: only the loss needs the features of all."""
-
-    def __init__(self, encoder: Encoder, items: Items, dropout: float) -> None:
-        self.encoder, self.items, self.dropout = encoder, items, dropout
-        self.lengths = items.inputs.lengths(encoder.network)
-
-    def backward(
-        self,
-        chosen: Sequence[int],
-        used: Mapping[str, Tensor],
-        adapter: Mapping[str, Tensor],
-        judge: Callable[[Tensor], tuple[Tensor, Tensor]],
-        generator: Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """The loss and the logits [chosen, classes]; the gradient at `used` is left at `adapter`."""
-        positions = [self.items.positions[i] for i in chosen]
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in used.items()}
-        drop = Dropout(self.dropout, int(torch.randint(2**62, (), generator=generator))) if self.dropout else None
-        device = self.encoder.network.device
-        lengths = [self.lengths[i] for i in positions]
-        # two parts or more, by length alone: the same whatever the number of cores
-        most = min(CPU_TOKENS, math.ceil(sum(lengths) / 2)) if device.type == "cpu" else GPU_TOKENS
-        parts = batches(lengths, most)
-
-        def forward(part: list[int]) -> Tensor:
-            here = [positions[i] for i in part]
-            return self.encoder.rows(self.items.inputs, here, leaves, drop and drop.of(part[0]))
-
-        rows = run_batches(forward, parts, device, _nothing)
-        order = torch.tensor([i for part in parts for i in part], device=device).argsort()
-        features = torch.cat([one.detach() for one in rows])[order].requires_grad_()
-        loss, logits = judge(features)
-        torch.autograd.backward(loss)
-        assert features.grad is not None
-        made, slopes = {part[0]: one for part, one in zip(parts, rows, strict=True)}, features.grad
-
-        def backward(part: list[int]) -> Sequence[Tensor]:
-            return torch.autograd.grad(made[part[0]], list(leaves.values()), slopes[part])
-
-        found = run_batches(backward, parts, device, _nothing)
-        for tensor, *gradients in zip(adapter.values(), *found, strict=True):
-            tensor.grad = sum(gradients[1:], start=gradients[0])  # one by one, in the order of the parts
-        return loss.detach(), logits.detach()
+def _dropout(share: float, generator: Generator) -> Dropout | None:
+    return Dropout(share, int(torch.randint(2**62, (), generator=generator))) if share else None
 
 
 def _overlap(means: Tensor | None, features: Tensor) -> Tensor:
     """How hard rows are to tell from one another by their products (the published code's loss, not normalised)."""
     rows = features if means is None else torch.cat([means, features])
     return cross_entropy(rows @ rows.T / TEMPERATURE, torch.arange(len(rows), device=rows.device))
-
-
-def _shuffled(count: int, batch: int, generator: Generator) -> Iterator[Tensor]:
-    yield from torch.split(torch.randperm(count, generator=generator), batch)
-
-
-def _nothing(items: int) -> None:
-    pass

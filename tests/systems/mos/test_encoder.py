@@ -13,9 +13,10 @@ from torch import Tensor
 from mergebench.errors import ModelError
 from mergebench.evaluation.images import Images, Prepared
 from mergebench.evaluation.labelled import read_images
-from mergebench.networks.attach import Dropout, Encoder
+from mergebench.networks.bottleneck import Dropout
 from mergebench.networks.features import Pooling, Texts
 from mergebench.networks.network import Network
+from mergebench.systems.mos.encoder import Encoder
 from tests.evaluation.conftest import HIDDEN, Files, write_encoder
 from tests.evaluation.test_images import write_image_encoder, write_images
 

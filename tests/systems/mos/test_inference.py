@@ -13,10 +13,10 @@ import torch
 
 from mergebench.checkpoint.content import Contents
 from mergebench.deltas.open import open_model
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Pooling, Texts
 from mergebench.networks.network import Network
 from mergebench.systems.mos.bank import read_bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.inference import open_encoder
 from mergebench.systems.mos.manifest import Backbone, Features
 from mergebench.systems.mos.variants import mos

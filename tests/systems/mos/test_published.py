@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor
 
 from mergebench.deltas.open import open_model
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Pooling
 from mergebench.networks.network import Network
 from mergebench.systems.mos.bank import Bank, BankWriter, read_bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.feature_cache import Seen
 from mergebench.systems.mos.manifest import AdapterKind, Features
 from mergebench.systems.mos.merging import in_pass, merging_of

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mergebench.errors import RunError
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Pooling, Texts
 from mergebench.networks.network import Network
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.merging import Alone, Merging, Paper
 from mergebench.systems.mos.training import Items, Settings, Trained, train
 from tests.evaluation.conftest import Files, write_encoder
@@ -75,7 +75,7 @@ def by_hand(encoder: Encoder, mean: dict[str, Tensor] | None, means: Tensor | No
 @pytest.mark.parametrize("first", [True, False])
 def test_a_plain_loop(first: bool, tokens: int, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first task, and one that is merged and kept apart from the means of classes before."""
-    monkeypatch.setattr("mergebench.systems.mos.training.CPU_TOKENS", tokens)
+    monkeypatch.setattr("mergebench.networks.training.CPU_TOKENS", tokens)
     mean = None if first else start(encoder, seed=9)
     means = None if first else torch.randn(2, encoder.width, generator=torch.Generator().manual_seed(1))
     found = learn(encoder, Alone() if mean is None else Paper(mean, ALPHA), means)

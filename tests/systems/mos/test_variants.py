@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mergebench.evaluation.head import Head
-from mergebench.networks.attach import Encoder
 from mergebench.networks.features import Pooling, Texts
 from mergebench.networks.network import Network
 from mergebench.systems.mos.bank import Bank, read_bank
+from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.feature_cache import Seen
 from mergebench.systems.mos.variants import VARIANTS, Answers, cosine
 from tests.evaluation.conftest import WORDS, Files, write_encoder
