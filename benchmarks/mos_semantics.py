@@ -6,7 +6,8 @@ BANK is a bank of `mergebench cil run`, DATA its test items. In the published co
 merges the stored adapters further; that is emulated (mergebench/systems/mos/published_features.py, held against the
 code itself by tests/systems/mos/test_published.py), the bank is only read. For every batch size: identical evaluations
 of all items, one after the other, from the bank as it is; then from a bank that was evaluated after every task before,
-as a training run of the published code does it. In the paper's semantics: all items at once, then batch by batch, everything made anew.
+as a training run of the published code does it. In the paper's semantics: all items at once, then batch by batch,
+everything made anew.
 
 Prints Markdown: accuracy, the share of answers that differ from the first evaluation (published: with this batch size),
 and from the paper's.

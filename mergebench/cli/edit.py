@@ -49,12 +49,12 @@ def edit(
     quiet: opt.Quiet = False,
 ) -> None:
     """Edit a MODEL's behaviour: add a probe's direction to the few rows that point away from it (model surgery)."""
-    from mergebench import api, patching
+    from mergebench import api
 
     quiet = quiet or json_
     if out is None and not dry_run:
         raise RecipeError("--out: missing", "name a directory for the edited model, or look first: --dry-run")
-    plan = patching.plan_edit(
+    plan = api.plan_edit(
         model,
         probe,
         memory=opt.parse_size(memory, "--memory"),
@@ -73,7 +73,7 @@ def edit(
     if dry_run or out is None:
         (planned,) = plan.merge.edits
         with byte_bar("reading", planned.nbytes, quiet) as progress:
-            report = patching.dry_run(plan, progress)
+            report = api.dry_run(plan, progress)
         if json_:
             typer.echo(json.dumps(report))
         else:

@@ -62,12 +62,12 @@ def _put_in(
     json_: bool,
     quiet: bool,
 ) -> None:
-    from mergebench import api, patching
+    from mergebench import api
     from mergebench.checkpoint.staging import check_target
 
     quiet = quiet or json_
     size = opt.parse_size(shard_size, "--shard-size")
-    plan = patching.plan_patch(model, patch, revert=revert, workers=workers, shard_size=size)
+    plan = api.plan_patch(model, patch, revert=revert, workers=workers, shard_size=size)
     check_target(out, [patch], overwrite or resume)  # an output that is replaced may hold the patch
     with byte_bar("copying", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
