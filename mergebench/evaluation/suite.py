@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergebench.checkpoint.content import sha256_of
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
@@ -74,8 +75,6 @@ class Suite:
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, with a hash of every file read, ready for JSON."""
-        from mergebench.checkpoint.content import sha256_of  # torch comes with it
-
         tasks = [
             {
                 "name": task.name,
