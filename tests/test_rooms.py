@@ -23,6 +23,7 @@ ROOMS = [
     "engine",
     "checkpoint",
     "plugins",
+    "parameters",
     "errors",
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_symlink())

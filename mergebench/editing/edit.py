@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.engine.method import Parameter, make_params, parameters_of
 from mergebench.errors import RecipeError
+from mergebench.parameters import Parameter, make_params, parameters_of, params_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def edit(*, paper: str) -> Callable[[Callable[..., Tensor]], Edit]:
     """Declare a function `(rows, params: a dataclass) -> amounts` as an edit; `paper`: where it stands."""
 
     def declare(function: Callable[..., Tensor]) -> Edit:
-        params, parameters = parameters_of(function, 2, "an edit takes (rows, params: a dataclass)")
-        return Edit(function.__name__, function, paper, params, parameters)
+        params = params_of(function, 2, "an edit takes (rows, params: a dataclass)")
+        return Edit(function.__name__, function, paper, params, parameters_of(params))
 
     return declare

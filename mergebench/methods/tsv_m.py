@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.engine.method import Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods._svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def adapter(directory: Path, module: str = "layers.0", rank: int = 2) -> None:
 
 # -- start-up ----------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "numpy", "pydantic", "safetensors", "huggingface_hub", "ruamel", "rich.progress")
+HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "ruamel", "rich.progress")
 
 
 @pytest.mark.parametrize("what", ["import mergebench", "import mergebench.cli", "help", "version"])

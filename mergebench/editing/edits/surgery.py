@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mergebench.editing.edit import Rows, edit
-from mergebench.engine.method import param
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)
