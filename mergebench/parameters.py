@@ -132,6 +132,8 @@ def _fits(value: object, kind: Any) -> bool:
         return kind is bool and isinstance(value, bool)
     if kind in (int, float):
         return isinstance(value, int | float)
+    if isinstance(value, Path):
+        return kind in (Path, Path | str)
     return isinstance(value, str) and bool(value.strip())
 
 

@@ -65,10 +65,11 @@ def adapter(directory: Path, module: str = "layers.0", rank: int = 2) -> None:
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "ruamel", "rich.progress")
 
 
-@pytest.mark.parametrize("what", ["import mergebench", "import mergebench.cli", "help", "version"])
+@pytest.mark.parametrize("what", ["import mergebench", "import mergebench.cli", "help", "version", "edit help"])
 def test_nothing_heavy_is_imported(what: str) -> None:
     """The price of --help; commands import what they need when they run."""
-    code = what if what.startswith("import") else f"import sys; sys.argv = ['mergebench', '--{what}']; main()"
+    words = ["mergebench", *what.split()[:-1], f"--{what.split()[-1]}"]
+    code = what if what.startswith("import") else f"import sys; sys.argv = {words!r}; main()"
     program = f"""
 import sys
 try:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mergebench.editing.probes.labels import UNDESIRED, word
-from mergebench.editing.probes.layers import NORMS, POOLS, Reading, features
+from mergebench.editing.probes.layers import Reading, features
 from mergebench.editing.probes.probe import Probe, read_probe
+from mergebench.editing.probes.settings import Norm, Pool
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, mean, task
 from mergebench.networks.features import Texts
@@ -35,9 +36,8 @@ class Params(Common):
     of: str = param("both", "of which class the items are measured", choices=("both", *CLASSES))
     metric: str = param("loss", "what is measured of the probe", choices=("loss", "accuracy", "score"))
     layer: int | None = param(None, "for a probe that does not say it: the layer it reads, -1 for the last")
-    norm: str | None = param(None, "for a probe that does not say it: the last layer after the final norm or before",
-                           choices=NORMS)  # fmt: skip
-    pool: str | None = param(None, "for a probe that does not say it: over the tokens", choices=POOLS)
+    norm: Norm | None = param(None, "for a probe that does not say it: the last layer after the final norm or before")
+    pool: Pool | None = param(None, "for a probe that does not say it: over the tokens")
     max_length: int | None = param(None, "for a probe that does not say it: tokens a text is cut to", low=2)
 
 
