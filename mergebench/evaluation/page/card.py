@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,12 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
 
 def verify(directory: Path) -> None:
     """Load the result on `meta` with transformers: no missing, unexpected or mismatched tensor."""
+    from mergebench.networks.module import quiet
+
     if not (directory / "config.json").is_file():
         raise RunError(f"{directory}: --verify needs a config.json, the base has none")
     try:
-        with _quiet():
+        with quiet():
             info = _loading_info(directory)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # whatever it has against the config
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -92,19 +93,3 @@ def _loading_info(directory: Path) -> dict[str, Any]:
         directory, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
     )
     return dict(info)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and reports of transformers: what it finds is said in one line."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # nothing below critical
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
