@@ -37,7 +37,7 @@ from train_quickstart import BASE, CHOOSING_TEXTS, QUICKSTART, TASKS, TEST_TEXTS
 import mergebench
 from mergebench import methods
 from mergebench.deltas.open import open_model
-from mergebench.evaluation import Candidate, Record, Results, Suite, evaluate_models, load_suite
+from mergebench.evaluation import Candidate, Record, Results, Suite, evaluate_models, load_suite, save
 from mergebench.recipe import Recipe
 
 Split = Literal["validation", "test"]
@@ -172,7 +172,7 @@ class Bench:
                 made = time.perf_counter()
                 results = evaluate_models([Candidate(name, "merged", model)], self.suites[split], device="cpu")
             done = Path(tempfile.mkdtemp(dir=self.folder))
-            results.save(done)
+            save(results, done)
             place.parent.mkdir(exist_ok=True)
             done.rename(place)
             seconds = f"merged in {made - start:.1f} s, measured in {time.perf_counter() - made:.1f} s"

@@ -41,8 +41,8 @@ _PUBLIC = {
     "merge_method": "mergebench.engine.method",
     "edit": "mergebench.editing.edit",
     "Rows": "mergebench.editing.edit",
-    "param": "mergebench.engine.method",
-    "PerModel": "mergebench.engine.method",
+    "param": "mergebench.parameters",
+    "PerModel": "mergebench.parameters",
     "TaskVectors": "mergebench.engine.method",
     "Weights": "mergebench.engine.method",
     "Passes": "mergebench.engine.method",
@@ -63,13 +63,14 @@ if TYPE_CHECKING:
     from mergebench.editing.probes.probe import read_probe
     from mergebench.engine.chunks import total
     from mergebench.engine.context import Context
-    from mergebench.engine.method import Passes, PerModel, Tasks, TaskVectors, Weights, merge_method, param
+    from mergebench.engine.method import Passes, Tasks, TaskVectors, Weights, merge_method
     from mergebench.engine.statistics import gram, norms, order_statistics
     from mergebench.errors import MergebenchError
     from mergebench.evaluation import report
     from mergebench.evaluation.compare.comparison import compare
     from mergebench.evaluation.measure import evaluate, measure
     from mergebench.evaluation.search.search import search
+    from mergebench.parameters import PerModel, param
     from mergebench.recipe import load, load_stages
 
 __all__ = [

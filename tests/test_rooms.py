@@ -24,6 +24,7 @@ ROOMS = [
     "deltas",
     "checkpoint",
     "plugins",
+    "parameters",
     "errors",
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_symlink())

@@ -61,18 +61,15 @@ def _class_name(model: Model) -> str:
 def _build(model: Model) -> Any:
     """The model's class without data; None where it is not there, or has something against the config."""
     import transformers
-    from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(50)  # nothing below critical
+    from mergebench.networks.module import quiet
+
     try:
         kind = getattr(transformers, _class_name(model))
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             return kind(kind.config_class.from_dict(model.config))
     except Exception:
         return None
-    finally:
-        logging.set_verbosity(level)
 
 
 def stored_in_out(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:

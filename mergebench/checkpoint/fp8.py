@@ -2,7 +2,7 @@
 
 A scale is one number a tensor, one a row, or one a block of 128 x 128 elements; the value is always the
 stored one times the scale, also where its name ends in `_inv`. Here scales are found, by headers alone, and
-their tensors taken out of the model; `read.Scales` multiplies chunks while they stream.
+their tensors taken out of the model; `Scales` multiplies chunks while they stream.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from mergebench.checkpoint.files import whole
 from mergebench.checkpoint.header import FLOATS, FP8, Reader, Scale, TensorInfo
 from mergebench.errors import ModelError
+
+if TYPE_CHECKING:  # torch is imported where values are read, not by who only reads headers
+    from torch import Tensor
 
 BLOCK = (128, 128)
 SETTINGS = ("quantization_config", "compression_config")  # what config.json says of scales
@@ -117,6 +116,8 @@ class Scaler:
 
     def _rows(self, first: int, stop: int) -> Tensor:
         """Which rows of the scale belong to rows of the tensor, all dimensions but the last laid flat."""
+        import torch
+
         rows = torch.arange(first, stop, device=self.scale.device)
         found, stride = torch.zeros_like(rows), 1
         for side, block, count in zip(self.shape[-2::-1], self.blocks[-2::-1], self.sides[-2::-1], strict=True):
@@ -136,6 +137,8 @@ class Scales:
 
     def multiply(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
         """out *= what the stored elements `start` onwards are scaled by; nothing for a tensor without a scale."""
+        from mergebench.checkpoint.files import whole
+
         if tensor.scale is None:
             return
         key = (tensor.file, tensor.offset)

@@ -5,36 +5,53 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.declared import OF, DeclaredCommand, option_of
 from mergebench.cli.output import byte_bar, note
 from mergebench.errors import RecipeError
 
+if TYPE_CHECKING:
+    from mergebench.cli.declared import Declared
+
+DEFAULT = "surgery"
 BAR = 40  # characters of the longest bar
 
 
+class EditCommand(DeclaredCommand):
+    """The options of the edit that --edit names."""
+
+    def declared(self, args: list[str]) -> Declared:
+        from mergebench.editing import edits
+        from mergebench.editing.spec import OF_ANY
+
+        edit = edits.get(_named(args))
+        of_any = {option_of(name): parameter for name, parameter in OF_ANY.items() if name != "probe"}
+        taken = {option for parameter in self.params for option in parameter.opts} | of_any.keys()
+        options = {option_of(name): parameter for name, parameter in edit.parameters.items()}
+        its_own = {o if o not in taken else option_of(f"{edit.name}_{p.name}"): p for o, p in options.items()}
+        return {f"{OF}any edit": of_any, OF + edit.name: its_own}
+
+
+def _named(args: list[str]) -> str:
+    """What --edit says, before the options that follow from it are known."""
+    name = DEFAULT
+    for word, after in zip(args, [*args[1:], DEFAULT], strict=True):
+        name = after if word == "--edit" else word.removeprefix("--edit=") if word.startswith("--edit=") else name
+    return name
+
+
 def edit(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The model to edit: a directory, BASE+ADAPTER or org/name. Only read.")],
     probe: Annotated[Path, typer.Option(help="A probe, as `mergebench probe fit` writes it.")],
+    edit_: Annotated[
+        str, typer.Option("--edit", metavar="NAME", help="Which edit; `mergebench methods` lists them.")
+    ] = DEFAULT,
     out: Annotated[Path | None, typer.Option(help="Output directory.")] = None,
-    rows: Annotated[
-        str | None, typer.Option(help="How many rows: 16384, or a share of the candidates. Default: 4.65%.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="How much of the direction is added. Default: 1.08.")] = None,
-    alpha_relative: Annotated[
-        bool, typer.Option("--alpha-relative", help="Alpha is the length added, in median norms of the candidates.")
-    ] = False,
-    direction: Annotated[str | None, typer.Option(help="row1, diff, unit-diff or mean-diff. Default: row1.")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Whose rows: a role (gate_proj, up_proj, q_proj ...) or a glob of names.")
-    ] = None,
-    select: Annotated[str | None, typer.Option(help="min-cos, max-cos or random. Default: min-cos.")] = None,
-    op: Annotated[str | None, typer.Option(help="add or subtract. Default: add.")] = None,
-    layers: Annotated[str | None, typer.Option(help="all, 0-15, 3,5,7 or !0-7; -1 is the last. Default: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of --select random.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which rows it would edit; write nothing.")] = False,
     memory: opt.Memory = "400MiB",
     workers: opt.Workers = None,
@@ -48,7 +65,10 @@ def edit(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Edit a MODEL's behaviour: add a probe's direction to the few rows that point away from it (model surgery)."""
+    """Edit a MODEL's behaviour: add a probe's direction to the few rows that point away from it (model surgery).
+
+    With --edit NAME another edit, and the options it declares: mergebench edit --edit NAME --help shows them.
+    """
     from mergebench import api
 
     quiet = quiet or json_
@@ -57,18 +77,11 @@ def edit(
     plan = api.plan_edit(
         model,
         probe,
+        edit=edit_,
         memory=opt.parse_size(memory, "--memory"),
         workers=workers,
         shard_size=opt.parse_size(shard_size, "--shard-size"),
-        rows=rows,
-        alpha=alpha,
-        alpha_relative=alpha_relative or None,
-        direction=direction,
-        target=target,
-        select=select,
-        op=op,
-        layers=layers,
-        seed=seed,
+        **ctx.obj,
     )
     if dry_run or out is None:
         (planned,) = plan.merge.edits

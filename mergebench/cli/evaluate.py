@@ -31,7 +31,7 @@ def evaluate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure MODELs side by side on the tasks of a SUITE."""
-    from mergebench.evaluation import page
+    from mergebench.evaluation import page, save
     from mergebench.evaluation.measure import measure
 
     if split not in (None, "test", "validation"):
@@ -49,7 +49,7 @@ def evaluate(
         )
     target = out or Path("evaluations") / suite.stem
     target.mkdir(parents=True, exist_ok=True)
-    found.save(target)
+    save(found, target)
     page.attempt(target)
     say(found, target, results, json_, quiet)
     check(found)
@@ -59,13 +59,13 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
     """The table on stdout, or all of it as JSON; what people want to know beside it on stderr."""
     import json
 
-    from mergebench.evaluation import report
+    from mergebench.evaluation import document_of, report
 
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
     views = "evaluation.md and report.html" if (target / "report.html").is_file() else "evaluation.md"
     note(f"wrote {target}/evaluation.json, {views}", quiet)
-    typer.echo(json.dumps(found.to_dict()) if json_ else report(found, styled=sys.stdout.isatty()))
+    typer.echo(json.dumps(document_of(found)) if json_ else report(found, styled=sys.stdout.isatty()))
 
 
 def check(found: Results) -> None:

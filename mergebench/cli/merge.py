@@ -57,7 +57,7 @@ def merge(
 ) -> None:
     """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how."""
     from mergebench import api
-    from mergebench.evaluation import measure
+    from mergebench.evaluation import document_of, measure
 
     quiet = quiet or json_
     stages = load(recipe, set_, seed, out)
@@ -90,7 +90,7 @@ def merge(
         if earlier:
             document["earlier_stages"] = before
         if found is not None:
-            document["evaluation"] = found.to_dict()
+            document["evaluation"] = document_of(found)
         typer.echo(json.dumps(document))
     elif found is not None:
         evaluate.say(found, target, results, json_, quiet)

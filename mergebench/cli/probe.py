@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.declared import OF, DeclaredCommand, option_of
 from mergebench.cli.output import note, work_bar
 
 if TYPE_CHECKING:
+    from mergebench.cli.declared import Declared
     from mergebench.editing.probes.probe import Probe
 
 app = typer.Typer(help="Fit a linear probe of a behaviour, for an edit to use.", no_args_is_help=True)
@@ -22,26 +23,22 @@ app = typer.Typer(help="Fit a linear probe of a behaviour, for an edit to use.",
 def _group() -> None: ...
 
 
-@app.command("fit")
+class FitCommand(DeclaredCommand):
+    """The options that a probe's settings declare."""
+
+    def declared(self, args: list[str]) -> Declared:
+        from mergebench.editing.probes.settings import Settings
+        from mergebench.parameters import parameters_of
+
+        return {f"{OF}the fit": {option_of(name): p for name, p in parameters_of(Settings).items()}}
+
+
+@app.command("fit", cls=FitCommand)
 def fit(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option(help="A directory, BASE+ADAPTER, or org/name.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines: a text and a label each.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The probe: NAME.safetensors.")],
-    layer: Annotated[
-        str, typer.Option(help="0 (embeddings) to the number of blocks; negative from the end; all: the best.")
-    ] = "-1",
-    norm: Annotated[str, typer.Option(help="The last layer, post or pre the final norm.")] = "post",
-    pool: Annotated[str, typer.Option(help="mean over a text's tokens, or the last one.")] = "mean",
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")] = 100,
-    text: Annotated[str, typer.Option(metavar="COLUMN", help="The column with the text.")] = "text",
-    label: Annotated[str, typer.Option(metavar="COLUMN", help="The column with the label.")] = "label",
-    undesired: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="The undesired class. By itself: 1, true, undesired.")
-    ] = None,
-    test: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts to test on. Default: a fifth of the data.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split and the folds.")] = 0,
     device: opt.Device = "auto",
     results: opt.Results = Path("results"),
     overwrite: opt.Overwrite = False,
@@ -52,24 +49,10 @@ def fit(
     from mergebench.editing.probes.fit import fit_probe, plot_of
 
     quiet = quiet or json_
+    device = opt.check_device(device)
     with work_bar(quiet) as progress:
         probe = fit_probe(
-            model,
-            data,
-            out,
-            layer=_layer(layer),
-            norm=norm,
-            pool=pool,
-            max_length=max_length,
-            text=text,
-            label=label,
-            undesired=undesired,
-            test=test,
-            seed=seed,
-            device=opt.check_device(device),
-            results=results,
-            overwrite=overwrite,
-            progress=progress,
+            model, data, out, device=device, results=results, overwrite=overwrite, progress=progress, **ctx.obj
         )
     plot = plot_of(out) if "layers" in probe.about else None
     doubt = probe.doubt()
@@ -81,14 +64,6 @@ def fit(
         typer.echo(json.dumps({"out": str(out), "sha256": probe.sha256, **probe.about, **more}))
     else:
         typer.echo(_said(probe))
-
-
-def _layer(text: str) -> int | str:
-    if text == "all":
-        return text
-    if not re.fullmatch(r"-?\d{1,6}", text):
-        raise opt.wrong("--layer", text, "a layer's number, negative from the end, or all")
-    return int(text)
 
 
 def _said(probe: Probe) -> str:

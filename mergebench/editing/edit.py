@@ -14,14 +14,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from mergebench.engine.method import Parameter, make_params, parameters_of
 from mergebench.errors import RecipeError
+from mergebench.parameters import Parameter, make_params, parameters_of, params_of
 from mergebench.plugins import named
+
+if TYPE_CHECKING:  # torch is imported where rows are edited, not by who only lists an edit's parameters
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Rows:
 
     def lowest(self, score: Tensor, count: int) -> Tensor:
         """bool [N]: the `count` rows of lowest score; of equal ones, those that come first."""
+        import torch
+
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[torch.argsort(score, stable=True)[:count]] = True
         return chosen
@@ -54,6 +56,8 @@ class Rows:
 
     def random(self, seed: int) -> Tensor:
         """Numbers in [0, 1), one a row, that depend on the seed and the row's place alone."""
+        import torch
+
         return torch.rand(len(self), generator=torch.Generator().manual_seed(seed))
 
 
@@ -72,6 +76,8 @@ class Edit:
 
     def __call__(self, rows: Rows, params: Any) -> Tensor:
         """How much of the direction is added to each row: float32 [N]."""
+        import torch
+
         amounts = self.function(rows, params)
         if amounts.dtype != torch.float32 or amounts.shape != rows.norm.shape:
             got = f"{amounts.dtype} {list(amounts.shape)}"
@@ -91,7 +97,7 @@ def edit(*, paper: str) -> Callable[[Callable[..., Tensor]], Edit]:
     """Declare a function `(rows, params: a dataclass) -> amounts` as an edit; `paper`: where it stands."""
 
     def declare(function: Callable[..., Tensor]) -> Edit:
-        params, parameters = parameters_of(function, 2, "an edit takes (rows, params: a dataclass)")
-        return Edit(function.__name__, function, paper, params, parameters)
+        params = params_of(function, 2, "an edit takes (rows, params: a dataclass)")
+        return Edit(function.__name__, function, paper, params, parameters_of(params))
 
     return declare

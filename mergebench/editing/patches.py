@@ -103,14 +103,14 @@ class Patch:
 def open_patch(file: str | Path) -> Patch:
     """Read a patch's header and direction; `ModelError` where it is missing or no patch, `RunError` where damaged."""
     read = read_file(file)
-    entries = read.entries.values()
-    directions = {entry.parts["direction"].name for entry in entries if "direction" in entry.parts}
-    if any(entry.kind != "row_patch" or entry.orig is None for entry in entries) or len(directions) != 1:
+    direction = next((info for info in read.header.tensors if info.name == "direction"), None)
+    shared = {entry.parts["direction"].name for entry in read.entries.values() if "direction" in entry.parts}
+    plain = all(entry.kind == "row_patch" and entry.orig is not None for entry in read.entries.values())
+    if direction is None or not plain or shared - {"direction"}:
         hint = "put it on a model as MODEL+FILE; a patch is what `mergebench edit` writes beside the model"
         raise ModelError(f"{file}: its deltas are not those of one edit", hint)
-    first = next(iter(entries))
     with Files() as files:
-        return Patch(read, whole(files, first.parts["direction"]))
+        return Patch(read, whole(files, direction))
 
 
 def write_patch(

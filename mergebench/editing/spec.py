@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-COMMON = {
-    "probe": "the probe's file, as `mergebench probe fit` writes it",
-    "direction": "what of the probe is added: row1, diff, unit-diff or mean-diff",
-    "target": "which matrices' rows: gate_proj, another role, or a glob of tensor names",
-    "layers": "which layers: all, 0-15, '3,5,7', '!0-7'; negative ones count from the end",
-}
+from mergebench.parameters import param, parameters_of
 
 
 @dataclass(frozen=True)
@@ -19,12 +14,16 @@ class Wanted:
     """An edit by its name, a probe, and the parameters that are given."""
 
     edit: str
-    probe: str
-    direction: str = "row1"
-    target: str = "gate_proj"
-    layers: str = "all"
+    probe: str = param(help="the probe's file, as `mergebench probe fit` writes it")
+    direction: str = param("row1", "what of the probe is added: row1, diff, unit-diff or mean-diff")
+    target: str = param("gate_proj", "which matrices' rows: gate_proj, another role, or a glob of tensor names")
+    layers: str = param("all", "which layers: all, 0-15, '3,5,7', '!0-7'; negative ones count from the end")
     values: Mapping[str, Any] = field(default_factory=dict)  # the edit's own
 
     def to_plain(self) -> dict[str, Any]:
         """As a recipe spells it."""
         return {"edit": self.edit, **{key: getattr(self, key) for key in COMMON}, **self.values}
+
+
+OF_ANY = {name: parameter for name, parameter in parameters_of(Wanted).items() if parameter.help}
+COMMON = {name: parameter.help for name, parameter in OF_ANY.items()}

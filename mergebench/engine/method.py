@@ -18,9 +18,10 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+from mergebench.parameters import Parameter, make_params, parameters_of, params_of
 from mergebench.plugins import named
 
 if TYPE_CHECKING:
@@ -49,88 +50,6 @@ Cut = Literal["element", "row", "tensor"]
 Whole = Callable[[str, tuple[int, ...]], bool]  # of a tensor's name and shape
 Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, number of models and parameters
 Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
-PerModel = tuple[float, ...]  # one value for each model
-
-REQUIRED: Any = object()
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a method, as `mergebench methods NAME` shows it and recipes are checked against."""
-
-    name: str
-    type: type
-    default: Any
-    help: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None  # an open lower bound
-    choices: tuple[str, ...] = ()
-    per_model: bool = False
-
-    @property
-    def required(self) -> bool:
-        return self.default is REQUIRED
-
-    def range_text(self) -> str:
-        """The allowed values in words, such as `above 0, at most 1`."""
-        if self.choices:
-            return " | ".join(self.choices)
-        bounds = []
-        if self.above is not None:
-            bounds.append(f"above {self.above:g}")
-        if self.low is not None:
-            bounds.append(f"at least {self.low:g}")
-        if self.high is not None:
-            bounds.append(f"at most {self.high:g}")
-        return ", ".join(bounds)
-
-    def complaint(self, value: object) -> str | None:
-        """Why `value` is not allowed, or None where it is."""
-        if self.type is bool:
-            return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
-        if self.type is str:
-            if not isinstance(value, str):
-                return f"must be a word, got {value!r}"
-            if self.choices and value not in self.choices:
-                return f"must be one of {', '.join(self.choices)}, got {value!r}"
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"must be a number, got {value!r}"
-        if value != value or value in (float("inf"), float("-inf")):
-            return f"must be finite, got {value!r}"
-        too_low = (self.low is not None and value < self.low) or (self.above is not None and value <= self.above)
-        if too_low or (self.high is not None and value > self.high):
-            return f"must be {self.range_text()}, got {value!r}"
-        return None
-
-
-def param(
-    default: Any = REQUIRED,
-    help: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    per_model: bool = False,
-) -> Any:
-    """A parameter of a method: default, meaning and range in one place.
-
-    A trailing underscore keeps Python's keywords out of the way: the field `lambda_` is the recipe's
-    `lambda`. `per_model` parameters may be given once, or once for each model; the method gets a tuple.
-    """
-    about = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "above": above,
-        "choices": choices,
-        "per_model": per_model,
-    }
-    if default is REQUIRED:
-        return field(metadata={"param": about})
-    return field(default=default, metadata={"param": about})
 
 
 @dataclass(frozen=True)
@@ -189,28 +108,6 @@ def _varied(module: str, name: str, changed: Mapping[str, Any]) -> Any:
     return dataclasses.replace(declared, **changed) if changed else declared
 
 
-def make_params(params: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass `params` from recipe names to values."""
-    by_field = {f.name.rstrip("_"): f.name for f in dataclasses.fields(params)}
-    return params(**{by_field[name]: value for name, value in values.items()})
-
-
-def parameters_of(function: Callable[..., Any], count: int, form: str) -> tuple[type, dict[str, Parameter]]:
-    """The dataclass that a function of `count` arguments takes second, and the parameters in it; `form` says that."""
-    names = list(inspect.signature(function).parameters)
-    params = typing.get_type_hints(function).get(names[1]) if len(names) == count else None
-    if not isinstance(params, type) or not dataclasses.is_dataclass(params):
-        raise TypeError(f"{function.__name__}: {form}")
-    types = typing.get_type_hints(params)
-    parameters = {}
-    for f in dataclasses.fields(params):
-        default = REQUIRED if f.default is dataclasses.MISSING else f.default
-        kind = float if types[f.name] in (PerModel, float | None) else types[f.name]
-        name = f.name.rstrip("_")
-        parameters[name] = Parameter(name=name, type=kind, default=default, **f.metadata.get("param", {}))
-    return params, parameters
-
-
 def merge_method(
     *,
     takes: Literal["task_vectors", "weights"],
@@ -244,7 +141,7 @@ def merge_method(
         for identity in exempt or ():
             if identity not in typing.get_args(Identity):
                 raise TypeError(f"{function.__name__}: exempt: '{identity}' is none of {typing.get_args(Identity)}")
-        params, parameters = parameters_of(function, 3, "a merge method takes (chunk, params: a dataclass, ctx)")
+        params = params_of(function, 3, "a merge method takes (chunk, params: a dataclass, ctx)")
         return Method(
             name=function.__name__.rstrip("_"),
             function=function,
@@ -259,7 +156,7 @@ def merge_method(
             optional_base=optional_base,
             base_counts=base_counts,
             params=params,
-            parameters=parameters,
+            parameters=parameters_of(params),
             exempt=dict(exempt or {}),
         )
 

@@ -2,7 +2,7 @@
 
     suite = load_suite("suite.yaml")
     results = evaluate_models([Candidate("base", "base", model), ...], suite)
-    results.save(directory)
+    save(results, directory)
     print(report(results))
 
 Neither torch nor transformers is imported before something is measured.
@@ -14,7 +14,7 @@ from mergebench.evaluation.results import Record, Results, mean_relatives, mean_
 from mergebench.evaluation.run import Candidate, Step, evaluate_models
 from mergebench.evaluation.suite import Suite, Task, load_suite
 from mergebench.evaluation.tables.flips import comparison_report
-from mergebench.evaluation.tables.results import legend, markdown, report, table
+from mergebench.evaluation.tables.results import document_of, legend, markdown, report, save, table
 from mergebench.networks.loadable import LoadableModel
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Suite",
     "Task",
     "comparison_report",
+    "document_of",
     "evaluate_models",
     "legend",
     "load_suite",
@@ -35,5 +36,6 @@ __all__ = [
     "mean_relatives",
     "mean_values",
     "report",
+    "save",
     "table",
 ]

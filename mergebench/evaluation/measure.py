@@ -78,7 +78,7 @@ def evaluate(
     `results`, what was measured before is taken from there, and kept there.
     """
     from mergebench.editing.summary import sentence
-    from mergebench.evaluation import evaluate_models, markdown, page
+    from mergebench.evaluation import evaluate_models, markdown, page, save
 
     out = Path(out)
     suite = suite if suite is not None else read_suite(recipe)
@@ -94,7 +94,7 @@ def evaluate(
     if patches:
         told = {"unedited": {before.name: [sentence(edit) for edit in edits]}, "baseline": before.name}
         found = replace(found, made={**found.made, **told})
-    found.save(out)
+    save(found, out)
     if provenance is not None:
         write_atomically(out / "README.md", card.text(out, provenance, markdown(found)))
         page.look_at_merge(recipe, out, provenance)

@@ -1,6 +1,7 @@
 """Results: one record for each model and task, and what made them, in one JSON document.
 
-Tables, the model card and comparisons are views of the records; means are computed, never stored.
+Tables, the model card and comparisons are views of the records, made by functions in `tables/`, `page/` and `compare/`;
+means are computed, never stored.
 """
 
 from __future__ import annotations
@@ -8,18 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from mergebench.errors import RunError
 from mergebench.evaluation.task import Direction, Prediction
 
-if TYPE_CHECKING:
-    from mergebench.evaluation.compare.comparison import Comparison
-
 Role = Literal["base", "input", "merged", "baseline"]
-FILE, VIEW = "evaluation.json", "evaluation.md"
+FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -59,37 +56,9 @@ class Results:
         """A model's records by task."""
         return {record.task: record for record in self.records if record.model == model}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The whole document, ready for JSON."""
-        records = [vars(record) for record in self.records]
-        comparisons = [comparison.to_dict(items=False) for comparison in self.comparisons]
-        return {"made": dict(self.made), "records": records, "comparisons": comparisons}
-
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """Every model against the baseline; on disk a view like the others, for other programs."""
-        from mergebench.evaluation.compare.comparison import against
-
-        return against(self)
-
-    def save(self, directory: Path) -> None:
-        """Put `evaluation.json` and its view `evaluation.md` in place, each at once; one record a line."""
-        from mergebench.checkpoint.files import write_atomically
-        from mergebench.evaluation.tables.results import markdown
-
-        document = self.to_dict()
-        made = json.dumps(document["made"], indent=1, ensure_ascii=False, allow_nan=False)
-        records, comparisons = (
-            ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in document[part])
-            for part in ("records", "comparisons")
-        )
-        text = f'{{"made": {made},\n"records": [\n{records}\n],\n"comparisons": [\n{comparisons}\n]}}\n'
-        write_atomically(directory / FILE, text)
-        write_atomically(directory / VIEW, markdown(self))
-
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what `save` wrote, from the file or its directory; `RunError` where it holds something else."""
+        """Read `evaluation.json`, from the file or its directory; `RunError` where it holds something else."""
         path = path / FILE if path.is_dir() else path
         try:
             document = json.loads(path.read_text(encoding="utf-8"))

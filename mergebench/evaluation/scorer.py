@@ -1,14 +1,14 @@
-"""What a scorer is: the keys it has in a suite, and a function from a prompt and its continuation to a number.
+"""What a scorer is: the parameters it has in a suite, and a function from a prompt and its continuation to a number.
 
     @dataclass(frozen=True, kw_only=True)
     class Params:
-        regex: str = key("what a right continuation holds")
+        regex: str = param(help="what a right continuation holds")
 
     @scorer
     def regex(p: Params) -> Scorer:
         ...
 
-In a suite: `scorer: exact-match`, or a mapping with the scorer's name and its keys, `scorer: {regex: "^Paris"}`.
+In a suite: `scorer: exact-match`, or a mapping with the scorer's name and its parameters, `scorer: {regex: "^Paris"}`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.errors import RunError
-from mergebench.evaluation.task import Direction, Key, keys_of
+from mergebench.evaluation.task import Direction
+from mergebench.parameters import Parameter, parameters_of, params_of
 
 
 class Continuation(NamedTuple):
@@ -34,7 +35,7 @@ class Continuation(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer with its keys filled in."""
+    """A scorer with its parameters filled in."""
 
     score: Callable[[Sequence[Continuation]], Sequence[float]]  # a number for each
     metric: str = "accuracy"  # then each number is 1 or 0
@@ -42,7 +43,7 @@ class Scorer:
     target: bool = False  # whether it needs one
     files: tuple[Path, ...] = ()  # everything that was read, to tell results of another scorer apart
     versions: dict[str, str] = field(default_factory=dict)  # of further libraries that the scores depend on
-    spec: str = ""  # name and keys, filled in when a suite is read
+    spec: str = ""  # name and parameters, filled in when a suite is read
 
     def __call__(self, items: Iterable[Continuation]) -> list[float]:
         """A number for each continuation; `RunError` where the scorer gives something else."""
@@ -63,7 +64,7 @@ class ScorerKind:
     name: str  # as suites spell it: exact-match
     function: Callable[[Any], Scorer]
     params: type
-    keys: Mapping[str, Key]
+    parameters: Mapping[str, Parameter]
 
     def __call__(self, params: Any) -> Scorer:
         plain = {name: value for name, value in vars(params).items() if not isinstance(value, Path)}
@@ -76,5 +77,5 @@ class ScorerKind:
 
 def scorer(function: Callable[[Any], Scorer]) -> ScorerKind:
     """Declare a function `(params: a dataclass) -> Scorer` as a scorer."""
-    params = keys_of(function)
-    return ScorerKind(function.__name__.replace("_", "-"), function, *params)
+    params = params_of(function, 1, "a scorer takes (params: a dataclass)")
+    return ScorerKind(function.__name__.replace("_", "-"), function, params, parameters_of(params))

@@ -25,7 +25,8 @@ from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
 from mergebench.evaluation.scorer import Scorer, ScorerKind
-from mergebench.evaluation.task import Key, Kind, Ready
+from mergebench.evaluation.task import Kind, Ready
+from mergebench.parameters import Parameter, make_params
 from mergebench.recipe.positions import Loc, Places, show
 from mergebench.recipe.yaml import find, parse, plain
 
@@ -168,14 +169,15 @@ class _Reader:
 
     def params(self, kind: Kind | ScorerKind, given: dict[str, Any], loc: Loc) -> Any:
         """The dataclass of a kind, filled in."""
-        values = {key: self.value(kind, key, value, (*loc, key)) for key, value in given.items()}
-        for key in kind.keys.values():
-            if key.required and key.name not in values:
-                raise self.places.error((*loc, key.name), f"missing, '{kind.name}' needs it", key.help)
-        return kind.params(**values)
+        values = {name: self.value(kind, name, value, (*loc, name)) for name, value in given.items()}
+        for parameter in kind.parameters.values():
+            if parameter.required and parameter.name not in values:
+                hint = parameter.help
+                raise self.places.error((*loc, parameter.name), f"missing, '{kind.name}' needs it", hint)
+        return make_params(kind.params, values)
 
     def scorer(self, value: Any, loc: Loc) -> Scorer:
-        """`exact-match`, or a mapping with the scorer's name and its keys: {regex: "…"}."""
+        """`exact-match`, or a mapping with the scorer's name and its parameters: {regex: "…"}."""
         given = value if isinstance(value, dict) else {}
         names = scorers.names()
         name = next((key for key in given if key in names), value if isinstance(value, str) else None)
@@ -203,21 +205,21 @@ class _Reader:
         return value
 
     def value(self, kind: Kind | ScorerKind, name: str, value: Any, loc: Loc) -> Any:
-        if name not in kind.keys:
-            hint = did_you_mean(name, [*(NAMES if isinstance(kind, Kind) else ()), *kind.keys])
+        if name not in kind.parameters:
+            hint = did_you_mean(name, [*(NAMES if isinstance(kind, Kind) else ()), *kind.parameters])
             raise self.places.error(loc, f"'{kind.name}' has no such key", hint)
-        key: Key = kind.keys[name]
-        if key.type is Scorer:
+        parameter: Parameter = kind.parameters[name]
+        if parameter.type is Scorer:
             return self.scorer(value, loc)
-        complaint = key.complaint(value)
+        complaint = parameter.complaint(value)
         if complaint:
-            raise self.places.error(loc, f"{complaint}, got {show(value)}", key.help)
-        if key.type not in (Path, Path | str):
-            return value
-        found = find(value, self.folders, key.folder)
-        if found is None and (key.type is Path or value.endswith((".yaml", ".yml"))):
+            raise self.places.error(loc, f"{complaint}, got {show(value)}", parameter.help)
+        if parameter.type not in (Path, Path | str):
+            return parameter.plain(value)
+        found = find(value, self.folders, parameter.folder)
+        if found is None and (parameter.type is Path or value.endswith((".yaml", ".yml"))):
             raise self.places.error(
-                loc, f"no such {'folder' if key.folder else 'file'}: {value}", _looked(self.folders)
+                loc, f"no such {'folder' if parameter.folder else 'file'}: {value}", _looked(self.folders)
             )
         return found or value
 

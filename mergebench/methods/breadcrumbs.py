@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mergebench.engine.chunks import column, total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import Statistic, order_statistics
 from mergebench.methods.linear import normalized
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

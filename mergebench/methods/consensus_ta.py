@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mergebench.engine.chunks import column, plus_or_minus, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.errors import RecipeError
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mergebench.engine.chunks import column, keep, times, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.methods.linear import normalized
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.methods import della_linear
 from mergebench.methods.ties import elect_and_merge
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mergebench.engine.chunks import by_rank, keep, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.errors import RecipeError
 from mergebench.methods.linear import normalized
+from mergebench.parameters import PerModel, param
 
 NEVER = 1e-9  # a share that is no draw's, and may be divided by
 

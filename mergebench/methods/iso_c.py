@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from mergebench.deltas.svd import svd, svd_bytes
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.engine.method import Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

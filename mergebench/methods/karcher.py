@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, Weights, merge_method, param
+from mergebench.engine.method import Passes, Weights, merge_method
 from mergebench.engine.statistics import gram
+from mergebench.parameters import param
 
 Floats = NDArray[np.float64]
 

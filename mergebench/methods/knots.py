@@ -10,9 +10,10 @@ from torch import Tensor
 from mergebench.deltas.svd import svd, svd_bytes
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.engine.method import Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods.ties import elect_and_merge
+from mergebench.parameters import param
 
 NEGLIGIBLE = 1e-5  # singular values up to it are dropped
 

@@ -8,8 +8,9 @@ import torch
 
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import order_statistics
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

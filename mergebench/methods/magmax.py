@@ -9,7 +9,8 @@ import torch
 
 from mergebench.engine.chunks import plus_or_minus
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

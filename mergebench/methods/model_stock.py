@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mergebench.engine.chunks import row_total, rows_of, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import gram
 from mergebench.errors import RecipeError
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

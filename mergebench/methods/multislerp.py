@@ -8,10 +8,11 @@ import numpy as np
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import gram
 from mergebench.errors import RunError
 from mergebench.methods.linear import normalized
+from mergebench.parameters import PerModel, param
 
 CANCELLED = 1e-6  # share of the directions' lengths left in their sum, below which it is float32's rounding
 

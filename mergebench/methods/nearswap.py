@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mergebench.engine.chunks import row_total, rows_of, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Cut, Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Cut, Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import gram
+from mergebench.parameters import PerModel, param
 
 PARALLEL = 1e-7  # sin^2 of the angle up to which two vectors are interpolated along the chord: float32 resolves no less
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, Weights, merge_method, param
+from mergebench.engine.method import Passes, Weights, merge_method
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mergebench.engine.chunks import clamp, exp, rescale, tanh, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import order_statistics
+from mergebench.parameters import PerModel, param
 
 CLIP = {"readme": 1e-4, "nlp": 0.01, "vision-es": 0.01, "vision": 0.01}
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

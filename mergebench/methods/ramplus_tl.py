@@ -9,9 +9,10 @@ import torch
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import gram
 from mergebench.methods.ram import touched
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

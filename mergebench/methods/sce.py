@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mergebench.engine.chunks import plus_or_minus, total, trim, weighted
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import gram, order_statistics
 from mergebench.methods.ties import merge_agreeing
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

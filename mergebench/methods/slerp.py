@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, Weights, merge_method, param
+from mergebench.engine.method import Passes, Weights, merge_method
 from mergebench.engine.statistics import gram
+from mergebench.parameters import param
 
 ORDER = "t counts from the first model to the second"
 PARALLEL = 0.9995  # cosine above which two tensors are interpolated along the chord

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.errors import RecipeError
 from mergebench.methods.consensus_ta import tall_masks
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

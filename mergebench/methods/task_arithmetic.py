@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from mergebench.engine.chunks import times, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.methods.linear import normalized
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

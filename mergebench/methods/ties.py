@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mergebench.engine.chunks import column, plus_or_minus, times, total, trim, weighted
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, PerModel, TaskVectors, merge_method, param
+from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import order_statistics
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

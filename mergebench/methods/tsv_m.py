@@ -8,8 +8,9 @@ import torch
 
 from mergebench.deltas.svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.engine.method import Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

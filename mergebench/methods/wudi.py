@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, param
+from mergebench.engine.method import Passes, TaskVectors
 from mergebench.methods._adam import adam
 from mergebench.methods._matrices import matrices, matrix_method, mean
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mergebench.errors import RunError
+from mergebench.networks.module import quiet
 
 
 def verify(directory: Path) -> None:
     """Load the result on `meta` with transformers: no missing, unexpected or mismatched tensor."""
     hint = f"the checkpoint in {directory} is complete: the same command with --resume, without --verify, publishes it"
     try:
-        with _quiet():
+        with quiet():
             info = _loading_info(directory)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # whatever it has against the config
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -53,19 +52,3 @@ def _loading_info(directory: Path) -> dict[str, Any]:
         None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
     )
     return dict(info)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and reports of transformers: what it finds is said in one line."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # nothing below critical
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -43,7 +43,7 @@ def check(data: Mapping[str, Any], loc: Loc, places: Places) -> Wanted:
         raise places.error((*loc, "probe"), f"missing, '{name}' needs it", COMMON["probe"])
     missing = next((p for p in edit.parameters.values() if p.required and p.name not in own), None)
     if missing is not None:
-        raise places.error((*loc, missing.name), f"missing, '{name}' needs it", parameters.about(missing) or None)
+        raise places.error((*loc, missing.name), f"missing, '{name}' needs it", missing.about() or None)
     return Wanted(name, **common, values=own)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergebench.engine.method import Method, Parameter
+from mergebench.engine.method import Method
+from mergebench.parameters import Parameter
 from mergebench.recipe.gradients import fits, scalars, value_at
 from mergebench.recipe.positions import Loc, Places, show
 
@@ -101,19 +102,14 @@ def resolve(
     return values
 
 
-def about(parameter: Parameter) -> str:
-    """`share of elements kept, above 0, at most 1`."""
-    return ", ".join(filter(None, (parameter.help, parameter.range_text())))
-
-
 def _missing(loc: Loc, parameter: Parameter, method: Method, places: Places) -> Exception:
-    return places.error(loc, f"missing, '{method.name}' needs it", about(parameter) or None)
+    return places.error(loc, f"missing, '{method.name}' needs it", parameter.about() or None)
 
 
 def _meant(name: str, method: Method) -> str:
     close = difflib.get_close_matches(name, method.parameters, n=1)
     if close:
-        words = about(method.parameters[close[0]])
+        words = method.parameters[close[0]].about()
         return f"did you mean '{close[0]}'" + (f" ({words})?" if words else "?")
     return f"it takes {', '.join(sorted(method.parameters)) or 'none'}"
 
@@ -154,15 +150,7 @@ def single(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
         return None
     if parameter.type is bool and isinstance(value, (int, float)) and value in (0, 1):
         value = bool(value)  # mergekit writes them as numbers
-    number = parameter.type not in (str, bool)
-    if isinstance(value, (list, dict)) or value is None:
-        wanted = parameter.range_text() if parameter.choices else "a number" if number else "a single value"
-        raise places.error(loc, f"must be {wanted}, got {show(value)}", about(parameter) or None)
     complaint = parameter.complaint(value)
-    if complaint is None and parameter.type is int and value != int(value):
-        complaint = f"must be a whole number, got {value!r}"
     if complaint is not None:
-        raise places.error(loc, complaint, parameter.help or None)
-    if not number:
-        return value
-    return int(value) if parameter.type is int else float(value)
+        raise places.error(loc, f"{complaint}, got {show(value)}", parameter.help or None)
+    return parameter.plain(value)

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 import torch
 
 from mergebench import methods
+from mergebench.engine.machine import one_thread
 from mergebench.engine.method import Identity, Method
 from mergebench.engine.noise import TILE
 from mergebench.errors import MergebenchError
@@ -83,14 +84,9 @@ def examine(names: Sequence[str] = (), progress: Progress = lambda method, check
 def diagnose(method: Method) -> Iterator[Finding]:
     """The findings about a method, check by check."""
     for check in CHECKS:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the tensors are too small for more
-        try:
-            with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-                found = _find(check, [Trial(variant, Path(folder) / variant.takes) for variant in variants(method)])
-        finally:
-            torch.set_num_threads(threads)
-        yield found
+        with one_thread(), tempfile.TemporaryDirectory(prefix="mergebench-") as folder:  # tensors too small for more
+            finding = _find(check, [Trial(variant, Path(folder) / variant.takes) for variant in variants(method)])
+        yield finding
 
 
 def _find(check: str, trials: Sequence[Trial]) -> Finding:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergebench.adapters import merge_adapters
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
+from mergebench.engine.machine import one_thread
 from mergebench.errors import MergebenchError
 from mergebench.testing.doctor import OK, SKIPPED, Finding, Report
 from mergebench.testing.trial import Broken, Inapplicable
@@ -33,15 +34,11 @@ ROUNDING = 1e-5  # of the norm of what is compared
 
 def examine_adapters() -> list[Report]:
     """All checks on small adapters of every kind that the merge reads."""
-    reports, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are too small for more
-    try:
-        for kind in KINDS:
-            with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-                trial = AdapterTrial(kind, Path(folder))
-                reports.append(Report(kind, "mergebench", tuple(_find(check, trial) for check in CHECKS)))
-    finally:
-        torch.set_num_threads(threads)
+    reports = []
+    for kind in KINDS:
+        with one_thread(), tempfile.TemporaryDirectory(prefix="mergebench-") as folder:  # matrices too small for more
+            trial = AdapterTrial(kind, Path(folder))
+            reports.append(Report(kind, "mergebench", tuple(_find(check, trial) for check in CHECKS)))
     return reports
 
 

@@ -26,6 +26,7 @@ from mergebench.deltas.open import open_model
 from mergebench.engine import trace
 from mergebench.engine.context import Context
 from mergebench.engine.job import Merge
+from mergebench.engine.machine import one_thread
 from mergebench.engine.method import Method
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
@@ -189,12 +190,8 @@ class Bench:
 
     def check_streaming(self, chunks: Sequence[int]) -> None:
         name, before = self.method.name, self._hashes()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as a worker has: the order of a matrix product's sums depends on it
-        try:
+        with one_thread():  # as a worker has: the order of a matrix product's sums depends on it
             expected = in_memory(self._pure(), self.base, self.tensors, self.params)
-        finally:
-            torch.set_num_threads(threads)
         for tensor, value in expected.items():
             assert value.dtype == torch.float32, f"{name}: it gives {value.dtype}, float32 is wanted"
             assert torch.isfinite(value).all(), f"{name}: {tensor} is not finite"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mergebench.engine.context import Context
-from mergebench.engine.method import Method, Parameter
+from mergebench.engine.method import Method
 from mergebench.engine.noise import TILE
 from mergebench.errors import MergebenchError
+from mergebench.parameters import Parameter
 from mergebench.testing.methods import Bench, Tensors, in_memory
 
 SHAPES = {"matrix": (13, 11), "vector": (23,), "scalar": ()}

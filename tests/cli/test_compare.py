@@ -25,7 +25,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluation(directory: Path) -> Path:
     """The same answers as rows of an evaluation."""
-    from mergebench.evaluation import Record, Results
+    from mergebench.evaluation import Record, Results, save
     from mergebench.evaluation.compare.predictions import read_predictions
     from mergebench.evaluation.task import accuracy
 
@@ -35,7 +35,7 @@ def evaluation(directory: Path) -> Path:
         whole: Any = {**vars(score), "model": name, "role": "input", "task": "t", "split": "test"}
         records.append(Record(**whole, relative=None, seconds=1.0))
     directory.mkdir()
-    Results({}, tuple(records)).save(directory)
+    save(Results({}, tuple(records)), directory)
     return directory
 
 

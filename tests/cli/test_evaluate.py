@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mergebench
-from mergebench.evaluation import Results
+from mergebench.evaluation import Results, document_of
 from tests.conftest import Cli
 from tests.evaluation.conftest import write_data, write_encoder, write_head
 
@@ -67,7 +67,7 @@ def test_what_a_merge_measured_is_known(place: Path, cli: Cli) -> None:
     assert document["made"]["known"] == 8
     assert document["made"]["baseline"] == "merged"
     before, after = Results.load(place / "merged"), Results.load(place / "there")
-    assert document["records"] == json.loads(json.dumps(after.to_dict()))["records"]
+    assert document["records"] == json.loads(json.dumps(document_of(after)))["records"]
     for old, new in {"base": "base", "x": "x", "y": "y", "linear": "merged"}.items():
         assert {k: (r.value, r.role, r.predictions) for k, r in before.of(old).items()} == {
             k: (r.value, r.role, r.predictions) for k, r in after.of(new).items()

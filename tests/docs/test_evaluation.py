@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mergebench
-from mergebench.evaluation import Record, Results
+from mergebench.evaluation import Record, Results, save
 from mergebench.evaluation.task import Prediction
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -39,9 +39,9 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         answers = {"1": Prediction("x", right)}
         return Record(model, role, "t", "test", "accuracy", "higher", right, None, 1, None, 1.0, answers)
 
-    Results({}, (record("base", "base", 0), record("pcb", "merged", 1))).save(Path("merged/quickstart"))
+    save(Results({}, (record("base", "base", 0), record("pcb", "merged", 1))), Path("merged/quickstart"))
     exec(block("python"), {"__name__": "page"})
     assert capsys.readouterr().out == "t 0.0 1.0 ()\n"
-    Results({}, (record("base", "base", 1), record("pcb", "merged", 0))).save(Path("merged/quickstart"))
+    save(Results({}, (record("base", "base", 1), record("pcb", "merged", 0))), Path("merged/quickstart"))
     with pytest.raises(SystemExit, match="more than 2 %"):
         exec(block("python"), {"__name__": "page"})

@@ -225,9 +225,19 @@ def test_a_probe_that_learns_nothing_is_said(place: Path, cli: Cli) -> None:
     ("options", "code", "message", "hint"),
     [
         (["--layer", "3"], 2, "layer 3: the model has 2 blocks", "0 (the embeddings) to 2, or -1 (the last) to -3"),
-        (["--layer", "x"], 2, "--layer: 'x' is not possible", "a layer's number, negative from the end, or all"),
-        (["--norm", "no"], 2, "--norm: 'no' is not possible", "post or pre"),
-        (["--pool", "cls"], 2, "--pool: 'cls' is not possible", "mean or last"),
+        (
+            ["--layer", "x"],
+            2,
+            "--layer: must be a whole number or all, got 'x'",
+            "0 (embeddings) to the number of blocks",
+        ),
+        (
+            ["--norm", "no"],
+            2,
+            "--norm: must be one of post, pre, got 'no'",
+            "the last layer, after the final norm or before",
+        ),
+        (["--pool", "cls"], 2, "--pool: must be one of mean, last, got 'cls'", "the mean over a text's tokens"),
         (["--out", "p"], 2, "--out: 'p' is no place for a probe", "a probe is a file: NAME.safetensors"),
         (["--out", "old.safetensors"], 2, "old.safetensors: it exists", "replace it with --overwrite, or choose"),
         (["--out", "o.safetensors", "--layer", "all"], 2, "o.png: it exists", "replace it with --overwrite"),

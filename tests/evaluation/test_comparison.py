@@ -12,9 +12,9 @@ import pytest
 
 import mergebench
 from mergebench.errors import MergebenchError, RecipeError, RunError
-from mergebench.evaluation import Record, Results, comparison_report, markdown, report
-from mergebench.evaluation.compare import flips
+from mergebench.evaluation import Record, Results, comparison_report, markdown, report, save
 from mergebench.evaluation.compare.comparison import against
+from mergebench.evaluation.compare.flips import flips
 from mergebench.evaluation.task import Direction, Prediction
 
 GOLD, OLD, NEW = "01201201", "01200111", "01121010"  # the golden example of test_flips.py
@@ -157,7 +157,7 @@ def test_rows(results: Results, tmp_path: Path) -> None:
     assert found.above(0.25) == []  # at the bound is not above it
     assert [pair.task for pair in found.above(float("nan"))] == ["a", "b"]  # no bound that anything stays under
 
-    results.save(tmp_path)  # from disk, by the names of the table
+    save(results, tmp_path)  # from disk, by the names of the table
     for place in (tmp_path, str(tmp_path / "evaluation.json")):
         assert mergebench.compare("base", "mine", place).to_dict() == found.to_dict()
 
@@ -247,7 +247,7 @@ def test_only_what_both_answered(results: Results) -> None:
 
 
 def test_the_document_has_the_comparisons(results: Results, tmp_path: Path) -> None:
-    results.save(tmp_path)
+    save(results, tmp_path)
     document = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     (found,) = document["comparisons"]
     expected = mergebench.compare("base", "mine", results)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergebench.errors import RunError
-from mergebench.evaluation import Record, Results, markdown, mean_relatives, mean_values
+from mergebench.evaluation import Record, Results, document_of, markdown, mean_relatives, mean_values, save
 from mergebench.evaluation.results import with_relatives
 from mergebench.evaluation.task import Prediction, accuracy
 
@@ -54,7 +54,7 @@ def test_means_are_views() -> None:
     )
     assert mean_values(whole) == {"x": pytest.approx(0.6), "y": None}  # y was not measured on b
     assert mean_relatives(whole) == {"x": 0.75, "y": None}
-    assert "mean" not in json.dumps(whole.to_dict())
+    assert "mean" not in json.dumps(document_of(whole))
     mixed = Results({}, (record("x", "a", 0.8), record("x", "b", 20.0, metric="perplexity", direction="lower")))
     assert mean_values(mixed) == {"x": None}
     assert mean_relatives(mixed) == {"x": None}
@@ -81,17 +81,17 @@ records = st.builds(
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, found: list[Record], made: dict[str, Any]) -> None:
     place = tmp_path_factory.getbasetemp()
     results = Results(made, tuple(found))
-    results.save(place)
+    save(results, place)
     assert Results.load(place) == results == Results.load(place / "evaluation.json")
     assert json.loads((place / "evaluation.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(results.to_dict())
+        json.dumps(document_of(results))
     )
     assert (place / "evaluation.md").read_text(encoding="utf-8") == markdown(results)
 
 
 def test_the_document_as_other_tools_read_it(tmp_path: Path) -> None:
     """The names are part of the interface."""
-    Results({"torch": "2"}, (record("x"), record("y"))).save(tmp_path)
+    save(Results({"torch": "2"}, (record("x"), record("y"))), tmp_path)
     text = (tmp_path / "evaluation.json").read_text(encoding="utf-8")
     document = json.loads(text)
     assert document["made"] == {"torch": "2"}
@@ -104,12 +104,12 @@ def test_the_document_as_other_tools_read_it(tmp_path: Path) -> None:
 
 def test_json_has_no_word_for_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        Results({}, (record(value=float("nan")),)).save(tmp_path)
+        save(Results({}, (record(value=float("nan")),)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_keys_of_later_versions_are_passed_over(tmp_path: Path) -> None:
-    document = Results({}, (record(),)).to_dict()
+    document = document_of(Results({}, (record(),)))
     document["records"][0] = {**document["records"][0], "flips": 3}
     (tmp_path / "evaluation.json").write_text(json.dumps(document))
     assert Results.load(tmp_path).records == (record(),)
@@ -118,7 +118,7 @@ def test_keys_of_later_versions_are_passed_over(tmp_path: Path) -> None:
 def test_put_in_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = os.umask(0o027)
     try:
-        Results({}, (record("x"),)).save(tmp_path)
+        save(Results({}, (record("x"),)), tmp_path)
     finally:
         os.umask(mask)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
@@ -129,7 +129,7 @@ def test_put_in_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunError):
-        Results({}, (record("y"),)).save(tmp_path)
+        save(Results({}, (record("y"),)), tmp_path)
     assert Results.load(tmp_path).models == ["x"]
 
 

@@ -115,7 +115,7 @@ SUITES = [
     ),
     ("tasks:\n" + TASK.replace("a/head.safetensors", "a"), "tasks.0.head: no such file: a", None),
     ("tasks:\n" + TASK.replace("data.jsonl", "[data.jsonl]"), "tasks.0.data: must be a path, got a list", None),
-    (f"tasks:\n{TASK}    limit: 0\n", "suite.yaml:6:5: tasks.0.limit: must be a whole number, at least 1, got 0", None),
+    (f"tasks:\n{TASK}    limit: 0\n", "suite.yaml:6:5: tasks.0.limit: must be at least 1, got 0", None),
     (f"tasks:\n{TASK}    limit: 1.5\n", "limit: must be a whole number, at least 1, got 1.5", None),
     (f"tasks:\n{TASK}    limit: true\n", "limit: must be a whole number, at least 1, got true", None),
     (f"tasks:\n{TASK}    limit: a\n", "limit: must be a whole number, at least 1, got 'a'", None),

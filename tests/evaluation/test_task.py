@@ -13,16 +13,17 @@ import torch
 from mergebench import plugins as registry
 from mergebench.errors import RecipeError
 from mergebench.evaluation import Candidate, evaluate_models, load_suite, tasks
-from mergebench.evaluation.task import Common, Key, Ready, Score, key, task
+from mergebench.evaluation.task import Common, Ready, Score, task
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import Parameter, param
 from tests.evaluation.conftest import Files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    floor: float = key("least norm that counts", low=0)
-    verbose: bool = key("say more", False)
+    floor: float = param(help="least norm that counts", low=0)
+    verbose: bool = param(False, "say more")
 
 
 @task(network="AutoModelForMaskedLM")
@@ -62,16 +63,16 @@ def point(name: str, attribute: str = "weight_norm") -> EntryPoint:
 def test_what_a_kind_says_of_itself() -> None:
     assert weight_norm.name == "weight-norm"
     assert weight_norm.summary.startswith("The norm of the word embeddings")
-    assert list(weight_norm.keys) == ["split", "limit", "seed", "floor", "verbose"]
-    assert weight_norm.keys["floor"].required
-    assert weight_norm.keys["limit"] == Key(
+    assert list(weight_norm.parameters) == ["split", "limit", "seed", "floor", "verbose"]
+    assert weight_norm.parameters["floor"].required
+    assert weight_norm.parameters["limit"] == Parameter(
         "limit", int, None, "how many items are used: the first ones, or drawn with `seed`", low=1
     )
     built_in = tasks.get("text-classification")
-    assert {name for name, key in built_in.keys.items() if key.required} == {"data", "head"}
-    assert built_in.keys["max_length"].type is int
-    assert built_in.keys["data"].type is Path
-    assert all(key.help for key in built_in.keys.values())
+    assert {name for name, key in built_in.parameters.items() if key.required} == {"data", "head"}
+    assert built_in.parameters["max_length"].type is int
+    assert built_in.parameters["data"].type is Path
+    assert all(key.help for key in built_in.parameters.values())
     assert built_in.summary
 
 
@@ -102,15 +103,15 @@ def test_a_kind_of_another_package_beside_a_built_in_one(plugins: list[EntryPoin
     [
         (0, None),
         (0.5, None),
-        (-1, "must be a number, at least 0"),
-        ("1", "must be a number"),
+        (-1, "must be at least 0"),
+        ("1", "must be a number, at least 0"),
         (True, "must be a number"),
     ],
 )
 def test_numbers(value: object, complaint: str | None) -> None:
-    found = weight_norm.keys["floor"].complaint(value)
+    found = weight_norm.parameters["floor"].complaint(value)
     assert found is None if complaint is None else complaint in (found or "")
-    assert weight_norm.keys["verbose"].complaint(value) == (None if value is True else "must be true or false")
+    assert weight_norm.parameters["verbose"].complaint(value) == (None if value is True else "must be true or false")
 
 
 def test_names_that_clash_or_lead_nowhere(plugins: list[EntryPoint], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from mergebench import methods
 from mergebench.engine.context import Context
-from mergebench.engine.method import Method, PerModel, Weights, merge_method, param
+from mergebench.engine.method import Method, Weights, merge_method
+from mergebench.parameters import PerModel, param
 
 
 @dataclass(frozen=True)

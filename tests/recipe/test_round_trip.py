@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergebench import methods
-from mergebench.engine.method import Parameter
+from mergebench.parameters import Parameter
 from mergebench.recipe import load
 
 

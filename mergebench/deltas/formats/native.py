@@ -5,7 +5,8 @@
 
 The metadata says under `delta`, as JSON:
 
-    {"base": which model it was made on (`checkpoint.identity`), or null,
+    {"base": which model it was made on (`content.identity`), or null,
+     "shared": [names of parts that stand for themselves],
      "tensors": {NAME: {"kind": ..., "settings": {...}, "parts": {PART: its name in the file}}},
      "made": how it was made}
 
@@ -123,8 +124,10 @@ def read_file(file: str | Path) -> DeltaFile:
         base, made = about["base"], dict(about["made"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise damaged(header.file, "not readable as a patch") from None
-    used = {info.name for entry in entries.values() for info in (*entry.parts.values(), entry.orig) if info}
-    if used != stored.keys() or not entries:
+    used = set(about.get("shared", ())) | {
+        info.name for entry in entries.values() for info in (*entry.parts.values(), entry.orig) if info
+    }
+    if used != stored.keys():
         raise damaged(header.file, "its tensors are not those of a patch")
     return DeltaFile(header, base, entries, made)
 
@@ -186,7 +189,7 @@ def write_file(
         }
         for name, one in writings.items()
     }
-    metadata = {METADATA: json.dumps({"base": base, "tensors": listed, "made": dict(made)})}
+    metadata = {METADATA: json.dumps({"base": base, "tensors": listed, "shared": sorted(shared), "made": dict(made)})}
     tensors = dict(_named(writings, shared))
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     out = [OutTensor(name, DTYPE_NAME[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]

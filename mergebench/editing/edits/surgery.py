@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from mergebench.editing.edit import Rows, edit
-from mergebench.engine.method import param
+from mergebench.parameters import param
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,8 @@ class Params:
     rows: str = param("4.65%", "how many rows are edited: 16384, or a share of the candidates such as 4.65%")
     alpha: float = param(1.08, "how much of the direction is added to each")
     alpha_relative: bool = param(False, "alpha is the length of what is added, in median norms of the candidate rows")
-    select: str = param("min-cos", "which rows, by their cosine with it", choices=("min-cos", "max-cos", "random"))
-    op: str = param("add", "what is done to them", choices=("add", "subtract"))
+    select: Literal["min-cos", "max-cos", "random"] = param("min-cos", "which rows, by their cosine with it")
+    op: Literal["add", "subtract"] = param("add", "what is done to them")
     seed: int = param(0, "of select: random", low=0)
 
 

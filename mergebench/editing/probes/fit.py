@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,14 @@ from mergebench.editing.probes.classifier import Array, Validated
 from mergebench.editing.probes.curve import write_curve
 from mergebench.editing.probes.feature_cache import Features, Keeper
 from mergebench.editing.probes.labels import Labelled, read_labelled
-from mergebench.editing.probes.layers import NORMS, POOLS, Reading
+from mergebench.editing.probes.layers import Reading
 from mergebench.editing.probes.probe import Probe
+from mergebench.editing.probes.settings import Settings
 from mergebench.errors import RecipeError, RunError
 from mergebench.networks.batch import out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Texts
+from mergebench.parameters import parameters_of
 from mergebench.plugins import need
 
 TEST_SHARE = 0.2
@@ -39,36 +41,34 @@ def fit_probe(
     data: str | Path,
     out: str | Path,
     *,
-    layer: int | str = -1,
-    norm: str = "post",
-    pool: str = "mean",
-    max_length: int = 100,
-    text: str = "text",
-    label: str = "label",
-    undesired: str | None = None,
-    test: str | Path | None = None,
-    seed: int = 0,
     device: str = "auto",
     results: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
+    **how: Any,
 ) -> Probe:
     """Fit a linear probe of a behaviour and write it to the file `out`.
 
-    model: as a recipe names it. data: JSON lines of texts with labels. layer: its number in transformers'
-    `hidden_states`, from the end where negative, or "all": the best by cross-validated accuracy (the first of
-    equals), and a plot of all beside the probe. norm: post or pre, at the last layer. pool: mean or last.
-    undesired: the label of that class (by itself 1, true and "undesired"). test: a file of its own; else a
-    fifth of the data, drawn by `seed`. results: a folder that keeps features, so that the model runs once.
+    model: as a recipe names it. data: JSON lines of texts with labels. how: the fields of `Settings`. layer counts as
+    transformers' `hidden_states`, from the end where negative; "all" is the best by cross-validated accuracy, the first
+    of equals, and a plot of all beside the probe. Without `test` a fifth of the data, drawn by `seed`, is for testing.
+    results: a folder that keeps features, so that the model runs once.
+
+    `RecipeError` for a setting that is not possible or a target that exists, `RunError` for data that do not fit.
     """
+    settings = _settings(how)
     sklearn = need("scikit-learn", "probes")
-    reading = _reading(layer, norm, pool, max_length)
+    layer, test = settings.layer, settings.test
+    number = -1 if isinstance(layer, str) else layer
+    reading = Reading(number, settings.norm, settings.pool, settings.max_length)
     target = Path(out)
     _check_target(target, layer == "all", overwrite)
-    learnt = read_labelled(Path(data), text, label, undesired)
+    learnt = read_labelled(Path(data), settings.text, settings.label, settings.undesired)
     _check_classes(Path(data), learnt)
-    tested = None if test is None else read_labelled(Path(test), text, label, undesired)
-    known, asked = _split(learnt, seed) if tested is None else _apart(learnt, tested)
+    tested = None
+    if test is not None:
+        tested = read_labelled(Path(test), settings.text, settings.label, settings.undesired)
+    known, asked = _split(learnt, settings.seed) if tested is None else _apart(learnt, tested)
     texts = learnt.texts + (tested.texts if tested else [])
     every = np.array(learnt.undesired + (tested.undesired if tested else []))
     opened = open_model(model)
@@ -83,7 +83,7 @@ def fit_probe(
         states = {number: replace(reading, layer=number).state(depth) for number in wanted}
         found: dict[int, Validated] = {}
         for number, state in states.items():
-            found[number] = classifier.validate(features.rows(state)[known], every[known], seed)
+            found[number] = classifier.validate(features.rows(state)[known], every[known], settings.seed)
             progress("fitting", len(found), len(states))
         best = max(found, key=lambda number: (found[number].accuracy, -number))
         rows = features.rows(states[best])
@@ -94,14 +94,14 @@ def fit_probe(
     about: dict[str, Any] = {
         "layer": best,
         "depth": depth,
-        "norm": norm,
-        "pool": pool,
-        "max_length": max_length,
+        "norm": settings.norm,
+        "pool": settings.pool,
+        "max_length": settings.max_length,
         "classes": list(learnt.classes),
         "model": {"reference": opened.reference, "identity": identity(opened)},
         "tokenizer": tokenizer_hash(opened.side_directory),
         "data": {str(file): sha256_of(Path(file)) for file in (data, test) if file is not None},
-        "seed": seed,
+        "seed": settings.seed,
         "n_train": len(y),
         "n_test": len(y_test),
         "train_accuracy": classifier.right(fitted.logits(x), y),
@@ -138,15 +138,16 @@ def _probe(fitted: classifier.Classifier, x: Array, undesired: Array, about: dic
     return Probe(torch.stack([-half, half]), bias, torch.from_numpy(means[0] - means[1]).float(), about)
 
 
-def _reading(layer: int | str, norm: str, pool: str, max_length: int) -> Reading:
-    if not isinstance(layer, int) and layer != "all":
-        raise RecipeError(f"--layer: '{layer}' is not possible", "a layer's number, negative from the end, or all")
-    for option, value, allowed in (("norm", norm, NORMS), ("pool", pool, POOLS)):
-        if value not in allowed:
-            raise RecipeError(f"--{option}: '{value}' is not possible", " or ".join(allowed))
-    if max_length < 1:
-        raise RecipeError(f"--max-length: {max_length} is not possible", "at least 1 token")
-    return Reading(-1 if isinstance(layer, str) else layer, norm, pool, max_length)
+def _settings(how: Mapping[str, Any]) -> Settings:
+    """The settings, checked; one that is None is not given."""
+    parameters = parameters_of(Settings)
+    given = {name: value for name, value in how.items() if value is not None}
+    for name in given.keys() & parameters.keys():  # one of another name is Python's own error
+        complaint = parameters[name].complaint(given[name])
+        if complaint is not None:
+            what = f"--{name.replace('_', '-')}: {complaint}, got {given[name]!r}"
+            raise RecipeError(what, parameters[name].help)
+    return Settings(**given)
 
 
 def _check_target(out: Path, curve: bool, overwrite: bool) -> None:

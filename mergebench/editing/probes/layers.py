@@ -22,7 +22,6 @@ from mergebench.networks.features import Pooling, Texts, gather
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
 
-NORMS, POOLS = ("post", "pre"), ("mean", "last")
 PRE = "pre"  # the residual stream before the final norm
 
 State = int | str  # a layer's number, or `PRE`

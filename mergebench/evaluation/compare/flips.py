@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mergebench.errors import RunError
@@ -119,7 +120,7 @@ def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
         quadrants["wrong_differently"] = sum(old[item].output != new[item].output for item in wrong)
         interval, p = _newcombe(quadrants["both_right"], len(lost), len(won), len(wrong)), _mcnemar(len(lost), len(won))
     else:
-        interval, p = _bootstrap(list(change.values()))
+        interval, p = _bootstrap(tuple(change.values()))
     return Flips(
         n=len(old),
         old=_mean([one.score for one in old.values()]),
@@ -167,7 +168,8 @@ def _newcombe(both: int, lost: int, won: int, neither: int) -> Interval:
     return q - p - reach(q - q_low, p_high - p), q - p + reach(q_high - q, p - p_low)
 
 
-def _bootstrap(change: list[float]) -> tuple[Interval | None, float | None]:
+@lru_cache(maxsize=64)  # tables, document and page show the same comparison
+def _bootstrap(change: tuple[float, ...]) -> tuple[Interval | None, float | None]:
     """Percentile interval of the mean change and twice the smaller tail beyond 0, by resampling items; a fixed seed."""
     import numpy as np
     from scipy.stats import bootstrap

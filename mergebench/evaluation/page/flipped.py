@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mergebench.evaluation.compare.comparison import Comparison, Pair
+from mergebench.evaluation.compare.comparison import Comparison, Pair, against
 from mergebench.evaluation.page import figures
 from mergebench.evaluation.page.figures import BLUE, INK, PAPER, RED, Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Section, Table, cells
@@ -19,11 +19,12 @@ MODELS, ITEMS, ANSWER = 6, 200, 120  # models drawn, items listed of each, lette
 def sections(sources: Sources) -> Iterator[Section]:
     """Merged models and what they are compared with; all models where nothing was merged."""
     results = sources.results
-    if results is None or not results.comparisons:
+    comparisons = [] if results is None else against(results)
+    if results is None or not comparisons:
         return
     roles = {record.model: record.role for record in results.records}
-    merges = [one for one in results.comparisons if roles[one.new] in ("merged", "baseline")]
-    shown = sorted(merges or results.comparisons, key=lambda one: roles[one.new] != "merged")[:MODELS]
+    merges = [one for one in comparisons if roles[one.new] in ("merged", "baseline")]
+    shown = sorted(merges or comparisons, key=lambda one: roles[one.new] != "merged")[:MODELS]
     names = short_names(results.models)
     old = names[shown[0].old]
     most = max([1, *(len(side) for one in shown for p in one.pairs for side in (p.flips.lost, p.flips.won))])
@@ -38,7 +39,7 @@ def sections(sources: Sources) -> Iterator[Section]:
 def finding(results: Results) -> list[str]:
     """The best merge against the baseline, over all items, in a sentence; none where that has no single number."""
     roles = {record.model: record.role for record in results.records}
-    merged = [one for one in results.comparisons if roles[one.new] == "merged" and one.pooled is not None]
+    merged = [one for one in against(results) if roles[one.new] == "merged" and one.pooled is not None]
     found = []
     for one in merged[:1]:
         assert one.pooled is not None

@@ -12,18 +12,19 @@ import torch
 
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
-from mergebench.evaluation.task import Direction, key
+from mergebench.evaluation.task import Direction
 from mergebench.networks.batch import CPU_TOKENS, batches
 from mergebench.networks.module import quiet
+from mergebench.parameters import param
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    classifier: Path = key("a directory with a transformers sequence classifier in safetensors", folder=True)
-    label: str = key("the label whose probability is the score, as in its config.json")
-    direction: Direction = key("which scores are better", choices=("higher", "lower"))
+    classifier: Path = param(help="a directory with a transformers sequence classifier in safetensors", folder=True)
+    label: str = param(help="the label whose probability is the score, as in its config.json")
+    direction: Direction = param(help="which scores are better")
 
 
 @scorer

@@ -9,13 +9,14 @@ from importlib.metadata import packages_distributions, version
 
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
-from mergebench.evaluation.task import Direction, key
+from mergebench.evaluation.task import Direction
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    function: str = key("module:function of an installed package, such as profanity_check:predict_prob")
-    direction: Direction = key("which scores are better", choices=("higher", "lower"))
+    function: str = param(help="module:function of an installed package, such as profanity_check:predict_prob")
+    direction: Direction = param(help="which scores are better")
 
 
 @scorer

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from mergebench.errors import RecipeError
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
-from mergebench.evaluation.task import key
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    regex: str = key("a regular expression, as Python's re reads it")
+    regex: str = param(help="a regular expression, as Python's re reads it")
 
 
 @scorer

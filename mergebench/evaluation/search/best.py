@@ -52,8 +52,9 @@ def _suite(value: Any, places: Sequence[Path], to: Path) -> Any:
         return _path(value, places, to)
     tasks = []
     for task in value["tasks"]:
-        keys = kinds.get(task["kind"]).keys
-        paths = {name: _path(one, places, to) for name, one in task.items() if name in keys and keys[name].type is Path}
+        known = kinds.get(task["kind"]).parameters
+        files = {name for name in task if name in known and known[name].type is Path}
+        paths = {name: _path(task[name], places, to) for name in files}
         tasks.append({**task, **paths})
     return {**value, "tasks": tasks}
 

@@ -48,10 +48,12 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole of it, ready for JSON."""
+        from mergebench.evaluation import document_of
+
         return {
             "out": str(self.out),
             **self.history.to_dict(),
-            "evaluation": None if self.results is None else self.results.to_dict(),
+            "evaluation": None if self.results is None else document_of(self.results),
             "verdict": self.verdict(),
         }
 
@@ -104,7 +106,7 @@ def search(
     Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
     Raises `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
     """
-    from mergebench.evaluation import page
+    from mergebench.evaluation import page, save
     from mergebench.evaluation.search.best import write_recipe
     from mergebench.evaluation.search.candidates import Candidates
     from mergebench.evaluation.search.loop import Search
@@ -160,7 +162,7 @@ def search(
         finally:
             shutil.rmtree(target / WORK, ignore_errors=True)
         if found is not None:
-            found.save(target)
+            save(found, target)
         page.attempt(target)
     return Found(target, history, found, None if found is None else _difference(recipe, found), running.resumed)
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergebench.engine.method import Parameter
 from mergebench.errors import RecipeError, did_you_mean
+from mergebench.parameters import Parameter
 from mergebench.recipe import Recipe
 from mergebench.recipe.gradients import varies
 from mergebench.recipe.open import short_names
-from mergebench.recipe.parameters import about
+from mergebench.recipe.positions import show
 
 FORMS = "write lambda, lambda=0.2:1.2 (a range), density=0.05/0.1/0.2 (values) or weight.* (one a model)"
 OF_UNBOUNDED = (0.2, 1.5)  # times the recipe's value, where the method declares no bounds
@@ -196,20 +196,10 @@ def _usual(one: Dimension, where: str) -> Dimension:
 
 def _value(text: str, parameter: Parameter, where: str) -> Any:
     """One value as it is written, checked."""
-    text = text.strip()
-    value: Any
-    if parameter.type is str:
-        value = text
-    elif parameter.type is bool:
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    else:
-        try:
-            value = float(text)
-        except ValueError:
-            raise RecipeError(f"{where}: '{text}' is no number", FORMS) from None
+    value = parameter.read(text.strip())
+    if parameter.is_number and isinstance(value, str):
+        raise RecipeError(f"{where}: '{value}' is no number", FORMS)
     complaint = parameter.complaint(value)
-    if complaint is None and parameter.type is int and value != int(value):
-        complaint = f"must be a whole number, got {text}"
     if complaint is not None:
-        raise RecipeError(f"{where}: {complaint}", about(parameter) or None)
-    return int(value) if parameter.type is int else value
+        raise RecipeError(f"{where}: {complaint}, got {show(value)}", parameter.about() or None)
+    return parameter.plain(value)

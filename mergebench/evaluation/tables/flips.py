@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
-from mergebench.evaluation.compare.comparison import Comparison, Pair
+from mergebench.evaluation.compare.comparison import Comparison, Pair, against
 from mergebench.evaluation.compare.flips import Flips
 from mergebench.evaluation.tables.layout import NONE, SHARES, escape, markdown_line, number, render, short_names
 
@@ -65,7 +65,8 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
     names = short_names(results.models)
     roles = {record.model: record.role for record in results.records}
     rows, counts, graded, partly = [], set(), False, False
-    for comparison in results.comparisons:
+    comparisons = against(results)
+    for comparison in comparisons:
         if comparison.old in results.made.get("unedited", {}) and roles[comparison.new] == "merged":
             rows = [[name, "", *_change(pair.flips, pair.metric)] for name, pair in _named(comparison)]
             return [f"{names[comparison.new]} against {names[comparison.old]}", "", *CHANGE], rows, EACH_TASK
@@ -76,7 +77,7 @@ def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
         counts.add(pooled.n)
         graded |= pooled.both_right is None
         partly |= len(comparison.pooled_pairs) < len(results.tasks)
-    heads = [f"against {names[results.comparisons[0].old]}" if rows else "", "", *CHANGE]
+    heads = [f"against {names[comparisons[0].old]}" if rows else "", "", *CHANGE]
     return heads, rows, _against_legend(counts, graded, partly)
 
 

@@ -1,18 +1,48 @@
-"""Views of results: a table for the terminal, and the same table in Markdown for files and model cards."""
+"""Views of results: a table for the terminal, the same in Markdown for files and model cards, and the JSON document."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
+from mergebench.evaluation.compare.comparison import against
+from mergebench.evaluation.results import FILE, Record, Results, mean_relatives, mean_values
 from mergebench.evaluation.tables.flips import against_markdown, against_table
 from mergebench.evaluation.tables.layout import NONE, SHARES, escape, markdown_line, number, render, short_names
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+VIEW = "evaluation.md"
+
+
+def document_of(results: Results) -> dict[str, Any]:
+    """The whole document, ready for JSON; comparisons with the baseline stand in it for other programs."""
+    records = [vars(record) for record in results.records]
+    comparisons = [comparison.to_dict(items=False) for comparison in against(results)]
+    return {"made": dict(results.made), "records": records, "comparisons": comparisons}
+
+
+def save(results: Results, directory: Path) -> None:
+    """Write `evaluation.json` (`Results.load` reads it) and `evaluation.md`, each in one step; one record a line.
+
+    `ValueError` for a number that JSON has no word for, `RunError` where a file cannot be written.
+    """
+    from mergebench.checkpoint.files import write_atomically  # torch comes with it
+
+    parts = document_of(results)
+    made = json.dumps(parts["made"], indent=1, ensure_ascii=False, allow_nan=False)
+    records, comparisons = (
+        ",\n".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) for entry in parts[name])
+        for name in ("records", "comparisons")
+    )
+    text = f'{{"made": {made},\n"records": [\n{records}\n],\n"comparisons": [\n{comparisons}\n]}}\n'
+    write_atomically(directory / FILE, text)
+    write_atomically(directory / VIEW, markdown(results))
 
 
 @dataclass(frozen=True)

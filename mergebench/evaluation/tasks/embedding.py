@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
-from mergebench.evaluation.task import Common, Ready, Score, key, task
+from mergebench.evaluation.task import Common, Ready, Score, task
 from mergebench.networks.features import POOLINGS, Pooling, features
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import param
 from mergebench.plugins import need
 
 if TYPE_CHECKING:
@@ -24,17 +25,17 @@ NEIGHBOURS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("the items to answer, JSON lines: an id, a text or an image's path from here, a label each")
-    train: Path = key("the items to learn from, in the same form; all of them are used")
-    id: str = key("the column with the item's id", "id")
-    text: str = key("the column with the text", "text")
-    image: str | None = key("the column with the image's path, where the items are images", None)
-    label: str = key("the column with the label", "label")
-    probe: str = key("logistic regression, or a vote of the nearest neighbours", "linear", choices=("linear", "knn"))
-    k: int | None = key(f"how many neighbours vote, with probe: knn; {NEIGHBOURS} where not given", None, low=1)
-    pooling: str = key("of the last states", "mean", choices=POOLINGS)
-    normalize: bool = key("features scaled to length one", False)
-    max_length: int = key("tokens a text is cut to", 128, low=2)
+    data: Path = param(help="the items to answer, JSON lines: an id, a text or an image's path from here, a label each")
+    train: Path = param(help="the items to learn from, in the same form; all of them are used")
+    id: str = param("id", "the column with the item's id")
+    text: str = param("text", "the column with the text")
+    image: str | None = param(None, "the column with the image's path, where the items are images")
+    label: str = param("label", "the column with the label")
+    probe: str = param("linear", "logistic regression, or a vote of the nearest neighbours", choices=("linear", "knn"))
+    k: int | None = param(None, f"how many neighbours vote, with probe: knn; {NEIGHBOURS} where not given", low=1)
+    pooling: str = param("mean", "of the last states", choices=POOLINGS)
+    normalize: bool = param(False, "features scaled to length one")
+    max_length: int = param(128, "tokens a text is cut to", low=2)
 
 
 @task(network="AutoModel")

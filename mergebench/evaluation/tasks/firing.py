@@ -16,21 +16,22 @@ from torch import Tensor
 from mergebench.deltas.formats.native import ANOTHER
 from mergebench.editing.patches import Patch, open_patch
 from mergebench.errors import ModelError, RunError
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, mean, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, mean, task
 from mergebench.networks.features import gather
 from mergebench.networks.items import contents, read_rows, texts
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
 from mergebench.networks.onednn import PackedLinear
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("JSON: an id and a text each")
-    patch: Path | None = key("the patch whose neurons are watched; in a recipe, those of its edits if not given", None)
-    id: str = key("the column with the item's id", "id")
-    text: str = key("the column with the text", "text")
-    max_length: int = key("tokens a text is cut to", 128, low=2)
+    data: Path = param(help="JSON: an id and a text each")
+    patch: Path | None = param(None, "the patch whose neurons are watched; by itself, in a recipe, those of its edits")
+    id: str = param("id", "the column with the item's id")
+    text: str = param("text", "the column with the text")
+    max_length: int = param(128, "tokens a text is cut to", low=2)
 
 
 @task(network="AutoModel")

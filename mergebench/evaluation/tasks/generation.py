@@ -8,24 +8,25 @@ from pathlib import Path
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import harness
 from mergebench.evaluation.scorer import Continuation, Scorer
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, key, mean, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, mean, task
 from mergebench.networks.items import contents, read_rows
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("JSON: an id and a prompt each, and a target where the scorer needs one")
-    scorer: Scorer = key("exact-match, {regex: …}, {classifier: …, label: …}, {function: …}")
-    id: str = key("the column with the item's id", "id")
-    prompt: str = key("the column with the prompt", "prompt")
-    target: str = key("the column with what should be written", "target")
-    max_tokens: int = key("tokens that are written at most", 64, low=1)
-    until: list[str] = key("texts that end a continuation, and are left out of it", [])
-    temperature: float = key("0: always the likeliest token; above: tokens are drawn", 0.0, low=0)
-    samples: int = key("continuations drawn for each prompt; an item's score is their mean", 1, low=1)
-    chat: bool = key("put the prompt as a user's message into the model's chat template", False)
+    data: Path = param(help="JSON: an id and a prompt each, and a target where the scorer needs one")
+    scorer: Scorer = param(help="exact-match, {regex: …}, {classifier: …, label: …}, {function: …}")
+    id: str = param("id", "the column with the item's id")
+    prompt: str = param("prompt", "the column with the prompt")
+    target: str = param("target", "the column with what should be written")
+    max_tokens: int = param(64, "tokens that are written at most", low=1)
+    until: list[str] = param([], "texts that end a continuation, and are left out of it")
+    temperature: float = param(0.0, "0: always the likeliest token; above: tokens are drawn", low=0)
+    samples: int = param(1, "continuations drawn for each prompt; an item's score is their mean", low=1)
+    chat: bool = param(False, "put the prompt as a user's message into the model's chat template")
 
 
 @task(network="AutoModelForCausalLM")

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from mergebench.evaluation.head import read_head
 from mergebench.evaluation.labelled import read_images
-from mergebench.evaluation.task import Common, Ready, key, task
+from mergebench.evaluation.task import Common, Ready, task
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("JSON lines: an id, an image's path from here and a label each")
-    head: Path = key("the task's head.safetensors, beside the fine-tune it belongs to")
-    id: str = key("the column with the item's id", "id")
-    image: str = key("the column with the image's path", "image")
-    label: str = key("the column with the label", "label")
+    data: Path = param(help="JSON lines: an id, an image's path from here and a label each")
+    head: Path = param(help="the task's head.safetensors, beside the fine-tune it belongs to")
+    id: str = param("id", "the column with the item's id")
+    image: str = param("image", "the column with the image's path")
+    label: str = param("label", "the column with the label")
 
 
 @task(network="AutoModel")

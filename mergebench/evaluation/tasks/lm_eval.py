@@ -14,19 +14,20 @@ from typing import Any
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation import harness
 from mergebench.evaluation.harness_tasks import own_task
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, task
 from mergebench.evaluation.tasks.multiple_choice import likeliest
 from mergebench.evaluation.tasks.perplexity import METRICS, stderr
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import param
 
 ACCURACIES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    task: Path | str = key("a task's name, such as arc_easy, or a task file in YAML")
-    metric: str | None = key("one of the task's; the first one where not given", None)
+    task: Path | str = param(help="a task's name, such as arc_easy, or a task file in YAML")
+    metric: str | None = param(None, "one of the task's; the first one where not given")
 
 
 @task(network="AutoModelForCausalLM")

@@ -8,20 +8,21 @@ from typing import Any
 
 from mergebench.errors import RunError, did_you_mean
 from mergebench.evaluation import harness
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, key, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, task
 from mergebench.networks.items import contents, read_rows
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("JSON: an id, a question, choices and the answer each")
-    id: str = key("the column with the item's id", "id")
-    question: str = key("the column with the question", "question")
-    choices: str = key("the column with the list of choices", "choices")
-    answer: str = key("the column with the right choice: its text, or its number from 0", "answer")
-    metric: str = key("acc: the likeliest choice; acc_norm: by letter of it", "acc", choices=("acc", "acc_norm"))
+    data: Path = param(help="JSON: an id, a question, choices and the answer each")
+    id: str = param("id", "the column with the item's id")
+    question: str = param("question", "the column with the question")
+    choices: str = param("choices", "the column with the list of choices")
+    answer: str = param("answer", "the column with the right choice: its text, or its number from 0")
+    metric: str = param("acc", "acc: the likeliest choice; acc_norm: by letter of it", choices=("acc", "acc_norm"))
 
 
 @task(network="AutoModelForCausalLM")

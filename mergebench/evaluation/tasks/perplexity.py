@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergebench.evaluation import harness
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, key, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, task
 from mergebench.networks.items import contents, read_rows, texts
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import param
 
 METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("JSON: an id and a text each")
-    id: str = key("the column with the item's id", "id")
-    text: str = key("the column with the text", "text")
-    metric: str = key("over the bytes or the words of all texts", "bits_per_byte", choices=METRICS)
+    data: Path = param(help="JSON: an id and a text each")
+    id: str = param("id", "the column with the item's id")
+    text: str = param("text", "the column with the text")
+    metric: str = param("bits_per_byte", "over the bytes or the words of all texts", choices=METRICS)
 
 
 @task(network="AutoModelForCausalLM")

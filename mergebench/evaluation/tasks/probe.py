@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mergebench.editing.probes.labels import UNDESIRED, word
-from mergebench.editing.probes.layers import NORMS, POOLS, Reading, features
+from mergebench.editing.probes.layers import Reading, features
 from mergebench.editing.probes.probe import Probe, read_probe
+from mergebench.editing.probes.settings import Norm, Pool
 from mergebench.errors import ModelError, RecipeError, did_you_mean
-from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, key, mean, task
+from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, mean, task
 from mergebench.networks.features import Texts
 from mergebench.networks.items import Row, contents, read_rows, some, texts
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
+from mergebench.parameters import param
 
 CLASSES = ("desired", "undesired")
 HOW = ("layer", "norm", "pool", "max_length")  # what a fitted probe says of itself
@@ -25,19 +27,18 @@ HOW = ("layer", "norm", "pool", "max_length")  # what a fitted probe says of its
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    probe: Path = key("the probe's file, as `mergebench probe fit` writes it")
-    data: Path = key("JSON: an id, a text and a label each")
-    id: str = key("the column with the item's id", "id")
-    text: str = key("the column with the text", "text")
-    label: str = key("the column with the label", "label")
-    undesired: str | None = key("the label of the undesired class; 1, true and undesired are by themselves", None)
-    of: str = key("of which class the items are measured", "both", choices=("both", *CLASSES))
-    metric: str = key("what is measured of the probe", "loss", choices=("loss", "accuracy", "score"))
-    layer: int | None = key("for a probe that does not say it: the layer it reads, -1 for the last", None)
-    norm: str | None = key("for a probe that does not say it: the last layer after the final norm or before", None,
-                           choices=NORMS)  # fmt: skip
-    pool: str | None = key("for a probe that does not say it: over the tokens", None, choices=POOLS)
-    max_length: int | None = key("for a probe that does not say it: tokens a text is cut to", None, low=2)
+    probe: Path = param(help="the probe's file, as `mergebench probe fit` writes it")
+    data: Path = param(help="JSON: an id, a text and a label each")
+    id: str = param("id", "the column with the item's id")
+    text: str = param("text", "the column with the text")
+    label: str = param("label", "the column with the label")
+    undesired: str | None = param(None, "the label of the undesired class; 1, true and undesired are by themselves")
+    of: str = param("both", "of which class the items are measured", choices=("both", *CLASSES))
+    metric: str = param("loss", "what is measured of the probe", choices=("loss", "accuracy", "score"))
+    layer: int | None = param(None, "for a probe that does not say it: the layer it reads, -1 for the last")
+    norm: Norm | None = param(None, "for a probe that does not say it: the last layer after the final norm or before")
+    pool: Pool | None = param(None, "for a probe that does not say it: over the tokens")
+    max_length: int | None = param(None, "for a probe that does not say it: tokens a text is cut to", low=2)
 
 
 @task(network="AutoModel")

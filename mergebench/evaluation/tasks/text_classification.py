@@ -8,17 +8,18 @@ from pathlib import Path
 from mergebench.errors import RecipeError
 from mergebench.evaluation.head import read_head
 from mergebench.evaluation.labelled import read_texts
-from mergebench.evaluation.task import Common, Ready, key, task
+from mergebench.evaluation.task import Common, Ready, task
+from mergebench.parameters import param
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(Common):
-    data: Path = key("JSON lines: an id, a text and a label each")
-    head: Path = key("the task's head.safetensors, beside the fine-tune it belongs to")
-    id: str = key("the column with the item's id", "id")
-    text: str = key("the column with the text", "text")
-    label: str = key("the column with the label", "label")
-    max_length: int | None = key("tokens a text is cut to; the head's own where not given", None, low=2)
+    data: Path = param(help="JSON lines: an id, a text and a label each")
+    head: Path = param(help="the task's head.safetensors, beside the fine-tune it belongs to")
+    id: str = param("id", "the column with the item's id")
+    text: str = param("text", "the column with the text")
+    label: str = param("label", "the column with the label")
+    max_length: int | None = param(None, "tokens a text is cut to; the head's own where not given", low=2)
 
 
 @task(network="AutoModel")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -144,10 +144,10 @@ class BankWriter:
         self._first: Stored | None = None
         if (directory / MANIFEST).exists():
             found = read_manifest(directory)
-            if found.model_copy(update={"tasks": about.tasks}) != about:
+            if replace(found, tasks=about.tasks) != about:
                 raise RecipeError(f"{directory}: it holds a bank made with other settings", "choose another place")
             whole = [all((directory / file).is_file() for file in task.files) for task in found.tasks]
-            self.about = found.model_copy(update={"tasks": found.tasks[: [*whole, False].index(False)]})
+            self.about = replace(found, tasks=found.tasks[: [*whole, False].index(False)])
 
     def add(
         self,
@@ -178,7 +178,7 @@ class BankWriter:
         files = {pattern.format(name): raw for pattern, raw in written.items()}
         hashes = {file: hashlib.sha256(raw).hexdigest() for file, raw in files.items()}
         entry = TaskEntry(name=name, classes=tuple(classes), files=hashes)
-        about = self.about.model_copy(update={"tasks": (*self.about.tasks, entry)})
+        about = replace(self.about, tasks=(*self.about.tasks, entry))
         about.check(self.directory / MANIFEST)
         try:
             for file, raw in files.items():

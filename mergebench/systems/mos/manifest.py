@@ -11,14 +11,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from mergebench.checkpoint.files import write_atomically
 from mergebench.errors import ModelError, RunError
+from mergebench.parameters import make_params, param, parameters_of
+from mergebench.recipe.positions import show
 
+T = TypeVar("T")
 MANIFEST = "bank.json"
 ADAPTER, HEAD, TRAINED, CLASSES = FILES = (
     "adapters/{}.safetensors",
@@ -27,48 +30,46 @@ ADAPTER, HEAD, TRAINED, CLASSES = FILES = (
     "classes/{}.safetensors",
 )
 
-Word = Annotated[str, Field(min_length=1)]
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    model: str  # as the user wrote it
+    sha256: str  # of its files' contents
 
 
-class Part(BaseModel):
-    """JSON of exactly these keys and types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Backbone(Part):
-    model: Word  # as the user wrote it
-    sha256: Word  # of its files' contents
-
-
-class Features(Part):
+@dataclass(frozen=True, kw_only=True)
+class Features:
     kind: Literal["image", "text"]
     pooling: Literal["mean", "cls", "cls+mean"]
-    max_length: Annotated[int, Field(ge=1)] | None  # tokens a text is cut to
+    max_length: int | None = param(None, low=1)  # tokens a text is cut to
 
 
-class AdapterKind(Part):
+@dataclass(frozen=True, kw_only=True)
+class AdapterKind:
     kind: Literal["bottleneck"]
-    scale: Annotated[float, Field(allow_inf_nan=False)]
-    bottleneck: Annotated[int, Field(ge=1)]
+    scale: float
+    bottleneck: int = param(low=1)
 
 
-class Items(Part):
+@dataclass(frozen=True, kw_only=True)
+class Items:
     """The columns of a file of items, and the file that the bank is to be tested on."""
 
     test: str | None = None
-    id: Word = "id"
-    content: Word | None = None  # text or image where not given
-    label: Word = "label"
+    id: str = "id"
+    content: str | None = None  # text or image where not given
+    label: str = "label"
 
 
-class TaskEntry(Part):
-    name: Word  # 01, 02, ...
-    classes: tuple[Word, ...]
+@dataclass(frozen=True, kw_only=True)
+class TaskEntry:
+    name: str  # 01, 02, ...
+    classes: tuple[str, ...]
     files: dict[str, str]  # the SHA-256 of each
 
 
-class About(Part):
+@dataclass(frozen=True, kw_only=True)
+class About:
     """The whole of bank.json."""
 
     mergebench: str
@@ -77,10 +78,10 @@ class About(Part):
     adapter: AdapterKind
     statistics: Literal["covariance", "variance", "centroids"]
     semantics: Literal["paper", "reference"]
-    alpha: Annotated[float, Field(ge=0, le=1)]
-    seed: Annotated[int, Field(ge=0)]
-    epochs: Annotated[int, Field(ge=0)] = 20  # of a task's training; 0: the adapters add nothing
-    batch: Annotated[int, Field(ge=1)] = 48  # items of a training step
+    alpha: float = param(low=0, high=1)
+    seed: int = param(low=0)
+    epochs: int = param(20, low=0)  # of a task's training; 0: the adapters add nothing
+    batch: int = param(48, low=1)  # items of a training step
     items: Items = Items()
     tasks: tuple[TaskEntry, ...] = ()
 
@@ -109,7 +110,7 @@ class About(Part):
 
     def write(self, directory: Path) -> None:
         """Put it in place at once."""
-        write_atomically(directory / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        write_atomically(directory / MANIFEST, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 COMPLETE = "a bank is read whole, as mergebench cil run wrote it"
@@ -124,7 +125,7 @@ def read_manifest(directory: Path) -> About:
     """Read and check bank.json; `ModelError` where there is none or it does not fit, `RunError` where it is broken."""
     file = directory / MANIFEST
     try:
-        about = About.model_validate_json(file.read_bytes())
+        about = _read(About, json.loads(file.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         missing = "no such directory" if not directory.exists() else f"not a bank: it has no {MANIFEST}"
         inside = sorted(directory.glob(f"*/*/{MANIFEST}"))  # as cil run leaves them, a seed and a kind each
@@ -132,11 +133,51 @@ def read_manifest(directory: Path) -> About:
         raise ModelError(f"{directory}: {missing}", hint) from None
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        found = error.errors()[0]
-        if found["type"] == "json_invalid":
-            raise RunError(f"{file}: not readable as JSON: {found['ctx']['error']}", COMPLETE) from None
-        where = ".".join(map(str, found["loc"])) or "the document"
-        raise ModelError(f"{file}: {where}: {found['msg']}", COMPLETE) from None
+    except _Wrong as error:
+        raise ModelError(f"{file}: {error}", COMPLETE) from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file}: not readable as JSON: {error}", COMPLETE) from None
     about.check(file)
     return about
+
+
+class _Wrong(Exception):
+    """`where: what` of the first thing that does not belong into a manifest."""
+
+
+def _read(kind: type[T], value: Any, where: str = "") -> T:
+    """A dataclass out of JSON of exactly its keys and types; `_Wrong` where it is something else."""
+    if not isinstance(value, dict):
+        raise _Wrong(f"{where or 'the document'}: must be a mapping, got {show(value)}")
+    dot = f"{where}." if where else ""
+    parameters, values = parameters_of(kind), {}
+    for name, entry in value.items():
+        here = f"{dot}{name}"
+        if name not in parameters:
+            raise _Wrong(f"{here}: no such key")
+        parameter = parameters[name]
+        if entry is None and parameter.default is None:
+            continue
+        complaint = parameter.complaint(entry)
+        if complaint is not None:
+            raise _Wrong(f"{here}: {complaint}, got {show(entry)}")
+        values[name] = _part(parameter.type, parameter.plain(entry), here)
+    for parameter in parameters.values():
+        if parameter.required and parameter.name not in values:
+            raise _Wrong(f"{dot}{parameter.name}: missing")
+    made: T = make_params(kind, values)
+    return made
+
+
+def _part(kind: Any, value: Any, where: str) -> Any:
+    """What a key holds: a dataclass, several of them, texts, or a value that is checked already."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _read(kind, value, where)
+    if get_origin(kind) is tuple:
+        each = get_args(kind)[0]
+        if not isinstance(value, list) or (each is str and not all(isinstance(one, str) and one for one in value)):
+            raise _Wrong(f"{where}: must be a list{' of texts' if each is str else ''}, got {show(value)}")
+        return tuple(value if each is str else (_read(each, one, f"{where}.{i}") for i, one in enumerate(value)))
+    if get_origin(kind) is dict and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
+        raise _Wrong(f"{where}: must be a mapping of texts, got {show(value)}")
+    return value

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def run_sequence(
     data, place = read_data(config), device_of(device)
     sequences = {seed: split(config, data, seed) for seed in config.seeds}
     content = Contents(None).of_model(model)
-    made_of: list[Any] = [config.model_dump(), [sha256_of(Path(file)) for file in (config.train, config.test)]]
+    made_of: list[Any] = [asdict(config), [sha256_of(Path(file)) for file in (config.train, config.test)]]
     made_of += [data.train.inputs.key, data.test.inputs.key, content, place.type, versions()]
     fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     known = finished(out)
@@ -92,7 +92,7 @@ def run_sequence(
             raise RunError(what, "a smaller batch takes less; what is learnt is kept for --resume") from None
         found = {
             "mergebench": mergebench.__version__,
-            "config": config.model_dump(),
+            "config": asdict(config),
             "backbone_sha256": content,
             "versions": versions(),
             "records": records,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.engine.profile import Counts
-from mergebench.evaluation import Record, Results
+from mergebench.evaluation import Record, Results, save
 from mergebench.evaluation.page.profile import Profile
 from mergebench.evaluation.task import Prediction, accuracy
 
@@ -95,7 +95,7 @@ def provenance(**more: Any) -> dict[str, Any]:
 def write_all(directory: Path) -> Path:
     """A directory that has everything."""
     directory.mkdir(parents=True, exist_ok=True)
-    results().save(directory)
+    save(results(), directory)
     (directory / "search.json").write_text(json.dumps(search()))
     (directory / "mergebench.json").write_text(json.dumps(provenance()))
     profile().save(directory)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mergebench.errors import RecipeError, RunError
-from mergebench.evaluation import Results, page
+from mergebench.evaluation import Results, page, save
 from mergebench.evaluation.compare.comparison import compare
 from mergebench.evaluation.page import figures, flipped, layers, scores, searched
 from mergebench.evaluation.page.sources import Sources
@@ -73,7 +73,7 @@ def alone(directory: Path, name: str, document: Any) -> Path:
     """A directory with one document."""
     directory.mkdir(exist_ok=True)
     if isinstance(document, Results):
-        document.save(directory)
+        save(document, directory)
     else:
         (directory / name).write_text(json.dumps(document))
     return directory

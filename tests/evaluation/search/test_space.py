@@ -109,7 +109,7 @@ def test_whole_numbers_stay_whole() -> None:
 @pytest.mark.parametrize(
     ("over", "said"),
     [
-        ("k=1.5:3", "must be a whole number, got 1.5"),
+        ("k=1.5:3", "must be a whole number, at least 0, got 1.5"),
         ("combine=ties/tes", "must be one of ties, task_arithmetic, got 'tes'"),
         ("combine=a:b", "must be one of ties, task_arithmetic, got 'a:b'"),
         ("lambda=1:2:3", "a range is LOW:HIGH"),

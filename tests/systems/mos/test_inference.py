@@ -42,7 +42,7 @@ def bank_of(backbone: Path, directory: Path, kind: str = "text") -> Path:
     content = Contents(None).of_model(model)
     assert content is not None
     encoder = Encoder(Network(model, "AutoModel", torch.device("cpu")), Pooling("cls"), 0.5)
-    features = Features.model_validate({"kind": kind, "pooling": "cls", "max_length": 16 if kind == "text" else None})
+    features = Features(kind=kind, pooling="cls", max_length=16 if kind == "text" else None)
     where = Backbone(model=str(backbone), sha256=content)
     return write_bank(directory, blocks=encoder.blocks, width=encoder.width, backbone=where, features=features)
 

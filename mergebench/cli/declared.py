@@ -1,0 +1,109 @@
+"""Options made from declared parameters: what a method, edit or probe says it takes is what its command takes.
+
+The declaration is read when the command is called or asked for help, so that no other command waits for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+from mergebench.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from mergebench.parameters import Parameter
+
+    # by the help's headings, then by option; the last heading names the owner
+    Declared = Mapping[str, Mapping[str, Parameter]]
+
+OF = "Options of "  # headings of the help
+METAVARS = {int: "<int>", float: "<float>", Path: "FILE"}
+
+
+class DeclaredCommand(TyperCommand):
+    """A command whose function finds the declared parameters that were given, checked, in `ctx.obj`."""
+
+    ignore_unknown_options = allow_extra_args = True  # they are refused here, in one line
+
+    def declared(self, args: list[str]) -> Declared:
+        """What this call takes, by its arguments."""
+        raise NotImplementedError
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        declared = self.declared(args)
+        ctx.meta[__name__] = [option for heading, below in declared.items() for option in _options(heading, below)]
+        rest: list[str] = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            raise self._refused(ctx, next((word for word in rest if word.startswith("-")), rest[0]), declared)
+        ctx.obj = {}
+        for option, parameter in (entry for below in declared.values() for entry in below.items()):
+            given = ctx.params.pop(_python(option))
+            if given is not None:
+                ctx.obj[parameter.name] = _checked(option, parameter, given)
+        return rest
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        *static, help_option = super().get_params(ctx)
+        return [*static, *ctx.meta.get(__name__, ()), help_option]
+
+    def _refused(self, ctx: Any, word: str, declared: Declared) -> RecipeError:
+        if not word.startswith("-"):
+            return RecipeError(f"'{word}': an argument too many", "write options as --NAME VALUE")
+        name = word.split("=")[0]
+        known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
+        owner = list(declared)[-1].removeprefix(OF)
+        return RecipeError(f"{name}: {owner} has no such option", did_you_mean(name, known))
+
+
+def option_of(name: str) -> str:
+    """`--alpha-relative` of `alpha_relative`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _python(option: str) -> str:
+    """What the command line calls its value."""
+    return "declared_" + option.removeprefix("--").replace("-", "_")
+
+
+def _options(heading: str, parameters: Mapping[str, Parameter]) -> list[Any]:
+    """Typer's own options, as it makes them of a function's arguments."""
+
+    def nothing(**values: Any) -> None: ...
+
+    arguments = []
+    for option, parameter in parameters.items():
+        flag = parameter.type is bool
+        form = f"{option}/--no-{option[2:]}" if flag and parameter.default else option
+        metavar = None if flag else METAVARS.get(parameter.type, "<str>")
+        default = typer.Option(None, form, metavar=metavar, help=_help(parameter), rich_help_panel=heading)
+        kind: Any = bool if flag else str
+        by_name = inspect.Parameter.KEYWORD_ONLY
+        arguments.append(inspect.Parameter(_python(option), by_name, default=default, annotation=kind | None))
+    nothing.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
+    nothing.__annotations__ = {argument.name: argument.annotation for argument in arguments}
+    app = typer.Typer(add_completion=False)
+    app.command()(nothing)
+    return list(typer.main.get_command(app).params)
+
+
+def _help(parameter: Parameter) -> str:
+    """`Of select: random, at least 0. Default: 0.`"""
+    text, default = f"{parameter.help[:1].upper()}{parameter.about()[1:]}.", parameter.default
+    if parameter.required:
+        return f"{text} Required."
+    if default is None or default is False:
+        return text
+    return f"{text} Default: {'true' if default is True else default}."
+
+
+def _checked(option: str, parameter: Parameter, given: Any) -> Any:
+    value = parameter.read(given) if isinstance(given, str) else given
+    complaint = parameter.complaint(value)
+    if complaint is not None:
+        raise RecipeError(f"{option}: {complaint}, got {value!r}", parameter.help or None)
+    return parameter.plain(value)
