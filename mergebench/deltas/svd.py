@@ -88,7 +88,7 @@ def _search(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tenso
 
 def _all(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All triplets as (U S, S, V), float64."""
-    u, s, v = svd_by_gram(matrix.double())
+    u, s, v = _by_gram(matrix)
     return u * s, s, v
 
 
@@ -114,20 +114,25 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def svd_by_gram(matrix: Tensor, size: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`svd` by the eigenvectors of the smaller Gram matrix; in float64, squaring loses nothing of float32.
+    """`svd` by the eigenvectors of the smaller Gram matrix.
 
     LAPACK's svd gives up where many singular values are equal, as those of stacked bases are. What is
     rounding is compared with `size`, by default the largest singular value.
     """
+    u, s, v = (part.to(matrix.dtype) for part in _by_gram(matrix))
+    return _significant(u, s, v, s[:1].sum().item() if size is None else size)
+
+
+def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All triplets, float64: there, squaring loses nothing of float32."""
     if matrix.shape[0] < matrix.shape[1]:
-        v, s, u = svd_by_gram(matrix.mT, size)
+        v, s, u = _by_gram(matrix.mT)
         return u.mT, s, v.mT
     exact = matrix.double()
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(exact.mT @ exact))
     s = values.clamp_(min=0).sqrt_()
     u = (exact @ vectors).div_(s.clamp(min=torch.finfo(s.dtype).tiny))
-    u, s, v = (part.to(matrix.dtype) for part in (u, s, vectors.mT))
-    return _significant(u, s, v, s[:1].sum().item() if size is None else size)
+    return u, s, vectors.mT
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
