@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mergebench.parameters import parameters_of
 from mergebench.systems.mos.config import Config, load_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "continual.md").read_text(encoding="utf-8")
@@ -21,10 +22,10 @@ def test_the_config_and_every_default(tmp_path: Path) -> None:
 
     rest = PAGE[PAGE.index(text) + len(text) :]
     paragraph = rest[rest.index("More keys") : rest.index("\n\n", rest.index("More keys"))]
-    named = dict(re.findall(r"`(\w+): ([\w.-]+)[^`]*`", paragraph))
+    named, parameters = dict(re.findall(r"`(\w+): ([\w.-]+)[^`]*`", paragraph)), parameters_of(Config)
     for key, value in named.items():
-        default = Config.model_fields[key].default
+        default = parameters[key].default
         found = config.pools if key == "pooling" else default
         assert str(found) == value or float(value) == found
     in_text = set(re.findall(r"^(\w+):", text, re.MULTILINE))
-    assert in_text | named.keys() | {"text"} == set(Config.model_fields)
+    assert in_text | named.keys() | {"text"} == parameters.keys()

@@ -227,7 +227,7 @@ def test_results_that_are_there_are_not_measured_again(place: Path, cli: Cli) ->
         (["--over", "lambdda"], "'ties' has no parameter 'lambdda'\nhint: did you mean 'lambda'?"),
         (["--over", "lambda.one"], "takes lambda once for all models\nhint: --over lambda"),
         (["--over", "weight.onne"], "no model is called 'onne'\nhint: did you mean 'one'?"),
-        (["--over", "density=0:1"], "must be above 0, at most 1, got 0.0"),
+        (["--over", "density=0:1"], "must be above 0, at most 1, got 0\n"),
         (["--over", "lambda=2:1"], "a range is LOW:HIGH, the lower end first"),
         (["--over", "lambda=0.4"], "hint: a fixed value is set in the recipe: --set parameters.lambda=0.4"),
         (["--over", "lambda=x:1"], "'x' is no number"),
