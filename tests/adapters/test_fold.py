@@ -67,7 +67,6 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
     table: list[tuple[list[Any], int, str, str]] = [
         ([bottleneck, "--base", base], 3, "an adapter of type bottleneck is not folded, only", "no weights do"),
         ([ia3, "--base", base], 3, "an adapter of type IA3 is not folded", "merge_and_unload()"),
-        ([lora, "--base", f"{base}+{lora}"], 2, "has an adapter on top", "fold that one first"),
         ([lora, "--base", other / "base"], 3, "the base has no tensor", "trained on another model"),
         ([lora, "--base", lora], 3, "it is an adapter, not a model", "name its base"),
         ([tmp_path / "none", "--base", base], 3, "no such file or directory", "PEFT directories"),
