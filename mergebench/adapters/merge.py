@@ -152,7 +152,7 @@ def _check_density(method: str, density: float | None) -> None:
     elif density is not None:
         complaint = parameter.complaint(density)
         if complaint:
-            raise RecipeError(f"--density: {complaint}")
+            raise RecipeError(f"--density: {complaint}, got {density:g}")
     elif method == "magnitude_prune":
         raise RecipeError("--density: 'magnitude_prune' needs it", "the share of elements kept, such as 0.5")
 
