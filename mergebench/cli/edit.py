@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ class EditCommand(DeclaredCommand):
 def _named(args: list[str]) -> str:
     """What --edit says, before the options that follow from it are known."""
     name = DEFAULT
-    for word, after in zip(args, [*args[1:], DEFAULT], strict=True):
+    for word, after in pairwise([*args, DEFAULT]):
         name = after if word == "--edit" else word.removeprefix("--edit=") if word.startswith("--edit=") else name
     return name
 

@@ -103,6 +103,7 @@ def test_help_and_version(shell: Cli) -> None:
         (["merge", "recipe.yaml", "--densty", "1"], "--densty"),
         (["inspect"], "MODEL"),
         (["task-vector", "ft1"], "--base"),
+        (["edit"], "--model"),
         (["adapters", "merge", "a"], "--out"),
         (["adapters", "merg"], "Did you mean 'merge'?"),
     ],
