@@ -52,7 +52,7 @@ class Trial:
         self.file = place / "delta.safetensors"
         parts = {name: value for name, value in self.given.items() if isinstance(value, Tensor)}
         self.settings = {name: value for name, value in self.given.items() if not isinstance(value, Tensor)}
-        write_file(self.file, {NAME: Writing(kind.name, self.settings, parts)}, {}, {})
+        write_file(self.file, {NAME: Writing(kind.name, self.settings, parts)})
         plain = open_model(str(place / "base.safetensors"))
         entry = read_file(self.file).entries[NAME]
         self.delta = kind.on(shape, entry.parts, **entry.settings)
