@@ -59,7 +59,7 @@ class Method:
     name: str
     function: Callable[..., Any]
     takes: Literal["task_vectors", "weights"]
-    gives: Literal["model", "tasks", "vector"]  # vector: what is given is not added to the base
+    gives: Literal["model", "deltas"]
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
     whole: Whole  # with cut "tensor", those that must come whole; the others may be cut at any element
@@ -112,7 +112,7 @@ def merge_method(
     *,
     takes: Literal["task_vectors", "weights"],
     paper: str,
-    gives: Literal["model", "tasks"] = "model",
+    gives: Literal["model", "deltas"] = "model",
     cut: Cut | Callable[[Any], Cut] = "element",
     whole: Whole = lambda name, shape: True,
     workspace: Workspace | None = None,
