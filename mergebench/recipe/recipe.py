@@ -215,10 +215,8 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     base = found.get("base_model")
     if method.needs_base and base is None:
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
-    for key in (
-        ("slices", "tokenizer", "tokenizer_source", "chat_template", "edits") if method.gives == "deltas" else ()
-    ):
-        if found.get(key):
+    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template", "edits"):
+        if method.gives == "deltas" and found.get(key):
             what = f"'{method.name}' writes differences to the base, which must be the one on disk"
             raise places.error((key,), what, "make that base first, by a merge of its own")
     common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
