@@ -39,6 +39,7 @@ _PUBLIC = {
     "report": "mergebench.evaluation",
     "compare": "mergebench.evaluation.compare.comparison",
     "merge_method": "mergebench.engine.method",
+    "delta_kind": "mergebench.checkpoint.kind",
     "edit": "mergebench.editing.edit",
     "Rows": "mergebench.editing.edit",
     "param": "mergebench.parameters",
@@ -58,6 +59,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from mergebench.adapters import adapter_drift, describe_adapter, extract_adapter, merge_adapters, merge_sequence
     from mergebench.api import plan, plan_edit, plan_fold, plan_patch, run, task_vector
+    from mergebench.checkpoint.kind import delta_kind
     from mergebench.editing.edit import Rows, edit
     from mergebench.editing.probes.fit import fit_probe
     from mergebench.editing.probes.probe import read_probe
@@ -85,6 +87,7 @@ __all__ = [
     "__version__",
     "adapter_drift",
     "compare",
+    "delta_kind",
     "describe_adapter",
     "edit",
     "evaluate",

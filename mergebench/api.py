@@ -111,7 +111,7 @@ def run(
     """
 
     target = Path(out)
-    if verify and plan.merge.method.gives == "tasks":
+    if verify and plan.merge.method.gives == "deltas":
         what = f"--verify: '{plan.merge.method.name}' writes no model that transformers loads"
         raise RecipeError(what, "leave it out; BASE+OUT/tasks/NAME with merge_method: passthrough is one")
     if verify and not plan.merge.reference.config:

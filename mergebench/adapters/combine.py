@@ -2,8 +2,8 @@
 
 Sums are products of the factors side by side. A method on matrices that gives Q_u M(X_i) Q_v' for
 Q_u X_i Q_v', whatever the orthonormal bases, is run on the small X_i: with Q_u R_u = [B_1 .. B_N] and
-Q_v R_v = [A_1' .. A_N'], every difference is such a product. Elementwise methods, and DoRA, whose difference
-has full rank, take the differences themselves.
+Q_v R_v = [A_1' .. A_N'], every difference is such a product. Every other method, and DoRA, whose
+difference has full rank, take the differences themselves. What a method needs is said on the method.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from mergebench.deltas.formats.lora import Adapter, Factors
 from mergebench.deltas.svd import Product, compress, truncate
 from mergebench.engine.context import Context
 from mergebench.engine.method import Method
-from mergebench.engine.replay import run_at_once, run_in_chunks
+from mergebench.engine.replay import CHUNK, run_at_once, run_in_chunks
 from mergebench.engine.span import Span
 from mergebench.errors import RunError
 
-SUMS = ("linear", "cat", "svd")
-ELEMENTWISE = ("ties", "dare_linear", "dare_ties", "pcb", "magnitude_prune")
-# The methods on matrices. The small ones leave room for so many times the largest rank from each adapter (further
-# directions of the bases, all zeros), or for the full size, so that a method cuts where it would at full size:
-# tsv_m keeps a share 1/N of the directions for each adapter, iso_cts a fifth of that.
-ROOM = {"knots": 1, "tsv_m": 1, "iso_c": 1, "iso_cts": 5}
-KEEPS_COLUMNS = ("knots",)  # elementwise along the rows: only the left basis may be chosen
-KNOWN = (*SUMS, *ELEMENTWISE, *ROOM)
+SUMS = ("linear", "cat", "svd")  # of adapters alone: weighted sums of their products
+# what PEFT calls by another name: the method, and parameters it always has
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"magnitude_prune": ("breadcrumbs", {"gamma": 0.0})}
 
 
 class OnBase(NamedTuple):
@@ -70,12 +65,26 @@ class Job:
 
     def on_factors(self, module: str) -> bool:
         """Whether a module is merged without writing out its differences."""
-        return self.method not in ELEMENTWISE and not any(part and part.dora for part in self.at(module))
+        own = self.method in SUMS or built_in(self.method)[0].bases is not None
+        return own and not any(part and part.dora for part in self.at(module))
 
 
 def built_in(name: str) -> tuple[Method, dict[str, Any]]:
     """The merge method that an adapter method is, and parameters it always has."""
-    return (methods.get("breadcrumbs"), {"gamma": 0.0}) if name == "magnitude_prune" else (methods.get(name), {})
+    method, given = ALIASES.get(name, (name, {}))
+    return methods.get(method), given
+
+
+def known() -> list[str]:
+    """Every method that merges adapters: sums, and the merge methods that make one model of any number of task
+    vectors, other packages' too."""
+    able = [name for name in methods.names() if name not in SUMS and merges(methods.get(name))]
+    return [*SUMS, *ALIASES, *able]
+
+
+def merges(method: Method) -> bool:
+    """Whether a merge method makes one task vector of any number of them."""
+    return method.takes == "task_vectors" and method.gives == "model" and method.models is None
 
 
 def merged(files: Files, job: Job, module: str, shape: tuple[int, int], rank: int) -> Product:
@@ -103,12 +112,13 @@ def _sum(files: Files, job: Job, module: str, rank: int) -> Product:
 
 def _in_small(files: Files, job: Job, module: str, shape: tuple[int, int], rank: int) -> Product:
     """Q_u M(X_i) Q_v', the X_i filled up with zeros to where the method cuts nothing that it keeps at full size."""
-    parts = job.at(module)
+    parts, bases = job.at(module), built_in(job.method)[0].bases
+    assert bases is not None
     b = {at: _read(files, part.factors.b).double() * part.factors.scale for at, part in enumerate(parts) if part}
     a = {at: _read(files, part.factors.a).double() for at, part in enumerate(parts) if part}
     left = torch.linalg.qr(torch.cat([*b.values()], dim=1)).Q
-    right = None if job.method in KEEPS_COLUMNS else torch.linalg.qr(torch.cat([*a.values()]).T).Q
-    room = ROOM[job.method] * len(parts) * max(len(one) for one in a.values())
+    right = None if bases.keeps_columns else torch.linalg.qr(torch.cat([*a.values()]).T).Q
+    room = bases.room * len(parts) * max(len(one) for one in a.values())
     rows = torch.zeros(len(parts), min(room, shape[0]), shape[1] if right is None else min(room, shape[1]))
     for at in b:
         x = (left.T @ b[at]) @ (a[at] if right is None else a[at] @ right)
@@ -160,9 +170,10 @@ def _run(job: Job, module: str, rows: Tensor) -> Tensor:
     names = tuple(adapter.directory.name for adapter in job.adapters)
     span, params = Span(f"{module}.weight", 0, flat.shape[1]), method.make_params(values)
     context = Context(flat.shape[1], names, (span,), shape, "tensor", job.seed, torch.device("cpu"))
-    if job.method in ELEMENTWISE:
-        return run_in_chunks(method, flat, params, context).view(shape)
-    return run_at_once(method, flat, params, context, _no_questions).view(shape)
+    if method.cut_with(params) == "tensor":
+        return run_at_once(method, flat, params, context, _no_questions).view(shape)
+    chunk = max(CHUNK // shape[1], 1) * shape[1] if method.cut_with(params) == "row" else CHUNK
+    return run_in_chunks(method, flat, params, context, chunk).view(shape)
 
 
 def _no_questions(question: object) -> Any:

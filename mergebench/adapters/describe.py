@@ -9,6 +9,7 @@ from typing import Any
 
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.files import Files, whole
+from mergebench.deltas import low_rank
 from mergebench.deltas.formats.lora import Factors, read_adapter
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError, RunError
@@ -92,11 +93,11 @@ def _of_differences(read: Stored, factors: dict[str, Factors]) -> dict[str, floa
     with Files() as files:
         for layer, names in read.layers.items():
             for one in (factors[name] for name in names if name in factors):
-                a, b = whole(files, one.a).double(), whole(files, one.b).double()
-                square = one.scale**2 * float((b.T @ b).mul_(a @ a.T).sum())
+                parts = low_rank.Factors(whole(files, one.b), whole(files, one.a), scale=one.scale)
+                square = low_rank.energy(parts, one.shape)
                 if not math.isfinite(square):
                     raise RunError(f"{one.a.file}: '{one.a.name}' or its B holds NaN or infinity")
-                found[layer] = found.get(layer, 0.0) + max(square, 0.0)
+                found[layer] = found.get(layer, 0.0) + square
     return found
 
 

@@ -12,19 +12,19 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import torch
-
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
-from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.files import Files, write_atomically
+from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import Staging, check_room, check_target
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.svd import Product
+from mergebench.deltas.verbs import as_low_rank, energy
 from mergebench.editing.patches import Patch, open_patch
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError
@@ -55,8 +55,8 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
     with Staging(out, "", resume=False) as staging:
         create(staging.directory / WEIGHTS, shard)
         with closing(ShardFiles(staging.directory, [shard])) as written:
-            for name, shape in shapes.items():
-                peft_directory.put(written, modules[name], _product(read, name, shape, in_out))
+            for name in shapes:
+                peft_directory.put(written, modules[name], _product(read, base, name, in_out))
         config = peft_directory.config(ranks, in_out, base_model_name_or_path=model, task_type=task_type(base))
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = {
@@ -79,12 +79,10 @@ def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _product(patch: Patch, name: str, shape: tuple[int, int], in_out: bool) -> Product:
+def _product(patch: Patch, base: Model, name: str, in_out: bool) -> Product:
     """B [out, 1] and A [1, in] of what a patch adds to one matrix."""
-    numbers, amounts = patch.numbers(name), patch.amounts(name)
-    each = torch.zeros(shape[patch.columns(name)])
-    each[numbers] = amounts
-    down, across = (patch.direction, each) if patch.columns(name) else (each, patch.direction)
-    b, a = (across, down) if in_out else (down, across)
-    energy = float(amounts.double().square().sum() * patch.direction.double().square().sum())
-    return Product(b[:, None], a[None], energy, energy)
+    delta = patch.read.on(name, Base(base.reference, base.tensors, base.config))
+    with Files() as files:
+        parts, square = as_low_rank(files, delta).parts, energy(files, delta)
+    b, a = (parts.a.T, parts.b.T) if in_out else (parts.b, parts.a)
+    return Product(b.contiguous(), a.contiguous(), square, square)

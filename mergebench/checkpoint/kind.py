@@ -79,6 +79,7 @@ class DeltaKind:
     check: Check | None
     validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, about the parts' values
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
+    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # by the settings, what its one part is as it is stored
 
     def __call__(self, p: Any, tile: slice, base: Tensor | None) -> Tensor:
@@ -250,6 +251,7 @@ def delta_kind(
     check: Check | None = None,
     validate: Callable[[Any, tuple[int, ...]], None] | None = None,
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,
+    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None = None,
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None = None,
 ) -> Callable[[Tile], DeltaKind]:
     """Declare a function `(parts: a dataclass, tile: slice, base) -> W' - W` as a kind of delta.
@@ -261,8 +263,9 @@ def delta_kind(
     product W' - W is, where that is exact. `check`: of the shapes of the parts by name, the settings and the tensor's
     shape; raises `ValueError` where they are unsound, `Misfit` where they are not of this tensor. `validate`: the same
     of parts and the tensor's shape, where the values are few enough to be looked at. `label`: a few words for tables,
-    of stored parts and settings. `stored_as`: whether, by the settings, its only part is W' as it is stored, or W' - W,
-    and may be read without tiles.
+    of stored parts and settings. `example`: parts, as they are stored, and settings of some delta on a tensor of a
+    shape, with which `mergebench.testing.check_delta` tries the kind. `stored_as`: whether, by the settings, its only
+    part is W' as it is stored, or W' - W, and may be read without tiles.
     """
 
     def declare(function: Tile) -> DeltaKind:
@@ -285,6 +288,7 @@ def delta_kind(
             check=check,
             validate=validate,
             label=label,
+            example=example,
             stored_as=stored_as,
         )
 

@@ -33,7 +33,7 @@ def merge(
     method: Annotated[
         str,
         typer.Option(
-            help="linear, cat, svd, ties, dare_linear, dare_ties, pcb, magnitude_prune, knots, tsv_m, iso_c, iso_cts: "
+            help="linear, cat, svd, magnitude_prune, or any merge method on task vectors, such as ties, pcb or knots: "
             "what the adapters do. ema: the stored tensors of the last, toward the mean of those before it."
         ),
     ] = "linear",

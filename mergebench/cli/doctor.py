@@ -11,7 +11,7 @@ from mergebench.cli import options as opt
 from mergebench.cli.output import check_bar, print_table
 
 if TYPE_CHECKING:
-    from mergebench.testing.doctor import Report
+    from mergebench.testing.checks import Report
 
 
 def doctor(
@@ -24,33 +24,38 @@ def doctor(
 
     One model, or several equal ones, come out as they went in. The order of the models, chunks and workers
     change nothing. Sign ties and negative weights give numbers. What is written is read back. A `-`: the check
-    does not apply, and --json says why. Then the same for merged adapters of every kind of LoRA (without
-    METHOD): one is copied, a sum is the sum of what they do. Exit code 1 where something fails.
+    does not apply, and --json says why. Then (without METHOD) the same for merged adapters of every kind of LoRA:
+    one is copied, a sum is the sum of what they do; and for every delta kind: any split gives the same bits, the
+    formula in float64 the same numbers. Exit code 1 where something fails.
     """
-    from mergebench.testing import doctor_adapters
+    from mergebench.testing import deltas, doctor_adapters
     from mergebench.testing.doctor import CHECKS, examine
 
     with check_bar("checking", json_) as progress:
         reports = examine(names or (), progress)
     adapters = [] if names else doctor_adapters.examine_adapters()
-    good = all(report.ok for report in [*reports, *adapters])
+    changes = [] if names else deltas.examine_deltas()
+    good = all(report.ok for report in [*reports, *adapters, *changes])
     if json_:
         found: dict[str, Any] = {"ok": good, "methods": [_facts("method", report) for report in reports]}
         if adapters:
             found["adapters"] = [_facts("adapter", report) for report in adapters]
+            found["deltas"] = [_facts("delta", report) for report in changes]
         typer.echo(json.dumps(found))
     else:
         _show("method", list(CHECKS), reports)
         if adapters:
             typer.echo()
             _show("adapter", list(doctor_adapters.CHECKS), adapters)
+            typer.echo()
+            _show("delta", list(deltas.CHECKS), changes)
     if not good:
         raise typer.Exit(1)
 
 
 def _facts(what: str, report: Report) -> dict[str, Any]:
     checks = [finding._asdict() for finding in report.findings]
-    return {what: report.method, "package": report.package, "ok": report.ok, "checks": checks}
+    return {what: report.name, "package": report.package, "ok": report.ok, "checks": checks}
 
 
 def _show(what: str, checks: list[str], reports: list[Report]) -> None:
@@ -58,9 +63,9 @@ def _show(what: str, checks: list[str], reports: list[Report]) -> None:
 
     table = Table(what, *checks, box=None, header_style="bold")
     for report in reports:
-        table.add_row(report.method, *(finding.mark for finding in report.findings))
+        table.add_row(report.name, *(finding.mark for finding in report.findings))
     print_table(table)
     for report in reports:
         for finding in report.findings:
             if finding.failed:
-                typer.echo(f"{report.method}: {finding.check}: {finding.why}")
+                typer.echo(f"{report.name}: {finding.check}: {finding.why}")

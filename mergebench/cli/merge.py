@@ -213,7 +213,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "files": [file.file for shard in plan.shards for file in shard.files],
-        "tasks": list(plan.merge.tasks) if plan.merge.method.gives == "tasks" else [],
+        "tasks": list(plan.merge.tasks) if plan.merge.method.gives == "deltas" else [],
         "peak_memory": plan.peak_memory,
         "disk_free": shutil.disk_usage(folder).free,
         "zero_share": [plan.zero_share(number) for number in range(len(plan.merge.models))],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergebench.checkpoint.kind import StoredAs, delta_kind
@@ -34,6 +35,7 @@ def _stored_as(settings: Mapping[str, Any]) -> StoredAs:
     paper="arXiv:2212.04089",
     needs_base=lambda settings: settings["replace"],
     folds=_folds,
+    example=lambda shape, random: {"values": torch.randn(shape, generator=random), "replace": shape[0] == 1},
     stored_as=_stored_as,
     label=lambda parts, settings: "whole" if settings["replace"] else "",
 )

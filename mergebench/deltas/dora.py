@@ -57,11 +57,19 @@ def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], s
     low_rank.check(shapes, settings, shape)
 
 
+def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
+    rows, columns = matrix_shape(shape)
+    turned = rows > columns
+    parts = {"b": torch.randn(rows, 2, generator=random), "a": torch.randn(2, columns, generator=random)}
+    return parts | {"magnitude": 1 + torch.rand(columns if turned else rows, generator=random), "columns": turned}
+
+
 @delta_kind(
     paper="arXiv:2402.09353",
     needs_base=True,
     prepare=_column_norms,
     check=_check,
+    example=_example,
     label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
 )
 def dora(p: Dora, tile: slice, base: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergebench.checkpoint.delta import matrix_shape
@@ -39,6 +40,13 @@ def energy(p: Factors, shape: tuple[int, ...]) -> float:
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
 
 
+def example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
+    """Factors of rank 3, E where there is more than one row."""
+    rows, columns = matrix_shape(shape)
+    parts = {"b": torch.randn(rows, 3, generator=random), "a": torch.randn(3, columns, generator=random)}
+    return parts | {"scale": 0.5} | ({"e": torch.randn(3, generator=random)} if rows > 1 else {})
+
+
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     """Factors multiply, and make a matrix of this shape."""
     b, a, (rows, columns) = shapes["b"], shapes["a"], matrix_shape(shape)
@@ -52,6 +60,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     paper="arXiv:2106.09685",
     energy=energy,
     factors=factors,
+    example=example,
     check=check,
     label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
 )

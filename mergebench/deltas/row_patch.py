@@ -59,10 +59,19 @@ def _validate(p: Patch, shape: tuple[int, ...]) -> None:
         raise Misfit(f"the patch changes {len(p.rows)} vectors of {len(p.direction)} elements")
 
 
+def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
+    turned = shape[0] > shape[1]
+    width, count = shape if turned else shape[::-1]
+    rows = torch.arange(0, count, 2)
+    direction, amount = torch.randn(width, generator=random), torch.randn(len(rows), generator=random)
+    return {"direction": direction, "rows": rows, "amount": amount, "columns": count if turned else 0}
+
+
 @delta_kind(
     paper="arXiv:2407.08770",
     energy=_energy,
     factors=_factors,
+    example=_example,
     check=_check,
     validate=_validate,
     label=lambda parts, settings: f"{parts['rows'].numel} neurons",
@@ -71,7 +80,7 @@ def row_patch(p: Patch, tile: slice, base: Tensor | None) -> Tensor:
     """amount_i * direction for each changed neuron i."""
     width, height = len(p.direction), tile.stop - tile.start
     # adding -0.0 changes no bit, adding 0.0 turns -0.0 into 0.0: what is not changed stays as it is
-    out = torch.full((height, p.columns or width), -0.0, device=p.direction.device)
+    out = torch.full((height, p.columns or width), -0.0, dtype=p.direction.dtype, device=p.direction.device)
     if not p.columns:
         chosen = _between(p.rows, tile.start, tile.stop)
         out[p.rows[chosen] - tile.start] = p.amount[chosen, None] * p.direction

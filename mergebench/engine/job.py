@@ -36,6 +36,7 @@ class Merge:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
     notes: tuple[str, ...] = ()  # what may be other than expected
     edits: tuple[Any, ...] = ()  # what is made of the result before it is published; the engine only carries them
+    adds_base: bool = True  # else what a method on task vectors gives is written as it is: a task vector
     copies: bool = False  # nothing need be merged: what is wanted is a copy, to be edited
 
     @property
@@ -59,7 +60,7 @@ class Merge:
     @property
     def onto_base(self) -> bool:
         """Whether what the method gives is added to the base; else a vector is written."""
-        return self.from_base and self.method.gives == "model"
+        return self.from_base and self.method.gives == "model" and self.adds_base
 
     @property
     def cut(self) -> Cut:

@@ -49,6 +49,20 @@ else:  # torch is imported by the methods, not by who only lists their parameter
 Cut = Literal["element", "row", "tensor"]
 Whole = Callable[[str, tuple[int, ...]], bool]  # of a tensor's name and shape
 Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, number of models and parameters
+
+
+class Bases(NamedTuple):
+    """A method on matrices that gives Q_u M(X_i) Q_v' for Q_u X_i Q_v', whatever the orthonormal bases Q.
+
+    Low-rank differences are merged in their own small space. room: how many times the largest rank of each model the
+    small matrices must have, or be of full size, so that the method cuts where it would at full size. keeps_columns: it
+    works element by element along the rows, so only the left basis may be chosen.
+    """
+
+    room: int = 1
+    keeps_columns: bool = False
+
+
 Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
 
 
@@ -59,7 +73,7 @@ class Method:
     name: str
     function: Callable[..., Any]
     takes: Literal["task_vectors", "weights"]
-    gives: Literal["model", "tasks", "vector"]  # vector: what is given is not added to the base
+    gives: Literal["model", "deltas"]
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
     whole: Whole  # with cut "tensor", those that must come whole; the others may be cut at any element
@@ -70,6 +84,7 @@ class Method:
     base_counts: bool  # a base is one more model, listed or not
     params: type
     parameters: Mapping[str, Parameter]
+    bases: Bases | None  # of a method on matrices that may be run in the models' own bases
     exempt: Mapping[Identity, str]  # identities that it is not to keep, by its definition, and why
 
     def __call__(self, *args: Any) -> Any:
@@ -112,7 +127,7 @@ def merge_method(
     *,
     takes: Literal["task_vectors", "weights"],
     paper: str,
-    gives: Literal["model", "tasks"] = "model",
+    gives: Literal["model", "deltas"] = "model",
     cut: Cut | Callable[[Any], Cut] = "element",
     whole: Whole = lambda name, shape: True,
     workspace: Workspace | None = None,
@@ -120,6 +135,7 @@ def merge_method(
     models: int | None = None,
     optional_base: bool = False,
     base_counts: bool = False,
+    bases: Bases | None = None,
     exempt: Mapping[Identity, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a function `(chunk, params, ctx)` as a merge method.
@@ -132,9 +148,10 @@ def merge_method(
     bytes it holds at most beside a whole chunk, by shape, number of models and parameters. `scope`: what its
     statistics reach over unless the recipe says otherwise. `models`: how many it takes. `optional_base`:
     without a base, the weights themselves are merged. `base_counts`: a base that is not listed among the
-    models is one more of them. `exempt`: identities that do not hold by definition, and why: `one model`
-    (merged alone it comes out as it went in), `equal models` (so do several equal ones, with weights that add
-    up to one), `order` (of the models, with their weights).
+    models is one more of them. `bases`: with cut "tensor", that it may be run in the models' own bases.
+    `exempt`: identities that do not hold by definition, and why: `one model` (merged alone it comes out as it went
+    in), `equal models` (so do several equal ones, with weights that add up to one), `order` (of the models, with
+    their weights).
     """
 
     def declare(function: Callable[..., Any]) -> Method:
@@ -157,6 +174,7 @@ def merge_method(
             base_counts=base_counts,
             params=params,
             parameters=parameters_of(params),
+            bases=bases,
             exempt=dict(exempt or {}),
         )
 

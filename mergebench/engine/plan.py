@@ -90,8 +90,8 @@ class Plan:
     @cached_property
     def copied(self) -> frozenset[str]:
         """Tensors whose data are copied from the base; of a vector, only what is no difference."""
-        tensors, gives = self.merge.reference.tensors, self.merge.method.gives
-        return frozenset(name for name in self.alignment.copied if gives == "model" or not tensors[name].is_float)
+        tensors, model = self.merge.reference.tensors, self.merge.method.gives == "model" and self.merge.adds_base
+        return frozenset(name for name in self.alignment.copied if model or not tensors[name].is_float)
 
     @property
     def bytes_read(self) -> int:
@@ -190,7 +190,7 @@ def plan_merge(
     stored = _STORED.get(merge.dtype or "")
     dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
     shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
-    if method.gives == "tasks":
+    if method.gives == "deltas":
         numels = {name: merge.reference.tensors[name].numel for name in alignment.merged}
         shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -199,7 +199,7 @@ def plan_merge(
     asked, asked_of_all = trace.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
-    size += -size % 8 if method.gives == "tasks" else 0  # whole bytes of the masks
+    size += -size % 8 if method.gives == "deltas" else 0  # whole bytes of the masks
     plan = Plan(
         merge=merge,
         alignment=alignment,

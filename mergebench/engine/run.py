@@ -83,7 +83,7 @@ def run_plan(
         memory = peak_memory() + sweeper.workers.memory()
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
-        tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "tasks" else {}
+        tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "deltas" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
         try:
             copied = []

@@ -38,7 +38,7 @@ def read_suite(recipe: Recipe) -> Suite:
     at = ("evaluate", "suite")
     suite = load_suite(recipe.evaluate.suite, folders(recipe), places=recipe.places, at=at, edited=bool(recipe.edits))
     for one in [recipe, *map(recipe.with_method, recipe.evaluate.baselines)]:
-        if one.method.gives == "tasks":
+        if one.method.gives == "deltas":
             _task_of(one, suite)
     return suite
 

@@ -24,7 +24,7 @@ EACH = "it gives a vector, and a mask and a factor for each model"
 @merge_method(
     takes="task_vectors",
     paper="arXiv:2405.17461",
-    gives="tasks",
+    gives="deltas",
     scope="model",
     exempt=dict.fromkeys(("one model", "equal models"), EACH),
 )

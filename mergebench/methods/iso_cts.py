@@ -9,7 +9,7 @@ import torch
 from mergebench.deltas.svd import gram_bytes, nearest_orthogonal, svd, svd_by_gram, svd_bytes
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors
+from mergebench.engine.method import Bases, Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.parameters import param
 
@@ -27,6 +27,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 
 
 @matrix_method(
+    bases=Bases(room=5),
     paper="arXiv:2502.04959",
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from mergebench.deltas.svd import svd, svd_bytes
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors
+from mergebench.engine.method import Bases, Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods.ties import elect_and_merge
 from mergebench.parameters import param
@@ -32,7 +32,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 8 * rows * rank + max(17 * models * rows * columns, svd_bytes(rows, rank, 8), aligned)
 
 
-@matrix_method(paper="arXiv:2410.19735", workspace=workspace)
+@matrix_method(bases=Bases(room=1, keeps_columns=True), paper="arXiv:2410.19735", workspace=workspace)
 def knots(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Task matrices aligned by one decomposition of all, merged there by TIES or task arithmetic.
 

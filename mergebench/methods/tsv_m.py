@@ -8,7 +8,7 @@ import torch
 
 from mergebench.deltas.svd import gram_bytes, nearest_orthogonal, svd, svd_bytes
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors
+from mergebench.engine.method import Bases, Passes, TaskVectors
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.parameters import param
 
@@ -24,6 +24,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 
 
 @matrix_method(
+    bases=Bases(room=1),
     paper="arXiv:2412.00081",
     workspace=workspace,
     exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},

@@ -215,8 +215,8 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     base = found.get("base_model")
     if method.needs_base and base is None:
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
-    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template", "edits") if method.gives == "tasks" else ():
-        if found.get(key):
+    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template", "edits"):
+        if method.gives == "deltas" and found.get(key):
             what = f"'{method.name}' writes differences to the base, which must be the one on disk"
             raise places.error((key,), what, "make that base first, by a merge of its own")
     common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
@@ -279,7 +279,7 @@ def _scaling(found: Mapping[str, Any] | None, method: Method, base: str | None, 
     if method.takes != "task_vectors":
         hint = "take a method on task vectors, such as task_arithmetic"
         raise places.error(("lines",), f"'{method.name}' merges weights, there is no task vector to scale", hint)
-    if method.gives == "tasks":
+    if method.gives == "deltas":
         raise places.error(("lines",), f"'{method.name}' gives a model for each task, no merged one", "leave it out")
     if base is None:
         raise places.error(("lines",), "without a base_model there is no task vector to scale", NEEDS_BASE)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
@@ -18,40 +19,15 @@ from mergebench import methods
 from mergebench.engine.machine import one_thread
 from mergebench.engine.method import Identity, Method
 from mergebench.engine.noise import TILE
-from mergebench.errors import MergebenchError
+from mergebench.testing.checks import OK, Broken, Finding, Inapplicable, Report, find, words
 from mergebench.testing.methods import Tensors, check_cuts, variants
-from mergebench.testing.trial import GRID, Broken, Inapplicable, Trial, check_finite, make_base, moved
+from mergebench.testing.trial import GRID, Trial, check_finite, make_base, moved
 
-OK, SKIPPED = "ok", "-"
 CUT = {"matrix": (2, TILE + 465), "bias": (300,), "scale": ()}
 # parameters, by name, with which nothing is dropped, and with which half is
 KEEP_ALL: dict[str, float] = {"density": 1, "select_topk": 1, "gamma": 0, "epsilon": 0, "clip": 0, "tall_lambda": 0}
 KEEP_HALF: dict[str, float] = {"density": 0.5}
 ROUNDINGS = 4  # units of float32 that a sum of three may differ by in another order
-
-
-class Finding(NamedTuple):
-    """What one check found: `mark` is `ok`, `-` (does not apply) or a few words on what is wrong; `why` a sentence."""
-
-    check: str
-    mark: str
-    why: str = ""
-
-    @property
-    def failed(self) -> bool:
-        return self.mark not in (OK, SKIPPED)
-
-
-class Report(NamedTuple):
-    """All findings about one method, in the order of `CHECKS`."""
-
-    method: str
-    package: str
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not any(finding.failed for finding in self.findings)
 
 
 Progress = Callable[[str, str, int, int], None]
@@ -73,7 +49,7 @@ def examine(names: Sequence[str] = (), progress: Progress = lambda method, check
         try:
             steps = diagnose(methods.get(name))
         except Exception as error:  # another package's code may raise anything when it is imported
-            steps = iter([Finding(check, "does not load", _words(error)) for check in CHECKS])
+            steps = iter([Finding(check, "does not load", words(error)) for check in CHECKS])
         for done, check in enumerate(CHECKS):
             progress(name, check, number * len(CHECKS) + done, total)
             findings.append(next(steps))
@@ -91,25 +67,14 @@ def diagnose(method: Method) -> Iterator[Finding]:
 
 def _find(check: str, trials: Sequence[Trial]) -> Finding:
     """One check on the method, and as it is without a base where that is optional."""
-    skipped = []
-    for trial in trials:
-        try:
-            if check in trial.method.exempt:
-                raise Inapplicable(trial.method.exempt[cast(Identity, check)])
-            CHECKS[check](trial)
-        except Inapplicable as reason:
-            skipped.append(str(reason))
-        except Broken as broken:
-            return Finding(check, broken.mark, str(broken))
-        except AssertionError as broken:
-            return Finding(check, "wrong", str(broken))
-        except Exception as error:  # a method may raise anything: that is a finding too
-            return Finding(check, "error", _words(error))
-    return Finding(check, SKIPPED, skipped[0]) if len(skipped) == len(trials) else Finding(check, OK)
+    findings = [find(check, partial(_run, check, trial)) for trial in trials]
+    return next((finding for finding in findings if finding.failed), min(findings, key=lambda one: one.mark != OK))
 
 
-def _words(error: Exception) -> str:
-    return error.message if isinstance(error, MergebenchError) else f"{type(error).__name__}: {error}"
+def _run(check: str, trial: Trial) -> None:
+    if check in trial.method.exempt:
+        raise Inapplicable(trial.method.exempt[cast(Identity, check)])
+    CHECKS[check](trial)
 
 
 def _compare(got: Tensors, want: Tensors, base: Tensors, units: int, what: str) -> None:

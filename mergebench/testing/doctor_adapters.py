@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from torch import Tensor
 from mergebench.adapters import merge_adapters
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.engine.machine import one_thread
-from mergebench.errors import MergebenchError
-from mergebench.testing.doctor import OK, SKIPPED, Finding, Report
-from mergebench.testing.trial import Broken, Inapplicable
+from mergebench.testing.checks import Broken, Inapplicable, Report, find
 
 SHAPES = {"up": (9, 7), "down": (7, 9)}
 KINDS: dict[str, dict[str, Any]] = {
@@ -38,20 +37,10 @@ def examine_adapters() -> list[Report]:
     for kind in KINDS:
         with one_thread(), tempfile.TemporaryDirectory(prefix="mergebench-") as folder:  # matrices too small for more
             trial = AdapterTrial(kind, Path(folder))
-            reports.append(Report(kind, "mergebench", tuple(_find(check, trial) for check in CHECKS)))
+            reports.append(
+                Report(kind, "mergebench", tuple(find(check, partial(run, trial)) for check, run in CHECKS.items()))
+            )
     return reports
-
-
-def _find(check: str, trial: AdapterTrial) -> Finding:
-    try:
-        CHECKS[check](trial)
-    except Inapplicable as reason:
-        return Finding(check, SKIPPED, str(reason))
-    except Broken as broken:
-        return Finding(check, broken.mark, str(broken))
-    except MergebenchError as error:
-        return Finding(check, "error", error.message)
-    return Finding(check, OK)
 
 
 class AdapterTrial:

@@ -17,23 +17,12 @@ from mergebench.engine.method import Method
 from mergebench.engine.noise import TILE
 from mergebench.errors import MergebenchError
 from mergebench.parameters import Parameter
+from mergebench.testing.checks import Broken, Inapplicable
 from mergebench.testing.methods import Bench, Tensors, in_memory
 
 SHAPES = {"matrix": (13, 11), "vector": (23,), "scalar": ()}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GRID = 2**-8  # a step that bfloat16 resolves below 1: sums and differences on it are exact
-
-
-class Inapplicable(Exception):
-    """The check does not apply to the method, and why."""
-
-
-class Broken(AssertionError):
-    """The method fails the check: a mark and a sentence."""
-
-    def __init__(self, mark: str, why: str) -> None:
-        super().__init__(why)
-        self.mark = mark
 
 
 class Trial:

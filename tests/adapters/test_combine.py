@@ -41,11 +41,12 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> No
 
 # -- methods on matrices -----------------------------------------------------------------------------
 
+ON_BASES = ("knots", "tsv_m", "iso_c", "iso_cts")
 SHAPES = [(40, 64), (90, 31), (12, 9), (70, 70)]
 RANKS = [(3, 3), (1, 4, 2), (8, 0, 5, 3), (6,)]  # 0: the adapter does not have the module
 
 
-@pytest.mark.parametrize("method", combine.ROOM)
+@pytest.mark.parametrize("method", ON_BASES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_on_factors_as_on_matrices(tmp_path: Path, method: str, shape: tuple[int, int], ranks: tuple[int, ...]) -> None:
@@ -67,7 +68,7 @@ def test_on_factors_as_on_matrices(tmp_path: Path, method: str, shape: tuple[int
         assert method == "tsv_m" and len(ranks) == 1
 
 
-@pytest.mark.parametrize("method", combine.ROOM)
+@pytest.mark.parametrize("method", ON_BASES)
 def test_a_rank_cuts_what_the_method_gives(tmp_path: Path, method: str) -> None:
     torch.manual_seed(1)
     factors = [(torch.randn(30, 4), torch.randn(4, 50)) for _ in range(3)]
@@ -94,16 +95,29 @@ def test_factors_are_not_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     adapters = [
         write(tmp_path / name, {"layer": (torch.randn(300, 2), torch.randn(2, 400))}) for name in ("one", "two")
     ]
-    for method in combine.ROOM:
+    for method in ON_BASES:
         merge_adapters(adapters, tmp_path / method, method=method)
     assert given == [(2, 4, 400), (2, 4, 4), (2, 4, 4), (2, 20, 20)]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "sce", "della_linear", "wudi", "consensus_ta", "magmax"])
+def test_any_merge_method_on_task_vectors(tmp_path: Path, method: str) -> None:
+    """Nothing names them here: what a method needs is said on the method."""
+    torch.manual_seed(3)
+    factors = [(torch.randn(20, 3), torch.randn(3, 30)) for _ in range(3)]
+    adapters = [write(tmp_path / str(number), {"layer": pair}) for number, pair in enumerate(factors)]
+
+    merge_adapters(adapters, tmp_path / "out", method=method, rank=20)
+
+    expected = whole(method, torch.stack([b @ a for b, a in factors]).flatten(1), shape=(20, 30), name="layer.weight")
+    assert_close(product(tmp_path / "out", "layer"), expected.view(20, 30), 1e-4)
 
 
 def test_heads_are_averaged(tmp_path: Path) -> None:
     """As the same methods do with a checkpoint's."""
     factors = [(torch.randn(30, 2), torch.randn(2, 9)) for _ in range(2)]
     adapters = [write(tmp_path / str(number), {"lm_head": pair}) for number, pair in enumerate(factors)]
-    for method in combine.ROOM:
+    for method in ON_BASES:
         merge_adapters(adapters, tmp_path / method, method=method)
         assert_close(product(tmp_path / method, "lm_head"), sum(b @ a for b, a in factors) / 2)
 

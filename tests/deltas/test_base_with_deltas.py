@@ -33,7 +33,6 @@ def test_it_folds_to_another_model(change: str) -> None:
 # -- as a base -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="task vectors are taken from, and put onto, the base without its delta")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
     ("method", "parameters"),
@@ -45,7 +44,6 @@ def test_fine_tunes_on_it(change: str, method: str, parameters: dict[str, float]
     assert_equal(merge("found", method, ["ft1", "ft2"], reference, parameters=parameters), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a task vector is added to the base without its delta")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_task_vectors_on_it(change: str, method: str) -> None:
@@ -58,7 +56,6 @@ def test_task_vectors_on_it(change: str, method: str) -> None:
     assert_equal(merge("found", method, vectors, reference), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="weights of 0 give the base without its delta")
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_of_zero_give_it(change: str) -> None:
     reference = f"base+{CHANGES[change]}"
@@ -66,7 +63,6 @@ def test_weights_of_zero_give_it(change: str) -> None:
     assert_equal(merge("found", "task_arithmetic", ["ft1"], reference, parameters={"weight": 0.0}), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="the delta of the base is lost: weights of 0 give the base alone")
 def test_a_base_in_half_precision_is_folded_in_float32() -> None:
     base = {name: value.bfloat16() if value.is_floating_point() else value for name, value in base_tensors().items()}
     write_model(Path("half"), base, shards=2)
@@ -77,7 +73,6 @@ def test_a_base_in_half_precision_is_folded_in_float32() -> None:
     assert_equal(rounded, {name: value.to(base[name].dtype) for name, value in wanted.items()})
 
 
-@pytest.mark.xfail(strict=True, reason="'the base plus an adapter' is told from files, whatever the base has on it")
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_other_changes_to_the_same_checkpoint(method: str) -> None:
     """BASE+OTHER is the base plus OTHER minus the base's own delta."""
@@ -87,7 +82,6 @@ def test_other_changes_to_the_same_checkpoint(method: str) -> None:
     assert_equal(merge("found", method, models, BASE), wanted, close=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the plain base is taken for the base listed again, and left out")
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_the_plain_base_is_another_model(method: str) -> None:
     """Its task vector is minus the delta: alone, at weight 1, the plain base comes back."""
@@ -97,7 +91,6 @@ def test_the_plain_base_is_another_model(method: str) -> None:
     assert_equal(merge("back", "task_arithmetic", ["base"], BASE), read_model(Path("base")), close=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="BASE+ADAPTER among the models is not known for the base again, and counts")
 def test_the_base_listed_again_has_no_vote() -> None:
     parameters = {"normalize": True}
     folded = fold(BASE)
@@ -105,7 +98,6 @@ def test_the_base_listed_again_has_no_vote() -> None:
     assert_equal(merge("found", "task_arithmetic", [BASE, "ft1"], BASE, parameters=parameters), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="BASE+ADAPTER among the models is not known for the base: a model too many")
 def test_one_of_a_fixed_number_of_models() -> None:
     folded = fold(BASE)
     wanted = merge("wanted", "slerp", ["ft1", folded], folded, parameters={"t": 0.3})
@@ -118,7 +110,6 @@ def test_one_of_a_fixed_number_of_models_unlisted() -> None:
     assert_equal(merge("found", "slerp", ["ft1"], BASE, parameters={"t": 0.3}), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="the delta of the base is lost")
 def test_over_the_whole_model() -> None:
     """Statistics over all tensors see the base's own deltas, whatever the chunk and the workers."""
     more = {"scope": "model", "parameters": {"density": 0.3}}
@@ -131,7 +122,6 @@ def test_over_the_whole_model() -> None:
 # -- what is not merged is copied from it ----------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor that is copied is read without the delta")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("globs", [{"exclude": [ADAPTED]}, {"include": ["model.embed_tokens.weight"]}])
 def test_a_passthrough_copies_what_it_folds_to(change: str, globs: dict[str, Any]) -> None:
@@ -139,7 +129,6 @@ def test_a_passthrough_copies_what_it_folds_to(change: str, globs: dict[str, Any
     assert_equal(merge("found", "passthrough", [f"base+{CHANGES[change]}"], **globs), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor that is copied is read without the delta")
 def test_a_copy_is_rounded_once() -> None:
     base = {name: value.bfloat16() if value.is_floating_point() else value for name, value in base_tensors().items()}
     write_model(Path("half"), base)
@@ -147,7 +136,6 @@ def test_a_copy_is_rounded_once() -> None:
     assert_equal(merge("found", "passthrough", ["half+lora"], exclude=["*.weight"]), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor that is copied from the base is read without its delta")
 def test_what_a_merge_leaves_out_is_the_bases_fold() -> None:
     folded = read_model(Path(fold(BASE)))
     found = merge("found", "linear", ["ft1", "ft2"], BASE, exclude=[ADAPTED])
@@ -190,7 +178,6 @@ def test_a_difference_to_it(cli: Cli) -> None:
         assert found == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="a base with an adapter on it is refused here")
 def test_an_adapter_taken_out_of_what_was_trained_on_it() -> None:
     for base, out in ((fold(BASE), "wanted"), (BASE, "found")):
         mergebench.extract_adapter(base, "ft1", out, rank=2)
@@ -198,7 +185,6 @@ def test_an_adapter_taken_out_of_what_was_trained_on_it() -> None:
     assert_equal(load_file(names[0]), load_file(names[1]))
 
 
-@pytest.mark.xfail(strict=True, reason="EMR refuses a base with an adapter on it")
 @pytest.mark.parametrize("change", ["LoRA", "DoRA", "biases saved whole", "patch", "task of EMR"])
 def test_tasks_merged_on_it(change: str) -> None:
     """The vector and the masks are differences to what it folds to; a task goes on top of both."""
@@ -222,7 +208,6 @@ def test_layers_of_it(change: str) -> None:
     assert_equal(found, wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="the source that names the base is not known again where it has an adapter")
 @pytest.mark.parametrize(("method", "parameters"), [("task_arithmetic", {"weight": 0.5}), ("slerp", {"t": 0.3})])
 def test_layers_of_it_as_the_base(method: str, parameters: dict[str, float]) -> None:
     wanted, found = (
@@ -251,7 +236,6 @@ def encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["wanted", "found"]
 
 
-@pytest.mark.xfail(strict=True, reason="search merges without the delta of the base")
 def test_a_search_on_it(encoders: list[str]) -> None:
     points = []
     for name in encoders:
@@ -261,7 +245,6 @@ def test_a_search_on_it(encoders: list[str]) -> None:
     assert measured[0] == measured[1]
 
 
-@pytest.mark.xfail(strict=True, reason="baselines are merged without the delta of the base")
 def test_measured_beside_it(encoders: list[str]) -> None:
     """The rows of the base, of the inputs, of the baselines and of what was merged."""
     scores = []

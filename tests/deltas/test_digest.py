@@ -84,7 +84,6 @@ def check_measured_anew(suite: str, model: str, change: Callable[[], None]) -> N
     assert measured(suite, model, "results") == wanted
 
 
-@pytest.mark.xfail(strict=True, reason="the factor of a task is not in the hash that results are kept under")
 def test_another_factor_is_another_model(suite: str) -> None:
     check_measured_anew(suite, "base+emr/tasks/one", lambda: change_factor("emr/tasks/one"))
 
@@ -94,7 +93,6 @@ def test_another_setting_is_another_model(suite: str, setting: str) -> None:
     check_measured_anew(suite, "base+lora", lambda: change_adapter("lora", setting))
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 @pytest.mark.parametrize("place", ["lora", "emr/tasks/one"])
 def test_each_of_a_stack_counts(suite: str, place: str) -> None:
     def change() -> None:
@@ -167,7 +165,6 @@ def test_another_scale_is_not_resumed(begun: Path, setting: str) -> None:
     check_not_resumed(["base+square", "ft1"], "base", lambda: change_adapter("square", setting))
 
 
-@pytest.mark.xfail(strict=True, reason="of a delta, only its scale is in the fingerprint")
 def test_another_orientation_is_not_resumed(begun: Path) -> None:
     check_not_resumed(["base+square", "ft1"], "base", lambda: change_adapter("square", "fan_in_fan_out"))
 
@@ -176,18 +173,15 @@ def test_another_factor_is_not_resumed(begun: Path) -> None:
     check_not_resumed(["base+emr/tasks/ft1"], "base", lambda: change_factor("emr/tasks/ft1"))
 
 
-@pytest.mark.xfail(strict=True, reason="the deltas of the base are not in the fingerprint")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_another_setting_on_the_base_is_not_resumed(begun: Path, setting: str) -> None:
     check_not_resumed(["ft1"], "base+square", lambda: change_adapter("square", setting))
 
 
-@pytest.mark.xfail(strict=True, reason="the deltas of the base are not in the fingerprint")
 def test_another_factor_on_the_base_is_not_resumed(begun: Path) -> None:
     check_not_resumed(["ft1"], "base+emr/tasks/ft1", lambda: change_factor("emr/tasks/ft1"))
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_another_setting_below_another_is_not_resumed(begun: Path, setting: str) -> None:
     check_not_resumed(["base+square+dora", "ft1"], "base", lambda: change_adapter("square", setting))

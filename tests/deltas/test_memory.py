@@ -73,7 +73,6 @@ CASES: list[Any] = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="open deltas are not counted")
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("model", "held"), CASES)
 def test_a_plan_counts_the_largest_delta_of_a_model(model: str, held: int, workers: int) -> None:
@@ -82,20 +81,17 @@ def test_a_plan_counts_the_largest_delta_of_a_model(model: str, held: int, worke
     assert workers * held <= grown < workers * 2 * held
 
 
-@pytest.mark.xfail(strict=True, reason="open deltas are not counted")
 @pytest.mark.parametrize(("model", "held"), CASES)
 def test_models_add_up(model: str, held: int) -> None:
     """Every model's delta of a tensor is open beside the others'."""
     assert peak([model, model]) - peak(["base", "base"]) >= 2 * held
 
 
-@pytest.mark.xfail(strict=True, reason="open deltas are not counted")
 @pytest.mark.parametrize(("model", "held"), CASES)
 def test_the_bases_own_counts(model: str, held: int) -> None:
     assert peak(["tuned"], model) - peak(["tuned"], "base") >= held
 
 
-@pytest.mark.xfail(strict=True, reason="open deltas are not counted")
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("model", "held"), CASES)
 def test_the_least_memory_holds_it(model: str, held: int, workers: int) -> None:
@@ -103,7 +99,6 @@ def test_the_least_memory_holds_it(model: str, held: int, workers: int) -> None:
     assert grown >= workers * held // MIB
 
 
-@pytest.mark.xfail(strict=True, reason="open deltas are not counted")
 @pytest.mark.parametrize("command", ["plan", "merge"])
 def test_a_delta_above_the_budget_is_refused(command: str, cli: Cli, tmp_path: Path) -> None:
     """Where the same merge of plain models is not: exit code 2, and one line that says how much it needs."""

@@ -53,7 +53,6 @@ def two_steps(first: str, second: str) -> str:
     return reference
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 @pytest.mark.usefixtures("vector")
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{first}+{second}" for first, second in PAIRS])
 def test_one_on_top_of_another(first: str, second: str) -> None:
@@ -69,7 +68,6 @@ def test_the_order_counts() -> None:
     assert not torch.equal(*found)
 
 
-@pytest.mark.xfail(strict=True, reason="a directory of differences is no delta after '+'")
 @pytest.mark.usefixtures("vector")
 def test_a_task_vector_on_a_base() -> None:
     wanted = merge("wanted", "task_arithmetic", [{"task_vector": "vector"}], "base")
@@ -80,13 +78,11 @@ def test_a_task_vector_on_a_base() -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 def test_three_on_top_of_one_another() -> None:
     wanted = read_model(Path(fold(f"{two_steps('lora', 'dora')}+other", "step2")))
     assert_equal(open_model("base+lora+dora+other").state_dict(), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear"])
 def test_two_on_a_base_among_the_models(method: str) -> None:
     folded = two_steps("lora", "dora")
@@ -95,14 +91,12 @@ def test_two_on_a_base_among_the_models(method: str) -> None:
     assert_equal(merge("found", method, ["base+lora+dora", "ft1"], "base"), wanted, close=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_two_on_the_base_of_a_merge(method: str) -> None:
     wanted = merge("wanted", method, ["ft1", "ft2"], two_steps("lora", "dora"))
     assert_equal(merge("found", method, ["ft1", "ft2"], "base+lora+dora"), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 def test_layers_of_two_on_a_base() -> None:
     wanted, found = (
         merge_slices(out, "passthrough", [(model, 2, 4)], [("ft1", 0, 1)])
@@ -111,7 +105,6 @@ def test_layers_of_two_on_a_base() -> None:
     assert_equal(found, wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 def test_two_on_a_base_on_the_command_line(cli: Cli) -> None:
     folded = two_steps("lora", PATCH)
     for reference, out in ((folded, "wanted-vector"), (f"base+lora+{PATCH}", "found-vector")):
@@ -124,13 +117,11 @@ def test_two_on_a_base_on_the_command_line(cli: Cli) -> None:
     assert shown.code == 0 and "lora" in shown.out and PATCH in shown.out
 
 
-@pytest.mark.xfail(strict=True, reason="a base with an adapter on it is refused here")
 def test_an_adapter_folded_into_a_base_with_another() -> None:
     wanted = read_model(Path(two_steps("lora", "dora")))
     assert_equal(read_model(mergebench.run(mergebench.plan_fold(BASE, "dora"), "found").out), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="a reference holds one '+'")
 def test_each_change_of_a_stack_must_fit() -> None:
     """The one that does not is named, not the whole reference's last."""
     write_adapter(Path("stranger"), fine_tuned({"elsewhere.weight": torch.zeros(4, 4)}, 0), ["elsewhere"])

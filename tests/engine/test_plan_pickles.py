@@ -132,14 +132,12 @@ def check_the_same(plan: Any, copy: Any, place: Path) -> None:
     assert contents(place / "copy") == contents(place / "plan")
 
 
-@pytest.mark.xfail(strict=True, reason="pickle seeks a function by its name, under which the method stands")
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method(name: str, tmp_path: Path) -> None:
     plan = planned(smallest(name))
     check_the_same(plan, pickle.loads(pickle.dumps(plan)), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="pickle seeks a function by its name, under which the method stands")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_recipe(kind: str, tmp_path: Path) -> None:
     plan = planned(KINDS[kind])
@@ -153,14 +151,12 @@ PLANS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="pickle seeks a function by its name, under which the method stands")
 @pytest.mark.parametrize("kind", PLANS)
 def test_other_plans(kind: str, tmp_path: Path) -> None:
     plan = PLANS[kind]()
     check_the_same(plan, pickle.loads(pickle.dumps(plan)), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="pickle seeks a function by its name, under which the method stands")
 @pytest.mark.parametrize("kind", ["lines, auto", "slices", "tokens of a union"])
 def test_a_plan_that_was_carried_out(kind: str, tmp_path: Path) -> None:
     """What it remembers of that goes along, or stays; in either case it is the same plan."""
@@ -169,7 +165,6 @@ def test_a_plan_that_was_carried_out(kind: str, tmp_path: Path) -> None:
     check_the_same(plan, pickle.loads(pickle.dumps(plan)), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="pickle seeks a function by its name, under which the method stands")
 def test_in_a_fresh_interpreter(tmp_path: Path) -> None:
     """Which has imported nothing: a pickle brings what it needs."""
     plans = {name: planned(KINDS[name]) for name in ("lines, auto", "edits", "DoRA on a model", "tokens of a model")}

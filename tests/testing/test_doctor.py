@@ -406,7 +406,7 @@ def test_progress_is_told() -> None:
 
 
 def adapter_marks() -> dict[str, tuple[str, ...]]:
-    return {report.method: tuple(finding.mark for finding in report.findings) for report in examine_adapters()}
+    return {report.name: tuple(finding.mark for finding in report.findings) for report in examine_adapters()}
 
 
 def test_merged_adapters_keep_their_identities() -> None:

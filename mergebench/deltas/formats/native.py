@@ -176,11 +176,12 @@ class Writing(NamedTuple):
 def write_file(
     file: Path,
     writings: Mapping[str, Writing],
-    shared: Mapping[str, Tensor],
-    made: Mapping[str, Any],
+    shared: Mapping[str, Tensor] | None = None,
+    made: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> None:
     """Write deltas by the names of the tensors they change, all at once, in place; `shared`: parts of several."""
+    shared, made = shared or {}, made or {}
     listed = {
         name: {
             "kind": one.kind,

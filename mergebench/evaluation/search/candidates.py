@@ -94,8 +94,8 @@ class Candidates:
         merge = plan.merge
         params = replace(merge.params, lambda_=1.0)
         if self._vector is None or self._vector[0] != params:
-            method = replace(merge.method, gives="vector")
-            given = plan_merge(replace(merge, method=method, params=params, dtype="float32"), device=self._device)
+            vector = replace(merge, params=params, dtype="float32", adds_base=False)
+            given = plan_merge(vector, device=self._device)
             target = self._vector[1] if self._vector is not None else InMemory(given.shards)
             self._vector = None  # it is overwritten
             run_in_memory(given, target, self._known)

@@ -1,0 +1,255 @@
+"""Prove that a delta kind keeps the rules: `check_delta(my_kind)` in a plugin's tests; `mergebench doctor` shows them.
+
+Each check works on small deltas that the kind's own `example` makes, written as files of ours and read again. The
+oracle is the kind's function on all rows at once, in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergebench import deltas as kinds
+from mergebench.checkpoint import delta as protocol
+from mergebench.checkpoint.delta import Chain, matrix_shape
+from mergebench.checkpoint.files import Files
+from mergebench.checkpoint.fp8 import Scales
+from mergebench.checkpoint.kind import DeltaKind, StoredDelta
+from mergebench.checkpoint.values import CPU, Stored, chain
+from mergebench.deltas import verbs
+from mergebench.deltas.formats.native import Writing, read_file, write_file
+from mergebench.deltas.open import open_model
+from mergebench.testing.checks import Inapplicable, Report, find
+
+SHAPES = ((23, 17), (1, 9), (31, 1))
+TILE = 68  # elements of a tile while checks run: a few rows, so that small tensors have several
+NAME = "layer.weight"
+CLOSE = 1e-4  # of the largest element
+
+
+class Trial:
+    """A kind, and one delta of it on a small tensor, as files."""
+
+    def __init__(self, kind: DeltaKind, shape: tuple[int, ...], place: Path, seed: int = 0) -> None:
+        self.kind, self.shape = kind, shape
+        random = torch.Generator().manual_seed(seed)
+        self.base = torch.randn(shape, generator=random)
+        if kind.example is None:
+            raise Inapplicable("it declares no example")
+        self.given = kind.example(shape, random)
+        place.mkdir(parents=True, exist_ok=True)
+        save_file({NAME: self.base}, place / "base.safetensors")
+        self.file = place / "delta.safetensors"
+        parts = {name: value for name, value in self.given.items() if isinstance(value, Tensor)}
+        self.settings = {name: value for name, value in self.given.items() if not isinstance(value, Tensor)}
+        write_file(self.file, {NAME: Writing(kind.name, self.settings, parts)})
+        plain = open_model(str(place / "base.safetensors"))
+        entry = read_file(self.file).entries[NAME]
+        self.delta = kind.on(shape, entry.parts, **entry.settings)
+        self.model = dataclasses.replace(plain, deltas={NAME: (self.delta,)})
+
+    def opened(self, files: Files, deltas: Sequence[StoredDelta] = ()) -> Chain:
+        """The delta, or several, on the base."""
+        return chain(files, Scales(files), self.model.tensors[NAME], deltas or [self.delta])
+
+    def source(self, files: Files) -> Stored:
+        return Stored(files, Scales(files), self.model.tensors[NAME])
+
+    def added(self, files: Files, edges: Sequence[int] = ()) -> Tensor:
+        """W' - W, flat, in pieces that end at these elements."""
+        out, opened = torch.zeros(self.base.numel()), self.opened(files)
+        for start, stop in zip([0, *edges], [*edges, len(out)], strict=True):
+            opened.add_into(start, out[start:stop])
+        return out
+
+    def expected(self) -> Tensor:
+        """W' - W by the kind's function on all rows at once, float64."""
+        with Files() as files:
+            p = _double(self._prepared(files))
+        rows, columns = matrix_shape(self.shape)
+        base = self.base.double().view(rows, columns) if self.delta.needs_base else None
+        return self.kind(p, slice(0, rows), base).reshape(-1)
+
+    def _prepared(self, files: Files) -> Any:
+        p = self.delta.load(files, CPU)
+        rows = slice(0, matrix_shape(self.shape)[0])
+        whole = {
+            name: getattr(p, name)[rows]
+            for name, about in self.kind.fields.items()
+            if about.sort in ("rows", "mask") and getattr(p, name) is not None
+        }
+        p = dataclasses.replace(p, **whole)
+        return p if self.kind.prepare is None else self.kind.prepare(p, self.source(files), self.shape)
+
+
+def _double(p: Any) -> Any:
+    """The parts in float64."""
+    values = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
+    floats = {n: v.double() for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return dataclasses.replace(p, **floats)
+
+
+def _any_split(trial: Trial) -> None:
+    """Where a chunk ends cannot change a bit, whatever is added, folded or read twice."""
+    with Files() as files:
+        whole, numel = trial.added(files), trial.base.numel()
+        for edges in ([numel // 2], list(range(1, numel)), [1, numel // 3, numel - 1]):
+            assert torch.equal(trial.added(files, sorted({e for e in edges if 0 < e < numel})), whole), edges
+        folded, once = trial.opened(files), torch.empty(numel)
+        folded.read(0, once)
+        for start in range(0, numel, 7):
+            piece = torch.empty(min(7, numel - start))
+            folded.read(start, piece)
+            assert torch.equal(piece, once[start : start + 7]), f"folded from element {start}"
+
+
+def _formula(trial: Trial) -> None:
+    """What is streamed is the function's result on all rows at once."""
+    with Files() as files:
+        streamed, expected = trial.added(files).double(), trial.expected()
+    worst = float((streamed - expected).abs().max()) if len(expected) else 0.0
+    assert worst <= CLOSE * max(float(expected.abs().max()), 1e-6), f"differs by {worst:.3g} from float64"
+
+
+def _energy(trial: Trial) -> None:
+    """The squared norm in closed form is that of what is written out."""
+    if trial.kind.energy is None:
+        raise Inapplicable("it declares no closed form")
+    with Files() as files:
+        found, expected = verbs.energy(files, trial.delta), float(trial.expected().square().sum())
+    assert abs(found - expected) <= CLOSE * max(expected, 1e-12), f"{found:.6g}, written out {expected:.6g}"
+
+
+def _factors(trial: Trial) -> None:
+    """Its factors multiply to what is written out."""
+    if trial.kind.factors is None:
+        raise Inapplicable("it declares no exact factors")
+    with Files() as files:
+        converted = verbs.as_low_rank(files, trial.delta)
+        product = (converted.parts.b.double() @ converted.parts.a.double()).reshape(-1)
+    worst = float((product - trial.expected()).abs().max())
+    assert converted.kept == 1 and worst <= CLOSE * max(float(product.abs().max()), 1e-6), f"differs by {worst:.3g}"
+
+
+def _size(trial: Trial) -> None:
+    """Its size is that of the stored tensors."""
+    stored = sum(value.nbytes for value in trial.given.values() if isinstance(value, Tensor))
+    assert verbs.size([trial.delta]).nbytes == stored, f"{verbs.size([trial.delta]).nbytes} bytes, stored {stored}"
+
+
+def _digest(trial: Trial) -> None:
+    """Every setting changes the digest, and equal deltas have equal ones."""
+    again = StoredDelta(trial.kind, trial.delta.shape, trial.delta.parts, trial.delta.settings)
+    assert again.digest == trial.delta.digest and again == trial.delta, "equal deltas differ"
+    for name, value in trial.delta.settings:
+        other = not value if isinstance(value, bool) else f"{value}?" if isinstance(value, str) else value + 1
+        changed = tuple((key, other if key == name else kept) for key, kept in trial.delta.settings)
+        digest = StoredDelta(trial.kind, trial.delta.shape, trial.delta.parts, changed).digest
+        assert digest != trial.delta.digest, f"'{name}' does not change it"
+
+
+def _memory(trial: Trial) -> None:
+    """An open one holds no more than it says."""
+    with Files() as files:
+        p = trial.delta.load(files, CPU)
+    held = sum(v.nbytes for v in vars(p).values() if isinstance(v, Tensor))
+    assert held <= trial.delta.resident(), f"holds {held} bytes, says {trial.delta.resident()}"
+
+
+def _pickles(trial: Trial) -> None:
+    """It is itself again after a way to another machine."""
+    assert pickle.loads(pickle.dumps(trial.delta)) == trial.delta, "another one"
+
+
+def _stacked(trial: Trial) -> None:
+    """Twice on a base is once on what once gives."""
+    with Files() as files:
+        twice = torch.empty(trial.base.numel())
+        trial.opened(files, [trial.delta, trial.delta]).read(0, twice)
+        once = torch.empty(trial.base.numel())
+        trial.opened(files).read(0, once)
+        folded = trial.file.with_name("folded.safetensors")
+        save_file({NAME: once.view(trial.shape)}, folded)
+        on_it = dataclasses.replace(open_model(str(folded)), deltas=trial.model.deltas)
+        again = on_it.state_dict()[NAME].view(-1)
+    assert torch.equal(twice, again), "stacked it is another one"
+
+
+def _gradients(trial: Trial) -> None:
+    """Its floats get gradients through the function, as training needs them."""
+    with Files() as files:
+        p = trial._prepared(files)
+    floats = {n: v for n, v in vars(p).items() if isinstance(v, Tensor) and v.is_floating_point() and n in trial.given}
+    leaves = {name: value.clone().requires_grad_() for name, value in floats.items()}
+    rows, columns = matrix_shape(trial.shape)
+    base = trial.base.view(rows, columns) if trial.delta.needs_base else None
+    trial.kind(dataclasses.replace(p, **leaves), slice(0, rows), base).square().sum().backward()  # type: ignore[no-untyped-call]
+    without = [name for name, leaf in leaves.items() if leaf.grad is None]
+    assert not without, f"'{without[0]}' gets none"
+
+
+CHECKS: dict[str, Callable[[Trial], None]] = {
+    "any split": _any_split,
+    "formula": _formula,
+    "energy": _energy,
+    "factors": _factors,
+    "size": _size,
+    "digest": _digest,
+    "memory": _memory,
+    "pickles": _pickles,
+    "stacked": _stacked,
+    "gradients": _gradients,
+}
+
+
+def check_delta(kind: DeltaKind) -> None:
+    """Run every check on a kind; `AssertionError` names the first that fails, and the shape."""
+    for name, check in CHECKS.items():
+        try:
+            _over_shapes(kind, name, check)
+        except Inapplicable:
+            continue
+
+
+def examine_deltas() -> list[Report]:
+    """All checks on every installed kind."""
+    reports = []
+    for name in kinds.names():
+        kind = kinds.get(name)
+        findings = tuple(find(check, partial(_over_shapes, kind, check, run)) for check, run in CHECKS.items())
+        reports.append(Report(name, kinds.origin(name), findings))
+    return reports
+
+
+def _over_shapes(kind: DeltaKind, name: str, check: Callable[[Trial], None]) -> None:
+    skipped = []
+    for number, shape in enumerate(SHAPES):
+        with tempfile.TemporaryDirectory(prefix="mergebench-") as folder, _small_tiles():
+            try:
+                check(Trial(kind, shape, Path(folder), number))
+            except Inapplicable as reason:
+                skipped.append(reason)
+            except AssertionError as error:
+                raise AssertionError(f"{kind.name}: {name}: {list(shape)}: {error}") from None
+    if len(skipped) == len(SHAPES):
+        raise skipped[0]
+
+
+@contextmanager
+def _small_tiles() -> Iterator[None]:
+    usual = protocol.TILE
+    protocol.TILE = TILE
+    try:
+        yield
+    finally:
+        protocol.TILE = usual
