@@ -21,7 +21,7 @@ from mergebench.engine.plan import plan_merge
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import check_equal
 from mergebench.engine.span import Span
-from mergebench.errors import ModelError, RecipeError, RunError
+from mergebench.errors import ModelError, RunError
 from mergebench.methods._matrices import is_matrix
 
 
@@ -31,8 +31,6 @@ class Differences:
     def __init__(self, base: str, model: str) -> None:
         self.base = open_model(base)
         tuned = adopt(self.base, open_model(model))
-        if self.base.adapters:
-            raise RecipeError(f"--base: '{base}' has an adapter on top", "a LoRA belongs to a plain model: name that")
         method = methods.get("task_arithmetic")
         params = method.make_params({"weight": (1.0,), "lambda": 1.0})
         # another number of tokens: no LoRA holds that, and the linear layers are the same

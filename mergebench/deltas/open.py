@@ -29,6 +29,8 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         raise
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
+    if any(".lora_A." in name for name in model.tensors):  # its config stayed behind
+        raise ModelError(f"model '{reference}': it is an adapter, not a model", "name its base: BASE+DIRECTORY")
     for adapter in place.adapters:
         model = put_on(model, adapter)
     if task_vector and not model.adapters:

@@ -95,9 +95,12 @@ class Method:
         function = self.function
         while not inspect.isfunction(function):  # what is put around it, such as `Lines`
             function = function.method.function  # type: ignore[attr-defined]
-        declared = named(function.__module__, function.__qualname__)
-        fields = [f.name for f in dataclasses.fields(self)]
-        changed = {name: value for name in fields if (value := getattr(self, name)) is not getattr(declared, name)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        try:
+            declared = named(function.__module__, function.__qualname__)
+            changed = {name: value for name, value in fields.items() if value is not getattr(declared, name)}
+        except AttributeError:  # it stands under no name: it is copied, and pickles if its function does
+            return _made, (fields,)
         return _varied, (function.__module__, function.__qualname__, changed)
 
     @property
@@ -115,6 +118,10 @@ class Method:
     def make_params(self, values: Mapping[str, Any]) -> Any:
         """The method's `Params` from recipe names to values."""
         return make_params(self.params, values)
+
+
+def _made(fields: Mapping[str, Any]) -> Method:
+    return Method(**fields)
 
 
 def _varied(module: str, name: str, changed: Mapping[str, Any]) -> Any:

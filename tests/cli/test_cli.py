@@ -278,6 +278,7 @@ def test_a_bar_on_a_terminal(base: Tensors) -> None:
 # -- plan --------------------------------------------------------------------------------------------
 
 BASE, FT1, FT2 = FLOATS * 4, FLOATS * 2, FLOATS * 4  # bytes of their floats
+LORA = 2 * 16 * 4  # bytes of an adapter's factors
 
 
 @pytest.mark.parametrize(
@@ -291,9 +292,9 @@ BASE, FT1, FT2 = FLOATS * 4, FLOATS * 2, FLOATS * 4  # bytes of their floats
         ("ties", {"parameters": {"density": 0.5}}, 2, 2 * (BASE + FT1 + FT2) + STEPS),
         ("ties", {"parameters": {"density": 1}}, 1, BASE + FT1 + FT2 + STEPS),
         ("pcb", {}, 3, 3 * (BASE + FT1 + FT2) + STEPS),
-        ("pcb", {"models": ["base+lora", "ft1"]}, 3, 3 * (BASE + FT1) + STEPS),
-        ("task_arithmetic", {"models": ["base+lora"]}, 1, BASE + STEPS),
-        ("pcb", {"models": ["base+lora"]}, 3, BASE + STEPS),  # differences of low rank are not read off the disk
+        ("pcb", {"models": ["base+lora", "ft1"]}, 3, 3 * (BASE + FT1 + LORA) + STEPS),
+        ("task_arithmetic", {"models": ["base+lora"]}, 1, BASE + LORA + STEPS),
+        ("pcb", {"models": ["base+lora"]}, 3, BASE + 3 * LORA + STEPS),  # of a low-rank difference, its factors
         ("task_arithmetic", {"exclude": ["layers.*"]}, 1, BASE + (FT1 + FT2) * 91 // FLOATS + STEPS),
     ],
 )
@@ -397,7 +398,7 @@ def test_inspect(base: Tensors, cli: Cli) -> None:
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["tensor", "dtype", "shape"]
     assert ["embed.weight", "F32", "11", "x", "8"] in lines
-    assert ["layers.0.weight", "F32", "8", "x", "8", "+", "rank", "2"] in lines
+    assert ["layers.0.weight", "F32", "8", "x", "8", "+", "low_rank", "rank", "2"] in lines
     assert out.splitlines()[-1] == (
         f"LlamaForCausalLM: 7 tensors, 0.00 M elements, {BASE + STEPS} B in 2 files, 1 changed by lora"
     )
