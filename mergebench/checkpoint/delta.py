@@ -51,7 +51,7 @@ class Delta(Protocol):
 
     def resident(self) -> int: ...  # bytes that an open one holds
 
-    def describe(self) -> str: ...  # in a few words, such as `low_rank 16`
+    def describe(self) -> str: ...  # in a few words, such as `low_rank rank 16`
 
     def open(self, files: Reader, device: torch.device, base: Source) -> Opened: ...  # may pass over W once
 

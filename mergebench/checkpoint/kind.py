@@ -189,7 +189,7 @@ class StoredDelta:
         )
 
     def describe(self) -> str:
-        """In a few words, such as `low_rank 16`."""
+        """In a few words, such as `low_rank rank 16`."""
         words = "" if self.of.label is None else self.of.label(self.part, self.setting)
         return f"{self.kind} {words}".rstrip()
 

@@ -244,7 +244,7 @@ def test_every_document_is_read() -> None:
         text = (ROOT / file).read_text(encoding="utf-8")
         (test,) = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name)
         body = ast.get_source_segment(text, test) or ""
-        assert "--json" in body or '"' + words.split()[0] in body, words
+        assert '"--json"' in body and all(f'"{word}"' in text for word in words.split()), place
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -70,28 +70,6 @@ def test_the_example_ships_and_merges(package: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.tensor([1.0, 1.0, 0, 0]), merged)
 
 
-def test_the_delta_kind_goes_after_a_plus(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, written = (code for code in blocks("python") if "row_scales" in code)
-    (package / "my_merges.py").write_text(kind, encoding="utf-8")
-    (entry,) = re.findall(r"group `mergebench\.deltas` \(`(.*?)`\)", PAGE.read_text(encoding="utf-8"))
-    points = package / "my_merges-1.0.dist-info" / "entry_points.txt"
-    points.write_text(f"[mergebench.deltas]\n{entry}\n".replace('"', ""), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(written, {})
-    base = {"layers.0.weight": torch.randn(8, 3), "layers.1.weight": torch.randn(8, 3)}
-    save_file(base, "base.safetensors")
-    Path("recipe.yaml").write_text(
-        "merge_method: passthrough\nmodels: [{model: base.safetensors+scales.safetensors}]\n", encoding="utf-8"
-    )
-
-    done = run(package, "merge", "recipe.yaml", "--out", "out", "-q")
-
-    assert done.returncode == 0, done.stderr
-    merged = load_file("out/model.safetensors")
-    assert torch.equal(merged["layers.1.weight"], base["layers.1.weight"])
-    torch.testing.assert_close(merged["layers.0.weight"], 1.5 * base["layers.0.weight"], rtol=1e-6, atol=0)
-
-
 def test_plugins_can_be_turned_off(package: Path) -> None:
     done = run(package, "methods", "equal_length", MERGEBENCH_PLUGINS="")
 
