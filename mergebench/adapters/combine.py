@@ -8,6 +8,7 @@ difference has full rank, take the differences themselves. What a method needs i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.method import Method
 from mergebench.engine.replay import CHUNK, run_at_once, run_in_chunks
 from mergebench.engine.span import Span
-from mergebench.errors import RunError
+from mergebench.errors import RecipeError, RunError
 
 SUMS = ("linear", "cat", "svd")  # of adapters alone: weighted sums of their products
 # what PEFT calls by another name: the method, and parameters it always has
@@ -80,6 +81,15 @@ def known() -> list[str]:
     vectors, other packages' too."""
     able = [name for name in methods.names() if name not in SUMS and merges(methods.get(name))]
     return [*SUMS, *ALIASES, *able]
+
+
+def is_known(name: str) -> bool:
+    """Whether a method of that name merges adapters."""
+    if name in SUMS or name in ALIASES:
+        return True
+    with suppress(RecipeError):
+        return merges(methods.get(name))
+    return False
 
 
 def merges(method: Method) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mergebench import __version__
 from mergebench.adapters import combine, peft_directory
-from mergebench.adapters.combine import SUMS, Job, OnBase, Part, built_in, known
+from mergebench.adapters.combine import SUMS, Job, OnBase, Part, built_in, is_known, known
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
@@ -103,14 +103,14 @@ def _check(
         raise RecipeError(
             "--method: 'ema' merges the stored tensors of a sequence", "mergebench.merge_sequence does it"
         )
-    if method not in (names := known()):
-        raise RecipeError(f"--method: no method '{method}' for adapters", did_you_mean(method, (*names, "ema")))
+    if not is_known(method):
+        raise RecipeError(f"--method: no method '{method}' for adapters", did_you_mean(method, (*known(), "ema")))
     if not directories:
         raise RecipeError("no adapter to merge")
     count = len(directories)
     parameters = {"weight": None} if method in SUMS else built_in(method)[0].parameters
     if weights is not None and "weight" not in parameters:
-        takers = [name for name in names if name in SUMS or "weight" in built_in(name)[0].parameters]
+        takers = [name for name in known() if name in SUMS or "weight" in built_in(name)[0].parameters]
         raise RecipeError(f"--weights: '{method}' takes none", f"methods that do: {', '.join(takers)}")
     if weights is None:
         weights = [1 / count if method in SUMS else 1.0] * count

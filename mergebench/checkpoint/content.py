@@ -13,16 +13,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
 from mergebench.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergebench.checkpoint.files import Files
 
 PIECES, ELEMENTS = 8, 256  # read of a tensor: 4 KiB of one in 16 bits
 
@@ -34,6 +35,10 @@ def identity(model: Model) -> str:
     The elements are eight pieces at even distances, because an edit of single rows need not reach the first ones.
     Tells fine-tunes and edits apart, in a second; it is no proof that two models are equal.
     """
+    import torch
+
+    from mergebench.checkpoint.files import Files
+
     found = []
     with Files() as files:
         for header in model.headers:
@@ -47,6 +52,10 @@ def identity(model: Model) -> str:
 
 def _some(files: Files, tensor: TensorInfo) -> Tensor:
     """Elements of a tensor: all of a small one, else pieces from its first to its last."""
+    import torch
+
+    from mergebench.checkpoint.files import TORCH_DTYPE
+
     size = min(tensor.numel, PIECES * ELEMENTS)
     out = torch.empty(size, dtype=TORCH_DTYPE[tensor.dtype])
     pieces = 1 if size == tensor.numel else PIECES

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.fp8 import without_scales
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import Model
@@ -41,6 +40,8 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
 
     Returns the names copied. Weights, adapters, earlier results and stale indexes stay behind.
     """
+    from mergebench.checkpoint.files import write_atomically  # torch comes with it
+
     if source.directory is None:
         return []
     copied = []

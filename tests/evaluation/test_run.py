@@ -179,7 +179,7 @@ def test_nothing_on_stdout_or_stderr(encoder: Path, place: Path) -> None:
         import sys
         from mergebench.evaluation import Candidate, evaluate_models, load_suite
         assert not {"torch", "transformers", "rich"} & set(sys.modules), "imported too early"
-        from mergebench.checkpoint import open_model
+        from mergebench.deltas.open import open_model
         from transformers.utils import logging
         before = logging.get_verbosity(), logging.is_progress_bar_enabled()
         task = {"name": "a", "kind": "text-classification", "data": "data.jsonl", "head": "a/head.safetensors"}
