@@ -25,22 +25,25 @@ def doctor(
     One model, or several equal ones, come out as they went in. The order of the models, chunks and workers
     change nothing. Sign ties and negative weights give numbers. What is written is read back. A `-`: the check
     does not apply, and --json says why. Then (without METHOD) the same for merged adapters of every kind of LoRA:
-    one is copied, a sum is the sum of what they do; and for every delta kind: any split gives the same bits, the
-    formula in float64 the same numbers. Exit code 1 where something fails.
+    one is copied, a sum is the sum of what they do; for every delta kind: any split gives the same bits, the formula
+    in float64 the same numbers; for every edit: its patch taken out again gives the model of before. Exit code 1
+    where something fails.
     """
-    from mergebench.testing import deltas, doctor_adapters
+    from mergebench.testing import deltas, doctor_adapters, edits
     from mergebench.testing.doctor import CHECKS, examine
 
     with check_bar("checking", json_) as progress:
         reports = examine(names or (), progress)
     adapters = [] if names else doctor_adapters.examine_adapters()
     changes = [] if names else deltas.examine_deltas()
-    good = all(report.ok for report in [*reports, *adapters, *changes])
+    made = [] if names else edits.examine_edits()
+    good = all(report.ok for report in [*reports, *adapters, *changes, *made])
     if json_:
         found: dict[str, Any] = {"ok": good, "methods": [_facts("method", report) for report in reports]}
         if adapters:
             found["adapters"] = [_facts("adapter", report) for report in adapters]
             found["deltas"] = [_facts("delta", report) for report in changes]
+            found["edits"] = [_facts("edit", report) for report in made]
         typer.echo(json.dumps(found))
     else:
         _show("method", list(CHECKS), reports)
@@ -49,6 +52,8 @@ def doctor(
             _show("adapter", list(doctor_adapters.CHECKS), adapters)
             typer.echo()
             _show("delta", list(deltas.CHECKS), changes)
+            typer.echo()
+            _show("edit", list(edits.CHECKS), made)
     if not good:
         raise typer.Exit(1)
 

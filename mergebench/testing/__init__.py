@@ -1,6 +1,7 @@
-"""Proof that what is added keeps the rules: `check_method` and `check_delta` in a plugin's tests, and `doctor`."""
+"""Proof that what is added keeps the rules: `check_method`, `check_delta` and `check_edit`, and `doctor` for all."""
 
 from mergebench.testing.deltas import check_delta
+from mergebench.testing.edits import check_edit
 from mergebench.testing.methods import check_method
 
-__all__ = ["check_delta", "check_method"]
+__all__ = ["check_delta", "check_edit", "check_method"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import mergebench
 from mergebench.editing import edits
+from mergebench.testing import check_edit
 from tests.conftest import Cli, Ran
 from tests.editing.conftest import CONFIG, WIDTH, gated, write_probe
 
@@ -26,6 +27,7 @@ def test_the_edit_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     exec(code, module.__dict__)
+    check_edit(module.ablate)
     monkeypatch.setattr(edits, "get", lambda name: {"ablate": module.ablate}[name])
     model = write_model(tmp_path / "model", gated(torch.float32), config=CONFIG)
     probe = write_probe(
