@@ -116,6 +116,7 @@ class Folded:
     def _at(self, row: int, folded: bool) -> Tensor:
         """The flat tile that begins at `row`."""
         if self._tile is None or self._last != (row, folded):
+            self._tile = None  # the next one is made where it was, in the cache
             rows = min(self.rows, self._count - row)
             base = None
             if self.needs_base:

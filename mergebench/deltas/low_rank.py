@@ -58,6 +58,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
 
 @delta_kind(
     paper="arXiv:2106.09685",
+    prepare=lambda p, base, shape: Factors(*factors(p, shape)),  # scaled once, not tile by tile
     energy=energy,
     factors=factors,
     example=example,
@@ -66,5 +67,5 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
 )
 def low_rank(p: Factors, tile: slice, base: Tensor | None) -> Tensor:
     """s B diag(E) A: LoRA, rsLoRA by its scale, AdaLoRA by E."""
-    b = p.scale * p.b[tile]
+    b = p.b[tile] if p.scale == 1 else p.scale * p.b[tile]
     return (b if p.e is None else b * p.e) @ p.a

@@ -355,7 +355,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         ([one, huge, "--weights", "1,1e30", "--method", "cat"], 1, "layer: the merged factors do not fit", ""),
         ([one, tmp_path / "none"], 3, "not an adapter: no adapter_config.json", "LoRA directory as PEFT saves it"),
         ([one, other, "--method", "tie"], 2, "--method: no method 'tie'", "did you mean 'ties'?"),
-        ([one, other, "--method", "slerp"], 2, "--method: no method 'slerp'", "known: cat, dare_linear"),
+        ([one, other, "--method", "slerp"], 2, "--method: no method 'slerp'", "did you mean 'multislerp'?"),
         ([one, other, "--weights", "1"], 2, "--weights: 1 for 2 adapters", "0.5,0.5"),
         ([one, other, "--weights", "1,x"], 2, "--weights: '1,x' is not a list of numbers", "0.5,0.5"),
         ([one, other, "--weights", "1,nan"], 2, "--weights: must be finite", ""),
