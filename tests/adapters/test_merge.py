@@ -359,7 +359,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         ([one, other, "--weights", "1"], 2, "--weights: 1 for 2 adapters", "0.5,0.5"),
         ([one, other, "--weights", "1,x"], 2, "--weights: '1,x' is not a list of numbers", "0.5,0.5"),
         ([one, other, "--weights", "1,nan"], 2, "--weights: must be finite", ""),
-        ([one, other, "--density", "0.5"], 2, "--density: 'linear' drops nothing", "methods that do: ties"),
+        ([one, other, "--density", "0.5"], 2, "--density: 'linear' drops nothing", "magnitude_prune, breadcrumbs"),
         ([one, other, "--method", "ties", "--density", "0"], 2, "--density: must be above 0, at most 1, got 0", ""),
         ([one, other, "--rank", "0"], 2, "--rank: must be at least 1", ""),
         ([one, other, "--method", "cat", "--rank", "2"], 2, "--rank: 'cat' has the sum", "linear and svd"),
