@@ -49,7 +49,7 @@ class Delta(Protocol):
     @property
     def difference(self) -> TensorInfo | None: ...  # the tensor that W' - W is, as it is stored
 
-    def resident(self) -> int: ...  # bytes that an open one holds
+    def resident(self) -> int: ...  # bytes that an open one holds, with the tiles that are made of it
 
     def describe(self) -> str: ...  # in a few words, such as `low_rank rank 16`
 
@@ -141,13 +141,11 @@ class Chain:
         self, files: Reader, device: torch.device, base: Source, deltas: Sequence[Delta], skip: int = 0
     ) -> None:
         self.top: Source = base
-        self.additive = True  # whether W' is W plus something that does not depend on W
         self._added: list[Folded] = []
         for number, delta in enumerate(deltas):
             self.top = folded = Folded(files, device, self.top, delta)
             if number >= skip:
                 self._added.append(folded)
-                self.additive &= not delta.needs_base
 
     def add_into(self, start: int, out: Tensor) -> None:
         """out += W' - W, where W has the first `skip` deltas."""
@@ -157,11 +155,3 @@ class Chain:
     def read(self, start: int, out: Tensor) -> None:
         """Fill the flat `out` with W' from element `start`."""
         self.top.read(start, out)
-
-
-def resident(deltas: Sequence[Delta]) -> int:
-    """Bytes that open deltas of one tensor hold, with the tiles that are made of them."""
-    tiles = sum(
-        4 * min(tile_rows(d.shape), max(matrix_shape(d.shape)[0], 1)) * matrix_shape(d.shape)[1] for d in deltas
-    )
-    return sum(delta.resident() for delta in deltas) + 3 * tiles

@@ -22,7 +22,7 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -91,6 +91,10 @@ class DeltaKind:
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """Rows of a tile of a tensor of this shape, at least one."""
+        return max(matrix_shape(shape)[0] if self.whole else tile_rows(shape), 1)
 
     @cached_property
     def fields(self) -> dict[str, FieldOf]:
@@ -180,13 +184,15 @@ class StoredDelta:
         return None if self.of.stored_as is None else self.of.stored_as(self.setting)
 
     def resident(self) -> int:
-        """Bytes that an open one holds: its parts as float32, but for those that are read tile by tile."""
-        fields = self.of.fields
-        return sum(
+        """Bytes that an open one holds: its parts as float32, but for those that are read tile by tile; and a tile,
+        with the base's and what is made on the way to it."""
+        fields, (rows, columns) = self.of.fields, matrix_shape(self.shape)
+        parts = sum(
             (4 if info.is_float else 8) * info.numel
             for name, info in self.part.items()
             if fields[name].sort in ("tensor", "indices")
         )
+        return parts + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
 
     def describe(self) -> str:
         """In a few words, such as `low_rank rank 16`."""
@@ -219,11 +225,11 @@ class InMemory:
     of: DeltaKind
     p: Any  # the kind's dataclass
     shape: tuple[int, ...]
-    rows: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        rows = matrix_shape(self.shape)[0] if self.of.whole else tile_rows(self.shape)
-        object.__setattr__(self, "rows", max(rows, 1))
+    @cached_property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.of.rows(self.shape)
 
     def tile(self, first: int, base: Tensor | None) -> Tensor:
         """W' - W from row `first` on."""

@@ -1,4 +1,4 @@
-"""What is done with any delta: written out, measured, turned into another kind; put into a tensor, taken out again.
+"""What is done with any delta: written out, measured, turned into a low-rank one.
 
 The verbs know no kind. A kind may declare a quicker way (`energy`, `factors`); it is held against the slow one.
 """
@@ -15,7 +15,7 @@ from mergebench.checkpoint.delta import Delta, Folded, Source, matrix_shape
 from mergebench.checkpoint.header import Reader
 from mergebench.checkpoint.kind import StoredDelta
 from mergebench.deltas import svd
-from mergebench.deltas.low_rank import Factors, low_rank
+from mergebench.deltas.low_rank import Factors
 from mergebench.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -105,6 +105,3 @@ def _base(delta: Delta, base: Source | None) -> Source:
     if base is None and delta.needs_base:
         raise ModelError(f"{delta.kind}: what it changes depends on the base's weights", "give the base")
     return Nothing() if base is None else base
-
-
-__all__ = ["Converted", "Size", "as_low_rank", "energy", "low_rank", "materialise", "pieces", "size"]

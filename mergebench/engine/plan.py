@@ -14,7 +14,7 @@ import torch
 
 from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
-from mergebench.checkpoint.delta import Delta, resident
+from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, lay_out
@@ -139,8 +139,8 @@ class Plan:
         held = [0]
         for name in {**self.operands, **self.merge.reference.deltas}:
             operands = self.operands.get(name, ())
-            base = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()
-            held.append(resident(base) + sum(resident(operand.deltas) for operand in operands))
+            deltas = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()
+            held.append(sum(delta.resident() for delta in [*deltas, *(d for one in operands for d in one.deltas)]))
         return max(held)
 
     @property
