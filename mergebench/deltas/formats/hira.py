@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 
 from mergebench.checkpoint.format import Base, Deltas, delta_format
-from mergebench.checkpoint.kind import Part
-from mergebench.deltas.dense import dense
 from mergebench.deltas.multiplicative import multiplicative
 from mergebench.deltas.peft.directory import by_module, holds_no_model, of_type, read_directory
-from mergebench.deltas.peft.names import Placing
+from mergebench.deltas.peft.names import Placing, on_stored
 from mergebench.errors import ModelError
 
 _PARTS = {
@@ -33,9 +31,6 @@ def hira(directory: Path, base: Base) -> Deltas:
         shapes[f"{module}.weight"] = shape[::-1] if in_out else shape
     placing = Placing(directory, base, shapes)
     for module, parts in modules.items():
-        first, second = ("A", "B") if in_out else ("B", "A")
-        factors = {"b": Part(parts[first], in_out), "a": Part(parts[second], in_out)}
-        placing.put(f"{module}.weight", module, multiplicative, factors)
-    for stored, tensor in whole.items():
-        placing.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
+        placing.put(f"{module}.weight", module, multiplicative, on_stored(parts["B"], parts["A"], in_out))
+    placing.put_whole(whole)
     return Deltas(placing.deltas, [header])

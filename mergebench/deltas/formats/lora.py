@@ -27,7 +27,7 @@ from mergebench.deltas.peft.directory import (
     of_type,
     read_directory,
 )
-from mergebench.deltas.peft.names import Placing
+from mergebench.deltas.peft.names import Placing, on_stored
 from mergebench.errors import ModelError
 
 _UNSUPPORTED = {
@@ -69,12 +69,6 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """[out, in], whichever way the base stores it."""
         return self.b.shape[0], self.a.shape[1]
-
-    def on_stored(self, transposed: bool) -> dict[str, Part]:
-        """The factors of the tensor as the base stores it: of one stored [in, out], A' B'."""
-        if transposed:
-            return {"b": Part(self.a, transposed=True), "a": Part(self.b, transposed=True)}
-        return {"b": Part(self.b), "a": Part(self.a)}
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,7 @@ def lora(directory: Path, base: Base) -> Deltas:
     placing = Placing(directory, base, shapes_of(adapter))
     weights = []
     for module, factors in adapter.modules.items():
-        parts = factors.on_stored(adapter.transposed)
+        parts = on_stored(factors.b, factors.a, adapter.transposed)
         if factors.magnitude is None:
             weights.append(placing.put(f"{module}.weight", module, low_rank, parts, scale=factors.scale))
         else:
@@ -169,8 +163,7 @@ def lora(directory: Path, base: Base) -> Deltas:
             weights.append(placing.put(f"{module}.weight", module, dora, parts, **settings))
         if factors.bias is not None:
             placing.put(f"{module}.bias", module, dense, {"values": Part(factors.bias)}, scale=factors.scale)
-    for stored, tensor in adapter.whole.items():
-        placing.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
+    placing.put_whole(adapter.whole)
     if adapter.config.get("bias", "none") != "none":
         for name in (f"{weight.removesuffix('.weight')}.bias" for weight in weights):
             if name in base.tensors and name not in placing.deltas:

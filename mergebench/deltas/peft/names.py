@@ -11,6 +11,7 @@ from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import DeltaKind, Part
 from mergebench.checkpoint.names import match
+from mergebench.deltas.dense import dense
 from mergebench.errors import ModelError
 
 OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
@@ -59,6 +60,11 @@ class Placing:
         self._names = Names(directory, base.tensors, shapes)
         self.deltas: dict[str, Delta] = {}
 
+    def put_whole(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Tensors in the base's place, by the adapter's names for the base's."""
+        for stored, tensor in tensors.items():
+            self.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
+
     def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
         """A delta on the tensor that the adapter calls `stored`; returns the base's name.
 
@@ -79,6 +85,13 @@ class Placing:
         except ValueError as error:
             raise ModelError(f"{self._directory}: {what}: {error}") from None
         return name
+
+
+def on_stored(b: TensorInfo, a: TensorInfo, in_out: bool) -> dict[str, Part | None]:
+    """B [out, r] and A [r, in] as factors of the tensor that the base stores: of one stored [in, out], A' and B'."""
+    if in_out:
+        return {"b": Part(a, transposed=True), "a": Part(b, transposed=True)}
+    return {"b": Part(b), "a": Part(a)}
 
 
 def _ends(name: str) -> Iterator[str]:
