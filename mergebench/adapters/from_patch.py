@@ -81,7 +81,7 @@ def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
 
 def _product(patch: Patch, base: Model, name: str, in_out: bool) -> Product:
     """B [out, 1] and A [1, in] of what a patch adds to one matrix."""
-    delta = patch.read.on(name, Base(base.reference, base.tensors, base.config))
+    delta = patch.deltas.on(name, Base(base.reference, base.tensors, base.config))
     with Files() as files:
         parts, square = as_low_rank(files, delta).parts, energy(files, delta)
     b, a = (parts.a.T, parts.b.T) if in_out else (parts.b, parts.a)

@@ -91,7 +91,7 @@ def show(
     read = open_patch(patch)
     tensors: list[dict[str, Any]] = []
     for name in read.names:
-        amounts, original = read.amounts(name), read.read.entries[name].orig
+        amounts, original = read.amounts(name), read.deltas.entries[name].orig
         assert original is not None
         least, most = float(amounts.min()), float(amounts.max())
         side = "columns" if read.columns(name) else "rows"

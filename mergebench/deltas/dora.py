@@ -58,10 +58,9 @@ def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], s
 
 
 def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
-    rows, columns = matrix_shape(shape)
-    turned = rows > columns
-    parts = {"b": torch.randn(rows, 2, generator=random), "a": torch.randn(2, columns, generator=random)}
-    return parts | {"magnitude": 1 + torch.rand(columns if turned else rows, generator=random), "columns": turned}
+    turned = shape[0] > shape[1]
+    magnitude = 1 + torch.rand(shape[1 if turned else 0], generator=random)
+    return low_rank.some_factors(shape, random) | {"magnitude": magnitude, "columns": turned}
 
 
 @delta_kind(
@@ -70,7 +69,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     prepare=_column_norms,
     check=_check,
     example=_example,
-    label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
+    label=low_rank.label,
 )
 def dora(p: Dora, tile: slice, base: Tensor | None) -> Tensor:
     """m (W + s B A) / |W + s B A| - W."""

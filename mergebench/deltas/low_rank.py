@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import Misfit, delta_kind
 
 
 @dataclass(frozen=True)
 class Factors:
-    """B [rows, r], A [r, columns], E [r]."""
+    """B [rows, r], A [r, columns], E [r] or [r, 1]."""
 
     b: Tensor
     a: Tensor
@@ -31,7 +32,7 @@ class Factors:
 
 def factors(p: Factors, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """B and A with the scale, and E, on B."""
-    return (p.scale * p.b if p.e is None else p.scale * p.b * p.e), p.a
+    return (p.scale * p.b if p.e is None else p.scale * p.b * p.e.ravel()), p.a
 
 
 def energy(p: Factors, shape: tuple[int, ...]) -> float:
@@ -40,11 +41,22 @@ def energy(p: Factors, shape: tuple[int, ...]) -> float:
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
 
 
-def example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
-    """Factors of rank 3, E where there is more than one row."""
+def some_factors(shape: tuple[int, ...], random: torch.Generator, rank: int = 2) -> dict[str, Any]:
+    """B and A of a tensor of this shape, and a scale: what an example of a kind on factors begins with."""
     rows, columns = matrix_shape(shape)
-    parts = {"b": torch.randn(rows, 3, generator=random), "a": torch.randn(3, columns, generator=random)}
-    return parts | {"scale": 0.5} | ({"e": torch.randn(3, generator=random)} if rows > 1 else {})
+    b, a = torch.randn(rows, rank, generator=random), torch.randn(rank, columns, generator=random)
+    return {"b": b, "a": a, "scale": 0.5}
+
+
+def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
+    """E where there is more than one row."""
+    parts = some_factors(shape, random, rank=3)
+    return parts | ({"e": torch.randn(3, generator=random)} if shape[0] > 1 else {})
+
+
+def label(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> str:
+    """The rank of the factors."""
+    return f"rank {min(parts['b'].shape)}"
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
@@ -61,11 +73,11 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     prepare=lambda p, base, shape: Factors(*factors(p, shape)),  # scaled once, not tile by tile
     energy=energy,
     factors=factors,
-    example=example,
+    example=_example,
     check=check,
-    label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
+    label=label,
 )
 def low_rank(p: Factors, tile: slice, base: Tensor | None) -> Tensor:
     """s B diag(E) A: LoRA, rsLoRA by its scale, AdaLoRA by E."""
     b = p.b[tile] if p.scale == 1 else p.scale * p.b[tile]
-    return (b if p.e is None else b * p.e) @ p.a
+    return (b if p.e is None else b * p.e.ravel()) @ p.a

@@ -9,12 +9,9 @@ a low-rank matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import matrix_shape
 from mergebench.checkpoint.kind import delta_kind
 from mergebench.deltas import low_rank
 
@@ -28,17 +25,12 @@ class Factors:
     scale: float = 1.0
 
 
-def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
-    rows, columns = matrix_shape(shape)
-    return {"b": torch.randn(rows, 2, generator=random), "a": torch.randn(2, columns, generator=random), "scale": 0.5}
-
-
 @delta_kind(
     paper="arXiv:2409.13501",
     needs_base=True,
     check=low_rank.check,
-    example=_example,
-    label=lambda parts, settings: f"rank {min(parts['b'].shape)}",
+    example=low_rank.some_factors,
+    label=low_rank.label,
 )
 def multiplicative(p: Factors, tile: slice, base: Tensor | None) -> Tensor:
     """s W * (B A): HiRA, HUT."""

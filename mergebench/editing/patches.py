@@ -50,21 +50,21 @@ class Change(NamedTuple):
 class Patch:
     """A patch file, header checked; made by `open_patch`."""
 
-    read: DeltaFile
+    deltas: DeltaFile
     direction: Tensor  # [width] float32
 
     @property
     def file(self) -> Path:
-        return self.read.file
+        return self.deltas.file
 
     @property
     def names(self) -> list[str]:
-        return list(self.read.entries)
+        return list(self.deltas.entries)
 
     @property
     def about(self) -> Mapping[str, Any]:
         """Edit, alpha, rows and the like."""
-        return self.read.made
+        return self.deltas.made
 
     def numbers(self, name: str) -> Tensor:
         """Which neurons of the tensor `name` change, int64 ascending."""
@@ -76,11 +76,11 @@ class Patch:
 
     def columns(self, name: str) -> bool:
         """Whether the tensor's neurons are columns."""
-        return name in self.read.turned or bool(self.read.entries[name].settings.get("columns"))
+        return name in self.deltas.turned or bool(self.deltas.entries[name].settings.get("columns"))
 
     def change(self, name: str) -> Change:
         """What changes in the tensor `name`."""
-        info = self.read.entries[name].orig
+        info = self.deltas.entries[name].orig
         assert info is not None
         with Files() as files:
             originals = whole(files, info)
@@ -92,12 +92,12 @@ class Patch:
 
     def neurons_in(self, tensors: Mapping[str, TensorInfo], reference: str, name: str) -> Neurons:
         """Where they are in the tensors of the model that goes by `reference`."""
-        self.read.on(name, Base(reference, tensors, {}))
+        self.deltas.on(name, Base(reference, tensors, {}))
         return Neurons(tensors[name], self.columns(name))
 
     def _part(self, name: str, part: str) -> Tensor:
         with Files() as files:
-            return whole(files, self.read.entries[name].parts[part])
+            return whole(files, self.deltas.entries[name].parts[part])
 
 
 def open_patch(file: str | Path) -> Patch:

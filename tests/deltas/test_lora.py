@@ -25,6 +25,7 @@ from mergebench.checkpoint import delta as protocol
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.values import chain
+from mergebench.deltas.low_rank import Factors, factors, low_rank
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
 
@@ -376,3 +377,14 @@ def test_integers_are_not_adapted(tmp_path: Path) -> None:
     write_model(tmp_path / "base", {"layer.weight": torch.zeros(4, 4, dtype=torch.int8), "x": torch.zeros(1)})
     with pytest.raises(ModelError, match="I8: only floats can be adapted"):
         open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_adaloras_e_is_a_number_for_each_direction(shape: tuple[int, ...]) -> None:
+    """PEFT stores it as a column; with as many rows as directions, a column would scale the rows."""
+    b, a, e = torch.randn(3, 3), torch.randn(3, 5), torch.randn(shape)
+    expected = 0.5 * (b @ torch.diag(e.ravel())) @ a
+    parts = Factors(b, a, e, 0.5)
+    torch.testing.assert_close(low_rank(parts, slice(1, 3), None), expected[1:])
+    left, right = factors(parts, (3, 5))
+    torch.testing.assert_close(left @ right, expected)
