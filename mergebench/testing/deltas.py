@@ -214,6 +214,7 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
 
 def check_delta(kind: DeltaKind) -> None:
     """Run every check on a kind; `AssertionError` names the first that fails, and the shape."""
+    assert kind.example is not None, f"{kind.name}: it declares no example, without which nothing can be tried"
     for name, check in CHECKS.items():
         try:
             _over_shapes(kind, name, check)

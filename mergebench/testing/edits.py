@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,8 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
 
 def check_edit(edit: Edit, **values: Any) -> None:
     """Run every check on an edit, with these parameters; `AssertionError` names the first that fails."""
+    missing = _missing(edit, values)
+    assert missing is None, f"{edit.name}: '{missing}' has no default: give it to check_edit"
     for name, check in CHECKS.items():
         try:
             _run(edit, values, check)
@@ -163,8 +165,13 @@ def examine_edits() -> list[Report]:
 
 
 def _run(edit: Edit, values: dict[str, Any], check: Callable[[Trial], None]) -> None:
-    required = [name for name, p in edit.parameters.items() if p.required and name not in values]
-    if required:
-        raise Inapplicable(f"'{required[0]}' has no default")
+    missing = _missing(edit, values)
+    if missing is not None:
+        raise Inapplicable(f"'{missing}' has no default")
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
         check(Trial(edit, dict(values), Path(folder)))
+
+
+def _missing(edit: Edit, values: Mapping[str, Any]) -> str | None:
+    """A parameter that must be given and is not."""
+    return next((name for name, p in edit.parameters.items() if p.required and name not in values), None)

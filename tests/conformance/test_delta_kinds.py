@@ -54,3 +54,8 @@ def test_a_broken_kind_is_found(broken: str) -> None:
     kind, check = BROKEN[broken]
     with pytest.raises(AssertionError, match=check):
         check_delta(kind)
+
+
+def test_a_kind_without_an_example_does_not_pass() -> None:
+    with pytest.raises(AssertionError, match="low_rank: it declares no example"):
+        check_delta(dataclasses.replace(low_rank, example=None))

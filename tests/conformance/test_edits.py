@@ -54,3 +54,20 @@ def test_surgery_with_other_parameters(values: dict[str, Any]) -> None:
 def test_a_broken_edit_is_found(broken: Edit, check: str) -> None:
     with pytest.raises(AssertionError, match=check):
         check_edit(broken)
+
+
+@dataclass(frozen=True)
+class Required:
+    share: float = param(help="of the direction")
+
+
+@edit(paper="")
+def adds(rows: Rows, p: Required) -> Tensor:
+    """A share of the direction to every row."""
+    return torch.full((len(rows),), p.share)
+
+
+def test_what_must_be_given_is_asked_for() -> None:
+    with pytest.raises(AssertionError, match="adds: 'share' has no default"):
+        check_edit(adds)
+    check_edit(adds, share=0.5)
