@@ -27,7 +27,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 
 
 @matrix_method(
-    bases=Bases(room=5),
+    bases=Bases(room=5),  # of the directions each task keeps a fifth of a share 1/N, which must be all of its own
     paper="arXiv:2502.04959",
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),

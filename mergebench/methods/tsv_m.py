@@ -24,7 +24,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 
 
 @matrix_method(
-    bases=Bases(room=1),
+    bases=Bases(room=1),  # of the directions each task keeps a share 1/N, which must be all of its own
     paper="arXiv:2412.00081",
     workspace=workspace,
     exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},
