@@ -24,7 +24,7 @@ from mergebench.checkpoint.staging import Staging, check_room, check_target
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.svd import Product
-from mergebench.deltas.verbs import as_low_rank, energy
+from mergebench.deltas.verbs import as_low_rank
 from mergebench.editing.patches import Patch, open_patch
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError
@@ -83,6 +83,6 @@ def _product(patch: Patch, base: Model, name: str, in_out: bool) -> Product:
     """B [out, 1] and A [1, in] of what a patch adds to one matrix."""
     delta = patch.deltas.on(name, Base(base.reference, base.tensors, base.config))
     with Files() as files:
-        parts, square = as_low_rank(files, delta).parts, energy(files, delta)
+        parts, kept = as_low_rank(files, delta)
     b, a = (parts.a.T, parts.b.T) if in_out else (parts.b, parts.a)
-    return Product(b.contiguous(), a.contiguous(), square, square)
+    return Product(b.contiguous(), a.contiguous(), kept, 1.0)

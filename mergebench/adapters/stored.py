@@ -20,7 +20,7 @@ from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.names import layer_of
 from mergebench.deltas.formats.lora import residual
-from mergebench.deltas.formats.native import is_delta_file
+from mergebench.deltas.formats.native import tells_of_deltas
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS, is_adapter, read_directory
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RunError
@@ -106,7 +106,7 @@ def read_stored(path: str | Path) -> Stored:
             raise ModelError(f"{path}: its settings are in {CONFIG} beside it", f"name the directory: {path.parent}")
         header = read_header(path)
         settings = dict(header.metadata)
-        if is_delta_file(path):
+        if tells_of_deltas(settings):
             raise ModelError(f"{path}: it is a patch, not an adapter", "mergebench patch show tells what it holds")
     elif path.exists():
         raise ModelError(f"{path}: not an adapter", "a directory as PEFT saves it, or a .safetensors file")

@@ -85,12 +85,17 @@ class DeltaFile:
         return delta
 
 
+def tells_of_deltas(metadata: Mapping[str, str]) -> bool:
+    """Whether a header's metadata say that its file holds deltas."""
+    return METADATA in metadata or BEFORE in metadata
+
+
 def is_delta_file(place: Path) -> bool:
     """Whether a file's header says so."""
     if place.suffix != ".safetensors" or not place.is_file():
         return False
     try:
-        return not {METADATA, BEFORE}.isdisjoint(read_header(place).metadata)
+        return tells_of_deltas(read_header(place).metadata)
     except MergebenchError:
         return False
 
@@ -105,7 +110,7 @@ def native(file: Path, base: Base) -> Deltas:
 def read_file(file: str | Path) -> DeltaFile:
     """Read the header of a file of deltas; `ModelError` where it is missing or none, `RunError` where damaged."""
     header = read_header(Path(file))
-    if METADATA not in header.metadata and BEFORE not in header.metadata:
+    if not tells_of_deltas(header.metadata):
         raise ModelError(f"{file}: not a patch", "a patch is what `mergebench edit` writes beside the model")
     stored = {info.name: info for info in header.tensors}
     try:
