@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TILE = 1 << 16  # elements of a tile, at most, unless a row is longer
+TILE = 1 << 17  # elements of a tile, at most, unless a row is longer
+ALIGNED = 64  # bytes, as new memory is: elsewhere, BLAS routines may give other last bits
 
 
 class Source(Protocol):
@@ -36,6 +37,9 @@ class Delta(Protocol):
 
     @property
     def needs_base(self) -> bool: ...  # whether it is a function of W itself
+
+    @property
+    def folds(self) -> bool: ...  # whether W' is made from W a tile at a time, else it is W plus the tile
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]: ...  # what it is read from
@@ -64,7 +68,7 @@ class Opened(Protocol):
 
     def tile(self, first: int, base: Tensor | None) -> Tensor: ...  # W' - W from row `first`, float32 [rows, columns]
 
-    def fold(self, first: int, base: Tensor) -> Tensor: ...  # W' there, exactly
+    def fold(self, first: int, base: Tensor) -> Tensor: ...  # W' there, exactly; may be made in `base`
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -81,8 +85,8 @@ class Folded:
     """A tensor with a delta on it: a source, on a source."""
 
     def __init__(self, files: Reader, device: torch.device, below: Source, delta: Delta) -> None:
-        self.below, self.needs_base = below, delta.needs_base
-        self._device = device
+        self.below = below
+        self._needs_base, self._folds, self._device = delta.needs_base, delta.folds, device
         self._count, self._columns = matrix_shape(delta.shape)
         self._opened = delta.open(files, device, below)
         self.rows = self._opened.rows
@@ -91,47 +95,65 @@ class Folded:
 
     def read(self, start: int, out: Tensor) -> None:
         """Fill the flat `out` with W' from element `start`."""
-        if not self.needs_base:
+        if not self._folds:
             self.below.read(start, out)
             self.add_into(start, out)
             return
-        for piece, tile in self._pieces(start, out, folded=True):
-            piece.copy_(tile)
+        for row, piece, within in self._pieces(start, out):
+            if len(piece) == self._numel(row) and piece.data_ptr() % ALIGNED == 0:
+                self._fold(row, piece)
+            else:
+                piece.copy_(self._at(row, folded=True)[within])
 
     def add_into(self, start: int, out: Tensor) -> None:
         """out += (W' - W)[start : start + len(out)] (flat elements)."""
-        for piece, tile in self._pieces(start, out, folded=False):
-            piece += tile
+        for row, piece, within in self._pieces(start, out):
+            piece += self._at(row, folded=False)[within]
 
-    def _pieces(self, start: int, out: Tensor, folded: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of `out`, and the elements of a tile that belong there."""
+    def _pieces(self, start: int, out: Tensor) -> Iterator[tuple[int, Tensor, slice]]:
+        """A tile's first row, the part of `out` that lies in it, and where."""
         stop, rows = start + len(out), self.rows
         row = start // self._columns // rows * rows
         while row * self._columns < stop:
-            tile, at = self._at(row, folded), row * self._columns
-            low, high = max(start, at), min(stop, at + len(tile))
-            yield out[low - start : high - start], tile[low - at : high - at]
+            at = row * self._columns
+            low, high = max(start, at), min(stop, at + self._numel(row))
+            yield row, out[low - start : high - start], slice(low - at, high - at)
             row += rows
+
+    def _numel(self, row: int) -> int:
+        """Elements of the tile that begins at `row`."""
+        return min(self.rows, self._count - row) * self._columns
 
     def _at(self, row: int, folded: bool) -> Tensor:
         """The flat tile that begins at `row`."""
         if self._tile is None or self._last != (row, folded):
             self._tile = None  # the next one is made where it was, in the cache
-            rows = min(self.rows, self._count - row)
-            base = None
-            if self.needs_base:
-                import torch  # headers are read without it
-
-                base = torch.empty(rows * self._columns, device=self._device)
-                self.below.read(row * self._columns, base)
-                base = base.view(rows, self._columns)
+            base = self._empty(row) if folded or self._needs_base else None
             if folded:
                 assert base is not None
-                tile = self._opened.fold(row, base)
+                self._fold(row, base)
+                tile = base
             else:
-                tile = self._opened.tile(row, base)
-            self._last, self._tile = (row, folded), tile.reshape(-1)
+                if base is not None:
+                    self.below.read(row * self._columns, base)
+                    base = base.view(-1, self._columns)
+                tile = self._opened.tile(row, base).reshape(-1)
+            self._last, self._tile = (row, folded), tile
         return self._tile
+
+    def _fold(self, row: int, out: Tensor) -> None:
+        """Fill the flat `out` with the W' of a tile."""
+        self.below.read(row * self._columns, out)
+        base = out.view(-1, self._columns)
+        folded = self._opened.fold(row, base)
+        if folded is not base:
+            base.copy_(folded)
+
+    def _empty(self, row: int) -> Tensor:
+        """Room for a tile, flat."""
+        import torch  # headers are read without it
+
+        return torch.empty(self._numel(row), device=self._device)
 
 
 class Chain:

@@ -69,7 +69,7 @@ class DeltaKind:
     paper: str
     parts: type  # the dataclass the function takes first
     needs_base: Callable[[Any], bool]  # of the settings: whether it is a function of W itself
-    folds: Fold | None  # W' where it is not W plus a tile, to the bit
+    folds: Fold | None  # W', where that is not W plus a tile to the bit, or is made quicker
     prepare: Prepare | None  # run once when a delta is opened; may pass over W
     whole: bool  # it cannot be cut: a tile is all rows
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
@@ -149,6 +149,10 @@ class StoredDelta:
     @property
     def needs_base(self) -> bool:
         return self.of.needs_base(self.setting)
+
+    @property
+    def folds(self) -> bool:
+        return self.of.folds is not None or self.needs_base
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -262,16 +266,22 @@ def delta_kind(
 ) -> Callable[[Tile], DeltaKind]:
     """Declare a function `(parts: a dataclass, tile: slice, base) -> W' - W` as a kind of delta.
 
-    The function gives float32 [rows of the tile, columns]; `base` holds these rows of W where `needs_base` says so (by
-    the settings, where it is a function of them), else None. `paper`: where the formula stands. `folds`: W' itself,
-    where W plus the tile is not it to the bit. `prepare`: what to know before the first tile; may read all of W.
-    `whole`: it cannot be cut into tiles. `energy`: the squared norm of W' - W in closed form. `factors`: B and A whose
-    product W' - W is, where that is exact. `check`: of the shapes of the parts by name, the settings and the tensor's
-    shape; raises `ValueError` where they are unsound, `Misfit` where they are not of this tensor. `validate`: the same
-    of parts and the tensor's shape, where the values are few enough to be looked at. `label`: a few words for tables,
-    of stored parts and settings. `example`: parts, as they are stored, and settings of some delta on a tensor of a
-    shape, with which `mergebench.testing.check_delta` tries the kind. `stored_as`: whether, by the settings, its only
-    part is W' as it is stored, or W' - W, and may be read without tiles.
+    The function gives float32 [rows of the tile, columns]; `base` holds these rows of W where the kind needs them, else
+    None.
+
+    paper: where the formula stands.
+    needs_base: whether it is a function of W; may depend on the settings.
+    folds: W' itself, where W plus the tile is not it to the bit, or takes longer; may be made in `base`.
+    prepare: what to know before the first tile; may read all of W.
+    whole: it cannot be cut into tiles.
+    energy: |W' - W|^2 in closed form.
+    factors: B and A with W' - W = B A, where that is exact.
+    check: of the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` where they are
+        unsound, `Misfit` where they are not of this tensor.
+    validate: the same of the parts in memory, where they are few enough to be looked at.
+    label: a few words for tables, of stored parts and settings.
+    example: parts and settings of some delta on a tensor of a shape, for `mergebench.testing.check_delta`.
+    stored_as: whether its only part is W' as it is stored, or W' - W, and may be read without tiles.
     """
 
     def declare(function: Tile) -> DeltaKind:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,7 @@ from typing import Any, cast
 
 import torch
 
+from mergebench.checkpoint.delta import matrix_shape, tile_rows
 from mergebench.checkpoint.files import Files
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.noise import TILE
@@ -41,7 +43,7 @@ _PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
 Progress = Callable[[int], None]  # called with the bytes that were read
 
 
-def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]:
+def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0, apply: bool = False) -> Iterator[Item]:
     """A merged tensor in chunks; `tile` is the number of its first tile in the unit."""
     info, size = plan.merge.reference.tensors[name], plan.chunk
     if plan.merge.cut == "row":
@@ -49,6 +51,9 @@ def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0) -> Iterator[Item]
         size = max(size // max(columns, 1), 1) * columns
     elif name in plan.whole:
         size = info.numel
+    elif apply and any(operand.deltas for operand in plan.operands[name]):  # no tile is made by two workers
+        step = math.lcm(tile_rows(info.shape) * matrix_shape(info.shape)[1], 8)  # a byte of a mask has 8 elements
+        size = size // step * step or size
     for start in range(0, info.numel, size):
         yield Item(unit, (Span(name, start, min(start + size, info.numel)),), tile + start // TILE)
 

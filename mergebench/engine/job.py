@@ -95,8 +95,8 @@ class Operand(NamedTuple):
 
     @property
     def folds(self) -> bool:
-        """Whether the row is read by tiles, deltas and all: some are functions of what they are on."""
-        return self.stored is not None and any(delta.needs_base for delta in self.deltas)
+        """Whether the row is read by tiles, deltas and all."""
+        return self.stored is not None and any(delta.folds for delta in self.deltas)
 
 
 def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:

@@ -187,7 +187,9 @@ class Sweeper:
             item
             for name in written
             for item in (
-                chunks_of(self.plan, name, number_of[name]) if name in number_of else copies_of(self.plan, name)
+                chunks_of(self.plan, name, number_of[name], apply=True)
+                if name in number_of
+                else copies_of(self.plan, name)
             )
         )
         started = time.perf_counter()

@@ -18,7 +18,7 @@ from tests.models import write_model, write_recipe
 
 MIB, RANK, SIDE = 1 << 20, 50_000, 64
 FACTORS = 4 * RANK * 2 * SIDE  # A and B in float32: 24 MiB, for a tensor of 16 KiB
-ROWS, WIDTH = 100_000, 4  # a patch of every row holds its number (8 bytes) and amount (4)
+ROWS, WIDTH = 200_000, 4  # a patch of every row holds its number (8 bytes) and amount (4)
 
 
 @pytest.fixture(scope="module")
