@@ -8,7 +8,7 @@ expert * neurons + neuron.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,27 +44,38 @@ def _factors(p: Patch, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    direction, rows, columns = shapes["direction"], shapes["rows"], settings["columns"]
+    direction, rows = shapes["direction"], shapes["rows"]
     if len(direction) != 1 or len(rows) != 1 or shapes["amount"] != rows:
         raise ValueError(f"rows {list(rows)}, amounts {list(shapes['amount'])} and direction {list(direction)}")
-    if len(shape) not in (2, 3) or (shape[-2:] != (*direction, columns) if columns else shape[-1:] != direction):
-        raise Misfit(f"the patch changes {rows[0]} vectors of {direction[0]} elements")
+    check_vectors((*rows, *direction), settings["columns"], shape)
 
 
-def _validate(p: Patch, shape: tuple[int, ...]) -> None:
+def check_vectors(vectors: tuple[int, ...], columns: int, shape: tuple[int, ...]) -> None:
+    """`Misfit` where neurons' vectors [k, width] are none of a tensor of this shape."""
+    count, width = vectors
+    if len(shape) not in (2, 3) or (shape[-2:] != (width, columns) if columns else shape[-1:] != (width,)):
+        raise Misfit(f"the patch changes {count} vectors of {width} elements")
+
+
+def check_rows(rows: Tensor, width: int, shape: tuple[int, ...]) -> None:
     """Neurons in order, and none beyond the last."""
-    if not len(p.rows) or (p.rows.diff() <= 0).any() or p.rows[0] < 0:
+    if not len(rows) or (rows.diff() <= 0).any() or rows[0] < 0:
         raise ValueError("the rows are not in order")
-    if p.rows[-1] >= math.prod(shape) // len(p.direction):
-        raise Misfit(f"the patch changes {len(p.rows)} vectors of {len(p.direction)} elements")
+    if rows[-1] >= math.prod(shape) // width:
+        raise Misfit(f"the patch changes {len(rows)} vectors of {width} elements")
+
+
+def some_rows(shape: tuple[int, ...]) -> tuple[Tensor, int, int]:
+    """Every other neuron, its width, and `columns`: what an example of a kind on neurons begins with."""
+    turned = shape[0] > shape[1]
+    width, count = shape if turned else shape[::-1]
+    return torch.arange(0, count, 2), width, count if turned else 0
 
 
 def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
-    turned = shape[0] > shape[1]
-    width, count = shape if turned else shape[::-1]
-    rows = torch.arange(0, count, 2)
+    rows, width, columns = some_rows(shape)
     direction, amount = torch.randn(width, generator=random), torch.randn(len(rows), generator=random)
-    return {"direction": direction, "rows": rows, "amount": amount, "columns": count if turned else 0}
+    return {"direction": direction, "rows": rows, "amount": amount, "columns": columns}
 
 
 @delta_kind(
@@ -73,7 +84,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     factors=_factors,
     example=_example,
     check=_check,
-    validate=_validate,
+    validate=lambda p, shape: check_rows(p.rows, len(p.direction), shape),
     label=lambda parts, settings: f"{parts['rows'].numel} neurons",
 )
 def row_patch(p: Patch, tile: slice, base: Tensor | None) -> Tensor:
@@ -81,19 +92,28 @@ def row_patch(p: Patch, tile: slice, base: Tensor | None) -> Tensor:
     width, height = len(p.direction), tile.stop - tile.start
     # adding -0.0 changes no bit, adding 0.0 turns -0.0 into 0.0: what is not changed stays as it is
     out = torch.full((height, p.columns or width), -0.0, dtype=p.direction.dtype, device=p.direction.device)
-    if not p.columns:
-        chosen = _between(p.rows, tile.start, tile.stop)
-        out[p.rows[chosen] - tile.start] = p.amount[chosen, None] * p.direction
-        return out
+    for chosen, coordinates, where in neurons_in(tile, p.rows, width, p.columns):
+        vectors = p.amount[chosen, None] * p.direction[coordinates]
+        out[where] = vectors.T if p.columns else vectors
+    return out
+
+
+def neurons_in(
+    tile: slice, rows: Tensor, width: int, columns: int
+) -> Iterator[tuple[slice, slice, tuple[slice | Tensor, ...]]]:
+    """(places among `rows`, coordinates of the vectors, where in the tile) of the neurons that it has a part of."""
+    if not columns:
+        chosen = _between(rows, tile.start, tile.stop)
+        yield chosen, slice(None), (rows[chosen] - tile.start,)
+        return
     first = tile.start
     while first < tile.stop:  # coordinates of one expert after the other
         expert, coordinate = divmod(first, width)
         stop = min(tile.stop, (expert + 1) * width)
-        chosen = _between(p.rows, expert * p.columns, (expert + 1) * p.columns)
-        direction = p.direction[coordinate : coordinate + stop - first, None]
-        out[first - tile.start : stop - tile.start, p.rows[chosen] - expert * p.columns] = p.amount[chosen] * direction
+        chosen = _between(rows, expert * columns, (expert + 1) * columns)
+        where = slice(first - tile.start, stop - tile.start), rows[chosen] - expert * columns
+        yield chosen, slice(coordinate, coordinate + stop - first), where
         first = stop
-    return out
 
 
 def _between(rows: Tensor, first: int, stop: int) -> slice:

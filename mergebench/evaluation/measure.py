@@ -146,12 +146,12 @@ def measure(
 def _unedited(recipe: Recipe, out: Path, patches: Sequence[Path], store: Store | None) -> Candidate:
     """The merge before its edits, as a row to set them against."""
     from mergebench.checkpoint.content import sha256_of
-    from mergebench.editing.undo import Unedited
+    from mergebench.editing.undo import unedited
     from mergebench.evaluation import Candidate
 
     edited = open_model(str(out))
     key = None if store is None else " without ".join([str(store.content(edited)), *map(sha256_of, patches)])
-    return Candidate(_before(recipe), "baseline", Unedited(edited, [open_patch(one) for one in patches]), None, key)
+    return Candidate(_before(recipe), "baseline", unedited(edited, [open_patch(one) for one in patches]), None, key)
 
 
 def _before(recipe: Recipe) -> str:

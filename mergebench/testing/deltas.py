@@ -185,6 +185,23 @@ def _stacked(trial: Trial) -> None:
     assert torch.equal(twice, again), "stacked it is another one"
 
 
+def _undone(trial: Trial) -> None:
+    """Folded, and what its file keeps put back, a tensor is the base's to the bit."""
+    parts = {name: value for name, value in trial.given.items() if isinstance(value, Tensor)}
+    before = trial.base
+    if "rows" in parts:  # of neurons, those that change
+        before = before.mT if trial.settings.get("columns") else before
+        before = before.reshape(-1, before.shape[-1])[parts["rows"]]
+    kept = trial.file.with_name("kept.safetensors")
+    write_file(kept, {NAME: Writing(trial.kind.name, trial.settings, parts, orig=before)})
+    folded = trial.file.with_name("folded.safetensors")
+    save_file({NAME: trial.model.state_dict()[NAME]}, folded)
+    model = open_model(str(folded))
+    undo = read_file(kept).undo(NAME, trial.delta)
+    undone = dataclasses.replace(model, deltas={NAME: (undo,)}).state_dict()[NAME]
+    assert torch.equal(undone.view(torch.int32), trial.base.view(torch.int32)), "it is another base"
+
+
 def _gradients(trial: Trial) -> None:
     """Its floats get gradients through the function, as training needs them."""
     with Files() as files:
@@ -208,6 +225,7 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
     "memory": _memory,
     "pickles": _pickles,
     "stacked": _stacked,
+    "undone": _undone,
     "gradients": _gradients,
 }
 

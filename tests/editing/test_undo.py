@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mergebench.checkpoint.format import Base
+from mergebench.deltas.formats.native import Writing, read_file, write_file
 from mergebench.deltas.open import open_model
-from mergebench.editing.patches import Change, open_patch
+from mergebench.editing.patches import open_patch
 from mergebench.editing.probes.probe import Probe
-from mergebench.editing.undo import Unedited, _put_back
+from mergebench.editing.undo import unedited
+from mergebench.errors import ModelError
 from mergebench.evaluation import Results
 from mergebench.evaluation.compare.comparison import compare
 from tests.conftest import Cli
@@ -69,7 +73,7 @@ def test_unedited_is_the_merge_without_edits(here: Path, cli: Cli, family: str, 
     provenance = json.loads(Path("edited/mergebench.json").read_text())
     patches = [open_patch(Path("edited") / edit["patch"]) for edit in provenance["edits"]]
     assert len(patches) == count
-    found = Unedited(edited, patches).state_dict()
+    found = unedited(edited, patches).state_dict()
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in edited.state_dict().items())
@@ -161,15 +165,35 @@ def test_the_row_before_has_a_name_of_its_own(here: Path, cli: Cli) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5)])
+@pytest.mark.parametrize("shape", [(7, 5), (6, 6), (3, 7, 5)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_rows_are_put_back_wherever_they_lie(shape: tuple[int, ...], transposed: bool) -> None:
-    """Also those of experts in one tensor, numbered through."""
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_are_put_back_wherever_they_lie(
+    tmp_path: Path, shape: tuple[int, ...], transposed: bool, step: int
+) -> None:
+    """Also those of experts in one tensor, numbered through; also where all of them changed."""
     torch.manual_seed(0)
     tensor, width = torch.randn(shape), shape[-2 if transposed else -1]
     expected = (tensor.mT if transposed else tensor).reshape(-1, width).clone()
-    numbers = torch.arange(0, len(expected), 2)
+    numbers = torch.arange(0, len(expected), step)
     originals = torch.randn(len(numbers), width).to(torch.bfloat16)
     expected[numbers] = originals.float()
-    _put_back(tensor, Change(numbers, torch.ones(len(numbers)), originals, transposed))
-    assert torch.equal((tensor.mT if transposed else tensor).reshape(-1, width), expected)
+    save_file({"up.weight": tensor}, tmp_path / "edited.safetensors")
+    settings = {"columns": shape[-1]} if transposed else {}
+    parts = {"rows": numbers, "amount": torch.ones(len(numbers))}
+    writing = Writing("row_patch", settings, parts, {"direction": "direction"}, originals)
+    write_file(tmp_path / "patch.safetensors", {"up.weight": writing}, {"direction": torch.ones(width)})
+    found = unedited(open_model(str(tmp_path / "edited.safetensors")), [open_patch(tmp_path / "patch.safetensors")])
+    back = found.state_dict()["up.weight"]
+    assert torch.equal((back.mT if transposed else back).reshape(-1, width), expected)
+
+
+def test_what_was_not_kept_is_not_put_back(tmp_path: Path) -> None:
+    save_file({"up.weight": torch.zeros(3, 2)}, tmp_path / "m.safetensors")
+    parts = {"b": torch.ones(3, 1), "a": torch.ones(1, 2)}
+    write_file(tmp_path / "delta.safetensors", {"up.weight": Writing("low_rank", {}, parts)})
+    model = open_model(str(tmp_path / "m.safetensors"))
+    file = read_file(tmp_path / "delta.safetensors")
+    delta = file.on("up.weight", Base(model.reference, model.tensors, {}))
+    with pytest.raises(ModelError, match=r"does not keep 'up\.weight' as it was"):
+        file.undo("up.weight", delta)

@@ -1,7 +1,7 @@
 """Our own file, for deltas of every kind: one safetensors file, small beside the model.
 
     NAME.PART    a part of the delta on the tensor NAME, such as NAME.b and NAME.a; several deltas may share one
-    NAME.orig    what the delta changes as it was, for an exact undo: the tensor, or the neurons that a patch changes
+    NAME.orig    what the delta changes as it was, for an exact undo: the tensor, or of a delta on rows the neurons
 
 The metadata says under `delta`, as JSON:
 
@@ -83,6 +83,17 @@ class DeltaFile:
         except ValueError as error:
             raise damaged(self.file, f"{name}: {error}") from None
         return delta
+
+    def undo(self, name: str, delta: StoredDelta) -> StoredDelta:
+        """What makes a tensor again, to the bit, of the tensor with this delta of the file on it; `ModelError` where the
+        file does not keep it."""
+        orig = self.entries[name].orig
+        if orig is None:
+            raise ModelError(f"{self.file}: does not keep '{name}' as it was", "without that no undo is exact")
+        if "rows" not in delta.part:
+            return kinds.get("dense").on(delta.shape, {"values": orig}, replace=True)
+        parts = {"values": orig, "rows": delta.part["rows"]}
+        return kinds.get("replaced_rows").on(delta.shape, parts, columns=delta.setting["columns"])
 
 
 def tells_of_deltas(metadata: Mapping[str, str]) -> bool:
