@@ -31,5 +31,5 @@ def adopt(base: Model, model: Model) -> Model:
         model,
         tensors={name: info if info.name == name else info._replace(name=name) for name, info in named.items()},
         deltas={found.get(name, name): deltas for name, deltas in model.deltas.items()},
-        remarks=tuple(remarks),
+        remarks=(*model.remarks, *remarks),
     )

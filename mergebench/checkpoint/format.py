@@ -24,6 +24,7 @@ class Deltas(NamedTuple):
 
     deltas: Mapping[str, Delta]
     headers: list[Header]
+    made_on: str | None = None  # `content.identity` of the model that they were made on, where the place says so
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Model:
     config_changes: Mapping[str, Any] | None = None  # of a model put together from others, or with other tokens
     sliced: bool = False  # put together from layers of others: the order of its tensors is no file's
     tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
-    remarks: tuple[str, ...] = ()  # how its tensors were found under the base's names
+    remarks: tuple[str, ...] = ()  # what may be other than expected
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, print_table
+from mergebench.cli.output import human, note, print_table
 from mergebench.cli.patch import show
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def inspect(
         | _changed(found.deltas.get(t.name, ()))
         for t in found.tensors.values()
     ]
+    for remark in found.remarks:
+        note(remark, json_)
     if json_:
         typer.echo(json.dumps({"model": model, "architecture": _architecture(found.config), "tensors": tensors}))
         return

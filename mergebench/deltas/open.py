@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, open_checkpoint
@@ -49,7 +50,11 @@ def put_on(model: Model, place: Path) -> Model:
     deltas = dict(model.deltas)
     for name, delta in read.deltas.items():
         deltas[name] = (*deltas.get(name, ()), delta)
-    changed = replace(model, headers=[*model.headers, *read.headers], deltas=deltas, adapters=(*model.adapters, place))
+    remarks = model.remarks
+    if read.made_on is not None and not model.deltas and read.made_on != (this := identity(model)):
+        remarks += (f"{place} was made on another model: its base is {read.made_on}, this is {this}",)
+    headers, adapters = [*model.headers, *read.headers], (*model.adapters, place)
+    changed = replace(model, headers=headers, deltas=deltas, adapters=adapters, remarks=remarks)
     _check_tied(changed, place)
     return changed
 

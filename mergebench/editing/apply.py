@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.content import identity, sha256_of
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.staging import Staging
@@ -80,17 +80,20 @@ def carry_out(edits: Sequence[Planned | PutIn], staging: Staging, copied: Model 
     model = open_model(str(staging.directory))
     named = zip(edits, patch_names(len(edits)), strict=True)
     with one_thread():  # many small steps, which threads would only wait for one another in
-        return [_carry_out(edit, name, model, staging, copied or model) for edit, name in named]
+        return [_carry_out(edit, name, model, staging, copied) for edit, name in named]
 
 
-def _carry_out(edit: Planned | PutIn, name: str, model: Model, staging: Staging, source: Model) -> dict[str, Any]:
+def _carry_out(
+    edit: Planned | PutIn, name: str, model: Model, staging: Staging, copied: Model | None
+) -> dict[str, Any]:
     if isinstance(edit, PutIn):
         edit.make(model)
         return {**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert}
     made: dict[str, dict[str, Any]] = staging.journal.setdefault("edits", {})
     if name not in made:
-        doubts = edit.doubts(source)  # of what stood here before this edit
-        report = _plan_on(edit, model, staging, name)
+        doubts = edit.doubts(copied or model)  # of what stood here before this edit
+        first = not made  # what a later one is made on is nowhere to be put on again
+        report = _plan_on(edit, model, staging, name, identity(copied) if copied is not None and first else None)
         made[name] = {"patch": name, **report, "warnings": doubts + report["warnings"]}
         staging.journal["shards"].append(name)
         staging.save()
@@ -98,14 +101,14 @@ def _carry_out(edit: Planned | PutIn, name: str, model: Model, staging: Staging,
     return made[name]
 
 
-def _plan_on(edit: Planned, model: Model, staging: Staging, name: str) -> dict[str, Any]:
+def _plan_on(edit: Planned, model: Model, staging: Staging, name: str, base: str | None) -> dict[str, Any]:
     """Find the rows and write the patch; what is told of it."""
     found = scan(edit, model)
     changes = found.changes()
     report = found.report()
     columns = frozenset(target.tensor for target in edit.targets if target.transposed) & changes.keys()
     about = {key: value for key, value in report.items() if key not in ("by_layer", "cosine")}
-    write_patch(staging.directory / name, model, edit.direction, changes, columns, about)
+    write_patch(staging.directory / name, model, edit.direction, changes, columns, about, base)
     return report
 
 

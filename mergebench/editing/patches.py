@@ -120,9 +120,11 @@ def write_patch(
     changes: Mapping[str, tuple[Tensor, Tensor]],
     columns: frozenset[str],
     about: Mapping[str, Any],
+    base: str | None = None,
 ) -> None:
     """Write the patch that gives the neurons `changes[NAME][0]` (int64, ascending) of a model's tensors
-    `changes[NAME][1]` (float32) times the direction; their vectors before are the model's. All at once, in place."""
+    `changes[NAME][1]` (float32) times the direction; their vectors before are the model's. All at once, in place.
+    base: the identity of the model that it will be put on."""
     with Files() as files:
         values, writings = model.values(files), {}
         for name, (numbers, amounts) in changes.items():
@@ -132,7 +134,7 @@ def write_patch(
             parts = {"rows": numbers, "amount": amounts}
             before = Later(values.copied_type(name), (len(numbers), len(direction)), make)
             writings[name] = Writing("row_patch", settings, parts, {"direction": "direction"}, before)
-        write_file(file, writings, {"direction": direction}, about)
+        write_file(file, writings, {"direction": direction}, about, base)
 
 
 def check_finite(name: str, edited: Tensor) -> None:

@@ -275,6 +275,16 @@ def test_inspecting_a_patched_model(two: list[Path], model: Path, cli: Cli) -> N
     assert "+ row_patch " in shown.out and f"changed by {two[0]}" in shown.out
 
 
+def test_a_patch_knows_the_model_it_was_made_on(two: list[Path], model: Path, tmp_path: Path, cli: Cli) -> None:
+    """On another one it is put all the same, with a note; on the way to it, or on top of a delta, nothing is said."""
+    other = write_model(tmp_path / "other", gated(torch.bfloat16, seed=5), config=CONFIG)
+    for on, said in ((model, False), (other, True), (f"{model}+{two[1]}", False)):
+        shown = cli("inspect", f"{on}+{two[0]}")
+        assert shown.code == 0 and ("made on another model: its base is" in shown.err) == said
+        recipe = write_recipe(tmp_path / "recipe.yaml", "passthrough", [f"{on}+{two[0]}"])
+        assert ("made on another model" in cli("plan", str(recipe)).err) == said
+
+
 def test_to_lora(two: list[Path], model: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("patch", "to-lora", two[0], "--model", model, "--out", tmp_path / "lora")
     twice = cli("patch", "to-lora", two[0], "--model", model, "--out", tmp_path / "lora")

@@ -115,7 +115,7 @@ def is_delta_file(place: Path) -> bool:
 def native(file: Path, base: Base) -> Deltas:
     """The deltas of a file of ours."""
     read = read_file(file)
-    return Deltas({name: read.on(name, base) for name in read.entries}, [read.header])
+    return Deltas({name: read.on(name, base) for name in read.entries}, [read.header], read.base)
 
 
 def read_file(file: str | Path) -> DeltaFile:
