@@ -45,7 +45,7 @@ def plan(
     shard_size: int = SHARD_SIZE,
     chunk: int | None = None,
 ) -> Plan:
-    """Plan a recipe's merge from headers alone; raises where anything does not fit.
+    """Plan a recipe's merge from headers alone; raises if anything does not fit.
 
     memory: bytes for buffers and statistics. workers: processes or threads (None: one a core). device: auto, cpu or
     cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do not depend on it.
@@ -58,7 +58,7 @@ def plan(
 
 
 def with_edits(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with the recipe's edits of what it gives, checked against that."""
+    """The plan with the recipe's edits of the merged model, checked against that model."""
     if not recipe.edits:
         return plan
     from mergebench.editing.plan import plan_edit
@@ -81,8 +81,8 @@ def with_edits(plan: Plan, recipe: Recipe) -> Plan:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection: the small objects of a hundred thousand tensors all live, and looking for
-    dead ones among them again and again takes four fifths of the time."""
+    """No garbage collection: the small objects of a hundred thousand tensors all stay alive, and scanning them
+    repeatedly takes four fifths of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -105,9 +105,9 @@ def run(
 ) -> Result:
     """Merge into the directory `out`, which appears when it is complete.
 
-    resume: go on with what an interrupted run left. overwrite: replace an earlier result. sync: fsync
-    (for power cuts). hash_inputs: record full hashes of the inputs. verify: load the result on `meta`.
-    progress: called with the number of bytes just read, perhaps from several threads.
+    resume: continue an interrupted run. overwrite: replace an earlier result. sync: fsync (for power cuts).
+    hash_inputs: record full hashes of the inputs. verify: load the result on `meta`. progress: called with the number
+    of bytes just read, perhaps from several threads.
     """
 
     target = Path(out)
@@ -145,7 +145,7 @@ def run(
 
 
 def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:
-    """Before hours of merging: every model that is no stage's result is there, and no target is taken."""
+    """Check before hours of merging that every input model exists and no target is taken."""
     for stage in stages:
         if stage is not stages[-1] and finished(stage.out) is not None and not (resume or overwrite):
             hint = "use it with --resume, replace it with --overwrite, or choose another --out"
@@ -188,9 +188,9 @@ def plan_fold(
     workers: int | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """An adapter folded into its base: the plan of the recipe that passes BASE+ADAPTER through.
+    """Plan to fold an adapter into its base: the recipe that passes BASE+ADAPTER through.
 
-    `ModelError` where the adapter is of a type whose work is no difference of the base's weights.
+    `ModelError` if the adapter's type cannot be written as a difference of the base's weights.
     """
     read = read_stored(adapter)
     if format_of(Path(adapter)) is None:
@@ -210,10 +210,10 @@ def plan_edit(
     shard_size: int = SHARD_SIZE,
     **how: Any,
 ) -> Plan:
-    """A copy of a model and the edit of it, checked by headers alone.
+    """Plan a copy of a model with an edit, checked by headers alone.
 
     how: direction, target, layers, and the edit's own parameters (of surgery: rows, alpha, alpha_relative, select, op,
-    seed), as in a recipe's `edits:`; None is not given.
+    seed), as in a recipe's `edits:`; None counts as not given.
     """
     given = {key: value for key, value in how.items() if value is not None}
     try:
@@ -232,9 +232,9 @@ def plan_patch(
     workers: int | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """A copy of a model with a patch put in, or with `revert` taken out, bit for bit.
+    """Plan a copy of a model with a patch applied, or with `revert` undone, bit for bit.
 
-    `ModelError` where the model's rows are not those that the patch was made on (with `revert`: those it made).
+    `ModelError` if the model's rows are not the patch's original rows (with `revert`: its new rows).
     """
     from mergebench.editing.apply import PutIn
 
@@ -245,8 +245,8 @@ def plan_patch(
 
 
 def dry_run(plan: Plan, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """What the edit of a plan by `plan_edit` would do to how many rows, from one read of the candidates; nothing is
-    written. As `edits` in mergebench.json tells it of one that was made."""
+    """Report what a plan by `plan_edit` would change, from one read of the candidates; nothing is written. The report
+    has the form of `edits` in mergebench.json."""
     from mergebench.editing.plan import Planned
     from mergebench.editing.scan import scan
 
@@ -262,7 +262,7 @@ def _copy(model: str) -> dict[str, Any]:
 
 
 def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int) -> Plan:
-    """The plan of a copy: bytes are moved as they are, but for what an adapter changes."""
+    """The plan of a copy: bytes are copied unchanged, except in tensors that an adapter changes."""
     merge = resolve(recipe)
     changed = tuple(glob.escape(name) for name in merge.reference.deltas)
     merge = replace(merge, include=changed, exclude=() if changed else ("*",), copies=True)

@@ -1,4 +1,4 @@
-"""What goes wrong, said so that the reader knows where, what and the way out.
+"""Errors that say where the problem is, what it is and how to fix it.
 
 Every error a user can cause is a `MergebenchError`: one line, a hint, an exit code. The command line
 prints it without a traceback; library users catch it.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class MergebenchError(Exception):
-    """A failure with a message (where: what), an optional hint (the way out) and an exit code."""
+    """A failure with a message (where: what), an optional hint (how to fix it) and an exit code."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class RunError(MergebenchError):
 
 
 class DiskFull(RunError):
-    """There is no room left for what is written."""
+    """The disk has no room left for the output."""
 
 
 class RecipeError(MergebenchError):

@@ -4,8 +4,8 @@
     class Params:
         density: float = param(0.2, "share of elements kept", above=0, high=1)
 
-Merge methods, edits, tasks, scorers, probes and published systems declare what they take this way. Recipes, suites,
-configs and the command line check what a user gives against it, and show it.
+Merge methods, edits, tasks, scorers, probes and published systems declare their parameters this way. Recipes, suites,
+configs and the command line check and show them by the declaration.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WORDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One declared parameter. A `type` that is none of `WORDS` is checked by whoever reads it."""
+    """One declared parameter. A `type` not in `WORDS` is checked by the code that reads it."""
 
     name: str
     type: Any
@@ -48,9 +48,9 @@ class Parameter:
     high: float | None = None
     above: float | None = None  # an open lower bound
     below: float | None = None  # an open upper bound
-    choices: tuple[str, ...] = ()  # of a number: words that may stand for one
+    choices: tuple[str, ...] = ()  # words allowed in place of a number
     per_model: bool = False
-    folder: bool = False  # a path that is a directory's
+    folder: bool = False  # the path must be a directory
 
     @property
     def required(self) -> bool:
@@ -72,7 +72,7 @@ class Parameter:
         return ", ".join(filter(None, (self.help, self.range_text())))
 
     def complaint(self, value: object) -> str | None:
-        """What `value` must be and is not; None where it is allowed."""
+        """What `value` should have been; None if it is allowed."""
         if self.choices and value in self.choices:
             return None
         if self.choices and not self.is_number:
@@ -101,11 +101,11 @@ class Parameter:
         return ", ".join(filter(None, (WORDS[self.type], self.range_text())))
 
     def plain(self, value: Any) -> Any:
-        """An allowed value as its type: `3.0` is 3 of an int, `1` is 1.0 of a float."""
+        """An allowed value as its type: `3.0` becomes 3 for an int, `1` becomes 1.0 for a float."""
         return self.type(value) if self.is_number and not isinstance(value, str) else value
 
     def read(self, text: str) -> Any:
-        """What a text of the command line means; what cannot be read stays text, and `complaint` says so."""
+        """Parse a command-line value; an unreadable value stays text, and `complaint` then reports it."""
         if self.type is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
         if not self.is_number:
@@ -123,7 +123,7 @@ def _plain(bound: float) -> str:
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value of YAML, JSON or Python is of that kind; a whole number is a number, true is none."""
+    """Whether a value of YAML, JSON or Python is of that kind; an int counts as a float, true is not a number."""
     if kind == list[str]:
         return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
     if kind == list[int]:
@@ -151,9 +151,9 @@ def param(
 ) -> Any:
     """A declared parameter: default, meaning and range in one place.
 
-    A trailing underscore keeps Python's keywords out of the way: the field `lambda_` is the recipe's `lambda`.
-    `per_model` parameters may be given once, or once for each model; the method gets a tuple. `choices` are known
-    where the field is a `Literal`. A `Path` must be there, a file or a `folder`; a `Path | str` may be a name instead.
+    A trailing underscore avoids Python's keywords: the field `lambda_` is the recipe's `lambda`. `per_model` parameters
+    may be given once, or once for each model; the method gets a tuple. For a `Literal` field, `choices` come from its
+    type. A `Path` must exist, as a file or a `folder`; a `Path | str` may be a name instead.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
     about = {"help": help, **bounds, "choices": choices, "per_model": per_model, "folder": folder}
@@ -180,7 +180,7 @@ def parameters_of(params: type) -> dict[str, Parameter]:
 
 
 def _kind(hint: Any) -> tuple[Any, tuple[str, ...]]:
-    """What one value is, and which words it may be: of `int | None` int; None is what is not given."""
+    """The type of one value and the words allowed for it: for `int | None` int, since None means not given."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
         words = [part for part in parts if typing.get_origin(part) is Literal]
@@ -193,10 +193,10 @@ def _kind(hint: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def params_of(function: Callable[..., Any], count: int, form: str, base: type = object) -> type:
-    """The dataclass that a function of `count` arguments takes: its only one, or the second.
+    """The dataclass that a function of `count` arguments takes: its only argument, or the second.
 
-    `TypeError` that says `form` where it takes something else. Other annotations are not looked at: what they name may
-    be imported late.
+    `TypeError` that names `form` if the argument is no such dataclass. Other annotations are not resolved, because they
+    may name late imports.
     """
     arguments = list(inspect.signature(function).parameters.values())
     params = arguments[min(count - 1, 1)].annotation if len(arguments) == count else None
@@ -209,6 +209,6 @@ def params_of(function: Callable[..., Any], count: int, form: str, base: type = 
 
 
 def make_params(params: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass `params` from users' names to values."""
+    """The dataclass `params` from values by the users' names."""
     by_name = {f.name.rstrip("_"): f.name for f in dataclasses.fields(params)}
     return params(**{by_name[name]: value for name, value in values.items()})

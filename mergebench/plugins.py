@@ -1,7 +1,7 @@
-"""What can be named in a recipe or a suite: the files of a room, and what other packages add to them.
+"""Lookup by name of whatever a recipe or suite can name: the files of a directory, and plug-ins of other packages.
 
-Nothing is imported until it is asked for. Third parties add by an entry point; `MERGEBENCH_PLUGINS=`
-(empty) switches them off.
+Nothing is imported before its first use. Third parties register by an entry point; `MERGEBENCH_PLUGINS=` (empty)
+switches plug-ins off.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """One sort of thing (`what`) of type `kind`, made with `decorator`; its room is the package `room`.
+    """All objects of one sort (`what`, such as merge methods), of type `kind`, made with `decorator`, in the package
+    `room`.
 
-    A name is the file's name, and the object of that name in it; `-` in a name is `_` there.
+    A name is the name of a file and of the object in it; `-` in a name is `_` in both.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class Registry(Generic[T]):
         return sorted(self._builtin | self._plugins.keys())
 
     def origin(self, name: str) -> str:
-        """The package it comes from."""
+        """The package that the object `name` comes from."""
         return "mergebench" if name in self._builtin else _package(self._plugins[name])
 
     def get(self, name: str) -> T:
-        """The object of that name; `RecipeError` where there is none."""
+        """The object of that name; `RecipeError` if there is none."""
         if name in self._builtin:
             module = name.replace("-", "_")
             found = getattr(importlib.import_module(f"{self._room}.{module}"), module)
@@ -86,15 +87,15 @@ def _package(point: EntryPoint) -> str:
 
 
 def named(module: str, name: str) -> Any:
-    """What stands under a name in a module: how declared things pickle, as they stand in their function's place."""
+    """Look up a name in a module, to unpickle declared objects: the decorator puts them in their function's place."""
     return getattr(importlib.import_module(module), name)
 
 
-_SMALLER = {"scikit-learn": "probe"}  # the extra that has it and least besides; [eval] has all
+_SMALLER = {"scikit-learn": "probe"}  # the smallest extra that has it; [eval] has all
 
 
 def need(library: str, what: str) -> str:
-    """The version of a library of an extra, which is not imported; `RecipeError` where it is not installed."""
+    """The version of a library from an extra, without importing it; `RecipeError` if it is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:

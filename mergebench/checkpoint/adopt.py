@@ -1,4 +1,4 @@
-"""A model as the base names and lays out its tensors: other names, experts fused or apart."""
+"""Read a model under the base's tensor names and layout (experts fused or apart)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mergebench.errors import ModelError
 
 
 def adopt(base: Model, model: Model) -> Model:
-    """`model` with its tensors under the base's names where a known rule leads there, and remarks on what was done."""
+    """`model` with its tensors under the base's names where a known rule applies, and remarks on the changes."""
     if model.tensors.keys() <= base.tensors.keys():
         return model
     try:
         tensors, remark = read_experts(base, model)
-    except ModelError:  # said where it matters: they may be excluded
+    except ModelError:  # reported later if it matters: the experts may be excluded
         tensors, remark = model.tensors, None
     remarks = [remark] if remark else []
     found = match({name: info.shape for name, info in tensors.items() if not is_derived(info)}, base.tensors)

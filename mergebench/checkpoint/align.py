@@ -1,4 +1,4 @@
-"""Hold models against the base, by headers alone: which tensors merge, which are copied, what does not fit.
+"""Compare models with the base, by headers alone: which tensors merge, which are copied, which do not fit.
 
 Names are the files' names. Missing or extra tensors do not fit, except a tied alias (stored twice by
 some tools, once by others) and buffers every model derives from its config.
@@ -36,17 +36,17 @@ _TIED = {
 
 
 class Problem(NamedTuple):
-    """One mismatch of a model's with the base, in a line."""
+    """One mismatch between a model and the base, in a line."""
 
     text: str
     model: Model
     name: str
-    kind: Literal["missing", "extra", "shape", "tokens", "type"]  # tokens: another number of them
+    kind: Literal["missing", "extra", "shape", "tokens", "type"]  # tokens: vocabulary sizes differ
 
 
 @dataclass
 class Alignment:
-    """What the headers say of a merge."""
+    """How the tensors of a merge match, by headers alone."""
 
     merged: list[str] = field(default_factory=list)  # names, in the base's file order
     copied: list[str] = field(default_factory=list)  # from the base: excluded, integer, derived or empty

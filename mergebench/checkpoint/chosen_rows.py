@@ -26,7 +26,7 @@ BLOCK = 1 << 18  # elements added up at a time for the mean of all rows
 
 @dataclass(eq=False)
 class Rows:
-    """Row i is the mean of rows `chosen[k][i]` of the tensors `stored[k]`, of those that are not -1; without any, zero.
+    """Row i is the mean of the rows `chosen[k][i]` of the tensors `stored[k]`, skipping -1; zero if all are -1.
 
     The last `padding` rows are the mean of all before them.
     """
@@ -59,14 +59,14 @@ class Rows:
         return self.own._replace(dtype=self.dtype, shape=shape, nbytes=nbytes, made=self)
 
     def digest(self) -> str:
-        """What identifies the choice."""
+        """A hash of the choice."""
         found = hashlib.sha256(np.ascontiguousarray(self.chosen).tobytes())
         found.update(repr([(info.name, str(info.file)) for info in self.stored] + [self.padding]).encode())
         return found.hexdigest()
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
-        """The first row of each run: rows that lie one after the other wherever they come from."""
+        """The first row of each run; the rows of a run are consecutive in every source."""
         before, after = self.chosen[:, :-1], self.chosen[:, 1:]
         follows = np.where(before >= 0, after == before + 1, after < 0).all(axis=0)
         return np.concatenate([np.zeros(1, np.int64), np.flatnonzero(~follows) + 1, [self.chosen.shape[1]]])
@@ -116,18 +116,18 @@ class Rows:
         out.copy_(total.view(-1)[start - first * columns :][: len(out)])
 
     def settle(self, files: Reader) -> None:
-        """Compute now what all workers need: where runs start, and the row that pads, which takes a sweep."""
+        """Compute now what all workers need: where runs start, and the padding row, which takes a sweep."""
         _ = self._starts
         if self.padding:
             threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # so that its bits do not depend on how many there are
+            torch.set_num_threads(1)  # so that the bits do not depend on the number of threads
             try:
                 self._mean_row(files)
             finally:
                 torch.set_num_threads(threads)
 
     def _mean_row(self, files: Reader) -> Tensor:
-        """The mean of all rows: how often each stored row counts, times that row, in the order of the files."""
+        """The mean of all rows, as stored rows times their counts, in the order of the files."""
         if self._mean is None:
             columns, count = self.columns, self.chosen.shape[1]
             parts = (self.chosen >= 0).sum(axis=0).clip(1)

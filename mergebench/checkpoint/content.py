@@ -1,7 +1,7 @@
-"""Which model this is: a hash of all that its files hold, or an identity told from a little of every tensor.
+"""Identify a model: by a hash of all its files, or by an identity from a sample of every tensor.
 
-What is kept under a hash of contents is found again wherever the files lie. An identity keeps what was made for one
-model from being used on another.
+Results stored under a hash are found again if the files move. An identity keeps a file made for one model from being
+used on another.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
     from mergebench.checkpoint.files import Files
 
-PIECES, ELEMENTS = 8, 256  # read of a tensor: 4 KiB of one in 16 bits
+PIECES, ELEMENTS = 8, 256  # sampled from a tensor: 4 KiB at 16 bits
 
 
 def identity(model: Model) -> str:
     """16 hex digits, equal for equal models however they are cut into shards: a hash of every tensor's name, type,
     shape and some of its elements, the adapter's too.
 
-    The elements are eight pieces at even distances, because an edit of single rows need not reach the first ones.
-    Tells fine-tunes and edits apart, in a second; it is no proof that two models are equal.
+    The sample is eight evenly spaced pieces, because an edit of a few rows may not touch the first ones. It tells
+    fine-tunes and edits apart in a second, but does not prove that two models are equal.
     """
     import torch
 
@@ -67,16 +67,16 @@ def _some(files: Files, tensor: TensorInfo) -> Tensor:
 
 
 class Contents:
-    """Hashes of files, remembered in a folder by place, size and time: 2 GB are read in a second, but not often.
+    """Hashes of files, cached in a folder by path, size and time, because hashing 2 GB takes a second.
 
-    folder: None to remember nothing beyond this object.
+    folder: None to cache in this object only.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def of_model(self, model: object) -> str | None:
-        """A hash of every file that says what a model computes; None for a model that is not made of files."""
+        """A hash of every file that determines what a model computes; None for a model that is not made of files."""
         if not isinstance(model, Model):
             return None
         files = [header.file for header in model.headers]
@@ -127,7 +127,7 @@ def sha256_of(file: Path) -> str:
 
 
 def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
-    """Write a JSON file at once; several programs may keep their results in one folder."""
+    """Write a JSON file atomically: several programs may keep their results in one folder."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)

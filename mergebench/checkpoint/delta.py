@@ -1,7 +1,7 @@
-"""A change to one tensor of a base, and any piece of the tensor with its changes folded in.
+"""Deltas, changes to one tensor of a base, and reading any piece of the tensor with its deltas folded in.
 
-This file names no kind. A kind gives rows in fixed tiles (`Opened`); `Folded` turns tiles into any piece, so that no
-border of a chunk can change a bit, and no tile is made twice in a row.
+This file names no kind. A kind computes rows in fixed tiles (`Opened`); `Folded` cuts any piece out of tiles, so that
+chunk borders cannot change a bit, and no tile is computed twice in a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 1 << 17  # elements of a tile, at most, unless a row is longer
-ALIGNED = 64  # bytes, as new memory is: elsewhere, BLAS routines may give other last bits
+ALIGNED = 64  # bytes, as in newly allocated memory: at other alignments BLAS may differ in the last bits
 
 
 class Source(Protocol):
@@ -27,10 +27,10 @@ class Source(Protocol):
 
 
 class Delta(Protocol):
-    """A change to one tensor of a base, known from headers alone. It pickles, and equal ones are equal."""
+    """A change to one tensor of a base, known from headers alone. It pickles and compares by value."""
 
     @property
-    def kind(self) -> str: ...  # the file in `deltas/` that computes it
+    def kind(self) -> str: ...  # the name of the file in `deltas/` that computes it
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # of the tensor it changes
@@ -39,50 +39,50 @@ class Delta(Protocol):
     def needs_base(self) -> bool: ...  # whether it is a function of W itself
 
     @property
-    def folds(self) -> bool: ...  # whether W' is made from W a tile at a time, else it is W plus the tile
+    def folds(self) -> bool: ...  # whether the kind computes W' itself; else W' is W plus the tile
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]: ...  # what it is read from
 
     @property
-    def digest(self) -> str: ...  # of all that is not in those bytes: kind, settings, orientation
+    def digest(self) -> str: ...  # hash of everything outside the stored bytes: kind, settings, orientation
 
     @property
-    def replacement(self) -> TensorInfo | None: ...  # the tensor that W' is, as it is stored
+    def replacement(self) -> TensorInfo | None: ...  # the stored tensor that is W', if there is one
 
     @property
-    def difference(self) -> TensorInfo | None: ...  # the tensor that W' - W is, as it is stored
+    def difference(self) -> TensorInfo | None: ...  # the stored tensor that is W' - W, if there is one
 
-    def resident(self) -> int: ...  # bytes that an open one holds, with the tiles that are made of it
+    def resident(self) -> int: ...  # bytes that an opened delta holds, including its tiles
 
     def describe(self) -> str: ...  # in a few words, such as `low_rank rank 16`
 
-    def open(self, files: Reader, device: torch.device, base: Source) -> Opened: ...  # may pass over W once
+    def open(self, files: Reader, device: torch.device, base: Source) -> Opened: ...  # may read W once
 
 
 class Opened(Protocol):
     """A delta with its parts in memory, one a worker."""
 
     @property
-    def rows(self) -> int: ...  # of a tile: fixed by kind and shape
+    def rows(self) -> int: ...  # of a tile; fixed by kind and shape
 
     def tile(self, first: int, base: Tensor | None) -> Tensor: ...  # W' - W from row `first`, float32 [rows, columns]
 
-    def fold(self, first: int, base: Tensor) -> Tensor: ...  # W' there, exactly; may be made in `base`
+    def fold(self, first: int, base: Tensor) -> Tensor: ...  # W' from row `first`, exactly; may overwrite `base`
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """A tensor as a matrix of the rows it is stored in: [..., columns] as [rows, columns]; a vector is one row."""
+    """The shape of a stored tensor as a matrix: [..., columns] as [rows, columns]; a vector is one row."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def tile_rows(shape: Sequence[int]) -> int:
-    """Rows of a tile: `TILE` elements, or one row where that is longer."""
+    """Rows of a tile: `TILE` elements, or one row if a row is longer."""
     return max(TILE // max(matrix_shape(shape)[1], 1), 1)
 
 
 class Folded:
-    """A tensor with a delta on it: a source, on a source."""
+    """A tensor with a delta on it: a `Source` that reads another `Source`."""
 
     def __init__(self, files: Reader, device: torch.device, below: Source, delta: Delta) -> None:
         self.below = below
@@ -111,7 +111,7 @@ class Folded:
             piece += self._at(row, folded=False)[within]
 
     def _pieces(self, start: int, out: Tensor) -> Iterator[tuple[int, Tensor, slice]]:
-        """A tile's first row, the part of `out` that lies in it, and where."""
+        """For each tile: its first row, its part of `out`, and the place of this part in the tile."""
         stop, rows = start + len(out), self.rows
         row = start // self._columns // rows * rows
         while row * self._columns < stop:
@@ -127,7 +127,7 @@ class Folded:
     def _at(self, row: int, folded: bool) -> Tensor:
         """The flat tile that begins at `row`."""
         if self._tile is None or self._last != (row, folded):
-            self._tile = None  # the next one is made where it was, in the cache
+            self._tile = None  # the next tile reuses its memory, which is in the cache
             base = self._empty(row) if folded or self._needs_base else None
             if folded:
                 assert base is not None
@@ -157,7 +157,7 @@ class Folded:
 
 
 class Chain:
-    """The deltas of one tensor on a source, in their order, of which the first `skip` belong to the base."""
+    """The deltas of one tensor on a source, in order; the first `skip` belong to the base."""
 
     def __init__(
         self, files: Reader, device: torch.device, base: Source, deltas: Sequence[Delta], skip: int = 0
@@ -170,7 +170,7 @@ class Chain:
                 self._added.append(folded)
 
     def add_into(self, start: int, out: Tensor) -> None:
-        """out += W' - W, where W has the first `skip` deltas."""
+        """out += W' - W, where W includes the first `skip` deltas."""
         for folded in self._added:
             folded.add_into(start, out)
 

@@ -1,11 +1,11 @@
-"""Mixtures of experts, whose files hold a layer's experts apart or fused; either is read as the other.
+"""Mixtures of experts: files hold a layer's experts apart or fused, and either is read as the other.
 
     apart   experts.N.gate_proj.weight [I, H]   experts.N.up_proj.weight [I, H]   experts.N.down_proj.weight [H, I]
             (Mixtral calls them w1, w3 and w2)
     fused   experts.gate_up_proj [E, 2 I, H]    experts.down_proj [E, H, I]
 
-for E experts, H wide outside and I inside. In a fused tensor an expert's gate comes before its up. Files
-mostly have them apart; transformers 5 holds them fused in memory, and some files are written so.
+for E experts, H wide outside and I inside. In a fused tensor an expert's gate comes before its up matrix. Most files
+have experts apart; transformers 5 fuses them in memory, and some files store them fused.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def _layout(tensors: Mapping[str, TensorInfo]) -> Layout | None:
 
 
 def read_experts(base: Model, model: Model) -> tuple[dict[str, TensorInfo], str | None]:
-    """A model's tensors with its experts in the base's layout, and what was done, if anything.
+    """A model's tensors with its experts in the base's layout, and a note if they were converted.
 
-    `ModelError` where they cannot be read so (transposed, with biases, some missing, an adapter on them).
+    `ModelError` if they cannot be converted (transposed, with biases, some missing, an adapter on them).
     """
     theirs, wanted = _layout(model.tensors), _layout(base.tensors)
     if theirs is None or wanted is None or theirs == wanted:
@@ -93,7 +93,7 @@ def _read_as(reference: str, tensors: Mapping[str, TensorInfo], wanted: Layout) 
 def _split(
     reference: str, prefix: str, parts: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
 ) -> dict[tuple[int, int], TensorInfo]:
-    """The experts of fused tensors, each a range of it."""
+    """The experts of fused tensors, each as a range of a tensor."""
     both, down = parts.get("gate_up_proj"), parts.get("down_proj")
     biased = [name for name in (f"{prefix}.gate_up_proj_bias", f"{prefix}.down_proj_bias") if name in tensors]
     if both is None or down is None or biased:

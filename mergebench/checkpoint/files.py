@@ -1,4 +1,4 @@
-"""Bytes in and out of files: `pread` into buffers the caller owns, `pwrite`, whole files put in place at once.
+"""File input and output: `pread` into the caller's buffers, `pwrite`, whole files written atomically.
 
 Memory-mapped pages would count against a user's memory limit; reused buffers do not grow.
 """
@@ -24,7 +24,7 @@ TORCH_DTYPE = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-# bytes of a write: larger ones make the kernel look for larger runs of free pages, at twice the cost
+# bytes of a write: for larger writes the kernel looks for larger runs of free pages, at twice the cost
 AT_ONCE = 128 << 10
 
 
@@ -109,12 +109,12 @@ def write_error(path: Path, error: OSError) -> RunError:
 
 
 def part_of(name: str) -> str:
-    """What a file is called until it is complete."""
+    """The name of a file until it is complete."""
     return f".{name}.part"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put a whole file in place at once: readers see the old one or the new one."""
+    """Write a whole file atomically: readers see the old file or the new one."""
     part = path.with_name(part_of(path.name))
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)

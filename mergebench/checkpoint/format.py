@@ -1,4 +1,4 @@
-"""How deltas lie on disk: a format reads one sort of place, and says which places are its own."""
+"""Formats of deltas on disk: a format recognises its files or directories and reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergebench.checkpoint.header import Header, TensorInfo
 
 
 class Base(NamedTuple):
-    """What a format must know of the model that its deltas are for."""
+    """What a format knows of the model that its deltas change."""
 
     reference: str
     tensors: Mapping[str, TensorInfo]
@@ -20,22 +20,22 @@ class Base(NamedTuple):
 
 
 class Deltas(NamedTuple):
-    """The deltas that a place holds, by the base's names, and the files they are read from."""
+    """The deltas at a path, by the base's tensor names, and the files they are read from."""
 
     deltas: Mapping[str, Delta]
     headers: list[Header]
-    made_on: str | None = None  # `content.identity` of the model that they were made on, where the place says so
+    made_on: str | None = None  # `content.identity` of the model that they were made on, if recorded
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format and how it is told from others."""
+    """A format and how it is recognised."""
 
     name: str
-    what: str  # what a place of this format is called in a message: an adapter, a patch
+    what: str  # the word for it in messages: an adapter, a patch
     claims: Callable[[Path], bool]
     read: Callable[[Path, Base], Deltas]
-    alone: Callable[[Path], bool]  # whether such a place can be no model as well
+    alone: Callable[[Path], bool]  # whether such a path cannot also be a model
 
 
 def delta_format(
@@ -43,10 +43,10 @@ def delta_format(
 ) -> Callable[[Callable[[Path, Base], Deltas]], Format]:
     """Declare a function `(path, base) -> Deltas` as a format.
 
-    The function raises `ModelError` where the deltas do not belong to this base, `RunError` where a file is damaged;
-    every tensor it finds is consumed, or refused by name. `what`: what such a place is called in messages. `claims`:
-    whether a place is of this format, told from a look at names or a header. `alone`: whether a place that is can be no
-    model as well; one that can is a model where it stands before the first `+`.
+    The function raises `ModelError` if the deltas do not belong to this base, `RunError` if a file is damaged. It must
+    use every tensor it finds, or refuse it by name. `what`: the word for such a path in messages. `claims`: whether a
+    path is of this format, judged by file names or a header. `alone`: whether such a path cannot also be a model; if it
+    can, it is read as a model before the first `+`.
     """
 
     def declare(function: Callable[[Path, Base], Deltas]) -> Format:

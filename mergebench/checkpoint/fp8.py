@@ -1,8 +1,8 @@
-"""FP8 checkpoints: values of eight bits, and scales that turn them into what they stand for.
+"""FP8 checkpoints: eight-bit values, and the scales that dequantize them.
 
-A scale is one number a tensor, one a row, or one a block of 128 x 128 elements; the value is always the
-stored one times the scale, also where its name ends in `_inv`. Here scales are found, by headers alone, and
-their tensors taken out of the model; `Scales` multiplies chunks while they stream.
+A scale is one number per tensor, per row, or per block of 128 x 128 elements. The value is always the stored value
+times the scale, even if the scale's name ends in `_inv`. This file finds the scales by headers alone and removes their
+tensors from the model; `Scales` multiplies chunks while they stream.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from mergebench.checkpoint.header import FLOATS, FP8, Reader, Scale, TensorInfo
 from mergebench.errors import ModelError
 
-if TYPE_CHECKING:  # torch is imported where values are read, not by who only reads headers
+if TYPE_CHECKING:  # torch is imported to read values, not to read headers
     from torch import Tensor
 
 BLOCK = (128, 128)
-SETTINGS = ("quantization_config", "compression_config")  # what config.json says of scales
+SETTINGS = ("quantization_config", "compression_config")  # keys of config.json about scales
 _ENDS = ("_scale_inv", "_scale")
 _ACTIVATIONS = re.compile(r"(^|\.)(input_scale|input_scale_ub|output_scale|activation_scale|[qkv]_scale)$")
 
@@ -28,7 +28,7 @@ _ACTIVATIONS = re.compile(r"(^|\.)(input_scale|input_scale_ub|output_scale|activ
 def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """A model's tensors without those that hold scales; each FP8 tensor knows its own.
 
-    `ModelError` where a scale does not fit, or is missing in a model that says it is quantized.
+    `ModelError` if a scale does not fit, or is missing although the config says that the model is quantized.
     """
     found, used = dict(tensors), set()
     settings = next((config[key] for key in SETTINGS if isinstance(config.get(key), dict)), None)
@@ -59,7 +59,7 @@ def without_scales(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitted(reference: str, info: TensorInfo, scale: TensorInfo, settings: Mapping[str, Any]) -> Scale:
-    """The scale with the size of its blocks, side by side with the tensor's."""
+    """The scale, with the size of its blocks along each dimension of the tensor."""
     shape = scale.shape
     if math.prod(shape) == 1:
         shape = (1,) * len(info.shape)
@@ -98,7 +98,7 @@ class Scaler:
             out.mul_(self.scale.reshape(()))
             return
         at, columns = 0, self.columns
-        while at < len(out):  # what is left of a row, then whole rows, then the start of one
+        while at < len(out):  # the rest of a row, then whole rows, then the start of a row
             row, column = divmod(start + at, columns)
             size = min(columns - column, len(out) - at)
             if size == columns:
@@ -115,7 +115,7 @@ class Scaler:
             at += size
 
     def _rows(self, first: int, stop: int) -> Tensor:
-        """Which rows of the scale belong to rows of the tensor, all dimensions but the last laid flat."""
+        """The rows of the scale for rows of the tensor; all dimensions but the last are flattened."""
         import torch
 
         rows = torch.arange(first, stop, device=self.scale.device)
@@ -136,7 +136,7 @@ class Scales:
         self._kept: dict[tuple[Path, int], Scaler] = {}
 
     def multiply(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
-        """out *= what the stored elements `start` onwards are scaled by; nothing for a tensor without a scale."""
+        """out *= the scales of the stored elements from `start`; does nothing for a tensor without a scale."""
         from mergebench.checkpoint.files import whole
 
         if tensor.scale is None:

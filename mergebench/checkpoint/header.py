@@ -39,15 +39,15 @@ _OTHER_FILES = {
 
 
 class Scale(NamedTuple):
-    """What an FP8 tensor is multiplied with: one number for each block of its elements."""
+    """The scale of an FP8 tensor: one number for each block of elements."""
 
     stored: TensorInfo
-    shape: tuple[int, ...]  # as many sides as the tensor has
+    shape: tuple[int, ...]  # as many dimensions as the tensor
     blocks: tuple[int, ...]
 
 
 class Reader(Protocol):
-    """What reads bytes and elements of files; `files.Files` does."""
+    """Reads bytes and elements of files; implemented by `files.Files`."""
 
     def read_into(self, file: Path, offset: int, buffer: memoryview) -> None: ...
 
@@ -55,7 +55,7 @@ class Reader(Protocol):
 
 
 class Made(Protocol):
-    """What a tensor is made of that no file holds as it is: rows chosen from others, others put together."""
+    """A tensor that no file holds as it is: it has rows chosen from other tensors, or joins several."""
 
     @property
     def own(self) -> TensorInfo: ...  # a tensor of the model's own, as stored
@@ -85,7 +85,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def stored_dtype(self) -> str:
-        """The type on disk; what is made of several may be read as float32."""
+        """The type on disk; a tensor made of several may be read as float32."""
         return self.dtype if self.made is None else self.made.own.dtype
 
     @property
@@ -106,7 +106,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Read the header of `file`; `RunError` where the file is damaged, `ModelError` where it is missing."""
+    """Read the header of `file`; `RunError` if the file is damaged, `ModelError` if it is missing."""
     try:
         with open(file, "rb") as stream:
             status = os.fstat(stream.fileno())
