@@ -1,4 +1,4 @@
-"""What a kind of delta is: one function of one row tile that reads like its paper, and the parts it is made of.
+"""Delta kinds: one function of one row tile that reads like its paper, and a dataclass of its parts.
 
     @dataclass(frozen=True)
     class Factors:
@@ -10,8 +10,8 @@
     def low_rank(p: Factors, tile: slice, base: Tensor | None) -> Tensor:
         return p.scale * p.b[tile] @ p.a
 
-Rows are those of the tensor as it is stored, [..., columns] taken as a matrix. The same function folds, streams and
-trains: `p` holds tensors read from files, or parameters with gradients.
+Rows are those of the stored tensor, [..., columns] taken as a matrix. The same function folds, streams and trains: `p`
+holds tensors read from files, or parameters with gradients.
 """
 
 from __future__ import annotations
@@ -57,30 +57,30 @@ class FieldOf(NamedTuple):
 
     name: str
     sort: str  # tensor, rows, mask or setting
-    default: Any  # dataclasses.MISSING where there is none
+    default: Any  # dataclasses.MISSING if there is none
 
 
 @dataclass(frozen=True, eq=False)
 class DeltaKind:
-    """A kind of delta and what must be known of it."""
+    """A kind of delta and its properties."""
 
     name: str
     function: Tile
     paper: str
     parts: type  # the dataclass the function takes first
-    needs_base: Callable[[Any], bool]  # of the settings: whether it is a function of W itself
-    folds: Fold | None  # W', where that is not W plus a tile to the bit, or is made quicker
-    prepare: Prepare | None  # run once when a delta is opened; may pass over W
-    whole: bool  # it cannot be cut: a tile is all rows
+    needs_base: Callable[[Any], bool]  # from the settings: whether it is a function of W itself
+    folds: Fold | None  # computes W', if W plus a tile is slower or not exact to the bit
+    prepare: Prepare | None  # run once when a delta is opened; may read all of W
+    whole: bool  # it cannot be cut: one tile has all rows
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
     factors: (
         Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None
-    )  # B and A with W' - W = B A, where that is exact
+    )  # B and A with W' - W = B A, if that is exact
     check: Check | None
-    validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, about the parts' values
+    validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, for the values of the parts
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
     example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None
-    stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # by the settings, what its one part is as it is stored
+    stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # from the settings: what its only part is, as stored
 
     def __call__(self, p: Any, tile: slice, base: Tensor | None) -> Tensor:
         return self.function(p, tile, base)
@@ -105,9 +105,9 @@ class DeltaKind:
         return {f.name: FieldOf(f.name, sort_of(hints[f.name]), f.default) for f in dataclasses.fields(self.parts)}
 
     def on(self, shape: tuple[int, ...], parts: Mapping[str, Part | TensorInfo | None], **settings: Any) -> StoredDelta:
-        """A delta of this kind on a tensor of `shape`: its parts as they are stored, and its settings.
+        """A delta of this kind on a tensor of `shape`, from its stored parts and settings.
 
-        Raises `Misfit` where they are not of this tensor, else `ValueError` where they are unsound.
+        Raises `Misfit` if they belong to another tensor, `ValueError` if they are invalid.
         """
         stored = {
             name: part if isinstance(part, Part) else Part(part) for name, part in parts.items() if part is not None
@@ -130,7 +130,7 @@ class DeltaKind:
 
 
 class Misfit(ValueError):
-    """A delta that is sound, and not of this tensor."""
+    """A delta that is valid, but not for this tensor."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class StoredDelta:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits of all that is not in the stored bytes."""
+        """16 hex digits: a hash of everything outside the stored bytes."""
         parts = [(name, part.info.name, part.info.file.name, part.transposed) for name, part in self.parts]
         text = json.dumps([self.kind, self.shape, parts, sorted(self.setting.items())], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -188,8 +188,8 @@ class StoredDelta:
         return None if self.of.stored_as is None else self.of.stored_as(self.setting)
 
     def resident(self) -> int:
-        """Bytes that an open one holds: its parts as float32, but for those that are read tile by tile; and a tile,
-        with the base's and what is made on the way to it."""
+        """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, and a tile, with the
+        base's tile and temporaries."""
         fields, (rows, columns) = self.of.fields, matrix_shape(self.shape)
         parts = sum(
             (4 if info.is_float else 8) * info.numel
@@ -199,12 +199,12 @@ class StoredDelta:
         return parts + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
 
     def describe(self) -> str:
-        """In a few words, such as `low_rank rank 16`."""
+        """A few words, such as `low_rank rank 16`."""
         words = "" if self.of.label is None else self.of.label(self.part, self.setting)
         return f"{self.kind} {words}".rstrip()
 
     def load(self, files: Reader, device: torch.device) -> Any:
-        """The kind's dataclass, its parts in memory, or read as their rows are asked for."""
+        """The kind's dataclass; its parts are in memory, or read row by row on request."""
         from mergebench.checkpoint.parts import load
 
         values: dict[str, Any] = dict(self.setting)
@@ -215,7 +215,7 @@ class StoredDelta:
         return self.of.parts(**values)
 
     def open(self, files: Reader, device: torch.device, base: Source) -> Opened:
-        """Ready to give tiles on this device; `base` is W, passed over once by kinds that must know all of it."""
+        """Open the delta for tiles on this device; `base` is W, read once by kinds that need all of it."""
         p = self.load(files, device)
         if self.of.prepare is not None:
             p = self.of.prepare(p, base, self.shape)
@@ -266,22 +266,22 @@ def delta_kind(
 ) -> Callable[[Tile], DeltaKind]:
     """Declare a function `(parts: a dataclass, tile: slice, base) -> W' - W` as a kind of delta.
 
-    The function gives float32 [rows of the tile, columns]; `base` holds these rows of W where the kind needs them, else
+    The function returns float32 [rows of the tile, columns]; `base` holds these rows of W if the kind needs them, else
     None.
 
-    paper: where the formula stands.
+    paper: the source of the formula.
     needs_base: whether it is a function of W; may depend on the settings.
-    folds: W' itself, where W plus the tile is not it to the bit, or takes longer; may be made in `base`.
-    prepare: what to know before the first tile; may read all of W.
+    folds: computes W' itself, if W plus the tile is slower or not exact to the bit; may overwrite `base`.
+    prepare: computes what is needed before the first tile; may read all of W.
     whole: it cannot be cut into tiles.
     energy: |W' - W|^2 in closed form.
-    factors: B and A with W' - W = B A, where that is exact.
-    check: of the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` where they are
-        unsound, `Misfit` where they are not of this tensor.
-    validate: the same of the parts in memory, where they are few enough to be looked at.
-    label: a few words for tables, of stored parts and settings.
-    example: parts and settings of some delta on a tensor of a shape, for `mergebench.testing.check_delta`.
-    stored_as: whether its only part is W' as it is stored, or W' - W, and may be read without tiles.
+    factors: B and A with W' - W = B A, if that is exact.
+    check: takes the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` if they are
+        invalid, `Misfit` if they belong to another tensor.
+    validate: the same for parts in memory, if they are small enough to check.
+    label: a few words for tables, from stored parts and settings.
+    example: parts and settings of a delta on a tensor of a given shape, for `mergebench.testing.check_delta`.
+    stored_as: whether its only part is W' or W' - W as stored, and may be read without tiles.
     """
 
     def declare(function: Tile) -> DeltaKind:

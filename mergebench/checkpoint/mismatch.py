@@ -1,4 +1,4 @@
-"""What to say where models do not fit together: one sentence, of the models where it can be, else of tensors."""
+"""The error for models that do not fit together: one sentence, about the models if possible, else about tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SHOWN = 3
 
 
 class Mismatch(ModelError):
-    """Models that do not fit together: what it comes to in the message, every mismatch in `problems`.
+    """Models that do not fit together: a summary in the message, every mismatch in `problems`.
 
-    problems: empty where whole models differ, so that a list of tensors would say nothing more.
+    problems: empty if whole models differ, because a list of tensors would add nothing.
     """
 
     def __init__(self, message: str, hint: str | None, problems: Sequence[str] = ()) -> None:
@@ -60,7 +60,7 @@ def describe(base: Model, models: Sequence[Model], alignment: Alignment) -> Mism
 
 
 def _other_model(base: Model, model: Model, problems: Sequence[Problem]) -> str | None:
-    """How the model's config says that it is of another size or kind, and its tensors that they do not fit."""
+    """The message for a model of another size or kind, as its config says."""
     ours, theirs = _alike(base.config, model.config)
     kinds = [model.config.get("model_type"), base.config.get("model_type")]
     other_kind = None not in kinds and ours.get("model_type") != theirs.get("model_type")
@@ -84,7 +84,7 @@ def _other_model(base: Model, model: Model, problems: Sequence[Problem]) -> str 
 
 
 def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parts of two configs that are about the same kind of model: one may be a part of the other."""
+    """The parts of two configs that describe the same kind of model: one config may be a part of the other."""
     parts = [
         [found for key in ("text_config", "vision_config") if isinstance(found := config.get(key), dict)]
         for config in (ours, theirs)
@@ -95,7 +95,7 @@ def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def _strange_names(model: Model, problems: Sequence[Problem]) -> tuple[str, str] | None:
-    """Where many tensors are there under names that no rule leads to the base's."""
+    """The message for a model with many tensors under names that no rule maps to the base's."""
     extra = [problem.name for problem in problems if problem.kind == "extra"]
     missing = [problem.name for problem in problems if problem.kind == "missing"]
     if min(len(extra), len(missing)) < _SHOWN:
@@ -112,7 +112,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _parts(base: Model, problems: Sequence[Problem]) -> str | None:
-    """`exclude` for whole parts that only some models have (a vision tower, a head)."""
+    """A hint to `exclude` whole parts that only some models have (a vision tower, a head)."""
     odd = {problem.name for problem in problems}
     fitting = base.tensors.keys() - odd
     globs = set()

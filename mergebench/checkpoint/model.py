@@ -1,6 +1,6 @@
-"""One model as its files show it: tensors by the names on disk, deltas on top, side files.
+"""A model on disk: tensors by the names in its files, deltas on top, side files.
 
-Names, shapes and order are the files', never those of a loaded model's state dict.
+Names, shapes and order are those of the files, never those of a loaded model's state dict.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ VECTOR = {"holds": "task vector"}  # metadata of a file whose tensors are differ
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint on disk, headers read and checked, no data touched."""
+    """A checkpoint on disk: headers are read and checked, data is not touched."""
 
     reference: str  # as the user wrote it
     directory: Path | None  # None for a bare .safetensors file
     headers: list[Header]
     tensors: dict[str, TensorInfo]  # in file order, shard after shard
     deltas: dict[str, tuple[Delta, ...]] = field(default_factory=dict)  # by the base's names, folded left to right
-    adapters: tuple[Path, ...] = ()  # where they are from
+    adapters: tuple[Path, ...] = ()  # where the deltas come from
     is_task_vector: bool = False  # its tensors already are differences to the base
-    config_changes: Mapping[str, Any] | None = None  # of a model put together from others, or with other tokens
-    sliced: bool = False  # put together from layers of others: the order of its tensors is no file's
+    config_changes: Mapping[str, Any] | None = None  # for a model composed of others, or with another vocabulary
+    sliced: bool = False  # composed of layers of other models: no file has its order of tensors
     tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
-    remarks: tuple[str, ...] = ()  # what may be other than expected
+    remarks: tuple[str, ...] = ()  # notes for the user
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json, or {} where there is none."""
+        """config.json, or {} if there is none."""
         path = self.side_directory / "config.json"
         if self.directory is None or not path.is_file():
             return {}
@@ -63,25 +63,25 @@ class Model:
         return self.directory if self.directory is not None else next(iter(self.headers)).file.parent
 
     def own_directory(self) -> Path | None:
-        """The directory that is this model's alone: the last adapter's where there is one."""
+        """The directory that belongs to this model alone: that of the last adapter, if any."""
         return self.adapters[-1] if self.adapters else self.directory
 
     @cached_property
     def delta_digest(self) -> str | None:
-        """What its deltas depend on beside the files they are read from; None where there are none."""
+        """A hash of the deltas' properties outside their files; None if there are no deltas."""
         if not self.deltas:
             return None
         listed = [(name, [delta.digest for delta in deltas]) for name, deltas in self.deltas.items()]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def settle(self, files: Files) -> None:
-        """Compute now what all workers need of tensors that are made of others."""
+        """Compute now what all workers need for tensors composed of others."""
         for info in self.tensors.values():
             if info.made is not None:
                 info.made.settle(files)
 
     def values(self, files: Files) -> Values:
-        """The values of its tensors, deltas folded in."""
+        """The values of the model's tensors, with deltas folded in."""
         from mergebench.checkpoint.values import Values
 
         return Values(self.tensors, self.deltas, files)
@@ -98,9 +98,9 @@ class Model:
 
 
 def open_checkpoint(reference: str, place: Path) -> Model:
-    """Open the checkpoint at a place, a directory or a .safetensors file: headers only, every one checked.
+    """Open a checkpoint, a directory or a .safetensors file: reads headers only and checks them all.
 
-    Raises `ModelError` where it is no checkpoint, `RunError` where a file is damaged.
+    Raises `ModelError` if it is not a checkpoint, `RunError` if a file is damaged.
     """
     if place.is_dir():
         directory, headers = place, open_directory(reference, place)
@@ -119,16 +119,16 @@ def open_checkpoint(reference: str, place: Path) -> Model:
             tensors[tensor.name] = tensor
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
-    config = Model(reference, directory, headers, tensors).config  # a damaged one shows here, not when all is done
+    config = Model(reference, directory, headers, tensors).config  # a damaged one fails here, not at the end
     if any(info.dtype in FP8 for info in tensors.values()):
-        from mergebench.checkpoint.fp8 import find_scales  # torch comes with it
+        from mergebench.checkpoint.fp8 import find_scales  # this import loads torch
 
         tensors = find_scales(reference, tensors, config)
     return Model(reference, directory, headers, tensors, is_task_vector=holds_vector(headers))
 
 
 def holds_vector(headers: Iterable[Header]) -> bool:
-    """Whether the tensors of these files are differences to a base, as the files say."""
+    """Whether the files are marked as differences to a base."""
     return any(header.metadata.items() >= VECTOR.items() for header in headers)
 
 
@@ -167,7 +167,7 @@ def _open_shards(directory: Path) -> list[Header]:
         raise damaged(index, "not a readable index of shards") from None
     headers = []
     for file in sorted(names):
-        # An index may name only files beside it; hub snapshots are links, so the name decides.
+        # An index may name only files in its own directory; hub snapshots are links, so only names are checked.
         if Path(file).name != file or file in ("", ".", ".."):
             raise RunError(f"{index}: it names '{file}', which is outside its directory")
         if not (directory / file).exists():

@@ -1,8 +1,8 @@
-"""Models of one architecture whose files name their tensors differently: read under the base's names.
+"""Read a model under the base's tensor names when files of one architecture name tensors differently.
 
-A class adds a prefix (`model.`, `bert.`), another version moves a part (`language_model.model.` to
-`model.language_model.`) or fuses experts. The rules are the few below, tried only on names that the base does
-not have. A name that would fit two of the base's tensors stays as it is, and the merge is refused.
+Some classes add a prefix (`model.`, `bert.`); other versions move a part (`language_model.model.` to
+`model.language_model.`) or fuse experts. The rules below apply only to names that the base does not have. A name that
+fits two of the base's tensors is not renamed, and the merge is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from mergebench.checkpoint.header import TensorInfo
 
-# Beginnings of names that may stand for the same part of a model.
+# Prefixes that may stand for the same part of a model.
 _BEGINNINGS = (
     (
         "", "model.", "transformer.", "gpt_neox.", "bert.", "roberta.", "distilbert.", "electra.", "deberta.",
@@ -30,7 +30,7 @@ _BEGINNINGS = (
     ("audio_tower.", "model.audio_tower."),
 )  # fmt: skip
 
-# Parts of names, in older files and in newer ones; the longer of two that overlap first.
+# Parts of names in older and in newer files; of two that overlap, the longer comes first.
 _PARTS = (
     ("LayerNorm.gamma", "LayerNorm.weight"),
     ("LayerNorm.beta", "LayerNorm.bias"),
@@ -57,13 +57,13 @@ Shape = tuple[int, ...]
 
 
 def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Which tensor of the base each name means that the base does not have; one to one, of the same shape.
+    """Map each name that the base does not have to a tensor of the base; one to one, of the same shape.
 
-    An embedding or head may have another number of rows: whether that fits is not a matter of names.
+    An embedding or head may have another number of rows; vocabularies are checked elsewhere.
     """
     strangers = _in_the_bases_words([name for name in theirs if name not in base], base)
     targets: dict[str, set[str]] = {}
-    rules: dict[tuple[str, str], dict[str, str]] = {}  # what each makes of the names it fits
+    rules: dict[tuple[str, str], dict[str, str]] = {}  # the new names by each rule
     heads = {".".join([*name.split(".")[:depth], ""]) for name in base for depth in range(4)} if strangers else set()
     for family in _BEGINNINGS:
         ours = [one for one in family if one in heads]
@@ -75,7 +75,7 @@ def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[s
                         targets.setdefault(name, set()).add(target)
                         rules.setdefault((old, new), {})[name] = target
     if any(len(found) > 1 for found in targets.values()):
-        # a rule that explains every name with its beginning goes before those that explain some
+        # a rule that fits every name with its prefix goes before rules that fit some
         whole = [
             made
             for (old, _), made in rules.items()
@@ -90,7 +90,7 @@ def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[s
 
 
 def describe(renamed: Mapping[str, str]) -> str:
-    """`vision_model.* as *`: what happened to the names, the two most frequent changes."""
+    """`vision_model.* as *`: the two most frequent changes of names."""
     changes: Counter[str] = Counter()
     for name, target in sorted(renamed.items()):
         left, right = name.split("."), target.split(".")
@@ -98,7 +98,7 @@ def describe(renamed: Mapping[str, str]) -> str:
             left.pop()
             right.pop()
         ending = len(left) < name.count(".") + 1
-        if not ending:  # the ends differ: say that, not where
+        if not ending:  # the ends differ: show these, not the place
             left, right = ["*", left[-1]], ["*", right[-1]]
         both = [".".join([*parts, *(["*"] if ending else [])]) for parts in (left, right)]
         changes[" as ".join(re.sub(r"\b\d+\b", "N", text) for text in both)] += 1
@@ -129,7 +129,7 @@ def _fits(name: str, shape: Shape, base: Mapping[str, TensorInfo]) -> bool:
 
 
 def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Each name with parts that the base does not use replaced by those it uses instead."""
+    """Each name, with parts that the base does not use replaced by the base's words."""
     found = {name: name for name in names}
     if found:
         ours, theirs = "\n".join(base), "\n".join(found)

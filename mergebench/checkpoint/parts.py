@@ -1,4 +1,4 @@
-"""The parts that a delta is made of: what sorts there are, and how each is read."""
+"""The parts of a delta: their sorts, and how each is read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mergebench.checkpoint.delta import matrix_shape
 from mergebench.checkpoint.files import TORCH_DTYPE, whole
 from mergebench.checkpoint.header import Reader, TensorInfo
 
-# Parts as large as the tensor itself: `p.values[tile]` reads the rows of a tile, and only those.
+# Parts as large as the tensor itself: `p.values[tile]` reads only the rows of a tile.
 Indices = Annotated[Tensor, "indices"]  # int64, read whole
-Rows = Annotated[Tensor, "rows"]  # of the tensor's shape
+Rows = Annotated[Tensor, "rows"]  # has the tensor's shape
 Mask = Annotated[Tensor, "mask"]  # one bit an element, packed: bit i % 8 of byte i // 8 is element i's
 
 
 def sort_of(hint: Any) -> str:
-    """What a field holds, by its type."""
+    """The sort of a field, by its type."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
         return str(hint.__metadata__[0])
@@ -33,7 +33,7 @@ def sort_of(hint: Any) -> str:
 def load(
     files: Reader, device: torch.device, info: TensorInfo, transposed: bool, sort: str, shape: tuple[int, ...]
 ) -> Any:
-    """A part in memory, a float as float32; or, as large as the tensor of this `shape`, what reads its rows."""
+    """A part in memory, floats as float32; for a part as large as the tensor of this `shape`, a reader of its rows."""
     if sort == "rows":
         return _StreamedRows(files, device, info, shape)
     if sort == "mask":
@@ -44,7 +44,7 @@ def load(
 
 
 class _StreamedRows:
-    """Rows of a stored tensor, read when they are asked for."""
+    """Rows of a stored tensor, read on request."""
 
     def __init__(self, files: Reader, device: torch.device, info: TensorInfo, shape: tuple[int, ...]) -> None:
         self._files, self._device, self._info = files, device, info
@@ -58,7 +58,7 @@ class _StreamedRows:
 
 
 class _StreamedMask:
-    """Rows of a mask of packed bits, read when they are asked for."""
+    """Rows of a mask of packed bits, read on request."""
 
     def __init__(self, files: Reader, device: torch.device, info: TensorInfo, shape: tuple[int, ...]) -> None:
         self._files, self._device, self._info = files, device, info

@@ -1,7 +1,7 @@
-"""Checkpoints whose weights are packed integers (GPTQ, AWQ, bitsandbytes, ...): told by names, types and config.
+"""Refuse checkpoints with packed integer weights (GPTQ, AWQ, bitsandbytes, ...), recognised by names, types and config.
 
-Such weights do not merge: their codes mean nothing without scales and tables, and are a rounding of what was
-trained. FP8 is another matter: `scales` reads it.
+Packed weights do not merge: the codes mean nothing without scales and tables, and are rounded. FP8 checkpoints are read
+by `fp8.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WAY_OUT = "merge the models it was made from, and quantize the result; or exclu
 
 
 def check_not_packed(model: Model, wanted: Callable[[str], bool]) -> None:
-    """`ModelError` where tensors that are to be merged are packed."""
+    """`ModelError` if tensors to be merged are packed."""
     settings = next((model.config[key] for key in SETTINGS if isinstance(model.config.get(key), dict)), None)
     for name, info in model.tensors.items():
         sign = name.endswith(_ALL_ENDS) and next(kind for end, kind in _ENDS.items() if name.endswith(end))
@@ -44,6 +44,6 @@ def check_not_packed(model: Model, wanted: Callable[[str], bool]) -> None:
 
 
 def _method(settings: dict[str, Any] | None) -> str | None:
-    """What a config calls the way the model is quantized."""
+    """The quantization method as the config names it."""
     found = None if settings is None else settings.get("quant_method") or settings.get("quant_algo")
     return found if isinstance(found, str) else None

@@ -1,4 +1,4 @@
-"""From what a user writes for a model to a place on this machine.
+"""Find the path on this machine for a model reference that a user writes.
 
 A reference is an existing path first (a directory or a `.safetensors` file), else `org/name[@revision]`
 on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's directory, a patch or another delta on top.
@@ -19,7 +19,7 @@ HUB_FILES = ["*.safetensors", "tokenizer*", *(f"*{suffix}" for suffix in SIDE_SU
 
 @dataclass(frozen=True)
 class Location:
-    """Where a reference leads: the checkpoint, and the deltas on top of it, the first one first."""
+    """The path of a checkpoint, and the paths of the deltas on top of it, in order."""
 
     checkpoint: Path
     adapters: tuple[Path, ...] = ()
@@ -30,7 +30,7 @@ def locate(text: str, folders: Sequence[Path] = ()) -> Location:
     if _existing(text, folders) is None:
         for left, right in _splits(text):
             place = _existing(right, folders)
-            if place is not None:  # a name on disk may hold a plus
+            if place is not None:  # the name of a file may contain a plus
                 below = locate(left, folders)
                 return Location(below.checkpoint, (*below.adapters, place))
         for left, right in _splits(text):
@@ -40,7 +40,7 @@ def locate(text: str, folders: Sequence[Path] = ()) -> Location:
 
 
 def _splits(text: str) -> list[tuple[str, str]]:
-    """What stands before and after each plus, the last one first."""
+    """The text before and after each plus, the last plus first."""
     at = [number for number, sign in enumerate(text) if sign == "+"]
     return [(text[:n], text[n + 1 :]) for n in reversed(at) if text[:n] and text[n + 1 :]]
 
@@ -51,7 +51,7 @@ def _existing(text: str, folders: Sequence[Path]) -> Path | None:
         return next((place for place in [path, *(folder / path for folder in folders)] if place.exists()), None)
     except PermissionError as error:
         raise ModelError(f"model '{text}': {error.filename}: permission denied") from None
-    except (OSError, RuntimeError):  # longer than a path may be, or the home of an unknown user
+    except (OSError, RuntimeError):  # too long for a path, or the home of an unknown user
         return None
 
 
@@ -88,7 +88,7 @@ def _from_hub(text: str, name: str, revision: str | None) -> Path:
 
 
 def _has_weights(snapshot: Path) -> bool:
-    """Whether a cached snapshot is more than the config and tokenizer that some other tool wanted."""
+    """Whether a cached snapshot has weights: another tool may have fetched only config and tokenizer."""
     try:
         shards = [
             file
@@ -97,4 +97,4 @@ def _has_weights(snapshot: Path) -> bool:
         ]
         return any(snapshot.glob("*.safetensors")) and all((snapshot / file).exists() for file in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return True  # not for us to judge: opening it says what is wrong
+        return True  # opening it will report the fault

@@ -1,7 +1,7 @@
 """Write a checkpoint: shards filled in any order, index, config and side files, all by umask.
 
-safetensors has no streaming writer (it wants every tensor of a shard in memory, and makes files of
-mode 0600), so the header is laid out first and chunks are put in place with `pwrite`.
+safetensors has no streaming writer (it wants every tensor of a shard in memory, and makes files of mode 0600), so the
+header is written first and chunks are put in place with `pwrite`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class OutTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the output and what it will hold, in order."""
+    """One file of the output and its tensors, in order."""
 
     file: str
     tensors: tuple[OutTensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    beside: tuple[Shard, ...] = ()  # files that are filled along with it
+    beside: tuple[Shard, ...] = ()  # files that are filled with it
 
     @property
     def files(self) -> tuple[Shard, ...]:
@@ -90,7 +90,7 @@ def create(path: Path, shard: Shard) -> None:
         file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file, 0, size)  # a full disk shows here, not after an hour
+                os.posix_fallocate(file, 0, size)  # a full disk fails here, not after an hour
             else:
                 os.truncate(file, size)
             put(file, memoryview(header), 0)
@@ -138,7 +138,7 @@ def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def write_index(directory: Path, shards: list[Shard]) -> None:
-    """The index transformers wants where there is more than one shard."""
+    """Write the index that transformers needs if there is more than one shard."""
     if len(shards) == 1:
         return
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}

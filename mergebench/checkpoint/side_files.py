@@ -22,12 +22,12 @@ _DECISIVE = ("config.json", "generation_config.json", "*processor_config.json", 
 
 
 def decisive_files(directory: Path) -> list[Path]:
-    """The files beside a model's weights that have a say in what it computes, by name."""
+    """The files beside a model's weights that affect its output, by name."""
     return _matching(directory, _DECISIVE)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer in a directory, by name; none where there is no directory."""
+    """The tokenizer files in a directory, by name; none if the directory is missing."""
     return _matching(directory, TOKENIZER_FILES)
 
 
@@ -40,7 +40,7 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
 
     Returns the names copied. Weights, adapters, earlier results and stale indexes stay behind.
     """
-    from mergebench.checkpoint.files import write_atomically  # torch comes with it
+    from mergebench.checkpoint.files import write_atomically  # this import loads torch
 
     if source.directory is None:
         return []

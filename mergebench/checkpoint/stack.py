@@ -1,6 +1,6 @@
-"""Tensors put together from stored ones, one after the other: experts that a file holds apart, read as one tensor.
+"""Tensors concatenated from stored ones: experts that a file holds apart, read as one tensor.
 
-Nothing is written out; a chunk is read from the parts it lies in.
+Nothing is written to disk; a chunk is read from the parts it lies in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stack:
 
     @cached_property
     def dtype(self) -> str:
-        """The parts' type where they share one, else float32; so are parts with scales."""
+        """The parts' type if they share one and have no scales, else float32."""
         types = {part.dtype for part in self.parts}
         return types.pop() if len(types) == 1 and not any(part.scale for part in self.parts) else "F32"
 
@@ -46,12 +46,12 @@ class Stack:
         return self.own._replace(name=name, dtype=self.dtype, shape=shape, nbytes=nbytes, scale=None, made=self)
 
     def digest(self) -> str:
-        """What identifies the parts and their order."""
+        """A hash of the parts and their order."""
         listed = [(part.name, part.offset, str(part.file)) for part in self.parts]
         return hashlib.sha256(repr(listed).encode()).hexdigest()
 
     def settle(self, files: Reader) -> None:
-        """Nothing to compute ahead but where parts start."""
+        """Compute where the parts start."""
         _ = self._starts
 
     def read(self, files: Reader, start: int, out: Tensor) -> None:
@@ -74,5 +74,5 @@ class Stack:
 
 
 def stack(name: str, parts: Sequence[TensorInfo], shape: tuple[int, ...]) -> TensorInfo:
-    """One tensor of this shape made of `parts`, laid one after the other."""
+    """One tensor of this shape that concatenates `parts`."""
     return Stack(tuple(parts)).info(name, shape)

@@ -1,7 +1,7 @@
 """Never half a result: output is built in `.<name>.partial` beside its target and renamed when complete.
 
-The partial directory is locked for as long as the process lives. Its journal says which shards are
-complete, so that a run that was killed can go on.
+The partial directory is locked while the process lives. Its journal lists the complete shards, so that a killed run can
+be resumed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Refuse to start where `needed` bytes will not fit; what an interrupted run left gives way or is used."""
+    """Refuse to start if `needed` bytes do not fit; leftovers of an interrupted run are deleted or reused."""
     target = Path(os.path.realpath(out))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
     partial = _beside(target, "partial")
@@ -70,7 +70,7 @@ def check_room(out: Path, needed: int) -> None:
 
 
 def _is_mount(target: Path) -> bool:
-    """Whether something is mounted there; `ismount` does not see a folder of the same disk, Linux lists it."""
+    """Whether the target is a mount point; `ismount` misses bind mounts of the same disk, which Linux lists."""
     if os.path.ismount(target):
         return True
     try:
@@ -84,19 +84,19 @@ def _is_mount(target: Path) -> bool:
 
 
 def _beside(target: Path, what: str) -> Path:
-    """Where a run keeps `what` (`partial`, `old`): a hidden directory in the target's."""
+    """The hidden directory for `what` (`partial`, `old`), next to the target."""
     return target.with_name(f".{target.name}.{what}") if target.name else target
 
 
 class Staging:
     """The partial directory of one run, locked; a context manager that on failure leaves it to be resumed.
 
-    fingerprint: what the result depends on; empty for a run that cannot be resumed, which leaves nothing.
+    fingerprint: what the result depends on; empty for a run that cannot be resumed and leaves nothing behind.
     """
 
     def __init__(self, out: Path, fingerprint: str, resume: bool) -> None:
         self.out, self.resumable = out, bool(fingerprint)
-        self._target = Path(os.path.realpath(out))  # of a link, what it leads to: a rename replaces that
+        self._target = Path(os.path.realpath(out))  # a link is resolved, so that the rename replaces its target
         self.directory = _beside(self._target, "partial")
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": [], "answers": {}}
         try:
@@ -121,11 +121,11 @@ class Staging:
             same = os.path.samestat(os.fstat(self._lock), self.directory.stat())
         except (BlockingIOError, FileNotFoundError):
             same = False
-        if not same:  # held by another process, or just renamed by it
+        if not same:  # another process holds it, or has just renamed it
             raise RunError(f"{self.out}: another run is writing it", "wait for it, or choose another --out")
 
     def _check_ours(self) -> None:
-        """What stands here will be deleted: it must be what an interrupted run left."""
+        """Check that the directory is from an interrupted run, because it will be deleted."""
         found = {path.name for path in self.directory.iterdir()}
         if found and found.isdisjoint({_JOURNAL, part_of(_JOURNAL), PROVENANCE}):
             raise RecipeError(f"{self.directory}: it exists and mergebench did not make it", "choose another --out")
@@ -134,13 +134,13 @@ class Staging:
         try:
             kept = {self.directory / name for name in [_JOURNAL, *self.journal["shards"]]}
             kept |= {folder for path in kept for folder in path.parents}
-            # what says that it is ours goes last: this may be killed too
+            # the file that marks the directory as ours goes last, in case this run is killed too
             found = sorted(self.directory.rglob("*"), key=lambda path: path.name == PROVENANCE)
             for path in [path for path in found if path not in kept]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
-                    path.unlink(missing_ok=True)  # its folder may have gone first
+                    path.unlink(missing_ok=True)  # its folder may be gone already
         except OSError as error:
             raise write_error(self.directory, error) from None
 
@@ -158,7 +158,7 @@ class Staging:
         self.journal = journal
 
     def save(self) -> None:
-        """Write the journal; what it lists is complete."""
+        """Write the journal of complete shards."""
         write_atomically(self.directory / _JOURNAL, json.dumps(self.journal))
 
     def finish(
@@ -176,7 +176,7 @@ class Staging:
         return written
 
     def publish(self, overwrite: bool, sync: bool) -> None:
-        """Rename the partial directory to its target: the one moment at which a result appears."""
+        """Rename the partial directory to its target: the only moment at which a result appears."""
         (self.directory / _JOURNAL).unlink()
         if sync:
             for path in [*self.directory.rglob("*"), self.directory]:
@@ -203,7 +203,7 @@ class Staging:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or a directory's entries, are on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,4 +1,4 @@
-"""The value of a tensor: as stored, times its scale, with the model's deltas folded in, as float32."""
+"""The values of a tensor as float32: stored values times the scale, with the model's deltas folded in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stored:
 
 
 def split(info: TensorInfo, deltas: Sequence[Delta]) -> tuple[TensorInfo, tuple[Delta, ...]]:
-    """A tensor and what is left to fold: where a delta puts a tensor of its own in its place, that one."""
+    """A tensor and the deltas left to fold; if a delta replaces the tensor, the tensor is the replacement."""
     for number in range(len(deltas) - 1, -1, -1):
         replacement = deltas[number].replacement
         if replacement is not None:
@@ -41,7 +41,7 @@ def split(info: TensorInfo, deltas: Sequence[Delta]) -> tuple[TensorInfo, tuple[
 def chain(
     files: Files, scales: Scales, info: TensorInfo, deltas: Sequence[Delta], device: torch.device = CPU, skip: int = 0
 ) -> Chain:
-    """A tensor's deltas opened on it."""
+    """Open a tensor's deltas on the tensor."""
     return Chain(files, device, Stored(files, scales, info), deltas, skip)
 
 
@@ -60,7 +60,7 @@ class Values:
         self._chain(name).read(start, out)
 
     def elements(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements `start` onwards, flat, in the type that a copy of the model stores: scaled FP8 as bfloat16."""
+        """Elements `start` onwards, flat, in the type of a copy of the model: scaled FP8 becomes bfloat16."""
         info = self.tensors[name]
         stored, deltas = split(info, self.deltas.get(name, ()))
         if not deltas and stored.scale is None and stored.dtype == info.dtype:
@@ -72,7 +72,7 @@ class Values:
         return wide.to(self.copied_type(name))
 
     def copied_type(self, name: str) -> torch.dtype:
-        """What a copy of the model stores a tensor as."""
+        """The type that a copy of the model stores a tensor in."""
         info = self.tensors[name]
         return torch.bfloat16 if info.scale is not None else TORCH_DTYPE[info.dtype]
 

@@ -1,4 +1,4 @@
-"""A difference written out, or a tensor in the base's place."""
+"""A full difference, or a tensor that replaces the base's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergebench.checkpoint.parts import Rows
 
 @dataclass(frozen=True)
 class Dense:
-    """values of the tensor's shape: W' - W over the scale, or with `replace` W' itself."""
+    """values of the tensor's shape: (W' - W) / scale, or with `replace` W' itself."""
 
     values: Rows
     scale: float = 1.0

@@ -2,7 +2,7 @@
 
     W' = m (W + s B A) / |W + s B A|        (eq. 5)
 
-The norms are those of output rows. Where the tensor is stored [in, out] these are columns, and all of them must be
+The norms are those of output rows. If the tensor is stored [in, out], output rows are columns, and all norms must be
 known before the first row.
 """
 
@@ -29,11 +29,11 @@ class Dora:
     magnitude: Tensor
     scale: float = 1.0
     columns: bool = False  # output rows are columns of the stored tensor
-    norms: Tensor | None = None  # of the columns of W + s B A; made, not stored
+    norms: Tensor | None = None  # of the columns of W + s B A; computed, not stored
 
 
 def _column_norms(p: Dora, base: Source, shape: tuple[int, ...]) -> Dora:
-    """Pass over W once where output rows are columns."""
+    """Read W once if output rows are columns."""
     if not p.columns:
         return p
     (rows, columns), step = matrix_shape(shape), tile_rows(shape)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv:2106.09685), and what differs from it in a scale: rsLoRA, AdaLoRA.
+"""LoRA (Hu et al., arXiv:2106.09685), and its variants that differ in a scale: rsLoRA, AdaLoRA.
 
     W' = W + s B diag(E) A
 
@@ -31,7 +31,7 @@ class Factors:
 
 
 def factors(p: Factors, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """B and A with the scale, and E, on B."""
+    """B and A, with the scale and E multiplied into B."""
     return (p.scale * p.b if p.e is None else p.scale * p.b * p.e.ravel()), p.a
 
 
@@ -42,14 +42,14 @@ def energy(p: Factors, shape: tuple[int, ...]) -> float:
 
 
 def some_factors(shape: tuple[int, ...], random: torch.Generator, rank: int = 2) -> dict[str, Any]:
-    """B and A of a tensor of this shape, and a scale: what an example of a kind on factors begins with."""
+    """B and A for a tensor of this shape, and a scale, as a start for examples of kinds on factors."""
     rows, columns = matrix_shape(shape)
     b, a = torch.randn(rows, rank, generator=random), torch.randn(rank, columns, generator=random)
     return {"b": b, "a": a, "scale": 0.5}
 
 
 def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
-    """E where there is more than one row."""
+    """An example, with E if there is more than one row."""
     parts = some_factors(shape, random, rank=3)
     return parts | ({"e": torch.randn(3, generator=random)} if shape[0] > 1 else {})
 
@@ -60,7 +60,7 @@ def label(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> str:
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """Factors multiply, and make a matrix of this shape."""
+    """Check that the factors multiply to a matrix of this shape."""
     b, a, (rows, columns) = shapes["b"], shapes["a"], matrix_shape(shape)
     if len(b) != 2 or len(a) != 2 or b[1] != a[0] or shapes.get("e", b[1:]) not in (b[1:], (*b[1:], 1)):
         raise ValueError(f"factors {list(b)} and {list(a)} do not multiply")
@@ -71,7 +71,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
 @delta_kind(
     paper="arXiv:2106.09685",
     prepare=lambda p, base, shape: Factors(*factors(p, shape)),  # scaled once, not tile by tile
-    folds=lambda p, tile, base: base.addmm_(p.b[tile], p.a),  # no product is written out to be read again
+    folds=lambda p, tile, base: base.addmm_(p.b[tile], p.a),  # the product is never written to memory
     energy=energy,
     factors=factors,
     example=_example,

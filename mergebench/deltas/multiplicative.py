@@ -1,4 +1,4 @@
-"""W times something of low rank, element by element: HiRA, and HUT in its residual form.
+"""W times a low-rank matrix, element by element: HiRA, and HUT in its residual form.
 
     W' = W + s W * (B A)        (* element by element)
 

@@ -1,4 +1,4 @@
-"""The model that a reference names: a checkpoint, and the deltas after each `+` on top of it."""
+"""Open the model that a reference names: a checkpoint, with the delta after each `+` on top."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mergebench.errors import ModelError
 
 
 def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False) -> Model:
-    """Open the model a reference names, `BASE[+DELTA ...]`: headers only, every one checked.
+    """Open the model a reference names, `BASE[+DELTA ...]`: reads headers only and checks them all.
 
     folders: where relative paths are looked up after the working directory. task_vector: its tensors are differences.
-    Raises `ModelError` where it is missing, no checkpoint, or a delta is not for it; `RunError` where it is damaged.
+    Raises `ModelError` if it is missing or no checkpoint, or if a delta does not fit; `RunError` if a file is damaged.
     """
     place = locate(reference, folders)
     try:
@@ -30,7 +30,7 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         raise
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
-    if any(".lora_A." in name for name in model.tensors):  # its config stayed behind
+    if any(".lora_A." in name for name in model.tensors):  # a LoRA file without its config
         raise ModelError(f"model '{reference}': it is an adapter, not a model", "name its base: BASE+DIRECTORY")
     for adapter in place.adapters:
         model = put_on(model, adapter)
@@ -40,8 +40,8 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
 
 
 def put_on(model: Model, place: Path) -> Model:
-    """The model with the deltas at a place on top of those it has."""
-    from mergebench.deltas import formats  # torch comes with them
+    """The model with the deltas at a path added on top."""
+    from mergebench.deltas import formats  # this import loads torch
 
     known = formats.format_of(place)
     if known is None:
@@ -60,14 +60,14 @@ def put_on(model: Model, place: Path) -> Model:
 
 
 def _is_plain(model: Model, place: Path) -> bool:
-    """Whether there is no reason to ask the formats, which need torch, if this is a model."""
+    """Whether this is a model without asking the formats, which need torch."""
     named = not place.is_dir() or (place / SINGLE).exists() or (place / INDEX).exists()
     silent = all(header.metadata.keys() <= {"format"} for header in model.headers)
     return named and silent and any(info.is_float for info in model.tensors.values())
 
 
 def _refuse_delta(reference: str, place: Path) -> None:
-    """Refuse a delta where a model is named."""
+    """Refuse a delta in the place of a model."""
     from mergebench.deltas import formats
 
     known = formats.format_of(place)
@@ -79,7 +79,7 @@ def _refuse_delta(reference: str, place: Path) -> None:
 
 
 def _no_format(place: Path) -> ModelError:
-    """Why what stands after a `+` cannot be put on a model."""
+    """The error for a path after a `+` that no format accepts."""
     from mergebench.deltas import formats
 
     if is_adapter(place):
@@ -87,15 +87,15 @@ def _no_format(place: Path) -> ModelError:
         kind = config.get("peft_type")
         return ModelError(f"{place}: adapter type {kind!r} is not supported, only {formats.peft_types()}")
     if place.is_dir():
-        read_directory(place)  # says that it is no adapter
+        read_directory(place)  # raises that it is no adapter
     if place.suffix == ".safetensors":
-        read_header(place)  # says what is wrong with it
+        read_header(place)  # raises what is wrong with the file
         return ModelError(f"{place}: not a patch", "a patch is what `mergebench edit` writes beside the model")
     return ModelError(f"{place}: an adapter is a directory, a patch a .safetensors file")
 
 
 def _check_tied(model: Model, place: Path) -> None:
-    """Half of a tied pair cannot change alone: what PEFT makes of the other half is not in the files."""
+    """Refuse to change half of a tied pair: the files do not say how PEFT treats the other half."""
     from mergebench.checkpoint.values import split
 
     if not model.config.get("tie_word_embeddings", True):

@@ -1,6 +1,6 @@
-"""Some neurons' vectors in the place of the base's: what an edit changed as it was, token embeddings that were trained.
+"""Vectors of some neurons that replace the base's: the originals of edited rows, or trained token embeddings.
 
-How neurons lie in a tensor and are numbered: `row_patch`.
+`row_patch` describes the layout and numbering of neurons.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Replaced:
 
     values: Tensor
     rows: Indices
-    columns: int = 0  # neurons are columns, so many in an expert; 0: they are rows
+    columns: int = 0  # 0: neurons are rows; else neurons are columns, and this is their number per expert
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:

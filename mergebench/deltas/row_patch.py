@@ -1,8 +1,8 @@
-"""Model surgery (arXiv:2407.08770): a direction added to some rows, each its own amount of it.
+"""Model surgery (arXiv:2407.08770): one direction, added to some rows by a separate amount for each row.
 
-Rows are neurons' vectors. torch's Linear stores them as rows [..., neurons, width]; GPT-2's Conv1D, and experts of
-some mixtures, as columns [..., width, neurons]. Where experts stand in front, neurons are numbered through:
-expert * neurons + neuron.
+Rows are neurons' vectors. torch's Linear stores them as rows [..., neurons, width]; GPT-2's Conv1D, and experts of some
+mixtures, as columns [..., width, neurons]. If the first dimension is experts, the number of a neuron is expert *
+neurons + neuron.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Patch:
     direction: Tensor
     rows: Indices
     amount: Tensor
-    columns: int = 0  # neurons are columns, so many in an expert; 0: they are rows
+    columns: int = 0  # 0: neurons are rows; else neurons are columns, and this is their number per expert
 
 
 def _energy(p: Patch, shape: tuple[int, ...]) -> float:
@@ -35,7 +35,7 @@ def _energy(p: Patch, shape: tuple[int, ...]) -> float:
 
 
 def _factors(p: Patch, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-    """One direction, so an outer product; of experts in one tensor it is none."""
+    """An outer product, because there is one direction; None for experts in one tensor."""
     if len(shape) != 2:
         return None
     amounts = torch.zeros(shape[1 if p.columns else 0])
@@ -51,14 +51,14 @@ def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], s
 
 
 def check_vectors(vectors: tuple[int, ...], columns: int, shape: tuple[int, ...]) -> None:
-    """`Misfit` where neurons' vectors [k, width] are none of a tensor of this shape."""
+    """`Misfit` if vectors [k, width] do not fit a tensor of this shape."""
     count, width = vectors
     if len(shape) not in (2, 3) or (shape[-2:] != (width, columns) if columns else shape[-1:] != (width,)):
         raise Misfit(f"the patch changes {count} vectors of {width} elements")
 
 
 def check_rows(rows: Tensor, width: int, shape: tuple[int, ...]) -> None:
-    """Neurons in order, and none beyond the last."""
+    """Check that neurons are ascending and exist."""
     if not len(rows) or (rows.diff() <= 0).any() or rows[0] < 0:
         raise ValueError("the rows are not in order")
     if rows[-1] >= math.prod(shape) // width:
@@ -66,7 +66,7 @@ def check_rows(rows: Tensor, width: int, shape: tuple[int, ...]) -> None:
 
 
 def some_rows(shape: tuple[int, ...]) -> tuple[Tensor, int, int]:
-    """Every other neuron, its width, and `columns`: what an example of a kind on neurons begins with."""
+    """Every other neuron, the width, and `columns`, as a start for examples of kinds on neurons."""
     turned = shape[0] > shape[1]
     width, count = shape if turned else shape[::-1]
     return torch.arange(0, count, 2), width, count if turned else 0
@@ -90,7 +90,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
 def row_patch(p: Patch, tile: slice, base: Tensor | None) -> Tensor:
     """amount_i * direction for each changed neuron i."""
     width, height = len(p.direction), tile.stop - tile.start
-    # adding -0.0 changes no bit, adding 0.0 turns -0.0 into 0.0: what is not changed stays as it is
+    # unchanged elements add -0.0, which changes no bit; adding 0.0 would turn -0.0 into 0.0
     out = torch.full((height, p.columns or width), -0.0, dtype=p.direction.dtype, device=p.direction.device)
     for chosen, coordinates, where in neurons_in(tile, p.rows, width, p.columns):
         vectors = p.amount[chosen, None] * p.direction[coordinates]
@@ -101,7 +101,7 @@ def row_patch(p: Patch, tile: slice, base: Tensor | None) -> Tensor:
 def neurons_in(
     tile: slice, rows: Tensor, width: int, columns: int
 ) -> Iterator[tuple[slice, slice, tuple[slice | Tensor, ...]]]:
-    """(places among `rows`, coordinates of the vectors, where in the tile) of the neurons that it has a part of."""
+    """For the neurons in a tile: (places among `rows`, coordinates of the vectors, index into the tile)."""
     if not columns:
         chosen = _between(rows, tile.start, tile.stop)
         yield chosen, slice(None), (rows[chosen] - tile.start,)

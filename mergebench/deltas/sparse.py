@@ -1,4 +1,4 @@
-"""A few elements of a tensor: a mask over a difference that tasks share, as EMR-Merging's (arXiv:2405.17461)."""
+"""A masked difference: tasks share a vector, and each has a mask, as in EMR-Merging (arXiv:2405.17461)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Singular value decompositions: all of a matrix, its first triplets, a product of factors without writing it out."""
+"""Singular value decompositions: in full, of the first triplets, or of a product of factors without forming it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 SMALL = 512  # up to this many rows or columns, a full decomposition is quick
-FIRST = 32  # directions looked for first where the rank is not given
-EXTRA = 10  # directions searched beside those wanted
-ROUNDS, CHANGE = 60, 1e-7  # the search ends when a round finds so little more energy
+FIRST = 32  # directions computed first if the rank is not given
+EXTRA = 10  # directions computed in addition to those wanted
+ROUNDS, CHANGE = 60, 1e-7  # the search ends when a round adds less than this share of energy
 
 
 class Product(NamedTuple):
-    """B @ A, float32, and the squared norms of it and of what it stands for."""
+    """B @ A, float32, and the squared norms of it and of the matrix it approximates."""
 
     b: Tensor
     a: Tensor
@@ -23,7 +23,7 @@ class Product(NamedTuple):
 
 
 def compress(b: Tensor, a: Tensor, rank: int) -> Product:
-    """The best product of `rank` for B @ A (Eckart-Young), found in the factors' own small space.
+    """The best approximation of B @ A by `rank` (Eckart-Young), computed in the factors' own small space.
 
     With B = Q_b R_b and A' = Q_a R_a, the singular values of B A are those of R_b R_a'.
     """
@@ -34,7 +34,7 @@ def compress(b: Tensor, a: Tensor, rank: int) -> Product:
 
 
 def truncate(matrix: Tensor, rank: int, seed: int = 0) -> Product:
-    """The best product of `rank` for a matrix."""
+    """The best approximation of a matrix by `rank`."""
     found = _all(matrix) if _needs_all(matrix, rank) else _search(matrix, rank, seed)
     return _product(*found, rank, squared_norm(matrix))
 
@@ -42,7 +42,7 @@ def truncate(matrix: Tensor, rank: int, seed: int = 0) -> Product:
 def keep_energy(matrix: Tensor, share: float, seed: int = 0) -> Product:
     """The product of the smallest rank that keeps `share` of a matrix's squared norm.
 
-    More and more directions are looked for; where most would be needed, all are found at once.
+    The number of directions grows until they suffice; if most are needed, all are computed at once.
     """
     total, rank = squared_norm(matrix), FIRST
     while True:
@@ -52,7 +52,7 @@ def keep_energy(matrix: Tensor, share: float, seed: int = 0) -> Product:
         enough = torch.nonzero(energy.cumsum(0) >= share * total)
         if len(enough) or everything:
             return _product(us, s, v, int(enough[0]) + 1 if len(enough) else len(s), total)
-        # those still to be found are no larger than the last
+        # the missing singular values are no larger than the last
         missing = (share * total - float(energy.sum())) / max(float(energy[-1]), 1e-9 * total)
         rank = max(2 * rank, rank + int(missing))
 
@@ -70,7 +70,7 @@ def _needs_all(matrix: Tensor, rank: int) -> bool:
 def _search(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first triplets as (U S, S, V), by a randomised range finder and power iterations (arXiv:0909.4061).
 
-    Algorithm 4.4 there, with as many iterations as it takes for the directions wanted to settle.
+    Algorithm 4.4 there, iterated until the wanted directions converge.
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], rank + EXTRA, generator=generator)
@@ -94,7 +94,7 @@ def _all(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _product(us: Tensor, s: Tensor, v: Tensor, rank: int, total: float) -> Product:
     us, s, v = us[:, :rank], s[:rank], v[:rank]
-    # half to each factor: neither is tiny where it is stored or trained on. What has no size is rounding: zero.
+    # half to each factor, so that neither is tiny when stored or trained. Triplets at rounding level become zero.
     root = s.sqrt()
     inverse = torch.where(s > 1e-8 * s[:1], 1 / root, 0.0)
     kept = float(s.square().sum())
@@ -116,15 +116,15 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def svd_by_gram(matrix: Tensor, size: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`svd` by the eigenvectors of the smaller Gram matrix.
 
-    LAPACK's svd gives up where many singular values are equal, as those of stacked bases are. What is
-    rounding is compared with `size`, by default the largest singular value.
+    LAPACK's svd fails if many singular values are equal, as those of stacked bases are. The rounding level is relative
+    to `size`, by default the largest singular value.
     """
     u, s, v = (part.to(matrix.dtype) for part in _by_gram(matrix))
     return _significant(u, s, v, s[:1].sum().item() if size is None else size)
 
 
 def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All triplets, float64: there, squaring loses nothing of float32."""
+    """All triplets, in float64, where squaring loses no float32 precision."""
     if matrix.shape[0] < matrix.shape[1]:
         v, s, u = _by_gram(matrix.mT)
         return u.mT, s, v.mT
@@ -142,17 +142,17 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _significant(u: Tensor, s: Tensor, v: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The triplets above what rounding makes of a matrix whose largest singular value is `size`, as measured."""
+    """The triplets above the rounding level (as measured) of a matrix whose largest singular value is `size`."""
     rounding = 4 * torch.finfo(s.dtype).eps * max(len(u), v.shape[1]) ** 0.5
     rank = int((s > rounding * size).sum())
     return u[:, :rank], s[:rank], v[:rank]
 
 
 def svd_bytes(rows: int, columns: int, itemsize: int = 4) -> int:
-    """What `svd` holds beside its input: a copy, the vectors, and LAPACK's workspace (as measured)."""
+    """Bytes that `svd` needs beside its input: a copy, the vectors, and LAPACK's workspace (as measured)."""
     return (2 * rows * columns + 6 * min(rows, columns) ** 2) * itemsize + (1 << 20)
 
 
 def gram_bytes(rows: int, columns: int) -> int:
-    """What `nearest_orthogonal` holds beside its input: float64 copies, and LAPACK's workspace (as measured)."""
+    """Bytes that `nearest_orthogonal` needs beside its input: float64 copies, and LAPACK's workspace (as measured)."""
     return (3 * rows * columns + 7 * min(rows, columns) ** 2) * 8 + (1 << 20)

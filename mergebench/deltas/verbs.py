@@ -1,6 +1,7 @@
-"""What is done with any delta: written out, measured, turned into a low-rank one.
+"""Operations on any delta: write it out, measure it, convert it to low rank.
 
-The verbs know no kind. A kind may declare a quicker way (`energy`, `factors`); it is held against the slow one.
+The operations know no kind. A kind may declare a faster way (`energy`, `factors`), which is tested against the slow
+one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Size(NamedTuple):
-    """What deltas take on disk."""
+    """The size of deltas on disk."""
 
     nbytes: int
     parameters: int
@@ -36,14 +37,14 @@ class Converted(NamedTuple):
 
 
 class Nothing:
-    """A base of zeros: for deltas that do not depend on theirs."""
+    """A base of zeros, for deltas that do not depend on the base."""
 
     def read(self, start: int, out: Tensor) -> None:
         out.zero_()
 
 
 def size(deltas: Sequence[Delta]) -> Size:
-    """Bytes and numbers stored, a part that several share counted once."""
+    """Stored bytes and numbers; a part shared by several deltas counts once."""
     stored = {(info.file, info.offset): info for delta in deltas for info in delta.stored}.values()
     return Size(sum(info.nbytes for info in stored), sum(info.numel for info in stored))
 
@@ -70,7 +71,7 @@ def pieces(files: Reader, delta: Delta, base: Source | None = None) -> Iterator[
 
 
 def energy(files: Reader, delta: Delta, base: Source | None = None) -> float:
-    """|W' - W|^2: in closed form where the kind has one, else summed over the tiles in float64."""
+    """|W' - W|^2: in closed form if the kind has one, else summed over the tiles in float64."""
     if isinstance(delta, StoredDelta) and delta.of.energy is not None:
         return delta.of.energy(delta.load(files, CPU), delta.shape)
     return sum((float(piece.double().square().sum()) for piece in pieces(files, delta, base)), 0.0)
@@ -79,10 +80,10 @@ def energy(files: Reader, delta: Delta, base: Source | None = None) -> float:
 def as_low_rank(
     files: Reader, delta: Delta, *, rank: int | None = None, base: Source | None = None, seed: int = 0
 ) -> Converted:
-    """A delta on a matrix as a low-rank one: exact where the kind has factors and no smaller `rank` is asked for, else
-    the best of `rank` (Eckart-Young), for which one matrix is written out.
+    """Convert a delta on a matrix to low rank. Exact if the kind has factors and `rank` is not smaller; else the best
+    approximation by `rank` (Eckart-Young), for which one matrix is written out.
 
-    Raises `ModelError` where it is no matrix, or `rank` is needed and not given.
+    Raises `ModelError` if the tensor is no matrix, or `rank` is needed and not given.
     """
     exact = None
     if isinstance(delta, StoredDelta) and delta.of.factors is not None:

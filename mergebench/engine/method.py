@@ -1,4 +1,4 @@
-"""What a merge method is: one function of one chunk, its parameters, and what it needs.
+"""Merge methods: one function of one chunk, its parameters, and its requirements.
 
     @dataclass(frozen=True)
     class Params:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Tasks(NamedTuple):
-    """What a method gives that makes one model for each task: theta_0 + scales[i] * masks[i] * vector."""
+    """The result of a method that makes one model per task: theta_0 + scales[i] * masks[i] * vector."""
 
     vector: Tensor  # float32 [elements]
     masks: Tensor  # bool [models, elements]
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Weights = Annotated[Tensor, "models elements"]  # float32, the models themselves
     # the merged chunk, or the questions on the way to it
     Passes = Tensor | Tasks | Generator[Statistic, Any, Tensor | Tasks]
-else:  # torch is imported by the methods, not by who only lists their parameters
+else:  # the methods import torch; listing their parameters must not
     TaskVectors = Weights = Passes = Any
 
 Cut = Literal["element", "row", "tensor"]
@@ -54,8 +54,8 @@ Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, numbe
 class Bases(NamedTuple):
     """A method on matrices that gives Q_u M(X_i) Q_v' for Q_u X_i Q_v', whatever the orthonormal bases Q.
 
-    Low-rank differences are merged in their own small space. room: how many times the largest rank of each model the
-    small matrices must have, or be of full size, so that the method cuts where it would at full size. keeps_columns: it
+    Low-rank differences are merged in their own small space. room: the small matrices must be at least this many times
+    the largest rank of each model, or of full size, so that the method truncates as at full size. keeps_columns: it
     works element by element along the rows, so only the left basis may be chosen.
     """
 
@@ -75,31 +75,31 @@ class Method:
     takes: Literal["task_vectors", "weights"]
     gives: Literal["model", "deltas"]
     paper: str
-    cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or that by the parameters
-    whole: Whole  # with cut "tensor", those that must come whole; the others may be cut at any element
-    workspace: Workspace | None  # what the method takes for a tensor that comes whole; None: `TEMPORARIES`
+    cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or a function of the parameters
+    whole: Whole  # with cut "tensor", which tensors must come whole; the others may be cut at any element
+    workspace: Workspace | None  # bytes the method needs for a whole tensor; None: `TEMPORARIES`
     scope: Literal["tensor", "model"]  # default reach of a statistic
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
-    optional_base: bool  # task vectors without a base are the weights themselves
-    base_counts: bool  # a base is one more model, listed or not
+    optional_base: bool  # without a base, the weights themselves are the task vectors
+    base_counts: bool  # a base counts as a model even if it is not listed
     params: type
     parameters: Mapping[str, Parameter]
-    bases: Bases | None  # of a method on matrices that may be run in the models' own bases
-    exempt: Mapping[Identity, str]  # identities that it is not to keep, by its definition, and why
+    bases: Bases | None  # for a method on matrices that may run in the models' own bases
+    exempt: Mapping[Identity, str]  # identities that do not hold by its definition, and why
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """By name, and by what was changed of what stands there."""
+        """Pickle by name, with the fields that differ from the method of that name."""
         function = self.function
-        while not inspect.isfunction(function):  # what is put around it, such as `Lines`
+        while not inspect.isfunction(function):  # unwrap wrappers such as `Lines`
             function = function.method.function  # type: ignore[attr-defined]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         try:
             declared = named(function.__module__, function.__qualname__)
             changed = {name: value for name, value in fields.items() if value is not getattr(declared, name)}
-        except AttributeError:  # it stands under no name: it is copied, and pickles if its function does
+        except AttributeError:  # no module has it by name: it is copied, and pickles if its function does
             return _made, (fields,)
         return _varied, (function.__module__, function.__qualname__, changed)
 
@@ -125,7 +125,7 @@ def _made(fields: Mapping[str, Any]) -> Method:
 
 
 def _varied(module: str, name: str, changed: Mapping[str, Any]) -> Any:
-    """A method by its name; with other fields, a copy."""
+    """A method by its name; if fields differ, a copy."""
     declared = named(module, name)
     return dataclasses.replace(declared, **changed) if changed else declared
 
@@ -147,18 +147,16 @@ def merge_method(
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a function `(chunk, params, ctx)` as a merge method.
 
-    `takes`: the chunk holds task vectors (the result is one too, and the engine adds the base) or
-    weights. `paper`: where the formula stands. `gives`: a model, or `Tasks`, of which the engine writes the vector
-    and the masks. `cut`: the smallest piece it may be cut into (a function
-    of the parameters where they decide). `whole`: with cut "tensor", whether the tensor of that name and
-    shape must come whole; the others are treated element by element, and cut anywhere. `workspace`: the
-    bytes it holds at most beside a whole chunk, by shape, number of models and parameters. `scope`: what its
-    statistics reach over unless the recipe says otherwise. `models`: how many it takes. `optional_base`:
-    without a base, the weights themselves are merged. `base_counts`: a base that is not listed among the
-    models is one more of them. `bases`: with cut "tensor", that it may be run in the models' own bases.
-    `exempt`: identities that do not hold by definition, and why: `one model` (merged alone it comes out as it went
-    in), `equal models` (so do several equal ones, with weights that add up to one), `order` (of the models, with
-    their weights).
+    `takes`: whether the chunk holds task vectors (the result is one too, and the engine adds the base) or weights.
+    `paper`: the source of the formula. `gives`: a model, or `Tasks`, of which the engine writes the vector and the
+    masks. `cut`: the smallest piece a tensor may be cut into, or a function of the parameters. `whole`: with cut
+    "tensor", whether the tensor of that name and shape must come whole; other tensors are cut anywhere and merged
+    element by element. `workspace`: the most bytes the method needs beside a whole chunk, by shape, number of models
+    and parameters. `scope`: the default scope of its statistics. `models`: the number of models it takes.
+    `optional_base`: without a base, the weights themselves are merged. `base_counts`: a base that is not listed counts
+    as one more model. `bases`: with cut "tensor", the method may run in the models' own bases. `exempt`: identities
+    that do not hold by definition, and why: `one model` (a single model comes out unchanged), `equal models` (so do
+    equal models with weights that add up to one), `order` (of the models, with their weights).
     """
 
     def declare(function: Callable[..., Any]) -> Method:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def adam(values: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: float) -> Tensor:
-    """`values` after so many steps; `gradient` gives a new tensor."""
+    """`values` after `steps` steps; `gradient` returns a new tensor."""
     first, second = torch.zeros_like(values), torch.zeros_like(values)
     for step in range(1, steps + 1):
         slope = gradient(values)

@@ -1,4 +1,4 @@
-"""Which tensors are matrices to the methods on matrices.
+"""Which tensors the methods on matrices treat as matrices.
 
 Their papers merge the weights of linear layers. Everything else is averaged: theta_0 + lambda * mean tau_i.
 """
@@ -27,7 +27,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def matrices(tvs: Tensor, ctx: Context) -> Tensor | None:
-    """The chunk as [models, rows, columns]; None where it is of a tensor that is averaged."""
+    """The chunk as [models, rows, columns]; None if its tensor is averaged."""
     return tvs.view(len(tvs), *ctx.shape) if is_matrix(ctx.spans[0].tensor, ctx.shape) else None
 
 

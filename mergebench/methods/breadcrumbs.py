@@ -51,5 +51,5 @@ def between_outliers_and_noise(tvs: Tensor, p: Params, ctx: Context) -> Generato
     last = [place + count - 1 for place, count in zip(first, kept, strict=True)]
     ranks = [[min(place, d - 1) for place in first], [max(place, 0) for place in last]]
     low, high = yield order_statistics(tvs, ranks, key=torch.abs, trim=True)
-    low = low + column(low, [0.0 if count else math.inf for count in kept])  # of few elements, none may be kept
+    low = low + column(low, [0.0 if count else math.inf for count in kept])  # a small tensor may keep none
     return trim(tvs, low, high)

@@ -37,7 +37,7 @@ def consensus_ta(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     if p.k > n:
         raise RecipeError(f"parameters.k: {p.k} masks of {n} models", "at most as many as there are models")
     merged = total(tvs)
-    balance = total(tall_masks(tvs, merged, p.tall_lambda))  # models for less those against
+    balance = total(tall_masks(tvs, merged, p.tall_lambda))  # number of models for the element minus number against
     kept = plus_or_minus(balance - (2 * p.k - n)).relu_()
     return merged * kept * p.lambda_
 

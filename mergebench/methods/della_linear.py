@@ -14,7 +14,7 @@ from mergebench.errors import RecipeError
 from mergebench.methods.linear import normalized
 from mergebench.parameters import PerModel, param
 
-NEVER = 1e-9  # a share that is no draw's, and may be divided by
+NEVER = 1e-9  # a share that no draw reaches, and that is safe to divide by
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Params:
 
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
-    """The sum, beside its decomposition."""
+    """The sum and its decomposition."""
     return 4 * shape[0] * shape[1] + svd_bytes(*shape)
 
 

@@ -21,13 +21,13 @@ class Params:
 
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
-    """The stacked vectors three times, a task matrix less the common space, beside a decomposition."""
+    """The stacked vectors three times, a task matrix minus the common space, and a decomposition."""
     stacked = 3 * 4 * sum(shape) * min(shape)
     return stacked + 2 * 4 * shape[0] * shape[1] + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
 @matrix_method(
-    bases=Bases(room=5),  # of the directions each task keeps a fifth of a share 1/N, which must be all of its own
+    bases=Bases(room=5),  # each task keeps a fifth of 1/N of the directions, which must include all of its own
     paper="arXiv:2502.04959",
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),

@@ -14,7 +14,7 @@ from mergebench.errors import RunError
 from mergebench.methods.linear import normalized
 from mergebench.parameters import PerModel, param
 
-CANCELLED = 1e-6  # share of the directions' lengths left in their sum, below which it is float32's rounding
+CANCELLED = 1e-6  # if the sum keeps a smaller share of the directions' lengths, it is float32 rounding
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mergebench.engine.method import Cut, Passes, TaskVectors, merge_method
 from mergebench.engine.statistics import gram
 from mergebench.parameters import PerModel, param
 
-PARALLEL = 1e-7  # sin^2 of the angle up to which two vectors are interpolated along the chord: float32 resolves no less
+PARALLEL = 1e-7  # sin^2 of the angle below which vectors are interpolated linearly: float32 resolves no less
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Params:
 
 
 def piece(p: Params) -> Cut:
-    """What a tensor may be cut into."""
+    """The smallest piece a tensor may be cut into."""
     return "element" if p.nuslerp_flatten else "tensor" if p.nuslerp_row_wise else "row"
 
 

@@ -12,7 +12,7 @@ from mergebench.engine.statistics import gram
 from mergebench.parameters import param
 
 ORDER = "t counts from the first model to the second"
-PARALLEL = 0.9995  # cosine above which two tensors are interpolated along the chord
+PARALLEL = 0.9995  # cosine above which two tensors are interpolated linearly
 
 
 @dataclass(frozen=True)

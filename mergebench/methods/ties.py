@@ -40,20 +40,20 @@ def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
 
 
 def nothing_kept(threshold: Tensor, density: Sequence[float]) -> Tensor:
-    """The thresholds, out of reach where a gradient's density is zero."""
+    """The thresholds; infinite where a gradient's density is zero."""
     if min(density) > 0:
         return threshold
     return threshold.masked_fill(column(threshold, density) == 0, math.inf)
 
 
 def elect_and_merge(tvs: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
-    """Elect each element's sign by mass, then combine the task vectors that have it (sections 3.2, 3.3)."""
+    """Elect each element's sign by mass, then combine the task vectors of that sign (sections 3.2, 3.3)."""
     tvs = weighted(tvs, weights)
     return merge_agreeing(tvs, plus_or_minus(total(tvs)), weights, normalize)  # an even vote elects plus
 
 
 def merge_agreeing(tvs: Tensor, elected: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
-    """The sum of those weighted task vectors that have the elected sign, by default over the sum of their weights."""
+    """The weighted sum of the task vectors with the elected sign, by default divided by the sum of their weights."""
     # along the elected sign, the values that agree are those above zero
     agreeing = (tvs * elected).relu_()
     merged = total(agreeing).mul_(elected)

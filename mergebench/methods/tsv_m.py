@@ -19,12 +19,12 @@ class Params:
 
 
 def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
-    """The stacked vectors three times (gathered, side by side, orthogonal), beside a decomposition."""
+    """The stacked vectors three times (gathered, side by side, orthogonal), and a decomposition."""
     return 3 * 4 * sum(shape) * min(shape) + max(svd_bytes(*shape), gram_bytes(*shape))
 
 
 @matrix_method(
-    bases=Bases(room=1),  # of the directions each task keeps a share 1/N, which must be all of its own
+    bases=Bases(room=1),  # each task keeps 1/N of the directions, which must include all of its own
     paper="arXiv:2412.00081",
     workspace=workspace,
     exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},

@@ -49,7 +49,7 @@ def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     if p.solve == "closed":
         return closed(*directions(stack, torch.float64)).view(-1) * p.lambda_
     units, pull = directions(stack, torch.float32)
-    sides = [units.mT @ units] if units.shape[1] <= len(units) else [units.mT, units]  # the cheaper way round
+    sides = [units.mT @ units] if units.shape[1] <= len(units) else [units.mT, units]  # the cheaper order of products
     tau = adam(total(stack), lambda tau: torch.linalg.multi_dot([tau, *sides]).sub_(pull).mul_(2), p.steps, p.lr)
     return tau.view(-1) * p.lambda_
 

@@ -1,4 +1,4 @@
-"""How deltas lie on disk: one file a format.
+"""Formats of deltas on disk: one file a format.
 
 Third parties add formats by an entry point in the group `mergebench.formats`.
 """
@@ -13,10 +13,10 @@ names, origin, get = _registry.names, _registry.origin, _registry.get
 
 
 def peft_types() -> str:
-    """PEFT's types that there is a format for."""
+    """The PEFT types that have a format."""
     return ", ".join(name.upper() for name in names() if get(name).what == "an adapter")
 
 
 def format_of(place: Path) -> Format | None:
-    """The format that a directory or file is of, if it is one of deltas."""
+    """The format of a directory or file of deltas; None for anything else."""
     return next((known for known in map(get, names()) if known.claims(place)), None)

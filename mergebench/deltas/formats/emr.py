@@ -28,7 +28,7 @@ _HINT = "name the model that the tasks were merged on before the '+'"
 
 
 def mask_bytes(numel: int) -> int:
-    """What a mask of so many elements takes."""
+    """Bytes of a mask of `numel` elements."""
     return -(-numel // 8)
 
 
@@ -37,12 +37,12 @@ def is_task(directory: Path) -> bool:
 
 
 def tasks_in(directory: Path) -> list[str]:
-    """The tasks that a directory holds beside their vector."""
+    """The tasks in a directory that holds their vector."""
     return sorted(path.parent.name for path in directory.glob(f"{FOLDER}/*/{CONFIG}"))
 
 
 def _vector_of(task: Path) -> list[Header]:
-    """The files of the vector that a task's mask is for: two folders above it."""
+    """The files of the vector that a task's mask applies to, two folders above the task."""
     directory = task.resolve().parents[1]
     try:
         headers = open_directory(str(directory), directory)
@@ -76,7 +76,7 @@ def emr(directory: Path, base: Base) -> Deltas:
 
 
 def with_tasks(shard: Shard, tasks: Sequence[str], merged: Mapping[str, int]) -> Shard:
-    """A shard of a vector, and beside it the masks of these tasks; merged: numbers of elements by name."""
+    """A shard of a vector, with the masks of these tasks in files beside it; merged: numbers of elements by name."""
     sizes = [(tensor.name, mask_bytes(merged[tensor.name])) for tensor in shard.tensors if tensor.name in merged]
     masks = tuple(OutTensor(name, "U8", (size,), size) for name, size in sizes)
     beside = tuple(Shard(f"{FOLDER}/{task}/{shard.file}", masks) for task in tasks)

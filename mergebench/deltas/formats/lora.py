@@ -42,7 +42,7 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
-_RESIDUAL = ("pissa", "corda", "olora", "loftq")  # begin as a part of the base, which is taken out of it
+_RESIDUAL = ("pissa", "corda", "olora", "loftq")  # the factors start as a part of the base, which is subtracted from it
 _PARTS = {
     "A": re.compile(r"(.+)\.lora_A(?:\.default)?\.weight"),
     "B": re.compile(r"(.+)\.lora_B(?:\.default)?\.weight"),
@@ -53,7 +53,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's part of an adapter: scale * B @ A, with DoRA's magnitude and the bias of B where it has them."""
+    """One module's part of an adapter: scale * B @ A, with DoRA's magnitude and the bias of B if present."""
 
     a: TensorInfo
     b: TensorInfo
@@ -67,19 +67,19 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in], whichever way the base stores it."""
+        """[out, in], even if the base stores [in, out]."""
         return self.b.shape[0], self.a.shape[1]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA directory, config and header read and checked, no data touched."""
+    """A LoRA directory: config and header are read and checked, data is not touched."""
 
     directory: Path
     config: dict[str, Any]
     header: Header
     modules: dict[str, Factors]  # by the module's name, without PEFT's prefix, in file order
-    whole: dict[str, TensorInfo]  # tensors that take the place of the base's (biases, modules_to_save)
+    whole: dict[str, TensorInfo]  # tensors that replace the base's (biases, modules_to_save)
 
     @property
     def transposed(self) -> bool:
@@ -88,7 +88,7 @@ class Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read a LoRA directory; `ModelError` where it is none, or of a kind not supported."""
+    """Read a LoRA directory; `ModelError` if it is none, or of a type not supported."""
     config, header = read_directory(directory)
     _check_lora(directory, config)
     parts, whole = by_module(directory, header, config, _PARTS)
@@ -99,7 +99,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def residual(config: Mapping[str, Any]) -> str | None:
-    """How a LoRA was begun, where that took something out of the base."""
+    """The LoRA's initialisation method, if it subtracted a part from the base."""
     start = config.get("init_lora_weights")
     return start if isinstance(start, str) and start.lower().startswith(_RESIDUAL) else None
 
@@ -172,7 +172,7 @@ def lora(directory: Path, base: Base) -> Deltas:
 
 
 def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The tensors that an adapter changes, by its own names, in the shapes that the base stores."""
+    """The shapes, as the base stores them, of the tensors that an adapter changes, by the adapter's names."""
     shapes = {name: tensor.shape for name, tensor in adapter.whole.items()}
     for module, factors in adapter.modules.items():
         shapes[f"{module}.weight"] = factors.shape[::-1] if adapter.transposed else factors.shape

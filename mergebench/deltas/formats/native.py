@@ -1,4 +1,4 @@
-"""Our own file, for deltas of every kind: one safetensors file, small beside the model.
+"""mergebench's own format for deltas of every kind: one safetensors file, small beside the model.
 
     NAME.PART    a part of the delta on the tensor NAME, such as NAME.b and NAME.a; several deltas may share one
     NAME.orig    what the delta changes as it was, for an exact undo: the tensor, or of a delta on rows the neurons
@@ -10,7 +10,7 @@ The metadata says under `delta`, as JSON:
      "tensors": {NAME: {"kind": ..., "settings": {...}, "parts": {PART: its name in the file}}},
      "made": how it was made}
 
-Patches written before have `patch` instead, and are read.
+Older patches have `patch` instead, and can be read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ANOTHER = "the patch belongs to another model"
 
 
 class Entry(NamedTuple):
-    """The delta on one tensor, as a file has it."""
+    """The delta on one tensor, as stored in a file."""
 
     kind: str
     settings: Mapping[str, Any]
@@ -49,20 +49,20 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class DeltaFile:
-    """A file of deltas, header checked."""
+    """A delta file with its header checked."""
 
     header: Header
     base: str | None
     entries: Mapping[str, Entry]  # by the changed tensor's name
     made: Mapping[str, Any]
-    turned: frozenset[str] = field(default=frozenset())  # of a patch written before: neurons that are columns
+    turned: frozenset[str] = field(default=frozenset())  # for an older patch: tensors whose neurons are columns
 
     @property
     def file(self) -> Path:
         return self.header.file
 
     def on(self, name: str, base: Base) -> StoredDelta:
-        """The delta on a tensor of the base; `ModelError` where they do not fit together."""
+        """The delta on a tensor of the base; `ModelError` if they do not fit together."""
         entry, info = self.entries[name], base.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.file}: {base.reference} has no tensor '{name}'", ANOTHER)
@@ -85,8 +85,8 @@ class DeltaFile:
         return delta
 
     def undo(self, name: str, delta: StoredDelta) -> StoredDelta:
-        """What makes a tensor again, to the bit, of the tensor with this delta of the file on it; `ModelError` where the
-        file does not keep it."""
+        """The delta that undoes a delta of this file, to the bit; `ModelError` if the file does not keep the original
+        values."""
         orig = self.entries[name].orig
         if orig is None:
             raise ModelError(f"{self.file}: does not keep '{name}' as it was", "without that no undo is exact")
@@ -97,12 +97,12 @@ class DeltaFile:
 
 
 def tells_of_deltas(metadata: Mapping[str, str]) -> bool:
-    """Whether a header's metadata say that its file holds deltas."""
+    """Whether a header's metadata mark a delta file."""
     return METADATA in metadata or BEFORE in metadata
 
 
 def is_delta_file(place: Path) -> bool:
-    """Whether a file's header says so."""
+    """Whether a file's header marks a delta file."""
     if place.suffix != ".safetensors" or not place.is_file():
         return False
     try:
@@ -119,7 +119,7 @@ def native(file: Path, base: Base) -> Deltas:
 
 
 def read_file(file: str | Path) -> DeltaFile:
-    """Read the header of a file of deltas; `ModelError` where it is missing or none, `RunError` where damaged."""
+    """Read the header of a delta file; `ModelError` if it is missing or no delta file, `RunError` if damaged."""
     header = read_header(Path(file))
     if not tells_of_deltas(header.metadata):
         raise ModelError(f"{file}: not a patch", "a patch is what `mergebench edit` writes beside the model")
@@ -149,7 +149,7 @@ def read_file(file: str | Path) -> DeltaFile:
 
 
 def _read_before(header: Header, stored: dict[str, TensorInfo]) -> DeltaFile:
-    """A patch whose parts all share `direction`, its metadata the edit's report and `columns`."""
+    """Read an older patch: all deltas share `direction`; the metadata has the edit's report and `columns`."""
     made = json.loads(header.metadata[BEFORE])
     turned = frozenset(made["columns"])
     names = dict.fromkeys(name.rpartition(".")[0] for name in stored if name != "direction")
@@ -168,7 +168,7 @@ def _read_before(header: Header, stored: dict[str, TensorInfo]) -> DeltaFile:
 
 
 class Later(NamedTuple):
-    """A tensor that is made when its place in the file is written."""
+    """A tensor that is computed when it is written to the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -180,7 +180,7 @@ class Later(NamedTuple):
 
 
 class Writing(NamedTuple):
-    """A delta to be written: its kind, settings, parts in memory, and the name of each part that is shared."""
+    """A delta to be written: kind, settings, parts in memory, and the names of shared parts."""
 
     kind: str
     settings: Mapping[str, Any]
@@ -196,7 +196,7 @@ def write_file(
     made: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> None:
-    """Write deltas by the names of the tensors they change, all at once, in place; `shared`: parts of several."""
+    """Write a file of deltas by tensor names, atomically; `shared`: parts that several deltas use."""
     shared, made = shared or {}, made or {}
     listed = {
         name: {

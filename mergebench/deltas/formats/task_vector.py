@@ -1,4 +1,4 @@
-"""Another model's task vector, as `mergebench task-vector` writes it: differences in place of a model's tensors."""
+"""A task vector, as `mergebench task-vector` writes it: a checkpoint whose tensors are differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergebench.errors import MergebenchError, ModelError
 
 
 def _claims(place: Path) -> bool:
-    """Whether the files of a place say that they hold differences."""
+    """Whether the files at a path are marked as differences."""
     try:
         if place.is_dir():
             known = (place / SINGLE).exists() or (place / INDEX).exists()

@@ -1,1 +1,1 @@
-"""PEFT's directories, whatever their type: config and header, and the base's names for what they change."""
+"""PEFT directories of any type: config and header, and the base's names for the changed tensors."""

@@ -1,4 +1,4 @@
-"""A directory as PEFT saves it, of any type: config and header, and tensors that take the place of the base's."""
+"""A PEFT directory of any type: config and header, and tensors that replace the base's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.errors import ModelError, RunError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
+PREFIX = "base_model.model."  # PEFT's prefix of module names
 _BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -21,7 +21,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def of_type(kind: str) -> Callable[[Path], bool]:
-    """Whether a place is a directory of this PEFT type, as its config says."""
+    """Whether a path is a directory of this PEFT type, by its config."""
 
     def claims(place: Path) -> bool:
         return is_adapter(place) and peft_type(place) == kind
@@ -30,12 +30,12 @@ def of_type(kind: str) -> Callable[[Path], bool]:
 
 
 def holds_no_model(directory: Path) -> bool:
-    """Whether no model lies in the directory too."""
+    """Whether the directory does not also hold a model."""
     return not any(directory.glob("model*.safetensors"))
 
 
 def peft_type(directory: Path) -> str | None:
-    """The type that the config names; None where it names none, or cannot be read."""
+    """The type that the config names; None if it names none, or cannot be read."""
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def peft_type(directory: Path) -> str | None:
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
-    """Config and header of what PEFT saved, of any type; `ModelError` where it is no adapter."""
+    """Config and header of a PEFT directory of any type; `ModelError` if it is no adapter."""
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -65,8 +65,8 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
 def by_module(
     directory: Path, header: Header, config: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str]]
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """A header's tensors: the parts of each module, told by patterns whose first group is its name, and those that are
-    saved whole, by the name of the base's tensor. Each is one or the other, or refused by name."""
+    """Sort a header's tensors into the parts of each module, and tensors saved whole, by the base's tensor names. The
+    first group of a pattern is the module's name. Any other tensor is refused by name."""
     parts: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for tensor in header.tensors:

@@ -1,4 +1,4 @@
-"""The base's names for what a PEFT directory changes, and deltas put on the base's tensors by them."""
+"""Find the base's names for the tensors that a PEFT directory changes, and put deltas on them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ OTHER_MODEL = "this adapter was trained on another model: name that one before t
 
 
 class Names:
-    """The base's names for what an adapter changes.
+    """The base's names for the tensors that an adapter changes.
 
-    It may have been trained on a model whose class adds or drops a prefix (`model.`, `bert.`), or whose version
-    calls its parts otherwise. shapes: of the tensors it changes, by the adapter's names, as the base stores them.
+    The adapter's model may have another prefix (`model.`, `bert.`), or other names in another version. shapes: of the
+    changed tensors, by the adapter's names, as the base stores them.
     """
 
     def __init__(self, directory: Path, base: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._directory, self._base, self._shapes = directory, base, shapes
 
     def find(self, name: str) -> str:
-        """The base tensor that goes by `name`; `ModelError` where there is none."""
+        """The base tensor for `name`; `ModelError` if there is none."""
         if name in self._base:
             return name
         ends: list[str] = [*self._longer.get(name, ()), *(end for end in _ends(name) if end in self._base)]
@@ -40,7 +40,7 @@ class Names:
 
     @cached_property
     def _longer(self) -> dict[str, list[str]]:
-        """The base's names by their ends."""
+        """The base's names by their suffixes."""
         longer: dict[str, list[str]] = {}
         for name in self._base:
             for end in _ends(name):
@@ -61,14 +61,15 @@ class Placing:
         self.deltas: dict[str, Delta] = {}
 
     def put_whole(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Tensors in the base's place, by the adapter's names for the base's."""
+        """Put tensors in the place of the base's, by the adapter's names."""
         for stored, tensor in tensors.items():
             self.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
 
     def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
-        """A delta on the tensor that the adapter calls `stored`; returns the base's name.
+        """Put a delta on the tensor that the adapter calls `stored`; returns the base's name.
 
-        `ModelError` where the base has none, or one of another shape or of integers, or where it is changed already.
+        `ModelError` if the base lacks the tensor, if its shape differs, if it has integers, or if it is already
+        changed.
         """
         name = self._names.find(stored)
         target, shape = self._base.tensors[name], self._shapes[stored]
@@ -88,7 +89,7 @@ class Placing:
 
 
 def on_stored(b: TensorInfo, a: TensorInfo, in_out: bool) -> dict[str, Part | None]:
-    """B [out, r] and A [r, in] as factors of the tensor that the base stores: of one stored [in, out], A' and B'."""
+    """B [out, r] and A [r, in] as factors of the stored tensor; if that is stored [in, out], A' and B'."""
     if in_out:
         return {"b": Part(a, transposed=True), "a": Part(b, transposed=True)}
     return {"b": Part(b), "a": Part(a)}
