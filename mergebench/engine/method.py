@@ -54,9 +54,9 @@ Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, numbe
 class Bases(NamedTuple):
     """A method on matrices that gives Q_u M(X_i) Q_v' for Q_u X_i Q_v', whatever the orthonormal bases Q.
 
-    Low-rank differences are merged in their own small space. room: the small matrices must be at least this many times
-    the largest rank of each model, or of full size, so that the method truncates as at full size. keeps_columns: it
-    works element by element along the rows, so only the left basis may be chosen.
+    Low-rank differences are merged in their own small space. room: the small matrices need this many times (number of
+    models * largest rank) rows and columns, or full size, so that the method truncates nothing that it keeps at full
+    size. keeps_columns: it works element by element along the rows, so only the left basis may be chosen.
     """
 
     room: int = 1

@@ -1,4 +1,4 @@
-"""Proof that what is added keeps the rules: `check_method`, `check_delta` and `check_edit`, and `doctor` for all."""
+"""Checks that plug-ins keep the rules: `check_method`, `check_delta` and `check_edit`, and `doctor` for all of them."""
 
 from mergebench.testing.deltas import check_delta
 from mergebench.testing.edits import check_edit

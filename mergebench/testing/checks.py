@@ -1,4 +1,4 @@
-"""What a check finds, and how one is run: the same for methods, adapters and deltas."""
+"""Run checks and report findings, for methods, adapters and deltas alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Broken(AssertionError):
 
 
 class Finding(NamedTuple):
-    """What one check found: `mark` is `ok`, `-` (does not apply) or a few words on what is wrong; `why` a sentence."""
+    """The result of one check: `mark` is `ok`, `-` (does not apply) or a few words on the fault; `why` is a
+    sentence."""
 
     check: str
     mark: str
@@ -47,7 +48,7 @@ class Report(NamedTuple):
 
 
 def find(check: str, run: Callable[[], object]) -> Finding:
-    """Run a check; whatever it raises is a finding, since another package's code may raise anything."""
+    """Run a check; any exception is a finding, since another package's code may raise anything."""
     try:
         run()
     except Inapplicable as reason:

@@ -1,7 +1,7 @@
-"""Prove that a delta kind keeps the rules: `check_delta(my_kind)` in a plugin's tests; `mergebench doctor` shows them.
+"""Check that a delta kind keeps the rules: `check_delta(my_kind)` in a plugin's tests; `mergebench doctor` runs it too.
 
-Each check works on small deltas that the kind's own `example` makes, written as files of ours and read again. The
-oracle is the kind's function on all rows at once, in float64.
+Each check works on small deltas from the kind's own `example`, written to delta files and read again. The oracle is the
+kind's function on all rows at once, in float64.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mergebench.deltas.open import open_model
 from mergebench.testing.checks import Inapplicable, Report, find
 
 SHAPES = ((23, 17), (1, 9), (31, 1))
-TILE = 68  # elements of a tile while checks run: a few rows, so that small tensors have several
+TILE = 68  # elements of a tile during checks: a few rows, so that small tensors have several tiles
 NAME = "layer.weight"
 CLOSE = 1e-4  # of the largest element
 
 
 class Trial:
-    """A kind, and one delta of it on a small tensor, as files."""
+    """A kind, and a delta of this kind on a small tensor, in files."""
 
     def __init__(self, kind: DeltaKind, shape: tuple[int, ...], place: Path, seed: int = 0) -> None:
         self.kind, self.shape = kind, shape
@@ -59,7 +59,7 @@ class Trial:
         self.model = dataclasses.replace(plain, deltas={NAME: (self.delta,)})
 
     def opened(self, files: Files, deltas: Sequence[StoredDelta] = ()) -> Chain:
-        """The delta, or several, on the base."""
+        """The delta, or the given `deltas`, opened on the base."""
         return chain(files, Scales(files), self.model.tensors[NAME], deltas or [self.delta])
 
     def source(self, files: Files) -> Stored:
@@ -100,7 +100,7 @@ def _double(p: Any) -> Any:
 
 
 def _any_split(trial: Trial) -> None:
-    """Where a chunk ends cannot change a bit, whatever is added, folded or read twice."""
+    """The borders of chunks do not change a bit, whether tiles are added, folded or read twice."""
     with Files() as files:
         whole, numel = trial.added(files), trial.base.numel()
         for edges in ([numel // 2], list(range(1, numel)), [1, numel // 3, numel - 1]):
@@ -114,7 +114,7 @@ def _any_split(trial: Trial) -> None:
 
 
 def _formula(trial: Trial) -> None:
-    """What is streamed is the function's result on all rows at once."""
+    """The streamed delta equals the function's result on all rows at once."""
     with Files() as files:
         streamed, expected = trial.added(files).double(), trial.expected()
     worst = float((streamed - expected).abs().max()) if len(expected) else 0.0
@@ -122,7 +122,7 @@ def _formula(trial: Trial) -> None:
 
 
 def _energy(trial: Trial) -> None:
-    """The squared norm in closed form is that of what is written out."""
+    """The closed form of the squared norm equals that of the full difference."""
     if trial.kind.energy is None:
         raise Inapplicable("it declares no closed form")
     with Files() as files:
@@ -131,7 +131,7 @@ def _energy(trial: Trial) -> None:
 
 
 def _factors(trial: Trial) -> None:
-    """Its factors multiply to what is written out."""
+    """The factors multiply to the full difference."""
     if trial.kind.factors is None:
         raise Inapplicable("it declares no exact factors")
     with Files() as files:
@@ -142,7 +142,7 @@ def _factors(trial: Trial) -> None:
 
 
 def _size(trial: Trial) -> None:
-    """Its size is that of the stored tensors."""
+    """The reported size is that of the stored tensors."""
     stored = sum(value.nbytes for value in trial.given.values() if isinstance(value, Tensor))
     assert verbs.size([trial.delta]).nbytes == stored, f"{verbs.size([trial.delta]).nbytes} bytes, stored {stored}"
 
@@ -159,7 +159,7 @@ def _digest(trial: Trial) -> None:
 
 
 def _memory(trial: Trial) -> None:
-    """An open one holds no more than it says."""
+    """An opened delta holds no more memory than it reports."""
     with Files() as files:
         p = trial.delta.load(files, CPU)
     held = sum(v.nbytes for v in vars(p).values() if isinstance(v, Tensor))
@@ -167,12 +167,12 @@ def _memory(trial: Trial) -> None:
 
 
 def _pickles(trial: Trial) -> None:
-    """It is itself again after a way to another machine."""
+    """The delta survives pickling."""
     assert pickle.loads(pickle.dumps(trial.delta)) == trial.delta, "another one"
 
 
 def _stacked(trial: Trial) -> None:
-    """Twice on a base is once on what once gives."""
+    """The delta twice on a base equals the delta on the folded base."""
     with Files() as files:
         twice = torch.empty(trial.base.numel())
         trial.opened(files, [trial.delta, trial.delta]).read(0, twice)
@@ -186,10 +186,10 @@ def _stacked(trial: Trial) -> None:
 
 
 def _undone(trial: Trial) -> None:
-    """Folded, and what its file keeps put back, a tensor is the base's to the bit."""
+    """Folding and then undoing the delta restores the base's tensor to the bit."""
     parts = {name: value for name, value in trial.given.items() if isinstance(value, Tensor)}
     before = trial.base
-    if "rows" in parts:  # of neurons, those that change
+    if "rows" in parts:  # for a delta on neurons, the neurons that change
         before = before.mT if trial.settings.get("columns") else before
         before = before.reshape(-1, before.shape[-1])[parts["rows"]]
     kept = trial.file.with_name("kept.safetensors")
@@ -203,7 +203,7 @@ def _undone(trial: Trial) -> None:
 
 
 def _gradients(trial: Trial) -> None:
-    """Its floats get gradients through the function, as training needs them."""
+    """The float parts get gradients through the function, as training needs."""
     with Files() as files:
         p = trial._prepared(files)
     floats = {n: v for n, v in vars(p).items() if isinstance(v, Tensor) and v.is_floating_point() and n in trial.given}

@@ -1,7 +1,7 @@
-"""The identities that any merge tool must keep, tried on the installed methods: `mergebench doctor`.
+"""Check the identities of merging on the installed methods: `mergebench doctor`.
 
-Small checkpoints of two stored types are merged by the engine. Parameters are chosen by name and range, so a
-method of another package is tried like a built-in one. A method that departs from an identity by definition
+Small checkpoints of two stored types are merged by the engine. Parameters are chosen by name and range, so methods of
+other packages are checked like built-in methods. If an identity does not hold by a method's definition, the method
 declares it: `merge_method(exempt=...)`.
 """
 
@@ -24,25 +24,25 @@ from mergebench.testing.methods import Tensors, check_cuts, variants
 from mergebench.testing.trial import GRID, Trial, check_finite, make_base, moved
 
 CUT = {"matrix": (2, TILE + 465), "bias": (300,), "scale": ()}
-# parameters, by name, with which nothing is dropped, and with which half is
+# parameters, by name, at which nothing is dropped, and at which half is dropped
 KEEP_ALL: dict[str, float] = {"density": 1, "select_topk": 1, "gamma": 0, "epsilon": 0, "clip": 0, "tall_lambda": 0}
 KEEP_HALF: dict[str, float] = {"density": 0.5}
-ROUNDINGS = 4  # units of float32 that a sum of three may differ by in another order
+ROUNDINGS = 4  # float32 units by which the order of summation may change a sum of three
 
 
 Progress = Callable[[str, str, int, int], None]
 
 
 def examine(names: Sequence[str] = (), progress: Progress = lambda method, check, done, total: None) -> list[Report]:
-    """Run all checks on the methods named (default: all that are installed).
+    """Run all checks on the named methods (default: all installed methods).
 
-    progress: called with the method, the check, and how many checks of how many are done.
+    progress: called with the method, the check, the number of finished checks, and the total.
     """
     known = set(methods.names())
     names = list(dict.fromkeys(names)) or methods.names()
     for name in names:
         if name not in known:
-            methods.get(name)  # raises, with what may have been meant
+            methods.get(name)  # raises, with a suggestion
     reports, total = [], len(names) * len(CHECKS)
     for number, name in enumerate(names):
         findings = []
@@ -66,7 +66,7 @@ def diagnose(method: Method) -> Iterator[Finding]:
 
 
 def _find(check: str, trials: Sequence[Trial]) -> Finding:
-    """One check on the method, and as it is without a base where that is optional."""
+    """Run one check on the method, and again without a base if the base is optional."""
     findings = [find(check, partial(_run, check, trial)) for trial in trials]
     return next((finding for finding in findings if finding.failed), min(findings, key=lambda one: one.mark != OK))
 
@@ -78,9 +78,9 @@ def _run(check: str, trial: Trial) -> None:
 
 
 def _compare(got: Tensors, want: Tensors, base: Tensors, units: int, what: str) -> None:
-    """Same bytes (0 units), or within `units` of float32, one of a narrower type.
+    """Compare: same bytes (0 units), or within `units` of float32, or one unit of a narrower type.
 
-    A unit is that of the larger of model and base: their difference is rounded before it is added back.
+    A unit is that of the larger of model and base, because their difference is rounded before it is added back.
     """
     for name, value in want.items():
         check_finite(name, got[name])
@@ -110,7 +110,7 @@ def _equal_models(trial: Trial) -> None:
     model = moved(base, 2)
     for count in [trial.method.models] if trial.method.models else [2, 3]:
         _several(trial)
-        halves = trial.method.takes == "weights" and trial.weighted and count == 2  # exact, which thirds are not
+        halves = trial.method.takes == "weights" and trial.weighted and count == 2  # halves are exact, thirds are not
         got = trial.merge(base, [model] * count, trial.params(count, KEEP_ALL, [1 / count] * count))
         _compare(got, model, base, 0 if halves else 1, "result and model")
 
@@ -168,13 +168,13 @@ def _negative(trial: Trial) -> None:
 
 
 def _cuts(trial: Trial) -> None:
-    """Chunks and workers change nothing, and the result is that of the whole in memory."""
+    """Chunks and workers change nothing, and the result equals the merge in memory."""
     weights = [0.3 + 0.2 * number for number in range(trial.count(3))]
     check_cuts(trial.method, trial.params(trial.count(3), KEEP_HALF, weights), trial.place, CUT, (TILE, 2 * TILE))
 
 
 def _reload(trial: Trial) -> None:
-    """What was written is read back by the safetensors library: names, shapes, types, numbers."""
+    """The safetensors library reads the output back: names, shapes, types, numbers."""
     base, count = make_base(), trial.count(3)
     got = trial.merge(base, [moved(base, seed) for seed in range(count)], trial.params(count, KEEP_HALF), must=True)
     if got.keys() != base.keys():

@@ -1,4 +1,4 @@
-"""The identities of merged adapters, tried on every kind of LoRA: the second table of `mergebench doctor`."""
+"""Check the identities of merged adapters on every kind of LoRA: the second table of `mergebench doctor`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {"down": 2}, "alpha_pattern": {"down": 5}},
 }
 RANK, ALPHA, WEIGHTING = 3, 4, (0.5, -1.25)
-ROUNDING = 1e-5  # of the norm of what is compared
+ROUNDING = 1e-5  # relative to the norm of the compared tensors
 
 
 def examine_adapters() -> list[Report]:
@@ -92,12 +92,12 @@ class AdapterTrial:
 
     @property
     def with_base(self) -> dict[str, Any]:
-        """What merging several of the kind takes beside them; DoRA's sum has full rank."""
+        """Further arguments for merging several adapters of this kind; DoRA's sum has full rank."""
         return {"base": str(self.place / "base.safetensors"), "rank": 7} if "use_dora" in self.settings else {}
 
 
 def _products(directory: Path) -> dict[str, Tensor]:
-    """B A of every module; what mergebench writes has scale 1."""
+    """B A of every module; mergebench writes adapters at scale 1."""
     stored, key = load_file(directory / WEIGHTS), "base_model.model.{}.lora_{}.weight"
     return {module: stored[key.format(module, "B")] @ stored[key.format(module, "A")] for module in SHAPES}
 

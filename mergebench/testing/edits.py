@@ -1,7 +1,7 @@
-"""Prove that an edit keeps the rules: `check_edit(my_edit)` in a plugin's tests; `mergebench doctor` shows them.
+"""Check that an edit keeps the rules: `check_edit(my_edit)` in a plugin's tests; `mergebench doctor` runs it too.
 
-Each check works on a small gated model of two layers and a random probe. The oracle is the edit's own amounts: what is
-written is rows + amount * direction, and taken out again it is the model of before, bit for bit.
+Each check works on a small gated model of two layers and a random probe. The oracle is the edit's own amounts: the
+edited rows are rows + amount * direction, and reverting the patch gives the original model, bit for bit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Trial:
         self.params = edit.make_params({name: p.default for name, p in edit.parameters.items()} | values)
 
     def rows(self) -> Rows:
-        """What an edit is told of the model."""
+        """The input of the edit."""
         weights, direction = torch.cat([*self.weights.values()]), self.probe.weight[1]
         norm, length = weights.norm(dim=1), float(direction.norm())
         layer = torch.arange(LAYERS).repeat_interleave(NEURONS)
@@ -79,7 +79,7 @@ def _amounts(trial: Trial) -> None:
 
 
 def _pure(trial: Trial) -> None:
-    """It does not write into what it is told, and says the same twice."""
+    """The edit does not write into its input, and two calls give the same result."""
     rows, fresh = trial.rows(), trial.rows()
     first, second = trial.edit(rows, trial.params), trial.edit(rows, trial.params)
     same = all(torch.equal(getattr(rows, name), getattr(fresh, name)) for name in ("cosine", "norm", "layer"))
@@ -88,13 +88,13 @@ def _pure(trial: Trial) -> None:
 
 
 def _of_zeros(trial: Trial) -> None:
-    """Rows of zeros, with which an edit is tried before a model is read, are no error."""
+    """Rows of zeros are no error: planning tries an edit on them before a model is read."""
     nothing = torch.zeros(LAYERS * NEURONS)
     trial.edit(Rows(nothing, nothing, nothing.long(), 1.0), trial.params)
 
 
 def _written(trial: Trial) -> None:
-    """What a patch makes of the model is rows + amount * direction, cast once."""
+    """The patched model has rows + amount * direction, cast once."""
     model = trial.model("model")
     planned = trial.planned(model)
     amounts = scan(planned, open_model(str(model))).amounts
@@ -107,7 +107,7 @@ def _written(trial: Trial) -> None:
 
 
 def _undone(trial: Trial) -> None:
-    """Its patch, taken out again, gives the model of before, bit for bit."""
+    """Reverting the patch gives the original model, bit for bit."""
     model = trial.model("model")
     edited = _edited(trial, model, trial.planned(model))
     PutIn(open_patch(trial.place / "patch.safetensors"), revert=True).make(open_model(str(edited)))
@@ -116,7 +116,7 @@ def _undone(trial: Trial) -> None:
 
 
 def _edited(trial: Trial, model: Path, planned: Planned) -> Path:
-    """A copy of the model with the edit made in it, by way of a patch."""
+    """A copy of the model with the edit applied as a patch."""
     changes = scan(planned, open_model(str(model))).changes()
     if not changes:
         raise Inapplicable("with these parameters it changes nothing")
@@ -128,7 +128,7 @@ def _edited(trial: Trial, model: Path, planned: Planned) -> Path:
 
 
 def _pickles(trial: Trial) -> None:
-    """It is itself again after a way to another machine."""
+    """The edit survives pickling."""
     assert pickle.loads(pickle.dumps(trial.edit)) is trial.edit, "another one"
 
 
@@ -173,5 +173,5 @@ def _run(edit: Edit, values: dict[str, Any], check: Callable[[Trial], None]) -> 
 
 
 def _missing(edit: Edit, values: Mapping[str, Any]) -> str | None:
-    """A parameter that must be given and is not."""
+    """A required parameter that is missing."""
     return next((name for name, p in edit.parameters.items() if p.required and name not in values), None)

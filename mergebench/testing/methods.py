@@ -1,7 +1,7 @@
-"""Prove that a merge method keeps the rules: `check_method(my_method)` in a plugin's tests.
+"""Check that a merge method keeps the rules: `check_method(my_method)` in a plugin's tests.
 
-The oracle is the method run on everything in memory at once, its questions answered by brute force. The
-streamed result must equal it bit for bit, however the work was cut.
+The oracle is the method run on everything in memory at once, with its questions answered by brute force. The streamed
+result must equal it bit for bit, for any chunks.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ LARGE = {"matrix": (2, TILE + 465), "bias": (300,), "scale": (), "long": (7 * TI
 def in_memory(
     method: Method, base: Tensors, models: Sequence[Tensors], params: Any, scope: str = "", seed: int = 0
 ) -> dict[str, Tensor]:
-    """What the method makes of whole tensors (or, at scope model, of all of them as one), float32.
+    """The method's result on whole tensors (or, at scope model, on all of them as one), float32.
 
-    Of several tasks, the vector they share.
+    For a method with a model per task: the shared vector.
 
     base, models: float tensors by name. params: the method's own dataclass.
     """
     scope = scope or method.scope
     units = [list(base)] if scope == "model" else [[name] for name in base]
-    lengths: list[Tensor] = []  # where the method asks about all units together, the answers about each
+    lengths: list[Tensor] = []  # if the method asks about all units together, the answers for each unit
 
     def answer(statistic: Statistic, sizes: Sequence[int], of_all: Tensor | None) -> Any:
         if of_all is not None and isinstance(statistic, Norms):
@@ -86,7 +86,7 @@ def in_memory(
 
 
 def run_whole(method: Method, values: Tensor, params: Any, context: Context, sizes: Sequence[int]) -> Tensor:
-    """Run a method on one chunk that is all there is; `sizes` are the tensors it is made of."""
+    """Run a method on a single chunk that holds everything; `sizes` are the sizes of its tensors."""
     return run_at_once(method, values, params, context, partial(_brute_force, sizes=sizes))
 
 
@@ -109,7 +109,7 @@ def _brute_force(statistic: Statistic, sizes: Sequence[int]) -> Any:
 def check_method(method: Method, **values: Any) -> None:
     """Assert that a merge method keeps the rules; `values` are parameters by the recipe's names.
 
-    Raises `AssertionError` with a sentence that says what it does wrong.
+    Raises `AssertionError` with a sentence that says which rule is broken.
     """
     name = method.name
     assert inspect.getdoc(method.function), f"{name}: it has no docstring: say what it computes"
@@ -123,7 +123,8 @@ def check_method(method: Method, **values: Any) -> None:
 def check_cuts(
     method: Method, params: Any, place: Path, large: Shapes = LARGE, cuts: Sequence[int] = (TILE, 7 * TILE, 16 * TILE)
 ) -> Bench:
-    """Assert that chunks and workers change nothing; the bench of the `large` tensors, `cuts` are their chunks."""
+    """Assert that chunks and workers change nothing; returns the bench of the `large` tensors; `cuts` are their chunk
+    sizes."""
     for name, shapes, chunks in (("small", SMALL, (7, TILE)), ("large", large, cuts)):
         base, models = _sample(shapes, method.models or 3)
         bench = Bench(method, params, base, models, place / name)
@@ -134,7 +135,7 @@ def check_cuts(
 
 
 def variants(method: Method) -> list[Method]:
-    """The method; and as it is without a base, where that is optional: it is given the weights."""
+    """The method, and if the base is optional also its variant without a base, which gets weights."""
     return [method, dataclasses.replace(method, takes="weights")] if method.optional_base else [method]
 
 
@@ -190,7 +191,7 @@ class Bench:
 
     def check_streaming(self, chunks: Sequence[int]) -> None:
         name, before = self.method.name, self._hashes()
-        with one_thread():  # as a worker has: the order of a matrix product's sums depends on it
+        with one_thread():  # as in a worker: the number of threads changes the order of sums in a matrix product
             expected = in_memory(self._pure(), self.base, self.tensors, self.params)
         for tensor, value in expected.items():
             assert value.dtype == torch.float32, f"{name}: it gives {value.dtype}, float32 is wanted"
@@ -216,7 +217,7 @@ class Bench:
             assert torch.isfinite(value).all(), f"{self.method.name}: {tensor} is not finite where no model differs"
 
     def _pure(self) -> Method:
-        """The method, watched: it may not write into its input."""
+        """The method, wrapped to assert that it does not write into its input."""
         method, function = self.method, self.method.function
 
         def watched(values: Tensor, params: Any, context: Context) -> Any:
@@ -228,7 +229,7 @@ class Bench:
             return _watch(running, before, values, method.name)
 
         changed: Callable[..., Any] = watched
-        return dataclasses.replace(method, function=changed)  # no copy: that goes by the method's name
+        return dataclasses.replace(method, function=changed)  # no `copy`: pickling goes by the method's name
 
     def _hashes(self) -> list[str]:
         files = sorted(self.place.glob("*.safetensors"))

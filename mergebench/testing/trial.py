@@ -1,4 +1,4 @@
-"""A merge method on trial: parameters chosen for it, small checkpoints of two stored types, merges by the engine."""
+"""A trial of a merge method: chosen parameters, small checkpoints of two stored types, merges by the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Trial:
         return self.method.models or usual
 
     def params(self, count: int, chosen: Mapping[str, float], weights: Sequence[float] = (), **more: Any) -> Any:
-        """The defaults but for those `chosen` by name, weights and more; what is required from the allowed range."""
+        """The defaults, except those `chosen` by name, weights and `more`; required parameters get an allowed value."""
         values: dict[str, Any] = {}
         for name, parameter in self.method.parameters.items():
             value = _allowed(parameter) if parameter.required else parameter.default
@@ -51,7 +51,8 @@ class Trial:
         return "weight" in self.method.parameters and self.method.parameters["weight"].per_model
 
     def merge(self, base: Tensors, models: Sequence[Tensors], params: Any, must: bool = False) -> dict[str, Tensor]:
-        """Merged by the engine. What the method itself refuses is inapplicable, unless it `must` take it."""
+        """Merge by the engine. If the method refuses the input, the check is inapplicable, unless the method `must`
+        accept it."""
         bench = Bench(self.method, params, base, models, self.place / str(next(self._numbers)))
         try:
             return bench.streamed(bench.opened, TILE, 1)
@@ -67,13 +68,13 @@ class Trial:
             raise Broken("error", error.message) from None
 
     def is_linear(self, params: Any, count: int) -> bool:
-        """Whether the method is a linear function of what it is given."""
+        """Whether the method is a linear function of its input."""
         origin: dict[str, Tensor] = {name: torch.zeros(value.shape) for name, value in make_base().items()}
         one, two = ([moved(origin, seed, 1.0) for seed in range(first, first + count)] for first in (20, 40))
         both = [{name: a[name] + 2 * b[name] for name in a} for a, b in zip(one, two, strict=True)]
         try:
             left, right, whole = (in_memory(self.method, origin, values, params) for values in (one, two, both))
-        except MergebenchError:  # it refuses some values
+        except MergebenchError:  # the method refuses some values
             return False
         return all(torch.allclose(whole[name], left[name] + 2 * right[name], 1e-4, 1e-4) for name in whole)
 
@@ -123,11 +124,11 @@ def make_base() -> dict[str, Tensor]:
 
 
 def moved(base: Tensors, seed: int, by: float = 0.03) -> dict[str, Tensor]:
-    """The base with half of its elements moved, off the grid where the stored type can."""
+    """The base with half of its elements moved, off the grid if the stored type allows."""
     random, result = torch.Generator().manual_seed(seed), {}
     for name, value in base.items():
         step = torch.randn(value.shape, generator=random) * (torch.rand(value.shape, generator=random) > 0.5)
-        step = step if value.shape else step.abs()  # directions of single numbers would cancel
+        step = step if value.shape else step.abs()  # opposite directions of single numbers would cancel
         result[name] = (value.float() + by * step).to(value.dtype)
     return result
 
