@@ -1,4 +1,4 @@
-"""The answers to a method's questions: asked group by group, kept in the journal, taken from there by a resumed run."""
+"""The answers to a method's questions: computed group by group, kept in the journal, and reused by a resumed run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergebench.engine.sweep import Sweeper, to_device
 
 
 class Keeper(Protocol):
-    """Keeps a run's answers, by what they are about, in `journal["answers"]`; `Staging` is one."""
+    """Keeps a run's answers in `journal["answers"]`, by tensor; implemented by `Staging`."""
 
     @property
     def journal(self) -> dict[str, Any]: ...
@@ -23,7 +23,7 @@ class Keeper(Protocol):
 
 
 def ask_of_all(plan: Plan, keeper: Keeper, sweeper: Sweeper) -> Any:
-    """All questions about all groups, before anything is written; the last answers together."""
+    """Ask all questions about all groups before anything is written; returns the combined last answer."""
     answers = []
     for group in plan.groups:
         answers += [known[-1] for known in answers_of(plan, keeper, sweeper, group)]
@@ -32,10 +32,10 @@ def ask_of_all(plan: Plan, keeper: Keeper, sweeper: Sweeper) -> Any:
 
 
 def answers_of(plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
-    """The answers about each unit of a group; what is still open is asked.
+    """The answers about each unit of a group; missing answers are computed.
 
-    of_all: takes the place of the last one, where that is about all groups together. Answers are kept by tensor, or
-    once for the model: how units are grouped depends on the memory given.
+    of_all: replaces the last answer if that is about all groups together. Answers are kept by tensor, or once for the
+    model, because the grouping depends on the memory.
     """
     kept: dict[str, list[Any]] = keeper.journal["answers"]
     keys = [key_of(plan, unit) for unit in group.units]
@@ -49,14 +49,14 @@ def answers_of(plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_al
             for number in asked:
                 kept.setdefault(keys[number], [])[question:] = [_encode(answers[number]) | remarks[number]]
             if plan.merge.scope == "model":
-                keeper.save()  # a sweep over the whole model is worth keeping
+                keeper.save()  # do not lose a sweep over the whole model
         for number in asked:
             known[number].append(answers[number])
     return known if of_all is None else [[*answers[:-1], of_all] for answers in known]
 
 
 def decoded(plan: Plan, kept: dict[str, list[Any]]) -> list[list[Any]]:
-    """All answers about each unit of all groups, from the provenance of a merge; `KeyError` where it has not all."""
+    """All answers about each unit of all groups, from the provenance of a merge; `KeyError` if any is missing."""
     known = [[_decode(answer) for answer in kept[key_of(plan, unit)]] if unit.passes else [] for unit in units_of(plan)]
     if not plan.asked_of_all:
         return known
@@ -65,12 +65,12 @@ def decoded(plan: Plan, kept: dict[str, list[Any]]) -> list[list[Any]]:
 
 
 def units_of(plan: Plan) -> list[Unit]:
-    """Those of all groups."""
+    """The units of all groups."""
     return [unit for group in plan.groups for unit in group.units]
 
 
 def key_of(plan: Plan, unit: Unit) -> str:
-    """What a unit's answers are kept under."""
+    """The key of a unit's answers."""
     return "model" if plan.merge.scope == "model" else unit.tensors[0]
 
 
@@ -88,18 +88,19 @@ def _decode(answer: dict[str, Any]) -> Any:
 
 
 class Known:
-    """Answers kept from one merge to the next of the same models: what a parameter does not change is not asked again.
+    """Answers reused between merges of the same models: a question is not asked again if no parameter it depends on
+    changed.
 
     A question depends on the parameters that the method has read when it asks (`trace.read_for`), and on the answers
-    before it, which depend on the same. So an answer holds for every merge in which these have the same values; the
-    merges may differ in nothing but their parameters.
+    before it, which depend on the same. So an answer holds for every merge in which these parameters have the same
+    values. The merges may differ only in parameters.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     def recall(self, plan: Plan) -> dict[str, list[Any]]:
-        """The answers that hold for a plan, unit by unit, as a run's journal keeps them: the first so many."""
+        """The leading answers that hold for a plan, unit by unit, in the form of a run's journal."""
         found: dict[str, list[Any]] = {}
         for unit, keys in self._units(plan):
             answers = found.setdefault(unit, [])
@@ -110,19 +111,19 @@ class Known:
         return found
 
     def remember(self, plan: Plan, answers: dict[str, list[Any]]) -> None:
-        """Take in what a run's journal holds."""
+        """Add the answers of a run's journal."""
         for unit, keys in self._units(plan):
             self._kept.update(zip(keys, answers.get(unit, ()), strict=False))
 
     def _units(self, plan: Plan) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
-        """What each unit's answers are kept under, and the key of each of its questions."""
-        read: dict[int, list[tuple[Any, ...]]] = {}  # by parameters: what each question depends on
+        """The key of each unit's answers, and the keys of its questions."""
+        read: dict[int, list[tuple[Any, ...]]] = {}  # by parameters: the dependencies of each question
         for unit in (unit for group in plan.groups for unit in group.units):
             name = key_of(plan, unit)
             yield name, [(name, number, *self._depends(plan, unit, number, read)) for number in range(unit.passes)]
 
     def _depends(self, plan: Plan, unit: Unit, question: int, read: dict[int, list[tuple[Any, ...]]]) -> Iterator[Any]:
-        """The values that a question about a unit depends on, in the order of its tensors where they differ."""
+        """The values that a question about a unit depends on; in the order of its tensors if they differ."""
         merge, last = plan.merge, None
         for name in unit.tensors:
             params = merge.params_for(name)

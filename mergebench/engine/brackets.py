@@ -1,8 +1,8 @@
 """Exact order statistics in one sweep.
 
-A sample, drawn before it, gives a narrow bracket around the rank; the sweep counts what lies below and
-keeps the distinct values inside, each with how often it came. Where the bracket missed (which the counts
-show), the engine sweeps again with a wider one: a miss costs time, never a wrong answer.
+A sample, drawn before the sweep, gives a narrow bracket around the rank. The sweep counts the values below the bracket
+and keeps the distinct values inside with their counts. If the bracket missed (the counts show it), the engine sweeps
+again with a wider bracket: a miss costs time, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
-LEAST_NEW, MOST_NEW = 1 << 13, 1 << 18  # values that a bracket gathers before it counts the distinct ones
-BYTES = 12  # of a distinct value and its count
-COMMON = 3  # values that a bracket counts by themselves, at most
+LEAST_NEW, MOST_NEW = 1 << 13, 1 << 18  # values that a bracket gathers before it counts distinct values
+BYTES = 12  # for a distinct value and its count
+COMMON = 3  # the most values that a bracket counts separately
 Z = 4.0  # half-width of a bracket in standard errors of the sample
 
 
@@ -29,7 +29,7 @@ class Miss(Exception):
 
 
 class Sample:
-    """Values of a statistic at a sample of pieces spread evenly over all elements."""
+    """Values of a statistic at sampled pieces, spread evenly over all elements."""
 
     def __init__(self, values: Floats, piece: int, margin: float) -> None:
         """values: [rows, pieces * piece], the pieces in order of their place."""
@@ -39,7 +39,7 @@ class Sample:
     def bracket(self, row: int, rank: int, numel: int) -> tuple[float, float, float, tuple[float, ...]]:
         """(low, guess, high, common): the value of `rank` among `numel` elements is very likely in [low, high).
 
-        common: the values there that many elements have.
+        common: values in the bracket that many elements have.
         """
         ordered, (first, guess, last) = self._ordered[row], self._places(row, rank, numel)
         low = float(ordered[first]) if first >= 0 else -np.inf
@@ -49,13 +49,14 @@ class Sample:
         return low, guess, high, tuple(found[most][counts[most] > len(ordered) / 256].tolist())
 
     def share(self, row: int, rank: int, numel: int) -> float:
-        """Of the elements, about so many are in the bracket, without those that have the guess's own value."""
+        """The estimated share of elements in the bracket, without those equal to the guess."""
         ordered, (first, guess, last) = self._ordered[row], self._places(row, rank, numel)
         inside = ordered[max(first, 0) : last + 1]
         return float(np.count_nonzero(inside != guess)) / len(ordered)
 
     def _places(self, row: int, rank: int, numel: int) -> tuple[int, float, int]:
-        """Where in the ordered sample a bracket begins and ends, perhaps beyond it; between them the rank's guess."""
+        """(start, guess, end): places of the bracket's ends in the ordered sample, maybe outside it; the guessed
+        value."""
         values, ordered = self.values[row], self._ordered[row]
         size, share = len(ordered), rank / max(numel - 1, 1)
         guess = ordered[min(size - 1, round(share * (size - 1)))]
@@ -73,11 +74,11 @@ def _next(value: float) -> float:
 
 
 class Bracket:
-    """Counts the values below `low`; of those in [low, high) keeps the distinct ones, and how often each came.
+    """Counts the values below `low`, and keeps the distinct values in [low, high) with their counts.
 
-    There are few float32 numbers in a narrow bracket, so this hardly grows with the model. `common` values
-    are counted chunk by chunk and never gathered, so that a flood (exact zeros, differences of bfloat16
-    numbers) takes little time. `guess` is where to hold on when there are more than `room` distinct values.
+    There are few float32 numbers in a narrow bracket, so this hardly grows with the model. `common` values are counted
+    chunk by chunk and never gathered, so that many equal values (exact zeros, differences of bfloat16 numbers) take
+    little time. If there are more than `room` distinct values, the values nearest `guess` are kept.
     """
 
     def __init__(self, low: float, guess: float, high: float, room: int, common: Sequence[float] = ()) -> None:
@@ -86,14 +87,15 @@ class Bracket:
         self.values, self.counts = np.empty(0, np.float32), np.empty(0, np.int64)  # distinct, ascending
         self.common, self._came = tuple(common), np.zeros(len(common), np.int64)
         self._new, self._filled = np.empty(0, np.float32), 0  # not counted yet
-        self.smaller = self.upto = 0  # how many values are smaller than the answer; and how many not larger
+        self.smaller = self.upto = 0  # number of values smaller than the answer, and of values not larger
 
     def add(self, values: Floats | Tensor) -> None:
         """Take in values [elements]."""
         gather([self], values[None])
 
     def take(self, below: int, common: Sequence[int], inside: Floats) -> None:
-        """Take in what of a chunk lies below the bracket, how often each common value came, and the rest inside."""
+        """Add a chunk: the number of values below the bracket, the counts of common values, and the other values
+        inside."""
         self.below += below
         self._came = self._came + np.array(common[: len(self.common)], np.int64)
         while len(inside):
@@ -115,7 +117,7 @@ class Bracket:
             self._came = np.zeros_like(self._came)
         if len(self.values) > self.room:
             self._shrink()
-        self.narrow(self.low, self.high)  # some were picked before the edges moved
+        self.narrow(self.low, self.high)  # drop values picked before the edges moved
 
     def _add(self, values: Floats, counts: Counts) -> None:
         both = np.union1d(self.values, values)
@@ -132,19 +134,19 @@ class Bracket:
         self.high = _next(float(self.values[last])) if last < len(self.values) else self.high
 
     def narrow(self, low: float, high: float) -> None:
-        """Move the edges inwards; what falls out below is counted there."""
+        """Move the edges inwards; values that fall below are counted as below."""
         self.low, self.high = low, high
         first, last = np.searchsorted(self.values, np.array([low, high], np.float32)).tolist()
         self.below += int(self.counts[:first].sum())
         self.values, self.counts = self.values[first:last], self.counts[first:last]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is sent to another process: not the room for more."""
+        """The state sent to another process, without spare room."""
         self.count()
         return self.__dict__ | {"_new": self._new[:0]}
 
     def merge(self, other: Bracket) -> None:
-        """Take in what another worker gathered, within the narrower of both brackets."""
+        """Add another worker's values, within the narrower of both brackets."""
         self.count()
         other.count()
         low, high = max(self.low, other.low), min(self.high, other.high)
@@ -162,14 +164,14 @@ class Bracket:
             raise Miss
         self.upto = int(ends[place])
         self.smaller = self.upto - int(self.counts[place])
-        return float(self.values[place]) + 0.0  # of the two zeros always the same
+        return float(self.values[place]) + 0.0  # turns -0.0 into 0.0, for equal bits
 
 
 def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
     """Give each bracket its row of a chunk [brackets, elements].
 
-    Comparing and counting is the cheapest that NumPy does; picking is done last, of few. All rows go
-    through each comparison together: threads wait for one another at every call, not at every element.
+    NumPy is fastest at comparing and counting, so picking is done last, on few values. All rows share each comparison,
+    because threads wait for one another at every call.
     """
     most = max(len(bracket.common) for bracket in brackets)
     edges = [[bracket.low, bracket.high, *bracket.common] for bracket in brackets]
@@ -179,7 +181,7 @@ def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
     else:
         low, high, *common = np.array(edges, rows.dtype).T[:, :, None]
     inside = rows >= low
-    left = [_counts(inside)]  # how many are from `low` upwards, then in the bracket, then without each common value
+    left = [_counts(inside)]  # counts from `low` upwards, then in the bracket, then without each common value
     inside &= rows < high
     for value in common:
         left.append(_counts(inside))
@@ -196,7 +198,7 @@ class Extreme:
     def __init__(self, largest: bool, numel: int) -> None:
         self.largest, self.numel = largest, numel
         self.value = -np.inf if largest else np.inf
-        self.count = 0  # of values equal to it
+        self.count = 0  # number of values equal to it
 
     @property
     def smaller(self) -> int:
@@ -229,7 +231,7 @@ class Extreme:
 
 
 def _counts(mask: NDArray[np.bool_] | Tensor) -> list[int]:
-    """How many are true in each row."""
+    """The number of true values in each row."""
     if isinstance(mask, Tensor):
         return cast("list[int]", mask.sum(dim=1).tolist())
     return [int(np.count_nonzero(row)) for row in mask]

@@ -1,8 +1,8 @@
-"""The few words methods are written in, each chosen for what it costs on a chunk in the cache.
+"""The basic operations of merge methods, each chosen for its cost on a chunk in the cache.
 
-All work on float32 [models, elements], never write into their input, and give the same bits for an
-element wherever the chunk's borders fall (so: no fused multiply-add, no reduction over a dimension
-whose order depends on the width).
+All work on float32 [models, elements], never write into their input, and give the same bits for an element wherever the
+chunk's borders fall. So they use no fused multiply-add, and no reduction over a dimension whose order depends on the
+width.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def column(values: Tensor, numbers: Sequence[float]) -> Tensor:
-    """One number for each model, as [models, 1] that goes with `values`."""
+    """One number for each model, as [models, 1], with the dtype and device of `values`."""
     return torch.tensor(numbers, dtype=values.dtype, device=values.device).unsqueeze(1)
 
 
 def keep(values: Tensor, mask: Tensor) -> Tensor:
     """Values where the mask (bool) is true, zero elsewhere."""
-    if values.device.type == "cpu":  # by NumPy: torch takes three times as long to turn a mask into numbers
+    if values.device.type == "cpu":  # NumPy, because torch takes three times as long to turn a mask into numbers
         return torch.from_numpy(np.multiply(values.numpy(), mask.numpy()))
     return values * mask
 
@@ -76,7 +76,7 @@ def trim(values: Tensor, threshold: Tensor, most: Tensor | None = None) -> Tenso
 def by_rank(values: Tensor, numbers: Tensor) -> Tensor:
     """numbers[r] where a value has rank r among the magnitudes of its row [rows, columns].
 
-    Equal magnitudes are ranked in the order they stand in.
+    Equal magnitudes are ranked in their order in the row.
     """
     magnitudes = values.abs()
     if values.device.type == "cpu":
@@ -120,7 +120,8 @@ def rows_of(values: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def row_total(values: Tensor) -> Tensor:
-    """The sum over the last dimension, [..., 1]: halves added to each other, whatever stands beside the row."""
+    """The sum over the last dimension, [..., 1], by adding halves, so that the bits of a row do not depend on other
+    rows."""
     while (width := values.shape[-1]) > 1:
         half = width // 2
         folded = values[..., :half] + values[..., half : 2 * half]

@@ -1,4 +1,4 @@
-"""What a method may know about the chunk in its hands."""
+"""What a method may know about its chunk."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mergebench.errors import MergebenchError, RunError
 
 @dataclass(frozen=True)
 class Context:
-    """A chunk's surroundings.
+    """The context of a chunk.
 
-    numel: elements the statistics reach over (of the tensor, or of the whole model), the papers' d.
-    models: the models' names, in recipe order: the rows of the chunk.
-    spans: which elements the chunk's columns are. shape: the tensor's, for methods cut by row or tensor.
+    numel: elements that the statistics cover (of the tensor, or of the whole model), the papers' d. models: the models'
+    names, in recipe order: the rows of the chunk. spans: which elements the chunk's columns are. shape: the tensor's,
+    for methods cut by row or tensor.
     """
 
     numel: int
@@ -39,6 +39,6 @@ class Context:
         return bernoulli(self.seed, self.spans, shares, self.device)
 
     def refuse(self, model: int, why: str, hint: str | None = None) -> MergebenchError:
-        """The error to raise where a model cannot be merged; it names the model (and the tensor)."""
+        """The error to raise if a model cannot be merged; it names the model (and the tensor)."""
         where = f"{self.models[model]}" if self.scope == "model" else f"{self.models[model]}: {self.spans[0].tensor}"
         return RunError(f"{where}: {why}", hint)

@@ -1,9 +1,9 @@
-"""Who does the work: chunks in file order, handed out in batches to processes, or to threads.
+"""Executors: hand out chunks in file order, in batches, to processes or threads.
 
-Python runs one thread at a time. Between the calls that do arithmetic, threads wait for one another: on
-two cores the second one adds a third, on sixteen most would stand still. So a large merge on a CPU is
-done by forked processes, which share what was planned and nothing else. A small one, one on a GPU (whose
-arithmetic runs elsewhere) and one where there is no fork is done by threads.
+Python runs one thread at a time, so threads wait for one another between arithmetic calls. On two cores the second
+thread adds a third of the speed; on sixteen, most threads would idle. So a large merge on a CPU runs in forked
+processes, which share only the plan. Threads run small merges, merges on a GPU (where the arithmetic is elsewhere), and
+merges on systems without fork.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from mergebench.engine.span import Span
 from mergebench.engine.worker import Item, Worker
 from mergebench.errors import MergebenchError, RunError
 
-BATCH = 8  # chunks handed out at once; the kernel is told of the next ones before they are needed
-COPIED = 16 * TILE  # elements of a piece that is only copied
-FORK_FROM = 200_000_000  # bytes read, from which processes are worth their start
+BATCH = 8  # chunks handed out at once; the kernel prefetches the next ones
+COPIED = 16 * TILE  # elements of a copied piece
+FORK_FROM = 200_000_000  # bytes to read above which processes are worth starting
 _PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
 
 Progress = Callable[[int], None]  # called with the bytes that were read
@@ -51,7 +51,7 @@ def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0, apply: bool = Fal
         size = max(size // max(columns, 1), 1) * columns
     elif name in plan.whole:
         size = info.numel
-    elif apply and any(operand.deltas for operand in plan.operands[name]):  # no tile is made by two workers
+    elif apply and any(operand.deltas for operand in plan.operands[name]):  # so that no tile is computed by two workers
         step = math.lcm(tile_rows(info.shape) * matrix_shape(info.shape)[1], 8)  # a byte of a mask has 8 elements
         size = size // step * step or size
     for start in range(0, info.numel, size):
@@ -59,7 +59,7 @@ def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0, apply: bool = Fal
 
 
 def copies_of(plan: Plan, name: str) -> Iterator[Item]:
-    """A tensor that is copied, in pieces; a difference of zero is there already."""
+    """A copied tensor in pieces; a zero difference needs none, since files start as zeros."""
     numel = plan.merge.reference.tensors[name].numel if name in plan.copied else 0
     for start in range(0, numel, COPIED):
         yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
@@ -74,7 +74,7 @@ def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory
 
 
 class _Batches:
-    """The items of one task in batches, in order; whoever takes one has the kernel told of the next."""
+    """The items of one task in batches, in order; taking a batch makes the kernel prefetch the next."""
 
     def __init__(self, plan: Plan, files: Files, items: Iterator[Item], task: str, progress: Progress) -> None:
         self._plan, self._files, self._task, self._progress = plan, files, task, progress
@@ -87,16 +87,16 @@ class _Batches:
             batch = self._next
             if batch:
                 self._next = self._advised()
-                if self._task != "sample":  # what comes before a sweep is no part of it
+                if self._task != "sample":  # sampling is not part of a sweep
                     self._progress(sum(self._bytes(item.unit, *item.spans) for item in batch))
             return batch
 
     def _advised(self) -> list[Item]:
-        # one whole matrix may take seconds: a batch of them would keep a worker busy when the others are done
+        # one whole matrix may take seconds: a batch of them would keep one worker busy after the others are done
         batch = list(itertools.islice(self._items, 1 if self._plan.whole else BATCH))
         if self._task == "gather" and len(batch) == BATCH:
             batch += self._rest_of(batch[-1].unit)
-        spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # those are scattered
+        spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # samples are scattered
         for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
             pieces = list(group)
             for operand in self._plan.operands[name]:
@@ -105,10 +105,10 @@ class _Batches:
         return batch
 
     def _rest_of(self, unit: int) -> list[Item]:
-        """The next chunks, where they end a unit: a small one is gathered whole, so by one worker."""
+        """The next chunks up to the end of a unit: a small unit is gathered whole, so by one worker."""
         ahead = list(itertools.islice(self._items, BATCH))
         rest = list(itertools.takewhile(lambda item: item.unit == unit, ahead))
-        if len(rest) == BATCH:  # a larger one
+        if len(rest) == BATCH:  # a larger unit
             rest = []
         self._items = itertools.chain(ahead[len(rest) :], self._items)
         return rest
@@ -130,7 +130,7 @@ class Threads:
         self._threads = torch.get_num_threads()
 
     def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
-        """Let each worker do `task` on batches of items until there are none; their results."""
+        """Run `task` on batches of all items on all workers; returns their results."""
         batches = _Batches(self._plan, self._files, items, task, self._progress)
 
         def stream() -> Iterator[Item]:
@@ -160,7 +160,7 @@ class Threads:
             raise
 
     def memory(self) -> int:
-        """Bytes held beside this process's own: none."""
+        """Bytes held outside this process: none."""
         return 0
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class Processes:
         self._connections: list[Connection] = []
         self._processes = []
         context = multiprocessing.get_context("fork")
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's to handle
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # only this process handles Ctrl-C
         try:
             for _ in range(plan.workers):
                 mine, theirs = context.Pipe()
@@ -192,7 +192,7 @@ class Processes:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
-        """Let each worker do `task` on batches of items until there are none; their results."""
+        """Run `task` on batches of all items on all workers; returns their results."""
         order = pickle.dumps((task, arguments))
         for connection in self._connections:
             connection.send_bytes(order)
@@ -216,7 +216,7 @@ class Processes:
         return [results[connection] for connection in self._connections]
 
     def memory(self) -> int:
-        """Bytes that the processes held at most and do not share with this one."""
+        """Peak bytes of the processes that are not shared with this process."""
         return sum(self.run("peak_memory", iter(())))
 
     def close(self) -> None:
@@ -229,8 +229,8 @@ class Processes:
 
 
 def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connection, parent: int) -> None:
-    """The life of a forked worker: tasks in, results out, until the parent ends it or is gone."""
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it writes nothing once the lock is free
+    """The loop of a forked worker: tasks in, results out, until the parent ends it or dies."""
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it must not write after the lock is released
     if os.getppid() != parent:
         os._exit(1)
     torch.set_num_threads(1)
@@ -253,12 +253,12 @@ def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connec
             except Exception as error:
                 answer = ("failed", _portable(error))
             _send(connection, answer)
-            del answer  # its memory is wanted for the next task
-    os._exit(0)  # what the parent registered to be done at its end is not this process's to do
+            del answer  # free its memory for the next task
+    os._exit(0)  # skip the parent's exit handlers
 
 
 def _send(connection: Connection, value: Any) -> None:
-    """Send home a value; its arrays go as they are, without a copy."""
+    """Send a value to the parent; arrays are sent without a copy."""
     arrays: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
     connection.send_bytes(len(arrays).to_bytes(8, "little") + rest)
@@ -267,14 +267,14 @@ def _send(connection: Connection, value: Any) -> None:
 
 
 def _receive(connection: Connection) -> Any:
-    """A value that was sent; its arrays lie in the memory they came in, and cannot be written to."""
+    """Receive a value; its arrays stay in the received memory and are read-only."""
     rest = connection.recv_bytes()
     arrays = [connection.recv_bytes() for _ in range(int.from_bytes(rest[:8], "little"))]
     return pickle.loads(rest[8:], buffers=arrays)
 
 
 def _portable(error: Exception) -> Exception:
-    """An error as it can be sent: ours as it is, a fault in a method with the place where it happened."""
+    """An error that can be sent: a mergebench error as it is, any other with the place where it happened."""
     if isinstance(error, MergebenchError):
         return error
     place = f"in a worker process:\n{traceback.format_exc()}"

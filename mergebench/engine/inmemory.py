@@ -1,4 +1,4 @@
-"""A merge's result in memory instead of in files, to be measured, or read again as a task vector."""
+"""A merge result in memory instead of files, to be measured, or read again as a task vector."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mergebench.checkpoint.shards import ALIGN, Shard
 
 
 class InMemory:
-    """The tensors of an output, which one merge after another may be written into.
+    """The tensors of an output; several merges may be written into it one after another.
 
-    The memory is shared with processes that are forked later, so that workers of either sort fill it.
+    The memory is shared with processes forked later, so that threads and processes can fill it.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -40,10 +40,10 @@ class InMemory:
         self._flat[name][start : start + len(values)] = values
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
     def task_vector(self, shards: Sequence[Shard], reference: str, base: Model) -> Model:
-        """What lies here as a model of the engine's: differences to `base`."""
+        """The tensors as a model for the engine: differences to `base`."""
         tensors = {}
         for tensor in (tensor for shard in shards for tensor in shard.tensors):
             info = TensorInfo(tensor.name, tensor.dtype, tensor.shape, Path(), 0, tensor.nbytes)
@@ -62,7 +62,7 @@ class _Held:
         out.copy_(self.flat[start : start + len(out)])
 
     def settle(self, files: Reader) -> None:
-        """It is there."""
+        """Does nothing: the tensor is in memory."""
 
     def digest(self) -> str:
         raise TypeError("what lies in memory is no input of a result on disk")

@@ -1,4 +1,4 @@
-"""What is to be merged: a resolved recipe in the engine's terms, and how each model's values are made."""
+"""A resolved recipe in the engine's terms, and how each model's values are computed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mergebench.engine.method import Cut, Method
 
 @dataclass(frozen=True)
 class Merge:
-    """A resolved recipe: models opened, parameters checked. What the engine merges."""
+    """A resolved recipe, the engine's input: models are opened, parameters checked."""
 
     method: Method
-    params: Any  # what holds for every tensor that is not in by_tensor
+    params: Any  # for every tensor that is not in by_tensor
     base: Model | None
     models: tuple[Model, ...]
     names: tuple[str, ...]  # short names of the models, for messages
@@ -32,26 +32,26 @@ class Merge:
     seed: int = 0
     dtype: str | None = None  # stored type; None keeps each tensor's own
     by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
-    lines: Lines | None = None  # what the method's function scales its result by
+    lines: Lines | None = None  # scaling of the method's result by layer
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
-    notes: tuple[str, ...] = ()  # what may be other than expected
-    edits: tuple[Any, ...] = ()  # what is made of the result before it is published; the engine only carries them
-    adds_base: bool = True  # else what a method on task vectors gives is written as it is: a task vector
-    copies: bool = False  # nothing need be merged: what is wanted is a copy, to be edited
+    notes: tuple[str, ...] = ()  # notes for the user
+    edits: tuple[Any, ...] = ()  # applied to the result before it is published; the engine only carries them
+    adds_base: bool = True  # else the result of a method on task vectors is written as a task vector
+    copies: bool = False  # nothing to merge: the result is a copy, to be edited
 
     @property
     def reference(self) -> Model:
-        """The model that gives names, shapes, config and what is not merged."""
+        """The model that gives names, shapes, config and all tensors that are not merged."""
         return self.base if self.base is not None else self.models[0]
 
     @property
     def from_base(self) -> bool:
-        """Whether the method is given differences to the base, and gives one."""
+        """Whether the method's input and result are differences to the base."""
         return self.method.takes == "task_vectors" and self.base is not None
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The models' names as plain names of directories, each once."""
+        """The models' names as unique directory names."""
         plain = [re.sub(r"[^\w.-]+", "-", name)[:80].strip("-.") or "task" for name in self.names]
         return tuple(
             f"{name}-{plain[:i].count(name) + 1}" if name in plain[:i] else name for i, name in enumerate(plain)
@@ -59,7 +59,7 @@ class Merge:
 
     @property
     def onto_base(self) -> bool:
-        """Whether what the method gives is added to the base; else a vector is written."""
+        """Whether the method's result is added to the base; else it is written as a task vector."""
         return self.from_base and self.method.gives == "model" and self.adds_base
 
     @property
@@ -67,11 +67,11 @@ class Merge:
         return self.method.cut_with(self.params)
 
     def whole(self, info: TensorInfo, alias: str | None = None) -> bool:
-        """Whether a tensor must come in one chunk; `alias`: what it is tied to, by whose name methods know it."""
+        """Whether a tensor must come in one chunk; `alias`: the tensor it is tied to, whose name methods see."""
         return self.cut == "tensor" and self.method.whole(alias or info.name, info.shape)
 
     def params_for(self, name: str) -> Any:
-        """The parameters that hold for a tensor."""
+        """The parameters of a tensor."""
         return self.by_tensor.get(name, self.params)
 
     def wanted(self, name: str) -> bool:
@@ -81,12 +81,12 @@ class Merge:
 
 
 class Operand(NamedTuple):
-    """How one model's row of a chunk is made: stored, with its deltas, +- the base; or what deltas add to the base."""
+    """How one model's row of a chunk is computed: stored values with deltas, +- the base; or only the base's deltas."""
 
     stored: TensorInfo | None  # None: the model is the base, and deltas
     base: int = 0  # -1, 0 or 1 times the base
     deltas: tuple[Delta, ...] = ()
-    shared: int = 0  # the first so many deltas are the base's too: they are no part of the difference
+    shared: int = 0  # number of leading deltas that the base has too, which are no part of the difference
 
     @property
     def added(self) -> tuple[Delta, ...]:
@@ -95,12 +95,12 @@ class Operand(NamedTuple):
 
     @property
     def folds(self) -> bool:
-        """Whether the row is read by tiles, deltas and all."""
+        """Whether the row is read by tiles with the deltas folded in."""
         return self.stored is not None and any(delta.folds for delta in self.deltas)
 
 
 def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> dict[str, tuple[Operand, ...]]:
-    """How each model's row is made, for every merged tensor; a base read twice would cancel, so it is not read."""
+    """How each model's row is computed, for every merged tensor; a base that cancels is not read."""
     reference = merge.reference
     below = {name: split(reference.tensors[name], reference.deltas.get(name, ())) for name in sources}
     columns = []
@@ -122,10 +122,10 @@ def _from_base(own: TensorInfo, below: tuple[Delta, ...], stored: TensorInfo, de
         return Operand(stored, -1, deltas)
     added = deltas[len(below) :]
     if added and added[0].difference is not None and not any(delta.needs_base for delta in added):
-        return Operand(added[0].difference, 0, added[1:])  # a task vector is read as it lies
+        return Operand(added[0].difference, 0, added[1:])  # a task vector is read as stored
     return Operand(None, 0, deltas, len(below))
 
 
 def _place(info: TensorInfo) -> tuple[Any, ...]:
-    """Where a tensor is from: two of one place are one."""
+    """The location of a tensor: tensors of equal location are the same."""
     return info.file, info.offset, info.shape, info.made and info.made.digest()

@@ -1,4 +1,4 @@
-"""LiNeS: the merged task vector scaled by the depth of each layer, after any method that gives one."""
+"""LiNeS: scale the merged task vector by the depth of each layer, after any method that gives one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mergebench.engine.statistics import norms
 
 @dataclass(frozen=True)
 class Lines:
-    """tau of layer l of L becomes (alpha + beta l / (L - 1)) tau; what lies outside the layers, alpha tau.
+    """tau of layer l of L becomes (alpha + beta l / (L - 1)) tau; outside the layers, alpha tau.
 
-    Wang et al., "LiNeS: Post-training layer scaling" (arXiv:2410.17146). Without an alpha, it is that of
-    several tasks: |sum tau_i| / (N |tau|), in the L1 norm (as in the authors' code) over all that is merged; tau as
-    the method gives it, with its weights and lambda, the sum without.
+    Wang et al., "LiNeS: Post-training layer scaling" (arXiv:2410.17146). The default alpha is the paper's for several
+    tasks: |sum tau_i| / (N |tau|), in the L1 norm (as in the authors' code) over all merged tensors. tau is the
+    method's result, with its weights and lambda; the sum has none.
     """
 
     alpha: float | None
@@ -31,7 +31,7 @@ class Lines:
     depth: Mapping[str, float]  # l / (L - 1) by tensor, for those in layers
 
     def around(self, method: Method) -> Method:
-        """The method with what it gives scaled."""
+        """The method with its result scaled."""
         return dataclasses.replace(method, function=_Scaled(self, method))
 
     def factor(self, alpha: float, tensor: str) -> float:
@@ -40,7 +40,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A method's function with what it gives scaled."""
+    """A method's function with its result scaled."""
 
     lines: Lines
     method: Method

@@ -1,9 +1,8 @@
-"""This machine: how much memory is free, keeping the C allocator from giving it back, torch on one thread.
+"""The machine: free memory, keeping freed memory in the C allocator, running torch on one thread.
 
-A chunk's temporaries are of the size (0.3 to 4 MB) that glibc maps afresh and unmaps at every use by
-default: each time, the kernel must find and clear the pages, which costs ten times what the arithmetic
-does. With the thresholds raised, freed blocks are used again, and methods can be written in plain
-expressions.
+A chunk's temporaries have a size (0.3 to 4 MB) that glibc maps and unmaps at every use by default. Each time the kernel
+must find and clear pages, which costs ten times the arithmetic. With higher thresholds freed blocks are reused, and
+methods can be written in plain expressions.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)'s parameters in
 
 
 def keep_freed_memory() -> None:
-    """Serve blocks up to 32 MB from memory that was used before. Does nothing where glibc is not the libc."""
+    """Serve blocks up to 32 MB from freed memory. Does nothing if the libc is not glibc."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -31,22 +30,22 @@ def keep_freed_memory() -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes this process can still take before the kernel ends it; None where the system does not say."""
+    """Bytes this process can still take before the kernel kills it; None if the system does not say."""
     found = []
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with suppress(OSError, ValueError, KeyError):  # what a container is given
+    with suppress(OSError, ValueError, KeyError):  # the limit of a container
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        found.append(limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))  # caches give way
+        found.append(limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))  # caches can be evicted
     return min(found, default=None)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread for a while; what begins afterwards has as many as before."""
+    """Run torch on one thread inside the context; afterwards it has as many threads as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -56,5 +55,5 @@ def one_thread() -> Iterator[None]:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,9 +1,9 @@
-"""Counter-based randomness: an element's draw is a hash of where it stands, nothing else.
+"""Counter-based randomness: an element's draw is a hash of the seed and the element's position alone.
 
-Each tile of 65,536 elements has a key from (seed, model, tensor, tile); within it, the element's
-position is mixed with the key by a 32-bit finaliser with low bias (two multiplications and
-the xor-shifts before them; constants found by C. Wellons' hash prospector, public domain). Only
-comparisons with a threshold are made, so the last xor-shift, which mends the low bits, is left out.
+Each tile of 65,536 elements has a key from (seed, model, tensor, tile); within it, the element's position is mixed with
+the key by a 32-bit finaliser with low bias (two multiplications and the xor-shifts before them; constants found by C.
+Wellons' hash prospector, public domain). Draws are only compared with a threshold, so the last xor-shift, which
+improves the low bits, is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _counter(device: torch.device) -> Ints:
     count = torch.arange(TILE, dtype=torch.int32, device=device) * _STEP
     if device.type == "cpu":
         return count.numpy()
-    torch.cuda.current_stream(device).synchronize()  # workers on other streams use it too
+    torch.cuda.current_stream(device).synchronize()  # workers on other streams use the counter too
     return count
 
 
@@ -82,7 +82,7 @@ def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float] | Tensor
         if not each and share >= 1:
             out[model] = True
             continue
-        # shares of the elements are held against 24 bits, all that a float32 has
+        # shares of single elements are compared with 24 bits, the precision of float32
         limits = share * 2**24 - 2**23 if each else min(round(share * 2**32), 2**32 - 1) - 2**31
         at = 0
         for span in spans:

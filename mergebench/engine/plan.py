@@ -1,6 +1,6 @@
-"""From a resolved merge to a plan: what is read, asked and written, and in how much memory.
+"""Turn a resolved merge into a plan: what is read, asked and written, and in how much memory.
 
-Headers only. Everything that can be known to be wrong before the first tensor is read, is found here.
+Reads headers only. Every error that is detectable before the first tensor is read is raised here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mergebench.errors import ModelError, RecipeError
 MIB = 1 << 20
 DEFAULT_MEMORY = 400 * MIB
 SHARD_SIZE = 4_000_000_000
-GROUP = 2048 * MIB  # bytes of input worked on together at tensor scope: still in the page cache at the second sweep
+GROUP = 2048 * MIB  # bytes of input per group at tensor scope: still in the page cache at the second sweep
 TEMPORARIES = 8  # float32 copies of a chunk that a method may hold at once
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Unit(NamedTuple):
-    """The tensors one set of statistics reaches over: a single one, or all."""
+    """The tensors that one set of statistics covers: a single tensor, or all."""
 
     tensors: tuple[str, ...]
     numel: int
@@ -45,7 +45,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Units worked on together, then the tensors written: merged or copied, in the output's order."""
+    """Units swept together, and the tensors written afterwards, merged or copied, in the output's order."""
 
     units: tuple[Unit, ...]
     written: tuple[str, ...]
@@ -62,7 +62,7 @@ class Plan:
     shards: list[Shard]
     groups: list[Group]
     asked: dict[str, int]  # questions about each merged tensor
-    asked_of_all: bool  # the last question is about all tensors together, whatever the scope
+    asked_of_all: bool  # the last question is about all tensors together, at any scope
     chunk: int  # elements
     whole: frozenset[str]  # tensors that come in one chunk, however large
     workers: int
@@ -89,7 +89,7 @@ class Plan:
 
     @cached_property
     def copied(self) -> frozenset[str]:
-        """Tensors whose data are copied from the base; of a vector, only what is no difference."""
+        """Tensors whose data are copied from the base; if a task vector is written, only those without a difference."""
         tensors, model = self.merge.reference.tensors, self.merge.method.gives == "model" and self.merge.adds_base
         return frozenset(name for name in self.alignment.copied if model or not tensors[name].is_float)
 
@@ -110,7 +110,7 @@ class Plan:
         return deltas + sum(stored.nbytes for stored, _ in rows if stored is not None)
 
     def base_of(self, name: str) -> tuple[TensorInfo, tuple[Delta, ...]]:
-        """What the base's values are read from, and the deltas on top."""
+        """The tensor that the base's values are read from, and the deltas on top."""
         reference = self.merge.reference
         return split(reference.tensors[name], reference.deltas.get(name, ()))
 
@@ -127,7 +127,7 @@ class Plan:
         """Memory of all workers' buffers and temporaries."""
         models, workspace = len(self.merge.models), self.merge.method.workspace
         temporaries = _temporary_bytes(models) * (self.chunk if workspace else self.longest)
-        if workspace:  # in addition, as freed memory is kept; with the merged chunk, plus the base, as it is stored
+        if workspace:  # added, because freed memory is kept; includes the merged chunk plus base in the stored type
             wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
             taken = [workspace(info.shape, models, params) + 3 * 4 * info.numel for info, params in wholes]
             temporaries += max(taken, default=0)
@@ -135,7 +135,7 @@ class Plan:
 
     @cached_property
     def delta_bytes(self) -> int:
-        """What one worker's open deltas hold at most: those of one tensor, of all models and the base."""
+        """The most bytes of one worker's open deltas: those of one tensor, for all models and the base."""
         held = [0]
         for name in {**self.operands, **self.merge.reference.deltas}:
             operands = self.operands.get(name, ())
@@ -152,7 +152,7 @@ class Plan:
     def statistic_room(self) -> int:
         """Bytes that the statistics of a group may hold, in all workers together."""
         largest = max((sum(unit.numel for unit in group.units) for group in self.groups), default=0)
-        # the rest is for copies: on their way from the workers, and of all workers' together
+        # the rest is for copies: those sent by the workers, and the combined states
         return min((self.memory - self.buffer_bytes) // 4, largest * len(self.merge.models) * BYTES)
 
     def zero_share(self, model: int) -> float:
@@ -174,7 +174,7 @@ def plan_merge(
     shard_size: int = SHARD_SIZE,
     chunk: int | None = None,
 ) -> Plan:
-    """Plan a merge; `ModelError` where the models do not fit together, listing every mismatch.
+    """Plan a merge; `ModelError` if the models do not fit together, with every mismatch.
 
     `chunk` (elements) is for tests: results do not depend on it.
     """
@@ -199,7 +199,7 @@ def plan_merge(
     asked, asked_of_all = trace.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else cores())
     size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
-    size += -size % 8 if method.gives == "deltas" else 0  # whole bytes of the masks
+    size += -size % 8 if method.gives == "deltas" else 0  # so that masks have whole bytes
     plan = Plan(
         merge=merge,
         alignment=alignment,
@@ -250,7 +250,7 @@ def _check_models(merge: Merge) -> None:
 
 
 def _stored_type(info: TensorInfo, given: str | None, merged: bool) -> str:
-    """What a tensor is written as: the type given, else its own; FP8 that is merged or was scaled, as bfloat16."""
+    """The type a tensor is written in: the given type, else its own; bfloat16 for FP8 that is merged or was scaled."""
     own = info.stored_dtype
     if not info.is_float:
         return own
@@ -264,8 +264,8 @@ def _groups(
     asked: Mapping[str, int],
     room: int,
 ) -> list[Group]:
-    """Tensors worked on together: all of them at model scope; else few enough that statistics fit into `room`
-    bytes (small tensors are gathered whole) and inputs into the page cache, since each phase waits for all."""
+    """Group the tensors: at model scope all together; else so few that statistics fit into `room` bytes (small tensors
+    are gathered whole) and inputs into the page cache, since each phase waits for all."""
     infos = merge.reference.tensors
     order = [[tensor.name for tensor in shard.tensors] for shard in shards]
     if merge.scope == "model":
@@ -293,24 +293,24 @@ def _groups(
 
 
 def _buffer_bytes(models: int) -> int:
-    """What one worker's buffers hold for each element of a chunk: rows as read and in float32, the base's too."""
+    """Bytes of one worker's buffers for each element of a chunk: rows as read and in float32, with the base's."""
     return (models + 1) * (4 + 8)
 
 
 def _temporary_bytes(models: int) -> int:
-    """What a method may hold for each element of a chunk."""
+    """Bytes that a method may hold for each element of a chunk."""
     return (models + 2) * 4 * TEMPORARIES
 
 
 def _least_chunk(merge: Merge) -> int:
-    """Elements of the longest row, where the method will not have one cut."""
+    """Elements of the longest row, if the method needs whole rows."""
     infos = merge.reference.tensors
     shapes = [info.shape for name, info in infos.items() if info.is_float and merge.wanted(name)]
     return max(shape[-1] if shape else 1 for shape in shapes) if merge.cut == "row" else 1
 
 
 def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
-    """Elements of a chunk: what stays in a core's cache, or what keeps a GPU busy; whole tiles.
+    """Elements of a chunk, in whole tiles: few enough for a core's cache, or enough to keep a GPU busy.
 
     memory: bytes for one worker.
     """

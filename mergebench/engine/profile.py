@@ -1,4 +1,4 @@
-"""What a chunk tells of its merge: how far the models went, where they disagree, what the method kept of each."""
+"""Statistics of a merged chunk: how far the models moved, where they disagree, and what the method kept of each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mergebench.engine.statistics import Statistic
 class Counts(NamedTuple):
     """Sums over elements, which add up from chunks to tensors and layers.
 
-    squares: of each model's task vector. shared: elements that two models or more changed; conflicts: those of
-    them where signs differ. merged: the square of the merged task vector. kept: of each model (see `kept`).
-    The last two are zero where no method was replayed.
+    squares: of each model's task vector. shared: elements that two models or more changed; conflicts: those of them
+    where signs differ. merged: the square of the merged task vector. kept: of each model (see `kept`). The last two are
+    zero if no method was replayed.
     """
 
     elements: float
@@ -41,7 +41,7 @@ class Counts(NamedTuple):
         )
 
     def of(self, elements: int) -> Counts:
-        """As estimated for so many elements, of which these are a part."""
+        """The estimate for `elements` elements, from this sample of them."""
         times = elements / self.elements if self.elements else 0.0
         return Counts(
             elements,
@@ -54,9 +54,9 @@ class Counts(NamedTuple):
 
 
 def counts(method: Method | None, tvs: Tensor, params: Any, ctx: Context, answers: Sequence[Any]) -> Counts:
-    """The counts of one chunk of task vectors [models, elements]; without a method, what needs none."""
+    """The counts of one chunk of task vectors [models, elements]; without a method, only those that need none."""
     merged, remaining, squares = 0.0, (0,) * len(tvs), tuple(map(_square, tvs))
-    if method is not None and any(squares):  # adapters leave whole tensors as they were
+    if method is not None and any(squares):  # adapters leave whole tensors unchanged
         result = replay(method, tvs, params, ctx, answers)
         assert not isinstance(result, Statistic), "all answers are known"
         vector = result.vector if isinstance(result, Tasks) else result
@@ -82,11 +82,12 @@ def sign_conflicts(tvs: Tensor) -> tuple[int, int]:
 def kept(
     method: Method, tvs: Tensor, params: Any, ctx: Context, answers: Sequence[Any], result: Any
 ) -> tuple[int, ...]:
-    """How many elements of each model are in what the method makes of them, its result.
+    """The number of elements of each model that the method's result keeps.
 
-    An element of a model is kept if the merged value changes when the model's weight (for a method without weights:
-    its values) is halved, the method's thresholds and sums as they were; for a method that gives a model for each
-    task, if the task's mask holds it. Without `normalize`: among equal values, a mean does not change with a weight.
+    An element of a model is kept if the merged value changes when the model's weight (for a method without weights: its
+    values) is halved, with the method's thresholds and sums unchanged. For a method with a model per task, an element
+    is kept if the task's mask has it. `normalize` is off here, because a mean of equal values does not change with a
+    weight.
     """
     if getattr(params, "normalize", False):
         params = dataclasses.replace(params, normalize=False)

@@ -1,4 +1,4 @@
-"""What is told of a merge: where it comes from, what it depends on, what was found on the way."""
+"""The provenance of a merge: its inputs, what the result depends on, and facts found during the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergebench.engine.plan import Plan
 def record(
     plan: Plan, fingerprint: str, answers: dict[str, list[dict[str, Any]]], of_all: Any, hash_inputs: bool
 ) -> dict[str, Any]:
-    """What `mergebench.json` says of a plan that was carried out with these answers."""
+    """The content of `mergebench.json` for a plan that was run with these answers."""
     return {
         "mergebench": __version__,
         "fingerprint": fingerprint,
@@ -53,7 +53,7 @@ def _kept(plan: Plan, answers: dict[str, list[dict[str, Any]]]) -> dict[str, flo
 
 
 def _lines(plan: Plan, of_all: Any) -> dict[str, Any]:
-    """What the layers were scaled by, where they were."""
+    """The factors of the layers, if they were scaled."""
     lines = plan.merge.lines
     if lines is None:
         return {}
@@ -68,7 +68,7 @@ def peak_memory() -> int:
 
 
 def places(plan: Plan) -> list[Path]:
-    """Where the models are: nothing is written there."""
+    """The paths of the models, which must not be written to."""
     models = [*plan.merge.models, plan.merge.reference]
     found = []
     for model in models:

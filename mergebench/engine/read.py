@@ -35,7 +35,7 @@ class ChunkReader:
         self._scales = Scales(files)
 
     def load(self, spans: Sequence[Span], apply: bool) -> tuple[Tensor, Tensor]:
-        """(values [models, elements], base [elements]); the base is only filled where it is needed."""
+        """(values [models, elements], base [elements]); the base is only filled if it is needed."""
         numel = sum(span.numel for span in spans)
         values = self._values[: len(self.plan.merge.models) * numel].view(-1, numel)
         base = self._base[:numel]
@@ -48,8 +48,8 @@ class ChunkReader:
         return values, base
 
     def _fill(self, name: str, pieces: Sequence[Span], values: Tensor, base: Tensor, column: int, apply: bool) -> None:
-        """Pieces of one tensor, `column` of the chunk onwards. Models that are stored alike share the calls: on a chunk
-        in the cache, a call costs as much as its arithmetic."""
+        """Pieces of one tensor, `column` of the chunk onwards. Models stored in the same way share the calls: on a
+        chunk in the cache, a call costs as much as its arithmetic."""
         if self.plan.needs_base(name, apply):
             stored, deltas = self.plan.base_of(name)
             if deltas:
@@ -121,5 +121,6 @@ class ChunkReader:
 
 
 def _kind(operand: Operand) -> tuple[str | None, bool, int]:
-    """How a model's tensor is stored, whether deltas replace its values, and what the base does to it."""
+    """A key of how a row is read: how the tensor is stored, whether deltas replace its values, and the sign of the
+    base."""
     return operand.stored and operand.stored.dtype, operand.folds, operand.base

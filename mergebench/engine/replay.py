@@ -23,9 +23,9 @@ CHUNK = 2 * TILE  # elements that stay in a core's cache
 def run_at_once(
     method: Method, values: Tensor, params: Any, context: Context, answer: Callable[[Statistic], Any]
 ) -> Tensor:
-    """What the method makes of `values` [models, elements] as one chunk; `answer` answers its questions.
+    """The method's result on `values` [models, elements] as one chunk; `answer` answers its questions.
 
-    Of several tasks, the vector they share.
+    For a method with a model per task: the shared vector.
     """
     answers: list[Any] = []
     while True:
@@ -37,7 +37,7 @@ def run_at_once(
 
 
 def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:
-    """The same for a method that may be cut anywhere, in chunks and a fraction of the memory; equal bits.
+    """As `run_at_once`, with equal bits, but in chunks with less memory; for methods that may be cut anywhere.
 
     values: all elements of the one tensor in `context.spans`.
     """

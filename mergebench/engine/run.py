@@ -31,7 +31,7 @@ BLOCK = 1 << 20  # bytes compared or hashed at a time
 
 @dataclass(frozen=True)
 class Result:
-    """A merged checkpoint and what it took."""
+    """A merged checkpoint and the cost of the run."""
 
     out: Path
     provenance: dict[str, Any]
@@ -53,11 +53,10 @@ def run_plan(
 ) -> Result:
     """Merge into the directory `out`; `finish(directory, provenance)` may add files before it is published.
 
-    change: what is done to the complete checkpoint before that, and told of in the provenance. known: answers from
-    earlier merges of the same models, not asked again; those found here are put beside them.
+    change: changes the complete checkpoint before that; its result goes into the provenance. known: answers from
+    earlier merges of the same models, reused here; new answers are added.
 
-    Raises `RecipeError` where `out` may not be written, `RunError` where the work fails. Inputs are
-    only ever opened for reading.
+    Raises `RecipeError` if `out` may not be written, `RunError` if the work fails. Inputs are only opened for reading.
     """
     started = time.perf_counter()
     fingerprint = fingerprint_of(plan)
@@ -67,7 +66,7 @@ def run_plan(
     check_target(out, places(plan), overwrite)
     check_room(out, plan.bytes_written)
     check_inputs(plan)
-    # the workers come first, so that none inherits the lock, which dies with this process
+    # workers start first, so that none inherits the lock, which must end with this process
     with (
         Files() as files,
         closing(Sweeper(plan, files, progress)) as sweeper,
@@ -87,7 +86,7 @@ def run_plan(
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
         try:
             copied = []
-            if not tasks:  # a vector with a config beside it would load as a model
+            if not tasks:  # a task vector with a config beside it would load as a model
                 kind = kinds.pop() if len(kinds) == 1 else None
                 copied = copy_side_files(plan.merge.reference, staging.directory, kind)
         except OSError as error:
@@ -121,16 +120,16 @@ def run_in_memory(plan: Plan, target: InMemory, known: Known, progress: Progress
 
 @dataclass(frozen=True)
 class _Notes:
-    """A journal that is not kept."""
+    """A journal that is not saved."""
 
     journal: dict[str, Any]
 
     def save(self) -> None:
-        """There is nowhere to."""
+        """Does nothing."""
 
 
 def check_inputs(plan: Plan) -> None:
-    """Before the first sweep: what headers do not tell of the inputs, and what all workers need of them."""
+    """Before the first sweep, check what headers do not show, and compute what all workers need."""
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)
@@ -140,9 +139,9 @@ def check_inputs(plan: Plan) -> None:
 
 
 def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: Any, sync: bool) -> None:
-    """One group: the questions that are still open, then what is still to be written, shard by shard.
+    """Run one group: ask the open questions, then write the missing tensors, shard by shard.
 
-    of_all: the answer to the last question where that is about all groups together.
+    of_all: the answer to the last question if that is about all groups together.
     """
     wanted = set(group.written)
     shards = [
@@ -159,7 +158,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
             if not (staging.directory / file.file).exists():
                 create(staging.directory / file.file, file)
         sweeper.apply(group, known, names, staging.directory)
-        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups come in the order of the shards
+        if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups are in the order of the shards
             for file in shard.files:
                 if sync:
                     fsync(staging.directory / file.file)
@@ -168,7 +167,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
 
 
 def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) -> dict[str, float]:
-    """Put each task's factor beside its mask."""
+    """Write each task's factor beside its mask."""
     scales = sweeper.scales(answers_of(plan, staging, sweeper, plan.groups[0], of_all))
     for task, model, scale in zip(plan.merge.tasks, plan.merge.models, scales, strict=True):
         about = {"scale": scale, "method": plan.merge.method.name, "model": model.reference}
@@ -179,7 +178,7 @@ def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) ->
 
 
 def _check_written(plan: Plan, directory: Path) -> None:
-    """Read every header back: the files hold what was planned, also those of an interrupted run."""
+    """Read every header back, to check that all files, also those of an interrupted run, are as planned."""
     for shard in [file for written in plan.shards for file in written.files]:
         found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
         if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]:
@@ -187,7 +186,7 @@ def _check_written(plan: Plan, directory: Path) -> None:
 
 
 def check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInfo) -> None:
-    """A tied tensor stored twice must be the same twice: else it is no alias, and dropping it would guess."""
+    """Check that both copies of a tied tensor are equal; otherwise it is no alias and cannot be dropped."""
     alias, tensor = (info if info.made is None else info.made.own for info in (alias, tensor))
     same = alias.dtype == tensor.dtype and alias.nbytes == tensor.nbytes and not (alias.scale or tensor.scale)
     for start in range(0, alias.nbytes if same else 0, BLOCK):

@@ -1,4 +1,4 @@
-"""Which elements of a tensor are meant."""
+"""A range of a tensor's elements."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Exact numbers about a whole tensor or a whole model, gathered chunk by chunk.
 
-A statistic is four words: `init` a state, `reduce` a chunk into it, `combine` two states (associative,
-so threads, processes and machines can each have one), `finish` it into the answer.
+A statistic has four operations: `init` makes a state, `reduce` adds a chunk to it, `combine` joins two states
+(associative, so each thread, process or machine can have a state), and `finish` turns it into the answer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Statistic:
         self.values = values
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> Any:
-        """An empty state for `numel` elements in `tiles` tiles; it may take `room` bytes."""
+        """An empty state for `numel` elements in `tiles` tiles, of at most `room` bytes."""
         raise NotImplementedError
 
     def reduce(self, state: Any, tile: int) -> None:
-        """Take in this chunk, whose first element starts tile number `tile` of the unit."""
+        """Add this chunk, whose first element starts tile number `tile` of the unit."""
         raise NotImplementedError
 
     @staticmethod
@@ -40,15 +40,15 @@ class Statistic:
         raise NotImplementedError
 
     def finish(self, state: Any) -> Any:
-        """The answer; raises `Miss` where another sweep is needed."""
+        """The answer; raises `Miss` if another sweep is needed."""
         raise NotImplementedError
 
     def remarks(self, state: Any, numel: int) -> dict[str, Any]:
-        """What the finished state of `numel` elements tells besides, for provenance."""
+        """Further facts from the finished state of `numel` elements, for provenance."""
         return {}
 
     def exact(self) -> Any:
-        """The answer where this one chunk is all there is: the oracle of the streamed one."""
+        """The answer if this chunk is the whole: the oracle for the streamed answer."""
         numel = self.values.shape[1]
         state = self.init(numel, -(-numel // TILE), None, 0)
         self.reduce(state, 0)
@@ -56,11 +56,11 @@ class Statistic:
 
 
 class Small:
-    """Everything about a small unit in one place: answered there and forgotten."""
+    """All values of a small unit on one worker: the question is answered there and the values freed."""
 
     def __init__(self, numel: int, ranks: Sequence[Sequence[int]], trim: bool) -> None:
         self.numel, self.ranks, self.trim = numel, ranks, trim
-        self.rows = np.empty((0, 0), np.float32)  # of which so many columns are
+        self.rows = np.empty((0, 0), np.float32)  # the number of filled columns
         self.filled = 0
         self.answers: list[list[float]] = []
         self.kept: list[float] = []
@@ -69,7 +69,7 @@ class Small:
         """Take in a chunk [rows, elements]."""
         if not self.filled:
             self.rows = np.empty((len(values), self.numel), np.float32)
-        elif not self.rows.flags.writeable:  # as it came from another process
+        elif not self.rows.flags.writeable:  # received from another process
             self.rows = self.rows.copy()
         self.rows[:, self.filled : self.filled + values.shape[1]] = values
         self.filled += values.shape[1]
@@ -84,7 +84,7 @@ class Small:
             self.kept = (np.count_nonzero(inside, axis=1) / self.numel).tolist()
 
     def merge(self, other: Small) -> None:
-        """Take in what another worker has: some chunks, or all of them."""
+        """Add another worker's chunks: some, or all of them."""
         if other.answers:
             self.answers, self.kept = other.answers, other.kept
         elif other.filled:
@@ -95,7 +95,7 @@ Gatherers = list[Bracket | Extreme]  # one for each row
 
 
 class OrderStatistics(Statistic):
-    """The values of given ranks, row by row: what sorting each row would show there."""
+    """The values of given ranks in each row, as if the row were sorted."""
 
     def __init__(self, values: Tensor, ranks: Sequence[Sequence[int]], key: Key | None, trim: bool) -> None:
         super().__init__(values)
@@ -119,7 +119,7 @@ class OrderStatistics(Statistic):
         return [[gatherer(row, rank) for row, rank in enumerate(ranks)] for ranks in self.ranks]
 
     def spread(self, sample: Sample, numel: int) -> float:
-        """The mean share of a row that its brackets hold, as far as a sample tells."""
+        """The mean share of a row that its brackets hold, estimated from a sample."""
         shares = [sample.share(row, rank, numel) for ranks in self.ranks for row, rank in enumerate(ranks)]
         return sum(shares) / len(shares)
 
@@ -139,7 +139,7 @@ class OrderStatistics(Statistic):
                     gatherer.add(row)
 
     def keyed(self) -> Floats:
-        """A copy of what is ordered [rows, elements], for a sample."""
+        """A copy of the values to be ordered [rows, elements], for a sample."""
         return np.array(self._keyed().cpu().numpy())
 
     def _keyed(self) -> Tensor:
@@ -170,7 +170,7 @@ class OrderStatistics(Statistic):
         )
 
     def remarks(self, state: Small | list[Gatherers], numel: int) -> dict[str, Any]:
-        """Where the answers are the thresholds of a trim, the share of each row that lies between them."""
+        """If the answers are the thresholds of a trim, the share of each row between them."""
         if not self.trim:
             return {}
         if isinstance(state, Small):
@@ -187,7 +187,7 @@ def _check_rank(rank: int, numel: int) -> None:
 
 
 def pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """The values of ranks [questions][rows] where everything is at hand; rows are put into another order."""
+    """The values of ranks [questions][rows] when all values are in memory; reorders the rows."""
     return _columns(_pick(rows, ranks))
 
 
@@ -196,7 +196,7 @@ def _pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
     for row, wanted in zip(rows, zip(*ranks, strict=True), strict=True):
         row.partition(sorted(set(wanted)))
         for column, rank in zip(columns, wanted, strict=True):
-            column.append(float(row[rank]) + 0.0)  # of the two zeros always the same
+            column.append(float(row[rank]) + 0.0)  # turns -0.0 into 0.0, for equal bits
     return columns
 
 
@@ -217,7 +217,7 @@ class Gram(Statistic):
 
     @staticmethod
     def combine(state: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-        return state + other  # each tile is zero in all states but one
+        return state + other  # only one state has a tile; in the others it is zero
 
     def finish(self, state: NDArray[np.float64]) -> Tensor:
         """float64, summed over the tiles."""
@@ -225,7 +225,7 @@ class Gram(Statistic):
 
 
 class Norms(Gram):
-    """The L1 norms of the rows over all that is merged, whatever the scope; summed like dot products."""
+    """The L1 norms of the rows over all merged tensors, at any scope; summed like dot products."""
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
         return np.zeros((tiles, len(self.values)))
@@ -236,7 +236,7 @@ class Norms(Gram):
 
     @staticmethod
     def of_all(answers: Sequence[Tensor]) -> Tensor:
-        """One answer of those about each unit, in whatever order they come."""
+        """Combine the answers about all units into one, in any order."""
         return torch.tensor([math.fsum(row.tolist()) for row in torch.stack(list(answers), dim=1)], dtype=torch.float64)
 
 
@@ -245,11 +245,10 @@ def order_statistics(
 ) -> OrderStatistics:
     """Ask for the values of `ranks` (0 is the smallest) in each row of `values` [models, elements].
 
-    A rank is one integer for all models or one for each. `key` is applied first, elementwise, as in
-    `sorted`: a method that needs the magnitudes for nothing else does not make them when it is applied.
-    `trim` says that the first answer is a threshold and what lies at or above it is kept, at or below the second
-    where there are two: with equal values that is more than was asked for, and provenance has the share.
-    The answer is one [models, 1] for each rank.
+    A rank is one integer for all models or one for each. `key` is applied first, elementwise, as in `sorted`; so a
+    method that needs magnitudes only for the question does not compute them in the last sweep. `trim` says that values
+    at or above the first answer are kept (and at or below the second, if there is one). With equal values this keeps
+    more than the rank says; provenance records the share. The answer is one [models, 1] for each rank.
     """
     rows = len(values)
     each = [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks]
@@ -262,5 +261,5 @@ def gram(values: Tensor) -> Gram:
 
 
 def norms(values: Tensor) -> Norms:
-    """Ask for the L1 norms of the rows over all tensors, at either scope; float64 [rows]. The last question of all."""
+    """Ask for the L1 norms of the rows over all tensors, at either scope; float64 [rows]. Must be the last question."""
     return Norms(values)

@@ -1,4 +1,4 @@
-"""Sweeps: every chunk read once, by all workers; the method replayed up to its next question, or to its end.
+"""Sweeps: all workers read every chunk once and replay the method up to its next question, or to its end.
 
 for each group of units
     for each question of the method:  sample -> gather -> answer
@@ -28,14 +28,14 @@ from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic
 from mergebench.engine.worker import Item, Known, context_of, replay_chunk
 
-SMALL = BATCH  # chunks: a unit of at most so many may be gathered whole, by one worker
-WIDE = 1 / 12  # share of a small unit in brackets from which that takes less time: its values are not sorted
+SMALL = BATCH  # a unit of at most this many chunks may be gathered whole, by one worker
+WIDE = 1 / 12  # share of a small unit in brackets above which gathering it whole is faster: its values are not sorted
 LEAST_PIECES = 16
-LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 19  # elements of a sample: its memory does not grow with the model
+LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 19  # elements of a sample, so that its memory does not grow with the model
 
 
 class Sweeper:
-    """The sweeps of one run; `target`: where the result goes, instead of into files."""
+    """The sweeps of one run; `target`: receives the result instead of files."""
 
     def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> None:
         self.plan = plan
@@ -72,7 +72,7 @@ class Sweeper:
         return answers, remarks
 
     def _statistic(self, unit: Unit, answers: Sequence[Any]) -> Statistic:
-        """The next question about a unit, as asked about its first elements: the same is asked about all."""
+        """The next question about a unit, found from its first elements, since all elements get the same question."""
         name = next(name for name in unit.tensors if self._numel(name))
         size = (
             self._numel(name) if name in self.plan.whole else self._piece(unit) if self.plan.merge.cut == "row" else 1
@@ -124,7 +124,7 @@ class Sweeper:
                 tile += -(-self._numel(name) // TILE)
 
     def _is_small(self, unit: Unit) -> bool:
-        """Whether a worker has room for all of a unit."""
+        """Whether a unit fits into one worker's memory."""
         fits = self._whole_bytes(unit) <= self.plan.statistic_room // self.plan.workers // 2
         return unit.numel <= TILE or (fits and unit.numel <= SMALL * self.plan.chunk and len(unit.tensors) == 1)
 
@@ -134,7 +134,7 @@ class Sweeper:
     # -- samples ---------------------------------------------------------------------------------
 
     def _samples(self, group: Group, known: Known, numbers: Sequence[int], attempt: int) -> dict[int, Sample]:
-        """Before a sweep: the statistic's values at pieces spread over each large unit."""
+        """Sample the statistic's values, before a sweep, at pieces spread over each large unit."""
         batches = [
             (number, batch)
             for number in numbers
@@ -152,7 +152,7 @@ class Sweeper:
         }
 
     def _pieces(self, unit: Unit, attempt: int) -> Iterator[tuple[Span, ...]]:
-        """Batches of spans of equal size, evenly spread with a jitter, in order of their place."""
+        """Batches of spans of equal size, in order, evenly spread with a jitter."""
         piece = self._piece(unit)
         size = min(max(unit.numel // 128, LEAST_SAMPLED), MOST_SAMPLED) * 2**attempt
         count = max(min(size, unit.numel // 2) // piece, min(unit.numel // piece, LEAST_PIECES))
@@ -197,7 +197,7 @@ class Sweeper:
         self.seconds["apply"] += time.perf_counter() - started
 
     def _piece(self, unit: Unit) -> int:
-        """Consecutive elements in a sample: many short pieces where tensors differ, fewer reads within one."""
+        """Length of a sampled piece: many short pieces over several tensors, fewer reads within one tensor."""
         if self.plan.merge.cut == "row":
             return (self.plan.merge.reference.tensors[unit.tensors[0]].shape or (1,))[-1]
         return 1024 if len(unit.tensors) == 1 else 128
@@ -207,7 +207,7 @@ class Sweeper:
 
 
 def to_device(device: torch.device, answer: Any) -> Any:
-    """An answer where the chunks are."""
+    """Move an answer to the chunks' device."""
     if device.type == "cpu":
         return answer
     return tuple(part.to(device) for part in answer) if isinstance(answer, tuple) else answer

@@ -1,4 +1,4 @@
-"""What a method asks, learnt on a toy chunk: it asks the same whatever the data."""
+"""Find a method's questions by running it on a toy chunk: the questions do not depend on the data."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mergebench.errors import RecipeError
 
 
 def asked(merge: Merge, params: Any) -> list[Any]:
-    """What the method asks with these parameters. One entry a question: its ranks, or the sort of sum."""
+    """The method's questions with these parameters. One entry a question: its ranks, or the sort of sum."""
     return [kind for kind, _ in _trace(merge, params)]
 
 
 def read_for(merge: Merge, params: Any) -> list[frozenset[str]]:
-    """For each question, the parameters that the method has read when it is asked: it depends on no others."""
+    """For each question, the parameters that the method read before asking; it depends on no others."""
     read: set[str] = set()
     return [so_far for _, so_far in _trace(merge, _watched(params, read), read)]
 
@@ -57,7 +57,7 @@ def _trace(merge: Merge, params: Any, read: Iterable[str] = ()) -> list[tuple[An
 
 
 def _watched(params: Any, read: set[str]) -> Any:
-    """A copy of a method's parameters that notes in `read` which of them are looked at."""
+    """A copy of a method's parameters that records in `read` which of them are accessed."""
     names = {field.name for field in dataclasses.fields(params)}
 
     class Watched(type(params)):  # type: ignore[misc]
@@ -72,7 +72,7 @@ def _watched(params: Any, read: set[str]) -> Any:
 
 
 def toy(merge: Merge, shape: tuple[int, ...] = (61,)) -> tuple[Tensor, Context]:
-    """A small tensor of each model, and its surroundings."""
+    """A small tensor of each model, and its context."""
     models, numel = len(merge.models), math.prod(shape)
     values = torch.sin(torch.arange(1.0, models * numel + 1)).reshape(models, numel) * 0.01
     spans = (Span("toy", 0, numel),)
@@ -80,9 +80,9 @@ def toy(merge: Merge, shape: tuple[int, ...] = (61,)) -> tuple[Tensor, Context]:
 
 
 def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool]:
-    """How many questions are asked about each tensor, and whether the last is about all together.
+    """The number of questions about each tensor, and whether the last is about all together.
 
-    At scope model they must be the same about all.
+    At scope model, all tensors must have the same questions.
     """
     known: dict[int, list[Any]] = {}
     for name in merged:

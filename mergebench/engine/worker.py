@@ -1,4 +1,4 @@
-"""What is done with one chunk at a time. Each thread or process of a run has one worker, with its own buffers."""
+"""Workers process one chunk at a time. Each thread or process of a run has one worker with its own buffers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Known = Sequence[Sequence[Any]]  # the answers so far, [unit][question]
 
 
 class Item(NamedTuple):
-    """One chunk of work: columns of the unit numbered `unit` (-1: to be copied), the first in its tile `tile`."""
+    """One chunk of work: elements of the unit numbered `unit` (-1: to be copied), starting at its tile `tile`."""
 
     unit: int
     spans: tuple[Span, ...]
@@ -40,15 +40,15 @@ class Item(NamedTuple):
 
 
 def replay_chunk(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor | Tasks:
-    """Run the method with the answers known so far: the next question, or the merged chunk."""
+    """Run the method with the answers known so far; returns the next question, or the merged chunk."""
     return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, answers)
 
 
 def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
-    """The surroundings of a chunk."""
+    """The context of a chunk."""
     merge, aliases = plan.merge, plan.alignment.aliases
     shape = merge.reference.tensors[spans[0].tensor].shape
-    if aliases:  # tied tensors that are stored twice draw the same noise, and stay equal
+    if aliases:  # tied tensors stored twice must draw the same noise to stay equal
         spans = tuple(span._replace(tensor=aliases.get(span.tensor, span.tensor)) for span in spans)
     return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, plan.device)
 
@@ -68,7 +68,7 @@ class Worker:
             output.close()
 
     def sample(self, items: Iterable[Item], units: Sequence[Unit], known: Known) -> list[tuple[int, int, Floats]]:
-        """(place, unit, values) of an order statistic at the pieces of each item."""
+        """(place, unit, values) of an order statistic at the sampled pieces of each item."""
         found = []
         for item in items:
             values, _ = self.reader.load(item.spans, apply=False)
@@ -81,7 +81,7 @@ class Worker:
     def gather(
         self, items: Iterable[Item], units: Sequence[Unit], known: Known, empty: dict[int, Any]
     ) -> dict[int, Any]:
-        """The state of the next statistic of each unit, over the chunks that came here."""
+        """The state of each unit's next statistic over this worker's chunks."""
         states = copy.deepcopy(empty)  # all before the first chunk: small things that live long, made amid the chunks'
         for item in items:  # temporaries, would split the memory that those use again and again
             values, _ = self.reader.load(item.spans, apply=False)
@@ -94,7 +94,7 @@ class Worker:
         return states
 
     def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> None:
-        """Merge, or copy, and write into the shards in `directory`, or the target."""
+        """Merge or copy, and write into the shards in `directory`, or into the target."""
         if directory is not None and not self._outputs:
             columns = zip(*(shard.files for shard in self.plan.shards), strict=True)
             self._outputs = [ShardFiles(directory, column) for column in columns]
@@ -113,7 +113,7 @@ class Worker:
     def profile(
         self, items: Iterable[Item], units: Sequence[Unit], known: Known, replayed: bool
     ) -> list[tuple[str, int, Counts]]:
-        """(tensor, first element, counts) of each chunk; `replayed`: also what the method makes of it."""
+        """(tensor, first element, counts) of each chunk; `replayed`: include counts that need the method's result."""
         found = []
         method = self.plan.merge.method if replayed else None
         for item in items:
@@ -125,7 +125,7 @@ class Worker:
         return found
 
     def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
-        """The merged chunk as it is stored; of tasks, the vector, and the masks as bits."""
+        """The merged chunk in its stored type; for tasks, the vector, and the masks as bits."""
         (span,) = item.spans
         values, base = self.reader.load(item.spans, apply=True)
         if not unit.passes:
@@ -153,7 +153,7 @@ class Worker:
         return stored.cpu(), masks
 
     def _copied(self, span: Span) -> Tensor:
-        """Elements of a tensor that is not merged, a float converted to the stored type."""
+        """Elements of a tensor that is not merged; floats are converted to the stored type."""
         info, deltas = self.plan.base_of(span.tensor)
         if deltas or (info.dtype in FP8 and self.plan.dtypes[span.tensor] != info.dtype):
             values = torch.empty(span.numel)
@@ -167,30 +167,29 @@ class Worker:
         return stored
 
     def note_memory(self) -> None:
-        """Remember the most that this process has held and shares with no other."""
-        with suppress(OSError):  # some sandboxes do not tell
+        """Record the peak of this process's unshared memory."""
+        with suppress(OSError):  # some sandboxes hide it
             rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
             private = sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Private_"))
             self._peak = max(self._peak, private)
 
     def peak_memory(self, items: Iterable[Item]) -> int:
-        """Bytes this process held at most and shared with no other."""
+        """Peak bytes of this process's unshared memory."""
         return self._peak
 
     # -- values that are no numbers ----------------------------------------------------------------
 
     def _check_finite(self, item: Item, values: Tensor) -> None:
-        """A sum shows a NaN or Inf at a thirtieth of the price of looking at each element."""
+        """Check the sum, which shows a NaN or Inf at a thirtieth of the cost of checking each element."""
         if not math.isfinite(values.sum()):
             for span in item.spans:
                 error = self._find_non_finite(span)
                 if error is not None:
                     raise error
-            self.reader.load(item.spans, apply=True)  # it was the sum that overflowed
+            self.reader.load(item.spans, apply=True)  # no element is at fault: the sum overflowed
 
     def _find_non_finite(self, span: Span) -> RunError | None:
-        """The error that names the model and the place of a non-finite value, or None: it was an overflow
-        of the sum that raised the suspicion."""
+        """The error that names the model and the place of a non-finite value; None if only the sum overflowed."""
         merge = self.plan.merge
         sources = [(merge.reference, merge.reference.tensors[span.tensor])]
         sources += list(zip(merge.models, self.plan.alignment.sources[span.tensor], strict=True))
@@ -208,7 +207,7 @@ class Worker:
         values, _ = self.reader.load([span], apply=False)
         for name, row in zip(merge.names, values, strict=True):
             bad = row[~torch.isfinite(row)]
-            if len(bad):  # an adapter's product, or an overflow of the subtraction
+            if len(bad):  # from an adapter's product, or an overflow of the subtraction
                 return RunError(f"{span.tensor}: what {name} makes of it has {bad[0].item()}", "use another checkpoint")
         return None
 
