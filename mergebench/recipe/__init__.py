@@ -1,7 +1,7 @@
 """Recipes: what to merge and how, read strictly from YAML or a mapping.
 
-`load` checks everything that can be known without opening a model: what it returns names a method that
-exists, with parameters that method takes.
+`load` checks everything that can be known without opening a model: a loaded recipe names an existing method and
+parameters that the method takes.
 """
 
 from mergebench.recipe.recipe import Baseline, Entry, Evaluation, Recipe, load

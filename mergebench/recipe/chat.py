@@ -1,4 +1,4 @@
-"""Chat templates by name: how well-known model families write a conversation, in Jinja as tokenizers take it.
+"""Chat templates of well-known model families by name, in the Jinja form that tokenizers take.
 
 The formats are those the families were trained on; mergekit's templates of these names add line breaks and spaces
 to some of them.
@@ -17,7 +17,7 @@ _LLAMA3 = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-_MISTRAL = (  # a system prompt is put before the first question
+_MISTRAL = (  # the system prompt goes before the first question
     "{{ bos_token }}{% set ns = namespace(before='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.before = message['content'] + '\n\n' %}"
     "{% elif message['role'] == 'user' %}{{ '[INST] ' + ns.before + message['content'] + ' [/INST]' }}"
@@ -30,7 +30,7 @@ _ALPACA = (
     "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
-_EXAONE = (  # always opens with a system prompt, if an empty one
+_EXAONE = (  # always starts with a system prompt, even an empty one
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}{{ '[|system|][|endofturn|]\n' }}{% endif %}"
     "{{ '[|' + message['role'] + '|]' + message['content'] }}"

@@ -1,4 +1,4 @@
-"""The recipe's edits: what is made of the merged model, one after another."""
+"""The recipe's edits, applied to the merged model one after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergebench.recipe.schema import EDITS_FORM
 
 def check(data: Mapping[str, Any], loc: Loc, places: Places) -> Wanted:
     """One entry of edits:, its parameters checked."""
-    from mergebench.editing import edits  # torch comes with them
+    from mergebench.editing import edits  # this import loads torch
 
     given = {key: value for key, value in data.items() if value is not None}
     name = given.pop("edit", None)

@@ -26,14 +26,15 @@ def varies(value: Any) -> bool:
 
 
 def scalars(value: Any) -> list[Any]:
-    """Every single value that stands in `value`."""
+    """Every single value in `value`."""
     if not varies(value):
         return [value]
     return [one for item in value for one in scalars(item["value"] if isinstance(item, dict) else item)]
 
 
 def value_at(value: Any, name: str, depth: float) -> Any:
-    """What holds for the tensor `name`, `depth` of the way from the first layer to the last; None if nothing does."""
+    """The value for the tensor `name`, at `depth` (0 to 1) between the first and the last layer; None if there is
+    none."""
     if not varies(value):
         return value
     if isinstance(value[0], dict):

@@ -1,13 +1,13 @@
 """`modules: {NAME: {models | slices, parameters}}`: mergekit's form for a model made of several parts.
 
-A single module, whatever its name, is the recipe itself: its contents are lifted to the top. Several:
+A single module, with any name, is the recipe itself: its contents move to the top. Several modules:
 
     modules:
       text_decoder: {models: [{model: A, parameters: {weight: 0.7}}, {model: B, parameters: {weight: 0.3}}]}
       vision_tower: {models: [{model: A}]}
 
-They are one recipe: the models of all modules, and parameters that hold for the tensors of a module. A model that
-a module does not name has weight 0 there. What belongs to no module listed is copied from the base.
+become one recipe with the models of all modules and parameters by module. A model that a module does not name has
+weight 0 there. Tensors in no listed module are copied from the base.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mergebench.errors import RecipeError
 from mergebench.recipe.gradients import fits
 from mergebench.recipe.positions import Loc, Places, show
 
-# What mergekit calls a part, and how names of its tensors begin, or go on after a dot.
+# mergekit's names of parts, and the prefixes of their tensor names, at the start or after a dot.
 _PROJECTOR = ("multi_modal_projector", "mm_projector", "visual.merger", "visual.deepstack_merger_list")
 _VISION = ("vision_tower", "vision_model", "visual")
 _KNOWN = {"multi_modal_projector": _PROJECTOR, "vision_tower": _VISION, "vision_model": _VISION}
 _TOWERS = (*_PROJECTOR, *_VISION, "audio_tower")
-_REST = "text_decoder"  # all that is in no tower
+_REST = "text_decoder"  # everything outside the towers
 WAY_OUT = "write a document for each module, with include: and the one before as its base_model"
 CONTENTS = ("models", "slices", "parameters")
 FORM = "write it as modules: {NAME: {models: [...]}}"
 
 
 class Part(NamedTuple):
-    """One module: a filter that fits its tensors, and how many layers the recipe says it has, if it does."""
+    """One module: a filter for its tensors, and its number of layers if the recipe gives it."""
 
     name: str
     pattern: str
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A model as a module names it: where, its reference as written, its parameters there."""
+    """A model in a module: its place, its reference as written, its parameters there."""
 
     loc: Loc
     model: Any
@@ -51,7 +51,8 @@ class Named(NamedTuple):
 
 
 def lift(data: dict[str, Any], places: Places) -> tuple[dict[str, Any], tuple[Part, ...]]:
-    """The recipe without `modules:`, whose parameters go before those at the top; and the parts of several."""
+    """The recipe without `modules:`, and the parts if there are several modules. A module's parameters override those
+    at the top."""
     lifted = {key: value for key, value in data.items() if key != "modules"}
     modules = data.get("modules")
     if modules is None:
@@ -127,7 +128,7 @@ def join(data: dict[str, Any], modules: Mapping[str, Any], places: Places) -> tu
 
 
 def check_parts(parts: Iterable[Part], tensors: Mapping[str, TensorInfo], places: Places) -> None:
-    """Every module is a part of the model, whole."""
+    """Check that every module is a whole part of the model."""
     for part in parts:
         own = [name for name in tensors if fits(part.pattern, name)]
         if not own:
@@ -146,7 +147,7 @@ def check_parts(parts: Iterable[Part], tensors: Mapping[str, TensorInfo], places
 
 
 def _entries(name: str, module: Mapping[str, Any], places: Places) -> tuple[dict[str, Named], int | None]:
-    """A module's models: by reference, where each stands and its parameters; and its layers, where it has slices."""
+    """A module's models by reference, with place and parameters; and its number of layers if it has slices."""
     here: Loc = ("modules", name)
     if module.get("models") and module.get("slices"):
         raise places.error((*here, "slices"), "stands beside models", "give one of them")
@@ -183,7 +184,7 @@ def _entries(name: str, module: Mapping[str, Any], places: Places) -> tuple[dict
 def _takes_weights(data: Mapping[str, Any]) -> bool:
     try:
         return "weight" in methods.get(str(data.get("merge_method"))).parameters
-    except RecipeError:  # said when the recipe is checked
+    except RecipeError:  # reported when the recipe is checked
         return True
 
 
@@ -213,7 +214,7 @@ def _globs(words: Iterable[str]) -> list[str]:
 
 
 def before(value: Any, top: Any) -> Any:
-    """A module's value; where it is a list of filters, what stands at the top is for the names that none fits."""
+    """A module's value; if it is a list of filters, the value at the top is used for names that no filter fits."""
     conditions = [value] if isinstance(value, dict) else value
     if top is None or not isinstance(conditions, list) or not any(isinstance(one, dict) for one in conditions):
         return value

@@ -1,4 +1,4 @@
-"""What a recipe may mean other than its writer thinks: one line each, for people and for provenance."""
+"""Notes on what a recipe may do unexpectedly, a line each, for people and for provenance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SHOWN = 3  # names in a note
 
 
 def about_gradients(names: Iterable[str], params: Callable[[str, float], dict[str, Any]]) -> tuple[str, ...]:
-    """The tensors after the layers that a gradient's first value holds for; `params(name, depth)` tells what would."""
+    """Note the tensors after the layers that get a gradient's first value; `params(name, depth)` gives the
+    parameters."""
     after = [name for name in names if layer_of(name) is None and not comes_before(name)]
     found = [name for name in after if params(name, 0.0) != params(name, 1.0)]
     if not found:
@@ -25,7 +26,7 @@ def about_gradients(names: Iterable[str], params: Callable[[str, float], dict[st
 
 
 def about_the_base(recipe: Recipe, skipped: Sequence[Entry]) -> tuple[str, ...]:
-    """The parameters of a base that is listed among the models, and skipped there."""
+    """Note the parameters of a base that is listed among the models and skipped."""
     given = [entry for entry in skipped if entry.parameters]
     if not given:
         return ()

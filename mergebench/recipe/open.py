@@ -1,4 +1,4 @@
-"""What a recipe names, found and opened: models, files, and the short names of models."""
+"""Find and open the models and files that a recipe names; short names of models."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
     """Find the model that a recipe names at `loc`."""
     try:
         return locate(reference, folders(recipe))
-    except MergebenchError as error:  # what is not there is the recipe's matter: say where it is named
+    except MergebenchError as error:  # a missing model is an error of the recipe: add where it is named
         raise type(error)(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
 
 
 def short_names(references: Sequence[str]) -> tuple[str, ...]:
-    """The last part of each reference; more of it where that is not unique."""
+    """The last part of each reference; more of it if that is not unique."""
     parts = [text.replace("+", "/").rstrip("/").removesuffix(".safetensors").split("/") for text in references]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

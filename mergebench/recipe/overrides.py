@@ -13,7 +13,7 @@ EXAMPLE = "write a path and a value, such as --set parameters.density=0.2 or --s
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str], places: Places) -> None:
-    """Put every override into `data`; from then on its place is the option itself, not the file."""
+    """Put every override into `data`; messages then name the option, not the file, as its place."""
     for override in overrides:
         option = f"--set {override if override.isprintable() else repr(override)}"
         path, sign, text = override.partition("=")

@@ -1,4 +1,4 @@
-"""A recipe's parameters against the method's: which it takes, what they may be, and what each model gets."""
+"""Check a recipe's parameters against the method's, and resolve them for each model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ HABITS = (
     "rescale",
     "weight",
     "embed_slerp",
-)  # written from habit under methods that do not take them
+)  # often written from habit under methods that do not take them
 
 
 def defaults(method: Method) -> dict[str, Any]:
-    """What every model gets unless the recipe says otherwise; None stands for the method's own choice."""
+    """The default parameters of a method; None stands for the method's own choice."""
     return {p.name: p.default for p in method.parameters.values() if not p.required and p.default is not None}
 
 
 def check(method: Method, given: Mapping[str, Any], loc: Loc, places: Places) -> tuple[dict[str, Any], list[Loc]]:
-    """The parameters given at `loc`, checked; and the locations of those to pass over with a note."""
+    """The checked parameters at `loc`, and the locations of those to ignore with a note."""
     taken, ignored = {}, []
     for name, value in given.items():
         here = (*loc, name)
@@ -46,7 +46,7 @@ def check(method: Method, given: Mapping[str, Any], loc: Loc, places: Places) ->
 
 
 def note(method: Method, ignored: list[Loc], places: Places) -> tuple[str, ...]:
-    """One line for everything passed over."""
+    """A note in one line on all ignored parameters."""
     if not ignored:
         return ()
     names = list(dict.fromkeys(str(loc[-1]) for loc in ignored))
@@ -59,7 +59,7 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """One model's own parameters: where they stand, and what the tensor is called in that model."""
+    """One model's own parameters: their place, and the tensor's name in that model."""
 
     loc: Loc
     given: Given
@@ -69,10 +69,10 @@ class Source:
 def resolve(
     method: Method, common: Sequence[Given], own: Sequence[Source], places: Places, tensor: str = "", depth: float = 0.0
 ) -> dict[str, Any]:
-    """What `Method.make_params` takes: a tuple over the models where a parameter is per model, else one value.
+    """The input of `Method.make_params`: a tuple over the models for a per-model parameter, else one value.
 
-    A model's own parameters go before those in `common`, the first of which goes before the next; of what
-    varies, the value for this tensor, `depth` of the way through the layers, holds.
+    A model's own parameters override those in `common`, and earlier entries in `common` override later ones. A varying
+    value is taken for this tensor, at `depth` (0 to 1) of the layers.
     """
 
     def first(parameter: Parameter, sources: Sequence[Given], name: str, loc: Loc) -> Any:
@@ -84,7 +84,7 @@ def resolve(
                 if value is not None:
                     return value
         if parameter.required:
-            if written and not name:  # no tensor in particular: any value that is written
+            if written and not name:  # no particular tensor: any written value
                 return scalars(next(given[parameter.name] for given in sources if parameter.name in given))[0]
             if written:
                 raise places.error((*loc, parameter.name), f"no filter fits '{name}'", "end the list with {value: ...}")
@@ -145,11 +145,11 @@ def _condition(item: Any, parameter: Parameter, loc: Loc, places: Places) -> dic
 
 
 def single(value: Any, parameter: Parameter, loc: Loc, places: Places) -> Any:
-    """One value as the parameter takes it, checked."""
+    """One checked value, as the parameter's type."""
     if value is None and parameter.default is None:
         return None
     if parameter.type is bool and isinstance(value, (int, float)) and value in (0, 1):
-        value = bool(value)  # mergekit writes them as numbers
+        value = bool(value)  # mergekit writes booleans as numbers
     complaint = parameter.complaint(value)
     if complaint is not None:
         raise places.error(loc, f"{complaint}, got {show(value)}", parameter.help or None)

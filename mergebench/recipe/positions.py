@@ -13,24 +13,24 @@ Loc = tuple[str | int, ...]  # ("models", 1, "model"): keys and list positions f
 
 @dataclass
 class Places:
-    """From a location in a recipe to the words a user finds it by, such as `recipe.yaml:7:5`."""
+    """Map locations in a recipe to places that a user can find, such as `recipe.yaml:7:5`."""
 
     texts: dict[Loc, str] = field(default_factory=lambda: {(): "recipe"})
 
     def where(self, loc: Loc) -> str:
-        """The place of `loc`, or of the nearest thing around it that is written down."""
+        """The place of `loc`, or of the nearest enclosing part that is written in the file."""
         while loc not in self.texts:
             loc = loc[:-1]
         return self.texts[loc]
 
     def move(self, loc: Loc, text: str) -> None:
-        """`loc` and all below it now stand at `text`: a value given on the command line replaced them."""
+        """Set the place of `loc` and all below it to `text`, because a value from the command line replaced them."""
         for old in [old for old in self.texts if old[: len(loc)] == loc]:
             del self.texts[old]
         self.texts[loc] = text
 
     def error(self, loc: Loc, what: str, hint: str | None = None) -> RecipeError:
-        """What is wrong at `loc`, as an exception to raise."""
+        """The exception for an error at `loc`."""
         place = self.where(loc)
         names_loc = not loc or (loc in self.texts and place.startswith("--"))  # `--set a.b=1` says `a.b` already
         return RecipeError(": ".join([place, *([] if names_loc else [dotted(loc)]), what]), hint)

@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method to compare with: its own defaults, but for the parameters given here."""
+    """A method to compare with, at its defaults except for the parameters given here."""
 
     method: str
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scaling:
-    """LiNeS: what the layers of the merged task vector are multiplied with, first to last."""
+    """LiNeS: the factors of the merged task vector's layers."""
 
     alpha: float | None  # None: auto
     beta: float
@@ -68,11 +68,11 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; made by `load`. Equal recipes make equal merges, wherever they were written."""
+    """A checked recipe; made by `load`. Equal recipes make equal merges, in any file."""
 
     merge_method: str
     base_model: str | None
-    models: tuple[Entry, ...]  # with slices: every model that one of them names
+    models: tuple[Entry, ...]  # with slices: every model that a slice names
     parameters: dict[str, Any]  # for all models, the method's defaults filled in
     scope: Scope
     slices: tuple[Slice, ...] = ()
@@ -81,20 +81,20 @@ class Recipe:
     seed: int = 0
     dtype: str | None = None
     out_dtype: str | None = None
-    vocabulary: tokens.Vocabulary | None = None  # None: the models' tokens are the base's
+    vocabulary: tokens.Vocabulary | None = None  # None: all models have the base's tokens
     chat_template: str | None = None  # written out, or "auto"
     lines: Scaling | None = None
-    edits: tuple[Wanted, ...] = ()  # made of the merged model, one after another
+    edits: tuple[Wanted, ...] = ()  # applied to the merged model, one after another
     evaluate: Evaluation | None = None
-    name: str | None = field(default=None, compare=False)  # what other documents of the file call its result
+    name: str | None = field(default=None, compare=False)  # the name of its result in other documents of the file
     path: Path | None = field(default=None, compare=False)
-    notes: tuple[str, ...] = field(default=(), compare=False)  # what was ignored, for stderr
+    notes: tuple[str, ...] = field(default=(), compare=False)  # on ignored settings, for stderr
     places: Places = field(default_factory=Places, compare=False, repr=False)
-    parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)  # written as modules: what each must find
+    parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)  # of `modules:`, to be found in the model
 
     @property
     def folder(self) -> Path | None:
-        """Where the recipe lies: relative paths are looked up there after the working directory."""
+        """The recipe's directory: relative paths are looked up there after the working directory."""
         return None if self.path is None else self.path.parent
 
     @property
@@ -102,13 +102,13 @@ class Recipe:
         return methods.get(self.merge_method)
 
     def where(self, *loc: str | int) -> str:
-        """`recipe.yaml:7:5` for `where("models", 1, "model")`; the nearest thing around it where it is not written."""
+        """`recipe.yaml:7:5` for `where("models", 1, "model")`; the nearest enclosing part if it is not written."""
         return self.places.where(loc)
 
     def params(self, entries: Sequence[Entry], tensor: str = "", depth: float = 0.0) -> dict[str, Any]:
         """Every parameter of the method for these models, as `Method.make_params` takes them.
 
-        What varies has the value that holds for `tensor`, `depth` of the way through the layers.
+        A varying parameter has its value for `tensor`, at `depth` (0 to 1) of the layers.
         """
         own = []
         for entry in entries:
@@ -117,7 +117,7 @@ class Recipe:
         return parameters.resolve(self.method, [self.parameters], own, self.places, tensor, depth)
 
     def slice_params(self, number: int, sources: Mapping[int, str], tensor: str, depth: float) -> dict[str, Any]:
-        """The same for slice `number`; sources: places among its sources, and what the tensor is called there."""
+        """As `params`, for slice `number`; sources: places among its sources, and the tensor's name in each."""
         one = self.slices[number]
         own = [
             parameters.Source(("slices", number, "sources", at), one.sources[at].parameters, name)
@@ -154,7 +154,7 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe with every default written out, ready for JSON; `load` makes an equal recipe of it."""
+        """The recipe with every default, ready for JSON; `load` makes an equal recipe from it."""
         measured = self.evaluate
         whole = {
             "name": self.name,
@@ -200,7 +200,7 @@ def load(
 
 
 def check(document: Document, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
-    """The recipe that a document is."""
+    """Check a document and make its recipe."""
     data, places, path = document
     changes.apply(data, overrides, places)
     if seed is not None:
@@ -273,7 +273,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
 
 
 def _scaling(found: Mapping[str, Any] | None, method: Method, base: str | None, places: Places) -> Scaling | None:
-    """The lines: key, with a method that it makes sense with."""
+    """The `lines:` key; an error if the method does not support it."""
     if found is None:
         return None
     if method.takes != "task_vectors":
@@ -305,7 +305,7 @@ def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation |
 
 
 def _check_baselines(recipe: Recipe) -> None:
-    """Now rather than after the merge, when they are needed."""
+    """Check the baselines before the merge rather than after it."""
     baselines = recipe.evaluate.baselines if recipe.evaluate else ()
     for i, baseline in enumerate(baselines):
         try:

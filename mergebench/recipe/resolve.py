@@ -1,4 +1,4 @@
-"""From a recipe to what the engine merges: models found and opened, the base in its place."""
+"""Turn a recipe into the engine's `Merge`: find and open models, and put the base in its place."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mergebench.recipe.slices import pieces_of, put_together
 def resolve(recipe: Recipe) -> Merge:
     """Open the recipe's models (headers only) and hand them to the engine, in recipe order.
 
-    A base that is listed again among the models: methods on task vectors skip it (its task vector is
-    zero), methods that take a fixed number of weights have it first, others count it where it stands.
-    One that is not listed counts where the method says so, or takes a fixed number of weights.
+    If the base is also listed among the models: methods on task vectors skip it (its task vector is zero), methods that
+    take a fixed number of weights have it first, and others count it in its place. A base that is not listed counts as
+    a model if the method says so, or takes a fixed number of weights.
     """
     merge = _resolve(recipe)
     method, cut = merge.method, merge.cut
@@ -51,7 +51,7 @@ def _resolve(recipe: Recipe) -> Merge:
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
         others = [pair for pair in entries if not _same(pair[1], base)]
-        if method.takes == "task_vectors":  # whose own would be zero
+        if method.takes == "task_vectors":  # the base's own would be zero
             entries = others
             notes += about_the_base(recipe, [entry for entry, _ in listed])
         elif method.models is not None or (method.base_counts and not listed):
@@ -69,7 +69,7 @@ def _resolve(recipe: Recipe) -> Merge:
 
 
 def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
-    """The base and every model that the recipe names, as they lie on disk."""
+    """The base and every model that the recipe names, as stored on disk."""
     base = None if recipe.base_model is None else _open(recipe, Entry(recipe.base_model), ("base_model",))
     entries: list[tuple[Entry, Model]] = []
     for number, entry in enumerate(recipe.models):
@@ -89,7 +89,7 @@ def _under_one_name(
     recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
 ) -> tuple[Model | None, list[tuple[Entry, Model]]]:
     """The models with their tensors under the base's names."""
-    if recipe.slices:  # they name layers, each model by its own count
+    if recipe.slices:  # slices name layers, numbered as in each model
         return base, entries
     reference = base if base is not None else entries[0][1]
     return base, [(entry, adopt(reference, model)) for entry, model in entries]
@@ -103,7 +103,7 @@ def _with_tokens(
         return base, entries
     from mergebench.recipe.vocabulary import share_vocabulary
 
-    models = {} if base is None else {_key(base): base}  # a base listed again is one model
+    models = {} if base is None else {_key(base): base}  # a base listed twice is one model
     for _, model in entries:
         models.setdefault(_key(model), model)
     shared = dict(zip(models, share_vocabulary(recipe, list(models.values())), strict=True))
@@ -155,7 +155,7 @@ def _varying(merge: Merge, values: Mapping[str, dict[str, Any]]) -> Merge:
 
 
 def _sliced(recipe: Recipe, base: Model | None, models: Sequence[Model]) -> Merge:
-    """Models put together from slices; the base's layers are those of the source that names it."""
+    """Models composed of slices; the base's layers come from the source that names the base."""
     opened = {str(entry.model): model for entry, model in zip(recipe.models, models, strict=True)}
     method, slices = recipe.method, recipe.slices
     pieces = pieces_of(slices, opened[slices[0].sources[0].model])

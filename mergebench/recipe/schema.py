@@ -1,4 +1,4 @@
-"""Which keys a recipe has and what each may hold. What a method's parameters may hold, the method says."""
+"""The keys of a recipe and their allowed values. A method's parameters are declared by the method."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloa
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key may hold: in words, as a test, and for lists what each entry may be."""
+    """The allowed values of a key: in words, as a test, and for lists also for the entries."""
 
     words: str
     accepts: Callable[[Any], bool]
     each: Kind | None = None
     hint: Callable[[Any], str | None] = lambda value: None
-    plain: Callable[[Any], Any] = lambda value: value  # what an accepted value is kept as
+    plain: Callable[[Any], Any] = lambda value: value  # converts an accepted value
 
 
 def _text(value: Any) -> bool:
@@ -35,7 +35,7 @@ def _text(value: Any) -> bool:
 
 
 def _plain_name(value: Any) -> bool:
-    """Whether a stage may be called so: no path, and no reference with a revision or an adapter."""
+    """Whether a stage may have this name: no path, and no reference with a revision or an adapter."""
     plain = _text(value) and value.isprintable() and value == value.strip() and len(value) <= 80
     return plain and not set("/+@") & set(value) and value[0] not in ".-~"
 
@@ -49,10 +49,10 @@ def _number(value: Any) -> bool:
 
 
 def _reference(value: Any) -> str | None:
-    """A model's name: as text, or as mergekit writes it where a user overrode the architecture.
+    """A model's name: as text, or in mergekit's form for a model with an overridden architecture.
 
-    {model: {path: org/name, revision: v2}, lora: {path: org/lora}} is org/name@v2+org/lora. The architecture
-    says nothing here, where tensors are what their files call them.
+    {model: {path: org/name, revision: v2}, lora: {path: org/lora}} is org/name@v2+org/lora. The architecture is
+    ignored, because tensors are named as in their files.
     """
     if not isinstance(value, dict):
         return value if _text(value) else None
@@ -142,11 +142,11 @@ TOKENIZER = {
     "tokens": Kind("a mapping of tokens", lambda value: isinstance(value, dict) and all(map(_text, value))),
     "pad_to_multiple_of": Kind("a whole number, at least 1", lambda value: _whole(value) and value > 0),
 }
-_OWN = (("evaluate",), ("tokenizer",), ("lines",), ("edits",))  # keys with nothing of the method's beneath them
+_OWN = (("evaluate",), ("tokenizer",), ("lines",), ("edits",))  # keys without method parameters below them
 
 
 def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
-    """The recipe's keys, each of the right kind; a key with nothing behind it counts as not given."""
+    """The recipe's keys, each of the right kind; an empty key counts as not given."""
     found = _keys(data, RECIPE, (), places)
     if "merge_method" not in found:
         raise places.error(("merge_method",), "missing", "name a method, such as merge_method: linear")
@@ -180,7 +180,7 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
 def _check_slices(found: dict[str, Any], places: Places) -> None:
     slices = [_keys(one, SLICE, ("slices", i), places) for i, one in enumerate(found.get("slices", ()))]
     bases = {one["base_model"] for one in slices if "base_model" in one}
-    if len(bases) == 1:  # what all slices that name one agree on is the recipe's
+    if len(bases) == 1:  # if all slices that name a base agree, it is the recipe's base
         found.setdefault("base_model", *bases)
     for i, one in enumerate(slices):
         found["slices"][i] = one

@@ -4,9 +4,9 @@
     - sources: [{model: A, layer_range: [0, 8]}, {model: B, layer_range: [0, 8]}]
     - sources: [{model: A, layer_range: [6, 12]}, {model: B, layer_range: [8, 14]}]
 
-Here the models are put together, by headers alone, to what the engine merges: the first source of each
-slice to one model, the second to another. Tensors before the layers (embeddings) come from the first
-slice's sources, those after them (final norm, head) from the last one's.
+This file composes the models that the engine merges, by headers alone: the first sources of all slices form one model,
+the second sources another. Tensors before the layers (embeddings) come from the first slice's sources, tensors after
+the layers (final norm, head) from the last slice's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Source:
-    """Layers `start` to `stop` of one model, and the parameters that hold for them."""
+    """Layers `start` to `stop` of one model, and their parameters."""
 
     model: str
     start: int
@@ -55,7 +55,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one tensor of the output comes from: its slice, how deep in it, and its name in the slice's models."""
+    """The origin of one output tensor: its slice, its depth there, and its name in the slice's models."""
 
     slice: int
     depth: float
@@ -97,7 +97,7 @@ def comes_before(name: str) -> bool:
 def put_together(
     pieces: Mapping[str, Piece], slices: Sequence[Slice], places: Sequence[int], opened: Mapping[str, Model]
 ) -> Model:
-    """One model made of one source of each slice, `places[i]` of slice i."""
+    """Compose one model of one source per slice: source `places[i]` of slice i."""
     sources = [one.sources[at] for one, at in zip(slices, places, strict=True)]
     tensors: dict[str, TensorInfo] = {}
     deltas: dict[str, tuple[Delta, ...]] = {}
@@ -123,7 +123,7 @@ def put_together(
 
 
 def _config_changes(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """What config.json must say of other layers: their number, and whatever it lists layer by layer."""
+    """Changes of config.json for other layers: their number, and every list with an entry per layer."""
     key = next((key for key in _COUNTS if key in config), None)
     if key is None:
         return {}
@@ -135,7 +135,7 @@ _WHOLE = "merge whole models: list them under models"
 
 
 def check_ranges(slices: Sequence[Slice]) -> tuple[Loc, str] | None:
-    """The first thing wrong with the layer ranges, and where."""
+    """The first error in the layer ranges, and its place."""
     for number, one in enumerate(slices):
         lengths = {source.stop - source.start for source in one.sources}
         if len(lengths) > 1:

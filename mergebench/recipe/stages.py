@@ -8,8 +8,7 @@
     base_model: org/base
     models: [{model: coder}, {model: org/c}]
 
-Every document but the result has a name; where all have one, the last is the result. They may stand in
-any order.
+Every document but the result has a name; if all have names, the last is the result. Documents may be in any order.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ UNNAMED = "every document but the result needs a name that the others call it by
 
 @dataclass(frozen=True)
 class Stage:
-    """One recipe of several and where its result goes."""
+    """One recipe of several, and the directory of its result."""
 
-    recipe: Recipe  # instead of the names of other stages, it has the directories of their results
+    recipe: Recipe  # with directories of results in place of the names of other stages
     out: Path
-    needs: tuple[Path, ...] = ()  # the other stages' directories that it reads
+    needs: tuple[Path, ...] = ()  # directories of other stages that it reads
 
     @property
     def name(self) -> str:
@@ -56,8 +55,8 @@ def load_stages(
 ) -> list[Stage]:
     """Read and check the recipes of a file with one or more documents, in the order to merge them.
 
-    The last one's result goes to `out` (None: `merged/<recipe stem>`), the others' to `<out>.stages/NAME`.
-    `overrides` change the last one, `seed` goes before every recipe's own.
+    The last recipe's result goes to `out` (None: `merged/<recipe stem>`), the others' to `<out>.stages/NAME`.
+    `overrides` change the last recipe; `seed` overrides every recipe's own.
     """
     documents = read(source)
     last = _result(documents)
@@ -103,7 +102,7 @@ def _result(documents: Sequence[Document]) -> int:
 
 
 def _numbers(recipes: Sequence[Recipe], last: int) -> dict[str, int]:
-    """The documents by name; names that could mean two things are refused."""
+    """The documents by name; ambiguous names are refused."""
     found: dict[str, int] = {}
     for number, recipe in enumerate(recipes):
         if recipe.name is None:
@@ -126,7 +125,7 @@ def _numbers(recipes: Sequence[Recipe], last: int) -> dict[str, int]:
 
 
 def _needed(recipe: Recipe, numbers: Mapping[str, int]) -> dict[int, Loc]:
-    """The documents whose results a recipe names, and where it does first."""
+    """The documents whose results a recipe names, and the place of the first mention."""
     found: dict[int, Loc] = {}
     for loc, text in references(recipe):
         name = _stage_of(text, numbers)
@@ -145,7 +144,7 @@ def _order(recipes: Sequence[Recipe], needs: Mapping[int, Mapping[int, Loc]], la
     try:
         order = list(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        circle = error.args[1]  # each is needed by the next
+        circle = error.args[1]  # each stage is needed by the next
         names = " needs ".join(recipes[one].name or "the result" for one in reversed(circle))
         first = recipes[circle[1]]
         loc = needs[circle[1]][circle[0]]
@@ -165,7 +164,7 @@ def _order(recipes: Sequence[Recipe], needs: Mapping[int, Mapping[int, Loc]], la
 
 
 def _folder(out: Path) -> Path:
-    """Where the stages' results are kept: beside the result."""
+    """The directory of the stages' results, beside the final result."""
     place = out if out.name not in ("", "..") else Path(os.path.realpath(out))
     return place.with_name(f"{place.name}.stages")
 

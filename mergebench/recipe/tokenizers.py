@@ -1,4 +1,4 @@
-"""Tokenizers of the models, and the one that a merge of different vocabularies gets."""
+"""Tokenizers of the models, and the tokenizer of a merge of different vocabularies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 def vocab_size(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a config says its model has."""
+    """The number of tokens in a config."""
     own = config.get("vocab_size")
     nested = config.get("text_config")
     size = nested.get("vocab_size") if own is None and isinstance(nested, dict) else own
@@ -26,7 +26,7 @@ def vocab_size(config: Mapping[str, Any]) -> int | None:
 
 
 def with_vocab_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """What config.json must say of another number of tokens."""
+    """Changes of config.json for another number of tokens."""
     if vocab_size(config) in (None, size):
         return {}
     if "vocab_size" in config:
@@ -54,7 +54,7 @@ def tokens_of(tokenizer: Any) -> dict[str, int]:
 
 
 def without_unused(tokenizer: Any, size: int | None, reference: str) -> Any:
-    """The tokenizer without the tokens that a model of `size` tokens has no row for; itself where there is none."""
+    """The tokenizer without tokens that have no row in a model of `size` tokens; unchanged if there are none."""
     unused = {token for token, number in tokenizer.get_vocab().items() if size is not None and number >= size}
     if not unused:
         return tokenizer
@@ -78,7 +78,7 @@ def without_unused(tokenizer: Any, size: int | None, reference: str) -> Any:
 def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> Any:
     """The base's tokenizer and, after its tokens, those of the others: ordinary ones first, then added ones.
 
-    Where several add a token with different settings, the first one's hold.
+    If several tokenizers add a token with different settings, the first tokenizer's settings are used.
     """
     words: dict[str, None] = {}
     added: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 
 def usual_template(models: Sequence[Model]) -> str | None:
-    """The chat template that most models have, the first of several; None where none has any."""
+    """The chat template that most models have, the first of equals; None if no model has any."""
     found: Counter[str] = Counter()
     for model in models:
         files = stored(model.directory) if model.directory is not None else {}

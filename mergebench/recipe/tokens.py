@@ -1,4 +1,4 @@
-"""The keys about tokens: which vocabulary the output has, rows for single tokens."""
+"""The keys about tokens: the vocabulary of the output, and rows for single tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TokenSource:
     """The row of one token in models that lack it, or, with `force`, in all of them: a model's, or zeros."""
 
     model: str | None = None  # None: zeros
-    token: str | None = None  # of that model; without either, the token itself
+    token: str | None = None  # of that model; if neither is given, the token itself
     token_id: int | None = None
     force: bool = False
 
@@ -32,7 +32,7 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The output's tokens: `base`, `union` or those of a model; tokens with rows of their own; padding."""
+    """The output's tokens: `base`, `union` or those of a model; tokens with a given row; padding."""
 
     source: str
     tokens: Mapping[str, TokenSource] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Vocabulary:
 
 
 def vocabulary(found: Mapping[str, Any], places: Places) -> Vocabulary | None:
-    """The vocabulary that a checked recipe asks for; None: the models share the base's."""
+    """The vocabulary that a checked recipe asks for; None if the models share the base's."""
     if "tokenizer_source" in found and "tokenizer" in found:
         raise places.error(("tokenizer_source",), "stands beside tokenizer", "give one of them")
     if "tokenizer_source" in found:

@@ -1,7 +1,7 @@
-"""Models under one vocabulary: the rows of each embedding and head as the output's tokens want them.
+"""Models under one vocabulary: choose the rows of each embedding and head for the output's tokens.
 
-A token that a model lacks gets the base's row, else the row of the only model that has it, else the mean of those
-that have it; one that no model has is zero. By headers and tokenizer files alone, as mergekit decides it.
+A token that a model lacks gets the base's row, else the row of the only model that has it, else the mean of the models
+that have it; a token that no model has is zero. This uses headers and tokenizer files alone, as in mergekit.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The output's tokens: how many rows they take, and where each model has them."""
+    """The output's tokens: their number of rows, and the place of each in each model."""
 
     count: int
     padding: int
-    have: Ids  # [models, count]: the model's row of each token, -1 where it has none
-    rows: list[Ids]  # for each model [models, count]: whose rows make its row, -1 for no part
+    have: Ids  # [models, count]: the model's row of each token, -1 if it has none
+    rows: list[Ids]  # for each model [models, count]: the rows that are averaged to its row, -1 for none
 
 
 def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
@@ -65,7 +65,7 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
 
 
 def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tuple[Tokens, dict[str, bytes] | None]:
-    """The output's tokens, and its tokenizer's files where they are not the first model's."""
+    """The output's tokens, and its tokenizer's files if they are not the first model's."""
     sizes = [_rows(model) for model in models]
     each = [tokenizers.load(model.directory, model.reference) for model in models]
     each[0] = base = tokenizers.without_unused(original := each[0], sizes[0], models[0].reference)
@@ -86,13 +86,13 @@ def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tupl
         out.add_tokens(new)
         files = tokenizers.saved(out)
     ids = tokenizers.tokens_of(out)
-    count = max(len(ids), max(ids.values(), default=-1) + 1)  # ids may have holes, whose rows are zero
+    count = max(len(ids), max(ids.values(), default=-1) + 1)  # ids may have gaps, whose rows are zero
     have = np.full((len(models), count), -1, np.int64)
     places = np.fromiter(ids.values(), np.int64, len(ids))
     for number, vocabulary in enumerate(vocabularies):
         own = np.fromiter((vocabulary.get(token, -1) for token in ids), np.int64, len(ids))
         size = sizes[number]
-        have[number, places] = own if size is None else np.where(own < size, own, -1)  # others have no row
+        have[number, places] = own if size is None else np.where(own < size, own, -1)  # larger ids have no row
     rows = _rows_of(recipe, wanted, models, vocabularies, ids, have)
     padding = -count % wanted.pad_to_multiple_of if wanted.pad_to_multiple_of else 0
     return Tokens(count, padding, have, rows), files
@@ -112,7 +112,7 @@ def _rows_of(
     ids: dict[str, int],
     have: Ids,
 ) -> list[Ids]:
-    """For each model, whose rows make its rows."""
+    """For each model, the rows that are averaged to its rows."""
     lacking = have.copy()  # where a row comes from in models that lack the token: the mean of all that have it,
     if recipe.base_model is not None:  # or the base's
         lacking[1:, have[0] >= 0] = -1
@@ -167,20 +167,20 @@ def _row(
 
 
 def _rows(model: Model) -> int | None:
-    """How many tokens a model has rows for: what its config says, or fewer where its files hold fewer."""
+    """The number of tokens with a row in a model: as in its config, or fewer if its files hold fewer."""
     size = tokenizers.vocab_size(model.config)
     rows = [info.shape[0] for name, info in model.tensors.items() if is_vocabulary(name) and info.shape]
     return min([*rows, *([] if size is None else [size])], default=None)
 
 
 def _remap(models: Sequence[Model], tokens: Tokens) -> list[Model]:
-    """The models with the rows of their embeddings and heads chosen anew."""
+    """The models with new rows for embeddings and heads."""
     changed = [dict(model.tensors) for model in models]
     for name in _candidates(models):
         stored = [_stored(model, name) for model in models]
         shapes = {info.shape[1:] for info in stored if info is not None}
         if len(shapes) > 1:
-            continue  # models that do not fit together; said where all is held against the base
+            continue  # these models do not fit together; reported when all are compared with the base
         for number, model in enumerate(models):
             own = model.tensors.get(name)
             if own is None:

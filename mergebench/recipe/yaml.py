@@ -1,7 +1,7 @@
-"""Reading what the user wrote, a YAML file or a mapping, into plain data and the place of every part.
+"""Read the user's input, a YAML file or a mapping, into plain data and the place of every part.
 
-YAML is walked node by node instead of loaded: that gives positions, finds keys given twice, and keeps
-whatever JSON has no word for (dates, sets, tags) out of recipes, since a recipe is stored as JSON.
+YAML is walked node by node instead of loaded. This gives positions, finds duplicate keys, and rejects values that JSON
+cannot hold (dates, sets, tags), since recipes are stored as JSON.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ruamel.yaml.reader import ReaderError
 from mergebench.errors import RecipeError
 from mergebench.recipe.positions import Loc, Places, show
 
-DEEPEST, MOST = 32, 20_000  # levels and values; aliases can make a small file endless
+DEEPEST, MOST = 32, 20_000  # limits on levels and values, because aliases can make a small file endless
 TAG = "tag:yaml.org,2002:"
 TOO_LARGE = "too large or nested too deep"
-PROVENANCE = "mergekit_config.yml"  # what mergekit writes beside a merged model
+PROVENANCE = "mergekit_config.yml"  # the file mergekit writes beside a merged model
 STRAY_STAR = "quote a glob that starts with *, a bare one is a YAML alias"
 
 
@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Document]:
-    """The documents of a YAML file or of a directory that mergekit wrote, or the one that a mapping is."""
+    """The documents of a YAML file or of a directory that mergekit wrote, or a mapping as one document."""
     path = None
     if isinstance(source, Mapping):
         places = Places()
@@ -70,7 +70,7 @@ def parse(text: str, name: str, places: Places) -> Any:
 def parse_all(text: str, name: str) -> list[tuple[Any, Places]]:
     """The value of every YAML document that is not empty, each with its positions; at least one."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an anchor defined twice, which YAML allows
+        with warnings.catch_warnings(action="ignore"):  # the warning about an anchor defined twice, which YAML allows
             nodes = [node for node in YAML(typ="safe", pure=True).compose_all(text) if node is not None]
             found = [(Walk(name, places := Places({(): name})).value(node, ()), places) for node in nodes]
         return [one for one in found if one[0] is not None] or found[:1] or [(None, Places({(): name}))]
@@ -88,7 +88,7 @@ def parse_all(text: str, name: str) -> list[tuple[Any, Places]]:
 
 
 class Walk:
-    """One pass over a YAML tree: builds the plain value and notes where everything stands."""
+    """One pass over a YAML tree: builds the plain value and records the place of every part."""
 
     def __init__(self, name: str, places: Places) -> None:
         self.name, self.places = name, places
@@ -99,7 +99,7 @@ class Walk:
         self.count += 1
         if self.count > MOST or len(loc) > DEEPEST:
             raise RecipeError(f"{self.name}: {TOO_LARGE}")
-        if not loc or loc not in self.places.texts:  # an entry of a mapping stands at its key, noted before
+        if not loc or loc not in self.places.texts:  # the place of a mapping's entry is its key, recorded before
             self.places.texts[loc] = self.at(node)
         if node.tag == TAG + "map" and isinstance(node, MappingNode):
             return self.mapping(node, loc)
@@ -194,5 +194,5 @@ def find(source: str | os.PathLike[str], folders: Sequence[Path], folder: bool =
         path = Path(source).expanduser()
         fits = Path.is_dir if folder else Path.is_file
         return next((place for place in [path, *(above / path for above in folders)] if fits(place)), None)
-    except (OSError, RuntimeError, ValueError):  # too long for a name, or the home of nobody
+    except (OSError, RuntimeError, ValueError):  # too long for a path, or the home of an unknown user
         return None
