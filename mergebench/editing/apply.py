@@ -1,4 +1,4 @@
-"""Edits made in a checkpoint's own files, which nobody sees yet, and patches put in or taken out there."""
+"""Apply edits and patches, or revert patches, in the files of a checkpoint that is not yet published."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mergebench.errors import ModelError
 
 @dataclass(frozen=True)
 class PutIn:
-    """A patch that is to be put into a model, or with `revert` to be taken out."""
+    """A patch to apply to a model, or with `revert` to revert."""
 
     patch: Patch
     revert: bool = False
@@ -35,7 +35,7 @@ class PutIn:
         return f"{sha256_of(self.patch.file)} {self.revert}"
 
     def check(self, model: Model) -> None:
-        """`ModelError` where the model's rows are not, bit for bit, those that the patch is for."""
+        """`ModelError` if the model's rows are not, bit for bit, those that the patch expects."""
         patch, held = self.patch, set()
         with Files() as files:
             values = model.values(files)
@@ -67,19 +67,19 @@ class PutIn:
 
 
 def patch_names(count: int) -> list[str]:
-    """What the patches of so many edits are called, beside the model."""
+    """The file names of the patches of `count` edits, beside the model."""
     return ["patch.safetensors"] if count == 1 else [f"patch-{number}.safetensors" for number in range(1, count + 1)]
 
 
 def carry_out(edits: Sequence[Planned | PutIn], staging: Staging, copied: Model | None = None) -> list[dict[str, Any]]:
-    """Make edits in the model in a partial directory, each planned on what the one before it left; what was done.
+    """Apply edits to the model in a partial directory, each planned on the result of the previous one; returns reports.
 
-    copied: the model of which that one is a copy. A patch is complete before the first of its rows is written, and says
-    what each of them becomes: a run that was killed goes on by writing them again.
+    copied: the model that was copied. A patch is complete before the first of its rows is written, and determines each
+    new row: a killed run is resumed by writing all rows again.
     """
     model = open_model(str(staging.directory))
     named = zip(edits, patch_names(len(edits)), strict=True)
-    with one_thread():  # many small steps, which threads would only wait for one another in
+    with one_thread():  # in many small steps, threads would only wait for one another
         return [_carry_out(edit, name, model, staging, copied) for edit, name in named]
 
 
@@ -91,8 +91,8 @@ def _carry_out(
         return {**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert}
     made: dict[str, dict[str, Any]] = staging.journal.setdefault("edits", {})
     if name not in made:
-        doubts = edit.doubts(copied or model)  # of what stood here before this edit
-        first = not made  # what a later one is made on is nowhere to be put on again
+        doubts = edit.doubts(copied or model)  # about the model before this edit
+        first = not made  # no stored model is the base of a later patch
         report = _plan_on(edit, model, staging, name, identity(copied) if copied is not None and first else None)
         made[name] = {"patch": name, **report, "warnings": doubts + report["warnings"]}
         staging.journal["shards"].append(name)
@@ -102,7 +102,7 @@ def _carry_out(
 
 
 def _plan_on(edit: Planned, model: Model, staging: Staging, name: str, base: str | None) -> dict[str, Any]:
-    """Find the rows and write the patch; what is told of it."""
+    """Find the rows and write the patch; returns its report."""
     found = scan(edit, model)
     changes = found.changes()
     report = found.report()

@@ -1,11 +1,11 @@
-"""What an edit is: from what is known of every candidate row, to how much of a direction is added to each.
+"""Edits: functions from the candidate rows to how much of a direction is added to each row.
 
     @edit(paper="arXiv:2407.08770")
     def surgery(rows: Rows, p: Params) -> Tensor:
         ...
 
-A row is one neuron's vector in the residual stream's width; the direction comes from a probe. The model is read once
-to know the rows, and only the rows that change are written.
+A row is the vector of one neuron, as wide as the residual stream; the direction comes from a probe. The model is read
+once for the rows' cosines and norms, and only changed rows are written.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mergebench.errors import RecipeError
 from mergebench.parameters import Parameter, make_params, parameters_of, params_of
 from mergebench.plugins import named
 
-if TYPE_CHECKING:  # torch is imported where rows are edited, not by who only lists an edit's parameters
+if TYPE_CHECKING:  # editing rows imports torch; listing an edit's parameters must not
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the N candidate rows of a model, in the order of layers, experts and rows."""
+    """The properties of the N candidate rows of a model, in the order of layers, experts and rows."""
 
     cosine: Tensor  # float32 [N], with the direction; 0 for a row of zeros
     norm: Tensor  # float32 [N]
@@ -37,7 +37,7 @@ class Rows:
         return len(self.norm)
 
     def lowest(self, score: Tensor, count: int) -> Tensor:
-        """bool [N]: the `count` rows of lowest score; of equal ones, those that come first."""
+        """bool [N]: the `count` rows of lowest score; of equal scores, the first rows."""
         import torch
 
         chosen = torch.zeros(len(self), dtype=torch.bool)
@@ -45,7 +45,7 @@ class Rows:
         return chosen
 
     def count(self, written: str) -> int:
-        """How many rows `16384`, or `4.65%` of the candidates, are; `RecipeError` where there are not so many."""
+        """The number of rows for `16384`, or `4.65%` of the candidates; `RecipeError` if there are fewer candidates."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)%|(\d+)", written.replace("_", "").strip())
         if match is None:
             raise RecipeError(f"rows: '{written}' is no number of rows", "write it like 16384, or 4.65%")
@@ -94,7 +94,7 @@ class Edit:
 
 
 def edit(*, paper: str) -> Callable[[Callable[..., Tensor]], Edit]:
-    """Declare a function `(rows, params: a dataclass) -> amounts` as an edit; `paper`: where it stands."""
+    """Declare a function `(rows, params: a dataclass) -> amounts` as an edit; `paper`: its source."""
 
     def declare(function: Callable[..., Tensor]) -> Edit:
         params = params_of(function, 2, "an edit takes (rows, params: a dataclass)")

@@ -1,9 +1,9 @@
-"""A matrix as vectors of the residual stream's width, one a neuron.
+"""A matrix as one vector per neuron, as wide as the residual stream.
 
     torch's Linear                                   [..., neurons, width]   a vector is a row
     GPT-2's Conv1D, and experts of some mixtures     [..., width, neurons]   a vector is a column
 
-Where experts stand in front, neurons are numbered through: expert * neurons + neuron.
+If the first dimension is experts, the number of a neuron is expert * neurons + neuron.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = 1 << 20  # elements read at once
 
 @dataclass(frozen=True)
 class Neurons:
-    """How the vectors lie in a tensor."""
+    """The layout of the vectors in a tensor."""
 
     info: TensorInfo
     transposed: bool  # they are columns
@@ -35,7 +35,7 @@ class Neurons:
 
     @property
     def side(self) -> int:
-        """Neurons of one expert; of a plain matrix, all."""
+        """Neurons of one expert; all neurons of a plain matrix."""
         return self.info.shape[-1 if self.transposed else -2]
 
     @property
@@ -43,7 +43,7 @@ class Neurons:
         return self.info.numel // self.width
 
     def runs(self, numbers: Tensor) -> Iterator[tuple[int, int, int]]:
-        """(place among `numbers`, first, stop) of neurons that follow one another; numbers: int64, ascending."""
+        """(place among `numbers`, first, stop) of runs of consecutive neurons; numbers: int64, ascending."""
         if not len(numbers):
             return
         breaks = (numbers.diff() != 1).nonzero().ravel().add_(1).tolist()
@@ -78,7 +78,7 @@ def vectors(values: Values, neurons: Neurons, numbers: Tensor) -> Tensor:
 
 
 def write_vectors(neurons: Neurons, numbers: Tensor, vectors: Tensor) -> None:
-    """Put vectors [k, width] (of the stored type) in the place of those with these numbers, in the file itself."""
+    """Overwrite the vectors with these numbers by vectors [k, width] (of the stored type), in the file itself."""
     info, width, side, item = neurons.info, neurons.width, neurons.side, vectors.element_size()
     try:
         file = os.open(info.file, os.O_RDWR)

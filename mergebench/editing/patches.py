@@ -1,4 +1,4 @@
-"""A patch: what an edit did to a model, small beside it, to be applied and taken back bit for bit.
+"""A patch: the change that an edit made to a model, small beside the model, applied and reverted bit for bit.
 
 It is a file of deltas (`deltas.formats.native`) whose deltas are row patches that share one direction. The new vectors
 are orig + amount * direction, in float32, cast once.
@@ -24,11 +24,12 @@ from mergebench.deltas.formats.native import DeltaFile, Later, Writing, read_fil
 from mergebench.editing.neurons import Neurons, vectors
 from mergebench.errors import ModelError, RunError
 
-BLOCK = 1 << 16  # elements worked on at once: they stay in the cache
+BLOCK = 1 << 16  # elements processed at once: they fit into the cache
 
 
 class Change(NamedTuple):
-    """What changes in one tensor: neurons [k], how much of the direction each gets [k], their vectors before [k, d]."""
+    """The change of one tensor: neurons [k], the amount of the direction for each [k], their original vectors [k,
+    d]."""
 
     numbers: Tensor  # int64, ascending
     amounts: Tensor  # float32
@@ -67,7 +68,7 @@ class Patch:
         return self.deltas.made
 
     def numbers(self, name: str) -> Tensor:
-        """Which neurons of the tensor `name` change, int64 ascending."""
+        """The changed neurons of the tensor `name`, int64 ascending."""
         return self._part(name, "rows")
 
     def amounts(self, name: str) -> Tensor:
@@ -79,7 +80,7 @@ class Patch:
         return name in self.deltas.turned or bool(self.deltas.entries[name].settings.get("columns"))
 
     def change(self, name: str) -> Change:
-        """What changes in the tensor `name`."""
+        """The change of the tensor `name`."""
         info = self.deltas.entries[name].orig
         assert info is not None
         with Files() as files:
@@ -87,11 +88,11 @@ class Patch:
         return Change(self.numbers(name), self.amounts(name), originals, self.columns(name))
 
     def neurons(self, model: Model, name: str) -> Neurons:
-        """Where the tensor's neurons are in a model; `ModelError` where they cannot be."""
+        """The tensor's neurons in a model; `ModelError` if they do not fit."""
         return self.neurons_in(model.tensors, model.reference, name)
 
     def neurons_in(self, tensors: Mapping[str, TensorInfo], reference: str, name: str) -> Neurons:
-        """Where they are in the tensors of the model that goes by `reference`."""
+        """The neurons in the given tensors; `reference` names the model in messages."""
         self.deltas.on(name, Base(reference, tensors, {}))
         return Neurons(tensors[name], self.columns(name))
 
@@ -101,7 +102,7 @@ class Patch:
 
 
 def open_patch(file: str | Path) -> Patch:
-    """Read a patch's header and direction; `ModelError` where it is missing or no patch, `RunError` where damaged."""
+    """Read a patch's header and direction; `ModelError` if it is missing or no patch, `RunError` if damaged."""
     read = read_file(file)
     direction = next((info for info in read.header.tensors if info.name == "direction"), None)
     shared = {entry.parts["direction"].name for entry in read.entries.values() if "direction" in entry.parts}
@@ -122,9 +123,9 @@ def write_patch(
     about: Mapping[str, Any],
     base: str | None = None,
 ) -> None:
-    """Write the patch that gives the neurons `changes[NAME][0]` (int64, ascending) of a model's tensors
-    `changes[NAME][1]` (float32) times the direction; their vectors before are the model's. All at once, in place.
-    base: the identity of the model that it will be put on."""
+    """Write, atomically, the patch that adds `changes[NAME][1]` (float32) times the direction to the neurons
+    `changes[NAME][0]` (int64, ascending) of each tensor NAME. The original vectors come from the model. base: the
+    identity of the model that the patch belongs to."""
     with Files() as files:
         values, writings = model.values(files), {}
         for name, (numbers, amounts) in changes.items():

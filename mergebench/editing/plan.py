@@ -1,4 +1,4 @@
-"""An edit that is to be made: all that is known of it from headers and the probe, checked."""
+"""Plan an edit from headers and the probe, with all checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mergebench.editing.targets import Target, find_targets
 
 @dataclass(frozen=True)
 class Planned:
-    """An edit of a model whose tensors are known."""
+    """A planned edit of a model."""
 
     wanted: Wanted
     edit: Edit
@@ -35,7 +35,7 @@ class Planned:
 
     @cached_property
     def direction(self) -> Tensor:
-        """[width] float32: what is added, times each row's amount."""
+        """[width] float32: the direction that is added, times each row's amount."""
         return self.probe.direction(cast(Direction, self.wanted.direction)).contiguous()
 
     @property
@@ -45,7 +45,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
-        """What the candidate rows take, counted as two bytes an element."""
+        """Bytes of the candidate rows, counted as two bytes an element."""
         return 2 * self.count * self.probe.width
 
     @property
@@ -55,7 +55,7 @@ class Planned:
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def doubts(self, model: Model) -> list[str]:
-        """Why the probe may mean nothing to this model."""
+        """Reasons why the probe may not apply to this model."""
         doubt, found = self.probe.doubt(), []
         if doubt is not None:
             found.append(f"{self.probe.file}: {doubt}")
@@ -68,12 +68,12 @@ class Planned:
 def plan_edit(
     wanted: Wanted, edit: Edit, probe: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
 ) -> Planned:
-    """Find an edit's rows among a model's tensors, and try it on rows of zeros.
+    """Find an edit's rows among a model's tensors, and try the edit on rows of zeros.
 
-    Raises where the probe, its width, the target or the number of rows do not fit.
+    Raises if the probe, its width, the target or the number of rows do not fit.
     """
     read = read_probe(probe)
-    read.direction(cast(Direction, wanted.direction))  # one that it does not hold shows here
+    read.direction(cast(Direction, wanted.direction))  # a missing direction fails here
     targets = find_targets(tensors, config, wanted.target, read.width, wanted.layers)
     elements = sum(info.numel for info in tensors.values())
     planned = Planned(wanted, edit, edit.make_params(wanted.values), read, targets, elements)

@@ -1,4 +1,4 @@
-"""One read of the candidate matrices: what an edit is told of their rows, and what it makes of them."""
+"""Read the candidate matrices once, compute the rows' properties, and run the edit on them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mergebench.editing.targets import Target, describe
 from mergebench.engine.machine import cores, one_thread
 from mergebench.errors import RunError
 
-BLOCK = 1 << 16  # elements read at once: in float64 they stay in the cache
-NOISE = 2.0  # |z| below which a cosine is what a random vector may well have
+BLOCK = 1 << 16  # elements read at once: in float64 they fit into the cache
+NOISE = 2.0  # |z| below which a random vector may well have the same cosine
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What an edit makes of a model: how much each candidate row gets."""
+    """The result of an edit: how much of the direction each candidate row gets."""
 
     planned: Planned
     rows: Rows
@@ -53,7 +53,7 @@ class Found:
         return found
 
     def report(self) -> dict[str, Any]:
-        """What is done to how many rows, ready for JSON; z: sqrt(width) times the cosine, standard normal for random
+        """A report of the changed rows, ready for JSON; z: sqrt(width) times the cosine, standard normal for random
         vectors."""
         planned, rows, chosen = self.planned, self.rows, self.amounts != 0
         cosines, width = rows.cosine[chosen], planned.probe.width
@@ -95,9 +95,9 @@ class Found:
 
 
 def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) -> Found:
-    """Read the candidate rows of a model once, and ask the edit what each of them gets.
+    """Read the candidate rows of a model once, and run the edit on them.
 
-    `RunError` where a row is not finite. The bits do not depend on the number of cores, nor on the order of files.
+    `RunError` if a row is not finite. The bits do not depend on the number of cores, nor on the order of files.
     """
     direction = planned.direction.double()
     with Files() as files, one_thread():
@@ -158,6 +158,6 @@ def _facts(values: Values, target: Target, direction: Tensor, reference: str) ->
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
-    """By share in percent, from the least to the largest."""
+    """Quantiles by percentage, from the smallest value to the largest."""
     ordered = values.sort().values
     return {f"{100 * q:g}": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES} if len(ordered) else {}

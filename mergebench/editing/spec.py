@@ -1,4 +1,4 @@
-"""An edit as a recipe or a command asks for it."""
+"""An edit as requested by a recipe or a command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mergebench.parameters import param, parameters_of
 
 @dataclass(frozen=True)
 class Wanted:
-    """An edit by its name, a probe, and the parameters that are given."""
+    """An edit by its name, a probe, and the given parameters."""
 
     edit: str
     probe: str = param(help="the probe's file, as `mergebench probe fit` writes it")

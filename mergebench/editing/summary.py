@@ -1,4 +1,4 @@
-"""What is told of the edits that a model went through, out of its provenance: in tables, cards and pages."""
+"""Summaries of a model's edits, from its provenance, for tables, cards and pages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _rows(edit: Entry) -> str:
 
 
 def facts(edit: Entry) -> list[tuple[str, str]]:
-    """Terms and what stands for them: those that are known, of a patch put in or taken out less than of a new edit."""
+    """Terms and values that are known; an applied or reverted patch has fewer than a new edit."""
     given = {name: edit[name] for name in ("direction", "layers") if name in edit} | edit.get("parameters", {})
     found = [
         ("rows", f"{_rows(edit)}{_where(edit)}" if "rows" in edit else ""),
@@ -66,7 +66,7 @@ def _probe(probe: Entry) -> str:
 
 
 def only(provenance: Mapping[str, Any]) -> str | None:
-    """The model that was edited and nothing else done to it, as it was named; None where models were merged."""
+    """The name of a model that was only edited; None if models were merged."""
     recipe = provenance.get("recipe", {})
     models = recipe.get("models", [])
     if provenance.get("edits") and recipe.get("merge_method") == "passthrough" and len(models) == 1:
@@ -75,7 +75,7 @@ def only(provenance: Mapping[str, Any]) -> str | None:
 
 
 def layers_of(edit: Entry) -> Sequence[tuple[str, int]]:
-    """Rows edited by layer, first to last, those between with none of them too."""
+    """Edited rows by layer, first to last, including layers between with none."""
     counts = {str(layer): int(count) for layer, count in edit.get("by_layer", {}).items()}
     if not all(layer.isdecimal() for layer in counts):
         return list(counts.items())

@@ -1,9 +1,9 @@
-"""Which matrices of a model hold the neurons that an edit may change.
+"""Find the matrices of a model whose neurons an edit may change.
 
-A neuron is one vector as wide as the residual stream: what a unit of an MLP or a head reads from it (gate, up, q, k,
-v) or writes to it (down, o). In torch's Linear [out, in] it is a row where it reads and a column where it writes; in
-GPT-2's Conv1D [in, out] the other way round. Which side of a matrix it lies along is told by the width, of a square
-one by its role and the model's type. What a matrix is for is told by its name and those beside it:
+A neuron is one vector as wide as the residual stream, which a unit of an MLP or a head reads (gate, up, q, k, v) or
+writes (down, o). In torch's Linear [out, in], reading vectors are rows and writing vectors are columns; in GPT-2's
+Conv1D [in, out] it is the other way round. The width shows whether neurons are rows or columns; for a square matrix,
+its role and the model's type do. The role of a matrix follows from its name and its neighbours' names:
 
     gate_proj  up_proj  down_proj     down(act(gate x) * up x); also called wi_0 wi_1 wo, w1 w3 w2, ...
     gate_up_proj        down_proj     gate and up in one: as many elements as two of down; under any name
@@ -45,9 +45,9 @@ _STEMS = sorted({stem for row in (*_GATED, *_PAIRS) for stem in row}, key=len, r
 _STEM = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _STEMS))})(?:\.weight)?")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NO_MLP = re.compile(r"attn|attention|norm", re.IGNORECASE)
-# Where gate and up share a matrix, the gate comes first, but for OLMo's, Moonshine's and Phi-4's audio encoder's.
+# If gate and up share a matrix, the gate comes first, except in OLMo, Moonshine and Phi-4's audio encoder.
 _GATE_LAST = re.compile(r"\.(ff_proj|decoder\.layers\.\d+\.mlp\.fc1|feed_forward_(in|out)\.gate_up_proj)\.weight$")
-_INTERLEAVED = frozenset({"gpt_oss"})  # they take turns
+_INTERLEAVED = frozenset({"gpt_oss"})  # gate and up rows alternate
 _CONV1D = frozenset({"gpt2", "imagegpt", "openai-gpt", "decision_transformer"})  # c_fc, c_proj
 _EXPERTS_IN_OUT = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"})
 _TEXT = re.compile(r"(^|\.)(language_model|text_model)\.")
@@ -69,7 +69,7 @@ class Target:
     stop: int
     step: int
     transposed: bool  # each is a column, [d, neurons]
-    role: str  # up_proj where a gate was asked for and the MLP has none; of a glob, itself
+    role: str  # up_proj if a gate was asked for and the MLP has none; for a glob, the glob
 
     @property
     def numbers(self) -> range:
@@ -77,20 +77,20 @@ class Target:
 
 
 class _Part(NamedTuple):
-    """A matrix, or one of two that share a tensor."""
+    """A matrix, or one of two matrices that share a tensor."""
 
     role: str
-    activated: bool = False  # goes into the MLP's activation function
+    activated: bool = False  # its output goes into the MLP's activation function
     half: int | None = None
 
 
 def find_targets(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], role: str, width: int | None, layers: str | None
 ) -> list[Target]:
-    """The neurons that go by `role` (of `ROLES`, or a glob of tensor names), by layer, expert and name.
+    """The neurons of `role` (one of `ROLES`, or a glob of tensor names), ordered by layer, expert and name.
 
-    width: the residual stream's, None: what the config says; layers: as in `choose_layers`. Raises `RecipeError`
-    where role or layers cannot be read or match nothing, `ModelError` where the model has no such neurons.
+    width: the residual stream's, None: from the config; layers: as in `choose_layers`. Raises `RecipeError` if role or
+    layers cannot be read or match nothing, `ModelError` if the model has no such neurons.
     """
     known = _roles(tensors)
     parts = _of_role(known, role) if role in ROLES else _of_glob(tensors, role)
@@ -121,9 +121,9 @@ def find_targets(
 
 
 def choose_layers(written: str | None, existing: set[int]) -> set[int]:
-    """Which of the layers `all`, `0-15`, `3,5,7`, `-4--1` (from the end) or `!0-7` (all but these) are.
+    """The layers named by `all`, `0-15`, `3,5,7`, `-4--1` (from the end) or `!0-7` (all but these).
 
-    `RecipeError` where that makes no sense or names a layer that is not there.
+    `RecipeError` if the text is invalid or names a missing layer.
     """
     if written is None or written.strip() == "all":
         return existing
@@ -146,7 +146,7 @@ def choose_layers(written: str | None, existing: set[int]) -> set[int]:
 
 
 def describe(role: str, targets: Iterable[Target]) -> list[str]:
-    """What goes by a role, a line for each kind of tensor: `h.N.mlp.c_fc.weight: 36,864 columns in 12 layers`."""
+    """The tensors of a role, a line for each kind of tensor: `h.N.mlp.c_fc.weight: 36,864 columns in 12 layers`."""
     kinds: dict[tuple[str, str, bool], list[Target]] = {}
     for target in targets:
         name = re.sub(r"(?<=[._])\d+(?=\.)", "N", target.tensor)
@@ -160,7 +160,7 @@ def describe(role: str, targets: Iterable[Target]) -> list[str]:
 
 
 def _roles(tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Part]]:
-    """What each matrix of the layers' MLPs and attention is, as far as the rules tell."""
+    """The role of each matrix in the layers' MLPs and attention, as far as the rules apply."""
     mlps: dict[str, dict[str, TensorInfo]] = {}
     found: dict[str, list[_Part]] = {}
     for name, info in tensors.items():
@@ -189,7 +189,7 @@ def _roles(tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Part]]:
 
 
 def _of_role(known: Mapping[str, list[_Part]], role: str) -> dict[str, list[_Part]]:
-    """Parts of that role; for a gate, where an MLP has none, what goes into its activation function."""
+    """Parts of that role; for the gate of an MLP without one, the part that goes into its activation function."""
     chosen = {
         name: [part for part in parts if part.role == role or (role == GATE and part.activated)]
         for name, parts in known.items()
@@ -221,7 +221,7 @@ def _nothing(tensors: Mapping[str, TensorInfo], role: str) -> ModelError | Recip
 
 
 def _transposed(info: TensorInfo, width: int, known: _Part | None, types: set[str]) -> bool | None:
-    """Whether the neurons are columns; None where they are not as wide."""
+    """Whether the neurons are columns; None if neither side has the width."""
     rows, columns = info.shape[-2:]
     leaf = info.name.removesuffix(".weight").rpartition(".")[2]
     linear = len(info.shape) == 2 and leaf != info.name.rpartition(".")[2] and not leaf.startswith("c_")
@@ -233,7 +233,7 @@ def _transposed(info: TensorInfo, width: int, known: _Part | None, types: set[st
 
 
 def _of_text(targets: list[Target]) -> list[Target]:
-    """Those of the text model, where another part of the model is as wide."""
+    """Only the targets of the text model, if another part of the model has the same width."""
     text = [target for target in targets if _TEXT.search(target.tensor)]
     return text or [target for target in targets if not _OTHERS.search(target.tensor)] or targets
 
@@ -241,7 +241,7 @@ def _of_text(targets: list[Target]) -> list[Target]:
 def _targets(
     info: TensorInfo, part: _Part, transposed: bool, interleaved: bool
 ) -> Iterator[tuple[tuple[int, int, str, int], Target]]:
-    """A tensor's part, in one piece for each expert, with what they are sorted by."""
+    """A tensor's part as one target per expert, with sort keys."""
     match, expert = _LAYER.search(info.name), _EXPERT.search(info.name)
     assert match is not None
     layer, side = int(match[1]), info.shape[-1 if transposed else -2]

@@ -1,4 +1,4 @@
-"""A model as it was before its edits: what its patches keep is put back as it is read."""
+"""A model before its edits: the original rows in its patches are restored while it is read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mergebench.editing.patches import Patch
 
 
 def unedited(model: Model, patches: Sequence[Patch]) -> Model:
-    """An edited model without its edits, bit for bit what they were made on; patches: in the order they were made.
+    """An edited model without its edits, bit for bit the original; patches: in the order of the edits.
 
-    Raises `ModelError` where a patch is not of this model.
+    Raises `ModelError` if a patch does not belong to this model.
     """
     base, deltas = Base(model.reference, model.tensors, {}), dict(model.deltas)
-    for patch in reversed(patches):  # a row that two edits changed goes back through both
+    for patch in reversed(patches):  # a row that two edits changed is reverted twice
         for name in patch.names:
             undo = patch.deltas.undo(name, patch.deltas.on(name, base))
             deltas[name] = (*deltas.get(name, ()), undo)

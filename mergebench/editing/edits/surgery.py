@@ -1,4 +1,4 @@
-"""Model surgery: the neurons that are least active on a behaviour are made to fire on it."""
+"""Model surgery: make the neurons that are least active on a behaviour fire on it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Logistic regression with an L2 penalty, by scikit-learn, its strength chosen by cross-validation.
 
-The features are moved by their mean and divided by one number, the median of their standard deviations: so the
-penalty means much the same for any layer, and the direction found is one of the residual stream as it is. (The
-median, because a few features are often hundreds of times larger than the others.)
+The features are centred and all divided by one number, the median of their standard deviations. So the penalty has
+about the same strength at any layer, and the direction also holds for the unscaled residual stream. (The median,
+because a few features are often hundreds of times larger than the others.)
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-STRENGTHS = tuple(10.0**power for power in range(-5, 3))  # C, of weak fits first
+STRENGTHS = tuple(10.0**power for power in range(-5, 3))  # C, weakest fit first
 FOLDS = 5
 
 
 class Classifier(NamedTuple):
     """A logit `rows @ weight + bias`, above zero for the undesired class."""
 
-    weight: Array  # [width] float64, of features as they are
+    weight: Array  # [width] float64, for unscaled features
     bias: float
 
     def logits(self, rows: Array) -> Array:
@@ -32,12 +32,12 @@ class Classifier(NamedTuple):
 
 
 class Validated(NamedTuple):
-    """What cross-validation says of a layer, at the strength of the least log loss."""
+    """The cross-validated scores of a layer, at the strength of the least log loss."""
 
     strength: float
     accuracy: float
     stderr: float
-    auc: float  # mean of the folds'
+    auc: float  # mean over the folds
 
 
 def fit(rows: Array, undesired: Array, strength: float) -> Classifier:
@@ -50,7 +50,7 @@ def fit(rows: Array, undesired: Array, strength: float) -> Classifier:
 
 
 def validate(rows: Array, undesired: Array, seed: int) -> Validated:
-    """Stratified cross-validation of every strength; of equal losses the weaker fit."""
+    """Stratified cross-validation of every strength; of equal losses, the weaker fit wins."""
     from scipy.special import expit
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold
@@ -99,7 +99,8 @@ def _scaled(rows: Array) -> tuple[Array, Array, float]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One thread, so that the bits do not depend on the number of cores; and no warnings of slow convergence."""
+    """Run on one thread, so that the bits do not depend on the number of cores, without warnings of slow
+    convergence."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1), warnings.catch_warnings(action="ignore"):

@@ -1,4 +1,4 @@
-"""The plot of what each layer tells, beside a probe chosen among all of them."""
+"""The plot of every layer's scores, beside a probe whose layer was chosen among all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"  # Okabe and Ito, "Color un
 
 def write_curve(about: Mapping[str, Any], path: Path) -> None:
     """The curve of a probe's `about["layers"]` as a PNG: cross-validated accuracy with its standard error, and AUC."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is no news
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide its messages about the font cache
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,8 +1,8 @@
-"""Features of texts at every layer of a model, on disk: the model runs once, and every layer can be asked.
+"""Features of texts at every layer of a model, cached on disk, so that the model runs once for all layers.
 
-One `.npy` file a layer, [texts, width] float32, in a folder whose name is a hash of all they depend on: the
-model and its tokenizer, the texts, the pooling, the sort of device, the versions of the libraries. The folder
-gets its name when all are there.
+One `.npy` file a layer, [texts, width] float32, in a folder named by a hash of everything they depend on: the model and
+its tokenizer, the texts, the pooling, the sort of device, the versions of the libraries. The folder gets its name when
+all files are complete.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mergebench.networks.network import Network
 
 @dataclass(frozen=True)
 class Features:
-    """What one folder holds."""
+    """The features in one folder."""
 
     folder: Path
 
     @property
     def depth(self) -> int:
-        """How many blocks the model has."""
+        """The number of blocks of the model."""
         return len(list(self.folder.glob("[0-9]*.npy"))) - 1
 
     def rows(self, state: State) -> np.ndarray[Any, Any]:
@@ -47,7 +47,7 @@ class Features:
         return found
 
     def whole(self, texts: int) -> bool:
-        """Whether every layer is there."""
+        """Whether every layer is present."""
         try:
             shapes = {self.rows(state).shape for state in [*range(self.depth + 1), PRE]}
             return len(shapes) == 1 and shapes.pop()[0] == texts
@@ -56,13 +56,13 @@ class Features:
 
 
 class Keeper:
-    """Reads texts with one model, which is put in memory where they are not kept yet."""
+    """Reads texts with one model, which is loaded only if the features are not cached."""
 
     def __init__(self, model: Model, reading: Reading, device: torch.device, results: Path) -> None:
         self.model, self.reading, self.device, self.results = model, reading, device, results
 
     def features(self, texts: Texts, tick: Tick) -> Features:
-        """The features of these texts, which are cut as `reading` says; `RecipeError` where it has no such layer."""
+        """The features of these texts, already cut as `reading` says; `RecipeError` if the model has no such layer."""
         content = Contents(self.results).of_model(self.model)
         made_of = [content, texts.key, self.reading.pool, self.device.type, versions()]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:40]
@@ -76,7 +76,7 @@ class Keeper:
 
     def _make(self, texts: Texts, folder: Path, tick: Tick) -> None:
         network = Network(self.model, "AutoModel", self.device)
-        self.reading.state(len(network.blocks))  # before hours of work
+        self.reading.state(len(network.blocks))  # fails before hours of work
         tokens, states = texts.tokens(network), every_state(network)
         with Staging(folder, "", resume=False) as staging:
             shape = (len(texts), network.hidden)
@@ -98,7 +98,7 @@ class Keeper:
 
 
 def _create(path: Path, shape: Sequence[int]) -> np.memmap[Any, Any]:
-    """A file of float32 to be filled through memory; its room is taken now, where a full disk is an error."""
+    """A memory-mapped file of float32; its space is allocated now, so that a full disk is an error here."""
     try:
         array = np.lib.format.open_memmap(path, "w+", np.float32, tuple(shape))
         if hasattr(os, "posix_fallocate"):

@@ -1,4 +1,4 @@
-"""Fitting a probe: features of labelled texts, a layer, a classifier, and how far to trust it."""
+"""Fit a probe: features of labelled texts, a layer, a classifier, and its test scores."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from mergebench.parameters import parameters_of
 from mergebench.plugins import need
 
 TEST_SHARE = 0.2
-LEAST = 10  # texts of a class, the test's among them
+LEAST = 10  # texts of a class, including test texts
 
-Progress = Callable[[str, int, int], None]  # told what is being done, how many of how many
+Progress = Callable[[str, int, int], None]  # called with the current task, items done, and total
 
 
 def fit_probe(
@@ -50,11 +50,11 @@ def fit_probe(
     """Fit a linear probe of a behaviour and write it to the file `out`.
 
     model: as a recipe names it. data: JSON lines of texts with labels. how: the fields of `Settings`. layer counts as
-    transformers' `hidden_states`, from the end where negative; "all" is the best by cross-validated accuracy, the first
-    of equals, and a plot of all beside the probe. Without `test` a fifth of the data, drawn by `seed`, is for testing.
-    results: a folder that keeps features, so that the model runs once.
+    transformers' `hidden_states`, from the end if negative; "all" takes the layer of the best cross-validated accuracy,
+    the first of equals, and plots all layers beside the probe. Without `test` a fifth of the data, drawn by `seed`, is
+    for testing. results: a folder that keeps features, so that the model runs once.
 
-    `RecipeError` for a setting that is not possible or a target that exists, `RunError` for data that do not fit.
+    `RecipeError` for an invalid setting or an existing target, `RunError` for data that do not fit.
     """
     settings = _settings(how)
     sklearn = need("scikit-learn", "probes")
@@ -126,12 +126,12 @@ def fit_probe(
 
 
 def plot_of(probe: Path) -> Path:
-    """Where the plot of a probe's layers lies."""
+    """The path of the plot of a probe's layers."""
     return probe.with_suffix(".png")
 
 
 def _probe(fitted: classifier.Classifier, x: Array, undesired: Array, about: dict[str, Any]) -> Probe:
-    """One vector w as the rows -w/2 and w/2: the difference of the two logits is the classifier's."""
+    """A probe with the rows -w/2 and w/2, so that the difference of the two logits is the classifier's logit."""
     half = torch.from_numpy(fitted.weight / 2).float()
     bias = torch.tensor([-fitted.bias / 2, fitted.bias / 2])
     means = [x[side].mean(0, dtype=np.float64) for side in (undesired, ~undesired)]
@@ -139,10 +139,10 @@ def _probe(fitted: classifier.Classifier, x: Array, undesired: Array, about: dic
 
 
 def _settings(how: Mapping[str, Any]) -> Settings:
-    """The settings, checked; one that is None is not given."""
+    """The checked settings; None counts as not given."""
     parameters = parameters_of(Settings)
     given = {name: value for name, value in how.items() if value is not None}
-    for name in given.keys() & parameters.keys():  # one of another name is Python's own error
+    for name in given.keys() & parameters.keys():  # unknown names raise Python's own error
         complaint = parameters[name].complaint(given[name])
         if complaint is not None:
             what = f"--{name.replace('_', '-')}: {complaint}, got {given[name]!r}"
@@ -167,7 +167,7 @@ def _check_classes(file: Path, data: Labelled) -> None:
 
 
 def _split(data: Labelled, seed: int) -> tuple[Array, Array]:
-    """Positions to learn from and to be tested on, each ascending, with the classes' shares as they are."""
+    """Positions for training and for testing, each ascending, stratified by class."""
     from sklearn.model_selection import train_test_split
 
     places = np.arange(len(data.texts))
@@ -176,7 +176,7 @@ def _split(data: Labelled, seed: int) -> tuple[Array, Array]:
 
 
 def _apart(learnt: Labelled, tested: Labelled) -> tuple[Array, Array]:
-    """Positions of the texts of two files, those to be tested on behind the others."""
+    """Positions of the texts of two files; the test texts follow the training texts."""
     for text, where in tested.places.items():
         if text in learnt.places:
             raise RunError(

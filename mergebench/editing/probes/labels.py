@@ -1,4 +1,4 @@
-"""Texts of desired and undesired behaviour: which label is which, by one rule wherever a probe meets data."""
+"""Labelled texts: one rule, for all commands, of which labels are desired and which undesired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.networks.items import SHAPE, column, records
 
-UNDESIRED = ("1", "true", "undesired")  # by themselves
+UNDESIRED = ("1", "true", "undesired")  # without `--undesired`
 
 
 class Labelled(NamedTuple):
@@ -17,14 +17,15 @@ class Labelled(NamedTuple):
 
     texts: list[str]
     undesired: list[bool]
-    classes: tuple[str, str]  # what the desired and the undesired class is called
-    places: dict[str, str]  # where each text stands
+    classes: tuple[str, str]  # names of the desired and the undesired class
+    places: dict[str, str]  # the place of each text in the file
 
 
 def read_labelled(file: Path, text: str = "text", label: str = "label", undesired: str | None = None) -> Labelled:
-    """JSON lines or a list, with these columns; `undesired`: the label of that class, all others are the desired one.
+    """JSON lines or a list, with these columns; `undesired`: the label of the undesired class; all other labels are
+    desired.
 
-    `RunError` where a row is broken, or one text has two labels; `RecipeError` where a class has no text.
+    `RunError` if a row is broken, or a text has two labels; `RecipeError` if a class has no text.
     """
     labels: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -55,7 +56,7 @@ def word(value: Any, where: str, column: str) -> str:
 
 
 def which(file: Path, labels: Sequence[str], undesired: str | None) -> list[str]:
-    """The labels of the undesired class; `RecipeError` where that or the other class has no text."""
+    """The labels of the undesired class; `RecipeError` if either class has no text."""
     known = sorted(set(labels))
     found = [one for one in known if (one in UNDESIRED if undesired is None else one == undesired)]
     some = ", ".join(f"'{one}'" for one in known[:5]) + ", …" * (len(known) > 5)

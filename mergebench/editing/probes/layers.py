@@ -1,9 +1,8 @@
 """Features of texts at every layer: the states of the residual stream, pooled over a text's tokens.
 
-Layers are counted as transformers counts its `hidden_states`: 0 are the embeddings, k what block k puts out,
-the last one what the final norm makes of it (`post`). Before that norm (`pre`) it is the residual stream
-itself, as at all other layers. The mean is over all tokens of a text, the special ones too, as in Wang et al.
-(arXiv:2407.08770, equation 1).
+Layers are numbered as in transformers' `hidden_states`: 0 is the embeddings, k the output of block k; the last layer is
+read after the final norm (`post`). Before that norm (`pre`) it is the residual stream itself, as at all other layers.
+The mean is over all tokens of a text, including special tokens, as in Wang et al. (arXiv:2407.08770, equation 1).
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ Pool = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Reading:
-    """Where in a model, and how, a probe reads a text."""
+    """The layer, norm, pooling and length with which a probe reads a text."""
 
-    layer: int = -1  # from the end where negative
-    norm: str = "post"  # or pre; matters at the last layer alone
+    layer: int = -1  # from the end if negative
+    norm: str = "post"  # or pre; matters only at the last layer
     pool: str = "mean"  # or last, the last token alone
     max_length: int = 100  # tokens a text is cut to
 
     def state(self, depth: int) -> State:
-        """Which state of a model with `depth` blocks this reads; `RecipeError` where it has no such layer."""
+        """The state that this reads of a model with `depth` blocks; `RecipeError` if it has no such layer."""
         layer = self.layer + depth + 1 if self.layer < 0 else self.layer
         if not 0 <= layer <= depth:
             what = f"layer {self.layer}: the model has {depth} blocks"
@@ -69,7 +68,7 @@ def _last(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def every_state(network: Network) -> list[State]:
-    """All that can be read of a model, from its embeddings on."""
+    """All readable states of a model, from its embeddings on."""
     return [*range(len(network.blocks) + 1), PRE]
 
 
@@ -77,15 +76,15 @@ def every_state(network: Network) -> list[State]:
 def stream(
     network: Network, pool: Pool, states: Sequence[State]
 ) -> Iterator[Callable[[Sequence[Sequence[int]]], list[Tensor]]]:
-    """For a while, a function of token ids to these states, each pooled as soon as it is there; any thread may call it.
+    """A context with a function from token ids to these states, each pooled at once; any thread may call it.
 
-    Hooks of one's own, not `output_hidden_states`: that keeps all states of all tokens until the end.
+    It uses hooks, because `output_hidden_states` keeps all states of all tokens until the end.
     """
     every = list(network.blocks.values())
     here = threading.local()
 
     def taken(state: State, value: Tensor) -> None:
-        if hasattr(here, "mask"):  # else another thread than those of this reading runs the module
+        if hasattr(here, "mask"):  # else a thread outside this reading runs the module
             here.found[state] = pool(value, here.mask)
 
     def enters(module: Any, args: Any, kwargs: Any) -> None:

@@ -1,8 +1,8 @@
 """A behaviour probe: a linear classifier of a model's states into desired and undesired, as a safetensors file.
 
-Tensors `weight` [2, d] and `bias` [2] (first the desired class, then the undesired one) and `mean_diff` [d];
-what it was made with is JSON in the metadata key `probe`. A file with `weight` alone is a probe too, and one
-whose tensors are called `mlp.weight` and `mlp.bias`, as Wang et al. (arXiv:2407.08770) publish theirs.
+Tensors `weight` [2, d] and `bias` [2] (first the desired class, then the undesired class) and `mean_diff` [d]; the
+metadata key `probe` has its settings and scores as JSON. A file with `weight` alone is a probe, too, and so is a file
+with `mlp.weight` and `mlp.bias`, as published by Wang et al. (arXiv:2407.08770).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from mergebench.errors import ModelError, RecipeError, RunError
 
 Direction = Literal["row1", "diff", "unit-diff", "mean-diff"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-PUBLISHED = "mlp."  # what stands before the tensors' names in probes of the paper's authors
+PUBLISHED = "mlp."  # prefix of tensor names in probes of the paper's authors
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe in memory, float32. Everything but `weight` may be unknown in a file of others."""
+    """A probe in memory, float32. Files of other programs may have only `weight`."""
 
     weight: Tensor  # [2, d]: desired, undesired
     bias: Tensor  # [2]
     mean_diff: Tensor | None = None  # [d], mean of undesired minus mean of desired features
-    about: Mapping[str, Any] = field(default_factory=dict)  # what it was made with
+    about: Mapping[str, Any] = field(default_factory=dict)  # settings and scores
     file: Path = Path()
     sha256: str = ""  # of the file
 
@@ -45,7 +45,7 @@ class Probe:
         return self.weight.shape[1]
 
     def direction(self, kind: Direction = "row1") -> Tensor:
-        """[d]: from desired to undesired; `RecipeError` where the probe has no such direction.
+        """[d]: from desired to undesired; `RecipeError` if the probe has no such direction.
 
         row1: the undesired class's row, as in the paper (arXiv:2407.08770, 3.2); diff: that minus the other row;
         unit-diff: the same at length one; mean-diff: the difference of the classes' mean features.
@@ -62,11 +62,11 @@ class Probe:
         return found / found.norm() if kind == "unit-diff" else found
 
     def logit(self, features: Tensor) -> Tensor:
-        """[n]: how much rather undesired than desired features [n, d] are; above zero for undesired."""
+        """[n]: the logit of features [n, d]; above zero for undesired."""
         return features @ (self.weight[1] - self.weight[0]) + (self.bias[1] - self.bias[0])
 
     def doubt(self) -> str | None:
-        """Why it may tell nothing, where it does no better on its test texts than their larger class alone would."""
+        """A warning if the probe is no better on its test texts than always answering the larger class; else None."""
         accuracy, majority, n = (self.about.get(key) for key in ("test_accuracy", "majority", "n_test"))
         if accuracy is None or majority is None or not n:
             return None
@@ -77,7 +77,7 @@ class Probe:
         return f"the probe is no better than the majority: {said} (s.e. {stderr:.1%})"
 
     def save(self, path: Path) -> Probe:
-        """Write the file, at once; the probe as it is there."""
+        """Write the file atomically; returns the probe as stored."""
         tensors = {"weight": self.weight, "bias": self.bias}
         tensors |= {} if self.mean_diff is None else {"mean_diff": self.mean_diff}
         raw = save({name: one.contiguous() for name, one in tensors.items()}, {"probe": json.dumps(dict(self.about))})
@@ -86,7 +86,7 @@ class Probe:
 
 
 def read_probe(path: str | Path) -> Probe:
-    """Read and check a probe; `ModelError` where there is none, `RunError` where it is damaged or not finite."""
+    """Read and check a probe; `ModelError` if there is none, `RunError` if it is damaged or not finite."""
     file = Path(path)
     if file.suffix in PICKLES and file.is_file():
         raise ModelError(f"{file}: a pickle, which is never loaded: it can run code", _SAVE)
