@@ -1,4 +1,4 @@
-"""Adapters: LoRA as the low-rank differences they are, and sequences of any type by their stored tensors."""
+"""Adapters: LoRA as low-rank differences, and sequences of adapters of any type by their stored tensors."""
 
 from mergebench.adapters.describe import describe_adapter
 from mergebench.adapters.drift import adapter_drift

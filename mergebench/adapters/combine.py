@@ -1,9 +1,9 @@
-"""One module of several adapters, merged: on the factors where that is exact, else on the differences written out.
+"""Merge one module of several adapters: on the factors where that is exact, else on the full differences.
 
-Sums are products of the factors side by side. A method on matrices that gives Q_u M(X_i) Q_v' for
-Q_u X_i Q_v', whatever the orthonormal bases, is run on the small X_i: with Q_u R_u = [B_1 .. B_N] and
-Q_v R_v = [A_1' .. A_N'], every difference is such a product. Every other method, and DoRA, whose
-difference has full rank, take the differences themselves. What a method needs is said on the method.
+Sums are products of the factors side by side. A method on matrices that gives Q_u M(X_i) Q_v' for Q_u X_i Q_v',
+whatever the orthonormal bases, is run on the small X_i: with Q_u R_u = [B_1 .. B_N] and Q_v R_v = [A_1' .. A_N'], every
+difference is such a product. Every other method takes the full differences; so does DoRA, whose difference has full
+rank. The method declares which applies.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from mergebench.engine.replay import CHUNK, run_at_once, run_in_chunks
 from mergebench.engine.span import Span
 from mergebench.errors import RecipeError, RunError
 
-SUMS = ("linear", "cat", "svd")  # of adapters alone: weighted sums of their products
-# what PEFT calls by another name: the method, and parameters it always has
+SUMS = ("linear", "cat", "svd")  # only for adapters: weighted sums of their products
+# PEFT's other names: the method, and its fixed parameters
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"magnitude_prune": ("breadcrumbs", {"gamma": 0.0})}
 
 
 class OnBase(NamedTuple):
-    """A delta that is a function of the base's weights, and these."""
+    """A delta that depends on the base's weights, and these weights."""
 
     info: TensorInfo
     delta: Delta
 
 
 class Part(NamedTuple):
-    """What one adapter does to a module."""
+    """One adapter's change to a module."""
 
     factors: Factors
     dora: OnBase | None = None
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """Adapters opened, settings checked."""
+    """A merge of adapters: adapters opened, settings checked."""
 
     adapters: list[Adapter]
     parts: list[dict[str, Part]]  # by module, for each adapter
@@ -65,20 +65,20 @@ class Job:
         return [parts.get(module) for parts in self.parts]
 
     def on_factors(self, module: str) -> bool:
-        """Whether a module is merged without writing out its differences."""
+        """Whether a module is merged without computing its full differences."""
         own = self.method in SUMS or built_in(self.method)[0].bases is not None
         return own and not any(part and part.dora for part in self.at(module))
 
 
 def built_in(name: str) -> tuple[Method, dict[str, Any]]:
-    """The merge method that an adapter method is, and parameters it always has."""
+    """The merge method behind an adapter method, and its fixed parameters."""
     method, given = ALIASES.get(name, (name, {}))
     return methods.get(method), given
 
 
 def known() -> list[str]:
-    """Every method that merges adapters: sums, and the merge methods that make one model of any number of task
-    vectors, other packages' too."""
+    """Every method that merges adapters: sums, and all merge methods, also of other packages, that make one model of
+    any number of task vectors."""
     able = [name for name in methods.names() if name not in SUMS and merges(methods.get(name))]
     return [*SUMS, *ALIASES, *able]
 
@@ -121,7 +121,8 @@ def _sum(files: Files, job: Job, module: str, rank: int) -> Product:
 
 
 def _in_small(files: Files, job: Job, module: str, shape: tuple[int, int], rank: int) -> Product:
-    """Q_u M(X_i) Q_v', the X_i filled up with zeros to where the method cuts nothing that it keeps at full size."""
+    """Q_u M(X_i) Q_v', with the X_i padded by zeros, so that the method truncates nothing that it keeps at full
+    size."""
     parts, bases = job.at(module), built_in(job.method)[0].bases
     assert bases is not None
     b = {at: _read(files, part.factors.b).double() * part.factors.scale for at, part in enumerate(parts) if part}
@@ -138,7 +139,7 @@ def _in_small(files: Files, job: Job, module: str, shape: tuple[int, int], rank:
 
 
 def _written_out(files: Files, job: Job, module: str, shape: tuple[int, int]) -> Tensor:
-    """The merge method on the module's differences, as if the module were all there is."""
+    """The merge method on the module's full differences, with the module as the whole model."""
     parts = job.at(module)
     if job.method in SUMS:
         summed = torch.zeros(shape)

@@ -1,4 +1,4 @@
-"""What an adapter is, told from its settings and header, and how large it is in every layer."""
+"""Describe an adapter from its settings and header, with its norm in every layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "bias of B
 
 @dataclass(frozen=True)
 class Description:
-    """An adapter at a glance; of ranks, scales and stored types, all that occur."""
+    """A summary of an adapter; ranks, scales and stored types list all that occur."""
 
     name: str
     adapter: str
@@ -45,8 +45,8 @@ class Description:
 def describe_adapter(path: str | Path) -> Description:
     """Describe a PEFT directory of any type, or a single .safetensors file.
 
-    The norms are those of the differences scale B A where a LoRA is made of these, else of its tensors. Raises
-    `ModelError` where it is no adapter, `RunError` where it is damaged or not finite.
+    For a plain LoRA the norms are those of the differences scale B A, else those of the stored tensors. Raises
+    `ModelError` if it is no adapter, `RunError` if it is damaged or not finite.
     """
     read = read_stored(path)
     factors = _factors(read)
@@ -74,13 +74,13 @@ def describe_adapter(path: str | Path) -> Description:
 
 
 def _names(read: Stored, key: str) -> list[str]:
-    """Modules that a setting names: a list of them, or one pattern."""
+    """The modules in a setting: a list, or one pattern."""
     value = read.settings.get(key) or []
     return sorted(map(str, value)) if isinstance(value, list) else [str(value)]
 
 
 def _factors(read: Stored) -> dict[str, Factors]:
-    """A LoRA's factors, by the name of A; none where it is of a sort that is not read as such."""
+    """A LoRA's factors, by the name of A; none for types that are not read as LoRA."""
     try:
         return {one.a.name: one for one in read_adapter(read.path).modules.values()} if read.kind == "LORA" else {}
     except ModelError:
@@ -112,7 +112,7 @@ def _of_tensors(read: Stored) -> dict[str, float]:
 
 
 def _widths(read: Stored) -> set[int]:
-    """The ranks of what is no LoRA: of a bottleneck its width, of other types what they call r."""
+    """The ranks of other adapters: a bottleneck's width, or the `r` of other types."""
     rank = read.settings.get("r")
     if isinstance(rank, int):
         return {rank}

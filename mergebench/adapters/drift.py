@@ -1,4 +1,4 @@
-"""How far the adapters of a sequence lie from one another: from the mean of those before, and by their angles."""
+"""Measure how far the adapters of a sequence lie apart: from the mean of the earlier adapters, and by angles."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mergebench.errors import RecipeError
 
 @dataclass(frozen=True)
 class Apart:
-    """Of some tensors taken together, n adapters: `dots` [n, n], and `moved` [n], the squared distances to the mean
-    of those before (the first has none); float64."""
+    """For a group of tensors of n adapters: dot products `dots` [n, n], and `moved` [n], the squared distances to the
+    mean of the earlier adapters (none for the first); float64."""
 
     dots: Tensor
     moved: Tensor
@@ -33,13 +33,13 @@ class Apart:
 
     @property
     def drift(self) -> list[float | None]:
-        """|A_b - mean of A_1 .. A_b-1| / |A_b|; None for the first, and for one that is all zero."""
+        """|A_b - mean of A_1 .. A_b-1| / |A_b|; None for the first adapter, and for an adapter of zeros."""
         lengths = zip(self.moved.sqrt().tolist(), self.norms, strict=True)
         return [distance / norm if at and norm else None for at, (distance, norm) in enumerate(lengths)]
 
     @property
     def cosines(self) -> list[list[float | None]]:
-        """Of the angle between each two; None where one is all zero."""
+        """Cosines between all pairs; None if an adapter is zero."""
         norms = self.norms
         return [
             [dot / (a * b) if a and b else None for dot, b in zip(row, norms, strict=True)]
@@ -57,15 +57,15 @@ class Drift:
     names: list[str]
     kind: str
     total: Apart
-    layers: dict[str, Apart]  # by depth; what is in no layer last
+    layers: dict[str, Apart]  # by depth; tensors outside the layers come last
     tensors: int
 
 
 def adapter_drift(adapters: Sequence[str | Path]) -> Drift:
     """Compare the adapters of a sequence, two or more, in the order of their tasks.
 
-    Raises `RecipeError` for fewer, `ModelError` where they do not fit together, `RunError` where one is damaged or
-    not finite.
+    Raises `RecipeError` for fewer than two, `ModelError` if they do not fit together, `RunError` if an adapter is
+    damaged or not finite.
     """
     if len(adapters) < 2:
         raise RecipeError("drift compares the adapters of a sequence", "name two or more")
@@ -73,7 +73,7 @@ def adapter_drift(adapters: Sequence[str | Path]) -> Drift:
     check_alike(read)
     layers = {}
     keep_freed_memory()
-    with Files() as files, torch.inference_mode(), one_thread():  # whose dot products are short
+    with Files() as files, torch.inference_mode(), one_thread():  # the dot products are short
         for layer, names in read[0].layers.items():
             layers[layer] = sum((_apart(rows) for name in names for _, rows in together(files, read, name)), _NONE)
     names = [adapter.name for adapter in read]

@@ -1,7 +1,7 @@
-"""Take a LoRA out of a fine-tune: of what it added to every linear layer, the best product of a rank.
+"""Extract a LoRA from a fine-tune: the best low-rank approximation of the change to every linear layer.
 
-One matrix is in memory at a time. Each module's factors are a file of their own until all are there, so that a
-run that was killed goes on with the next module.
+One matrix is in memory at a time. Each module's factors have their own file until all are complete, so that a killed
+run resumes with the next module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError
 
 RANK = 16
-Answers = dict[str, dict[str, Any]]  # by tensor: its squared norm; of a linear layer also the rank and what that keeps
+Answers = dict[str, dict[str, Any]]  # by tensor: its squared norm; of a linear layer also rank and energy kept
 
 
 def extract_adapter(
@@ -48,15 +48,15 @@ def extract_adapter(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
-    """Write what `model` adds to the linear layers of `base` as the LoRA directory `out`, at scale 1.
+    """Write the differences of the linear layers of `model` to those of `base` as the LoRA directory `out`, at scale 1.
 
-    rank: of every module (default 16), at most the matrix's. energy: instead, the smallest rank of each module
-    that keeps this share of its squared norm. seed: of the search for a large matrix's first directions.
-    resume: go on with what an interrupted run left. progress: called with the elements done and those of all.
-    Embeddings, heads, norms and biases are left out; the provenance says what share of the change they hold.
+    rank: of every module (default 16), at most the matrix's. energy: instead, the smallest rank of each module that
+    keeps this share of its squared norm. seed: of the search for a large matrix's first directions. resume: continue an
+    interrupted run. progress: called with the elements done and the total. Embeddings, heads, norms and biases are left
+    out; the provenance says what share of the change they hold.
 
-    Raises `RecipeError` where the settings are not valid, `ModelError` where the models do not fit together or
-    have the same linear layers, `RunError` where the work fails.
+    Raises `RecipeError` if the settings are invalid, `ModelError` if the models do not fit together or have equal
+    linear layers, `RunError` if the work fails.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -102,7 +102,7 @@ def extract_adapter(
 def _decompose(
     found: Differences, staging: Staging, wanted: dict[str, Any], progress: Callable[[int, int], None]
 ) -> Answers:
-    """The squared norm of every difference; the factors of the linear layers' go into a file each."""
+    """The squared norm of every difference; the factors of each linear layer are written to a file."""
     answers: Answers = staging.journal["answers"]
     sizes = {name: found.base.tensors[name].numel for name in found.shapes}
     done, total = 0, sum(sizes.values())
@@ -128,7 +128,7 @@ def _decompose(
 
 def _factors(found: Differences, reader: ChunkReader, name: str, wanted: dict[str, Any]) -> Product:
     matrix = found.matrix(reader, name)
-    if not matrix.any():  # the fine-tune did not touch it
+    if not matrix.any():  # the fine-tune did not change this layer
         return Product(matrix[:, :0], matrix[:0], 0.0, 0.0)
     if wanted["energy"]:
         return keep_energy(matrix, wanted["energy"], wanted["seed"])
@@ -136,7 +136,7 @@ def _factors(found: Differences, reader: ChunkReader, name: str, wanted: dict[st
 
 
 def _part(found: Differences, name: str) -> str:
-    """The file of one module's factors, until all are there."""
+    """The file of one module's factors, until all are complete."""
     return f"{list(found.shapes).index(name):05d}.safetensors"
 
 
@@ -148,7 +148,7 @@ def _write(directory: Path, file: str, module: str, shape: tuple[int, int], prod
 
 
 def _gather(found: Differences, staging: Staging, ranks: dict[str, int]) -> None:
-    """One file of all modules' factors, in the place of one each."""
+    """Join the modules' files of factors into one file."""
     names = {module: name for name, module in found.linear.items()}
     shard = peft_directory.lay_out({module: found.shape(names[module]) for module in ranks}, ranks)
     create(staging.directory / WEIGHTS, shard)
@@ -162,12 +162,13 @@ def _gather(found: Differences, staging: Staging, ranks: dict[str, int]) -> None
 
 
 def _at_most(found: Differences, rank: int) -> int:
-    """Bytes on the disk while the modules' files become one."""
+    """Bytes on disk while the modules' files are joined."""
     return sum(2 * 4 * min(rank, *found.shape(name)) * sum(found.shape(name)) for name in found.linear)
 
 
 def _energy(found: Differences, answers: Answers) -> dict[str, Any]:
-    """What the ranks keep of the linear layers' squared norm, and what share of all of it is in other tensors."""
+    """The share of the linear layers' squared norm that the ranks keep, and the share of the whole change in other
+    tensors."""
     held = {name: answer for name, answer in answers.items() if answer["rank"]}
     other = {name: answer["total"] for name, answer in answers.items() if not answer["rank"] and answer["total"]}
     inside = sum(answer["total"] for answer in held.values())

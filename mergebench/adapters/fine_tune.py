@@ -1,4 +1,4 @@
-"""What a fine-tune changed, tensor by tensor: which a LoRA can hold, and how its modules are called."""
+"""The changes of a fine-tune, tensor by tensor: which a LoRA can hold, and the names of their modules."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mergebench.methods._matrices import is_matrix
 
 
 class Differences:
-    """Fine-tune minus base, read as the task vectors of one model are."""
+    """Fine-tune minus base, read like the task vector of a model."""
 
     def __init__(self, base: str, model: str) -> None:
         self.base = open_model(base)
         tuned = adopt(self.base, open_model(model))
         method = methods.get("task_arithmetic")
         params = method.make_params({"weight": (1.0,), "lambda": 1.0})
-        # another number of tokens: no LoRA holds that, and the linear layers are the same
+        # vocabulary sizes differ: a LoRA cannot hold that, but the linear layers fit
         self.other_tokens = [name for name in self.base.tensors if _other_rows(name, self.base, tuned)]
         merge = Merge(method, params, self.base, (tuned,), (model,), exclude=tuple(self.other_tokens))
         try:
@@ -85,12 +85,12 @@ class Differences:
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is the weight of a linear layer that is no head."""
+    """Whether a tensor is the weight of a linear layer other than a head."""
     return name.endswith(".weight") and is_matrix(name, shape)
 
 
 def _other_rows(name: str, base: Model, tuned: Model) -> bool:
-    """Whether an embedding or head has another number of rows in the fine-tune."""
+    """Whether an embedding or head has a different number of rows in the fine-tune."""
     info, other = base.tensors[name], tuned.tensors.get(name)
     if other is None or other.shape == info.shape or is_matrix(name, info.shape):
         return False

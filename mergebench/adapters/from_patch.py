@@ -1,8 +1,8 @@
-"""A patch as a LoRA of rank 1, which PEFT loads: a switch for a running model.
+"""A patch as a LoRA of rank 1 that PEFT loads, to switch an edit on and off in a running model.
 
-Every changed neuron gets the same direction v times an amount of its own, so what changes in a matrix is an outer
-product. Where the neurons are rows of a Linear [out, in], A [1, in] is v and B [out, 1] the amounts, zero for those
-that stay; where they are columns, the other way round.
+Every changed neuron gets the same direction v times an amount of its own, so the change of a matrix is an outer
+product. If the neurons are rows of a Linear [out, in], A [1, in] is v and B [out, 1] the amounts, zero for unchanged
+neurons; if they are columns, the other way round.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ _AS_IT_IS = "use the patch as it is: MODEL+PATCH, or mergebench patch apply"
 
 
 def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: bool = False) -> Result:
-    """Write what a patch adds to a model as the LoRA directory `out`, at rank and scale 1.
+    """Write the differences in a patch as the LoRA directory `out`, at rank 1 and scale 1.
 
-    The base with it equals what the patch gives to one unit of the stored type: PEFT rounds the difference before
-    it adds it. Raises `ModelError` where the patch belongs to another model, or changes what PEFT has no module for.
+    The base with the LoRA equals the patched model to within one unit of the stored type: PEFT rounds the difference
+    before adding it. Raises `ModelError` if the patch belongs to another model, or changes tensors that are no module
+    in PEFT.
     """
     started = time.perf_counter()
     out, base, read = Path(out), open_model(model), open_patch(patch)
@@ -46,7 +47,7 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
     if missing is not None:
         raise ModelError(f"{missing}: PEFT finds no module of that name in this model's class", _AS_IT_IS)
     linear = {name: info.shape for name, info in base.tensors.items() if is_linear(name, info.shape)}
-    in_out = stored_in_out(base, linear)  # of all, because square ones do not tell
+    in_out = stored_in_out(base, linear)  # from all layers, because square ones do not show it
     outer = {modules[name]: shape[::-1] if in_out else shape for name, shape in shapes.items()}
     ranks = dict.fromkeys(outer, 1)
     shard = peft_directory.lay_out(outer, ranks)
@@ -72,7 +73,7 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
 
 
 def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
-    """The sides of the matrix that a patch changes."""
+    """The shape of the matrix that a patch changes."""
     shape = patch.neurons_in(model.tensors, model.reference, name).info.shape
     if len(shape) != 2:
         raise ModelError(f"{name} is {list(shape)}: PEFT has no LoRA for experts in one tensor", _AS_IT_IS)
@@ -80,7 +81,7 @@ def _shape(patch: Patch, model: Model, name: str) -> tuple[int, int]:
 
 
 def _product(patch: Patch, base: Model, name: str, in_out: bool) -> Product:
-    """B [out, 1] and A [1, in] of what a patch adds to one matrix."""
+    """B [out, 1] and A [1, in] of the patch's change to one matrix."""
     delta = patch.deltas.on(name, Base(base.reference, base.tensors, base.config))
     with Files() as files:
         parts, kept = as_low_rank(files, delta)

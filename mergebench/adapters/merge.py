@@ -1,8 +1,8 @@
 """Merge LoRA directories into one, in delta space.
 
-What is merged is what the adapters do, delta W_i = scale_i B_i A_i, not their factors: (sum B_i)(sum A_i)
-has cross terms that no adapter was trained with. One module is in memory at a time. The base is needed by DoRA
-alone, whose difference depends on it.
+The merge works on the adapters' differences, delta W_i = scale_i B_i A_i, not on their factors: (sum B_i)(sum A_i) has
+cross terms that no adapter was trained with. One module is in memory at a time. Only DoRA needs the base, because its
+difference depends on it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mergebench.deltas.svd import Product
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 
-# what PEFT's add_weighted_adapter calls them; where it merges the factors themselves, there is no `_svd`
+# names in PEFT's add_weighted_adapter, which merges the factors themselves in methods without `_svd`
 PEFT_NAMES = {f"{name}_svd": name for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune")}
 
 
@@ -50,15 +50,15 @@ def merge_adapters(
 ) -> Result:
     """Merge LoRA directories into the LoRA directory `out`, which appears when it is complete.
 
-    linear: sum of w_i delta W_i, at the sum of the ranks or `rank`. cat: the same by concatenation. svd: the
-    same at `rank` (default: the largest that goes in). ties, dare_linear, dare_ties, pcb, magnitude_prune, knots,
-    tsv_m, iso_c, iso_cts: the merge method on each module's differences, then the best product of `rank`
-    (default: the sum of the ranks). weights: default 1/n for linear, cat and svd, else 1. density, seed: the
-    method's. base: the model the adapters belong to, needed where one is DoRA. A module that an adapter does
-    not have counts as zero. One adapter at weight 1 is copied, where the method keeps one model as it is.
+    linear: sum of w_i delta W_i, at the sum of the ranks or `rank`. cat: the same sum by concatenation. svd: the same
+    sum at `rank` (default: the largest input rank). ties, dare_linear, dare_ties, pcb, magnitude_prune, knots, tsv_m,
+    iso_c, iso_cts: the merge method on each module's differences, then the best approximation by `rank` (default: the
+    sum of the ranks). weights: default 1/n for linear, cat and svd, else 1. density, seed: the method's. base: the
+    adapters' base model, needed if an adapter is DoRA. A module that an adapter lacks counts as zero. One adapter at
+    weight 1 is copied, if the method keeps a single model unchanged.
 
-    Raises `RecipeError` where the settings are not valid, `ModelError` where the adapters do not fit together
-    or are no difference of weights, `RunError` where the work fails.
+    Raises `RecipeError` if the settings are invalid, `ModelError` if the adapters do not fit together or are no
+    difference of weights, `RunError` if the work fails.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -159,7 +159,7 @@ def _check_density(method: str, density: float | None) -> None:
 
 
 def _parts(adapter: Adapter, base: Model | None) -> dict[str, Part]:
-    """The adapter's modules; with a base, held against it."""
+    """The adapter's modules; with a base, checked against it."""
     if base is None:
         return {module: Part(factors) for module, factors in adapter.modules.items()}
     read = lora.read(adapter.directory, Base(base.reference, base.tensors, base.config))
@@ -173,7 +173,7 @@ def _parts(adapter: Adapter, base: Model | None) -> dict[str, Part]:
 
 
 def _keeps_one(job: Job) -> bool:
-    """Whether the result is the one adapter itself."""
+    """Whether the result is a copy of the only adapter."""
     if len(job.adapters) > 1 or job.weights != (1.0,) or job.method == "pcb":
         return False
     if job.method not in SUMS:
@@ -185,7 +185,7 @@ def _keeps_one(job: Job) -> bool:
 
 
 def _check_difference(adapter: Adapter, method: str, with_base: bool) -> None:
-    """Refuse what is no difference of a matrix, or none without the base."""
+    """Refuse adapters that are no difference of a matrix, or that need a missing base."""
     first = next(iter(adapter.modules.values()))
     if first.bias or adapter.whole:
         what = "a bias of lora_B" if first.bias else f"'{next(iter(adapter.whole))}' saved whole"
@@ -226,7 +226,7 @@ def _rank(job: Job, module: str, shape: tuple[int, int], keeps_one: bool) -> int
     most = job.rank
     if most is None and job.method == "svd":
         most = max(factors.rank for adapter in job.adapters for factors in adapter.modules.values())
-    if most is None or job.on_factors(module):  # it has no more than this
+    if most is None or job.on_factors(module):  # the result has no larger rank
         most = min(most or together, together)
     return min(most, *shape)
 
@@ -234,7 +234,7 @@ def _rank(job: Job, module: str, shape: tuple[int, int], keeps_one: bool) -> int
 def _provenance(
     job: Job, base: str | None, keeps_one: bool, ranks: dict[str, int], energy: dict[str, Product | None]
 ) -> dict[str, Any]:
-    """What was made of what: `energy_kept` is the share of the squared norm that the rank leaves."""
+    """The provenance: `energy_kept` is the share of the squared norm that the rank keeps."""
     counted = [product for product in energy.values() if product is not None]
     total = sum(product.total for product in counted)
     bases = [adapter.config.get("base_model_name_or_path") for adapter in job.adapters]

@@ -1,4 +1,4 @@
-"""The files of a merged adapter beside its factors: PEFT's config, the card, hashes of what went in."""
+"""The files of a merged adapter beside its factors: PEFT's config, the card, hashes of the inputs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str,
 
 
 def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The same for a merged adapter: what its inputs say in one voice is kept."""
+    """The config of a merged adapter: settings on which all inputs agree are kept."""
     first = adapters[0].config
     shared = {
         key: first.get(key) for key in _SHARED if all(adapter.config.get(key) == first.get(key) for adapter in adapters)
@@ -70,17 +70,17 @@ def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict
 
 
 def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
-    """rank_pattern: PEFT takes the first key that a module's name is or, after a dot, ends with."""
+    """rank_pattern: PEFT takes the first key that equals a module's name, or its end after a dot."""
     names = {module for module, rank in ranks.items() if rank != usual}
     names |= {module for module in ranks if any(module.endswith(f".{name}") for name in names)}
-    # keys are regular expressions; a dot is left as it is, as everybody writes it
+    # keys are regular expressions; dots are not escaped, as is usual
     return {
         re.escape(name).replace(r"\.", "."): ranks[name] for name in sorted(names, key=lambda name: (-len(name), name))
     }
 
 
 def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What the inputs target where they all say the same; else every module by its full name."""
+    """The inputs' target modules if all agree; else every module by its full name."""
 
     def said(adapter: Adapter) -> list[Any]:
         values = [adapter.config.get(key) for key in _SELECTION]
@@ -112,7 +112,7 @@ def inputs(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def different_bases(bases: Sequence[Any]) -> list[str]:
-    """A note, where the adapters name more than one."""
+    """A note if the adapters name more than one base."""
     named = dict.fromkeys(str(base) for base in bases)
     return [f"the adapters name different bases: {', '.join(named)}"] if len(named) > 1 else []
 
@@ -152,7 +152,7 @@ def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
 
 
 def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
-    """README.md of an adapter taken out of a fine-tune."""
+    """README.md of an adapter extracted from a fine-tune."""
     made = (
         f"What a fine-tune adds to the linear layers of its base, extracted by mergebench {provenance['mergebench']}: "
         f"{kept_text(provenance)}. Embeddings, heads, norms and biases, left out, hold {provenance['left_out']:.2%} "
@@ -162,7 +162,7 @@ def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
 
 
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
-    """README.md of an adapter that does what a patch does."""
+    """README.md of an adapter made from a patch."""
     made = (
         f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
         "is the edited model."

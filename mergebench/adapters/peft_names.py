@@ -1,4 +1,4 @@
-"""What PEFT calls the modules of a model: by its class in transformers, which may add a prefix to the files' names."""
+"""PEFT's names of a model's modules: those of the transformers class, which may add a prefix to the files' names."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.names import match
 from mergebench.errors import ModelError
 
-_ALREADY = re.compile(r"^model\.")  # as most classes with a head call the model below it
+_ALREADY = re.compile(r"^model\.")  # the name of the inner model in most classes with a head
 _WITHOUT_HEAD = re.compile(r"(?<!Head)(?<!Heads)Model$")
 
 
 def prefix(model: Model, modules: Collection[str]) -> str:
-    """What comes before the files' names in the class that config.json names, such as `transformer.`.
+    """The prefix of the files' names in the class that config.json names, such as `transformer.`.
 
     GPT-2's files say `h.0.attn.c_attn`, a GPT2LMHeadModel `transformer.h.0.attn.c_attn`; transformers loads either,
-    PEFT only the class's own. Without a class to ask, the files' names stand.
+    PEFT only the class's names. If the class is not available, there is no prefix.
     """
     name = _class_name(model)
     if not name or _WITHOUT_HEAD.search(name) or any(_ALREADY.match(module) for module in modules):
@@ -36,9 +36,9 @@ def prefix(model: Model, modules: Collection[str]) -> str:
 
 
 def modules_of(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The module of each weight, by the files' names: only those that the class has under a name we can tell.
+    """The module of each weight, by the files' names; only modules whose name in the class is known.
 
-    Without a class to ask, all that are called `MODULE.weight`.
+    If the class is not available, all weights called `MODULE.weight`.
     """
     plain = {name: name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
     built = _build(model)
@@ -50,7 +50,7 @@ def modules_of(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 
 
 def task_type(model: Model) -> str | None:
-    """PEFT's name for what the model is for, where it adds nothing to what is saved."""
+    """PEFT's task type for the model, if it does not change which tensors are saved."""
     return "CAUSAL_LM" if _class_name(model).endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
@@ -59,7 +59,7 @@ def _class_name(model: Model) -> str:
 
 
 def _build(model: Model) -> Any:
-    """The model's class without data; None where it is not there, or has something against the config."""
+    """The model's class built without data; None if it is missing or rejects the config."""
     import transformers
 
     from mergebench.networks.module import quiet
@@ -73,8 +73,8 @@ def _build(model: Model) -> Any:
 
 
 def stored_in_out(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether these weights of linear layers are stored [in, out], as GPT-2's are: a bias has as many elements as
-    there are out. `ModelError` where some are and some are not."""
+    """Whether these weights of linear layers are stored [in, out], as GPT-2's are: a bias has `out` elements.
+    `ModelError` if the layers differ."""
     found = set()
     for name, (rows, columns) in shapes.items():
         bias = model.tensors.get(f"{name.removesuffix('.weight')}.bias")

@@ -1,10 +1,10 @@
-"""Merge the adapters of a growing sequence of tasks, each toward the mean of those before it.
+"""Merge the adapters of a sequence of tasks, each toward the mean of the earlier adapters.
 
     A_b' = (1 - alpha) A_b + alpha / (b - 1) (A_1 + .. + A_b-1)
 
-Sun et al., "MOS: Model Surgery for Pre-Trained Model-Based Class-Incremental Learning" (arXiv:2412.09441), where it
-is done after every step of training; here once, on what was trained. It works on the stored tensors, of adapters of any
-type whose numbers mean the same. Of a LoRA, the averages of A and of B do not multiply to the average of B A.
+Sun et al., "MOS: Model Surgery for Pre-Trained Model-Based Class-Incremental Learning" (arXiv:2412.09441), merges after
+every step of training; this file merges once, after training. It works on the stored tensors of adapters of any type,
+if their numbers mean the same. For LoRA, the averages of A and of B do not multiply to the average of B A.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def merge_sequence(
     every: bool = False,
     overwrite: bool = False,
 ) -> Result:
-    """Write the last adapter, merged toward the mean of those before it, into the directory `out`.
+    """Write the last adapter, merged toward the mean of the earlier adapters, into the directory `out`.
 
     adapters: PEFT directories of one type, or single .safetensors files, in the order of their tasks; settings and
-    tensors must be alike. alpha: the share of the mean, 0 to 1. every: instead, one adapter for each, the b-th merged
-    toward the mean of the first b - 1 as they were given; names are kept. What has none before it is copied, byte for
-    byte, and so is everything at alpha 0. Computed in float32, stored in each adapter's own type.
+    tensors must be alike. alpha: the share of the mean, 0 to 1. every: write all adapters instead, the b-th merged
+    toward the mean of the first b - 1 inputs; names are kept. The first adapter is copied byte for byte, and so is
+    every adapter at alpha 0. Computed in float32, stored in each adapter's own type.
 
-    Raises `RecipeError` where the settings are not valid, `ModelError` where the adapters do not fit together,
-    `RunError` where the work fails.
+    Raises `RecipeError` if the settings are invalid, `ModelError` if the adapters do not fit together, `RunError` if
+    the work fails.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -78,9 +78,9 @@ def merge_sequence(
 
 
 def merged(sequence: Iterable[Tensor], alpha: float) -> Iterator[Tensor]:
-    """Each of a sequence of tensors merged toward the mean of those before it; the first as it is.
+    """Merge each of a sequence of tensors toward the mean of the earlier ones; the first stays unchanged.
 
-    Between two equal numbers lies nothing else, so equal adapters stay as they are, bit for bit.
+    The result lies between its two inputs, so equal adapters stay unchanged, bit for bit.
     """
     mean = None
     for count, value in enumerate(sequence, 1):
@@ -99,7 +99,7 @@ def _merge(opened: Files, read: Sequence[Stored], alpha: float, written: dict[in
 
 
 def _check_names(read: Sequence[Stored]) -> None:
-    """Each becomes a place of its name."""
+    """Check that names are unique, because each output gets its adapter's name."""
     name, count = Counter(adapter.name for adapter in read).most_common(1)[0]
     if count > 1:
         paths = " and ".join(str(adapter.path) for adapter in read if adapter.name == name)
@@ -107,7 +107,7 @@ def _check_names(read: Sequence[Stored]) -> None:
 
 
 def _begin(adapter: Stored, place: Path, copied: bool) -> Shard | None:
-    """The files of an adapter as it is (`copied`), or with room for other numbers in its tensors."""
+    """Create the files of an adapter: copied, or with room for new values in its tensors."""
     try:
         place.mkdir(exist_ok=True)
         for file in adapter.files[: None if copied else -1]:

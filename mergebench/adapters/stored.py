@@ -1,7 +1,7 @@
-"""Any adapter as what is stored of it: tensors by name, and the settings that say what they do.
+"""An adapter of any type as stored: tensors by name, and the settings that give their meaning.
 
-A directory as PEFT saves it, of any type, or one .safetensors file with its settings in the metadata, as the adapters
-of a bank are. Headers only; the data of several are read side by side, in pieces.
+A directory as PEFT saves it, of any type, or one .safetensors file with its settings in the metadata, such as the
+adapters of a bank. Only headers are read; the data of several adapters are read side by side, in pieces.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS, is_adapter
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RunError
 
-OUTSIDE = "other"  # what belongs to no layer
-# which modules have tensors; that is told by the tensors' names
+OUTSIDE = "other"  # tensors outside the layers
+# settings for which modules have tensors; the tensors' names show this already
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# what says nothing of what the tensors do: where they come from, how they were begun and trained
+# settings that do not affect what the tensors do: origin, initialisation and training
 _ABOUT = (
     "base_model_name_or_path", "tokenizer_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode",
     "peft_version", "runtime_config", "format",
@@ -51,8 +51,8 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """The directory's, or the file's without its ending."""
-        path = self.path.resolve() if self.path.name in ("", "..") else self.path  # a link keeps its own
+        """The directory's name, or the file's without its suffix."""
+        path = self.path.resolve() if self.path.name in ("", "..") else self.path  # a link keeps its own name
         return path.name if self.is_directory else path.stem
 
     @property
@@ -61,7 +61,7 @@ class Stored:
 
     @property
     def kind(self) -> str:
-        """PEFT's type, such as LORA; of a single file what it says, such as bottleneck."""
+        """PEFT's type, such as LORA; for a single file the type it names, such as bottleneck."""
         return str(self.settings.get("peft_type" if self.is_directory else "kind", "untyped"))
 
     @property
@@ -80,7 +80,7 @@ class Stored:
 
     @property
     def layers(self) -> dict[str, list[str]]:
-        """The names of the floats in each layer, by depth; what is in none of them last."""
+        """The names of the floats in each layer, by depth; tensors outside the layers come last."""
         found: dict[tuple[str, int], list[str]] = {}
         outside: list[str] = []
         for name, info in self.tensors.items():
@@ -92,7 +92,7 @@ class Stored:
 
 
 def read_stored(path: str | Path) -> Stored:
-    """Read a PEFT directory or a single .safetensors file; `ModelError` where it is no adapter."""
+    """Read a PEFT directory or a single .safetensors file; `ModelError` if it is no adapter."""
     path = Path(path)
     if path.is_dir():
         inside = [*path.glob("*.safetensors"), *(config.parent for config in path.glob(f"*/{CONFIG}"))]
@@ -121,7 +121,7 @@ def read_stored(path: str | Path) -> Stored:
 
 
 def check_alike(adapters: Sequence[Stored]) -> None:
-    """`ModelError` where numbers in the same place of two adapters do not mean the same: other settings or tensors."""
+    """`ModelError` if settings or tensors of two adapters differ, so that their numbers do not mean the same."""
     first = adapters[0]
     for other in adapters[1:]:
         _check_settings(first, other)
@@ -129,9 +129,9 @@ def check_alike(adapters: Sequence[Stored]) -> None:
 
 
 def together(files: Files, adapters: Sequence[Stored], name: str) -> Iterator[tuple[int, list[Tensor]]]:
-    """A tensor of all adapters in flat pieces: where each begins, and a row an adapter; floats as float32.
+    """A tensor of all adapters in flat pieces: the start of each piece, and a row for each adapter; floats as float32.
 
-    `RunError` where one is not finite, `ModelError` where numbers that are no floats differ.
+    `RunError` if an adapter is not finite, `ModelError` if values other than floats differ.
     """
     infos = [adapter.tensors[name] for adapter in adapters]
     for start in range(0, infos[0].numel, TILE):
@@ -158,7 +158,7 @@ def _check_settings(first: Stored, other: Stored) -> None:
         mine, theirs = _setting(first, key), _setting(other, key)
         if mine != theirs and key not in _SELECTION:
             both = key in first.settings and key in other.settings
-            # what one does not have is at its default there: None, or a number or word that is not known here
+            # a missing setting has its default: None, or a value that is not known here
             if both or not first.is_directory or isinstance(mine or theirs, bool | list | dict):
                 raise _differ(key, first, other)
 
@@ -180,7 +180,7 @@ def _check_tensors(first: Stored, other: Stored) -> None:
 
 
 def _setting(adapter: Stored, key: str) -> Any:
-    """What a setting says of the tensors: none, off and empty are the same, and lists of names have no order."""
+    """A setting in a comparable form: none, off and empty are equal, and lists of names have no order."""
     if key == "init_lora_weights":
         return residual(adapter.settings)
     if key in _ABOUT or any(part in key for part in _TRAINING):

@@ -1,10 +1,10 @@
-"""Hooks that let something run beside the blocks of a network.
+"""Hooks that run a function beside the MLP in each block of a network.
 
-It is given what a block gives its MLP, before the MLP's norm, and what it makes of that is added to the MLP's output:
+The function gets the MLP's input, before the MLP's norm; its result is added to the MLP's output:
 
     x <- x + MLP(norm(x)) + beside(x)
 
-In a block whose norm comes after the sum, as BERT's, that norm is of this sum.
+In a block whose norm comes after the sum, as in BERT, the norm is of this sum.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from mergebench.errors import ModelError
 from mergebench.networks.network import Network
 
-Beside = Callable[[str, Tensor], Tensor]  # of a block's name and x [..., width]: a tensor of x's shape
+Beside = Callable[[str, Tensor], Tensor]  # from a block's name and x [..., width] to a tensor of x's shape
 
-# Where a block takes what it gives its MLP, and where the MLP's output is about to be added; `` is the block.
+# The modules that receive the MLP's input, and the modules where the MLP's output is added; `` is the block.
 PLACES = (
     ("norm2", ""),  # DINOv2, DINOv3
     ("layernorm_after", ""),  # ViT, DeiT, BEiT
@@ -33,10 +33,10 @@ PLACES = (
 
 
 class Hooks:
-    """Hooks in every block of a network; while nothing is attached, it is as it was."""
+    """Hooks in every block of a network; while nothing is attached, they change nothing."""
 
     def __init__(self, network: Network) -> None:
-        """Raises `ModelError` where the blocks have no place that is known."""
+        """Raises `ModelError` if the structure of the blocks is not known."""
         self._here = threading.local()  # batches run on several threads at once
         self.blocks = tuple(network.blocks)  # by name, in the order of depth
         for name, block in network.blocks.items():
@@ -44,7 +44,8 @@ class Hooks:
 
     @contextmanager
     def attached(self, beside: Beside | None) -> Iterator[None]:
-        """Forward passes of this thread have `beside`; a block calls it once a pass, in the order of depth."""
+        """Inside the context, forward passes of this thread run `beside`, once per block and pass, in order of
+        depth."""
         self._here.beside = beside
         try:
             yield

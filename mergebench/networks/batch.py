@@ -1,4 +1,4 @@
-"""Cutting items into batches, and running batches on every core.
+"""Cut items into batches, and run batches on every core.
 
 On a CPU each batch runs on one thread and several run at once: small batches stay in the cache, no
 thread waits for another at every layer (which, on a machine busy with other work, costs several times
@@ -22,12 +22,12 @@ CPU_TOKENS, GPU_TOKENS = 512, 32_768  # in a batch, padding included
 
 
 def out_of_memory(error: Exception) -> bool:
-    said = type(error) is RuntimeError and "allocate memory" in str(error)  # what torch says on a CPU
+    said = type(error) is RuntimeError and "allocate memory" in str(error)  # torch's message on a CPU
     return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Positions of items of similar length, at most `tokens` a batch once padded; the largest lengths first.
+    """Batches of positions of items of similar length, at most `tokens` each with padding; the longest items first.
 
     The order is by length, then by position. An item longer than `tokens` is a batch of its own.
     """
@@ -43,9 +43,9 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 def run_batches(
     work: Callable[[list[int]], T], groups: list[list[int]], device: torch.device, tick: Tick, in_turn: bool = False
 ) -> list[T]:
-    """`work` of every batch, in their order; `tick` is told the items of each as it is done.
+    """The results of `work` on every batch, in order; `tick` gets the number of items of each finished batch.
 
-    in_turn: one after the other.
+    in_turn: run batches one after the other.
     """
 
     def collect(results: Iterable[T]) -> list[T]:

@@ -1,7 +1,6 @@
 """A bottleneck beside each block's MLP.
 
-AdaptFormer (arXiv:2205.13535), as MOS takes it (arXiv:2412.09441): with x what the block gives its MLP, taken before
-the MLP's norm,
+AdaptFormer (arXiv:2205.13535) as used by MOS (arXiv:2412.09441): with x the MLP's input before the MLP's norm,
 
     x <- x + MLP(norm(x)) + s * (U relu(D x + d) + u)
 
@@ -25,17 +24,17 @@ PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 class Dropout(NamedTuple):
-    """Elements set to zero with probability `p`, the others divided by 1 - p; the seed says which."""
+    """Sets elements to zero with probability `p` and divides the others by 1 - p; the seed determines which."""
 
     p: float
     seed: int
 
     def of(self, number: int) -> Dropout:
-        """Another one for each number."""
+        """A different dropout for each number."""
         return self._replace(seed=(self.seed * 1_000_003 + number) % 2**62)
 
     def begin(self) -> Callable[[Tensor], Tensor]:
-        """What a forward pass calls, block after block."""
+        """A function that a forward pass calls in each block."""
         generator = Generator().manual_seed(self.seed)
 
         def drop(x: Tensor) -> Tensor:
@@ -46,9 +45,10 @@ class Dropout(NamedTuple):
 
 
 def bottleneck(adapter: Adapter, scale: float, drop: Dropout | None = None) -> Callable[[str, Tensor], Tensor]:
-    """What an adapter adds in one forward pass: of a block's name and x [..., width], a tensor of x's shape.
+    """The function of one forward pass with an adapter: from a block's name and x [..., width] to a tensor of x's
+    shape.
 
-    drop: of the inner layer's elements, after the ReLU.
+    drop: dropout of the inner layer's elements, after the ReLU.
     """
     thin = None if drop is None else drop.begin()
 

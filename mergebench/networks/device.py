@@ -1,4 +1,4 @@
-"""The device that models run on, and the versions of what runs them."""
+"""The device that models run on, and the versions of the libraries that run them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergebench.errors import RunError
 
 
 def device_of(name: str) -> torch.device:
-    """auto (CUDA where there is one), cpu or cuda; `RunError` where it is not there."""
+    """auto (CUDA if available), cpu or cuda; `RunError` if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name.startswith("cuda") and not torch.cuda.is_available():
@@ -21,7 +21,7 @@ def device_of(name: str) -> torch.device:
 
 
 def versions() -> dict[str, Any]:
-    """What a model's outputs depend on, beside its files and the device."""
+    """Library versions that a model's outputs depend on, beside its files and the device."""
     import transformers
 
     return {

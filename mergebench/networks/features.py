@@ -1,4 +1,4 @@
-"""An encoder's features of texts: one row for each, whatever the batches and the number of cores."""
+"""An encoder's features of texts: one row per text, independent of batches and number of cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOLINGS = ("mean", "cls", "cls+mean")
 
 @dataclass(frozen=True)
 class Pooling:
-    """How an encoder's last states become one row of features."""
+    """How an encoder's last hidden states become one row of features."""
 
     how: str = "mean"  # over the tokens (of an image: its patches); cls: the first token; or both, side by side
     normalize: bool = False  # to length one
@@ -43,12 +43,12 @@ class Pooling:
         return torch.cat(parts, 1)
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """Pooled rows [items, width] as they are used."""
+        """Pooled rows [items, width], normalised if `normalize` is set."""
         return torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows
 
 
 class Inputs(Protocol):
-    """Items as an encoder takes them."""
+    """Items in the form an encoder takes."""
 
     @property
     def key(self) -> str:
@@ -57,17 +57,17 @@ class Inputs(Protocol):
     def __len__(self) -> int: ...
 
     def held(self, network: Network) -> Inputs:
-        """The same to be read many times."""
+        """The same items, prepared to be read many times."""
 
     def lengths(self, network: Network) -> list[int]:
-        """How many tokens, or patches, each item has."""
+        """The number of tokens, or patches, of each item."""
 
     def rows(self, network: Network, positions: Sequence[int], pooling: Pooling) -> Tensor:
         """[positions, width] of one batch, pooled and not yet scaled, on the network's device."""
 
 
 def features(inputs: Inputs, network: Network, pooling: Pooling, tick: Tick) -> Tensor:
-    """[items, width], float32, on the CPU; made once for all tasks on these items."""
+    """[items, width], float32, on the CPU; computed once for all tasks on these items."""
     key = inputs.key, pooling.how
     if key in network.kept:
         tick(len(inputs))
@@ -90,7 +90,7 @@ class Texts:
         return len(self.texts)
 
     def held(self, network: Network) -> Texts:
-        return self  # its tokens are kept as it is
+        return self  # its tokens are cached already
 
     def lengths(self, network: Network) -> list[int]:
         return [len(one) for one in self.tokens(network)]
@@ -108,7 +108,8 @@ class Texts:
 
 
 def gather(network: Network, rows: Callable[[list[int]], Tensor], lengths: Sequence[int], tick: Tick) -> Tensor:
-    """The rows of all items, in their order; `lengths` counts each one's tokens. `RunError` where one is not finite."""
+    """The rows of all items, in order; `lengths` has each item's number of tokens. `RunError` if a row is not
+    finite."""
     found: dict[int, Tensor] = {}
     scatter(network, rows, lengths, lambda group, part: found.update(zip(group, part, strict=True)), tick)
     return torch.stack([found[position] for position in range(len(lengths))])
@@ -121,9 +122,9 @@ def scatter(
     keep: Callable[[list[int], Tensor], None],
     tick: Tick,
 ) -> None:
-    """As `gather`, for more than memory holds: the rows of each batch, on the CPU, go to `keep` as they come.
+    """As `gather`, for rows that do not fit into memory: each batch's rows, on the CPU, are passed to `keep`.
 
-    Several threads may call it at once, each with other items.
+    Several threads may call `keep` at once, each with other items.
     """
 
     def work(group: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Reading a task's items from JSON lines or a JSON list, strictly: every message names the file and the place in it."""
+"""Read a task's items from JSON lines or a JSON list, strictly: every message names the file and the place in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ID_HINT = "flips between models are counted item by item, so each needs an id of
 
 
 class Row(NamedTuple):
-    """One item: where it stands, its id, and the columns asked for."""
+    """One item: its place, its id, and the requested columns."""
 
     where: str  # file:line
     id: str
@@ -28,9 +28,9 @@ class Row(NamedTuple):
 def read_rows(
     file: Path, id_column: str, columns: Sequence[str], limit: int | None = None, seed: int | None = None
 ) -> list[Row]:
-    """The first `limit` rows of a file; with a seed that many drawn at random, in the file's order.
+    """The first `limit` rows of a file; with a seed, `limit` random rows in the file's order.
 
-    `RunError` where a line is broken or an id stands twice.
+    `RunError` if a line is broken or an id appears twice.
     """
     rows: list[Row] = []
     places: dict[str, str] = {}
@@ -48,19 +48,19 @@ def read_rows(
 
 
 def some(rows: list[Row], limit: int | None, seed: int | None) -> list[Row]:
-    """The first `limit` of these rows; with a seed that many drawn at random, in their order."""
+    """The first `limit` of these rows; with a seed, `limit` random rows in their order."""
     if seed is None or limit is None or limit >= len(rows):
         return rows[:limit]
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 def contents(rows: Iterable[Row]) -> dict[str, str]:
-    """Where each item stands, by a hash of its id and what it holds: so it is known again in another file."""
+    """The place of each item, by a hash of its id and content, which finds it again in another file."""
     return {hashlib.sha256(json.dumps(row[1:], sort_keys=True).encode()).hexdigest(): row.where for row in rows}
 
 
 def texts(rows: Iterable[Row], name: str) -> list[str]:
-    """The first of the columns asked for, called `name`; `RunError` where it is no text, or blank."""
+    """The first requested column, called `name`; `RunError` if it is no text, or blank."""
     found = []
     for row in rows:
         if not (isinstance(row.values[0], str) and row.values[0].strip()):
@@ -70,14 +70,14 @@ def texts(rows: Iterable[Row], name: str) -> list[str]:
 
 
 def column(record: dict[str, Any], name: str, where: str, hint: str = COLUMN_HINT) -> Any:
-    """One column of a row; `RunError` where there is none."""
+    """One column of a row; `RunError` if it is missing."""
     if name not in record:
         raise RunError(f"{where}: no column '{name}', it has {', '.join(record) or 'none'}", hint)
     return record[name]
 
 
 def word(record: dict[str, Any], name: str, where: str) -> str:
-    """A column that names something: text, or a whole number taken as text."""
+    """A column with a name or id: text, or a whole number taken as text."""
     value = column(record, name, where)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise RunError(f"{where}: {name} must be text or a whole number, got {json.dumps(value)[:60]}")

@@ -1,4 +1,4 @@
-"""What a model must be to be run, and who is told how far it is."""
+"""The interface of a model that can be run, and of progress callbacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tick = Callable[[int], None]  # called with the number of items just done
 
 
 class LoadableModel(Protocol):
-    """What a model must be to be measured; `mergebench.checkpoint.Model` is one."""
+    """The interface of a model that can be measured; implemented by `mergebench.checkpoint.Model`."""
 
     @property
     def reference(self) -> str:

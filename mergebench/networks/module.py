@@ -1,4 +1,4 @@
-"""A model's tensors as a transformers model in float32, and other tensors put in their place."""
+"""Build a transformers model in float32 from a model's tensors, and replace its tensors by another model's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOISE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load reports of transformers: what matters of them is raised as an error."""
+    """Silence transformers' progress bars and load reports; problems are raised as errors."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -41,9 +41,9 @@ def quiet() -> Iterator[None]:
 
 
 class Weights:
-    """Where in a module each tensor of a model's files is, so that those of another one can take their place.
+    """The place in a module of each tensor of a model's files, so that another model's tensors can replace them.
 
-    Tensors that transformers converts on the way (experts it fuses, names of older versions) have no such place.
+    Tensors that transformers converts (fused experts, names of older versions) have no such place.
     """
 
     def __init__(self, module: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -68,17 +68,18 @@ class Weights:
             self.places = None
 
     def moved(self, old: Any, new: Any) -> None:
-        """The tensors of one module are in another one from now on."""
+        """Record that the tensors of one module are now in another module."""
         for places in (self.places or {}).values():
             places[:] = [(new if module is old else module, name) for module, name in places]
 
     def put(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether the tensors could be put in place, each taken out of `tensors`; if not, nothing has changed."""
+        """Replace the tensors, taking each out of `tensors`; returns False, with nothing changed, if they do not
+        fit."""
         if self.places is None or {name: tensor.shape for name, tensor in tensors.items()} != self.shapes:
             return False
         with torch.no_grad():
             for name in list(tensors):
-                tensor = tensors.pop(name)  # its memory is wanted for the next one
+                tensor = tensors.pop(name)  # its memory is needed for the next tensor
                 for module, attribute in self.places[name]:
                     place = getattr(module, attribute)
                     if place.is_mkldnn:
@@ -89,7 +90,7 @@ class Weights:
 
 
 def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[Any, Weights]:
-    """A model ready to run, and where its tensors are."""
+    """A model ready to run, and the places of its tensors."""
     if isinstance(model, Model):
         _check_memory(model)
     tensors = model.state_dict()
@@ -103,7 +104,7 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
 
 
 def config_of(model: LoadableModel) -> dict[str, Any]:
-    """What config.json says of the architecture."""
+    """The settings of the architecture in config.json."""
     path = model.side_directory / "config.json"
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -118,9 +119,10 @@ def config_of(model: LoadableModel) -> dict[str, Any]:
 
 
 def _check_memory(model: Model) -> None:
-    """In float32, its tensors, the module made of them, and what is not given back between: measured at 0.55 B.
+    """Check that memory suffices for the tensors in float32, the module, and memory not freed between (measured at 0.55
+    B).
 
-    What does not fit would end the program, not the model.
+    Running out of memory would kill the whole program, not only this model.
     """
     need, free = 10 * sum(info.numel for info in model.tensors.values()), available_memory()
     if free is not None and need > free:
@@ -145,10 +147,10 @@ def _build(model: LoadableModel, tensors: Mapping[str, Tensor], auto_class: str)
                 config=config,
                 state_dict=dict(tensors),
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are in the report, with their names
+                ignore_mismatched_sizes=True,  # the report has them, with their names
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers raises whatever its parts raise
+    except Exception as error:  # transformers lets any error of its parts through
         raise failed(model.reference, "the model", error) from None
     _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class)
     return module
@@ -173,12 +175,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _idle(name: str) -> bool:
-    """Tensors of a module that no output depends on, or that follow from the config."""
+    """Whether a tensor of a module affects no output, or follows from the config."""
     return name.endswith(DERIVED) or "pooler." in name
 
 
 def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
-    """Every tensor has a place and every place a tensor. Poolers and foreign heads are no loss to a bare encoder."""
+    """Check that every tensor has a place and every place a tensor. A bare encoder may lack poolers and heads."""
     bare = auto_class == "AutoModel"
     headed = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)
 

@@ -1,4 +1,4 @@
-"""One candidate in memory as a transformers model in float32, with the tokenizer that lies beside it."""
+"""One candidate in memory as a transformers model in float32, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Network:
     def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
         self.auto_class, self.device = auto_class, device
         self._config = config_of(model)
-        with one_thread():  # many small steps, which threads would only wait for one another in
+        with one_thread():  # in many small steps, threads would only wait for one another
             self.module, self._weights = build(model, auto_class, device)
         self._take_name(model)
 
     def take(self, model: LoadableModel) -> bool:
-        """Whether another model of this architecture could take this one's place: its weights go where these were."""
+        """Replace the weights by those of another model of this architecture; returns whether that was possible."""
         if config_of(model) != self._config:
             return False
         with one_thread():
@@ -43,8 +43,8 @@ class Network:
 
     def _take_name(self, model: LoadableModel) -> None:
         self.name, self.directory = model.reference, model.side_directory
-        self.kept: dict[object, Tensor] = {}  # what was made with these weights and another task may want
-        self.image_processor: Any = None  # read when there are images
+        self.kept: dict[object, Tensor] = {}  # values computed with these weights that another task may reuse
+        self.image_processor: Any = None  # read only for images
 
     @property
     def hidden(self) -> int:
@@ -56,7 +56,7 @@ class Network:
         return int(width)
 
     def holder(self, name: str) -> Any:
-        """The module whose `weight` is this tensor of the model's files; `ModelError` where there is none."""
+        """The module whose `weight` is this tensor of the model's files; `ModelError` if there is none."""
         if name not in self._weights.shapes:
             raise ModelError(f"model '{self.name}': it has no tensor '{name}'")
         if self._weights.places is None:
@@ -81,7 +81,7 @@ class Network:
     def blocks(self) -> dict[str, torch.nn.Module]:
         """The blocks from first to last, by their names in the backbone.
 
-        They are the outermost list of as many modules as its config says; `ModelError` where there is none.
+        The blocks are the outermost list of as many modules as the config says; `ModelError` if there is none.
         """
         config = self.module.config
         if getattr(config, "is_encoder_decoder", False):
@@ -105,7 +105,7 @@ class Network:
         return ids, mask
 
     def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """Token ids of each text with the special ones, cut to `max_length` or to what the model takes."""
+        """Token ids of each text with special tokens, cut to `max_length` or to the model's maximum."""
         limit = min(max_length, self.tokenizer.model_max_length)
         with quiet():
             ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
@@ -113,7 +113,7 @@ class Network:
 
     @cached_property
     def tokenizer_key(self) -> str:
-        """Equal for tokenizers that give equal tokens, wherever they lie."""
+        """Equal for tokenizers that give equal tokens, in any directory."""
         return f"{self.module.config.model_type} {tokenizer_hash(self.directory)}"
 
     @cached_property
@@ -126,5 +126,5 @@ class Network:
         try:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its parts raise
+        except Exception as error:  # transformers lets any error of its parts through
             raise failed(self.name, "its tokenizer", error) from None

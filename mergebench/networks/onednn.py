@@ -1,6 +1,6 @@
-"""Linear layers given to oneDNN: float32 as before, and on AMD's processors twice as fast as MKL.
+"""Linear layers run by oneDNN: float32 as before, and on AMD's processors twice as fast as MKL.
 
-Their weights are frozen; a gradient goes through them to their input, as training an adapter below them needs.
+The weights are frozen; gradients pass through to the input, because training an adapter below needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PackedLinear(torch.nn.Module):
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
         self.register_buffer("weight", linear.weight.detach().to_mkldnn())
         self.register_buffer("bias", bias.detach().to_mkldnn())
-        self._back: tuple[Tensor, Tensor] | None = None  # a weight and its transpose, once a gradient came through
+        self._back: tuple[Tensor, Tensor] | None = None  # a weight and its transpose, after the first gradient
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] from [..., in]"""
@@ -34,7 +34,7 @@ class PackedLinear(torch.nn.Module):
     def back(self, gradient: Tensor) -> Tensor:
         """[..., in]: the gradient of the input from that of the output."""
         known = self._back
-        if known is None or known[0] is not self.weight:  # other weights may have come in their place
+        if known is None or known[0] is not self.weight:  # the weights may have been replaced
             self._back = known = self.weight, self.weight.to_dense().T.contiguous().to_mkldnn()
         return _product(gradient.contiguous(), known[1], None)
 

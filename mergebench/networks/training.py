@@ -1,8 +1,8 @@
-"""Training named parameters on a model in memory: gradients of a batch in parts, and the loop around them.
+"""Train named parameters on a model in memory: gradients of a batch in parts, and the training loop.
 
-Nothing here knows what the parameters are. Whoever trains gives a dict of them and a function that computes the rows
-of some items with them: a network with modules attached, or with layers whose weights are a function of parameters.
-Optimiser and schedule are torch's own.
+This file does not know the meaning of the parameters. The caller gives a dict of parameters and a function that
+computes the rows of some items with them: a network with attached modules, or with layers whose weights are a function
+of parameters. Optimiser and schedule are torch's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Parameters], Tensor]
 class Gradients(NamedTuple):
     """The gradients of one batch's loss."""
 
-    parameters: dict[str, Tensor]  # as the parameters; one that the loss does not depend on is not in it
+    parameters: dict[str, Tensor]  # by parameter name; without parameters that the loss does not depend on
     loss: Tensor  # [], at the parameters as they were given
     rows: Tensor  # [items, ...], in the items' order
 
@@ -40,16 +40,16 @@ def gradients(
 
     rows(part, parameters): [part, ...] of some of the batch's items, given by their numbers from 0, on `device`. It
     runs for several parts at once, on one thread each, and must compute an item's row from that item alone, up to
-    rounding. loss(rows, parameters): the scalar, from the rows of all items in their order; it may use parameters
-    that the rows do not, such as a head's. Without a `loss` it is the mean of all elements of the rows: each part is
-    then left behind once it is done, where otherwise the graphs of all parts stay in memory until the loss is known.
-    lengths: the tokens of each item, at least one item.
+    rounding. loss(rows, parameters): the scalar, from the rows of all items in their order; it may use parameters that
+    the rows do not, such as a head's. Without a `loss` it is the mean of all elements of the rows. Then each part is
+    freed when it is done; otherwise the graphs of all parts stay in memory until the loss is known. lengths: the tokens
+    of each item, at least one item.
 
     The parts depend on `lengths` and the sort of device alone, and their gradients are added in the order of the
     parts. So on a CPU the bits are the same whatever the number of cores. `parameters` are only read.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-    # two parts or more, by length alone: the same whatever the number of cores
+    # at least two parts, by length alone, so that they do not depend on the number of cores
     tokens = min(CPU_TOKENS, math.ceil(sum(lengths) / 2)) if device.type == "cpu" else GPU_TOKENS
     parts = batches(lengths, tokens)
     order = torch.tensor([item for part in parts for item in part], device=device).argsort()
@@ -85,7 +85,7 @@ def gradients(
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """One by one, in their order; terms that are None do not count."""
+    """The sum of the terms, one by one in order, without those that are None."""
     found = [term for term in terms if term is not None]
     return sum(found[1:], start=found[0]) if found else None
 
@@ -111,9 +111,10 @@ def train(
 ) -> Iterator[Step]:
     """Change `parameters` in place, and yield after each step of the optimiser.
 
-    gradients_of(items): of a batch of the `count` items, at the parameters as they are. Each epoch takes the items in
-    an order drawn from `generator`, `batch` at a time, the last ones fewer. schedule: moved on after every epoch;
-    whoever has one by steps moves it on in the loop. Raises `RunError` where the loss is not finite, before the step.
+    gradients_of(items): the gradients of a batch of the `count` items at the current parameters. Each epoch takes the
+    items in an order drawn from `generator`, `batch` at a time, the last ones fewer. schedule: advanced after every
+    epoch; a caller with a schedule by steps advances it in the loop. Raises `RunError` before the step if the loss is
+    not finite.
     """
     for epoch in range(epochs):
         for items in torch.split(torch.randperm(count, generator=generator), batch):

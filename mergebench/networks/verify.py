@@ -1,4 +1,4 @@
-"""The check that transformers takes a checkpoint: names and shapes, without data."""
+"""Check that transformers accepts a checkpoint: names and shapes, without data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def verify(directory: Path) -> None:
     try:
         with quiet():
             info = _loading_info(directory)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # whatever it has against the config
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # raised for a bad config
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RunError(f"{directory}: transformers cannot load it: {reason}", hint) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -34,7 +34,7 @@ def _loading_info(directory: Path) -> dict[str, Any]:
     from mergebench.deltas.open import open_model
 
     class OnMeta(torch.Tensor):
-        """A tensor that stays on `meta`: loading onto it by `device_map` is what transformers needs accelerate for."""
+        """A tensor that stays on `meta`, because loading to `meta` by `device_map` needs accelerate."""
 
         def to(self, *where: Any, dtype: torch.dtype | None = None, **how: Any) -> torch.Tensor:
             return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
