@@ -1,4 +1,4 @@
-"""`mergebench adapters drift` and `inspect`: what is printed of adapters."""
+"""`mergebench adapters drift` and `inspect`: tables about adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergebench.cli import options as opt
 from mergebench.cli.output import human
 
 _ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
-MOST = 8  # adapters that have a column each: a terminal is no wider
+MOST = 8  # adapters with a column each: more do not fit a terminal
 
 
 def drift(

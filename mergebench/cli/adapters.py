@@ -162,7 +162,7 @@ def extract(
 
 
 def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
-    """What of the fine-tune the adapter does not hold."""
+    """Print the part of the fine-tune that the adapter does not hold."""
     tensors = made["left_out_tensors"]
     if tensors:
         most = ", ".join(f"{name} {share:.2%}" for name, share in list(tensors.items())[:3])

@@ -1,4 +1,4 @@
-"""`mergebench cil run` and `eval`: a sequence of tasks learnt with an adapter each, and what its banks are worth."""
+"""`mergebench cil run` and `eval`: learn a sequence of tasks with an adapter each, and score its banks."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _measured(suite: Path, old: str, new: str, split: str | None, device: str, k
     from mergebench.evaluation.measure import measure
     from mergebench.recipe.open import short_names
 
-    for model in (old, new):  # one that is not there shows before the other is measured
+    for model in (old, new):  # a missing model fails before the other is measured
         open_model(model)
     with item_bar("evaluating", quiet) as step:
         found = measure(suite, [old, new], split=split, device=device, results=kept, progress=step)

@@ -1,6 +1,6 @@
-"""Options made from declared parameters: what a method, edit or probe says it takes is what its command takes.
+"""Command options made from the declared parameters of a method, edit or probe.
 
-The declaration is read when the command is called or asked for help, so that no other command waits for it.
+The declaration is read when the command runs or shows help, so that no other command waits for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mergebench.errors import RecipeError, did_you_mean
 if TYPE_CHECKING:
     from mergebench.parameters import Parameter
 
-    # by the help's headings, then by option; the last heading names the owner
+    # by heading of the help, then by option; the last heading names the owner
     Declared = Mapping[str, Mapping[str, Parameter]]
 
 OF = "Options of "  # headings of the help
@@ -28,10 +28,10 @@ METAVARS = {int: "<int>", float: "<float>", Path: "FILE"}
 class DeclaredCommand(TyperCommand):
     """A command whose function finds the declared parameters that were given, checked, in `ctx.obj`."""
 
-    ignore_unknown_options = allow_extra_args = True  # they are refused here, in one line
+    ignore_unknown_options = allow_extra_args = True  # unknown options are refused here, in one line
 
     def declared(self, args: list[str]) -> Declared:
-        """What this call takes, by its arguments."""
+        """The options of this call, by its arguments."""
         raise NotImplementedError
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -66,12 +66,12 @@ def option_of(name: str) -> str:
 
 
 def _python(option: str) -> str:
-    """What the command line calls its value."""
+    """The parameter's name in the parsed options."""
     return "declared_" + option.removeprefix("--").replace("-", "_")
 
 
 def _options(heading: str, parameters: Mapping[str, Parameter]) -> list[Any]:
-    """Typer's own options, as it makes them of a function's arguments."""
+    """Options as Typer makes them from a function's arguments."""
 
     def nothing(**values: Any) -> None: ...
 

@@ -1,4 +1,4 @@
-"""`mergebench edit`: one edit of one model; and saying what any edit did."""
+"""`mergebench edit`: one edit of one model; and printing reports of edits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EditCommand(DeclaredCommand):
 
 
 def _named(args: list[str]) -> str:
-    """What --edit says, before the options that follow from it are known."""
+    """The value of --edit, read before the options that depend on it are known."""
     name = DEFAULT
     for word, after in pairwise([*args, DEFAULT]):
         name = after if word == "--edit" else word.removeprefix("--edit=") if word.startswith("--edit=") else name
@@ -105,7 +105,7 @@ def edit(
 
 
 def say(provenance: Mapping[str, Any], out: Path, quiet: bool) -> None:
-    """What each edit of a result did, and how it is taken back."""
+    """Print what each edit of a result did, and how to revert it."""
     for report in provenance.get("edits", ()):
         note(sentence(report), quiet)
         note(f"take it back: mergebench patch revert --model {out} --patch {out}/{report['patch']} --out DIR", quiet)
@@ -126,7 +126,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """What an edit would do, in full."""
+    """Print the full plan of an edit."""
     from rich.table import Table
 
     from mergebench.cli.output import print_table
@@ -152,7 +152,7 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def _about(probe: Mapping[str, Any]) -> str:
-    """Where the probe was fitted, and how well."""
+    """The probe's layer and settings, and its test accuracy."""
     if "layer" not in probe:
         return ""
     fitted = f"layer {probe['layer']}, norm {probe.get('norm')}, pool {probe.get('pool')}"

@@ -1,4 +1,4 @@
-"""`mergebench eval`: models side by side on the tasks of a suite; and saying what any evaluation found."""
+"""`mergebench eval`: models side by side on the tasks of a suite; and printing evaluations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> None:
-    """The table on stdout, or all of it as JSON; what people want to know beside it on stderr."""
+    """Print the table, or everything as JSON, on stdout, and notes for people on stderr."""
     import json
 
     from mergebench.evaluation import document_of, report
@@ -69,7 +69,7 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
 
 
 def check(found: Results) -> None:
-    """Exit with 1 where a model failed; each is named with its reason."""
+    """Exit with 1 if a model failed; each failed model is named with its reason."""
     failed = found.made.get("failed", [])
     for one in failed:
         note(f"failed: {one['model']} on {', '.join(one['tasks'])}: {one['error']}")

@@ -1,4 +1,4 @@
-"""`mergebench explain`: what holds for every tensor."""
+"""`mergebench explain`: the source and parameters of every tensor."""
 
 from __future__ import annotations
 

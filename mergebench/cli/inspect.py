@@ -70,7 +70,7 @@ def inspect(
 
 
 def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:
-    """What is put on a tensor, in words."""
+    """The deltas on a tensor, in words."""
     return {"deltas": [delta.describe() for delta in deltas]} if deltas else {}
 
 
@@ -154,7 +154,7 @@ def _method(method: Method) -> dict[str, Any]:
 
 
 def _edit(edit: Edit) -> dict[str, Any]:
-    """What an edit is, with the parameters that every edit has."""
+    """An edit's description, with the parameters that every edit has."""
     from mergebench.editing.spec import COMMON, Wanted
 
     common = [
@@ -188,7 +188,7 @@ def _about(one: Method | Edit) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for infinity (a ratio to a norm of zero)."""
+    """Replace infinity (a ratio to a norm of zero), which JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -23,7 +23,7 @@ Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help=_HELP)]
 
 
 def load(recipe: Path, set_: list[str] | None, seed: int | None, out: Path | None = None) -> list[Stage]:
-    """The recipes of a file, in the order to merge them: nearly always one."""
+    """The recipes of a file, in the order to merge them; usually one."""
     from mergebench.recipe import load_stages
 
     return load_stages(recipe, out, set_ or (), seed)
@@ -132,7 +132,7 @@ def plan(
 def each_stage(
     stages: list[Stage], json_: bool, facts: Callable[[Stage], dict[str, Any]], show: Callable[[Stage], None]
 ) -> None:
-    """Print what a command says of each stage, or that it waits for the results of others."""
+    """Print a command's output for each stage, or that the stage waits for other results."""
     *earlier, last = stages
     if json_:
         document, *before = ({"waits_for": waits} if (waits := s.waits_for) else facts(s) for s in [last, *earlier])
@@ -151,7 +151,7 @@ def each_stage(
 
 
 def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
-    """The plan; where models do not fit together, every mismatch goes to stderr."""
+    """The plan of a stage; if models do not fit together, every mismatch is printed on stderr."""
     from mergebench import api
     from mergebench.checkpoint.mismatch import Mismatch
 
@@ -221,7 +221,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet: bool) -> dict[str, Any]:
-    """Merge what a later stage needs, and say so in a line."""
+    """Merge a stage that a later stage needs, and report it in one line."""
     from mergebench import api
 
     plan = api.plan(stage.recipe, **limits)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the units they are written in."""
+"""Options that several commands share, and their units."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 
 
 def printable(text: str) -> str:
-    """Names come out of files: line breaks and terminal codes in them are shown, not obeyed."""
+    """Escape line breaks and terminal codes, because names come from files."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

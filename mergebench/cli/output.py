@@ -166,6 +166,6 @@ def print_table(table: Any) -> None:
 
     from rich.console import Console
 
-    # a pipe has no width: give tables the room they need there. A name's brackets and colons are its own.
+    # a pipe has no width, so tables take the room they need. Brackets and colons in names are literal.
     width = None if sys.stdout.isatty() else 200
     Console(width=width, highlight=False, markup=False, emoji=False).print(table)

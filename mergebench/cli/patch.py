@@ -1,4 +1,4 @@
-"""`mergebench patch`: what an edit did to a model, put in, taken out, shown, or made a LoRA."""
+"""`mergebench patch`: apply, revert or show the patch of an edit, or write it as a LoRA."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _put_in(
     quiet = quiet or json_
     size = opt.parse_size(shard_size, "--shard-size")
     plan = api.plan_patch(model, patch, revert=revert, workers=workers, shard_size=size)
-    check_target(out, [patch], overwrite or resume)  # an output that is replaced may hold the patch
+    check_target(out, [patch], overwrite or resume)  # the output to be replaced may hold the patch
     with byte_bar("copying", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
     if result.already_done:

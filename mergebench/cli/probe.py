@@ -1,4 +1,4 @@
-"""`mergebench probe fit`: a linear probe of a behaviour, out of labelled texts."""
+"""`mergebench probe fit`: fit a linear probe of a behaviour on labelled texts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def fit(
 
 
 def _said(probe: Probe) -> str:
-    """The layers, where all were tried; then what the probe is worth."""
+    """The table of layers, if all were tried, then the probe's scores."""
     about = probe.about
     lines = []
     if "layers" in about:

@@ -1,4 +1,4 @@
-"""`mergebench report`: the page of what a directory holds."""
+"""`mergebench report`: the report page of a directory."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _end(item: dict[str, Any]) -> str:
 
 
 def _say(about: dict[str, Any], quiet: bool) -> None:
-    """What it comes to."""
+    """Print the summary."""
     count = about["n"]
     each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder an item"
     ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"

@@ -1,4 +1,4 @@
-"""Measuring models side by side: suites of tasks, results, and the tables made of them.
+"""Measure models side by side: suites of tasks, results, and tables of results.
 
     suite = load_suite("suite.yaml")
     results = evaluate_models([Candidate("base", "base", model), ...], suite)

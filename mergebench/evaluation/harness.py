@@ -1,9 +1,8 @@
-"""The bridge to lm-evaluation-harness: its tasks, asked of the model that a `Network` holds.
+"""The bridge to lm-evaluation-harness: run its tasks on the model in a `Network`.
 
-How a prompt is put to the model, how the answer is read and what a metric is, is lm-eval's business, so that
-results are its own (Gao et al., 2021, doi:10.5281/zenodo.5371628). This file keeps it quiet, offline and within
-bounds: nothing is printed, no network is used but to fetch a data set that one of its own tasks is made
-of, the caller's random numbers are left as they were, and batches are cut by tokens.
+lm-eval forms the prompts, reads the answers and computes the metrics, so the results are its own (Gao et al., 2021,
+doi:10.5281/zenodo.5371628). This file prevents side effects: nothing is printed, the network is used only to fetch the
+data set of one of lm-eval's own tasks, and the caller's random state is restored. Batches are cut by tokens.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ if TYPE_CHECKING:
 READ_TOKENS = {"cpu": 256, "cuda": 8192}  # in a batch, padding included; each costs two float32 rows of the vocabulary
 WRITTEN_TOKENS = {"cpu": 1024, "cuda": 32_768}  # prompt and continuation; only the last has such rows
 SEED = 1234  # lm-eval's own default, of sampled continuations and drawn examples
-RESAMPLES = 1000  # for the standard error of metrics that are no means
+RESAMPLES = 1000  # for the standard error of metrics other than means
 LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "absl")
 
 Document = dict[str, Any]
 
 
 def needed(kind: str) -> dict[str, str]:
-    """The version of lm-evaluation-harness, not yet imported; `RecipeError` where it is not installed."""
+    """The version of lm-evaluation-harness, without importing it; `RecipeError` if it is not installed."""
     return {"lm-eval": need("lm-eval", f"{kind} tasks")}
 
 
@@ -79,9 +78,9 @@ def ask(
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
     """Metrics by "name,filter", and what lm-eval logs of each of `n` documents, in the documents' order.
 
-    `picked`: the documents asked, by their number, ascending; all of them where None. `chat`: the prompt as a user's
-    message in the model's own chat template. `tick` hears of every document. `ModelError` where the model cannot be
-    asked, `RunError` where lm-eval fails or the model's outputs are not finite.
+    `picked`: numbers of the documents to use, ascending; None for all. `chat`: the prompt as a user message in the
+    model's own chat template. `tick` is called for every document. `ModelError` if the model cannot run the task,
+    `RunError` if lm-eval fails or the model's outputs are not finite.
     """
     import lm_eval
 
@@ -113,7 +112,7 @@ def ask(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, on one line."""
+    """The message of another library's error, on one line."""
     said = str(error).strip()
     if not said:  # an assertion: the line that failed says more than its name
         trace = traceback.extract_tb(error.__traceback__)
@@ -122,7 +121,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_finite(network: Network) -> None:
-    """One token through the model: a NaN in its weights comes out, where a likeliest token would hide it."""
+    """Run one token through the model, to find a NaN in its weights, which the likeliest token would hide."""
     with torch.inference_mode():
         token = network.tokenizer.bos_token_id or network.tokenizer.eos_token_id or 0
         if not network.module(torch.tensor([[token]], device=network.device)).logits.isfinite().all():
@@ -131,7 +130,7 @@ def _check_finite(network: Network) -> None:
 
 @cache
 def _language_model() -> Any:
-    """The class; made when first needed, because it takes lm-eval to make it."""
+    """The class; created on first use, because it needs lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
     class Asked(HFLM):  # type: ignore[misc]
@@ -166,7 +165,7 @@ def _language_model() -> Any:
             requests: list[Any],
             lengths: list[int],
             room: dict[str, int],
-            in_turn: bool = False,  # for what draws from the one source of random numbers
+            in_turn: bool = False,  # for tasks that draw from the shared random generator
         ) -> list[Any]:
             parts = batches(lengths, room["cpu" if self.device.type == "cpu" else "cuda"])
             idle: SimpleQueue[Any] = SimpleQueue()  # a tokenizer does not serve two threads at once
@@ -212,7 +211,8 @@ def _generation_config(network: Network) -> None:
 
 @contextmanager
 def undisturbed(seed: int | None = None) -> Iterator[None]:
-    """No bars, log lines or prints from below, and random numbers that begin at `seed` and are put back after."""
+    """Silence progress bars, logs and prints inside the context, and seed the random generators; restores them
+    afterwards."""
     import numpy
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Tasks that lm-evaluation-harness brings along, or that a task file describes in its language."""
+"""Tasks that lm-evaluation-harness includes, or that a task file describes in its format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mergebench.evaluation.harness import first_line, undisturbed
 def own_task(task: Path | str) -> Any:
     """One of lm-eval's own tasks by its name, or the task of a YAML file as lm-eval reads it; its data are loaded.
 
-    What is on this machine is taken first; the hub is asked only for what is not. Relative paths in a file
-    are looked up in the working directory, then in the file's folder. `RecipeError` where there is no such task or it
-    is not one, `RunError` where its data are not to be had.
+    Local data are used first; the hub is asked only for missing data. Relative paths in a file are looked up in the
+    working directory, then in the file's folder. `RecipeError` if the task does not exist or is invalid, `RunError` if
+    its data are not available.
     """
     manager = _manager(isinstance(task, str))
     if isinstance(task, str) and task not in manager.all_subtasks:
@@ -60,7 +60,7 @@ def _manager(names: bool) -> Any:
 
 
 def _places(task: Path | str) -> Iterator[ExitStack]:
-    """Where a task's data may be: of a file, in the working directory or its folder; then in the cache, on the hub."""
+    """The places of a task's data: for a file, the working directory or its folder; then the cache, then the hub."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -73,7 +73,7 @@ def _places(task: Path | str) -> Iterator[ExitStack]:
             stack.enter_context(_changed(config, HF_DATASETS_CACHE=Path(scratch)))
         return stack
 
-    if isinstance(task, Path):  # local data are converted into a folder that goes with this process
+    if isinstance(task, Path):  # local data are converted into a temporary folder of this process
         for folder in (Path.cwd(), task.resolve().parent):
             yield place(True, folder, _scratch().name)
     yield place(True)
@@ -82,12 +82,12 @@ def _places(task: Path | str) -> Iterator[ExitStack]:
 
 
 def _hub_answers() -> bool:
-    """One short question, where a data set that cannot be fetched is tried for 23 seconds."""
+    """Ask the hub one short question, because fetching a missing data set is retried for 23 seconds."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the library's network layer raises
+    except Exception:  # any error of the library's network layer
         return False
     return True
 

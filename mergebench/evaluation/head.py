@@ -37,7 +37,7 @@ class Head:
     max_length: int | None  # tokens a text was cut to in training
 
     def task(self, data: Labelled, file: Path) -> Ready:
-        """The accuracy of this head's answers to the items of a data file."""
+        """The task of measuring this head's accuracy on the items of a data file."""
         data.known(self.labels, self.file)
 
         def measure(network: Network, tick: Tick) -> Score:
@@ -70,7 +70,7 @@ class Head:
 
 
 def read_head(file: Path) -> Head:
-    """Read and check a head; `ModelError` where it is not one."""
+    """Read and check a head; `ModelError` if the file is no head."""
     from safetensors.torch import load_file
 
     from mergebench.checkpoint.header import read_header

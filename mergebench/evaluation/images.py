@@ -1,4 +1,4 @@
-"""An encoder's features of image files, prepared by the image processor that lies beside the model."""
+"""An encoder's features of image files, prepared by the model's image processor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROCESSOR = "preprocessor_config.json"
 
 
 def check_image(file: Path, where: str) -> str:
-    """The SHA-256 of an image file; `RunError` where there is none or Pillow cannot tell what it is."""
+    """The SHA-256 of an image file; `RunError` if it is missing or Pillow cannot identify it."""
     from PIL import Image
 
     try:
@@ -39,7 +39,7 @@ def check_image(file: Path, where: str) -> str:
 
 
 class Images:
-    """Image files. They are read anew each time: to decode one costs little beside encoding it once."""
+    """Image files. They are read again each time, because decoding costs little compared to encoding."""
 
     def __init__(self, files: Sequence[Path], hashes: Sequence[str]) -> None:
         self.files = list(files)
@@ -49,7 +49,7 @@ class Images:
         return len(self.files)
 
     def lengths(self, network: Network) -> list[int]:
-        """Taken to be alike, as image processors make them."""
+        """All equal, because image processors give one size."""
         height, width = self._pixels(network, 0).shape[1:]
         return [_patches(network, height, width)] * len(self.files)
 
@@ -60,7 +60,8 @@ class Images:
         return torch.cat([pooling(*_encode(network, part, pooling)) for part in parts])
 
     def held(self, network: Network) -> Images:
-        """The same to be read many times: prepared once, kept in memory where a quarter of what is free will do."""
+        """The images for repeated reading: prepared once, and kept in memory if they fit into a quarter of the free
+        memory."""
         free, one = available_memory(), self._pixels(network, 0)
         if free is not None and 4 * len(self) * one.numel() * one.element_size() > free:
             return self
@@ -71,7 +72,7 @@ class Images:
 
 
 class Prepared(Images):
-    """The same prepared once and held in memory, for an encoder that reads them many times."""
+    """Images prepared once and held in memory, for an encoder that reads them many times."""
 
     def __init__(self, images: Images, network: Network) -> None:
         self.files, self.key = images.files, images.key
@@ -86,11 +87,11 @@ def _encode(network: Network, pixels: Tensor, pooling: Pooling) -> tuple[Tensor,
     """Last states [batch, tokens, hidden] of images [batch, channels, height, width], and which tokens are patches."""
     try:
         states = network.module(pixel_values=pixels.to(network.device)).last_hidden_state
-    except (AttributeError, TypeError, ValueError) as error:  # how transformers refuses sizes and inputs
+    except (AttributeError, TypeError, ValueError) as error:  # transformers' errors for wrong sizes and inputs
         shape = "x".join(map(str, pixels.shape[1:]))
         raise ModelError(f"model '{network.name}': it takes no images of {shape}: {_reason(error)}") from None
     patches = _patches(network, *pixels.shape[2:])
-    others = states.shape[1] - patches if states.ndim == 3 else -1  # class token, registers: they stand in front
+    others = states.shape[1] - patches if states.ndim == 3 else -1  # class token and registers, which come first
     if others < 0 or (others == 0 and "cls" in pooling.how):
         lacks = "no class token" if others == 0 else f"last states {list(states.shape)}, not one for each patch"
         raise ModelError(f"model '{network.name}': it has {lacks}", "pooling: mean" if others == 0 else None)

@@ -1,4 +1,4 @@
-"""Labelled texts or images: read from a task's data, and what a model's answers to them are worth."""
+"""Labelled texts or images: read them from a task's data, and score a model's answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Labelled:
     """Items with their labels, ready for an encoder."""
 
     rows: Sequence[Row]
-    labels: Sequence[str]  # none where no column was asked for
+    labels: Sequence[str]  # none if no column was requested
     inputs: Inputs
-    items: Mapping[str, str]  # where each stands, by its content
-    versions: Mapping[str, str] = field(default_factory=dict)  # of images and what reads them
+    items: Mapping[str, str]  # the place of each item, by its content
+    versions: Mapping[str, str] = field(default_factory=dict)  # of images and the library that reads them
 
     def known(self, labels: Collection[str], whose: object) -> None:
-        """`RunError` at the first item whose label is none of these."""
+        """`RunError` at the first item whose label is not in `labels`."""
         for row, label in zip(self.rows, self.labels, strict=True):
             if label not in labels:
                 close = did_you_mean(label, labels)
@@ -55,7 +55,8 @@ def read_texts(
 def read_images(
     file: Path, id: str, image: str, label: str | None, limit: int | None = None, seed: int | None = None
 ) -> Labelled:
-    """Rows with these columns; an image is a path from the data file's folder, and known again by its bytes."""
+    """Rows with these columns; an image is a path relative to the data file's folder, and is identified by its
+    bytes."""
     pillow = need("pillow", "images")
     rows = read_rows(file, id, _columns(image, label), limit, seed)
     files = [file.parent / _word(row, row.values[0], image) for row in rows]
@@ -71,7 +72,7 @@ def _columns(content: str, label: str | None) -> tuple[str, ...]:
 
 
 def _labels(rows: Sequence[Row], column: str | None) -> list[str]:
-    """Labels are words; whole numbers are taken for such."""
+    """Labels as words; whole numbers count as words."""
     if column is None:
         return []
     values = (row.values[1] for row in rows)

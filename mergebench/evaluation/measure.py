@@ -1,4 +1,4 @@
-"""Measuring: what a recipe made beside what went in, or any models side by side, on the tasks of a suite."""
+"""Measure a merged model beside its inputs, or any models side by side, on the tasks of a suite."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def read_suite(recipe: Recipe) -> Suite:
-    """The recipe's suite with its data: what is wrong with it shows before the merge, not after."""
+    """The recipe's suite with its data, read before the merge, so that its errors appear then."""
     from mergebench.evaluation import load_suite
 
     if recipe.evaluate is None:
@@ -44,7 +44,7 @@ def read_suite(recipe: Recipe) -> Suite:
 
 
 def _task_of(recipe: Recipe, suite: Suite) -> dict[str, str]:
-    """For each of the suite's tasks, the one of the merge: its head lies beside the model that was merged."""
+    """For each task of the suite, the merge's own task whose model has the head in its directory."""
     merge = resolve(recipe)
     owners: dict[Path | None, str] = {}
     for model, name in zip(merge.models, merge.tasks, strict=True):
@@ -70,12 +70,12 @@ def evaluate(
     results: str | Path | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> Results:
-    """Measure what a recipe made beside what went in, on the recipe's suite.
+    """Measure the merged model of a recipe beside its inputs, on the recipe's suite.
 
-    Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), where the recipe has
-    edits the merge without them (not merged again: its patches have the rows before), the merged model. Writes
-    `evaluation.json`, `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. With a folder
-    `results`, what was measured before is taken from there, and kept there.
+    Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), the merge before its
+    edits if the recipe has any (restored from the patches), the merged model. Writes `evaluation.json`,
+    `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. With a folder `results`, earlier
+    results are reused from there, and new results kept there.
     """
     from mergebench.editing.summary import sentence
     from mergebench.evaluation import evaluate_models, markdown, page, save
@@ -114,9 +114,9 @@ def measure(
 ) -> Results:
     """Measure models side by side on the tasks of a suite, one model in memory at a time.
 
-    models: as a recipe names them. split: test or validation (default: test where the suite has it).
-    against: the model the others are compared with (default: the base, else the first). results: a folder;
-    what was measured before is taken from there, and kept there.
+    models: as a recipe names them. split: test or validation (default: test if the suite has it). against: the model
+    the others are compared with (default: the base, else the first). results: a folder; earlier results are reused from
+    there, and new results kept there.
     """
     from mergebench.evaluation import Candidate, evaluate_models, load_suite
 
@@ -144,7 +144,7 @@ def measure(
 
 
 def _unedited(recipe: Recipe, out: Path, patches: Sequence[Path], store: Store | None) -> Candidate:
-    """The merge before its edits, as a row to set them against."""
+    """The merge before its edits, as a row to compare with."""
     from mergebench.checkpoint.content import sha256_of
     from mergebench.editing.undo import unedited
     from mergebench.evaluation import Candidate
@@ -165,7 +165,7 @@ def _store(folder: str | Path | None) -> Store | None:
 
 
 def _try_open(model: str) -> Model | MergebenchError:
-    """One model that cannot be opened does not keep the others from being measured."""
+    """Open a model, or return the error: one missing model must not stop the others."""
     try:
         return open_model(model)
     except MergebenchError as error:
@@ -177,7 +177,7 @@ def _raise(error: MergebenchError) -> Model:
 
 
 def _bases_of(model: Model) -> list[Path]:
-    """Where the model lies that this one was made from."""
+    """The directories of the models that this model was made from."""
     if model.directory is None:
         return []
     if model.adapters:
@@ -187,7 +187,7 @@ def _bases_of(model: Model) -> list[Path]:
 
 
 def inputs_of(recipe: Recipe, taken: Collection[str] = ()) -> list[Candidate]:
-    """What goes into a merge, as rows of a table: the base, and every model; not called by a name that is taken."""
+    """The inputs of a merge as rows of a table: the base and every model, without names that are taken."""
     from mergebench.evaluation import Candidate
 
     origin, entries = open_all(recipe)

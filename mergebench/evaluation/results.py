@@ -1,4 +1,4 @@
-"""Results: one record for each model and task, and what made them, in one JSON document.
+"""Results: one record for each model and task, and their origin, in one JSON document.
 
 Tables, the model card and comparisons are views of the records, made by functions in `tables/`, `page/` and `compare/`;
 means are computed, never stored.
@@ -32,14 +32,14 @@ class Record:
     value: float
     stderr: float | None  # of an accuracy p: sqrt(p (1 - p) / n)
     n: int  # items
-    relative: float | None  # value / value of the task's own fine-tune; None where that was not measured
+    relative: float | None  # value / value of the task's own fine-tune; None if that was not measured
     seconds: float
     predictions: Mapping[str, Prediction]  # by the items' ids; in JSON [output, score]
 
 
 @dataclass(frozen=True)
 class Results:
-    """Every record, model by model in the order of the tables, and what made them."""
+    """Every record, model by model in the order of the tables, and their origin."""
 
     made: Mapping[str, Any]
     records: tuple[Record, ...]
@@ -58,7 +58,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read `evaluation.json`, from the file or its directory; `RunError` where it holds something else."""
+        """Read `evaluation.json`, from the file or its directory; `RunError` if it holds something else."""
         path = path / FILE if path.is_dir() else path
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ class Results:
 
 
 def mean_values(results: Results) -> dict[str, float | None]:
-    """Each model's mean over the tasks; None where tasks are missing or do not share one metric."""
+    """Each model's mean over the tasks; None if tasks are missing or have different metrics."""
     comparable = len({(record.metric, record.direction) for record in results.records}) == 1
     out: dict[str, float | None] = {}
     for model in results.models:
@@ -84,7 +84,7 @@ def mean_values(results: Results) -> dict[str, float | None]:
 
 
 def mean_relatives(results: Results) -> dict[str, float | None]:
-    """Each model's mean over the tasks of value / value of the task's own fine-tune; None where one is unknown."""
+    """Each model's mean over the tasks of value / value of the task's own fine-tune; None if any is unknown."""
     one_way = len({record.direction for record in results.records}) == 1
     out: dict[str, float | None] = {}
     for model in results.models:
@@ -98,7 +98,7 @@ def _mean(values: list[float], wanted: int) -> float | None:
 
 
 def with_relatives(records: list[Record], homes: Mapping[str, str]) -> tuple[Record, ...]:
-    """The records with `relative` filled in; `homes` names each task's own fine-tune, where there is one."""
+    """The records with `relative` filled in; `homes` names each task's own fine-tune, if there is one."""
     own = {record.task: record.value for record in records if homes.get(record.task) == record.model}
     return tuple(
         replace(record, relative=record.value / own[record.task] if own.get(record.task) else None)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure, or one for each task by its name. Given as a function, it is opened when its turn comes.
+    """A model to measure, or a model for each task by name. A function opens the model when its turn comes.
 
-    directory: the model's own; a task whose head lies there has this for its fine-tune. key: for a model that is
-    not made of files, what its results are kept under.
+    directory: the model's own; it is the fine-tune of any task whose head lies there. key: the key of its results, for
+    a model that is not made of files.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """How far an evaluation is: items of all models and tasks."""
+    """The progress of an evaluation, in items of all models and tasks."""
 
     model: str
     task: str
@@ -59,10 +59,10 @@ def evaluate_models(
 ) -> Results:
     """Measure every candidate on every task, in the given order, in float32.
 
-    `device`: auto (CUDA where there is one), cpu or cuda. On one device the predictions depend on the
-    models and the suite alone, not on the number of cores. What is in the store is taken from there, and
-    what is measured is kept there. A model that fails is listed in `made["failed"]`, and the others go on;
-    where nothing at all can be measured, the first error is raised.
+    `device`: auto (CUDA where there is one), cpu or cuda. On one device the predictions depend on the models and the
+    suite alone, not on the number of cores. Results in the store are reused, and new results kept there. A model that
+    fails is listed in `made["failed"]`, and the others are still measured; if nothing at all can be measured, the first
+    error is raised.
     """
     twice = [name for name, count in Counter(candidate.name for candidate in candidates).items() if count > 1]
     if twice:
@@ -115,7 +115,7 @@ class Batch:
             self.records += [found[task.name] for task in every if task.name in found]
 
     def _measure(self, candidate: Candidate, model: LoadableModel, tasks: Sequence[Task]) -> dict[str, Record]:
-        """The records of tasks that share a model; what is not in the store is measured."""
+        """The records of tasks that share a model; results missing from the store are measured."""
         found: dict[str, Record] = {}
         open_: list[tuple[Task, str | None]] = []
         content = candidate.key or (None if self.store is None else self.store.content(model))
@@ -130,10 +130,10 @@ class Batch:
                 found[task.name] = _record(candidate, task, *kept)
         with self._failing(candidate, [task for task, _ in open_]):
             if open_:
-                self._hold(model, tasks[0].kind.network)  # one that cannot be built fails once, on all of them
+                self._hold(model, tasks[0].kind.network)  # a model that cannot be built fails once, for all tasks
             for task, key in open_:
                 with self._failing(candidate, [task]):
-                    network = self._hold(model, task.kind.network)  # again, where memory ran out
+                    network = self._hold(model, task.kind.network)  # again, if memory ran out
                     start = time.perf_counter()
                     score = task.ready.measure(network, self.meter.of(candidate.name, task.name))
                     seconds = round(time.perf_counter() - start, 3)
@@ -151,14 +151,14 @@ class Batch:
             return self._network
         network, self._network = self._network, None
         if network is None or network.auto_class != auto_class or not network.take(model):
-            del network  # before the next one comes
+            del network  # before the next one is loaded
             network = Network(model, auto_class, self.device)
         self._network, self._held = network, model
         return network
 
     @contextmanager
     def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
-        """What fails is noted, and the evaluation goes on."""
+        """Record failures and continue the evaluation."""
         from mergebench.networks.batch import out_of_memory
 
         try:
@@ -199,7 +199,7 @@ def _record(candidate: Candidate, task: Task, score: Score, seconds: float) -> R
 
 
 class _Meter:
-    """Counts the items of all models and tasks for whoever shows the progress."""
+    """Counts the items of all models and tasks, for a progress display."""
 
     def __init__(self, progress: Callable[[Step], None] | None, total: int) -> None:
         self.progress, self.total = progress, total
@@ -214,7 +214,7 @@ class _Meter:
         return tick
 
     def close(self, model: str, task: Task) -> None:
-        """What was not measured of a task that failed counts as done."""
+        """Count the remaining items of a failed task as done."""
         self.of(model, task.name)(task.ready.n - self.counts[model, task.name])
 
 

@@ -1,4 +1,4 @@
-"""What a scorer is: the parameters it has in a suite, and a function from a prompt and its continuation to a number.
+"""Scorers: parameters in a suite, and a function from a prompt and its continuation to a number.
 
     @dataclass(frozen=True, kw_only=True)
     class Params:
@@ -26,11 +26,11 @@ from mergebench.parameters import Parameter, parameters_of, params_of
 
 
 class Continuation(NamedTuple):
-    """What a model wrote after a prompt, and what it should have written, where the task has that."""
+    """A model's continuation of a prompt, and the target, if the task has one."""
 
     prompt: str
     text: str
-    target: str  # empty where the scorer needs none
+    target: str  # empty if the scorer needs none
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Scorer:
     score: Callable[[Sequence[Continuation]], Sequence[float]]  # a number for each
     metric: str = "accuracy"  # then each number is 1 or 0
     direction: Direction = "higher"
-    target: bool = False  # whether it needs one
-    files: tuple[Path, ...] = ()  # everything that was read, to tell results of another scorer apart
+    target: bool = False  # whether the scorer needs a target
+    files: tuple[Path, ...] = ()  # all files read; results depend on their content
     versions: dict[str, str] = field(default_factory=dict)  # of further libraries that the scores depend on
     spec: str = ""  # name and parameters, filled in when a suite is read
 
     def __call__(self, items: Iterable[Continuation]) -> list[float]:
-        """A number for each continuation; `RunError` where the scorer gives something else."""
+        """A number for each continuation; `RunError` if the scorer returns anything else."""
         asked = list(items)
         scores = [float(one) for one in self.score(asked)]
         if len(scores) != len(asked) or not all(map(math.isfinite, scores)):
@@ -59,7 +59,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScorerKind:
-    """A scorer and what a suite must know about it."""
+    """A scorer and its properties for a suite."""
 
     name: str  # as suites spell it: exact-match
     function: Callable[[Any], Scorer]

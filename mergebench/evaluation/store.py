@@ -1,8 +1,8 @@
-"""What was measured, kept: one JSON file for each model and task, so that nothing is measured twice.
+"""The store of results: one JSON file for each model and task, so that nothing is measured twice.
 
-A file's name is a hash of everything the result depends on: the bytes of the model, its config and
-tokenizer, the task's keys and data, the sort of device, the versions of the libraries. Names and places
-of models and files do not count.
+A file's name is a hash of everything the result depends on: the bytes of the model, its config and tokenizer, the
+task's keys and data, the sort of device, the versions of the libraries. Names and paths of models and files do not
+count.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ DEFAULT = Path("results")
 
 @dataclass
 class Store:
-    """A folder of results; made when the first one is kept."""
+    """A folder of results, created with the first result."""
 
     folder: Path = DEFAULT
 
     def key(self, content: str | None, task: Task, device: str, versions: Mapping[str, Any]) -> str | None:
-        """What the result of a model with that content is kept under; None where its content is not known."""
+        """The key of a result for a model with that content; None if its content is not known."""
         if content is None:
             return None
         plain = {name: value for name, value in vars(task.params).items() if not isinstance(value, Path)}
@@ -45,7 +45,7 @@ class Store:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
     def find(self, key: str | None) -> tuple[Score, float] | None:
-        """A result kept before and the seconds it took; None where there is none, or its file is damaged."""
+        """A stored result and the seconds it took; None if there is none, or its file is damaged."""
         if key is None:
             return None
         try:
@@ -63,13 +63,13 @@ class Store:
             return None
 
     def keep(self, key: str | None, score: Score, seconds: float, about: Mapping[str, Any]) -> None:
-        """Put a result in its place, at once. about: for people; nothing reads it."""
+        """Write a result atomically. about: for people; no code reads it."""
         if key is None:
             return
         put(self.folder, f"{key}.json", {**about, **vars(score), "seconds": seconds})
 
     def content(self, model: LoadableModel) -> str | None:
-        """A hash of every file that says what a model computes; None for a model that is not made of files."""
+        """A hash of every file that determines what a model computes; None for a model that is not made of files."""
         return self._contents.of_model(model)
 
     @cached_property

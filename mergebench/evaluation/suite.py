@@ -1,4 +1,4 @@
-"""Suites: which tasks to measure, read strictly from YAML or a mapping.
+"""Suites: the tasks to measure, read strictly from YAML or a mapping.
 
     tasks:
       - name: tweets
@@ -7,9 +7,9 @@
         head: adapters/tweets/head.safetensors
         split: test
 
-What is chosen on the tasks of one split, `validation`, is reported on those of the other, `test`: no
-item may be in both. `load_suite` reads and checks everything that needs no model, the tasks' data included, so that a
-mistake is found before a merge and not after it.
+Parameters are chosen on the tasks of split `validation` and reported on those of split `test`: no item may be in both.
+`load_suite` reads and checks everything that needs no model, including the tasks' data, so that errors appear before a
+merge.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks in the order of the suite; made by `load_suite`. Within a split, each name stands once."""
+    """Tasks in the order of the suite; made by `load_suite`. Names are unique within a split."""
 
     tasks: tuple[Task, ...]
     path: Path | None = None
 
     def only(self, split: str | None = None) -> Suite:
-        """The tasks of one split; by default those to be reported: test where there are any, else validation."""
+        """The tasks of one split; by default test if there are any, else validation."""
         found = {task.split for task in self.tasks}
         split = split or ("test" if "test" in found else "validation")
         if split not in found:
@@ -65,7 +65,7 @@ class Suite:
         return replace(self, tasks=tuple(task for task in self.tasks if task.split == split))
 
     def on(self, patches: Sequence[Path]) -> Suite:
-        """Nothing is left to wait for: these are the patches of the recipe's edits."""
+        """The suite with the patches of the recipe's edits, which some tasks wait for."""
         ready = (one.on_patches(patches) if one.on_patches else one for one in (task.ready for task in self.tasks))
         return replace(self, tasks=tuple(replace(task, ready=one) for task, one in zip(self.tasks, ready, strict=True)))
 
@@ -75,7 +75,7 @@ class Suite:
         return sum(task.ready.n for task in self.tasks)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was measured, with a hash of every file read, ready for JSON."""
+        """The suite with a hash of every file read, ready for JSON."""
         tasks = [
             {
                 "name": task.name,
@@ -168,7 +168,7 @@ class _Reader:
         self.items[task.split].update({one: (where, task.name) for one, where in task.ready.items.items()})
 
     def params(self, kind: Kind | ScorerKind, given: dict[str, Any], loc: Loc) -> Any:
-        """The dataclass of a kind, filled in."""
+        """The dataclass of a kind's parameters."""
         values = {name: self.value(kind, name, value, (*loc, name)) for name, value in given.items()}
         for parameter in kind.parameters.values():
             if parameter.required and parameter.name not in values:
@@ -190,7 +190,7 @@ class _Reader:
         return self.at(loc, lambda: kind(params))
 
     def at(self, loc: Loc, make: Callable[[], T]) -> T:
-        """What `make` gives; where it refuses, with the place in the suite."""
+        """The result of `make`; errors get the place in the suite."""
         try:
             return make()
         except RecipeError as error:

@@ -1,4 +1,4 @@
-"""What a kind of task is: the parameters it has in a suite, and a function that reads its data and measures.
+"""Kinds of tasks: parameters in a suite, and a function that reads the data and measures.
 
     @dataclass(frozen=True, kw_only=True)
     class Params(Common):
@@ -8,8 +8,8 @@
     def text_classification(p: Params) -> Ready:
         ...
 
-The function reads and checks the data, before any model is there, and returns a `Ready`, whose
-`measure` is called once for each model.
+The function reads and checks the data before any model is loaded. It returns a `Ready`, whose `measure` is called once
+for each model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Direction = Literal["higher", "lower"]  # which values are better
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """The parameters every kind of task has, beside `name` and `kind`."""
+    """The parameters of every kind of task, beside `name` and `kind`."""
 
     split: str = param("test", "what the data are for", choices=("test", "validation"))
     limit: int | None = param(None, "how many items are used: the first ones, or drawn with `seed`", low=1)
@@ -41,7 +41,7 @@ class Common:
 
 
 class Prediction(NamedTuple):
-    """What a model answered to one item, and what that is worth (for an accuracy 1 or 0)."""
+    """A model's answer to one item, and its score (for an accuracy 1 or 0)."""
 
     output: str
     score: float
@@ -79,16 +79,16 @@ class Ready:
 
     n: int  # items
     measure: Callable[[Network, Tick], Score]
-    files: tuple[Path, ...] = ()  # everything that was read, to tell results on other data apart
-    items: Mapping[str, str] = field(default_factory=dict)  # where each stands, by its content: `items.contents`
+    files: tuple[Path, ...] = ()  # all files read; results depend on their content
+    items: Mapping[str, str] = field(default_factory=dict)  # the place of each item, by its content: `items.contents`
     versions: Mapping[str, str] = field(default_factory=dict)  # of libraries and images that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
-    on_patches: Callable[[Sequence[Path]], Ready] | None = None  # it waits for the patches that a recipe's edits write
+    on_patches: Callable[[Sequence[Path]], Ready] | None = None  # for a task that waits for patches of edits
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of task and what a suite must know about it."""
+    """A kind of task and its properties for a suite."""
 
     name: str  # as suites spell it: text-classification
     function: Callable[[Any], Ready]
@@ -107,8 +107,8 @@ class Kind:
 def task(*, network: str) -> Callable[[Callable[[Any], Ready]], Kind]:
     """Declare a function `(params) -> Ready` as a kind of task.
 
-    `network` names the transformers class its models are built with, such as AutoModel: tasks that
-    name the same one share the model in memory.
+    `network` names the transformers class its models are built with, such as AutoModel: tasks with the same class share
+    the model in memory.
     """
 
     def declare(function: Callable[[Any], Ready]) -> Kind:

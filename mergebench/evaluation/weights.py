@@ -1,4 +1,4 @@
-"""Two models tensor by tensor, or their task vectors: norms, angle, what changed, where signs conflict."""
+"""Compare two models, or their task vectors, tensor by tensor: norms, angle, changed share, sign conflicts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergebench.methods import get
 
 
 class Difference(NamedTuple):
-    """How one tensor of B stands to A's (with a base: their task vectors).
+    """A tensor of B compared with A's (with a base: their task vectors).
 
     norm_ratio: |B| / |A|. cosine: of the angle between them. relative_distance: |B - A| / |A|.
     changed: share of elements that differ. sign_conflict: share with opposite signs among the elements
@@ -48,7 +48,7 @@ def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
         Merge(method=linear, params=params, base=None, models=models, names=names), workers=1, device="cpu"
     )
     keep_freed_memory()
-    with Files() as files, torch.inference_mode(), one_thread():  # whose dot products are short
+    with Files() as files, torch.inference_mode(), one_thread():  # the dot products are short
         reader = ChunkReader(plan, files)
         return [_difference(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
 

@@ -1,4 +1,4 @@
-"""Comparisons: two models on the same tasks, out of an evaluation's records or two files of predictions."""
+"""Compare two models on the same tasks, from an evaluation's records or two files of predictions."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Comparison:
 
     @cached_property
     def pooled_pairs(self) -> tuple[Pair, ...]:
-        """The tasks whose items count alike: all where they share a metric, else those with right and wrong answers."""
+        """The tasks with comparable items: all if they share a metric, else those with right and wrong answers."""
         if len({(pair.metric, pair.direction) for pair in self.pairs}) == 1:
             return self.pairs
         return tuple(pair for pair in self.pairs if pair.flips.both_right is not None)
 
     @cached_property
     def pooled(self) -> Flips | None:
-        """All their items as one task, with ids (task, split, id); None where scores have no common measure."""
+        """The items of `pooled_pairs` as one task, with ids (task, split, id); None if scores are not comparable."""
         if not self.pooled_pairs:
             return None
         old = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.old.items()}
@@ -77,14 +77,14 @@ class Comparison:
 
 
 def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path | None = None) -> Comparison:
-    """What a new model does better and what worse than an old one, item by item.
+    """Compare a new model with an old one, item by item.
 
     With an evaluation, or the directory or file it was saved in, `old` and `new` are names of its models, as in it or
     as in its table. Without, they are files of predictions, JSON lines or a list of {"id", "pred", "gold"}, or with a
     "score" (higher is better) in place of gold or beside it.
 
-    `RecipeError` for an unknown name or no such file; `RunError` where the two did not answer the same items of the
-    same tasks, measured alike, and with file and line for a broken or missing column or an id that stands twice.
+    `RecipeError` for an unknown name or a missing file. `RunError` if the two did not answer the same items of the same
+    tasks under the same metric, and, with file and line, for a broken or missing column or a repeated id.
     """
     if evaluation is not None:
         found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
@@ -149,7 +149,7 @@ def _compare_files(old: Path, new: Path) -> Comparison:
 
 
 def _row(results: Results, name: str) -> str:
-    """A model's name in the results; what is said of one that failed is said again."""
+    """A model's name in the results; raises the error of a model that failed."""
     failed = _failed(results, name)
     if failed is not None and name not in results.models:
         raise RunError(failed["error"], failed["hint"])
@@ -181,7 +181,7 @@ def _alike(old: Record, new: Record | None) -> bool:
 
 
 def _checked(pair: Pair, where: str) -> Pair:
-    """The pair, its flips counted."""
+    """The pair, after its flips were counted once."""
     try:
         _ = pair.flips
     except RunError as error:

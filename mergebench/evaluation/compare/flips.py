@@ -1,4 +1,4 @@
-"""Flips: which items a new model answers worse, and which better, than an old one; the same accuracy can hide both.
+"""Flips: the items that a new model answers worse, or better, than an old model; equal accuracy can hide both.
 
 Negative flips as in MUSCLE (arXiv:2407.09435, section 3), BTC as in Srivastava et al. 2020. With S an item's score
 and D = S(new) - S(old), turned round where lower scores are better, so that D > 0 is always an improvement:
@@ -33,13 +33,13 @@ RESAMPLES, SEED = 9999, 0
 
 @dataclass(frozen=True)
 class Flips:
-    """How a new model's answers stand to an old one's; made by `flips`. Rates are shares of all n items."""
+    """A new model's answers compared with an old model's; made by `flips`. Rates are shares of all n items."""
 
     n: int
     old: float  # mean score; for right and wrong the accuracy
     new: float
     difference: float  # mean D
-    interval: Interval | None  # of the difference, 95 %; None where one item is all there is to resample
+    interval: Interval | None  # of the difference, 95 %; None if there is only one item to resample
     p: float | None
     lost: tuple[Any, ...]  # ids with D < 0, the largest loss first
     won: tuple[Any, ...]  # ids with D > 0, the largest gain first
@@ -63,7 +63,7 @@ class Flips:
 
     @property
     def btc(self) -> float | None:
-        """None also where the old model is never right."""
+        """None also if the old model is never right."""
         if self.both_right is None or not (before := self.both_right + len(self.lost)):
             return None
         return self.both_right / before
@@ -75,7 +75,7 @@ class Flips:
 
     @property
     def nfr_least(self) -> float | None:
-        """The NFR of a model of the new accuracy that wins nothing where it need not lose."""
+        """The least NFR possible at the new accuracy."""
         return None if self.both_right is None else max(0.0, self.old - self.new)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Flips:
 
 
 def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
-    """Compare two models' answers to the same items; `RunError` where one lacks items of the other, or there are none.
+    """Compare two models' answers to the same items; `RunError` if their items differ, or there are none.
 
     direction: which scores are better. Scores that are all 0 or 1, where higher is better, mean wrong and right.
     """
@@ -141,14 +141,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p: where the models are equally good, an item that flips is lost or won like a coin falls."""
+    """Exact two-sided p: if the models are equally good, each flipped item is lost or won with probability 1/2."""
     from scipy.stats import binomtest
 
     return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
 
 
 def _newcombe(both: int, lost: int, won: int, neither: int) -> Interval:
-    """Two Wilson intervals, of the accuracies p and q, joined with the correlation phi of the two models' answers."""
+    """Two Wilson intervals, of the accuracies p and q, combined with the correlation phi of the two models' answers."""
     from scipy.stats import binomtest
 
     n = both + lost + won + neither

@@ -23,11 +23,11 @@ class Predictions(NamedTuple):
 
     answers: dict[str, Prediction]
     gold: dict[str, str]  # the right answers of those items that say it
-    scored: bool  # with scores of its own; else 1 where the answer is the right one
+    scored: bool  # whether the file has scores; else the score is 1 for a right answer
 
 
 def read_predictions(file: Path) -> Predictions:
-    """Read a file strictly; `RunError` with file and line for what is broken or missing, or an id that stands twice."""
+    """Read a file strictly; `RunError` with file and line for broken or missing fields, or a repeated id."""
     found = Predictions({}, {}, False)
     places: dict[str, str] = {}
     for where, record in records(file):

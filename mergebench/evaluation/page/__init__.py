@@ -1,9 +1,8 @@
-"""One page to look at: what a directory holds of a merge, an evaluation, a search, as `report.html`.
+"""The report page: the merge, evaluation or search in a directory as `report.html`.
 
     write(directory)
 
-The page is one file that asks for nothing else: no script, no font, no request. A section stands where there is
-something for it to show.
+The page is one self-contained file: no script, no font, no request. A section appears if it has something to show.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Writer = Callable[[Sources], Iterator[Section]]
 
 
 def write(directory: Path, out: Path | None = None) -> Path:
-    """Put the page in place, by default as `report.html` in the directory; where it lies.
+    """Write the page, by default as `report.html` in the directory; returns its path.
 
-    Raises `RecipeError` where there is nothing to show, `RunError` where a document is damaged or the disk full.
+    Raises `RecipeError` if there is nothing to show, `RunError` if a document is damaged or the disk is full.
     """
     from mergebench.checkpoint.files import write_atomically, write_error
 
     target = out if out is not None else directory / FILE
-    text = render(read(directory)).encode("utf-8", "replace").decode()  # of half a character, JSON takes no offence
+    text = render(read(directory)).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,13 +41,14 @@ def write(directory: Path, out: Path | None = None) -> Path:
 
 
 def attempt(directory: Path) -> None:
-    """Put the page in place if it can be: what was measured is on the disk already, and no page may spoil it."""
+    """Write the page if possible: the results are on disk already, so its failure must not end the run."""
     with suppress(Exception):
         write(directory)
 
 
 def look_at_merge(recipe: Recipe, directory: Path, provenance: Mapping[str, Any]) -> None:
-    """Put the statistics of a merge beside it, where there are any and they can be had: only the page needs them."""
+    """Write the statistics of a merge beside it, if it has any; failures are ignored, because only the page needs
+    them."""
     from mergebench.evaluation.page.profile import profile
     from mergebench.recipe.resolve import resolve
 
@@ -86,7 +86,7 @@ def _writers() -> list[Writer]:
 
 
 def _drawn(writer: Writer, sources: Sources) -> list[Section]:
-    """A writer's sections. One that fails says so on the page, and the others stand."""
+    """A writer's sections. A section that fails says so on the page; the others are unaffected."""
     found: list[Section] = []
     try:
         for section in writer(sources):

@@ -55,7 +55,7 @@ _STYLE: Any = {
 
 
 class Figure(NamedTuple):
-    """A plot as SVG, and what it shows in words."""
+    """A plot as SVG, and its description in words."""
 
     svg: str
     alt: str
@@ -66,13 +66,13 @@ class Figure(NamedTuple):
 @contextmanager
 def plot(height: float) -> Iterator[tuple[Canvas, Axes]]:
     """A canvas of `WIDTH` by `height` units with one pair of axes, in the page's style."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is no news
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide its messages about the font cache
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters its font lacks, which the reader's has
+        warnings.simplefilter("ignore")  # about glyphs that its font lacks but the reader's has
         canvas = Canvas(figsize=(WIDTH / 72, height / 72), layout="constrained")
         FigureCanvasSVG(canvas)
         yield canvas, canvas.add_subplot()

@@ -1,4 +1,4 @@
-"""What stands at the top: a title, what was measured, what came out."""
+"""The top of the page: a title, what was measured, the main findings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def findings(sources: Sources) -> list[str]:
 
 
 def _said(write: Writer, source: Any) -> list[str]:
-    """What is written of a document that is there; of a broken one nothing, its section says what is wrong."""
+    """The sentences about a document, if it is present; none for a broken document, whose section shows the error."""
     if source is not None:
         with suppress(Exception):
             found = write(source)

@@ -1,4 +1,4 @@
-"""Where it comes from: recipe, inputs, versions, what it took."""
+"""The origin of the results: recipe, inputs, versions, time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page is made of. The template knows these and nothing of what they show."""
+"""The elements of a page. The template knows only these, not their content."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Table(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Terms and what stands for them."""
+    """Terms and their values."""
 
     pairs: Sequence[tuple[str, str]]
     kind: str = "facts"
@@ -49,7 +49,7 @@ class Verbatim(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """More, for who opens it."""
+    """Details that the reader can open."""
 
     summary: str
     parts: Sequence[Part]

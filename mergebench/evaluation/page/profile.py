@@ -18,14 +18,14 @@ from mergebench.engine.profile import Counts
 from mergebench.methods import get
 
 FILE = "statistics.json"
-MOST = 1 << 25  # elements looked at; of a larger model, every second, third, ... chunk of each tensor
+MOST = 1 << 25  # elements read; for a larger model, every second, third, ... chunk of each tensor
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one sweep over a merge's task vectors tells; all counts by tensor, in the order of the files.
+    """Statistics from one sweep over a merge's task vectors; all counts by tensor, in the order of the files.
 
-    every: of the chunks of a tensor, one in so many was looked at. replayed: whether `merged` and `kept` are known.
+    every: one in this many chunks of a tensor was read. replayed: whether `merged` and `kept` are known.
     """
 
     method: str
@@ -46,7 +46,7 @@ class Profile:
 
     @classmethod
     def load(cls, directory: Path) -> Profile:
-        """What `save` wrote; `OSError`, `ValueError`, `KeyError` or `TypeError` where there is none."""
+        """Read the file that `save` wrote; `OSError`, `ValueError`, `KeyError` or `TypeError` if there is none."""
         document = json.loads((directory / FILE).read_text(encoding="utf-8"))
         numel, counts = {}, {}
         for entry in document.pop("tensors"):
@@ -58,10 +58,10 @@ class Profile:
 
 
 def profile(merge: Merge, answers: Mapping[str, Any]) -> Profile | None:
-    """Look at a merge's task vectors once more; None where there is no base to differ from.
+    """Sweep over a merge's task vectors once more; None if there is no base.
 
-    answers: to the method's questions, as the merge found them (`KeyError` where one is missing). A method on weights
-    or on whole matrices is not replayed: all elements go into what it gives.
+    answers: the merge's answers to the method's questions (`KeyError` if one is missing). A method on weights or on
+    whole matrices is not replayed, because it uses all elements.
     """
     if merge.base is None:
         return None
@@ -106,7 +106,7 @@ def profile(merge: Merge, answers: Mapping[str, Any]) -> Profile | None:
 
 
 def _without_base(one: Profile) -> Profile:
-    """Models that nowhere differ from the base are left out: it counts as a model for methods on weights."""
+    """Without models equal to the base, since methods on weights count the base as a model."""
     moved = [k for k in range(len(one.models)) if any(counts.squares[k] for counts in one.counts.values())]
 
     def taken(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -167,7 +167,7 @@ def _apart(points: Sequence[Point], tasks: Sequence[str]) -> tuple[str, str] | N
 
 
 def _trade_off(search: Search, x: str, y: str) -> Figure:
-    """Two tasks against each other, with the points that none beats in both."""
+    """Two tasks against each other, with the Pareto front."""
     known = [point for point in search.points if x in point["tasks"] and y in point["tasks"]]
     places = [(point["tasks"][x], point["tasks"][y]) for point in known]
     front = _front(places, search.higher)
@@ -181,7 +181,7 @@ def _trade_off(search: Search, x: str, y: str) -> Figure:
 
 
 def _front(places: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
-    """Those that none beats in both, the best in the first value first."""
+    """The Pareto front of the points, sorted by the first value, the best first."""
     sign = 1 if higher else -1
     front: list[tuple[float, float]] = []
     for place in sorted(places, key=lambda place: (sign * place[0], sign * place[1]), reverse=True):

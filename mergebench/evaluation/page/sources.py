@@ -1,4 +1,4 @@
-"""What a directory holds that a page can show."""
+"""The documents in a directory that a page can show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sources:
-    """The documents of one directory, each None where it is not there."""
+    """The documents of one directory, each None if it is missing."""
 
     directory: Path
     results: Results | None
@@ -60,7 +60,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _profile(path: Path) -> Profile | None:
-    """Whoever has old statistics, or damaged ones, has a page without them."""
+    """The statistics; None if they are damaged or from an older version, and the page leaves them out."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         return Profile.load(path.parent)
     return None

@@ -1,1 +1,1 @@
-"""Searching a recipe's parameters: which points to try, their merges, what is measured of them, what was found."""
+"""Search a recipe's parameters: choose points, merge them, measure them, and report the best."""

@@ -1,4 +1,5 @@
-"""What a search has found so far, in `search.json`: complete after every point, so that a killed search goes on."""
+"""The points of a search so far, in `search.json`: written after every point, so that a killed search can be
+resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ FILE, BEST, WORK = "search.json", "best.yaml", ".candidate"
 
 @dataclass(frozen=True)
 class Point:
-    """One merge that was measured, or could not be."""
+    """One merge that was measured, or failed."""
 
     number: int  # from 0, the recipe as given
     values: Mapping[str, Any]  # by dimension
@@ -32,23 +33,23 @@ class Point:
 
 @dataclass
 class History:
-    """The points of one search, in their order, and what made them; in `folder`."""
+    """The points of one search, in order, with their settings; in `folder`."""
 
     folder: Path
     made: dict[str, Any]
     direction: str = "higher"  # which objectives are better
-    metrics: dict[str, str] = field(default_factory=dict)  # by task; known when a point was measured
+    metrics: dict[str, str] = field(default_factory=dict)  # by task; known after the first measured point
     points: list[Point] = field(default_factory=list)
 
     def cost(self, point: Point) -> float:
-        """The objective, turned round where higher is better; above all others where the point failed."""
+        """The objective, negated if higher is better; above all others if the point failed."""
         if point.objective is None:
             return FAILED
         return -point.objective if self.direction == "higher" else point.objective
 
     @property
     def ranked(self) -> list[Point]:
-        """The points that could be measured, the best first; of equal ones the earlier."""
+        """The measured points, the best first; of equal points, the earlier."""
         found = [point for point in self.points if point.objective is not None]
         return sorted(found, key=lambda point: (self.cost(point), point.number))
 
@@ -73,7 +74,7 @@ class History:
         }
 
     def resume(self) -> None:
-        """Take in the points that an interrupted search of the same settings left in the folder."""
+        """Load the points of an interrupted search with the same settings from the folder."""
         found = read(self.folder)
         if found is None:
             return
@@ -114,7 +115,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """The folder of a search, for this process alone; its files of an earlier one are kept or taken away."""
+    """Lock the folder of a search for this process; files of an earlier search are kept or deleted."""
     try:
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"{folder}: it exists and is not a directory", "choose another --out")

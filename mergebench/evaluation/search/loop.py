@@ -1,4 +1,4 @@
-"""The search itself: ask a strategy for a point, merge it, measure it on the validation tasks, tell what it cost."""
+"""The search loop: ask a strategy for a point, merge it, measure it on the validation tasks, return its cost."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mergebench.evaluation.search.strategies import STRATEGIES
 from mergebench.evaluation.store import Store
 from mergebench.recipe import Recipe
 
-PATIENCE = 10  # times the budget that points may be asked for, with those that were measured before
+PATIENCE = 10  # times the budget: the most points that are requested, including points measured before
 
 
 class Search:
-    """A recipe's search over `space`; `run` goes on to the end of the budget, from wherever the history stands."""
+    """A recipe's search over `space`; `run` continues from the history to the end of the budget."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Search:
         history.points = []
 
     def run(self) -> None:
-        """Raises the first point's error where no point at all could be measured."""
+        """Raises the first point's error if no point could be measured."""
         made, given = self.history.made, as_given(self.space)
         start = [one.place(given[one.name]) for one in self.space]
         self._try(given)
@@ -58,7 +58,7 @@ class Search:
                 places = next(points) if cost is None else points.send(cost)
                 cost = self._try({one.name: one.at(place) for one, place in zip(self.space, places, strict=True)})
         except StopIteration:
-            pass  # a grid ends, and evolution where nothing gets better
+            pass  # a grid ends, and so does CMA-ES when nothing improves
         if self.history.best is None:
             error = self.history.points[0].error
             raise RunError(f"no point could be measured; the recipe as given: {error}")
@@ -78,7 +78,7 @@ class Search:
         return self.history.cost(known)
 
     def _again(self, values: Mapping[str, Any]) -> Point | None:
-        """The point as an earlier run left it."""
+        """The point from an earlier run."""
         point = self._left.pop(0) if self._left else None
         if point is not None and dict(point.values) != dict(values):
             raise RunError(f"{self.history.folder}: its points are others than this search asks for", "--overwrite")

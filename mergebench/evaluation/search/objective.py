@@ -1,4 +1,4 @@
-"""What a search makes as good as it can: one number of a model's values on the validation tasks."""
+"""The objective of a search: one number from a model's values on the validation tasks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """One of `NAMES`. own: for the last two, what each task's own fine-tune reaches; where none is known to be its
-    own, the best of the models."""
+    """One of `NAMES`. own: for the last two, the value of each task's own fine-tune, or of the best model if the
+    fine-tune is not known."""
 
     name: str
     own: Mapping[str, float]
 
     def of(self, records: Sequence[Record]) -> tuple[float, str]:
-        """The objective of one model's records, and which are better: higher, or lower."""
+        """The objective of one model's records, and its direction: whether higher or lower is better."""
         if self.name == "mean":
             metrics = {(record.metric, record.direction) for record in records}
             if len(metrics) > 1:
@@ -53,7 +53,7 @@ def check(name: str) -> None:
 
 
 def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
-    """The objective of that name; where it compares with the models, they are measured first."""
+    """The objective of that name; if it needs the models' values, they are measured first."""
     if name == "mean":
         return Objective(name, {})
     homes = homes_of(inputs, suite)

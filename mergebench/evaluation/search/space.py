@@ -1,4 +1,4 @@
-"""What a search varies: parameters of the recipe, each over a range or a few values.
+"""The space of a search: parameters of the recipe, each over a range or a few values.
 
 - lambda: over a range made from what the method declares and the recipe has
 - lambda=0.2:1.2: over a range
@@ -21,8 +21,8 @@ from mergebench.recipe.open import short_names
 from mergebench.recipe.positions import show
 
 FORMS = "write lambda, lambda=0.2:1.2 (a range), density=0.05/0.1/0.2 (values) or weight.* (one a model)"
-OF_UNBOUNDED = (0.2, 1.5)  # times the recipe's value, where the method declares no bounds
-OF_OPEN = 100  # what must be above zero begins at its upper bound over this
+OF_UNBOUNDED = (0.2, 1.5)  # times the recipe's value, if the method declares no bounds
+OF_OPEN = 100  # a parameter above zero starts at its upper bound divided by this
 
 Values = Mapping[str, Any]  # a point: value by the dimension's name
 
@@ -41,14 +41,14 @@ class Dimension:
 
     @property
     def levels(self) -> int | None:
-        """How many different values there are; None where a range has no end of them."""
+        """The number of different values; None for a continuous range."""
         if self.choices:
             return len(self.choices)
         return int(self.high - self.low) + 1 if self.parameter.type is int else None
 
     @property
     def by_factors(self) -> bool:
-        """Whether equal steps are equal factors: so for what must be above zero, such as a density."""
+        """Whether the scale is logarithmic: for parameters that must be above zero, such as a density."""
         return self.parameter.above == 0 and self.low > 0
 
     def at(self, place: float) -> Any:
@@ -63,7 +63,7 @@ class Dimension:
         return round(value) if self.parameter.type is int else value
 
     def place(self, value: Any) -> float:
-        """Where a value lies; in the middle if it is not among these."""
+        """The place of a value; in the middle if it is not in the range or list."""
         if self.choices:
             return (self.choices.index(value) + 0.5) / len(self.choices) if value in self.choices else 0.5
         if value is None or self.high == self.low:
@@ -90,7 +90,7 @@ def at_point(recipe: Recipe, space: Sequence[Dimension], values: Values) -> Reci
 
 
 def as_given(space: Sequence[Dimension]) -> dict[str, Any]:
-    """The point at which the recipe stands."""
+    """The point of the recipe as given."""
     return {one.name: one.own for one in space}
 
 

@@ -1,7 +1,7 @@
-"""Which points a search tries, one after the other.
+"""Search strategies: which points to try, one after the other.
 
-A strategy is a generator: it yields a point as places from 0 to 1, one for each dimension, and is sent what that
-point costs (lower is better). It goes on for as long as it is asked. All are deterministic in their seed.
+A strategy is a generator. It yields a point as one place from 0 to 1 per dimension, and is sent the cost of the point
+(lower is better). It continues while it is asked. All strategies are deterministic in their seed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def grid(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> St
 
     while fitting := [i for i in range(len(space)) if fits(i)]:
         counts = finer(min(fitting, key=lambda i: counts[i]))
-    # lambda runs fastest: what differs in it alone is merged in a moment
+    # lambda varies fastest: points that differ only in lambda merge quickly
     order = sorted(range(len(space)), key=lambda i: space[i].parameter.name == "lambda")
     for places in itertools.product(*(_spread(space[i], counts[i], start[i]) for i in order)):
         yield [place for _, place in sorted(zip(order, places, strict=True))]
@@ -51,9 +51,9 @@ def random(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> 
 
 
 def cmaes(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
-    """Evolution of the covariance matrix (Hansen, arXiv:1604.00772), from the recipe as given outwards.
+    """CMA-ES (Hansen, arXiv:1604.00772), starting from the recipe as given.
 
-    Du et al. (arXiv:2410.02396) search PCB's coefficients so.
+    Du et al. (arXiv:2410.02396) search PCB's coefficients this way.
     """
     import numpy as np
     from cmaes import CMA

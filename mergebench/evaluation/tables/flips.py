@@ -40,8 +40,8 @@ def comparison_report(
 
 
 def against_table(results: Results) -> tuple[Table, str] | None:
-    """Every other model against the baseline, or an edited one, task by task, against what it was before, and how to
-    read it; None where nothing can be compared."""
+    """A table of every other model against the baseline, or of an edited model, task by task, against itself before the
+    edits, and its legend; None if nothing can be compared."""
     heads, rows, legend = _against(results)
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""What every view of results is written with: numbers, tables as text, Markdown's lines."""
+"""Formatting for all views of results: numbers, tables as text, lines of Markdown."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def render(table: Table, legend: str, *, width: int | None = None, styled: bool 
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last parts of each name that tell it from the others.
+    """The shortest last parts of each name that are unique.
 
-    `runs/a/tweets` and `base+b/nouns` become `tweets` and `nouns`; what is in brackets is left whole.
+    `runs/a/tweets` and `base+b/nouns` become `tweets` and `nouns`; text in brackets is kept whole.
     """
     names = list(dict.fromkeys(names))
     split = {name: re.split(r"[/+](?![^(]*\))", name) for name in names}

@@ -1,4 +1,5 @@
-"""Class-incremental learning: an adapter for each task of a growing sequence, kept in a bank, retrieved (MOS)."""
+"""Class-incremental learning with MOS: an adapter for each task of a sequence, kept in a bank and retrieved per
+item."""
 
 from mergebench.systems.mos.bank import Bank, read_bank
 from mergebench.systems.mos.config import Config, load_config

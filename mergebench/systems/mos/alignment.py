@@ -1,7 +1,7 @@
 """Retraining a head on features drawn from the Gaussians of all its classes (arXiv:2303.05118; arXiv:2412.09441).
 
-Each task trains the rows of its own classes only. Features drawn for every class, old ones too, let the rows be
-compared; nothing but the head learns.
+Each task trains only the rows of its own classes. Features drawn for every class, including old classes, make the rows
+comparable; only the head learns.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def align(
     batch: int = 48,
     weight_decay: float = 5e-4,
 ) -> tuple[Tensor, Tensor]:
-    """A head's weight [C, d] and bias [C] after alignment; what is given is only read.
+    """A head's weight [C, d] and bias [C] after alignment; the inputs are not changed.
 
     SGD with momentum 0.9, its rate falling to zero by a cosine over the epochs. Each epoch draws 5 * batch features a
-    class and goes through all, shuffled, in C steps. Raises `RunError` where it does not stay finite.
+    class and goes through all, shuffled, in C steps. Raises `RunError` if the head does not stay finite.
     """
     weight, bias = (tensor.detach().float().clone().requires_grad_() for tensor in (weight, bias))
     optimiser = torch.optim.SGD([weight, bias], lr=lr, momentum=0.9, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""A bank: what each task of a sequence left, one safetensors file a part, and a manifest of classes to tasks.
+"""A bank: the adapter, heads and class statistics of each task, a safetensors file each, and a manifest of classes.
 
     bank.json                    the manifest, written last (manifest.py)
     adapters/01.safetensors      BLOCK.down.weight [r, d], .down.bias [r], .up.weight [d, r], .up.bias [d]
@@ -8,8 +8,8 @@
                                  variance [c, d] or centroids and within [c, k, d] (statistics.py); prototype
                                  [c, d]: means under the first task's adapter; frozen [c, d]: means under none
 
-What a stage needs is in the files of the tasks up to it, so one finished bank answers as it would have at any stage.
-Nothing here writes into a bank but `BankWriter`, which adds a task.
+A stage needs only the files of the tasks up to it, so a finished bank can answer as at any stage. Only `BankWriter`,
+which adds a task, writes into a bank.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Bank:
         return torch.tensor([number for number, task in enumerate(self.tasks) for _ in task.classes])
 
     def numbers(self, labels: Sequence[str]) -> Tensor:
-        """[n] int64: where labels stand among the classes; `RunError` where one is none of them."""
+        """[n] int64: the class numbers of labels; `RunError` if a label is unknown."""
         number = {name: i for i, name in enumerate(self.classes)}
         for label in labels:
             if label not in number:
@@ -97,7 +97,7 @@ class Bank:
         return self.classes[: len(self._stored[stage].head.labels)]
 
     def adapter(self, task: int) -> dict[str, Tensor]:
-        """A copy: whatever is done to it, the bank stays as it is."""
+        """A copy, so that changes to it do not change the bank."""
         return {name: tensor.clone() for name, tensor in self._stored[task].adapter.items()}
 
     def head(self, stage: int) -> Head:
@@ -125,7 +125,7 @@ class Bank:
 
 
 def read_bank(directory: str | Path) -> Bank:
-    """Read and check a bank: `ModelError` where parts are missing or do not fit, `RunError` where one is damaged."""
+    """Read and check a bank: `ModelError` if parts are missing or do not fit, `RunError` if a part is damaged."""
     place = Path(directory)
     about = read_manifest(place)
     if not about.tasks:
@@ -134,9 +134,9 @@ def read_bank(directory: str | Path) -> Bank:
 
 
 class BankWriter:
-    """Adds tasks to a bank, one after the other; each is complete once the manifest says so.
+    """Adds tasks to a bank, one after the other; a task is complete when the manifest lists it.
 
-    In a directory that holds a bank with the same settings it goes on after the last task whose files are all there.
+    In a directory with a bank of the same settings, it continues after the last task whose files are complete.
     """
 
     def __init__(self, directory: Path, about: About) -> None:
@@ -160,7 +160,7 @@ class BankWriter:
         prototype: Tensor,
         frozen: Tensor,
     ) -> list[str]:
-        """Add a task and return the files written, the manifest last; nothing is left of one that does not fit.
+        """Add a task and return the files written, the manifest last; a task that does not fit leaves no files.
 
         head: weight [C, d] and bias [C] of all classes so far; trained: those of `classes` alone. statistics: mean,
         count and the spread, as a task's file has them.
@@ -257,14 +257,14 @@ def _fits(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Sequence
 
 
 def _tensors(directory: Path, entry: TaskEntry, pattern: str) -> dict[str, Tensor]:
-    """What a file holds, if it is the one that the manifest means."""
+    """The tensors of a file, if its hash is that in the manifest."""
     raw = _raw(directory, entry, pattern)
     read_header(directory / pattern.format(entry.name))  # a clear word where it is no safetensors file
     return dict(sorted(load(raw).items()))
 
 
 def _raw(directory: Path, entry: TaskEntry, pattern: str) -> bytes:
-    """A file's bytes, if they are those that the manifest means."""
+    """A file's bytes, if their hash is that in the manifest."""
     place = pattern.format(entry.name)
     file = directory / place
     try:

@@ -1,4 +1,4 @@
-"""What `mergebench cil run` is told: a YAML file, read strictly.
+"""The config of `mergebench cil run`: a YAML file, read strictly.
 
     backbone: cache/base
     train: cache/digits/train.jsonl
@@ -70,7 +70,7 @@ class Config:
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
-    """Read and check a YAML file or a mapping; `RecipeError` with the place of what is wrong."""
+    """Read and check a YAML file or a mapping; `RecipeError` with the place of the error."""
     folders: list[Path] = []
     if isinstance(source, Mapping):
         places = Places({(): "config"})

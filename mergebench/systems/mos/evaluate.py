@@ -1,4 +1,4 @@
-"""Finished banks, scored anew: one of them, or all of a run."""
+"""Score finished banks again: a single bank, or all banks of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate_banks(
     device: str = "auto",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Records (measures.py) of banks, or of all banks that directories hold; the banks are only read.
+    """Records (metrics.py) of banks, or of all banks in directories; the banks are only read.
 
     test: items in place of those that the banks name. backbone: where it is now. Raises `ModelError` where a bank or
     the backbone is missing or does not fit, `RunError` where files are damaged or the items are not the banks'.

@@ -1,4 +1,4 @@
-"""What a bank's adapters make of items: features under each adapter, made when they are first asked for."""
+"""Features of items under each adapter of a bank, computed on first use."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mergebench.systems.mos.variants import NONE
 
 
 class Seen:
-    """Features of items, each made at most once for an adapter. Nothing in the bank changes, so the order in which
-    they are asked for says nothing (in the published code every pass merges the stored adapters further)."""
+    """Features of items, computed at most once per adapter. The bank does not change, so the order of requests does not
+    matter (in the published code every pass merges the stored adapters further)."""
 
     def __init__(self, bank: Bank, encoder: Encoder, inputs: Inputs, tick: Tick) -> None:
         self.bank, self.encoder, self.inputs, self.tick = bank, encoder, inputs, tick
@@ -36,6 +36,6 @@ class Seen:
         return rows.index_select(0, positions)
 
     def make(self, adapter: int, positions: Tensor) -> Tensor:
-        """The same, made now."""
+        """Compute these features."""
         weights = None if adapter == NONE else self.bank.adapter(adapter)
         return self.encoder.features(self.inputs, positions.tolist(), weights, self.tick)

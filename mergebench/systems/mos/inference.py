@@ -1,4 +1,5 @@
-"""What a bank answers to the items of a file, and on which way: adapters retrieved without being told the task."""
+"""Answer the items of a file with a bank, and report each item's path: adapters are retrieved without the task's
+label."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One run of MOS over a sequence of tasks (arXiv:2412.09441): what each task leaves in the bank.
+"""Learn a sequence of tasks by MOS (arXiv:2412.09441), and produce each task's part of the bank.
 
 For each task: train its adapter from the last one, merged toward the mean of those before; statistics of its classes
-under that adapter; prototypes under the first one; then align the head of all classes so far with features drawn by
-the statistics. The published code goes on merging while it gathers the statistics, and the next task starts from what
-that leaves (`semantics.py`); its prototypes are means of features with dropout, from the second task on.
+under that adapter; prototypes under the first one; then align the head of all classes so far with features drawn by the
+statistics. The published code continues merging while it gathers the statistics, and the next task starts from the
+result (`merging.py`); its prototypes are means of features with dropout, from the second task on.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PASSES = 3  # training batches in one of those that gather statistics
 
 
 class Left(NamedTuple):
-    """What a task leaves: the arguments of `BankWriter.add`, and how training went."""
+    """The result of a task: the arguments of `BankWriter.add`, and training statistics."""
 
     files: dict[str, Any]
     trained: Trained
 
 
 class Learner:
-    """Learns the tasks of one bank, each from what is in it already.
+    """Learns the tasks of one bank, each from the bank's current content.
 
     epochs: 0 for adapters that add nothing, under a head that alignment alone makes.
     """
@@ -51,7 +51,7 @@ class Learner:
         )
 
     def work(self, classes: Sequence[str]) -> int:
-        """How many items learning a task comes to, as `tick` counts them."""
+        """The number of items that `tick` counts while a task is learnt."""
         return (self.epochs + 3) * sum(label in classes for label in self.labels)
 
     def learn(self, classes: Sequence[str], bank: Bank | None, seed: int, tick: Tick) -> Left:

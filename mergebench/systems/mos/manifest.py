@@ -1,4 +1,4 @@
-"""What `bank.json` says of a bank: what its adapters belong to, how they were made, and which classes each task has.
+"""The manifest `bank.json` of a bank: its backbone, its settings, and the classes of each task.
 
 {"mergebench": version,
  "backbone": {"model": reference, "sha256": of its contents},

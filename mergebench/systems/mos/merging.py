@@ -1,13 +1,13 @@
-"""What merging an adapter toward those before it means while it is trained, and while it is used.
+"""Merge an adapter toward the earlier adapters, during training and during use.
 
-MOS (arXiv:2412.09441, adapter merging): after every step A <- (1 - alpha) A + alpha M, M the mean of the adapters of
-the tasks before; weights and biases alike, nothing for the first task. That is `paper`.
+`paper` is MOS (arXiv:2412.09441, adapter merging): after every step A <- (1 - alpha) A + alpha M, with M the mean of
+the earlier tasks' adapters, for weights and biases; the first task is not merged.
 
-The published code merges in place wherever a forward pass meets an adapter, once for each of its L blocks: block l
-(from 1) of a pass computes with an adapter merged l times, after the pass the adapter has been merged L times, and
-after the step once more. It does so in evaluation, too, with the adapters it has stored. That is `reference`.
-m merges with a mean that stays are A + (1 - (1 - alpha)^m) (M - A), so all that evaluation changes in a stored
-adapter is told by one number, the forward passes it has been through.
+`reference` is the published code, which merges in place in every forward pass, once for each of the L blocks. Block l
+(from 1) of a pass computes with an adapter merged l times; after the pass the adapter has been merged L times, and
+after the step once more. The published code also does so in evaluation, with the stored adapters. m merges with a fixed
+mean give A + (1 - (1 - alpha)^m) (M - A), so the number of forward passes determines how evaluation changes a stored
+adapter.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def in_pass(adapter: Adapter, mean: Adapter, alpha: float, blocks: Sequence[str]
 
 
 def share(alpha: float, merges: int) -> float:
-    """How much of the way to the mean an adapter has gone after so many merges: 1 - (1 - alpha)^merges."""
+    """The share of the distance to the mean that an adapter has moved after `merges` merges: 1 - (1 - alpha)^merges."""
     return float(1 - (1 - alpha) ** merges)
 
 

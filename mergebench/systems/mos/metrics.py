@@ -1,4 +1,4 @@
-"""What a sequence of tasks comes to: accuracy on the way and at the end, forgetting, retrieval; its spread over seeds.
+"""Metrics of a sequence of tasks: average and last accuracy, forgetting, retrieval, and their spread over seeds.
 
 A record is what one method scored after one task: {"seed", "method", "stage", "accuracy" (on all classes so far),
 "by_task": [accuracy on each task so far], "items_by_task": [items of each], "retrieval": None or {"steps": [share of
@@ -105,7 +105,7 @@ def measures(run: Sequence[Record]) -> Measures:
 
 
 def forgetting(run: Sequence[Record]) -> float | None:
-    """Mean over all tasks but the last of the best accuracy a task ever had less what it has at the end."""
+    """Mean, over all tasks but the last, of a task's best accuracy minus its final accuracy."""
     final = run[-1]["by_task"]
     lost = [
         max(r["by_task"][task] for r in run if task < len(r["by_task"])) - final[task] for task in range(len(final))

@@ -28,7 +28,7 @@ LOOKS = {
 def plot(records: Iterable[Record], file: Path) -> None:
     """A PNG: the accuracy on all classes so far after each task, a line a method with standard errors over seeds; and
     the share of items whose task is found at each step of the retrieval. `RunError` where no run is complete."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is no news
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide its messages about the font cache
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

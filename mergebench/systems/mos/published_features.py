@@ -1,9 +1,9 @@
-"""Features as the published evaluation of MOS sees them, which changes the adapters it evaluates.
+"""Features as in the published evaluation of MOS, which changes the adapters it evaluates.
 
 Its test loop takes the items in order, a batch at a time, through every stored adapter, and each such forward pass
-merges that adapter once for each block (`semantics.py`); A_1 alone never changes. So what is seen of an item depends
-on the batches before it, and on every evaluation before this one. Here the bank stays as it is: an adapter's drift is
-the number of passes it has been through.
+merges that adapter once for each block (`merging.py`); only A_1 never changes. So the features of an item depend on the
+earlier batches and on all earlier evaluations. Here the bank does not change: an adapter's drift follows from the
+number of its passes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Self-refined retrieval of adapters (MOS, arXiv:2412.09441): which adapter an item is answered with.
+"""Self-refined retrieval of adapters (MOS, arXiv:2412.09441): find the adapter for each item.
 
-A first guess names a task; the head, on the features under that task's adapter, names a task again; and so on, until it
-names the one whose adapter made the features, or after `LIMIT` evaluations. The last adapter evaluated is the answer.
+A first guess names a task; the head, on the features under that task's adapter, names a task again; and so on, until
+the head names the task whose adapter made the features, or after `LIMIT` evaluations. The last evaluated adapter is the
+result.
 
-An item asks only for the adapters on its own path, and for all items of a step that stand at one adapter there is one
-question: the published code asks item by item, after features under every adapter were made.
+Only the adapters on an item's own path are evaluated, and all items at one adapter in a step are evaluated together.
+The published code computes features under every adapter, and then goes item by item.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Retrieval:
 
     @property
     def cycle(self) -> Tensor:
-        """[n] bool: whether the path came back to an adapter it had left, and would go round for ever."""
+        """[n] bool: whether the path returned to an earlier adapter, and so is in a cycle."""
         back = (self.visited == self._last(self.predicted)[:, None]).any(1)
         return back & ~self.agreement
 

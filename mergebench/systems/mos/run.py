@@ -1,10 +1,10 @@
-"""The whole of `mergebench cil run`: three banks of every seed, then the tables of what they are worth.
+"""The work of `mergebench cil run`: three banks per seed, then the tables of their scores.
 
     OUT/seed-0/merged/      a bank                   OUT/results.json    config, records, versions
     OUT/seed-0/unmerged/    the same with alpha 0    OUT/results.md      the tables
     OUT/seed-0/frozen/      adapters not trained     OUT/results.png     their plot
 
-It is built beside its place and resumed after the last task that was complete.
+The output is built in a staging directory, and resumed after the last complete task.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def run_sequence(
 ) -> Outcome:
     """Learn the tasks of every seed, score every bank at every stage, and write `out`, which appears when complete.
 
-    progress is told what is done, how many items and of how many; say: a line for each task. Raises `RecipeError`
-    where the config asks for what cannot be, `ModelError` where the backbone does not fit, `RunError` where the data
+    progress: called with the current work, items done, and total; say: called with a line for each task. Raises
+    `RecipeError` if the config is impossible, `ModelError` if the backbone does not fit, `RunError` if the data are bad
     or the work fails.
     """
     started = time.perf_counter()

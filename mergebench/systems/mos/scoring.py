@@ -1,4 +1,4 @@
-"""What a bank is worth at every stage: records for the tables (measures.py), MOS and its ablations from one bank."""
+"""Score a bank at every stage: records for the tables (metrics.py), for MOS and its ablations from one bank."""
 
 from __future__ import annotations
 

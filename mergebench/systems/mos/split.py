@@ -1,4 +1,4 @@
-"""A labelled data set cut into a sequence of tasks with classes of their own."""
+"""Split a labelled data set into a sequence of tasks with disjoint classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation.labelled import Labelled, read_images, read_texts
 from mergebench.systems.mos.config import Config
 
-LEAST = 2  # items of a class: one has no spread
+LEAST = 2  # items of a class: a single item has no spread
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is kept of a class instead of its items: a Gaussian of its features, or several, to draw from later.
+"""Class statistics that replace the items: one or several Gaussians of the features, to draw from later.
 
 SLCA (arXiv:2303.05118) aligns a classifier with features drawn from such Gaussians; MOS (arXiv:2412.09441) does so with
 features under each task's own adapter. Of a class's n features, as MOS's code keeps them:

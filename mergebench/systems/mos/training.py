@@ -1,4 +1,4 @@
-"""Training one task's adapter on a frozen encoder, merged all the while toward those before it.
+"""Train one task's adapter on a frozen encoder, merging it toward the earlier adapters after every step.
 
 MOS (arXiv:2412.09441): cross-entropy over the task's own classes, other logits left out, plus `orthogonality` times
 

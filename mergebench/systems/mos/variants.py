@@ -1,4 +1,4 @@
-"""What a bank answers at a stage: MOS (arXiv:2412.09441) whole, without one of its parts, and what it is compared with.
+"""A bank's answers at a stage: by MOS (arXiv:2412.09441), by MOS without one of its parts, and by rival methods.
 
 Every variant is a function of the bank, the stage (the newest task it may know of), the features of the items under any
 adapter, and which items to answer:
@@ -30,7 +30,7 @@ from mergebench.systems.mos.retrieval import Ask, Retrieval, retrieve
 
 TINY = 1e-12
 NONE = -1  # the adapter of the backbone alone
-Features = Callable[[int, Tensor], Tensor]  # an adapter, positions [m] -> features [m, d]; seen.py is one
+Features = Callable[[int, Tensor], Tensor]  # an adapter, positions [m] -> features [m, d]; as `Seen`
 
 
 @dataclass(frozen=True)
