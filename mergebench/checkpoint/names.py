@@ -56,7 +56,7 @@ _LAYER = re.compile(r"(?:(.*?)\.)??(\d+)\.(.+)")
 Shape = tuple[int, ...]
 
 
-def match(theirs: Mapping[str, Shape], base: Mapping[str, TensorInfo]) -> dict[str, str]:
+def match(theirs: Mapping[str, Shape | None], base: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Map each name that the base does not have to a tensor of the base; one to one, of the same shape.
 
     An embedding or head may have another number of rows; vocabularies are checked elsewhere.
@@ -120,10 +120,10 @@ def is_vocabulary(name: str) -> bool:
     return bool(_VOCABULARY.search(name))
 
 
-def _fits(name: str, shape: Shape, base: Mapping[str, TensorInfo]) -> bool:
+def _fits(name: str, shape: Shape | None, base: Mapping[str, TensorInfo]) -> bool:
     info = base.get(name)
-    if info is None:
-        return False
+    if info is None or shape is None:
+        return info is not None
     other_tokens = is_vocabulary(name) and len(shape) == len(info.shape) and shape[1:] == info.shape[1:]
     return info.shape == shape or other_tokens
 

@@ -90,7 +90,7 @@ def test_the_program_knows_it(tmp_path: Path, cli: Cli, monkeypatch: pytest.Monk
     before = open_model("base+hira").delta_digest
     settings = json.loads(Path("hira/adapter_config.json").read_text())
     Path("hira/adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": True}))
-    with pytest.raises(ModelError, match="the adapter changes"):  # v_proj is not square
+    with pytest.raises(ModelError, match="the factors make"):  # v_proj is not square
         open_model("base+hira")
     Path("hira/adapter_config.json").write_text(json.dumps(settings | {"r": 8}))
     assert open_model("base+hira").delta_digest == before  # the file's rank counts
@@ -100,6 +100,6 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     make(tmp_path, "linear")
     config = transformers.LlamaConfig(**LLAMA.to_dict() | {"hidden_size": 32, "head_dim": 16})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match=r"trained on another model|the adapter changes") as caught:
+    with pytest.raises(ModelError, match="the factors make") as caught:
         open_model(f"{tmp_path / 'other'}+{tmp_path / 'hira'}")
     assert caught.value.hint and "another model" in caught.value.hint

@@ -27,6 +27,7 @@ from mergebench.deltas.peft.directory import (
     of_type,
     read_directory,
 )
+from mergebench.deltas.peft.module import patterned
 from mergebench.deltas.peft.names import Placing, on_stored
 from mergebench.errors import ModelError
 
@@ -139,12 +140,9 @@ def _factors(directory: Path, module: str, found: Mapping[str, TensorInfo], conf
 
 def _alpha(directory: Path, module: str, config: Mapping[str, Any]) -> float:
     try:
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return float(value)
-    except (re.error, AttributeError, TypeError, ValueError):
+        return float(patterned(directory, module, config, "alpha_pattern", config["lora_alpha"]))
+    except (TypeError, ValueError):
         raise ModelError(f"{directory / CONFIG}: alpha_pattern must map modules to numbers") from None
-    return float(config["lora_alpha"])
 
 
 @delta_format(what="an adapter", claims=of_type("LORA"), alone=holds_no_model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.kind import DeltaKind, Part
+from mergebench.checkpoint.kind import DeltaKind, Misfit, Part
 from mergebench.checkpoint.names import match
 from mergebench.deltas.dense import dense
 from mergebench.errors import ModelError
@@ -24,7 +24,9 @@ class Names:
     changed tensors, by the adapter's names, as the base stores them.
     """
 
-    def __init__(self, directory: Path, base: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, directory: Path, base: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...] | None]
+    ) -> None:
         self._directory, self._base, self._shapes = directory, base, shapes
 
     def find(self, name: str) -> str:
@@ -55,7 +57,7 @@ class Names:
 class Placing:
     """Puts the deltas of a PEFT directory on the base's tensors, one on each."""
 
-    def __init__(self, directory: Path, base: Base, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, directory: Path, base: Base, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
         self._directory, self._base, self._shapes = directory, base, shapes
         self._names = Names(directory, base.tensors, shapes)
         self.deltas: dict[str, Delta] = {}
@@ -65,27 +67,51 @@ class Placing:
         for stored, tensor in tensors.items():
             self.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
 
-    def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
-        """Put a delta on the tensor that the adapter calls `stored`; returns the base's name.
+    def find(self, stored: str) -> str:
+        """The base's name of the tensor that the adapter calls `stored`; `ModelError` if the base has none."""
+        return self._names.find(stored)
 
-        `ModelError` if the base lacks the tensor, if its shape differs, if it has integers, or if it is already
-        changed.
+    def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
+        """Put a delta on the tensor that the adapter calls `stored`; return the base's name.
+
+        `ModelError` if the base has no such tensor, if its shape differs, or as `put_on` says.
         """
-        name = self._names.find(stored)
-        target, shape = self._base.tensors[name], self._shapes[stored]
-        if name in self.deltas:
-            raise ModelError(f"{self._directory}: {what}: '{name}' is changed twice")
-        if shape != target.shape:
+        name = self.find(stored)
+        shape, target = self._shapes[stored], self._base.tensors[name]
+        if shape is not None and shape != target.shape:
             text = f"the adapter changes {list(shape)}, base has {list(target.shape)}"
             raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL)
+        self.put_on(name, what, kind, parts, None, **settings)
+        return name
+
+    def put_on(
+        self,
+        name: str,
+        what: str,
+        kind: DeltaKind,
+        parts: Mapping[str, Part | TensorInfo | None],
+        shape: tuple[int, ...] | None = None,
+        **settings: object,
+    ) -> None:
+        """Put a delta on a tensor of the base, seen as `shape`; what: the adapter's name for it, in messages.
+
+        `ModelError` if the tensor holds integers, is changed already, or the parts do not fit it.
+        """
+        target = self._base.tensors.get(name)
+        if target is None:
+            raise ModelError(f"{self._directory}: {what}: the base has no tensor '{name}' to adapt", OTHER_MODEL)
+        if name in self.deltas:
+            raise ModelError(f"{self._directory}: {what}: '{name}' is changed twice")
         if not target.is_float:
             text = f"base has it as {target.dtype}: only floats can be adapted"
             raise ModelError(f"{self._directory}: {what}: {text}")
         try:
-            self.deltas[name] = kind.on(target.shape, parts, **settings)
+            self.deltas[name] = kind.on(shape or target.shape, parts, **settings)
+        except Misfit as error:
+            text = f"{error}, base has {list(target.shape)}"
+            raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL) from None
         except ValueError as error:
             raise ModelError(f"{self._directory}: {what}: {error}") from None
-        return name
 
 
 def on_stored(b: TensorInfo, a: TensorInfo, in_out: bool) -> dict[str, Part | None]:

@@ -1,0 +1,141 @@
+"""A PEFT type, module by module: `peft_type` makes a format of a function that says what one module's tensors do."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergebench.checkpoint.format import Base, Deltas, Format, delta_format
+from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.kind import DeltaKind, Part
+from mergebench.deltas.peft.directory import CONFIG, by_module, holds_no_model, of_type, read_directory
+from mergebench.deltas.peft.names import Placing, on_stored
+from mergebench.errors import ModelError
+
+
+class Change(NamedTuple):
+    """A delta on one tensor of a module."""
+
+    kind: DeltaKind
+    parts: Mapping[str, Part | TensorInfo | None]
+    settings: Mapping[str, Any] = {}
+    tensor: str = "weight"  # of the module: weight or bias
+    shape: tuple[int, ...] | None = None  # the tensor seen as another shape, as a convolution's is as a matrix
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module: the adapter's tensors, the config, and the base's tensors that it changes."""
+
+    directory: Path
+    name: str  # without PEFT's prefix
+    parts: Mapping[str, TensorInfo]  # by the names given to `peft_type`, this module's and those of all modules
+    config: Mapping[str, Any]
+    weight: TensorInfo  # the base's
+    bias: TensorInfo | None
+
+    @property
+    def in_out(self) -> bool:
+        """Whether the base stores the weight [in, out] (GPT-2's Conv1D)."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """[out, in] of the weight as a matrix, whichever way the base stores it; a convolution's is [out, the rest]."""
+        shape = self.weight.shape
+        rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
+        return (columns, rows) if self.in_out else (rows, columns)
+
+    def part(self, name: str, *shape: int | None) -> TensorInfo:
+        """A part that must be there, a float tensor of this shape (None: any size); `ModelError` otherwise."""
+        info = self.parts.get(name)
+        if info is None:
+            raise self.error(f"{name} is missing")
+        fits = len(info.shape) == len(shape) and all(w in (None, h) for w, h in zip(shape, info.shape, strict=True))
+        if not info.is_float or (shape and not fits):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise self.error(f"{name} is {info.dtype} {list(info.shape)}, [{wanted}] was expected")
+        return info
+
+    def factors(self, b: str, a: str) -> dict[str, Part | None]:
+        """The parts B [out, r] and A [r, in] as `b` and `a` of the weight as it is stored."""
+        left = self.part(b, None, None)
+        return on_stored(left, self.part(a, left.shape[1], None), self.in_out)
+
+    def setting(self, key: str, pattern: str) -> Any:
+        """A value of the config, or the module's own from a pattern such as `alpha_pattern`."""
+        return patterned(self.directory, self.name, self.config, pattern, self.config.get(key))
+
+    def error(self, text: str) -> ModelError:
+        """A `ModelError` that names the adapter and the module."""
+        return ModelError(f"{self.directory}: {self.name}: {text}")
+
+
+def patterned(directory: Path, module: str, config: Mapping[str, Any], pattern: str, default: Any) -> Any:
+    """The value of the first key in `config[pattern]` that matches the end of a module's name, else `default`."""
+    try:
+        for key, value in (config.get(pattern) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({key})", module):
+                return value
+    except (re.error, AttributeError, TypeError):
+        raise ModelError(f"{directory / CONFIG}: {pattern} must map modules to values") from None
+    return default
+
+
+def peft_type(
+    name: str,
+    *,
+    shared: Iterable[str] = (),
+    check: Callable[[Path, Mapping[str, Any]], None] | None = None,
+    shape: Callable[[Mapping[str, TensorInfo]], tuple[int, int]] | None = None,
+    **suffixes: str,
+) -> Callable[[Callable[[Module], Iterable[Change]]], Format]:
+    """Declare a function `(module) -> changes` as the format of PEFT directories of the type `name`.
+
+    Every tensor of the directory must be a part of a module, shared by all, or saved whole; others are refused by name.
+
+    suffixes: how the names of a module's parts end, as regular expressions, such as `A="hira_A"`; `.default` and
+        `.weight` may follow. Groups must not capture.
+    shared: those of `suffixes` that one tensor holds for all modules.
+    check: raises `ModelError` for configs that cannot be folded.
+    shape: [out, in] of a module's weight, told by its parts: helps to find it in a base with other names.
+    """
+    patterns = {part: re.compile(rf"(.+)\.{suffix}(?:\.default)?(?:\.weight)?") for part, suffix in suffixes.items()}
+    for part in shared:
+        patterns[part] = re.compile(rf"()(?:base_model\.)?{suffixes[part]}(?:\.default)?(?:\.weight)?")
+
+    def declare(function: Callable[[Module], Iterable[Change]]) -> Format:
+        def read(directory: Path, base: Base) -> Deltas:
+            config, header = read_directory(directory)
+            if check is not None:
+                check(directory, config)
+            modules, whole = by_module(directory, header, config, patterns)
+            common = modules.pop("", {})
+            shapes: dict[str, tuple[int, ...] | None] = {stored: info.shape for stored, info in whole.items()}
+            for module, parts in modules.items():
+                out_in = shape(parts) if shape is not None else None
+                in_out = bool(config.get("fan_in_fan_out"))
+                shapes[f"{module}.weight"] = out_in[::-1] if out_in is not None and in_out else out_in
+            placing = Placing(directory, base, shapes)
+            for module, parts in modules.items():
+                weight = placing.find(f"{module}.weight")
+                bias = base.tensors.get(f"{weight.removesuffix('weight')}bias")
+                for change in function(
+                    Module(directory, module, {**common, **parts}, config, base.tensors[weight], bias)
+                ):
+                    target = weight if change.tensor == "weight" else f"{weight.removesuffix('weight')}{change.tensor}"
+                    placing.put_on(target, module, change.kind, change.parts, change.shape, **change.settings)
+            placing.put_whole(whole)
+            if not placing.deltas:
+                raise ModelError(f"{directory}: the adapter holds no tensors")
+            return Deltas(placing.deltas, [header])
+
+        read.__name__, read.__doc__ = function.__name__, function.__doc__
+        read.__module__, read.__qualname__ = function.__module__, function.__qualname__
+        return delta_format(what="an adapter", claims=of_type(name), alone=holds_no_model)(read)
+
+    return declare
