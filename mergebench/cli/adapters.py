@@ -10,7 +10,7 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.merge import say_notes
+from mergebench.cli.merge import say_changes, say_notes
 from mergebench.cli.output import byte_bar, count_bar, note
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
@@ -107,6 +107,7 @@ def fold(
     sizes = {"memory": opt.parse_size(memory, "--memory"), "shard_size": opt.parse_size(shard_size, "--shard-size")}
     plan = api.plan_fold(base, adapter, workers=workers, **sizes)
     say_notes(plan, quiet)
+    say_changes(plan, quiet)
     with byte_bar("folding", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
     if result.already_done:

@@ -28,7 +28,7 @@ def inspect(
     ],
     json_: opt.Json = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards, adapter."""
+    """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards; and how much adapters change."""
     from mergebench.deltas.formats.native import is_delta_file
     from mergebench.deltas.open import open_model
     from mergebench.deltas.peft.directory import is_adapter
@@ -47,8 +47,15 @@ def inspect(
     ]
     for remark in found.remarks:
         note(remark, json_)
+    shares = {}
+    if found.deltas:
+        from mergebench.adapters import share
+
+        shares = share.changed_share(found)
     if json_:
-        typer.echo(json.dumps({"model": model, "architecture": _architecture(found.config), "tensors": tensors}))
+        about = {"model": model, "architecture": _architecture(found.config), "tensors": tensors}
+        changed = {"changed": {group: one._asdict() for group, one in shares.items()}} if shares else {}
+        typer.echo(json.dumps(about | changed))
         return
     from rich.table import Table
 
@@ -67,6 +74,10 @@ def inspect(
         f"{kind}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
         f"{human(size)} in {files} file{'s' * (files > 1)}{adapted}"
     )
+    if shares:
+        typer.echo(share.say(shares))
+        doubt = share.warning(shares)
+        note(f"warning: {model} {doubt}", quiet=doubt is None)
 
 
 def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:

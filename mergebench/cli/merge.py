@@ -34,6 +34,19 @@ def say_notes(plan: Plan, quiet: bool) -> None:
         note(f"note: {line}", quiet)
 
 
+def say_changes(plan: Plan, quiet: bool) -> None:
+    """What share of their bases the models' deltas change, with a warning if it is next to nothing."""
+    from mergebench.adapters.share import changed_share, say, warning
+
+    merge = plan.merge
+    changed = {model.reference: model for model in (merge.reference, *merge.models) if model.deltas}
+    for name, model in changed.items() if not quiet else ():
+        shares = changed_share(model)
+        doubt = warning(shares)
+        note(f"{name} {say(shares)}")
+        note(f"warning: {name} {doubt}", quiet=doubt is None)
+
+
 def merge(
     recipe: Recipe,
     out: Annotated[Path | None, typer.Option(help="Output directory. Default: merged/<recipe stem>.")] = None,
@@ -76,6 +89,7 @@ def merge(
     before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
     plan = api.plan(loaded, **limits)
     say_notes(plan, quiet)
+    say_changes(plan, quiet)
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
     with byte_bar("merging", plan.bytes_read, quiet) as progress:
         result = api.run(plan, target, **ways, progress=progress)
