@@ -1,9 +1,17 @@
 """Adapters: LoRA as low-rank differences, and sequences of adapters of any type by their stored tensors."""
 
+from mergebench.adapters.convert import convert_adapter
 from mergebench.adapters.describe import describe_adapter
 from mergebench.adapters.drift import adapter_drift
 from mergebench.adapters.extract import extract_adapter
 from mergebench.adapters.merge import merge_adapters
 from mergebench.adapters.sequence import merge_sequence
 
-__all__ = ["adapter_drift", "describe_adapter", "extract_adapter", "merge_adapters", "merge_sequence"]
+__all__ = [
+    "adapter_drift",
+    "convert_adapter",
+    "describe_adapter",
+    "extract_adapter",
+    "merge_adapters",
+    "merge_sequence",
+]

@@ -161,6 +161,13 @@ def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     return _card(out, made, [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"], "extract")
 
 
+def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter converted from another type."""
+    made = f"An adapter of another type as a LoRA, by mergebench {provenance['mergebench']}: {kept_text(provenance)}."
+    lines = [f"- base: `{provenance['base']}`", f"- adapter: `{provenance['adapter']}`"]
+    return _card(out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.")
+
+
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter made from a patch."""
     made = (

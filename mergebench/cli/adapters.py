@@ -162,6 +162,37 @@ def extract(
     typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
 
 
+@app.command("convert")
+def convert(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, or a delta file.")],
+    base: Annotated[str, typer.Option(help="The model it was trained on.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")],
+    to: Annotated[str, typer.Option(help="The type to convert to: lora.")] = "lora",
+    rank: Annotated[int | None, typer.Option(help="Rank of every module, at most. Default: the exact rank.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the search in large matrices.")] = 0,
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write an adapter of any type as a LoRA directory that PEFT loads: exactly, or truncated."""
+    from mergebench.adapters import convert_adapter
+    from mergebench.adapters.peft_directory import kept_text
+
+    quiet = quiet or json_
+    if to != "lora":
+        raise RecipeError(f"--to: '{to}' is no type to convert to", "lora")
+    with count_bar("converting", quiet) as progress:
+        result = convert_adapter(
+            base, adapter, out, rank=rank, energy=energy, seed=seed, overwrite=overwrite, progress=progress
+        )
+    made = result.provenance
+    note(f"converted: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
+    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+
+
 def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
     """Print the part of the fine-tune that the adapter does not hold."""
     tensors = made["left_out_tensors"]

@@ -78,27 +78,41 @@ def energy(files: Reader, delta: Delta, base: Source | None = None) -> float:
 
 
 def as_low_rank(
-    files: Reader, delta: Delta, *, rank: int | None = None, base: Source | None = None, seed: int = 0
+    files: Reader,
+    delta: Delta,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: Source | None = None,
+    seed: int = 0,
 ) -> Converted:
-    """Convert a delta on a matrix to low rank. Exact if the kind has factors and `rank` is not smaller; else the best
-    approximation by `rank` (Eckart-Young), for which one matrix is written out.
+    """Convert a delta on a matrix to low rank.
 
-    Raises `ModelError` if the tensor is no matrix, or `rank` is needed and not given.
+    The conversion is exact if the kind has factors and neither a smaller `rank` nor an `energy` is asked for. Else
+    it is the best approximation by `rank`, or by the smallest rank that keeps `energy`, a share of the squared norm
+    (Eckart-Young), for which one matrix is written out.
+
+    Raises `ModelError` if the tensor is no matrix, or `rank` or `energy` is needed and not given.
     """
     exact = None
     if isinstance(delta, StoredDelta) and delta.of.factors is not None:
-        exact = delta.of.factors(delta.load(files, CPU), delta.shape)
-    if exact is not None:
+        p = delta.load(files, CPU)
+        if delta.of.prepare is not None:
+            p = delta.of.prepare(p, _base(delta, base), delta.shape)
+        exact = delta.of.factors(p, delta.shape)
+    if exact is not None and energy is None:
         b, a = exact
         if rank is None or rank >= min(b.shape):
             return Converted(Factors(b, a), 1.0)
         product = svd.compress(b, a, rank)
     elif len(delta.shape) != 2:
         raise ModelError(f"{delta.describe()}: {list(delta.shape)} is no matrix, and low-rank deltas are on matrices")
+    elif energy is not None:
+        product = svd.keep_energy(materialise(files, delta, base), energy, seed)
     elif rank is None:
-        raise ModelError(f"{delta.describe()} has no exact low-rank form", "give a rank")
+        raise ModelError(f"{delta.describe()} has no exact low-rank form", "truncate it: a rank, or a share of the energy to keep")
     else:
-        product = svd.truncate(materialise(files, delta, base), rank, seed)
+        product = svd.truncate(materialise(files, delta, base), min(rank, *delta.shape), seed)
     return Converted(Factors(product.b, product.a), product.kept / product.total if product.total else 1.0)
 
 

@@ -1,0 +1,171 @@
+"""Convert an adapter of any type to a LoRA directory that PEFT loads: exactly if its rank allows it, else truncated.
+
+One matrix is in memory at a time. Tensors that the adapter saves whole stay whole; biases that it changes are saved as
+PEFT saves trained biases.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergebench import __version__
+from mergebench.adapters import peft_directory
+from mergebench.adapters.fine_tune import is_linear
+from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
+from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.files import DTYPE_NAME, Files, write_atomically
+from mergebench.checkpoint.fp8 import Scales
+from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.staging import Staging, check_room, check_target
+from mergebench.checkpoint.values import chain, split
+from mergebench.deltas.open import open_model, put_on
+from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
+from mergebench.deltas.svd import Product
+from mergebench.deltas.verbs import Converted, as_low_rank
+from mergebench.engine.machine import one_thread
+from mergebench.engine.run import Result
+from mergebench.errors import ModelError, RecipeError
+
+_FOLD = "fold it into the base instead: mergebench adapters fold"
+
+
+def convert_adapter(
+    base: str,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
+    """Write what an adapter changes in its base as the LoRA directory `out`, at scale 1.
+
+    Without `rank` and `energy` the conversion must be exact. rank: of every module, at most. energy: the smallest rank
+    of each module that keeps this share of its squared norm. seed: of the search for a large matrix's first directions.
+    progress: called with the modules done and the total.
+
+    Raises `RecipeError` if the settings are invalid, `ModelError` if the adapter is not for this base, has no exact
+    low-rank form and neither `rank` nor `energy` is given, or changes tensors that no LoRA can hold.
+    """
+    started = time.perf_counter()
+    out, adapter = Path(out), Path(adapter)
+    if rank is not None and energy is not None:
+        raise RecipeError("--rank and --energy: one of them says how much is kept")
+    if rank is not None and rank < 1:
+        raise RecipeError(f"--rank: must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
+    plain = open_model(base)
+    adapted = _Adapted(plain, put_on(plain, adapter))
+    check_target(out, [place for place in (plain.directory, adapter) if place is not None], overwrite)
+    with Staging(out, "", resume=False) as staging, one_thread(), Files() as files:
+        kept, products = {}, {}
+        for number, (name, module) in enumerate(adapted.modules.items()):
+            found = adapted.low_rank(files, name, rank=rank, energy=energy, seed=seed)
+            b, a = (found.parts.a.T, found.parts.b.T) if adapted.in_out else (found.parts.b, found.parts.a)
+            products[module], kept[module] = Product(b.contiguous(), a.contiguous(), 0.0, 0.0), found.kept
+            progress(number + 1, len(adapted.modules))
+        ranks = {module: len(product.a) for module, product in products.items()}
+        _write(staging.directory, out, products, ranks, adapted.saved(files))
+        about = {"base_model_name_or_path": base, "task_type": task_type(plain), **adapted.config}
+        config = peft_directory.config(ranks, adapted.in_out, **about)
+        write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
+        provenance = {
+            "mergebench": __version__,
+            "command": "adapters convert",
+            "base": base,
+            "adapter": str(adapter),
+            "rank": rank,
+            "energy": energy,
+            "seed": seed,
+            "modules": {module: {"rank": ranks[module], "energy_kept": kept[module]} for module in ranks},
+            "energy_kept": min(kept.values()),
+        }
+        provenance = staging.finish(provenance, started, overwrite, peft_directory.converted_card(out, provenance))
+    return Result(out, provenance)
+
+
+def _write(
+    directory: Path, out: Path, products: Mapping[str, Product], ranks: Mapping[str, int], saved: Mapping[str, Tensor]
+) -> None:
+    """The file of factors, and of what is saved whole, by PEFT's names."""
+    shapes = {module: (len(product.b), product.a.shape[1]) for module, product in products.items()}
+    ordered = sorted(saved.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
+    whole = [OutTensor(key, DTYPE_NAME[value.dtype], tuple(value.shape), value.nbytes) for key, value in ordered]
+    shard = Shard(WEIGHTS, (*peft_directory.lay_out(shapes, ranks).tensors, *whole))
+    check_room(out, shard.nbytes)
+    create(directory / WEIGHTS, shard)
+    with closing(ShardFiles(directory, [shard])) as written:
+        for module, product in products.items():
+            peft_directory.put(written, module, product)
+        for key, value in ordered:
+            written.write(key, 0, value.contiguous().reshape(-1))
+
+
+class _Adapted:
+    """A base with an adapter, and what becomes of each changed tensor in a LoRA: factors, a bias, or saved whole."""
+
+    def __init__(self, plain: Model, model: Model) -> None:
+        self._plain, self._model = plain, model
+        below = plain.deltas
+        changed = {n: deltas[-1] for n, deltas in model.deltas.items() if len(deltas) > len(below.get(n, ()))}
+        linear = {n: plain.tensors[n].shape for n in plain.tensors if is_linear(n, plain.tensors[n].shape)}
+        self.in_out = stored_in_out(plain, linear)  # from all layers, because square ones do not show it
+        weights = {f"{n.rpartition('.')[0]}.weight" for n in changed} & plain.tensors.keys()
+        names = modules_of(plain, {n: plain.tensors[n].shape for n in weights})
+        self._deltas: dict[str, Delta] = changed
+        self.modules: dict[str, str] = {}  # PEFT's module by the weight's name
+        self._biases = False
+        self._whole: dict[str, str] = {}  # PEFT's module by the name of a tensor that is saved whole
+        for name, delta in changed.items():
+            module, _, part = name.rpartition(".")
+            found = names.get(f"{module}.weight")
+            if found is not None and delta.replacement is not None:
+                self._whole[name] = found
+            elif found is not None and part == "weight" and name in linear:
+                self.modules[name] = found
+            elif found is not None and part == "bias":
+                self._biases = True
+            else:
+                raise ModelError(f"{name}: {delta.describe()}: a LoRA cannot hold this change", _FOLD)
+        if not self.modules:
+            raise ModelError("the adapter changes no matrix of a linear layer: there is nothing for a LoRA", _FOLD)
+        alone = [n for n in changed if n.endswith(".bias") and f"{n[:-5]}.weight" not in self.modules]
+        if self._biases and any(n not in self._whole for n in alone):
+            raise ModelError(f"{alone[0]}: PEFT saves the bias of a module that has factors, this one has none", _FOLD)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of PEFT beside those of the factors."""
+        whole = {"modules_to_save": sorted(set(self._whole.values()))} if self._whole else {}
+        return whole | ({"bias": "lora_only"} if self._biases else {})
+
+    def low_rank(self, files: Files, name: str, **how: Any) -> Converted:
+        """The factors of one matrix; `ModelError` if there are none that are exact, and nothing else is asked for."""
+        info, deltas = split(self._plain.tensors[name], self._plain.deltas.get(name, ()))
+        below = chain(files, Scales(files), info, deltas).top
+        try:
+            return as_low_rank(files, self._deltas[name], base=below, **how)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error.message}", error.hint) from None
+
+    def saved(self, files: Files) -> dict[str, Tensor]:
+        """Tensors saved whole by their names in the file: as the adapter has them; biases as the folded model."""
+        values = self._model.values(files)
+        names = {name: f"{PREFIX}{module}.{name.rpartition('.')[2]}" for name, module in self._whole.items()}
+        if self._biases:  # PEFT saves those of all modules with factors, changed or not
+            for name, module in self.modules.items():
+                bias = f"{name.removesuffix('weight')}bias"
+                if bias in self._plain.tensors:
+                    names[bias] = f"{PREFIX}{module}.bias"
+        return {key: values.whole(name) for name, key in names.items()}
