@@ -110,7 +110,9 @@ def as_low_rank(
     elif energy is not None:
         product = svd.keep_energy(materialise(files, delta, base), energy, seed)
     elif rank is None:
-        raise ModelError(f"{delta.describe()} has no exact low-rank form", "truncate it: a rank, or a share of the energy to keep")
+        raise ModelError(
+            f"{delta.describe()} has no exact low-rank form", "truncate it: a rank, or a share of the energy to keep"
+        )
     else:
         product = svd.truncate(materialise(files, delta, base), min(rank, *delta.shape), seed)
     return Converted(Factors(product.b, product.a), product.kept / product.total if product.total else 1.0)

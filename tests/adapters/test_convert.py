@@ -73,6 +73,10 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli, monkeypatch: pytest.Mon
     done = cli("adapters", "convert", "adapter", "--base", "base", "--out", "out", "--energy", ".9")
     assert done.code == 0 and "of the energy kept" in done.err and done.out == "out\n"
     assert json.loads(Path("out/adapter_config.json").read_text())["peft_type"] == "LORA"
+    said = json.loads(
+        cli("adapters", "convert", "adapter", "--base", "base", "--out", "two", "--rank", "1", "--json").out
+    )
+    assert {module["rank"] for module in said["modules"].values()} == {1}
     assert cli("adapters", "convert", "adapter", "--base", "base", "--out", "out", "--to", "ia3").code == 2
     assert cli("adapters", "convert", "adapter", "--base", "base", "--out", "out", "--rank", "0").code == 2
 
