@@ -6,6 +6,7 @@ from mergebench.adapters.drift import adapter_drift
 from mergebench.adapters.extract import extract_adapter
 from mergebench.adapters.merge import merge_adapters
 from mergebench.adapters.sequence import merge_sequence
+from mergebench.adapters.truncate import truncate_adapter
 
 __all__ = [
     "adapter_drift",
@@ -14,4 +15,5 @@ __all__ = [
     "extract_adapter",
     "merge_adapters",
     "merge_sequence",
+    "truncate_adapter",
 ]

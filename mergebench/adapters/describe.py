@@ -37,6 +37,7 @@ class Description:
     norm_of: str  # differences (scale B A) or tensors (as they are stored)
     norm: float
     norms: dict[str, float]  # by layer
+    rank_map: dict[str, int]  # of a LoRA: by module
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +71,7 @@ def describe_adapter(path: str | Path) -> Description:
         norm_of="differences" if differences else "tensors",
         norm=math.sqrt(sum(squares.values())),
         norms={layer: math.sqrt(square) for layer, square in squares.items()},
+        rank_map=_rank_map(read),
     )
 
 
@@ -85,6 +87,14 @@ def _factors(read: Stored) -> dict[str, Factors]:
         return {one.a.name: one for one in read_adapter(read.path).modules.values()} if read.kind == "LORA" else {}
     except ModelError:
         return {}
+
+
+def _rank_map(read: Stored) -> dict[str, int]:
+    try:
+        modules = read_adapter(read.path).modules if read.kind == "LORA" else {}
+    except ModelError:
+        return {}
+    return {module: one.rank for module, one in modules.items()}
 
 
 def _of_differences(read: Stored, factors: dict[str, Factors]) -> dict[str, float]:

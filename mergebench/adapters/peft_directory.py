@@ -168,6 +168,16 @@ def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     return _card(out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.")
 
 
+def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of a truncated adapter."""
+    made = (
+        f"A LoRA cut to {provenance['budget']} of {provenance['of']} singular values by mergebench "
+        f"{provenance['mergebench']}: {kept_text(provenance)}."
+    )
+    bases = [f"- base: `{provenance['base']}`"] if provenance["base"] else []
+    return _card(out, made, [*bases, f"- adapter: `{provenance['adapter']}`"], "truncate")
+
+
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter made from a patch."""
     made = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,10 @@ def inspect(
         if any(cells):
             table.add_row(title, *cells)
     _print(table)
+    for one in found:
+        if len(set(one.rank_map.values())) > 1:
+            typer.echo(f"\n{one.name}: rank of each module")
+            _rank_map(one.rank_map)
 
 
 def sequence_text(made: Mapping[str, Any]) -> str:
@@ -99,6 +104,20 @@ def sequence_text(made: Mapping[str, Any]) -> str:
 
 def _range(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:g}" for value in (*values[:1], *values[-1:])))
+
+
+def _rank_map(ranks: Mapping[str, int]) -> None:
+    """The rank of every module: layers down, modules across."""
+    cells: dict[str, dict[str, int]] = {}
+    for module, rank in ranks.items():
+        layer = re.search(r"(?:^|\.)\d+(?=\.)", module)
+        place, name = (module[: layer.end()], module[layer.end() + 1 :]) if layer else ("", module)
+        cells.setdefault(place, {})[name] = rank
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    table = _table("rank", *names)
+    for place, row in cells.items():
+        table.add_row(place, *[str(row.get(name, "")) for name in names])
+    _print(table)
 
 
 def _short(value: float | None) -> str:

@@ -193,6 +193,33 @@ def convert(
     typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
 
 
+@app.command("truncate")
+def truncate(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it.")],
+    budget: Annotated[str, typer.Option(help="Singular values to keep in all modules: a number, or a share as 50%.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")],
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Cut a LoRA to its largest singular values over all modules, so that each gets the rank that it is worth."""
+    from mergebench.adapters import truncate_adapter
+    from mergebench.adapters.peft_directory import kept_text
+
+    quiet = quiet or json_
+    result = truncate_adapter(adapter, out, budget=_budget(budget), overwrite=overwrite)
+    made = result.provenance
+    note(f"truncated to {made['budget']} of {made['of']}: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
+    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        raise RecipeError(f"--budget: '{text}' is neither a number nor a share", "such as 64, or 50%") from None
+
+
 def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
     """Print the part of the fine-tune that the adapter does not hold."""
     tensors = made["left_out_tensors"]

@@ -65,8 +65,9 @@ def test_a_banks_adapter(cli: Cli, tmp_path: Path) -> None:
 
 def test_the_command(cli: Cli, place: Path) -> None:
     code, out, err = cli("adapters", "inspect", place / "a", place / "c")
-    lines = [line.split() for line in out.splitlines()]
-    assert (code, err) == (0, "")
+    table, _, ranks = out.partition("\n\nc: rank of each module\n")
+    lines = [line.split() for line in table.splitlines()]
+    assert (code, err) == (0, "") and "rank" in ranks
     assert lines[0] == ["a", "c"] and ["rank", "4", "2", "to", "3"] in lines and ["type", "LORA", "LORA"] in lines
     (first,) = (line for line in lines if line[0] == "model.layers.0")
     assert first[1:] == [f"{describe_adapter(place / 'a').norms['model.layers.0']:.4f}"]  # c has nothing there
