@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 from peft import LoHaConfig, LoKrConfig
 from safetensors.torch import load_file, save_file
 
@@ -65,3 +68,28 @@ def test_a_part_is_missing(tmp_path: Path, kind: str, lost: str, error: str) -> 
     save_file({name: value for name, value in load_file(file).items() if lost not in name}, file)
     with pytest.raises(ModelError, match=error):
         open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def in_one_dimension(folder: Path, config: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv1d(6, 8, 3), out=torch.nn.Linear(8, 4)))
+    save_file(plain.state_dict(), folder / "base.safetensors")
+    model = peft.get_peft_model(plain, config(target_modules=["conv", "out"], init_weights=False, **settings))
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+# PEFT cannot multiply out a LoKr in Tucker form in one dimension
+@pytest.mark.parametrize(("kind", "tucker"), [("hadamard", False), ("hadamard", True), ("kronecker", False)])
+def test_a_convolution_in_one_dimension(tmp_path: Path, kind: str, tucker: bool) -> None:
+    model = in_one_dimension(tmp_path, TYPES[kind], r=1, use_effective_conv2d=tucker)
+    expected = model.merge_and_unload().state_dict()
+    found = open_model(f"{tmp_path / 'base.safetensors'}+{tmp_path / 'adapter'}").state_dict()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=peft_types.CLOSE)
+
+
+def test_a_whole_kernel_in_one_dimension(tmp_path: Path) -> None:
+    in_one_dimension(tmp_path, LoKrConfig, r=2)
+    with pytest.raises(ModelError, match="conv: w2 of a convolution in one dimension is whole"):
+        open_model(f"{tmp_path / 'base.safetensors'}+{tmp_path / 'adapter'}")

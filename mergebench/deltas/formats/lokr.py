@@ -28,6 +28,9 @@ def lokr(module: Module) -> Iterator[Change]:
     alpha, rank = module.setting("alpha", "alpha_pattern"), module.setting("r", "rank_pattern")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise module.error(f"no scale: alpha {alpha!r}, rank {rank!r}")
+    if "w2" in module.parts and len(module.part("w2").shape) == 3:
+        # PEFT trains it with the dimensions of the two paired from the last one on, the kernel's with inputs
+        raise module.error("w2 of a convolution in one dimension is whole: its product is not a Kronecker product")
     parts: dict[str, Part | None] = {}
     for name, stored in PARTS.items():
         if stored in module.parts:
