@@ -26,6 +26,7 @@ CASES: list[Any] = [
     pytest.param("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 7}, id="never allocated"),
     pytest.param("llama", {"target_modules": ["q_proj", "k_proj"], "rank_pattern": PATTERN}, id="ranks from 0 to 4"),
     pytest.param("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}, id="Conv1D"),
+    pytest.param("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}, id="biases"),
     pytest.param("resnet", {"target_modules": ["convolution"]}, id="convolutions"),
     pytest.param("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, id="saved whole"),
 ]
