@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 StoredAs = Literal["replacement", "difference"] | None
 Check = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], None]  # see `delta_kind`
+Made = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], int]  # takes what `Check` takes
 Prepare = Callable[[Any, Source, tuple[int, ...]], Any]  # the parts, W and its shape
 DTYPES = {
-    "tensor": FLOATS, "rows": FLOATS, "indices": {"I64"}, "mask": {"U8"},
+    "tensor": FLOATS, "rows": FLOATS, "indices": {"I64", "I32", "I16", "U8"}, "mask": {"U8"},
 }  # fmt: skip
 
 
@@ -76,6 +77,7 @@ class DeltaKind:
     factors: (
         Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None
     )  # B and A with W' - W = B A, if that is exact
+    made: Made | None  # bytes of what `prepare` makes
     check: Check | None
     validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, for the values of the parts
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
@@ -163,6 +165,12 @@ class StoredDelta:
         """The stored parts by name."""
         return {name: part.info for name, part in self.parts}
 
+    @property
+    def read(self) -> dict[str, TensorInfo]:
+        """The parts by name as the kind gets them: transposed where they are read so."""
+        turned = ((name, part.info, -1 if part.transposed else 1) for name, part in self.parts)
+        return {name: info._replace(shape=info.shape[::step]) for name, info, step in turned}
+
     @cached_property
     def setting(self) -> dict[str, Any]:
         """The settings by name, defaults included."""
@@ -188,19 +196,22 @@ class StoredDelta:
         return None if self.of.stored_as is None else self.of.stored_as(self.setting)
 
     def resident(self) -> int:
-        """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, and a tile, with the
-        base's tile and temporaries."""
+        """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, what is made of them,
+        and a tile, with the base's tile and temporaries."""
         fields, (rows, columns) = self.of.fields, matrix_shape(self.shape)
         parts = sum(
             (4 if info.is_float else 8) * info.numel
             for name, info in self.part.items()
             if fields[name].sort in ("tensor", "indices")
         )
+        if self.of.made is not None:
+            shapes = {name: info.shape for name, info in self.read.items()}
+            parts += self.of.made(shapes, self.setting, self.shape)
         return parts + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
 
     def describe(self) -> str:
         """A few words, such as `low_rank rank 16`."""
-        words = "" if self.of.label is None else self.of.label(self.part, self.setting)
+        words = "" if self.of.label is None else self.of.label(self.read, self.setting)
         return f"{self.kind} {words}".rstrip()
 
     def load(self, files: Reader, device: torch.device) -> Any:
@@ -258,6 +269,7 @@ def delta_kind(
     whole: bool = False,
     energy: Callable[[Any, tuple[int, ...]], float] | None = None,
     factors: Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None = None,
+    made: Made | None = None,
     check: Check | None = None,
     validate: Callable[[Any, tuple[int, ...]], None] | None = None,
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,
@@ -276,6 +288,7 @@ def delta_kind(
     whole: it cannot be cut into tiles.
     energy: |W' - W|^2 in closed form.
     factors: B and A with W' - W = B A, if that is exact.
+    made: bytes of what `prepare` makes, from shapes and settings as `check` gets them.
     check: takes the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` if they are
         invalid, `Misfit` if they belong to another tensor.
     validate: the same for parts in memory, if they are small enough to check.
@@ -301,6 +314,7 @@ def delta_kind(
             whole=whole,
             energy=energy,
             factors=factors,
+            made=made,
             check=check,
             validate=validate,
             label=label,

@@ -8,14 +8,14 @@ B [rows, r], A [r, columns]; s = alpha / r (rsLoRA, arXiv:2312.03732: alpha / sq
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.delta import Source, matrix_shape
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import Misfit, delta_kind
 
@@ -68,10 +68,46 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
         raise Misfit(f"the factors make {[b[0], a[1]]}")
 
 
+def _fold(p: Any, tile: slice, base: Tensor) -> Tensor:
+    return base.addmm_(p.b[tile], p.a)  # the product is never written to memory
+
+
+def made_by(
+    make: Callable[[Any], tuple[Tensor, Tensor]],
+    rank: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], int],
+) -> dict[str, Any]:
+    """Arguments of `delta_kind` for a kind whose difference is some B A: made once, then folded as a LoRA is.
+
+    make: B and A of the stored tensor, from the parts. rank: theirs, from shapes and settings.
+    """
+
+    def prepare(p: Any, base: Source, shape: tuple[int, ...]) -> Factors:
+        b, a = make(p)
+        return Factors(b.contiguous(), a.contiguous())
+
+    def label(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> str:
+        return f"rank {rank({name: info.shape for name, info in parts.items()}, settings)}"
+
+    return {
+        "prepare": prepare,
+        "folds": _fold,
+        "energy": lambda p, shape: energy(Factors(*make(p)), shape),
+        "factors": lambda p, shape: make(p),
+        "made": lambda shapes, settings, shape: 4 * rank(shapes, settings) * sum(matrix_shape(shape)),
+        "label": label,
+    }
+
+
+def rows(p: Any, tile: slice, make: Callable[[Any], tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows of B A, made once or of the parts as they are stored."""
+    b, a = (p.b, p.a) if isinstance(p, Factors) else make(p)
+    return b[tile] @ a
+
+
 @delta_kind(
     paper="arXiv:2106.09685",
     prepare=lambda p, base, shape: Factors(*factors(p, shape)),  # scaled once, not tile by tile
-    folds=lambda p, tile, base: base.addmm_(p.b[tile], p.a),  # the product is never written to memory
+    folds=_fold,
     energy=energy,
     factors=factors,
     example=_example,

@@ -89,7 +89,10 @@ class Trial:
             if about.sort in ("rows", "mask") and getattr(p, name) is not None
         }
         p = dataclasses.replace(p, **whole)
-        return p if self.kind.prepare is None else self.kind.prepare(p, self.source(files), self.shape)
+        prepared = p if self.kind.prepare is None else self.kind.prepare(p, self.source(files), self.shape)
+        stored = [name for name, value in self.given.items() if isinstance(value, Tensor)]
+        kept = all(getattr(prepared, name, None) is not None for name in stored)
+        return prepared if kept else p  # what replaces the parts is checked against them
 
 
 def _double(p: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import mergebench
+from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.files import Files
+from mergebench.deltas import verbs
 from mergebench.deltas.open import open_model
 from tests.deltas.test_lora import GPT2, LLAMA
 
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+RESNET = transformers.ResNetConfig(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "resnet": RESNET}
 CLOSE = 2e-6  # of a tensor's largest element
 
 
@@ -26,7 +31,7 @@ def make(folder: Path, family: str, config: PeftConfig, noise: float = 0.2) -> d
     folder: gets base/, adapter/ and folded/.
     """
     torch.manual_seed(0)
-    auto = transformers.AutoModelForCausalLM
+    auto = transformers.AutoModel if family == "resnet" else transformers.AutoModelForCausalLM
     auto.from_config(FAMILIES[family]).save_pretrained(folder / "base")
     with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(auto.from_pretrained(folder / "base"), config)
@@ -59,3 +64,15 @@ def check(folder: Path, family: str, config: PeftConfig, close: float = CLOSE, n
         worst = float((value.double() - expected[name].double()).abs().max())
         assert worst <= close * float(expected[name].abs().max()), f"{name}: {worst:.3g}"
     return dict(model.deltas)
+
+
+def check_exact(deltas: Mapping[str, Sequence[Delta]], kind: str, most: int) -> None:
+    """Every delta of the `kind` is a LoRA of rank `most` or less, exactly."""
+    found = [one for (one,) in deltas.values() if one.kind == kind]
+    assert found
+    with Files() as files:
+        for one in found:
+            factors, kept = verbs.as_low_rank(files, one)
+            whole = verbs.materialise(files, one)
+            assert kept == 1 and len(factors.a) <= most
+            torch.testing.assert_close(factors.b @ factors.a, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +37,17 @@ class Module:
     config: Mapping[str, Any]
     weight: TensorInfo  # the base's
     bias: TensorInfo | None
+    all: Sequence[Module] = field(default=(), repr=False, compare=False)  # the directory's, in the file's order
 
     @property
     def in_out(self) -> bool:
         """Whether the base stores the weight [in, out] (GPT-2's Conv1D)."""
         return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def as_matrix(self) -> tuple[int, int] | None:
+        """For `Change.shape`: the shape as a matrix of a weight that is none, as a convolution's."""
+        return None if len(self.weight.shape) == 2 else self.out_in
 
     @property
     def out_in(self) -> tuple[int, int]:
@@ -50,13 +56,13 @@ class Module:
         rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
         return (columns, rows) if self.in_out else (rows, columns)
 
-    def part(self, name: str, *shape: int | None) -> TensorInfo:
-        """A part that must be there, a float tensor of this shape (None: any size); `ModelError` otherwise."""
+    def part(self, name: str, *shape: int | None, floats: bool = True) -> TensorInfo:
+        """A part that must be there, of floats or integers, of this shape (None: any size); `ModelError` otherwise."""
         info = self.parts.get(name)
         if info is None:
             raise self.error(f"{name} is missing")
         fits = len(info.shape) == len(shape) and all(w in (None, h) for w, h in zip(shape, info.shape, strict=True))
-        if not info.is_float or (shape and not fits):
+        if info.is_float != floats or (shape and not fits):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise self.error(f"{name} is {info.dtype} {list(info.shape)}, [{wanted}] was expected")
         return info
@@ -86,6 +92,15 @@ def patterned(directory: Path, module: str, config: Mapping[str, Any], pattern: 
     return default
 
 
+def _told(
+    shape: Callable[[Mapping[str, TensorInfo]], tuple[int, int]] | None, parts: Mapping[str, TensorInfo]
+) -> tuple[int, int] | None:
+    try:
+        return None if shape is None else shape(parts)
+    except (KeyError, IndexError):
+        return None  # a part is missing or misshapen: the format's function says which
+
+
 def peft_type(
     name: str,
     *,
@@ -94,12 +109,13 @@ def peft_type(
     shape: Callable[[Mapping[str, TensorInfo]], tuple[int, int]] | None = None,
     **suffixes: str,
 ) -> Callable[[Callable[[Module], Iterable[Change]]], Format]:
-    """Declare a function `(module) -> changes` as the format of PEFT directories of the type `name`.
+    r"""Declare a function `(module) -> changes` as the format of PEFT directories of the type `name`.
 
     Every tensor of the directory must be a part of a module, shared by all, or saved whole; others are refused by name.
 
     suffixes: how the names of a module's parts end, as regular expressions, such as `A="hira_A"`; `.default` and
-        `.weight` may follow. Groups must not capture.
+        `.weight` may follow. A group may capture only in a shared one, and tells its tensors apart: of `v=r"v\.(\d+)"`
+        the parts are `v.0`, `v.1`.
     shared: those of `suffixes` that one tensor holds for all modules.
     check: raises `ModelError` for configs that cannot be folded.
     shape: [out, in] of a module's weight, told by its parts: helps to find it in a base with other names.
@@ -117,18 +133,22 @@ def peft_type(
             common = modules.pop("", {})
             shapes: dict[str, tuple[int, ...] | None] = {stored: info.shape for stored, info in whole.items()}
             for module, parts in modules.items():
-                out_in = shape(parts) if shape is not None else None
+                out_in = _told(shape, parts)
                 in_out = bool(config.get("fan_in_fan_out"))
                 shapes[f"{module}.weight"] = out_in[::-1] if out_in is not None and in_out else out_in
             placing = Placing(directory, base, shapes)
+            found: list[Module] = []
+            names: list[str] = []
             for module, parts in modules.items():
                 weight = placing.find(f"{module}.weight")
                 bias = base.tensors.get(f"{weight.removesuffix('weight')}bias")
-                for change in function(
-                    Module(directory, module, {**common, **parts}, config, base.tensors[weight], bias)
-                ):
+                adapted = Module(directory, module, {**common, **parts}, config, base.tensors[weight], bias, found)
+                found.append(adapted)
+                names.append(weight)
+            for one, weight in zip(found, names, strict=True):
+                for change in function(one):
                     target = weight if change.tensor == "weight" else f"{weight.removesuffix('weight')}{change.tensor}"
-                    placing.put_on(target, module, change.kind, change.parts, change.shape, **change.settings)
+                    placing.put_on(target, one.name, change.kind, change.parts, change.shape, **change.settings)
             placing.put_whole(whole)
             if not placing.deltas:
                 raise ModelError(f"{directory}: the adapter holds no tensors")
