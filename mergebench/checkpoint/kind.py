@@ -79,7 +79,7 @@ class DeltaKind:
     check: Check | None
     validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, for the values of the parts
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
-    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None
+    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any] | None] | None
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # from the settings: what its only part is, as stored
 
     def __call__(self, p: Any, tile: slice, base: Tensor | None) -> Tensor:
@@ -261,7 +261,7 @@ def delta_kind(
     check: Check | None = None,
     validate: Callable[[Any, tuple[int, ...]], None] | None = None,
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,
-    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None = None,
+    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any] | None] | None = None,
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None = None,
 ) -> Callable[[Tile], DeltaKind]:
     """Declare a function `(parts: a dataclass, tile: slice, base) -> W' - W` as a kind of delta.
@@ -280,7 +280,8 @@ def delta_kind(
         invalid, `Misfit` if they belong to another tensor.
     validate: the same for parts in memory, if they are small enough to check.
     label: a few words for tables, from stored parts and settings.
-    example: parts and settings of a delta on a tensor of a given shape, for `mergebench.testing.check_delta`.
+    example: parts and settings of a delta on a tensor of a given shape, for `mergebench.testing.check_delta`; None if
+        no tensor of this shape can have one.
     stored_as: whether its only part is W' or W' - W as stored, and may be read without tiles.
     """
 
