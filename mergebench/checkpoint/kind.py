@@ -41,7 +41,7 @@ StoredAs = Literal["replacement", "difference"] | None
 Check = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], None]  # see `delta_kind`
 Prepare = Callable[[Any, Source, tuple[int, ...]], Any]  # the parts, W and its shape
 DTYPES = {
-    "tensor": FLOATS, "rows": FLOATS, "indices": {"I64"}, "mask": {"U8"},
+    "tensor": FLOATS, "tensors": FLOATS, "rows": FLOATS, "indices": {"I64"}, "mask": {"U8"},
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class FieldOf(NamedTuple):
     """One field of a kind's dataclass."""
 
     name: str
-    sort: str  # tensor, rows, mask or setting
+    sort: str  # tensor, tensors (parts NAME.0, NAME.1, ...), rows, indices, mask or setting
     default: Any  # dataclasses.MISSING if there is none
 
 
@@ -104,6 +104,14 @@ class DeltaKind:
         hints = typing.get_type_hints(self.parts, include_extras=True)
         return {f.name: FieldOf(f.name, sort_of(hints[f.name]), f.default) for f in dataclasses.fields(self.parts)}
 
+    def field_of(self, part: str) -> FieldOf | None:
+        """The field of a part; one of several tensors is called NAME.0, NAME.1, ..."""
+        about, (name, _, number) = self.fields.get(part), part.partition(".")
+        if about is None and number.isdecimal():
+            about = self.fields.get(name)
+            return about if about is not None and about.sort == "tensors" else None
+        return about
+
     def on(self, shape: tuple[int, ...], parts: Mapping[str, Part | TensorInfo | None], **settings: Any) -> StoredDelta:
         """A delta of this kind on a tensor of `shape`, from its stored parts and settings.
 
@@ -116,11 +124,12 @@ class DeltaKind:
             given = stored if about.sort != "setting" else settings
             if about.default is dataclasses.MISSING and name not in given:
                 raise ValueError(f"{self.name} needs '{name}'")
-        strange = [n for n in (*stored, *settings) if n not in self.fields]
+        strange = [n for n in (*stored, *settings) if self.field_of(n) is None]
         if strange:
             raise ValueError(f"{self.name} has no '{strange[0]}'")
         for name, part in stored.items():
-            if part.info.dtype not in DTYPES[self.fields[name].sort]:
+            about_part = self.field_of(name)
+            if about_part is None or part.info.dtype not in DTYPES.get(about_part.sort, ()):
                 raise ValueError(f"'{name}' is {part.info.dtype}")
         everything = {n: f.default for n, f in self.fields.items() if f.sort == "setting"} | settings
         if self.check is not None:
@@ -190,11 +199,11 @@ class StoredDelta:
     def resident(self) -> int:
         """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, and a tile, with the
         base's tile and temporaries."""
-        fields, (rows, columns) = self.of.fields, matrix_shape(self.shape)
+        rows, columns = matrix_shape(self.shape)
         parts = sum(
             (4 if info.is_float else 8) * info.numel
             for name, info in self.part.items()
-            if fields[name].sort in ("tensor", "indices")
+            if (about := self.of.field_of(name)) is not None and about.sort in ("tensor", "tensors", "indices")
         )
         return parts + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
 
@@ -208,9 +217,13 @@ class StoredDelta:
         from mergebench.checkpoint.parts import load
 
         values: dict[str, Any] = dict(self.setting)
+        stored = dict(self.parts)
         for name, about in self.of.fields.items():
-            if about.sort != "setting":
-                part = dict(self.parts).get(name)
+            if about.sort == "tensors":
+                several = (stored[f"{name}.{i}"] for i in range(len(stored)) if f"{name}.{i}" in stored)
+                values[name] = tuple(load(files, device, *part, "tensor", self.shape) for part in several)
+            elif about.sort != "setting":
+                part = stored.get(name)
                 values[name] = None if part is None else load(files, device, *part, about.sort, self.shape)
         return self.of.parts(**values)
 

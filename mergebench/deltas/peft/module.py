@@ -99,7 +99,8 @@ def peft_type(
     Every tensor of the directory must be a part of a module, shared by all, or saved whole; others are refused by name.
 
     suffixes: how the names of a module's parts end, as regular expressions, such as `A="hira_A"`; `.default` and
-        `.weight` may follow. Groups must not capture.
+        `.weight` may follow. A group that captures makes several parts: with
+        `E="e[.]([0-9]+)"` they are `E.0`, `E.1`, ...
     shared: those of `suffixes` that one tensor holds for all modules.
     check: raises `ModelError` for configs that cannot be folded.
     shape: [out, in] of a module's weight, told by its parts: helps to find it in a base with other names.
