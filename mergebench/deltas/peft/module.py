@@ -37,6 +37,7 @@ class Module:
     config: Mapping[str, Any]
     weight: TensorInfo  # the base's
     bias: TensorInfo | None
+    changed: bool = False  # deltas before this one change the weight
 
     @property
     def in_out(self) -> bool:
@@ -70,9 +71,9 @@ class Module:
         """A value of the config, or the module's own from a pattern such as `alpha_pattern`."""
         return patterned(self.directory, self.name, self.config, pattern, self.config.get(key))
 
-    def error(self, text: str) -> ModelError:
+    def error(self, text: str, hint: str | None = None) -> ModelError:
         """A `ModelError` that names the adapter and the module."""
-        return ModelError(f"{self.directory}: {self.name}: {text}")
+        return ModelError(f"{self.directory}: {self.name}: {text}", hint)
 
 
 def patterned(directory: Path, module: str, config: Mapping[str, Any], pattern: str, default: Any) -> Any:
@@ -125,9 +126,8 @@ def peft_type(
             for module, parts in modules.items():
                 weight = placing.find(f"{module}.weight")
                 bias = base.tensors.get(f"{weight.removesuffix('weight')}bias")
-                for change in function(
-                    Module(directory, module, {**common, **parts}, config, base.tensors[weight], bias)
-                ):
+                every, changed = {**common, **parts}, weight in base.changed
+                for change in function(Module(directory, module, every, config, base.tensors[weight], bias, changed)):
                     target = weight if change.tensor == "weight" else f"{weight.removesuffix('weight')}{change.tensor}"
                     placing.put_on(target, module, change.kind, change.parts, change.shape, **change.settings)
             placing.put_whole(whole)
