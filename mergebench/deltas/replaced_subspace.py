@@ -1,4 +1,4 @@
-"""DEFT: the part of a weight in a subspace of the outputs is taken out, and another one put in; PaRa only takes out.
+"""DEFT (NeurIPS 2025): a weight's part in a subspace of the outputs is taken out, another one put in; PaRa takes out.
 
     W' = W + Q (s R - P' W)
 
@@ -86,7 +86,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
 
 
 @delta_kind(
-    paper="",
+    paper="DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025)",
     needs_base=True,
     prepare=_prepare,
     check=_check,
