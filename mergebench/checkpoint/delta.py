@@ -81,6 +81,18 @@ def tile_rows(shape: Sequence[int]) -> int:
     return max(TILE // max(matrix_shape(shape)[1], 1), 1)
 
 
+def each_tile(source: Source, shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a tensor tile by tile, for a pass over all of it: which they are, and float32 [rows, columns]."""
+    import torch  # headers are read without it
+
+    (rows, columns), step = matrix_shape(shape), tile_rows(shape)
+    for first in range(0, rows, step):
+        tile = slice(first, min(first + step, rows))
+        values = torch.empty((tile.stop - first) * columns, device=device)
+        source.read(first * columns, values)
+        yield tile, values.view(-1, columns)
+
+
 class Folded:
     """A tensor with a delta on it: a `Source` that reads another `Source`."""
 

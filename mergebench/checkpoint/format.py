@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ class Base(NamedTuple):
     reference: str
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
+    changed: Collection[str] = ()  # its tensors that deltas change already
 
 
 class Deltas(NamedTuple):

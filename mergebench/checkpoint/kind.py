@@ -42,7 +42,7 @@ Check = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, .
 Made = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], int]  # takes what `Check` takes
 Prepare = Callable[[Any, Source, tuple[int, ...]], Any]  # the parts, W and its shape
 DTYPES = {
-    "tensor": FLOATS, "rows": FLOATS, "indices": {"I64", "I32", "I16", "U8"}, "mask": {"U8"},
+    "tensor": FLOATS, "tensors": FLOATS, "rows": FLOATS, "indices": {"I64", "I32", "I16", "U8"}, "mask": {"U8"},
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class FieldOf(NamedTuple):
     """One field of a kind's dataclass."""
 
     name: str
-    sort: str  # tensor, rows, mask or setting
+    sort: str  # tensor, tensors (parts NAME.0, NAME.1, ...), rows, indices, mask or setting
     default: Any  # dataclasses.MISSING if there is none
 
 
@@ -81,7 +81,7 @@ class DeltaKind:
     check: Check | None
     validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, for the values of the parts
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None
-    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None
+    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any] | None] | None
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None  # from the settings: what its only part is, as stored
 
     def __call__(self, p: Any, tile: slice, base: Tensor | None) -> Tensor:
@@ -106,6 +106,14 @@ class DeltaKind:
         hints = typing.get_type_hints(self.parts, include_extras=True)
         return {f.name: FieldOf(f.name, sort_of(hints[f.name]), f.default) for f in dataclasses.fields(self.parts)}
 
+    def field_of(self, part: str) -> FieldOf | None:
+        """The field of a part; one of several tensors is called NAME.0, NAME.1, ..."""
+        about, (name, _, number) = self.fields.get(part), part.partition(".")
+        if about is None and number.isdecimal():
+            about = self.fields.get(name)
+            return about if about is not None and about.sort == "tensors" else None
+        return about
+
     def on(self, shape: tuple[int, ...], parts: Mapping[str, Part | TensorInfo | None], **settings: Any) -> StoredDelta:
         """A delta of this kind on a tensor of `shape`, from its stored parts and settings.
 
@@ -118,11 +126,12 @@ class DeltaKind:
             given = stored if about.sort != "setting" else settings
             if about.default is dataclasses.MISSING and name not in given:
                 raise ValueError(f"{self.name} needs '{name}'")
-        strange = [n for n in (*stored, *settings) if n not in self.fields]
+        strange = [n for n in (*stored, *settings) if self.field_of(n) is None]
         if strange:
             raise ValueError(f"{self.name} has no '{strange[0]}'")
         for name, part in stored.items():
-            if part.info.dtype not in DTYPES[self.fields[name].sort]:
+            about_part = self.field_of(name)
+            if about_part is None or part.info.dtype not in DTYPES.get(about_part.sort, ()):
                 raise ValueError(f"'{name}' is {part.info.dtype}")
         everything = {n: f.default for n, f in self.fields.items() if f.sort == "setting"} | settings
         if self.check is not None:
@@ -198,11 +207,11 @@ class StoredDelta:
     def resident(self) -> int:
         """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, what is made of them,
         and a tile, with the base's tile and temporaries."""
-        fields, (rows, columns) = self.of.fields, matrix_shape(self.shape)
+        rows, columns = matrix_shape(self.shape)
         parts = sum(
             (4 if info.is_float else 8) * info.numel
             for name, info in self.part.items()
-            if fields[name].sort in ("tensor", "indices")
+            if (about := self.of.field_of(name)) is not None and about.sort in ("tensor", "tensors", "indices")
         )
         if self.of.made is not None:
             shapes = {name: info.shape for name, info in self.read.items()}
@@ -219,9 +228,13 @@ class StoredDelta:
         from mergebench.checkpoint.parts import load
 
         values: dict[str, Any] = dict(self.setting)
+        stored = dict(self.parts)
         for name, about in self.of.fields.items():
-            if about.sort != "setting":
-                part = dict(self.parts).get(name)
+            if about.sort == "tensors":
+                several = (stored[f"{name}.{i}"] for i in range(len(stored)) if f"{name}.{i}" in stored)
+                values[name] = tuple(load(files, device, *part, "tensor", self.shape) for part in several)
+            elif about.sort != "setting":
+                part = stored.get(name)
                 values[name] = None if part is None else load(files, device, *part, about.sort, self.shape)
         return self.of.parts(**values)
 
@@ -273,7 +286,7 @@ def delta_kind(
     check: Check | None = None,
     validate: Callable[[Any, tuple[int, ...]], None] | None = None,
     label: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], str] | None = None,
-    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any]] | None = None,
+    example: Callable[[tuple[int, ...], torch.Generator], Mapping[str, Any] | None] | None = None,
     stored_as: Callable[[Mapping[str, Any]], StoredAs] | None = None,
 ) -> Callable[[Tile], DeltaKind]:
     """Declare a function `(parts: a dataclass, tile: slice, base) -> W' - W` as a kind of delta.
@@ -293,7 +306,8 @@ def delta_kind(
         invalid, `Misfit` if they belong to another tensor.
     validate: the same for parts in memory, if they are small enough to check.
     label: a few words for tables, from stored parts and settings.
-    example: parts and settings of a delta on a tensor of a given shape, for `mergebench.testing.check_delta`.
+    example: parts and settings of a delta on a tensor of a given shape, for `mergebench.testing.check_delta`; None if
+        no tensor of this shape can have one.
     stored_as: whether its only part is W' or W' - W as stored, and may be read without tiles.
     """
 

@@ -24,6 +24,8 @@ def sort_of(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
         return str(hint.__metadata__[0])
+    if typing.get_origin(hint) is tuple and arguments == (Tensor, ...):
+        return "tensors"
     for inner in (hint, *arguments):
         if typing.get_origin(inner) is Annotated:
             return sort_of(inner)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import Source, matrix_shape, tile_rows
+from mergebench.checkpoint.delta import Source, each_tile, matrix_shape
 from mergebench.checkpoint.kind import Misfit, delta_kind
 from mergebench.deltas import low_rank
 
@@ -36,13 +36,9 @@ def _column_norms(p: Dora, base: Source, shape: tuple[int, ...]) -> Dora:
     """Read W once if output rows are columns."""
     if not p.columns:
         return p
-    (rows, columns), step = matrix_shape(shape), tile_rows(shape)
-    squares = torch.zeros(columns, dtype=torch.float64, device=p.b.device)
-    for first in range(0, rows, step):
-        tile = slice(first, min(first + step, rows))
-        values = torch.empty((tile.stop - first) * columns, device=p.b.device)
-        base.read(first * columns, values)
-        squares += _adapted(p, tile, values.view(-1, columns)).double().square().sum(0)
+    squares = torch.zeros(matrix_shape(shape)[1], dtype=torch.float64, device=p.b.device)
+    for tile, values in each_tile(base, shape, p.b.device):
+        squares += _adapted(p, tile, values).double().square().sum(0)
     return replace(p, norms=squares.sqrt().float())
 
 

@@ -46,7 +46,7 @@ def put_on(model: Model, place: Path) -> Model:
     known = formats.format_of(place)
     if known is None:
         raise _no_format(place)
-    read = known.read(place, Base(model.reference, model.tensors, model.config))
+    read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
     deltas = dict(model.deltas)
     for name, delta in read.deltas.items():
         deltas[name] = (*deltas.get(name, ()), delta)

@@ -31,7 +31,7 @@ from mergebench.deltas.formats.native import Writing, read_file, write_file
 from mergebench.deltas.open import open_model
 from mergebench.testing.checks import Inapplicable, Report, find
 
-SHAPES = ((23, 17), (1, 9), (31, 1))
+SHAPES = ((23, 17), (1, 9), (31, 1), (24, 16))
 TILE = 68  # elements of a tile during checks: a few rows, so that small tensors have several tiles
 NAME = "layer.weight"
 CLOSE = 1e-4  # of the largest element
@@ -46,7 +46,10 @@ class Trial:
         self.base = torch.randn(shape, generator=random)
         if kind.example is None:
             raise Inapplicable("it declares no example")
-        self.given = kind.example(shape, random)
+        given = kind.example(shape, random)
+        if given is None:
+            raise Inapplicable("no example of this shape")
+        self.given = given
         place.mkdir(parents=True, exist_ok=True)
         save_file({NAME: self.base}, place / "base.safetensors")
         self.file = place / "delta.safetensors"
@@ -236,6 +239,8 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
 def check_delta(kind: DeltaKind) -> None:
     """Run every check on a kind; `AssertionError` names the first that fails, and the shape."""
     assert kind.example is not None, f"{kind.name}: it declares no example, without which nothing can be tried"
+    examples = (kind.example(shape, torch.Generator()) for shape in SHAPES)
+    assert any(example is not None for example in examples), f"{kind.name}: no example of any shape"
     for name, check in CHECKS.items():
         try:
             _over_shapes(kind, name, check)

@@ -21,7 +21,8 @@ from mergebench.deltas.open import open_model
 from tests.deltas.test_lora import GPT2, LLAMA
 
 RESNET = transformers.ResNetConfig(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "resnet": RESNET}
+BIASED = type(LLAMA)(**LLAMA.to_dict() | {"attention_bias": True, "mlp_bias": True})
+FAMILIES = {"llama": LLAMA, "biased": BIASED, "gpt2": GPT2, "resnet": RESNET}
 CLOSE = 2e-6  # of a tensor's largest element
 
 
@@ -32,7 +33,12 @@ def make(folder: Path, family: str, config: PeftConfig, noise: float = 0.2) -> d
     """
     torch.manual_seed(0)
     auto = transformers.AutoModel if family == "resnet" else transformers.AutoModelForCausalLM
-    auto.from_config(FAMILIES[family]).save_pretrained(folder / "base")
+    model = auto.from_config(FAMILIES[family])
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):  # zeros otherwise
+                value.add_(noise * torch.randn_like(value))
+    model.save_pretrained(folder / "base")
     with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(auto.from_pretrained(folder / "base"), config)
         with torch.no_grad():

@@ -65,8 +65,11 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
 def by_module(
     directory: Path, header: Header, config: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str]]
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """Sort a header's tensors into the parts of each module, and tensors saved whole, by the base's tensor names. A
-    pattern's first group is the module's name; a second is added to the part's. Other tensors are refused by name."""
+    """Sort a header's tensors into the parts of each module, and tensors saved whole, by the base's tensor names.
+
+    The first group of a pattern is the module's name; a second one is appended to the part's, as in `E.0`. Any other
+    tensor is refused by name.
+    """
     parts: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for tensor in header.tensors:
@@ -74,7 +77,7 @@ def by_module(
         for part, pattern in patterns.items():
             match = pattern.fullmatch(name)
             if match is not None:
-                part = f"{part}.{match[2]}" if pattern.groups > 1 else part
+                part = part if pattern.groups == 1 else f"{part}.{match[2]}"
                 if part in parts.setdefault(match[1], {}):
                     raise ModelError(f"{directory}: {match[1]}: a second {part}: '{tensor.name}'")
                 parts[match[1]][part] = tensor

@@ -37,6 +37,7 @@ class Module:
     config: Mapping[str, Any]
     weight: TensorInfo  # the base's
     bias: TensorInfo | None
+    changed: bool = False  # deltas before this one change the weight
     all: Sequence[Module] = field(default=(), repr=False, compare=False)  # the directory's, in the file's order
 
     @property
@@ -76,9 +77,9 @@ class Module:
         """A value of the config, or the module's own from a pattern such as `alpha_pattern`."""
         return patterned(self.directory, self.name, self.config, pattern, self.config.get(key))
 
-    def error(self, text: str) -> ModelError:
+    def error(self, text: str, hint: str | None = None) -> ModelError:
         """A `ModelError` that names the adapter and the module."""
-        return ModelError(f"{self.directory}: {self.name}: {text}")
+        return ModelError(f"{self.directory}: {self.name}: {text}", hint)
 
 
 def patterned(directory: Path, module: str, config: Mapping[str, Any], pattern: str, default: Any) -> Any:
@@ -114,8 +115,8 @@ def peft_type(
     Every tensor of the directory must be a part of a module, shared by all, or saved whole; others are refused by name.
 
     suffixes: how the names of a module's parts end, as regular expressions, such as `A="hira_A"`; `.default` and
-        `.weight` may follow. A group may capture only in a shared one, and tells its tensors apart: of `v=r"v\.(\d+)"`
-        the parts are `v.0`, `v.1`.
+        `.weight` may follow. A group that captures makes several parts: with
+        `E="e[.]([0-9]+)"` they are `E.0`, `E.1`, ...
     shared: those of `suffixes` that one tensor holds for all modules.
     check: raises `ModelError` for configs that cannot be folded.
     shape: [out, in] of a module's weight, told by its parts: helps to find it in a base with other names.
@@ -142,7 +143,8 @@ def peft_type(
             for module, parts in modules.items():
                 weight = placing.find(f"{module}.weight")
                 bias = base.tensors.get(f"{weight.removesuffix('weight')}bias")
-                adapted = Module(directory, module, {**common, **parts}, config, base.tensors[weight], bias, found)
+                parts, changed = {**common, **parts}, weight in base.changed
+                adapted = Module(directory, module, parts, config, base.tensors[weight], bias, changed, found)
                 found.append(adapted)
                 names.append(weight)
             for one, weight in zip(found, names, strict=True):
