@@ -14,7 +14,7 @@ from mergebench.checkpoint.files import TORCH_DTYPE, whole
 from mergebench.checkpoint.header import Reader, TensorInfo
 
 # Parts as large as the tensor itself: `p.values[tile]` reads only the rows of a tile.
-Indices = Annotated[Tensor, "indices"]  # int64, read whole
+Indices = Annotated[Tensor, "indices"]  # int64, or stored as int32; read whole, as int64
 Rows = Annotated[Tensor, "rows"]  # has the tensor's shape
 Mask = Annotated[Tensor, "mask"]  # one bit an element, packed: bit i % 8 of byte i // 8 is element i's
 
@@ -39,7 +39,7 @@ def load(
     if sort == "mask":
         return _StreamedMask(files, device, info, shape)
     values = whole(files, info)
-    values = values.float() if info.is_float else values
+    values = values.float() if info.is_float else values.long() if sort == "indices" else values
     return (values.T.contiguous() if transposed else values).to(device)
 
 
