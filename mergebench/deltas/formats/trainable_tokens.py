@@ -40,8 +40,8 @@ def _select(directory: Path, modules: dict[str, dict[str, TensorInfo]], base: Ba
         try:
             names.find(f"{module}.weight")
             kept[module] = modules[module]
-        except ModelError as error:
-            copies[module] = error
+        except ModelError as missing:
+            copies[module] = missing
     with Files() as files:
         for module, error in copies.items():
             rows = whole(files, modules[module]["rows"])
