@@ -33,7 +33,8 @@ class Spectrum:
     scale: float = 1.0
     turned: bool = False  # the tensor is the transpose of what the places are drawn for
     places: Tensor | None = None  # int64 [2, k], rows and columns of F; computed, not stored
-    shape: tuple[int, int] = (0, 0)  # of the matrix; computed, not stored
+    columns: int = 0  # of the tensor; computed, not stored
+    roots: Tensor | None = None  # complex [rows]: exp(2 pi i j / rows); computed, not stored
 
 
 def drawn(count: int, numel: int, seed: int) -> Tensor:
@@ -75,8 +76,11 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
 
 
 def _prepare(p: Spectrum, base: Source, shape: tuple[int, ...]) -> Spectrum:
+    device, (rows, columns) = p.coefficients.device, matrix_shape(shape)
     found = places(len(p.coefficients), shape, p.seed, p.turned)
-    return replace(p, places=found.to(p.coefficients.device), shape=matrix_shape(shape))
+    angles = 2 * math.pi / rows * torch.arange(rows, dtype=torch.float64)
+    roots = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    return replace(p, places=found.to(device), columns=columns, roots=roots.to(device))
 
 
 def example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
@@ -94,12 +98,10 @@ def example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
 )
 def fourier(p: Spectrum, tile: slice, base: Tensor | None) -> Tensor:
     """s Re ifft2(F), F of some frequencies: FourierFT."""
-    assert p.places is not None
-    (rows, columns), (u, v) = p.shape, p.places
+    assert p.places is not None and p.roots is not None
+    rows, columns, (u, v) = len(p.roots), p.columns, p.places
     here = torch.arange(tile.start, tile.stop, device=u.device)[:, None]
-    angles = 2 * math.pi / rows * (here * u % rows).double()  # the remainder is exact
-    waves = torch.polar(torch.ones_like(angles), angles).to(p.coefficients.dtype.to_complex())
-    values = p.coefficients / rows * waves  # [rows of the tile, k]
+    values = p.coefficients / rows * p.roots[here * u % rows]  # [rows of the tile, k]
     at = (here - tile.start) * columns + v
     partial = add_at(values.new_zeros(len(here) * columns), at.ravel(), values.ravel())
     change: Tensor = torch.fft.ifft(partial.view(-1, columns)).real

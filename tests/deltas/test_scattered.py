@@ -93,3 +93,13 @@ def test_no_other_element_changes(tmp_path: Path) -> None:
     save_file(base, file, metadata={"format": "pt"})
     changed = open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}").state_dict()[name]
     assert kept.any() and torch.equal(changed[kept].view(torch.int32), base[name][kept].view(torch.int32))
+
+
+@pytest.mark.parametrize(("key", "value", "error"), [("lora_alpha", "much", "make no scale"), ("r", 2, "B is missing")])
+def test_factors_without_a_scale_or_missing(tmp_path: Path, key: str, value: Any, error: str) -> None:
+    rank = 2 if key == "lora_alpha" else None
+    peft_types.make(tmp_path, "llama", SupertuningConfig(sparsity=0.9, r=rank, target_modules=["q_proj"]))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(ModelError, match=error):
+        open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")

@@ -32,5 +32,7 @@ def supertuning(module: Module) -> Iterator[Change]:
     if module.config.get("r") or "A" in module.parts or "B" in module.parts:
         parts |= module.factors("B", "A")
         rank, alpha = module.parts["A"].shape[0], module.config.get("lora_alpha")
+        if not rank or not isinstance(alpha, (int, float, type(None))):
+            raise module.error(f"rank {rank} and lora_alpha {alpha!r} make no scale")
         scale = 2.0 if alpha is None else alpha / rank
     yield Change(scattered, parts, {"scale": scale})
