@@ -28,8 +28,8 @@ NOT_IN_THE_FILE = {
 
 def why_refused(kind: object) -> str | None:
     """Why there is no format for a PEFT type; None for types that have one or are unknown."""
-    if kind in NO_DIFFERENCE:
-        return f"adapter type {kind} is no difference of weights: {NO_DIFFERENCE[str(kind)]}"
-    if kind in NOT_IN_THE_FILE:
-        return f"adapter type {kind} cannot be folded from its files: {NOT_IN_THE_FILE[str(kind)]}"
+    if isinstance(kind, str) and kind in NO_DIFFERENCE:
+        return f"adapter type {kind} is no difference of weights: {NO_DIFFERENCE[kind]}"
+    if isinstance(kind, str) and kind in NOT_IN_THE_FILE:
+        return f"adapter type {kind} cannot be folded from its files: {NOT_IN_THE_FILE[kind]}"
     return None
