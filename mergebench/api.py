@@ -22,6 +22,7 @@ from mergebench.checkpoint.model import VECTOR
 from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import open_model
+from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
 from mergebench.engine.job import Merge
@@ -194,6 +195,9 @@ def plan_fold(
     """
     read = read_stored(adapter)
     if format_of(Path(adapter)) is None:
+        why = why_refused(read.kind) if read.is_directory else None
+        if why is not None:
+            raise ModelError(f"{adapter}: {why}")
         other = "PEFT's merge_and_unload() folds what can be" if read.is_directory else "no weights do what it does"
         raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only {peft_types()}", other)
     recipe = load({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})

@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mergebench.checkpoint.delta import Opened, Source, matrix_shape, tile_rows
-from mergebench.checkpoint.header import FLOATS, Reader, TensorInfo
+from mergebench.checkpoint.header import FLOATS, Reader, TensorInfo, damaged
 from mergebench.plugins import named
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class DeltaKind:
     parts: type  # the dataclass the function takes first
     needs_base: Callable[[Any], bool]  # from the settings: whether it is a function of W itself
     folds: Fold | None  # computes W', if W plus a tile is slower or not exact to the bit
-    prepare: Prepare | None  # run once when a delta is opened; may read all of W
+    prepare: Prepare | None  # run once when a delta is opened; may read all of W; may raise as `check` does
     whole: bool  # it cannot be cut: one tile has all rows
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
     factors: (
@@ -242,7 +242,10 @@ class StoredDelta:
         """Open the delta for tiles on this device; `base` is W, read once by kinds that need all of it."""
         p = self.load(files, device)
         if self.of.prepare is not None:
-            p = self.of.prepare(p, base, self.shape)
+            try:
+                p = self.of.prepare(p, base, self.shape)
+            except ValueError as error:
+                raise damaged(self.stored[0].file, f"{self.stored[0].name}: {error}") from None
         return InMemory(self.of, p, self.shape)
 
 
@@ -297,7 +300,7 @@ def delta_kind(
     paper: the source of the formula.
     needs_base: whether it is a function of W; may depend on the settings.
     folds: computes W' itself, if W plus the tile is slower or not exact to the bit; may overwrite `base`.
-    prepare: computes what is needed before the first tile; may read all of W.
+    prepare: computes what is needed before the first tile; may read all of W, and raise as `check` does.
     whole: it cannot be cut into tiles.
     energy: |W' - W|^2 in closed form.
     factors: B and A with W' - W = B A, if that is exact.

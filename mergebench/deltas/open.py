@@ -13,6 +13,7 @@ from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, open_checkpoint
 from mergebench.checkpoint.reference import locate
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
+from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 
 
@@ -85,7 +86,8 @@ def _no_format(place: Path) -> ModelError:
     if is_adapter(place):
         config, _ = read_directory(place)
         kind = config.get("peft_type")
-        return ModelError(f"{place}: adapter type {kind!r} is not supported, only {formats.peft_types()}")
+        why = why_refused(kind) or f"adapter type {kind!r} is not supported, only {formats.peft_types()}"
+        return ModelError(f"{place}: {why}")
     if place.is_dir():
         read_directory(place)  # raises that it is no adapter
     if place.suffix == ".safetensors":

@@ -153,12 +153,19 @@ def _size(trial: Trial) -> None:
     assert verbs.size([trial.delta]).nbytes == stored, f"{verbs.size([trial.delta]).nbytes} bytes, stored {stored}"
 
 
+def _another(value: Any) -> Any:
+    """Another value of a setting."""
+    if isinstance(value, (list, tuple)):
+        return (*value, 1)
+    return not value if isinstance(value, bool) else f"{value}?" if isinstance(value, str) else value + 1
+
+
 def _digest(trial: Trial) -> None:
     """Every setting changes the digest, and equal deltas have equal ones."""
     again = StoredDelta(trial.kind, trial.delta.shape, trial.delta.parts, trial.delta.settings)
     assert again.digest == trial.delta.digest and again == trial.delta, "equal deltas differ"
     for name, value in trial.delta.settings:
-        other = not value if isinstance(value, bool) else f"{value}?" if isinstance(value, str) else value + 1
+        other = _another(value)
         changed = tuple((key, other if key == name else kept) for key, kept in trial.delta.settings)
         digest = StoredDelta(trial.kind, trial.delta.shape, trial.delta.parts, changed).digest
         assert digest != trial.delta.digest, f"'{name}' does not change it"

@@ -58,15 +58,17 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
     base, lora = tmp_path / "base", save(tmp_path, "lora", KINDS["LoRA"][1])
     other = tmp_path / "other"
     save(other, "lora", {"r": 2, "target_modules": ["query"]}, KINDS["bias of B"][0])
-    ia3 = tmp_path / "ia3"
-    ia3.mkdir()
-    (ia3 / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    save_file({"base_model.model.q.ia3_l": torch.ones(3)}, ia3 / "adapter_model.safetensors")
+    prompts, later = tmp_path / "prompts", tmp_path / "later"
+    for place, kind in ((prompts, "PROMPT_TUNING"), (later, "LATER")):
+        place.mkdir()
+        (place / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        save_file({"prompt_embeddings": torch.ones(3)}, place / "adapter_model.safetensors")
     bottleneck = tmp_path / "01.safetensors"
     save_file({"layers.0.down.weight": torch.ones(2, 4)}, bottleneck, metadata={"kind": "bottleneck", "scale": "0.1"})
     table: list[tuple[list[Any], int, str, str]] = [
         ([bottleneck, "--base", base], 3, "an adapter of type bottleneck is not folded, only", "no weights do"),
-        ([ia3, "--base", base], 3, "an adapter of type IA3 is not folded", "merge_and_unload()"),
+        ([prompts, "--base", base], 3, "PROMPT_TUNING is no difference of weights: its tensors are prompts", ""),
+        ([later, "--base", base], 3, "an adapter of type LATER is not folded", "merge_and_unload()"),
         ([lora, "--base", other / "base"], 3, "the base has no tensor", "trained on another model"),
         ([lora, "--base", lora], 3, "it is an adapter, not a model", "name its base"),
         ([tmp_path / "none", "--base", base], 3, "no such file or directory", "PEFT directories"),

@@ -108,6 +108,7 @@ def peft_type(
     shared: Iterable[str] = (),
     check: Callable[[Path, Mapping[str, Any]], None] | None = None,
     shape: Callable[[Mapping[str, TensorInfo]], tuple[int, int]] | None = None,
+    select: Callable[[Path, dict[str, dict[str, TensorInfo]], Base], dict[str, dict[str, TensorInfo]]] | None = None,
     **suffixes: str,
 ) -> Callable[[Callable[[Module], Iterable[Change]]], Format]:
     r"""Declare a function `(module) -> changes` as the format of PEFT directories of the type `name`.
@@ -120,6 +121,7 @@ def peft_type(
     shared: those of `suffixes` that one tensor holds for all modules.
     check: raises `ModelError` for configs that cannot be folded.
     shape: [out, in] of a module's weight, told by its parts: helps to find it in a base with other names.
+    select: takes the parts of all modules and the base, returns those to be read: without copies for tied modules.
     """
     patterns = {part: re.compile(rf"(.+)\.{suffix}(?:\.default)?(?:\.weight)?") for part, suffix in suffixes.items()}
     for part in shared:
@@ -132,6 +134,8 @@ def peft_type(
                 check(directory, config)
             modules, whole = by_module(directory, header, config, patterns)
             common = modules.pop("", {})
+            if select is not None:
+                modules = select(directory, modules, base)
             shapes: dict[str, tuple[int, ...] | None] = {stored: info.shape for stored, info in whole.items()}
             for module, parts in modules.items():
                 out_in = _told(shape, parts)
