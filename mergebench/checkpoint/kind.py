@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     Tile = Callable[[Any, slice, Tensor | None], Tensor]
     Fold = Callable[[Any, slice, Tensor], Tensor]
+    Exact = Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None]
 
 StoredAs = Literal["replacement", "difference"] | None
 Check = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], None]  # see `delta_kind`
@@ -51,6 +52,10 @@ class Part(NamedTuple):
 
     info: TensorInfo
     transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape[:: -1 if self.transposed else 1]
 
 
 class FieldOf(NamedTuple):
@@ -74,9 +79,7 @@ class DeltaKind:
     prepare: Prepare | None  # run once when a delta is opened; may read all of W; may raise as `check` does
     whole: bool  # it cannot be cut: one tile has all rows
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
-    factors: (
-        Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None
-    )  # B and A with W' - W = B A, if that is exact
+    factors: Exact | None  # B and A with W' - W = B A, if that is exact
     made: Made | None  # bytes of what `prepare` makes
     check: Check | None
     validate: Callable[[Any, tuple[int, ...]], None] | None  # raises as `check` does, for the values of the parts
@@ -135,8 +138,7 @@ class DeltaKind:
                 raise ValueError(f"'{name}' is {part.info.dtype}")
         everything = {n: f.default for n, f in self.fields.items() if f.sort == "setting"} | settings
         if self.check is not None:
-            shapes = {name: part.info.shape[:: -1 if part.transposed else 1] for name, part in stored.items()}
-            self.check(shapes, everything, shape)
+            self.check({name: part.shape for name, part in stored.items()}, everything, shape)
         return StoredDelta(self, shape, tuple(stored.items()), tuple(everything.items()))
 
 
@@ -177,8 +179,7 @@ class StoredDelta:
     @property
     def read(self) -> dict[str, TensorInfo]:
         """The parts by name as the kind gets them: transposed where they are read so."""
-        turned = ((name, part.info, -1 if part.transposed else 1) for name, part in self.parts)
-        return {name: info._replace(shape=info.shape[::step]) for name, info, step in turned}
+        return {name: part.info._replace(shape=part.shape) for name, part in self.parts}
 
     @cached_property
     def setting(self) -> dict[str, Any]:
@@ -205,8 +206,7 @@ class StoredDelta:
         return None if self.of.stored_as is None else self.of.stored_as(self.setting)
 
     def resident(self) -> int:
-        """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, what is made of them,
-        and a tile, with the base's tile and temporaries."""
+        """Bytes that an opened delta holds: parts that are read whole, what is made of them, tiles and temporaries."""
         rows, columns = matrix_shape(self.shape)
         parts = sum(
             (4 if info.is_float else 8) * info.numel
@@ -214,8 +214,7 @@ class StoredDelta:
             if (about := self.of.field_of(name)) is not None and about.sort in ("tensor", "tensors", "indices")
         )
         if self.of.made is not None:
-            shapes = {name: info.shape for name, info in self.read.items()}
-            parts += self.of.made(shapes, self.setting, self.shape)
+            parts += self.of.made({name: info.shape for name, info in self.read.items()}, self.setting, self.shape)
         return parts + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
 
     def describe(self) -> str:
@@ -284,7 +283,7 @@ def delta_kind(
     prepare: Prepare | None = None,
     whole: bool = False,
     energy: Callable[[Any, tuple[int, ...]], float] | None = None,
-    factors: Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None = None,
+    factors: Exact | None = None,
     made: Made | None = None,
     check: Check | None = None,
     validate: Callable[[Any, tuple[int, ...]], None] | None = None,
@@ -301,10 +300,10 @@ def delta_kind(
     needs_base: whether it is a function of W; may depend on the settings.
     folds: computes W' itself, if W plus the tile is slower or not exact to the bit; may overwrite `base`.
     prepare: computes what is needed before the first tile; may read all of W, and raise as `check` does.
+    made: bytes of what that makes, from shapes and settings as `check` gets them.
     whole: it cannot be cut into tiles.
     energy: |W' - W|^2 in closed form.
     factors: B and A with W' - W = B A, if that is exact.
-    made: bytes of what `prepare` makes, from shapes and settings as `check` gets them.
     check: takes the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` if they are
         invalid, `Misfit` if they belong to another tensor.
     validate: the same for parts in memory, if they are small enough to check.
