@@ -72,6 +72,7 @@ class DeltaKind:
     folds: Fold | None  # computes W', if W plus a tile is slower or not exact to the bit
     prepare: Prepare | None  # run once when a delta is opened; may read all of W
     whole: bool  # it cannot be cut: one tile has all rows
+    extra: Callable[[StoredDelta], int] | None  # bytes that `prepare` needs beside the parts
     energy: Callable[[Any, tuple[int, ...]], float] | None  # |W' - W|^2 in closed form, of parts and shape
     factors: (
         Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None
@@ -198,14 +199,15 @@ class StoredDelta:
 
     def resident(self) -> int:
         """Bytes that an opened delta holds: its parts as float32, except those read tile by tile, and a tile, with the
-        base's tile and temporaries."""
+        base's tile and temporaries, and what `prepare` says it needs."""
         rows, columns = matrix_shape(self.shape)
         parts = sum(
             (4 if info.is_float else 8) * info.numel
             for name, info in self.part.items()
             if (about := self.of.field_of(name)) is not None and about.sort in ("tensor", "tensors", "indices")
         )
-        return parts + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
+        extra = 0 if self.of.extra is None else self.of.extra(self)
+        return parts + extra + 3 * 4 * min(self.of.rows(self.shape), rows) * columns
 
     def describe(self) -> str:
         """A few words, such as `low_rank rank 16`."""
@@ -269,6 +271,7 @@ def delta_kind(
     folds: Fold | None = None,
     prepare: Prepare | None = None,
     whole: bool = False,
+    extra: Callable[[StoredDelta], int] | None = None,
     energy: Callable[[Any, tuple[int, ...]], float] | None = None,
     factors: Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None] | None = None,
     check: Check | None = None,
@@ -287,6 +290,7 @@ def delta_kind(
     folds: computes W' itself, if W plus the tile is slower or not exact to the bit; may overwrite `base`.
     prepare: computes what is needed before the first tile; may read all of W.
     whole: it cannot be cut into tiles.
+    extra: bytes that `prepare` needs beside the parts, if that is much.
     energy: |W' - W|^2 in closed form.
     factors: B and A with W' - W = B A, if that is exact.
     check: takes the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` if they are
@@ -313,6 +317,7 @@ def delta_kind(
             folds=folds,
             prepare=prepare,
             whole=whole,
+            extra=extra,
             energy=energy,
             factors=factors,
             check=check,

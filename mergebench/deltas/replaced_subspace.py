@@ -89,6 +89,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025)",
     needs_base=True,
     prepare=_prepare,
+    extra=lambda delta: 16 * delta.part["directions"].shape[1] * sum(matrix_shape(delta.shape)),
     check=_check,
     example=_example,
     label=lambda parts, settings: f"rank {parts['directions'].shape[1]}",

@@ -86,6 +86,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
 @delta_kind(
     paper="arXiv:2306.07280",
     needs_base=True,
+    extra=lambda delta: 32 * delta.part["skew"].numel,
     prepare=lambda p, base, shape: _Built(_turns(p), inverse=p.inverse),
     check=_check,
     example=_example,
