@@ -300,7 +300,7 @@ def delta_kind(
     needs_base: whether it is a function of W; may depend on the settings.
     folds: computes W' itself, if W plus the tile is slower or not exact to the bit; may overwrite `base`.
     prepare: computes what is needed before the first tile; may read all of W, and raise as `check` does.
-    made: bytes of what that makes, from shapes and settings as `check` gets them.
+    made: bytes of what that makes and needs, from shapes and settings as `check` gets them.
     whole: it cannot be cut into tiles.
     energy: |W' - W|^2 in closed form.
     factors: B and A with W' - W = B A, if that is exact.

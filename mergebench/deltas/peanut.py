@@ -88,6 +88,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="arXiv:2410.01870",
     needs_base=True,
     prepare=_prepare,
+    made=lambda shapes, settings, shape: 24 * shapes["a"][0] * matrix_shape(shape)[1],
     folds=lambda p, tile, base: base.addmm_(p.b[tile], p.hidden),
     check=_check,
     example=_example,

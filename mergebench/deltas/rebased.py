@@ -7,6 +7,7 @@ V [in, in] is stored; U = W V'^-1 with columns of norm 1 is computed from W and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +84,11 @@ def _validate(p: Rebased, shape: tuple[int, ...]) -> None:
         raise ValueError(f"places beyond {len(p.basis)} inputs")
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """V and its inverses in float64, and U if it is kept."""
+    return 24 * math.prod(shapes["basis"]) + (24 * math.prod(shape) if settings["columns"] else 0)
+
+
 def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     rows, columns = matrix_shape(shape)
     turned = rows in (1, 24)
@@ -97,6 +103,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="doi:10.1609/aaai.v40i31.39813",
     needs_base=True,
     prepare=_prepare,
+    made=_made,
     check=_check,
     validate=_validate,
     example=_example,

@@ -89,6 +89,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025)",
     needs_base=True,
     prepare=_prepare,
+    made=lambda shapes, settings, shape: 16 * shapes["directions"][1] * sum(matrix_shape(shape)),
     check=_check,
     example=_example,
     label=lambda parts, settings: f"rank {parts['directions'].shape[1]}",

@@ -86,6 +86,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
 @delta_kind(
     paper="arXiv:2306.07280",
     needs_base=True,
+    made=lambda shapes, settings, shape: 32 * math.prod(shapes["skew"]),
     prepare=lambda p, base, shape: _Built(_turns(p), inverse=p.inverse),
     check=_check,
     example=_example,

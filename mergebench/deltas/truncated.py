@@ -8,6 +8,7 @@ vectors of its shorter side, the eigenvectors of W W' or W' W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="arXiv:2504.07097",
     needs_base=True,
     prepare=_prepare,
+    made=lambda shapes, settings, shape: 16 * math.prod(shape) + 24 * min(matrix_shape(shape)) ** 2,
     folds=lambda p, tile, base: _folded(p, tile),
     check=_check,
     example=_example,

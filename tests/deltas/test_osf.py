@@ -45,3 +45,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     save_file({name: value[:5] if name.endswith("S_low") else value for name, value in tensors.items()}, file)
     with pytest.raises(ModelError, match=r"S is F32 \[5\], \[8\] was expected"):
         open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def test_the_memory_it_takes_is_told(tmp_path: Path) -> None:
+    """W in float64 is not in the file."""
+    peft_types.make(tmp_path, "llama", OSFConfig(target_modules=["up_proj"]))
+    ((delta,), *_) = open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}").deltas.values()
+    assert delta.resident() >= sum(info.nbytes for info in delta.stored) + 8 * 24 * 16
