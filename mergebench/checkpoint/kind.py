@@ -192,7 +192,7 @@ class StoredDelta:
         base's tile and temporaries."""
         fields, (rows, columns) = self.of.fields, matrix_shape(self.shape)
         parts = sum(
-            (4 if info.is_float else 8) * info.numel
+            (4 if info.is_float else 8) * info.numel + (info.made.own.nbytes if info.made else 0)
             for name, info in self.part.items()
             if fields[name].sort in ("tensor", "indices")
         )
