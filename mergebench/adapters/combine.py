@@ -21,7 +21,8 @@ from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.values import chain
-from mergebench.deltas.formats.lora import Adapter, Factors
+from mergebench.deltas.formats.lora import Adapter
+from mergebench.deltas.peft.factors import Factors
 from mergebench.deltas.svd import Product, compress, truncate
 from mergebench.engine.context import Context
 from mergebench.engine.method import Method

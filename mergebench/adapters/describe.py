@@ -10,7 +10,8 @@ from typing import Any
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.files import Files, whole
 from mergebench.deltas import low_rank
-from mergebench.deltas.formats.lora import Factors, read_adapter
+from mergebench.deltas.formats.lora import read_adapter
+from mergebench.deltas.peft.factors import Factors
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError, RunError
 

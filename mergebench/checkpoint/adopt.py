@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergebench.checkpoint.align import is_derived
-from mergebench.checkpoint.experts import read_experts
+from mergebench.checkpoint.experts import fuse_deltas, read_experts
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.names import describe, match
 from mergebench.errors import ModelError
@@ -26,10 +26,11 @@ def adopt(base: Model, model: Model) -> Model:
         remarks.append(f"{number} read under other names ({describe(found)})")
     if not remarks:
         return model
+    deltas = fuse_deltas(model.deltas, tensors) if model.deltas else {}
     named = {found.get(name, name): info for name, info in tensors.items()}
     return replace(
         model,
         tensors={name: info if info.name == name else info._replace(name=name) for name, info in named.items()},
-        deltas={found.get(name, name): deltas for name, deltas in model.deltas.items()},
+        deltas={found.get(name, name): several for name, several in deltas.items()},
         remarks=(*model.remarks, *remarks),
     )

@@ -15,6 +15,7 @@ from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.names import is_vocabulary
 
 if TYPE_CHECKING:
+    from mergebench.checkpoint.format import Base
     from mergebench.checkpoint.model import Model
 
 _DERIVED = re.compile(
@@ -98,7 +99,7 @@ def is_derived(info: TensorInfo) -> bool:
     return bool(_DERIVED.search(info.name)) or (len(info.shape) == 4 and bool(_CAUSAL_MASK.search(info.name)))
 
 
-def tied_to(name: str, model: Model) -> str | None:
+def tied_to(name: str, model: Model | Base) -> str | None:
     """The tensor that `name` is an alias of in this model, if any."""
     if model.config and not model.config.get("tie_word_embeddings", True):
         return None

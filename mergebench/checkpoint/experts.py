@@ -18,6 +18,7 @@ from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
 from mergebench.errors import ModelError
 
 if TYPE_CHECKING:
+    from mergebench.checkpoint.delta import Delta
     from mergebench.checkpoint.model import Model
 
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
@@ -35,7 +36,7 @@ class Layout(NamedTuple):
         return "fused" if self.words is None else f"apart ({', '.join(self.words)})"
 
 
-def _layout(tensors: Mapping[str, TensorInfo]) -> Layout | None:
+def layout(tensors: Mapping[str, TensorInfo]) -> Layout | None:
     """How the experts are stored, if there are any."""
     for name in tensors:
         if _FUSED.fullmatch(name):
@@ -46,16 +47,61 @@ def _layout(tensors: Mapping[str, TensorInfo]) -> Layout | None:
     return None
 
 
+class Place(NamedTuple):
+    """Where an expert's matrix is in a model with fused experts: a block of rows of a tensor."""
+
+    tensor: str
+    number: int  # of the block
+    blocks: int  # of one expert
+
+
+def place_in_fused(name: str) -> Place | None:
+    """The place of the weight of an expert that is stored apart; None for other tensors."""
+    apart = _APART.fullmatch(name)
+    if apart is None:
+        return None
+    which = next(words.index(apart[3]) for words in _WORDS if apart[3] in words)
+    blocks = 2 if which < 2 else 1
+    tensor = f"{apart[1]}.{'gate_up_proj' if which < 2 else 'down_proj'}"
+    return Place(tensor, int(apart[2]) * blocks + which % 2 * (which < 2), blocks)
+
+
+def fuse_deltas(
+    deltas: Mapping[str, tuple[Delta, ...]], tensors: Mapping[str, TensorInfo]
+) -> dict[str, tuple[Delta, ...]]:
+    """The deltas of a model with experts apart, for its tensors read as fused."""
+    from mergebench.checkpoint.stacked import stacked
+
+    found: dict[str, tuple[Delta, ...]] = {}
+    parts: dict[str, list[dict[int, Delta]]] = {}  # by fused tensor: the first delta of each block, the second, ...
+    for name, several in deltas.items():
+        place = None if name in tensors else place_in_fused(name)
+        if place is None:
+            found[name] = several
+            continue
+        levels = parts.setdefault(place.tensor, [])
+        for level, delta in enumerate(several):
+            if level == len(levels):
+                levels.append({})
+            levels[level][place.number] = delta
+    for name, levels in parts.items():
+        shape = tensors[name].shape
+        rows = shape[1] // (2 if name.endswith("gate_up_proj") else 1)
+        found[name] = tuple(stacked(shape, rows, blocks) for blocks in levels)
+    return found
+
+
 def read_experts(base: Model, model: Model) -> tuple[dict[str, TensorInfo], str | None]:
     """A model's tensors with its experts in the base's layout, and a note if they were converted.
 
     `ModelError` if they cannot be converted (transposed, with biases, some missing, an adapter on them).
     """
-    theirs, wanted = _layout(model.tensors), _layout(base.tensors)
+    theirs, wanted = layout(model.tensors), layout(base.tensors)
     if theirs is None or wanted is None or theirs == wanted:
         return model.tensors, None
     tensors = _read_as(model.reference, model.tensors, wanted)
-    lost = [name for name in model.deltas if name not in tensors]
+    fused = wanted.words is None
+    lost = [name for name in model.deltas if name not in tensors and not (fused and place_in_fused(name))]
     if lost:
         raise ModelError(
             f"{lost[0]}: {model.reference} has an adapter on it, base stores its experts {wanted}",

@@ -26,6 +26,9 @@ class Deltas(NamedTuple):
     deltas: Mapping[str, Delta]
     headers: list[Header]
     made_on: str | None = None  # `content.identity` of the model that they were made on, if recorded
+    first: Mapping[str, Delta] = {}  # deltas that come before those on the same tensors
+    added: Mapping[str, TensorInfo] = {}  # tensors that the base has only as an alias of another
+    config: Mapping[str, Any] = {}  # changes to config.json
 
 
 @dataclass(frozen=True)

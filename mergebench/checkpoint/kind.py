@@ -209,7 +209,7 @@ class StoredDelta:
         """Bytes that an opened delta holds: parts that are read whole, what is made of them, tiles and temporaries."""
         rows, columns = matrix_shape(self.shape)
         parts = sum(
-            (4 if info.is_float else 8) * info.numel
+            (4 if info.is_float else 8) * info.numel + (info.made.own.nbytes if info.made else 0)
             for name, info in self.part.items()
             if (about := self.of.field_of(name)) is not None and about.sort in ("tensor", "tensors", "indices")
         )

@@ -49,13 +49,20 @@ def put_on(model: Model, place: Path) -> Model:
         raise _no_format(place)
     read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
     deltas = dict(model.deltas)
-    for name, delta in read.deltas.items():
-        deltas[name] = (*deltas.get(name, ()), delta)
+    for name in read.added:  # an alias has the deltas of its tensor
+        of = next(known for known, info in model.tensors.items() if info._replace(name=name) == read.added[name])
+        deltas |= {name: deltas[of]} if of in deltas else {}
+    for several in (read.first, read.deltas):
+        for name, delta in several.items():
+            deltas[name] = (*deltas.get(name, ()), delta)
     remarks = model.remarks
     if read.made_on is not None and not model.deltas and read.made_on != (this := identity(model)):
         remarks += (f"{place} was made on another model: its base is {read.made_on}, this is {this}",)
     headers, adapters = [*model.headers, *read.headers], (*model.adapters, place)
     changed = replace(model, headers=headers, deltas=deltas, adapters=adapters, remarks=remarks)
+    if read.added or read.config:
+        config = {**(model.config_changes or {}), **read.config}
+        changed = replace(changed, tensors={**model.tensors, **read.added}, config_changes=config)
     _check_tied(changed, place)
     return changed
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
+from mergebench.checkpoint.names import is_vocabulary
 from mergebench.errors import ModelError, RunError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's prefix of module names
+_HEADS = {"classifier", "score"}  # PEFT lists both for every classifier, which has one of them
 _BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -84,9 +86,11 @@ def by_module(
                 break
         else:
             whole[whole_name(directory, tensor.name, name, config)] = tensor
-    for saved in saved_modules(config):
-        if not any(f"{saved}." in name for name in whole):
-            raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
+    missing = [saved for saved in saved_modules(config) if not any(f"{saved}." in name for name in whole)]
+    if set(missing) < _HEADS and any(f"{head}." in name for head in _HEADS for name in whole):
+        missing = []
+    for saved in missing:
+        raise ModelError(f"{directory}: modules_to_save names '{saved}', {WEIGHTS} holds no tensor of it")
     return parts, whole
 
 
@@ -95,9 +99,10 @@ def whole_name(directory: Path, stored: str, name: str, config: Mapping[str, Any
     bias = _BIAS.fullmatch(name)
     if bias is not None and config.get("bias", "none") != "none":
         return f"{bias[1]}.bias"
-    inside = any(f"{module}." in name for module in saved_modules(config))
+    # PEFT saves embeddings and heads unlisted where a vocabulary was resized
+    inside = is_vocabulary(name) or any(f"{module}." in name for module in saved_modules(config))
     if not inside or "lora_" in name or ".base_layer." in name:
-        raise ModelError(f"{directory}: {stored}: not a LoRA factor of a linear layer: not supported yet")
+        raise ModelError(f"{directory}: {stored}: not known in an adapter of this type")
     return name
 
 

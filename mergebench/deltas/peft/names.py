@@ -10,7 +10,7 @@ from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import DeltaKind, Misfit, Part
-from mergebench.checkpoint.names import match
+from mergebench.checkpoint.names import is_vocabulary, match
 from mergebench.deltas.dense import dense
 from mergebench.errors import ModelError
 
@@ -65,22 +65,44 @@ class Placing:
     def put_whole(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Put tensors in the place of the base's, by the adapter's names."""
         for stored, tensor in tensors.items():
+            if self.known(stored) is None:
+                raise ModelError(
+                    f"{self._directory}: it brings a part '{stored}', which the base does not have",
+                    "name a base saved with it, such as the classifier that the adapter was trained on",
+                )
             self.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
 
     def find(self, stored: str) -> str:
         """The base's name of the tensor that the adapter calls `stored`; `ModelError` if the base has none."""
         return self._names.find(stored)
 
+    def known(self, stored: str) -> str | None:
+        """The base's name, or None if the base has no such tensor."""
+        try:
+            return self._names.find(stored)
+        except ModelError:
+            return None
+
+    def find_fitting(self, stored: str, what: str) -> str:
+        """The base's name as `find` gives it; `ModelError` too if its shape differs from the adapter's."""
+        name = self.find(stored)
+        shape, target = self._shapes[stored], self._base.tensors[name]
+        if shape is not None and shape != target.shape:
+            if is_vocabulary(stored) and len(shape) == 2 and shape[1:] == target.shape[1:]:
+                raise ModelError(
+                    f"{self._directory}: {what}: it has {shape[0]} tokens, the base {target.shape[0]}",
+                    f"resize the base to {shape[0]} tokens (resize_token_embeddings) and name the model that gives",
+                )
+            text = f"the adapter changes {list(shape)}, base has {list(target.shape)}"
+            raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL)
+        return name
+
     def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
         """Put a delta on the tensor that the adapter calls `stored`; return the base's name.
 
         `ModelError` if the base has no such tensor, if its shape differs, or as `put_on` says.
         """
-        name = self.find(stored)
-        shape, target = self._shapes[stored], self._base.tensors[name]
-        if shape is not None and shape != target.shape:
-            text = f"the adapter changes {list(shape)}, base has {list(target.shape)}"
-            raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL)
+        name = self.find_fitting(stored, what)
         self.put_on(name, what, kind, parts, None, **settings)
         return name
 
@@ -97,6 +119,21 @@ class Placing:
 
         `ModelError` if the tensor holds integers, is changed already, or the parts do not fit it.
         """
+        target = self._target(name, what)
+        try:
+            self.deltas[name] = kind.on(shape or target.shape, parts, **settings)
+        except Misfit as error:
+            text = f"{error}, base has {list(target.shape)}"
+            raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL) from None
+        except ValueError as error:
+            raise ModelError(f"{self._directory}: {what}: {error}") from None
+
+    def put_delta(self, name: str, what: str, delta: Delta) -> None:
+        """Put a delta on a tensor of the base, whose parts are known to fit it."""
+        self._target(name, what)
+        self.deltas[name] = delta
+
+    def _target(self, name: str, what: str) -> TensorInfo:
         target = self._base.tensors.get(name)
         if target is None:
             raise ModelError(f"{self._directory}: {what}: the base has no tensor '{name}' to adapt", OTHER_MODEL)
@@ -105,13 +142,7 @@ class Placing:
         if not target.is_float:
             text = f"base has it as {target.dtype}: only floats can be adapted"
             raise ModelError(f"{self._directory}: {what}: {text}")
-        try:
-            self.deltas[name] = kind.on(shape or target.shape, parts, **settings)
-        except Misfit as error:
-            text = f"{error}, base has {list(target.shape)}"
-            raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL) from None
-        except ValueError as error:
-            raise ModelError(f"{self._directory}: {what}: {error}") from None
+        return target
 
 
 def on_stored(b: TensorInfo, a: TensorInfo, in_out: bool) -> dict[str, Part | None]:
