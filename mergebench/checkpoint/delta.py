@@ -7,8 +7,9 @@ chunk borders cannot change a bit, and no tile is computed twice in a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergebench.checkpoint.header import Reader, TensorInfo
 
@@ -69,6 +70,30 @@ class Opened(Protocol):
     def tile(self, first: int, base: Tensor | None) -> Tensor: ...  # W' - W from row `first`, float32 [rows, columns]
 
     def fold(self, first: int, base: Tensor) -> Tensor: ...  # W' from row `first`, exactly; may overwrite `base`
+
+
+@dataclass(frozen=True)
+class OpenedParts:
+    """A delta whose parts are in memory, and the functions of its kind: an `Opened`."""
+
+    function: Callable[[Any, slice, Tensor | None], Tensor]  # W' - W of a tile
+    folds: Callable[[Any, slice, Tensor], Tensor] | None  # W' of a tile, if not W plus that
+    parts: Any  # the kind's dataclass
+    rows: int
+    count: int  # rows of the whole tensor
+
+    def tile(self, first: int, base: Tensor | None) -> Tensor:
+        """W' - W from row `first` on."""
+        return self.function(self.parts, self._slice(first), base)
+
+    def fold(self, first: int, base: Tensor) -> Tensor:
+        """W' from row `first` on."""
+        if self.folds is not None:
+            return self.folds(self.parts, self._slice(first), base)
+        return base + self.tile(first, base)
+
+    def _slice(self, first: int) -> slice:
+        return slice(first, min(first + self.rows, self.count))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

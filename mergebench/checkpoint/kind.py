@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mergebench.checkpoint.delta import Opened, Source, matrix_shape, tile_rows
+from mergebench.checkpoint.delta import Opened, OpenedParts, Source, matrix_shape, tile_rows
 from mergebench.checkpoint.header import FLOATS, Reader, TensorInfo, damaged
 from mergebench.plugins import named
 
@@ -245,34 +245,7 @@ class StoredDelta:
                 p = self.of.prepare(p, base, self.shape)
             except ValueError as error:
                 raise damaged(self.stored[0].file, f"{self.stored[0].name}: {error}") from None
-        return InMemory(self.of, p, self.shape)
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A delta whose parts are in memory: an `Opened`."""
-
-    of: DeltaKind
-    p: Any  # the kind's dataclass
-    shape: tuple[int, ...]
-
-    @cached_property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return self.of.rows(self.shape)
-
-    def tile(self, first: int, base: Tensor | None) -> Tensor:
-        """W' - W from row `first` on."""
-        return self.of.function(self.p, self._slice(first), base)
-
-    def fold(self, first: int, base: Tensor) -> Tensor:
-        """W' from row `first` on."""
-        if self.of.folds is not None:
-            return self.of.folds(self.p, self._slice(first), base)
-        return base + self.tile(first, base)
-
-    def _slice(self, first: int) -> slice:
-        return slice(first, min(first + self.rows, matrix_shape(self.shape)[0]))
+        return OpenedParts(self.of.function, self.of.folds, p, self.of.rows(self.shape), matrix_shape(self.shape)[0])
 
 
 def delta_kind(
