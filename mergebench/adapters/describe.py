@@ -83,11 +83,12 @@ def _names(read: Stored, key: str) -> list[str]:
 
 
 def _factors(read: Stored) -> dict[str, Factors]:
-    """A LoRA's factors, by the name of A; none for types that are not read as LoRA."""
+    """A LoRA's factors, by the name of A; none for types that are not read as LoRA, or if it holds other parts too."""
     try:
-        return {one.a.name: one for one in read_adapter(read.path).modules.values()} if read.kind == "LORA" else {}
+        adapter = read_adapter(read.path) if read.kind == "LORA" else None
     except ModelError:
-        return {}
+        adapter = None
+    return {} if adapter is None or adapter.beside else {one.a.name: one for one in adapter.modules.values()}
 
 
 def _rank_map(read: Stored) -> dict[str, int]:

@@ -67,7 +67,8 @@ def merge_adapters(
     shapes = _shapes(job.adapters)
     keeps_one = _keeps_one(job)
     ranks = {module: _rank(job, module, shape, keeps_one) for module, shape in shapes.items()}
-    shard = peft_directory.lay_out(shapes, ranks)
+    embeddings = {name for adapter in job.adapters for name, one in adapter.modules.items() if one.embedding}
+    shard = peft_directory.lay_out(shapes, ranks, embeddings)
     check_room(out, sum(a.header.size for a in job.adapters) if keeps_one else shard.nbytes)
     with Staging(out, "", resume=False) as staging:
         energy: dict[str, Product | None] = dict.fromkeys(shapes)
@@ -78,7 +79,7 @@ def merge_adapters(
             with closing(ShardFiles(staging.directory, [shard])) as written, Files() as opened:
                 for module, shape in shapes.items():
                     product = combine.merged(opened, job, module, shape, ranks[module])
-                    peft_directory.put(written, module, product)
+                    peft_directory.put(written, module, product, module in embeddings)
                     energy[module] = product._replace(a=product.a[:0], b=product.b[:0])
             config = peft_directory.merged_config(job.adapters, ranks)
             write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -168,7 +169,7 @@ def _parts(adapter: Adapter, base: Model | None) -> dict[str, Part]:
     for module, factors in adapter.modules.items():
         name = names.find(f"{module}.weight")
         on_base = OnBase(base.tensors[name], read.deltas[name]) if factors.magnitude else None
-        parts[module] = Part(factors, on_base, adapter.transposed)
+        parts[module] = Part(factors, on_base, adapter.transposed or factors.embedding)
     return parts
 
 
@@ -181,11 +182,17 @@ def _keeps_one(job: Job) -> bool:
         drops = method.parameters["density"].default if "density" in method.parameters else 1
         if "one model" in method.exempt or (job.density or drops) < 1:
             return False
-    return job.rank is None or job.rank >= max(factors.rank for factors in job.adapters[0].modules.values())
+    modules = job.adapters[0].modules.values()
+    return job.rank is None or job.rank >= max((factors.rank for factors in modules), default=0)
 
 
 def _check_difference(adapter: Adapter, method: str, with_base: bool) -> None:
     """Refuse adapters that are no difference of a matrix, or that need a missing base."""
+    if adapter.beside is not None:
+        raise ModelError(
+            f"{adapter.directory}: {adapter.beside}: only factors of linear layers and embeddings merge as an adapter",
+            "merge full models: a recipe with models BASE+ADAPTER",
+        )
     first = next(iter(adapter.modules.values()))
     if first.bias or adapter.whole:
         what = "a bias of lora_B" if first.bias else f"'{next(iter(adapter.whole))}' saved whole"

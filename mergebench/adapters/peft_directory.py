@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,24 @@ _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layer
 _SHARED = ("task_type", "auto_mapping", "revision")
 
 
-def key(module: str, factor: str) -> str:
-    return f"{PREFIX}{module}.lora_{factor}.weight"
+def key(module: str, factor: str, embedding: bool = False) -> str:
+    return f"{PREFIX}{module}.lora_embedding_{factor}" if embedding else f"{PREFIX}{module}.lora_{factor}.weight"
 
 
-def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> Shard:
-    """The file of factors, float32: A [rank, in] and B [out, rank] of every module."""
+def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], embeddings: Collection[str] = ()) -> Shard:
+    """The file of factors, float32: A [rank, in] and B [out, rank] of every module; of an embedding, in: tokens."""
     tensors = []
     for module, (rows, columns) in shapes.items():
         rank = ranks[module]
-        tensors.append(OutTensor(key(module, "A"), "F32", (rank, columns), 4 * rank * columns))
-        tensors.append(OutTensor(key(module, "B"), "F32", (rows, rank), 4 * rank * rows))
+        flat = module in embeddings
+        tensors.append(OutTensor(key(module, "A", flat), "F32", (rank, columns), 4 * rank * columns))
+        tensors.append(OutTensor(key(module, "B", flat), "F32", (rows, rank), 4 * rank * rows))
     return Shard(WEIGHTS, tuple(tensors))
 
 
-def put(written: ShardFiles, module: str, product: Product) -> None:
-    written.write(key(module, "A"), 0, product.a.contiguous().reshape(-1))
-    written.write(key(module, "B"), 0, product.b.contiguous().reshape(-1))
+def put(written: ShardFiles, module: str, product: Product, embedding: bool = False) -> None:
+    written.write(key(module, "A", embedding), 0, product.a.contiguous().reshape(-1))
+    written.write(key(module, "B", embedding), 0, product.b.contiguous().reshape(-1))
 
 
 def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from models import read_model, write_model
+from peft import PeftModel
 
 import mergebench
 from mergebench.deltas.open import open_model
@@ -53,7 +55,7 @@ def test_tokens_of_a_head_that_is_stored_twice(tmp_path: Path) -> None:
     lora.save_base(tmp_path, "tied")
     lora.save_lora(tmp_path, target_modules=["q_proj"], r=2, trainable_token_indices=[4, 5])
     base = read_model(tmp_path / "base")
-    write_model(tmp_path / "base", base | {"lm_head.weight": base["model.embed_tokens.weight"].clone()})
+    write_model(tmp_path / "base", base | {"lm_head.weight": base["model.embed_tokens.weight"]}, config=None)
     found = lora.merged(tmp_path)
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert not torch.equal(found["lm_head.weight"], base["model.embed_tokens.weight"])
@@ -74,13 +76,14 @@ def test_a_tied_head_is_untied(tmp_path: Path, half: str, twice: bool) -> None:
     lora.save_lora(tmp_path, r=3, lora_alpha=6, **HALVES[half])
     if twice:
         base = read_model(tmp_path / "base")
-        write_model(tmp_path / "base", base | {"lm_head.weight": base["model.embed_tokens.weight"].clone()})
+        write_model(
+            tmp_path / "base", base | {"lm_head.weight": base["model.embed_tokens.weight"].clone()}, config=None
+        )
     lora.merged(tmp_path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     auto, ids = transformers.AutoModelForCausalLM, torch.arange(2, 12)[None]
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    with warnings.catch_warnings(action="ignore"):
+        adapted = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
     with torch.no_grad():
         logits = auto.from_pretrained(tmp_path / "out").eval()(ids).logits
         torch.testing.assert_close(logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
@@ -93,7 +96,7 @@ def test_an_embedding_adapted_for_its_head_too(tmp_path: Path) -> None:
     folded = open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
     assert "lm_head.weight" not in folded.tensors and folded.config["tie_word_embeddings"]
     base = read_model(tmp_path / "base")
-    write_model(tmp_path / "base", base | {"lm_head.weight": base["model.embed_tokens.weight"].clone()})
+    write_model(tmp_path / "base", base | {"lm_head.weight": base["model.embed_tokens.weight"]}, config=None)
     with pytest.raises(ModelError, match=r"ensure_weight_tying: the adapter changes 'model\.embed_tokens\.weight' for"):
         lora.merged(tmp_path)
 
@@ -137,7 +140,7 @@ def test_a_longer_vocabulary(tmp_path: Path, saved: bool) -> None:
     how = {"modules_to_save": ["embed_tokens"]} if saved else {}
     lora.save_lora(tmp_path, r=2, target_modules=["q_proj"] if saved else ["embed_tokens"], **how)
     base = read_model(tmp_path / "base")
-    write_model(tmp_path / "base", base | {"model.embed_tokens.weight": torch.zeros(46, 16)})
+    write_model(tmp_path / "base", base | {"model.embed_tokens.weight": torch.zeros(46, 16)}, config=None)
     with pytest.raises(ModelError, match="it has 48 tokens, the base 46") as caught:
         lora.merged(tmp_path)
     assert "resize the base to 48 tokens" in str(caught.value.hint)
@@ -183,3 +186,14 @@ def test_adapters_with_embeddings_merge(tmp_path: Path) -> None:
         expected = base[name] + differences[0][name] + 0.5 * differences[1][name]
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     lora.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+                 {"target_modules": ["embed_tokens"], "save_embedding_layers": True}],
+)  # fmt: skip
+def test_other_parts_do_not_merge_as_an_adapter(tmp_path: Path, settings: dict[str, Any]) -> None:
+    lora.save_base(tmp_path, "llama")
+    lora.save_lora(tmp_path, r=2, **settings)
+    with pytest.raises(ModelError, match=r"embed_tokens', .*: only factors of linear layers and embeddings"):
+        mergebench.merge_adapters([tmp_path / "lora"] * 2, tmp_path / "both")
