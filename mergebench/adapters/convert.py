@@ -167,5 +167,5 @@ class _Adapted:
             for name, module in self.modules.items():
                 bias = f"{name.removesuffix('weight')}bias"
                 if bias in self._plain.tensors:
-                    names[bias] = f"{PREFIX}{module}.bias"
+                    names[bias] = f"{PREFIX}{module}.base_layer.bias"  # as PEFT loads it
         return {key: values.whole(name) for name, key in names.items()}

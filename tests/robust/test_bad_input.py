@@ -566,7 +566,7 @@ for what, config, code, says in [
     ("trained biases", {"bias": "all"}, MODEL, "bias: all"),
     ("LoRA bias", {"lora_bias": True}, MODEL, "lora_bias"),
     ("modules saved whole", {"modules_to_save": ["head"]}, MODEL, "modules_to_save"),
-    ("another kind", {"peft_type": "IA3"}, MODEL, "IA3"),
+    ("another kind", {"peft_type": "PROMPT_TUNING"}, MODEL, "its tensors are prompts"),
     ("rank in words", {"r": "two"}, MODEL, "r and lora_alpha must be numbers"),
     ("broken pattern", {"alpha_pattern": {"[": 8}}, MODEL, "alpha_pattern"),
     ("pattern in words", {"alpha_pattern": {"layers.0": "much"}}, MODEL, "alpha_pattern"),
