@@ -328,14 +328,16 @@ def contents(out: Path) -> dict[str, Any]:
     return hashes(out) | {"mergebench.json": {key: value for key, value in made.items() if key != "seconds"}}
 
 
-def test_kill_at_every_step(server: Server, work: Path, tmp_path: Path) -> None:
-    """Killed at each change to the file system in turn, then resumed: the same bytes, and no module done twice."""
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_at_every_step(server: Server, work: Path, tmp_path: Path, every: int) -> None:
+    """Killed at each change to the file system in turn, or each other one, then resumed: the same bytes, and no module
+    done twice."""
     count = tmp_path / "count"
     assert server.run(*ARGS, folder=work, count=str(count)) == (0, "out\n", "")
     whole, steps = contents(work / "out"), int(count.read_text())
     shutil.rmtree(work / "out")
     kept: set[int] = set()
-    for moment in range(1, steps + 1):
+    for moment in range(steps, 0, -every):
         assert server.run(*ARGS, folder=work, die_at=moment)[0] == -signal.SIGKILL
         if not (work / "out").exists():
             journal = work / ".out.partial" / ".journal.json"
