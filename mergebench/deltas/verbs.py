@@ -96,10 +96,7 @@ def as_low_rank(
     """
     exact = None
     if isinstance(delta, StoredDelta) and delta.of.factors is not None:
-        p = delta.load(files, CPU)
-        if delta.of.prepare is not None:
-            p = delta.of.prepare(p, _base(delta, base), delta.shape)
-        exact = delta.of.factors(p, delta.shape)
+        exact = delta.of.factors(delta.load(files, CPU), delta.shape)
     if exact is not None and energy is None:
         b, a = exact
         if rank is None or rank >= min(b.shape):

@@ -100,9 +100,13 @@ class Trial:
 
 def _double(p: Any) -> Any:
     """The parts in float64."""
-    values = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
-    floats = {n: v.double() for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return dataclasses.replace(p, **floats)
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(wide, value))
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return dataclasses.replace(p, **{field.name: wide(getattr(p, field.name)) for field in dataclasses.fields(p)})
 
 
 def _any_split(trial: Trial) -> None:

@@ -399,7 +399,7 @@ def test_inspect(base: Tensors, cli: Cli) -> None:
     assert lines[0] == ["tensor", "dtype", "shape"]
     assert ["embed.weight", "F32", "11", "x", "8"] in lines
     assert ["layers.0.weight", "F32", "8", "x", "8", "+", "low_rank", "rank", "2"] in lines
-    assert out.splitlines()[-1] == (
+    assert out.splitlines()[-2] == (
         f"LlamaForCausalLM: 7 tensors, 0.00 M elements, {BASE + STEPS} B in 2 files, 1 changed by lora"
     )
     found = document(cli("inspect", "ft2+lora", "--json").out)
