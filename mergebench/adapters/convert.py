@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,18 @@ from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
 from mergebench.checkpoint.delta import Delta
-from mergebench.checkpoint.files import DTYPE_NAME, Files, write_atomically
+from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
-from mergebench.checkpoint.staging import Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging, check_target
 from mergebench.checkpoint.values import chain, split
 from mergebench.deltas.open import open_model, put_on
-from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
+from mergebench.deltas.peft.directory import CONFIG, PREFIX
 from mergebench.deltas.svd import Product
 from mergebench.deltas.verbs import Converted, as_low_rank
 from mergebench.engine.machine import one_thread
 from mergebench.engine.run import Result
-from mergebench.errors import ModelError, RecipeError
+from mergebench.errors import ModelError
 
 _FOLD = "fold it into the base instead: mergebench adapters fold"
 
@@ -59,24 +57,18 @@ def convert_adapter(
     """
     started = time.perf_counter()
     out, adapter = Path(out), Path(adapter)
-    if rank is not None and energy is not None:
-        raise RecipeError("--rank and --energy: one of them says how much is kept")
-    if rank is not None and rank < 1:
-        raise RecipeError(f"--rank: must be at least 1, got {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
+    peft_directory.check_kept(rank, energy)
     plain = open_model(base)
     adapted = _Adapted(plain, put_on(plain, adapter))
     check_target(out, [place for place in (plain.directory, adapter) if place is not None], overwrite)
     with Staging(out, "", resume=False) as staging, one_thread(), Files() as files:
-        kept, products = {}, {}
+        products: dict[str, Product] = {}
         for number, (name, module) in enumerate(adapted.modules.items()):
             found = adapted.low_rank(files, name, rank=rank, energy=energy, seed=seed)
-            b, a = (found.parts.a.T, found.parts.b.T) if adapted.in_out else (found.parts.b, found.parts.a)
-            products[module], kept[module] = Product(b.contiguous(), a.contiguous(), 0.0, 0.0), found.kept
+            products[module] = peft_directory.product_of(found, adapted.in_out)
             progress(number + 1, len(adapted.modules))
         ranks = {module: len(product.a) for module, product in products.items()}
-        _write(staging.directory, out, products, ranks, adapted.saved(files))
+        peft_directory.write_factors(staging.directory, out, products, saved=adapted.saved(files))
         about = {"base_model_name_or_path": base, "task_type": task_type(plain), **adapted.config}
         config = peft_directory.config(ranks, adapted.in_out, **about)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -88,28 +80,11 @@ def convert_adapter(
             "rank": rank,
             "energy": energy,
             "seed": seed,
-            "modules": {module: {"rank": ranks[module], "energy_kept": kept[module]} for module in ranks},
-            "energy_kept": min(kept.values()),
+            "modules": {module: {"rank": ranks[module], "energy_kept": one.kept} for module, one in products.items()},
+            "energy_kept": min(product.kept for product in products.values()),
         }
         provenance = staging.finish(provenance, started, overwrite, peft_directory.converted_card(out, provenance))
     return Result(out, provenance)
-
-
-def _write(
-    directory: Path, out: Path, products: Mapping[str, Product], ranks: Mapping[str, int], saved: Mapping[str, Tensor]
-) -> None:
-    """The file of factors, and of what is saved whole, by PEFT's names."""
-    shapes = {module: (len(product.b), product.a.shape[1]) for module, product in products.items()}
-    ordered = sorted(saved.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
-    whole = [OutTensor(key, DTYPE_NAME[value.dtype], tuple(value.shape), value.nbytes) for key, value in ordered]
-    shard = Shard(WEIGHTS, (*peft_directory.lay_out(shapes, ranks).tensors, *whole))
-    check_room(out, shard.nbytes)
-    create(directory / WEIGHTS, shard)
-    with closing(ShardFiles(directory, [shard])) as written:
-        for module, product in products.items():
-            peft_directory.put(written, module, product)
-        for key, value in ordered:
-            written.write(key, 0, value.contiguous().reshape(-1))
 
 
 class _Adapted:

@@ -10,7 +10,7 @@ from typing import Any
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.files import Files, whole
 from mergebench.deltas import low_rank
-from mergebench.deltas.formats.lora import read_adapter
+from mergebench.deltas.formats.lora import Adapter, read_adapter
 from mergebench.deltas.peft.factors import Factors
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError, RunError
@@ -51,7 +51,10 @@ def describe_adapter(path: str | Path) -> Description:
     `ModelError` if it is no adapter, `RunError` if it is damaged or not finite.
     """
     read = read_stored(path)
-    factors = _factors(read)
+    adapter = _lora(read)
+    modules = {} if adapter is None else adapter.modules
+    plain = adapter is not None and adapter.beside is None
+    factors = {one.a.name: one for one in modules.values()} if plain else {}
     differences = bool(factors) and not read.settings.get("use_dora")
     with one_thread():
         squares = _of_differences(read, factors) if differences else _of_tensors(read)
@@ -72,7 +75,7 @@ def describe_adapter(path: str | Path) -> Description:
         norm_of="differences" if differences else "tensors",
         norm=math.sqrt(sum(squares.values())),
         norms={layer: math.sqrt(square) for layer, square in squares.items()},
-        rank_map=_rank_map(read),
+        rank_map={module: one.rank for module, one in modules.items()},
     )
 
 
@@ -82,21 +85,12 @@ def _names(read: Stored, key: str) -> list[str]:
     return sorted(map(str, value)) if isinstance(value, list) else [str(value)]
 
 
-def _factors(read: Stored) -> dict[str, Factors]:
-    """A LoRA's factors, by the name of A; none for types that are not read as LoRA, or if it holds other parts too."""
+def _lora(read: Stored) -> Adapter | None:
+    """The adapter as a LoRA; None for types that are not read as one."""
     try:
-        adapter = read_adapter(read.path) if read.kind == "LORA" else None
+        return read_adapter(read.path) if read.kind == "LORA" else None
     except ModelError:
-        adapter = None
-    return {} if adapter is None or adapter.beside else {one.a.name: one for one in adapter.modules.values()}
-
-
-def _rank_map(read: Stored) -> dict[str, int]:
-    try:
-        modules = read_adapter(read.path).modules if read.kind == "LORA" else {}
-    except ModelError:
-        return {}
-    return {module: one.rank for module, one in modules.items()}
+        return None
 
 
 def _of_differences(read: Stored, factors: dict[str, Factors]) -> dict[str, float]:

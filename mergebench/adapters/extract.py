@@ -30,7 +30,7 @@ from mergebench.deltas.svd import Product, keep_energy, truncate
 from mergebench.engine.provenance import inputs, places
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result
-from mergebench.errors import ModelError, RecipeError
+from mergebench.errors import ModelError
 
 RANK = 16
 Answers = dict[str, dict[str, Any]]  # by tensor: its squared norm; of a linear layer also rank and energy kept
@@ -60,12 +60,7 @@ def extract_adapter(
     """
     started = time.perf_counter()
     out = Path(out)
-    if rank is not None and energy is not None:
-        raise RecipeError("--rank and --energy: one of them says how much is kept")
-    if rank is not None and rank < 1:
-        raise RecipeError(f"--rank: must be at least 1, got {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
+    peft_directory.check_kept(rank, energy)
     wanted: dict[str, Any] = {"rank": rank or (None if energy else RANK), "energy": energy, "seed": seed}
     found = Differences(base, model)
     made_of = [inputs(found.plan, hash_inputs=False), wanted, __version__]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
 from pathlib import Path
 
 from mergebench import __version__
@@ -19,10 +18,9 @@ from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.shards import ShardFiles, create
-from mergebench.checkpoint.staging import Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging, check_target
 from mergebench.deltas.open import open_model
-from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
+from mergebench.deltas.peft.directory import CONFIG
 from mergebench.deltas.svd import Product
 from mergebench.deltas.verbs import as_low_rank
 from mergebench.editing.patches import Patch, open_patch
@@ -48,16 +46,11 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
         raise ModelError(f"{missing}: PEFT finds no module of that name in this model's class", _AS_IT_IS)
     linear = {name: info.shape for name, info in base.tensors.items() if is_linear(name, info.shape)}
     in_out = stored_in_out(base, linear)  # from all layers, because square ones do not show it
-    outer = {modules[name]: shape[::-1] if in_out else shape for name, shape in shapes.items()}
-    ranks = dict.fromkeys(outer, 1)
-    shard = peft_directory.lay_out(outer, ranks)
     check_target(out, [place for place in (base.directory, read.file) if place is not None], overwrite)
-    check_room(out, shard.nbytes)
     with Staging(out, "", resume=False) as staging:
-        create(staging.directory / WEIGHTS, shard)
-        with closing(ShardFiles(staging.directory, [shard])) as written:
-            for name in shapes:
-                peft_directory.put(written, modules[name], _product(read, base, name, in_out))
+        products = {modules[name]: _product(read, base, name, in_out) for name in shapes}
+        peft_directory.write_factors(staging.directory, out, products)
+        ranks = dict.fromkeys(products, 1)
         config = peft_directory.config(ranks, in_out, base_model_name_or_path=model, task_type=task_type(base))
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = {
@@ -66,7 +59,7 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
             "base": model,
             "patch": str(patch),
             "made": dict(read.about),
-            "modules": len(outer),
+            "modules": len(products),
         }
         provenance = staging.finish(provenance, started, overwrite, peft_directory.patch_card(out, provenance))
     return Result(out, provenance)
@@ -84,6 +77,4 @@ def _product(patch: Patch, base: Model, name: str, in_out: bool) -> Product:
     """B [out, 1] and A [1, in] of the patch's change to one matrix."""
     delta = patch.deltas.on(name, Base(base.reference, base.tensors, base.config))
     with Files() as files:
-        parts, kept = as_low_rank(files, delta)
-    b, a = (parts.a.T, parts.b.T) if in_out else (parts.b, parts.a)
-    return Product(b.contiguous(), a.contiguous(), kept, 1.0)
+        return peft_directory.product_of(as_low_rank(files, delta), in_out)

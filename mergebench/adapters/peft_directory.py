@@ -7,14 +7,20 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.files import write_error
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles
+from torch import Tensor
+
+from mergebench.checkpoint.files import DTYPE_NAME, write_error
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.staging import check_room
 from mergebench.deltas.formats.lora import Adapter
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
 from mergebench.deltas.svd import Product
+from mergebench.deltas.verbs import Converted
+from mergebench.errors import RecipeError
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHARED = ("task_type", "auto_mapping", "revision")
@@ -38,6 +44,45 @@ def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], emb
 def put(written: ShardFiles, module: str, product: Product, embedding: bool = False) -> None:
     written.write(key(module, "A", embedding), 0, product.a.contiguous().reshape(-1))
     written.write(key(module, "B", embedding), 0, product.b.contiguous().reshape(-1))
+
+
+def product_of(found: Converted, in_out: bool) -> Product:
+    """B [out, r] and A [r, in] of factors of a weight as it is stored; in_out: whether that is [in, out]."""
+    b, a = (found.parts.a.T, found.parts.b.T) if in_out else (found.parts.b, found.parts.a)
+    return Product(b.contiguous(), a.contiguous(), found.kept, 1.0)
+
+
+def write_factors(
+    directory: Path,
+    out: Path,
+    products: Mapping[str, Product],
+    embeddings: Collection[str] = (),
+    saved: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the factors of every module, and tensors `saved` by their names in the file; `out`: where there must be
+    room."""
+    shapes = {module: (len(product.b), product.a.shape[1]) for module, product in products.items()}
+    ranks = {module: len(product.a) for module, product in products.items()}
+    ordered = sorted((saved or {}).items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
+    whole = [OutTensor(name, DTYPE_NAME[value.dtype], tuple(value.shape), value.nbytes) for name, value in ordered]
+    shard = Shard(WEIGHTS, (*lay_out(shapes, ranks, embeddings).tensors, *whole))
+    check_room(out, shard.nbytes)
+    create(directory / WEIGHTS, shard)
+    with closing(ShardFiles(directory, [shard])) as written:
+        for module, product in products.items():
+            put(written, module, product, module in embeddings)
+        for name, value in ordered:
+            written.write(name, 0, value.contiguous().reshape(-1))
+
+
+def check_kept(rank: int | None, energy: float | None) -> None:
+    """`RecipeError` if `rank` and `energy` do not say how much of a difference is kept."""
+    if rank is not None and energy is not None:
+        raise RecipeError("--rank and --energy: one of them says how much is kept")
+    if rank is not None and rank < 1:
+        raise RecipeError(f"--rank: must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
 
 
 def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import torch
 from mergebench.checkpoint.delta import Chain, Delta, matrix_shape, tile_rows
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp8 import Scales
-from mergebench.checkpoint.kind import StoredDelta
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.values import CPU, Stored
+from mergebench.deltas.verbs import closed_energy
 from mergebench.engine.machine import one_thread
 
 TILES = 4  # measured of a tensor, evenly spread
@@ -83,9 +83,7 @@ def _squares(files: Files, model: Model, name: str, deltas: Sequence[Delta]) -> 
     info = model.tensors[name]
     base = Stored(files, Scales(files), info)
     whole = Chain(files, CPU, base, deltas)
-    exact = None
-    if len(deltas) == 1 and isinstance(deltas[0], StoredDelta) and deltas[0].of.energy is not None:
-        exact = deltas[0].of.energy(deltas[0].load(files, CPU), deltas[0].shape)
+    exact = closed_energy(files, deltas[0]) if len(deltas) == 1 else None
     measured = changed = total = 0.0
     step = tile_rows(info.shape) * matrix_shape(info.shape)[1]
     count = -(-info.numel // step)

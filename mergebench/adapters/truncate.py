@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ import torch
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.checkpoint.files import Files, whole, write_atomically
-from mergebench.checkpoint.shards import ShardFiles, create
-from mergebench.checkpoint.staging import Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging, check_target
 from mergebench.deltas.formats.lora import Adapter, read_adapter
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.svd import Product, compress
@@ -50,15 +48,11 @@ def truncate_adapter(directory: str | Path, out: str | Path, *, budget: int | fl
         products = _decomposed(adapter)
         ranks = allocate({module: _values(product) for module, product in products.items()}, count)
         kept = {module: _cut(product, ranks[module]) for module, product in products.items()}
-        shapes = {module: adapter.modules[module].shape for module, rank in ranks.items() if rank}
-        shard = peft_directory.lay_out(shapes, ranks)
-        check_room(out, shard.nbytes)
-        create(staging.directory / WEIGHTS, shard)
-        with closing(ShardFiles(staging.directory, [shard])) as written:
-            for module in shapes:
-                peft_directory.put(written, module, kept[module])
-        config = peft_directory.merged_config([adapter], {module: ranks[module] for module in shapes})
-        config |= {"target_modules": sorted(shapes)}
+        written = {module: product for module, product in kept.items() if ranks[module]}
+        embeddings = [module for module in written if adapter.modules[module].embedding]
+        peft_directory.write_factors(staging.directory, out, written, embeddings)
+        config = peft_directory.merged_config([adapter], {module: ranks[module] for module in written})
+        config |= {"target_modules": sorted(written)}
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         total = sum(product.total for product in kept.values())
         provenance = {

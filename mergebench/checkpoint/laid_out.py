@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,32 +59,6 @@ class Diagonal(_Computed):
         return found
 
 
-@dataclass(frozen=True)
-class Ordered(_Computed):
-    """Rows of a stored matrix in another order."""
-
-    order: tuple[int, ...]
-
-    def values(self, files: Reader) -> Tensor:
-        """[rows, columns]."""
-        return whole(files, self.own)[list(self.order)]
-
-
-@dataclass(frozen=True)
-class Numbers(_Computed):
-    """Whole numbers from the config beside a stored tensor."""
-
-    numbers: tuple[int, ...]
-
-    @cached_property
-    def _values(self) -> Tensor:
-        return torch.tensor(self.numbers)
-
-    def values(self, files: Reader) -> Tensor:
-        """int64 [numbers]."""
-        return self._values
-
-
 def columns(info: TensorInfo, first: int, stop: int, step: int = 1) -> TensorInfo:
     """Every `step`-th column of a matrix, from `first` to `stop`."""
     shape = info.shape[0], len(range(first, stop, step))
@@ -96,17 +69,6 @@ def diagonal(info: TensorInfo, blocks: int) -> TensorInfo:
     """A block-diagonal matrix of equal blocks of rows."""
     shape = info.shape[0], info.shape[1] * blocks
     return _made(info, f"{info.name} on {blocks} blocks", shape, Diagonal(info, blocks))
-
-
-def ordered(info: TensorInfo, order: tuple[int, ...]) -> TensorInfo:
-    """A matrix with its rows in another order."""
-    return _made(info, f"{info.name} in order {order}", info.shape, Ordered(info, order))
-
-
-def numbers(own: TensorInfo, name: str, values: tuple[int, ...]) -> TensorInfo:
-    """int64 numbers; their name includes them, so that digests tell them apart."""
-    info = own._replace(dtype="I64")
-    return _made(info, f"{name} {values}", (len(values),), Numbers(own, values))
 
 
 def rows(info: TensorInfo, first: int, count: int) -> TensorInfo:

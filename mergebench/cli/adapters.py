@@ -15,6 +15,11 @@ from mergebench.cli.output import byte_bar, count_bar, note
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
+Energy = Annotated[
+    float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the search in large matrices.")]
+
 app = typer.Typer(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
 app.command("drift")(adapter_tables.drift)
 app.command("inspect")(adapter_tables.inspect)
@@ -125,10 +130,8 @@ def extract(
     model: Annotated[str, typer.Option(help="The fine-tuned model.")],
     out: Annotated[Path, typer.Option(help="Output directory.")],
     rank: Annotated[int | None, typer.Option(help="Rank of every module. Default: 16.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search in large matrices.")] = 0,
+    energy: Energy = None,
+    seed: Seed = 0,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
@@ -169,10 +172,8 @@ def convert(
     out: Annotated[Path, typer.Option(help="Output directory.")],
     to: Annotated[str, typer.Option(help="The type to convert to: lora.")] = "lora",
     rank: Annotated[int | None, typer.Option(help="Rank of every module, at most. Default: the exact rank.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search in large matrices.")] = 0,
+    energy: Energy = None,
+    seed: Seed = 0,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -11,7 +11,6 @@ from mergebench.checkpoint.align import tied_to
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
-from mergebench.checkpoint.laid_out import numbers, ordered
 from mergebench.deltas.peft.directory import CONFIG
 from mergebench.deltas.peft.names import Placing
 from mergebench.deltas.replaced_rows import replaced_rows
@@ -40,13 +39,10 @@ def put_tokens(
                 f"{directory}: {module}: it trains token {max(rows)}, the base has {tall[0]}",
                 "resize the base (resize_token_embeddings) and name the model that gives",
             )
-        order = tuple(sorted(range(len(rows)), key=rows.__getitem__))
-        values = values if order == tuple(range(len(rows))) else ordered(values, order)
-        parts = {"values": values, "rows": numbers(values, f"{module} tokens", tuple(sorted(rows)))}
-        placing.put_on(name, module, replaced_rows, parts)
+        placing.put_on(name, module, replaced_rows, {"values": values}, tokens=tuple(rows))
         for alias, target in _ties(base).items():
             if target == name and alias not in placing.deltas:  # PEFT trains one set of rows for both
-                placing.put_on(alias, module, replaced_rows, parts)
+                placing.put_on(alias, module, replaced_rows, {"values": values}, tokens=tuple(rows))
 
 
 def _rows(module: str, wanted: Any) -> list[int] | None:
