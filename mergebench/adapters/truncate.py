@@ -83,6 +83,9 @@ def allocate(values: dict[str, torch.Tensor], budget: int) -> dict[str, int]:
 
 
 def _check_plain(adapter: Adapter) -> None:
+    if adapter.beside is not None:
+        what = f"{adapter.beside}: only factors of linear layers and embeddings are cut"
+        raise ModelError(f"{adapter.directory}: {what}", "fold it, and extract a LoRA")
     for module, one in adapter.modules.items():
         if one.magnitude is not None or one.bias is not None:
             what = "a DoRA's change" if one.magnitude is not None else "a bias of B"

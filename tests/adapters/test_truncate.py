@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +88,27 @@ def test_what_has_no_budget(here: Path) -> None:
     with pytest.raises(RunError, match="NaN or infinity"):
         truncate_adapter("adapter", "out", budget=1)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "config"),
+    [
+        ("trained tokens", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 4]}}),
+        ("bare parameters", {"target_modules": ["q_proj"], "target_parameters": ["down_proj.weight"]}),
+    ],
+)
+def test_no_part_is_lost(tmp_path: Path, part: str, config: dict[str, Any]) -> None:
+    """What has no factors of its own cannot be cut, and is not left out without a word."""
+    peft_types.make(tmp_path, "llama", LoraConfig(r=2, **config))
+    with pytest.raises(ModelError, match=part):
+        truncate_adapter(tmp_path / "adapter", tmp_path / "out", budget=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_stay_embeddings(tmp_path: Path) -> None:
+    """All singular values kept, it is the same adapter."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    expected = peft_types.make(tmp_path, "llama", config)
+    truncate_adapter(tmp_path / "adapter", tmp_path / "out", budget=1.0)
+    for name, value in as_peft_merges(tmp_path, tmp_path / "out").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
