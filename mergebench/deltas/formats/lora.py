@@ -9,12 +9,13 @@ parameters such as fused experts, `peft/tokens.py` has single tokens and tied he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.delta import Delta, matrix_shape
+from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.experts import Place, layout, place_in_fused
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo
@@ -158,12 +159,8 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
 
 
 def _as_matrix(factors: Factors, target: TensorInfo) -> tuple[int, ...] | None:
-    """The shape in which a convolution's tensor is a matrix."""
-    return (
-        (target.shape[0], matrix_shape(target.shape)[0] * target.shape[-1] // target.shape[0])
-        if factors.kernel
-        else None
-    )
+    """The shape in which a convolution's tensor is a matrix: [out, the rest]."""
+    return (target.shape[0], math.prod(target.shape[1:])) if factors.kernel else None
 
 
 def _experts(adapter: Adapter, base: Base) -> dict[str, Place]:
