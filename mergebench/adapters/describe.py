@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mergebench.adapters.adalora import Allocation, allocation
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.files import Files, whole
 from mergebench.deltas import low_rank
@@ -38,7 +39,8 @@ class Description:
     norm_of: str  # differences (scale B A) or tensors (as they are stored)
     norm: float
     norms: dict[str, float]  # by layer
-    rank_map: dict[str, int]  # of a LoRA: by module
+    rank_map: dict[str, int]  # of a LoRA or an AdaLoRA: by module
+    orthogonality: float | None  # of an AdaLoRA: mean |A A' - I| of its factors
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,15 +58,17 @@ def describe_adapter(path: str | Path) -> Description:
     plain = adapter is not None and adapter.beside is None
     factors = {one.a.name: one for one in modules.values()} if plain else {}
     differences = bool(factors) and not read.settings.get("use_dora")
+    allocated = allocation(read) if read.kind == "ADALORA" else None
     with one_thread():
         squares = _of_differences(read, factors) if differences else _of_tensors(read)
     return Description(
         name=read.name,
         adapter=str(path),
         kind=read.kind,
-        variants=[name for key, name in _VARIANTS.items() if read.settings.get(key)],
+        variants=[name for key, name in _VARIANTS.items() if read.settings.get(key)]
+        + ([] if allocated is None else [allocated.variant]),
         base=read.base,
-        ranks=sorted({one.rank for one in factors.values()} or _widths(read)),
+        ranks=sorted({one.rank for one in factors.values()} or _widths(read, allocated)),
         scales=sorted({one.scale for one in factors.values()} or _scale(read)),
         targets=_names(read, "target_modules"),
         saved_whole=_names(read, "modules_to_save"),
@@ -75,7 +79,8 @@ def describe_adapter(path: str | Path) -> Description:
         norm_of="differences" if differences else "tensors",
         norm=math.sqrt(sum(squares.values())),
         norms={layer: math.sqrt(square) for layer, square in squares.items()},
-        rank_map={module: one.rank for module, one in modules.items()},
+        rank_map={module: one.rank for module, one in modules.items()} if allocated is None else allocated.ranks,
+        orthogonality=None if allocated is None else allocated.orthogonality,
     )
 
 
@@ -117,8 +122,10 @@ def _of_tensors(read: Stored) -> dict[str, float]:
         }
 
 
-def _widths(read: Stored) -> set[int]:
-    """The ranks of other adapters: a bottleneck's width, or the `r` of other types."""
+def _widths(read: Stored, allocated: Allocation | None) -> set[int]:
+    """The ranks of other adapters: those an AdaLoRA was left with, a bottleneck's width, or the `r` of other types."""
+    if allocated is not None:
+        return set(allocated.ranks.values())
     rank = read.settings.get("r")
     if isinstance(rank, int):
         return {rank}

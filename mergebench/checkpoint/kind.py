@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     Tile = Callable[[Any, slice, Tensor | None], Tensor]
     Fold = Callable[[Any, slice, Tensor], Tensor]
-    Exact = Callable[[Any, tuple[int, ...]], tuple[Tensor, Tensor] | None]
+    Exact = Callable[[Any, Source, tuple[int, ...]], tuple[Tensor, Tensor] | None]  # takes what `Prepare` takes
 
 StoredAs = Literal["replacement", "difference"] | None
 Check = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], tuple[int, ...]], None]  # see `delta_kind`
@@ -276,7 +276,7 @@ def delta_kind(
     made: bytes of what that makes and needs, from shapes and settings as `check` gets them.
     whole: it cannot be cut into tiles.
     energy: |W' - W|^2 in closed form.
-    factors: B and A with W' - W = B A, if that is exact.
+    factors: B and A with W' - W = B A, if that is exact; gets what `prepare` gets.
     check: takes the parts' shapes by name, the settings and the tensor's shape; raises `ValueError` if they are
         invalid, `Misfit` if they belong to another tensor.
     validate: the same for parts in memory, if they are small enough to check.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.output import human
+from mergebench.errors import RecipeError
 
 _ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
 MOST = 8  # adapters with a column each: more do not fit a terminal
@@ -56,12 +56,21 @@ def drift(
 
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help=_ANY)],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the rank of each module of one adapter as a PNG.")
+    ] = None,
     json_: opt.Json = False,
 ) -> None:
     """Show what adapters are, side by side: type, base, ranks, targets, sizes, norms by layer."""
     from mergebench.adapters import describe_adapter
 
     found = [describe_adapter(adapter) for adapter in adapters]
+    if plot is not None:
+        from mergebench.adapters.rank_map import write_plot
+
+        if len(found) != 1 or not found[0].rank_map:
+            raise RecipeError("--plot: of one LoRA or AdaLoRA", "name one adapter whose modules have ranks")
+        write_plot(found[0].rank_map, plot, found[0].name)
     if json_:
         typer.echo(json.dumps([one.to_plain() for one in found]))
         return
@@ -78,6 +87,7 @@ def inspect(
         "size": [human(one.bytes) for one in found],
         "norm of": ["scale B A" if one.norm_of == "differences" else "the tensors" for one in found],
         "norm": [_short(one.norm) for one in found],
+        "|A A' - I|": [_short(one.orthogonality) for one in found],
     }
     for layer in dict.fromkeys(layer for one in found for layer in one.norms):
         rows[f"  {layer}"] = [_short(one.norms.get(layer)) for one in found]
@@ -108,12 +118,9 @@ def _range(values: Sequence[float]) -> str:
 
 def _rank_map(ranks: Mapping[str, int]) -> None:
     """The rank of every module: layers down, modules across."""
-    cells: dict[str, dict[str, int]] = {}
-    for module, rank in ranks.items():
-        layer = re.search(r"(?:^|\.)\d+(?=\.)", module)
-        place, name = (module[: layer.end()], module[layer.end() + 1 :]) if layer else ("", module)
-        cells.setdefault(place, {})[name] = rank
-    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    from mergebench.adapters.rank_map import grid
+
+    names, cells = grid(ranks)
     table = _table("rank", *names)
     for place, row in cells.items():
         table.add_row(place, *[str(row.get(name, "")) for name in names])

@@ -37,7 +37,7 @@ def inspect(
         show(Path(model), json_)
         return
     if is_adapter(Path(model)) and not any(Path(model).glob("model*.safetensors")):
-        adapter_tables.inspect([Path(model)], json_)
+        adapter_tables.inspect([Path(model)], json_=json_)
         return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [

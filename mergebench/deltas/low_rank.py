@@ -30,14 +30,14 @@ class Factors:
     scale: float = 1.0
 
 
-def factors(p: Factors, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def factors(p: Factors) -> tuple[Tensor, Tensor]:
     """B and A, with the scale and E multiplied into B."""
     return (p.scale * p.b if p.e is None else p.scale * p.b * p.e.ravel()), p.a
 
 
 def energy(p: Factors, shape: tuple[int, ...]) -> float:
     """|B A|^2 = <B'B, A A'>, in float64."""
-    b, a = (part.double() for part in factors(p, shape))
+    b, a = (part.double() for part in factors(p))
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
 
 
@@ -92,7 +92,7 @@ def made_by(
         "prepare": prepare,
         "folds": _fold,
         "energy": lambda p, shape: energy(Factors(*make(p)), shape),
-        "factors": lambda p, shape: make(p),
+        "factors": lambda p, base, shape: make(p),
         "made": lambda shapes, settings, shape: 4 * rank(shapes, settings) * sum(matrix_shape(shape)),
         "label": label,
     }
@@ -106,10 +106,10 @@ def rows(p: Any, tile: slice, make: Callable[[Any], tuple[Tensor, Tensor]]) -> T
 
 @delta_kind(
     paper="arXiv:2106.09685",
-    prepare=lambda p, base, shape: Factors(*factors(p, shape)),  # scaled once, not tile by tile
+    prepare=lambda p, base, shape: Factors(*factors(p)),  # scaled once, not tile by tile
     folds=_fold,
     energy=energy,
-    factors=factors,
+    factors=lambda p, base, shape: factors(p),
     example=_example,
     check=check,
     label=label,

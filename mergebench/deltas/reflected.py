@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import Source, matrix_shape
+from mergebench.checkpoint.delta import Source, each_tile, matrix_shape
 from mergebench.checkpoint.kind import Misfit, delta_kind
 
 
@@ -44,6 +44,12 @@ def _prepare(p: Planes, base: Source, shape: tuple[int, ...]) -> Planes:
     return Planes(u, p.orthogonal, a)
 
 
+def _exact(p: Planes, base: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """-W U and T U'."""
+    u, a = _factors(p)
+    return torch.cat([-(values @ u) for _, values in each_tile(base, shape, u.device)]), a
+
+
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     normals, columns = shapes["normals"], matrix_shape(shape)[1]
     if len(normals) != 2:
@@ -64,6 +70,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="arXiv:2405.17484",
     needs_base=True,
     prepare=_prepare,
+    factors=_exact,
     check=_check,
     example=_example,
     label=lambda parts, settings: f"rank {parts['normals'].shape[1]}",

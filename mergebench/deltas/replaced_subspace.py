@@ -64,6 +64,17 @@ def _prepare(p: Subspace, base: Source, shape: tuple[int, ...]) -> Subspace:
     return _Built(q, content, relu=p.relu, columns=p.columns)
 
 
+def _exact(p: Subspace, base: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Q and s R - P' W; if columns, both are turned."""
+    built = _prepare(p, base, shape)
+    assert built.content is not None
+    if not p.columns:
+        return built.directions, built.content
+    right = _sides(built)[1]
+    removed = torch.cat([values @ right for _, values in each_tile(base, shape, right.device)])
+    return built.content.T - removed, built.directions.T
+
+
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     directions, content = shapes["directions"], shapes.get("content")
     out, inner = matrix_shape(shape)[:: -1 if settings["columns"] else 1]
@@ -89,6 +100,7 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     paper="DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025)",
     needs_base=True,
     prepare=_prepare,
+    factors=_exact,
     made=lambda shapes, settings, shape: 16 * shapes["directions"][1] * sum(matrix_shape(shape)),
     check=_check,
     example=_example,

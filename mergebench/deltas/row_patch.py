@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.delta import Source
 from mergebench.checkpoint.kind import Misfit, delta_kind
 from mergebench.checkpoint.parts import Indices
 
@@ -34,7 +35,7 @@ def _energy(p: Patch, shape: tuple[int, ...]) -> float:
     return float(p.amount.double().square().sum() * p.direction.double().square().sum())
 
 
-def _factors(p: Patch, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+def _factors(p: Patch, base: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
     """An outer product, because there is one direction; None for experts in one tensor."""
     if len(shape) != 2:
         return None

@@ -104,7 +104,7 @@ def as_low_rank(
     """
     exact = None
     if isinstance(delta, StoredDelta) and delta.of.factors is not None:
-        exact = delta.of.factors(delta.load(files, CPU), delta.shape)
+        exact = delta.of.factors(delta.load(files, CPU), _base(delta, base), delta.shape)
     if exact is not None and energy is None:
         b, a = exact
         if rank is None or rank >= min(b.shape):

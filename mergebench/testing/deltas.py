@@ -145,7 +145,7 @@ def _factors(trial: Trial) -> None:
     if trial.kind.factors is None:
         raise Inapplicable("it declares no exact factors")
     with Files() as files:
-        converted = verbs.as_low_rank(files, trial.delta)
+        converted = verbs.as_low_rank(files, trial.delta, base=trial.source(files))
         product = (converted.parts.b.double() @ converted.parts.a.double()).reshape(-1)
     worst = float((product - trial.expected()).abs().max())
     assert converted.kept == 1 and worst <= CLOSE * max(float(product.abs().max()), 1e-6), f"differs by {worst:.3g}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from models import read_model
-from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel
+from peft import DeftConfig, HiraConfig, HRAConfig, IA3Config, LoraConfig, PeanutConfig, PeftConfig, PeftModel
 
 from mergebench.adapters import convert_adapter
 from mergebench.deltas.open import open_model
@@ -23,12 +23,18 @@ TARGETS = ["q_proj", "down_proj"]
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, init_lora_weights=False, modules_to_save=["lm_head"])
 HIRA = HiraConfig(r=2, target_modules=TARGETS, init_weights=False)
 CONV = IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)
+QR: dict[str, Any] = {"decomposition_method": "qr", "fan_in_fan_out": True}
 
 CASES: list[Any] = [
     pytest.param("llama", LORA, {}, 3, id="LoRA, exact"),
     pytest.param("llama", HIRA, {"rank": 16}, 16, id="HiRA, all ranks"),
     pytest.param("llama", HIRA, {"energy": 1.0}, 16, id="HiRA, all energy"),
     pytest.param("gpt2", CONV, {"rank": 99}, 16, id="IA3 with biases, stored [in, out]"),
+    pytest.param("llama", HRAConfig(r=4, target_modules=TARGETS), {}, 4, id="HRA, exact given the base"),
+    pytest.param("llama", HRAConfig(r=4, apply_GS=True, target_modules=TARGETS), {}, 4, id="HRA, orthogonal"),
+    pytest.param("llama", DeftConfig(r=3, target_modules=TARGETS), {}, 3, id="DEFT, exact given the base"),
+    pytest.param("gpt2", DeftConfig(r=3, target_modules=["c_attn"], **QR), {}, 3, id="DEFT, stored [in, out]"),
+    pytest.param("llama", PeanutConfig(r=3, target_modules=TARGETS, depth=1), {}, 3, id="PEANuT, exact given the base"),
 ]
 
 

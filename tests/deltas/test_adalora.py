@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import AdaLoraConfig
+from safetensors.torch import load_file
 
+from mergebench.adapters import describe_adapter
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
+from tests.conftest import Cli
 from tests.deltas import peft_types
 
 PATTERN = {
@@ -61,3 +65,28 @@ def test_without_the_initial_rank_there_is_no_scale(tmp_path: Path) -> None:
     file.write_text(json.dumps({key: value for key, value in settings.items() if key != "init_r"}))
     with pytest.raises(ModelError, match="init_r and lora_alpha must be numbers"):
         open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def test_what_is_told_of_an_allocation(tmp_path: Path) -> None:
+    """PEFT's own allocator takes the triplets; the orthogonality is PEFT's regulariser."""
+    peft_types.make(tmp_path, "llama", config(target_modules=["q_proj", "k_proj"], rank_pattern=PATTERN))
+    found = describe_adapter(tmp_path / "adapter")
+    assert found.variants == ["7 of 16 triplets left"] and found.ranks == [0, 1, 2, 4]
+    assert found.rank_map["model.layers.0.self_attn.q_proj"] == 2
+    model = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    norms = [
+        float(torch.linalg.norm((side @ side.T - torch.eye(len(side))).double()))
+        for name, value in model.items()
+        if not name.endswith("lora_E")
+        for side in [value if name.endswith("lora_A") else value.T]
+    ]
+    assert found.orthogonality == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+
+
+def test_one_that_was_never_allocated_is_a_lora_of_its_first_rank(tmp_path: Path, cli: Cli) -> None:
+    peft_types.make(tmp_path, "llama", config(target_modules=["q_proj"]))
+    code, out, _ = cli("adapters", "inspect", tmp_path / "adapter", "--plot", tmp_path / "ranks.png")
+    assert code == 0 and "ADALORA, never allocated: a LoRA of rank 4" in out and "|A A' - I|" in out
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    refused = cli("adapters", "inspect", tmp_path / "adapter", tmp_path / "adapter", "--plot", tmp_path / "r.png")
+    assert refused.code == 2 and "--plot: of one LoRA or AdaLoRA" in refused.err
