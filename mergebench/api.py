@@ -185,12 +185,14 @@ def plan_fold(
     base: str,
     adapter: str | Path,
     *,
+    as_trained: str | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
     """Plan to fold an adapter into its base: the recipe that passes BASE+ADAPTER through.
 
+    as_trained: `nf4` rounds the base first, as QLoRA's training saw it; else the base is taken as it is. Raises
     `ModelError` if the adapter's type cannot be written as a difference of the base's weights.
     """
     read = read_stored(adapter)
@@ -200,7 +202,8 @@ def plan_fold(
             raise ModelError(f"{adapter}: {why}")
         other = "PEFT's merge_and_unload() folds what can be" if read.is_directory else "no weights do what it does"
         raise ModelError(f"{adapter}: an adapter of type {read.kind} is not folded, only {peft_types()}", other)
-    recipe = load({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})
+    model = {"model": f"{base}+{adapter}"} | ({} if as_trained is None else {"as_trained": as_trained})
+    recipe = load({"merge_method": "passthrough", "models": [model]})
     return plan(recipe, memory=memory, workers=workers, shard_size=shard_size)
 
 

@@ -94,9 +94,13 @@ def merge(
 
 @app.command("fold")
 def fold(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, or a delta file.")],
     base: Annotated[str, typer.Option(help="The model it was trained on.")],
     out: Annotated[Path, typer.Option(help="Output directory.")],
+    as_trained: Annotated[
+        str | None,
+        typer.Option(metavar="nf4", help="Round the base to NF4 first, as QLoRA trained on it. Default: as it is."),
+    ] = None,
     memory: opt.Memory = "400MiB",
     workers: opt.Workers = None,
     resume: opt.Resume = False,
@@ -105,12 +109,14 @@ def fold(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Fold a LoRA into its base: a checkpoint that needs no adapter."""
+    """Fold an adapter into its base: a checkpoint that needs no adapter."""
     from mergebench import api
 
     quiet = quiet or json_
+    if as_trained not in (None, "nf4"):
+        raise RecipeError(f"--as-trained: must be nf4, got '{as_trained}'")
     sizes = {"memory": opt.parse_size(memory, "--memory"), "shard_size": opt.parse_size(shard_size, "--shard-size")}
-    plan = api.plan_fold(base, adapter, workers=workers, **sizes)
+    plan = api.plan_fold(base, adapter, as_trained=as_trained, workers=workers, **sizes)
     say_notes(plan, quiet)
     say_changes(plan, quiet)
     with byte_bar("folding", plan.bytes_read, quiet) as progress:
@@ -118,9 +124,10 @@ def fold(
     if result.already_done:
         note(f"{out}: already finished, nothing to resume", quiet)
     else:
-        adapted = len(plan.merge.reference.deltas)
+        added = (delta for deltas in plan.merge.reference.deltas.values() for delta in deltas if delta.kind != "nf4")
+        adapted, state = sum(1 for _ in added), "as it is" if as_trained is None else "rounded to NF4"
         seconds = result.provenance["seconds"]
-        note(f"{adapter} folded into {adapted} tensors of {base}: wrote {out} in {seconds:.1f} s", quiet)
+        note(f"{adapter} folded into {adapted} tensors of {base}, {state}: wrote {out} in {seconds:.1f} s", quiet)
     typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
 
 

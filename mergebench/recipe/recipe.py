@@ -32,6 +32,7 @@ class Entry:
     model: str | None = None
     task_vector: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    as_trained: str | None = None  # nf4: an adapter's base is rounded as in its training
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,7 @@ class Recipe:
             and {"alpha": "auto" if self.lines.alpha is None else self.lines.alpha, "beta": self.lines.beta},
             "edits": [one.to_plain() for one in self.edits],
             "evaluate": measured
-            and _given(
-                {"suite": measured.suite, "baselines": [baseline.to_plain() for baseline in measured.baselines]}
-            ),
+            and _given({"suite": measured.suite, "baselines": [one.to_plain() for one in measured.baselines]}),
         }
         return copy.deepcopy(_given(whole))
 
@@ -223,7 +222,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     entries = []
     for i, entry in enumerate(found.get("models", ())):
         own, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
-        entries.append(Entry(entry.get("model"), entry.get("task_vector"), own))
+        entries.append(Entry(entry.get("model"), entry.get("task_vector"), own, entry.get("as_trained")))
         ignored += more
     slices = []
     for i, one in enumerate(found.get("slices", ())):

@@ -110,10 +110,11 @@ def _with_tokens(
     return base and shared[_key(base)], [(entry, shared[_key(model)]) for entry, model in entries]
 
 
-def _key(model: Model) -> tuple[Path, tuple[Path, ...], bool]:
-    """Equal for models of one reference, however it is written."""
+def _key(model: Model) -> tuple[Path, tuple[Path, ...], bool, int]:
+    """Equal for models of one reference, however it is written, if none or each is `as_trained`."""
     place = (model.directory or model.headers[0].file).resolve()
-    return place, tuple(adapter.resolve() for adapter in model.adapters), model.is_task_vector
+    adapters = tuple(adapter.resolve() for adapter in model.adapters)
+    return place, adapters, model.is_task_vector, sum(map(len, model.deltas.values()))
 
 
 def _merge(
@@ -194,7 +195,12 @@ def _sliced(recipe: Recipe, base: Model | None, models: Sequence[Model]) -> Merg
 def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
     reference = entry.model if entry.model is not None else entry.task_vector
     assert reference is not None, "a checked entry names a model or a task vector"
-    return open_named(recipe, reference, loc, task_vector=entry.task_vector is not None)
+    model = open_named(recipe, reference, loc, task_vector=entry.task_vector is not None)
+    if entry.as_trained is None:
+        return model
+    from mergebench.adapters.as_trained import as_trained  # this import loads torch
+
+    return as_trained(model)
 
 
 def _same(model: Model, base: Model) -> bool:

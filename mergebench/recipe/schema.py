@@ -131,7 +131,12 @@ SLICE = {
     "base_model": MODEL,
 }
 SOURCE = {"model": MODEL, "layer_range": RANGE, "parameters": MAPPING}
-ENTRY = {"model": MODEL, "task_vector": Kind("a path", _text), "parameters": MAPPING}
+ENTRY = {
+    "model": MODEL,
+    "task_vector": Kind("a path", _text),
+    "as_trained": Kind("nf4", lambda value: value == "nf4"),
+    "parameters": MAPPING,
+}
 EVALUATE = {
     "suite": Kind("a file or a mapping", lambda value: _text(value) or isinstance(value, dict)),
     "baselines": _list("a list of merge methods", BASELINE, "write it in brackets: [linear]"),
@@ -164,6 +169,9 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
             raise places.error(
                 ("models", i, "task_vector"), "needs a base_model to be added to", "name it: base_model: PATH"
             )
+        if "as_trained" in entry and "+" not in entry.get("model", ""):
+            what = "says how the base of an adapter is rounded, and no adapter is named"
+            raise places.error(("models", i, "as_trained"), what, "name it: model: BASE+ADAPTER")
     if "tokenizer" in found:
         found["tokenizer"] = _keys(found["tokenizer"], TOKENIZER, ("tokenizer",), places)
     if "lines" in found:

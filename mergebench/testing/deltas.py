@@ -224,6 +224,8 @@ def _gradients(trial: Trial) -> None:
     with Files() as files:
         p = trial._prepared(files)
     floats = {n: v for n, v in vars(p).items() if isinstance(v, Tensor) and v.is_floating_point() and n in trial.given}
+    if not floats:
+        raise Inapplicable("it has no parts to train")
     leaves = {name: value.clone().requires_grad_() for name, value in floats.items()}
     rows, columns = matrix_shape(trial.shape)
     base = trial.base.view(rows, columns) if trial.delta.needs_base else None

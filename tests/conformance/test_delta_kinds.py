@@ -44,7 +44,7 @@ BROKEN: dict[str, tuple[DeltaKind, str]] = {
     "tile": (depends_on_the_tile, "formula"),
     "gradient": (without_gradient, "gradients: .*'b' gets none"),
     "energy": (dataclasses.replace(low_rank, energy=lambda p, shape: 1.0), "energy"),
-    "factors": (dataclasses.replace(low_rank, factors=lambda p, shape: (p.b, p.a)), "factors"),
+    "factors": (dataclasses.replace(low_rank, factors=lambda p, base, shape: (p.b, p.a)), "factors"),
     "base": (dataclasses.replace(deltas.get("dora"), needs_base=lambda settings: False), "dora"),
 }
 

@@ -42,7 +42,7 @@ AFTER_START = [
     ("parameters: {x: 1}", "7:14", "parameters.x: 'ties' has no such parameter", "it takes density, lambda, normalize, weight"),
     ("parmeters: {density: 1}", "7:1", "parmeters: no such key", "did you mean 'parameters'?"),
     ("density: 1", "7:1", "density: no such key", f"known: {KEYS}{OWN}"),
-    ("    wieght: 1", "7:5", "models.1.wieght: no such key", f"known: model, parameters, task_vector{OWN}"),
+    ("    wieght: 1", "7:5", "models.1.wieght: no such key", f"known: as_trained, model, parameters, task_vector{OWN}"),
     ("    parameters: {wieght: 1}", "7:18", "models.1.parameters.wieght: 'ties' has no such parameter", "did you mean 'weight' (weight of the model)?"),
     ("evaluate: {suit: a}", "7:12", "evaluate.suit: no such key", "did you mean 'suite'?"),
     ("evaluate: {x: a}", "7:12", "evaluate.x: no such key", "known: baselines, suite"),
