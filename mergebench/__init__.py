@@ -34,6 +34,9 @@ _PUBLIC = {
     "adapter_drift": "mergebench.adapters",
     "describe_adapter": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
+    "convert_adapter": "mergebench.adapters",
+    "convert_to_file": "mergebench.adapters",
+    "truncate_adapter": "mergebench.adapters",
     "fit_probe": "mergebench.editing.probes.fit",
     "read_probe": "mergebench.editing.probes.probe",
     "report": "mergebench.evaluation",
@@ -57,7 +60,16 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from mergebench.adapters import adapter_drift, describe_adapter, extract_adapter, merge_adapters, merge_sequence
+    from mergebench.adapters import (
+        adapter_drift,
+        convert_adapter,
+        convert_to_file,
+        describe_adapter,
+        extract_adapter,
+        merge_adapters,
+        merge_sequence,
+        truncate_adapter,
+    )
     from mergebench.api import plan, plan_edit, plan_fold, plan_patch, run, task_vector
     from mergebench.checkpoint.kind import delta_kind
     from mergebench.editing.edit import Rows, edit
@@ -87,6 +99,8 @@ __all__ = [
     "__version__",
     "adapter_drift",
     "compare",
+    "convert_adapter",
+    "convert_to_file",
     "delta_kind",
     "describe_adapter",
     "edit",
@@ -113,6 +127,7 @@ __all__ = [
     "search",
     "task_vector",
     "total",
+    "truncate_adapter",
 ]
 
 

@@ -6,11 +6,13 @@ from mergebench.adapters.drift import adapter_drift
 from mergebench.adapters.extract import extract_adapter
 from mergebench.adapters.merge import merge_adapters
 from mergebench.adapters.sequence import merge_sequence
+from mergebench.adapters.to_file import convert_to_file
 from mergebench.adapters.truncate import truncate_adapter
 
 __all__ = [
     "adapter_drift",
     "convert_adapter",
+    "convert_to_file",
     "describe_adapter",
     "extract_adapter",
     "merge_adapters",

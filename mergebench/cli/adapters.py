@@ -11,7 +11,7 @@ import typer
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
 from mergebench.cli.merge import say_changes, say_notes
-from mergebench.cli.output import byte_bar, count_bar, note
+from mergebench.cli.output import byte_bar, count_bar, human, note
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
@@ -176,8 +176,14 @@ def extract(
 def convert(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, or a delta file.")],
     base: Annotated[str, typer.Option(help="The model it was trained on.")],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
-    to: Annotated[str, typer.Option(help="The type to convert to: lora.")] = "lora",
+    out: Annotated[Path, typer.Option(help="Output directory, or file.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="lora, a PEFT directory; delta, a file of the parts that the adapter has; "
+            "dense, a file of all that it changes, W' - W."
+        ),
+    ] = "lora",
     rank: Annotated[int | None, typer.Option(help="Rank of every module, at most. Default: the exact rank.")] = None,
     energy: Energy = None,
     seed: Seed = 0,
@@ -185,13 +191,23 @@ def convert(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write an adapter of any type as a LoRA directory that PEFT loads: exactly, or truncated."""
-    from mergebench.adapters import convert_adapter
+    """Write an adapter of any type as a LoRA that PEFT loads, exactly or truncated; or as a file of deltas."""
+    from mergebench.adapters import convert_adapter, convert_to_file
     from mergebench.adapters.peft_directory import kept_text
 
     quiet = quiet or json_
+    if to not in ("lora", "delta", "dense"):
+        raise RecipeError(f"--to: '{to}' is no type to convert to", "lora, delta or dense")
     if to != "lora":
-        raise RecipeError(f"--to: '{to}' is no type to convert to", "lora")
+        if rank is not None or energy is not None:
+            raise RecipeError("--rank, --energy: they truncate to a LoRA", f"leave them out: {to} loses nothing")
+        with count_bar("converting", quiet) as progress:
+            result = convert_to_file(base, adapter, out, dense=to == "dense", overwrite=overwrite, progress=progress)
+        made = result.provenance
+        kinds = ", ".join(made["kinds"])
+        note(f"{made['tensors']} tensors as {kinds}: {human(made['bytes'])}, {made['seconds']:.1f} s", quiet)
+        typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+        return
     with count_bar("converting", quiet) as progress:
         result = convert_adapter(
             base, adapter, out, rank=rank, energy=energy, seed=seed, overwrite=overwrite, progress=progress

@@ -180,11 +180,11 @@ class Later(NamedTuple):
 
 
 class Writing(NamedTuple):
-    """A delta to be written: kind, settings, parts in memory, and the names of shared parts."""
+    """A delta to be written: kind, settings, parts, and the names of shared parts."""
 
     kind: str
     settings: Mapping[str, Any]
-    parts: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor | Later]
     shared: Mapping[str, str] = {}
     orig: Tensor | Later | None = None
 
@@ -192,7 +192,7 @@ class Writing(NamedTuple):
 def write_file(
     file: Path,
     writings: Mapping[str, Writing],
-    shared: Mapping[str, Tensor] | None = None,
+    shared: Mapping[str, Tensor | Later] | None = None,
     made: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> None:
@@ -219,7 +219,9 @@ def write_file(
     file.with_name(shard.file).replace(file)
 
 
-def _named(writings: Mapping[str, Writing], shared: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | Later]]:
+def _named(
+    writings: Mapping[str, Writing], shared: Mapping[str, Tensor | Later]
+) -> Iterator[tuple[str, Tensor | Later]]:
     yield from shared.items()
     for name, one in writings.items():
         for part, values in one.parts.items():
