@@ -63,7 +63,8 @@ def put_on(model: Model, place: Path) -> Model:
     if read.added or read.config:
         config = {**(model.config_changes or {}), **read.config}
         changed = replace(changed, tensors={**model.tensors, **read.added}, config_changes=config)
-    _check_tied(changed, place)
+    if is_adapter(place):
+        _check_tied(changed, place)
     return changed
 
 
