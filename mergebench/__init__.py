@@ -34,6 +34,8 @@ _PUBLIC = {
     "adapter_drift": "mergebench.adapters",
     "describe_adapter": "mergebench.adapters",
     "extract_adapter": "mergebench.adapters",
+    "compress": "mergebench.systems.pela",
+    "expand": "mergebench.systems.pela",
     "fit_probe": "mergebench.editing.probes.fit",
     "read_probe": "mergebench.editing.probes.probe",
     "report": "mergebench.evaluation",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from mergebench.evaluation.search.search import search
     from mergebench.parameters import PerModel, param
     from mergebench.recipe import load, load_stages
+    from mergebench.systems.pela import compress, expand
 
 __all__ = [
     "Context",
@@ -87,10 +90,12 @@ __all__ = [
     "__version__",
     "adapter_drift",
     "compare",
+    "compress",
     "delta_kind",
     "describe_adapter",
     "edit",
     "evaluate",
+    "expand",
     "extract_adapter",
     "fit_probe",
     "gram",
