@@ -203,7 +203,7 @@ def _factor(job: _Job, values: Values, name: str, shape: tuple[int, int], path: 
     found = _decompose(job, matrix, shape)
     about = {"shape": list(job.model.tensors[name].shape)}
     rank = len(found.a)
-    if not saves(rank, shape):
+    if job.energy is not None and not saves(rank, shape):
         return about | {"left": f"rank {rank}, for this energy, saves no parameters"}
     dtype = job.stored(name)
     outer, inner = (cast(name, factor.contiguous().reshape(-1), dtype) for factor in (found.b, found.a))
