@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.peft_names import stored_in_out
-from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.errors import RecipeError, did_you_mean
 
@@ -64,33 +63,34 @@ def find(model: Model, ratio: float | None, omit: Sequence[str]) -> Layers:
             near = did_you_mean(glob, matrices) or ""
             hint = near if near.startswith("did") else "a glob of names of weights, such as *.self_attn.*"
             raise RecipeError(f"--omit: '{glob}' fits no weight of {model.reference}", hint)
-    linear = {name: info.shape for name, info in matrices.items() if is_linear(name, info.shape)}
-    in_out = stored_in_out(model, linear)
     factored, left = {}, {}
     for name, info in matrices.items():
-        why = _why_left(model, info, name in linear, in_out, ratio, omit)
+        omitted = next((glob for glob in omit if fnmatch.fnmatchcase(name, glob)), None)
+        if not is_linear(name, info.shape):
+            left[name] = "not the weight of a linear layer"
+        elif omitted is not None:
+            left[name] = f"omitted by {omitted}"
+    linear = {name: info.shape for name, info in matrices.items() if name not in left}
+    in_out = stored_in_out(model, linear)
+    for name, stored in linear.items():
+        shape = _out_in(stored, in_out)
+        why = _why_left(model, name, shape, ratio)
         if why is None:
-            factored[name] = _out_in(info.shape, in_out)
+            factored[name] = shape
         else:
             left[name] = why
     return Layers(factored, left, in_out)
 
 
-def _why_left(
-    model: Model, info: TensorInfo, linear: bool, in_out: bool, ratio: float | None, omit: Sequence[str]
-) -> str | None:
-    """Why a matrix stays dense, if it does."""
-    if not linear:
-        return "not the weight of a linear layer"
-    glob = next((glob for glob in omit if fnmatch.fnmatchcase(info.name, glob)), None)
-    if glob is not None:
-        return f"omitted by {glob}"
-    rows, columns = _out_in(info.shape, in_out)
-    if rows < LEAST_OUT:
+def _why_left(model: Model, name: str, shape: tuple[int, int], ratio: float | None) -> str | None:
+    """Why a linear layer [out, in] stays dense, if headers say that it does."""
+    if shape[0] < LEAST_OUT:
         return f"fewer than {LEAST_OUT} outputs"
-    if ratio is not None and not rank_of((rows, columns), ratio):
+    if ratio is None and not saves(1, shape):
+        return "no rank saves parameters"
+    if ratio is not None and not rank_of(shape, ratio):
         return "rank 0 at this ratio"
-    taken = next((name for name in names(info.name) if name in model.tensors), None)
+    taken = next((part for part in names(name) if part in model.tensors), None)
     return None if taken is None else f"'{taken}' has the name of a factor"
 
 

@@ -89,6 +89,8 @@ def test_the_rule_is_carried_out(tmp_path: Path) -> None:
     }
     written = read_model(tmp_path / "out")
     assert written["a.fc.0.weight"].shape == (2, 8) and written["a.fc.1.weight"].shape == (16, 2)
+    compress(str(tmp_path / "m"), tmp_path / "half", energy=0.5)
+    assert entries(tmp_path / "half")["d.fc.weight"]["left"] == "no rank saves parameters"
     assert made["kinds"]["all"]["bytes"] == [4 * 998, 4 * (2 * 24 + 3 * 40 + 9 * 30 + 300)]
 
 
