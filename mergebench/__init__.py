@@ -37,6 +37,8 @@ _PUBLIC = {
     "convert_adapter": "mergebench.adapters",
     "convert_to_file": "mergebench.adapters",
     "truncate_adapter": "mergebench.adapters",
+    "compress": "mergebench.systems.pela",
+    "expand": "mergebench.systems.pela",
     "fit_probe": "mergebench.editing.probes.fit",
     "read_probe": "mergebench.editing.probes.probe",
     "report": "mergebench.evaluation",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from mergebench.evaluation.search.search import search
     from mergebench.parameters import PerModel, param
     from mergebench.recipe import load, load_stages
+    from mergebench.systems.pela import compress, expand
 
 __all__ = [
     "Context",
@@ -99,12 +102,14 @@ __all__ = [
     "__version__",
     "adapter_drift",
     "compare",
+    "compress",
     "convert_adapter",
     "convert_to_file",
     "delta_kind",
     "describe_adapter",
     "edit",
     "evaluate",
+    "expand",
     "extract_adapter",
     "fit_probe",
     "gram",

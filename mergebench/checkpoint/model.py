@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VECTOR = {"holds": "task vector"}  # metadata of a file whose tensors are differences
+FACTORS = {"holds": "factors of weights"}  # of a file whose linear layers are products of two
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ def open_checkpoint(reference: str, place: Path) -> Model:
 def holds_vector(headers: Iterable[Header]) -> bool:
     """Whether the files are marked as differences to a base."""
     return any(header.metadata.items() >= VECTOR.items() for header in headers)
+
+
+def holds_factors(headers: Iterable[Header]) -> bool:
+    """Whether the files are marked as those of a compressed model."""
+    return any(header.metadata.items() >= FACTORS.items() for header in headers)
 
 
 def open_directory(reference: str, directory: Path) -> list[Header]:

@@ -13,7 +13,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.reference import SIDE_SUFFIXES
 
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors"}
+_LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors", "compress.json"}
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
     "chat_template*",

@@ -14,6 +14,7 @@ from mergebench.cli import (
     adapters,
     cil,
     compare,
+    compress,
     doctor,
     edit,
     evaluate,
@@ -66,6 +67,7 @@ app.command("edit", cls=edit.EditCommand)(edit.edit)
 app.add_typer(patch.app, name="patch")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(cil.app, name="cil")
+app.command("compress", cls=compress.Compress)(compress.compress)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)

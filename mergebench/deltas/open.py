@@ -10,7 +10,7 @@ from pathlib import Path
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import INDEX, SINGLE, read_header
-from mergebench.checkpoint.model import Model, open_checkpoint
+from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
 from mergebench.checkpoint.reference import locate
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
 from mergebench.deltas.peft.refused import why_refused
@@ -29,6 +29,9 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
     except ModelError:
         _refuse_delta(reference, place.checkpoint)
         raise
+    if holds_factors(model.headers):
+        what = f"model '{reference}': its linear layers are compressed to factors"
+        raise ModelError(what, f"multiply them back: mergebench compress expand {place.checkpoint} --out DIR")
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
     if any(".lora_A." in name for name in model.tensors):  # a LoRA file without its config

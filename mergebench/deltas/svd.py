@@ -33,9 +33,9 @@ def compress(b: Tensor, a: Tensor, rank: int) -> Product:
     return _product((q_b @ u) * s, s, v @ q_a.T, rank, float(s.square().sum()))
 
 
-def truncate(matrix: Tensor, rank: int, seed: int = 0) -> Product:
-    """The best approximation of a matrix by `rank`."""
-    found = _all(matrix) if _needs_all(matrix, rank) else _search(matrix, rank, seed)
+def truncate(matrix: Tensor, rank: int, seed: int = 0, full: bool = False) -> Product:
+    """The best approximation of a matrix by `rank`; full: by a full decomposition, however large the matrix is."""
+    found = _all(matrix) if full or _needs_all(matrix, rank) else _search(matrix, rank, seed)
     return _product(*found, rank, squared_norm(matrix))
 
 

@@ -7,12 +7,14 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergebench import __version__
+from mergebench.checkpoint.model import Model
 from mergebench.engine.answers import key_of
 from mergebench.engine.lines import alpha_of
 from mergebench.engine.plan import Plan
@@ -69,7 +71,11 @@ def peak_memory() -> int:
 
 def places(plan: Plan) -> list[Path]:
     """The paths of the models, which must not be written to."""
-    models = [*plan.merge.models, plan.merge.reference]
+    return places_of([*plan.merge.models, plan.merge.reference])
+
+
+def places_of(models: Iterable[Model]) -> list[Path]:
+    """The paths of models, which must not be written to."""
     found = []
     for model in models:
         found += [place for place in (model.directory, *model.adapters) if place is not None]
@@ -80,7 +86,12 @@ def places(plan: Plan) -> list[Path]:
 
 def inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
     """Every input file once: size, time and a hash of the header; of everything with `hash_inputs`."""
-    headers = {h.file: h for model in [plan.merge.reference, *plan.merge.models] for h in model.headers}
+    return inputs_of([plan.merge.reference, *plan.merge.models], hash_inputs)
+
+
+def inputs_of(models: Iterable[Model], hash_inputs: bool) -> list[dict[str, Any]]:
+    """Every file of models once, as `inputs`."""
+    headers = {h.file: h for model in models for h in model.headers}
     found = []
     for file, header in sorted(headers.items()):
         entry = {

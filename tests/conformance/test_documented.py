@@ -222,6 +222,8 @@ ELSEWHERE = {
     "adapters fold": "tests/adapters/test_fold.py::test_it_is_the_engines_work",
     "adapters convert": "tests/adapters/test_convert.py::test_from_the_command_line",
     "adapters truncate": "tests/adapters/test_truncate.py::test_from_the_command_line",
+    "compress": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
+    "compress expand": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "adapters extract": "tests/adapters/test_extract.py::test_what_the_command_says",
 }
 # The others, each after those above it: what is typed, and a key of the document.
