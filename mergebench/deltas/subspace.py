@@ -33,7 +33,7 @@ from torch import Tensor
 from mergebench.checkpoint.delta import matrix_shape
 from mergebench.checkpoint.kind import Misfit, delta_kind
 
-BLOCK = 1 << 16  # numbers drawn from one key, and transformed in the cache
+BLOCK = 1 << 15  # numbers drawn from one key, and transformed in the cache
 LARGEST = 1 << 31  # elements of a tensor: the permutation is computed in 32 bits
 GRADIENTS = ("exact", "fairseq")
 
@@ -152,8 +152,9 @@ def transformed(x: Tensor) -> Tensor:
         across = _butterflies(rows.T.contiguous())
         rows.copy_(_butterflies(across.T.contiguous()))
     if len(blocks) > 1:
-        for first in range(0, BLOCK, 1024):
-            columns = blocks[:, first : first + 1024]
+        width = max(BLOCK // len(blocks), 64)
+        for first in range(0, BLOCK, width):
+            columns = blocks[:, first : first + width]
             columns.copy_(_butterflies(columns.contiguous()))
     return out
 
@@ -220,9 +221,7 @@ def prepared(p: Subspace, shape: tuple[int, ...]) -> Subspace:
             drawn = draw(f"{words}\0sign", start, min(size, len(signs) - start))
             signs[start : start + len(drawn)] = 1 - 2 * (drawn < 0).float()
     gains = scaled(normals, count, p.scale)
-    return replace(
-        p, signs=signs.to(device), order=order.to(device), gains=gains.to(device), shape=matrix_shape(shape)
-    )
+    return replace(p, signs=signs.to(device), order=order.to(device), gains=gains.to(device), shape=matrix_shape(shape))
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:

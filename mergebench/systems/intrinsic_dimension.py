@@ -31,6 +31,7 @@ from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files
 from mergebench.deltas.formats.native import Writing, write_file
 from mergebench.deltas.subspace import GRADIENTS, LARGEST, Subspace, length, prepared, subspace
+from mergebench.engine.machine import one_thread
 from mergebench.engine.provenance import places
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result
@@ -38,7 +39,7 @@ from mergebench.errors import ModelError, RecipeError
 
 TOLERANCE = 1e-6  # of the residual of the normal equations, against their right-hand side
 LIMIT = 200  # iterations
-ROUNDS = 20  # of SAID: lambda for theta, theta for lambda
+ROUNDS = 8  # of SAID: lambda for theta, theta for lambda
 HELD = 1 << 29  # bytes of what P is drawn from, kept between iterations; what does not fit is drawn again
 
 Progress = Callable[[int, int], None]
@@ -87,17 +88,19 @@ def pack(
         raise RecipeError(f"{out}: a file of deltas ends in .safetensors", f"--out {out}.safetensors")
     if out.exists() and not overwrite:
         raise RecipeError(f"{out}: it exists", "replace it with --overwrite, or choose another --out")
-    change = _Change(base, model, [dimension], seed, said, progress)
-    if out.resolve().parent in {place.resolve() for place in places(change.found.plan)}:
+    found = Differences(base, model)
+    if out.resolve().parent in {place.resolve() for place in places(found.plan)}:
         raise RecipeError(f"{out}: it lies in an input", "choose another --out")
-    fit = change.fit(dimension)
+    with one_thread():  # the blocks are too small to share: threads would wait for each other
+        change = _Change(found, [dimension], seed, said, progress)
+        fit = change.fit(dimension)
     writings = {
         name: Writing("subspace", {"name": name, "seed": seed, "scale": scale, "gradient": gradient}, {}, _THETA)
         for name, scale in zip(change.names, fit.lambdas.tolist(), strict=True)
     }
-    aliases = change.found.plan.alignment.aliases.items()  # stored twice: the same change on both
+    aliases = found.plan.alignment.aliases.items()  # stored twice: the same change on both
     writings |= {alias: writings[name] for alias, name in aliases if name in writings}
-    found = change.captured(dimension, fit)
+    kept = change.captured(dimension, fit)
     made = {
         "mergebench": __version__,
         "command": "adapters extract --as subspace",
@@ -108,12 +111,12 @@ def pack(
         "said": said,
         "elements": change.elements,
         "tensors": len(change.names),
-        "energy_kept": found.energy,
-        "expected": found.expected,
+        "energy_kept": kept.energy,
+        "expected": kept.expected,
         "iterations": fit.iterations,
-        "other_tokens": change.found.other_tokens,
+        "other_tokens": found.other_tokens,
     }
-    made_on = None if change.found.base.deltas else identity(change.found.base)
+    made_on = None if found.base.deltas else identity(found.base)
     write_file(out, writings, {"theta": fit.theta.float()}, made, made_on)
     return Result(out, {**made, "seconds": round(time.perf_counter() - started, 3)})
 
@@ -134,8 +137,9 @@ def captured(
 
     The change is read once. The subspaces of one seed lie in each other. Arguments and errors as for `pack`.
     """
-    change = _Change(base, model, dimensions, seed, said, progress)
-    return [change.captured(dimension, change.fit(dimension)) for dimension in dimensions]
+    with one_thread():
+        change = _Change(Differences(base, model), dimensions, seed, said, progress)
+        return [change.captured(dimension, change.fit(dimension)) for dimension in dimensions]
 
 
 class _Change:
@@ -145,11 +149,11 @@ class _Change:
     """
 
     def __init__(
-        self, base: str, model: str, dimensions: Sequence[int], seed: int, said: bool, progress: Progress
+        self, found: Differences, dimensions: Sequence[int], seed: int, said: bool, progress: Progress
     ) -> None:
         if min(dimensions, default=0) < 1:
             raise RecipeError("a subspace has one dimension at least", "--dimension 10000")
-        self.found, self.said = Differences(base, model), said
+        self.found, self.said = found, said
         self._largest, self._seed = max(dimensions), seed
         self.names: list[str] = []  # of the tensors that change
         self.total = 0.0  # squared norm of the change
@@ -157,7 +161,8 @@ class _Change:
         self._drawn: dict[str, Subspace] = {}
         self._read(progress)
         if not self.names:
-            raise ModelError(f"{model} has the tensors of {base}: there is nothing to pack")
+            tuned, base = found.plan.merge.models[0].reference, found.base.reference
+            raise ModelError(f"{tuned} has the tensors of {base}: there is nothing to pack")
         if said and min(dimensions) <= len(self.names):
             raise RecipeError(
                 f"{min(dimensions)} dimensions: {len(self.names)} tensors change, and SAID has a lambda for each",
@@ -175,22 +180,33 @@ class _Change:
 
     def fit(self, dimension: int) -> _Fit:
         """theta, and for SAID the lambdas in turn with it, each the best for the other."""
-        lambdas = torch.ones(len(self.names), dtype=torch.float64)
         if not self.said:
-            return self._solve(dimension, lambdas, torch.zeros(dimension, dtype=torch.float64))
-        theta, before = torch.zeros(dimension - len(self.names), dtype=torch.float64), 0.0
-        iterations = 0
+            lambdas = torch.ones(len(self.names), dtype=torch.float64)
+            return self._solve(lambdas, torch.zeros(dimension, dtype=torch.float64))
+        theta, lambdas = torch.zeros(dimension - len(self.names), dtype=torch.float64), self._start(dimension)
+        before, iterations = 0.0, 0
         for _ in range(ROUNDS):
-            fit = self._solve(len(theta), lambdas, theta, tolerance=1e-2)
-            iterations += fit.iterations
-            _, norms = self._normal(fit.theta, torch.ones_like(lambdas))
-            along = torch.stack([fit.theta @ one[: len(theta)].double() for one in self._along])
-            lambdas, theta = torch.where(norms > 0, along / norms, 0.0), fit.theta
-            if fit.energy <= before * (1 + 1e-3):
+            fit = self._solve(lambdas, theta, tolerance=1e-2)
+            theta, iterations = fit.theta, iterations + fit.iterations
+            if fit.energy <= before * (1 + 1e-4):
                 break
-            before = fit.energy
-        fit = self._solve(len(theta), lambdas, theta)
+            _, norms = self._normal(theta, torch.ones_like(lambdas))
+            along = torch.stack([theta @ one[: len(theta)].double() for one in self._along])
+            lambdas, before = torch.where(norms > 0, along / norms, 0.0), fit.energy
+        fit = self._solve(lambdas, theta)
         return fit._replace(iterations=iterations + fit.iterations)
+
+    def _start(self, dimension: int) -> Tensor:
+        """The best lambdas, were every P_i an isometry: with b_i = P_i' times the change, the energy is then
+        |sum_i lambda_i b_i|^2 / |lambda|^2. Of fewer than d elements, P_i is sqrt(d / D_i) times one that cannot exceed
+        the change itself."""
+        d, tensors = dimension - len(self.names), self.found.base.tensors
+        rows = [
+            one[:d].double() * min(1.0, tensors[name].numel / d) ** 0.5
+            for name, one in zip(self.names, self._along, strict=True)
+        ]
+        stacked = torch.stack(rows)
+        return torch.linalg.eigh(stacked @ stacked.T).eigenvectors[:, -1]
 
     def _read(self, progress: Progress) -> None:
         sizes = {name: self.found.base.tensors[name].numel for name in self.found.shapes}
@@ -214,11 +230,11 @@ class _Change:
                 done += numel
                 progress(done, total)
 
-    def _solve(self, dimension: int, lambdas: Tensor, start: Tensor, tolerance: float = TOLERANCE) -> _Fit:
+    def _solve(self, lambdas: Tensor, start: Tensor, tolerance: float = TOLERANCE) -> _Fit:
         """theta for these lambdas, by conjugate gradients from `start`."""
-        right = torch.zeros(dimension, dtype=torch.float64)
+        right = torch.zeros_like(start)
         for scale, along in zip(lambdas.tolist(), self._along, strict=False):  # DID: all are 1, and there is one sum
-            right += scale * along[:dimension].double()
+            right += scale * along[: len(start)].double()
         theta = start.clone()
         residual = right - self._normal(theta, lambdas)[0] if theta.any() else right.clone()
         direction, left = residual.clone(), float(residual @ residual)
