@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("--dimensions", default="100,1000,10000,100000")
     arguments = parser.parse_args()
     dimensions = [int(word) for word in arguments.dimensions.split(",")]
-    print(
-        f"commit {commit()}\n\n| fine-tune | d | d / D | DID | SAID | LoRA of d numbers |\n|---|---:|---:|---:|---:|---:|"
-    )
+    print(f"commit {commit()}\n\n| fine-tune | d | d / D | DID | SAID | LoRA of d numbers |\n|---|" + "---:|" * 5)
     for model in arguments.models:
         started = time.perf_counter()
         did = captured(arguments.base, model, dimensions)

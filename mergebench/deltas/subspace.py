@@ -2,20 +2,20 @@
 
     W' = W + s P theta,   P theta = the first D of  H G Pi H B [theta, 0]  / (sqrt(n |G|^2) sqrt(D / n))
 
-Fastfood (Le et al., arXiv:1408.3060). theta [d] is shared by all tensors. D: elements of W. n: the next power of two. H:
-the Walsh-Hadamard matrix of n rows, unscaled, in Sylvester's order. B: signs. Pi: a permutation. G: normal numbers. On
-average |P theta| = |theta|, whatever the size of W. s is SAID's lambda of this tensor, 1 for DID.
+Fastfood (Le et al., arXiv:1408.3060). theta [d] is shared by all tensors. D: elements of W. n: the next power of two.
+H: the Walsh-Hadamard matrix of n rows, unscaled, in Sylvester's order. B: signs. Pi: a permutation. G: normal numbers.
+On average |P theta| = |theta|, whatever the size of W. s is SAID's lambda of this tensor, 1 for DID.
 
 P is a function of the seed and of a name alone. A tensor of fewer than d elements has n < d, and P sees the first n
-numbers of theta, as in the authors' code: that is what the d = n columns of H do, and small tensors, biases and norms,
-need no more. The columns of P for d are the first columns of P for any larger d.
+numbers of theta, as in the authors' code: n numbers reach every change of so small a tensor, such as a bias, and to
+refuse would mean a fine-tune without them. The columns of P for d are the first columns of P for any larger d.
 
 [theta, 0] has nothing beyond m = 2^ceil(log2 d), so the first transform is one of m numbers, repeated.
 
-The bits of W' are the same on every platform, whatever the threads: random integers are a hash of a counter, the rest is
-IEEE addition, multiplication, division and square root, one operation at a time in a fixed order. Libraries round log
-and cos differently, so the normal numbers are Wichura's rational approximation of the inverse distribution (PPND7 of
-AS 241, Applied Statistics 37, 1988), where the tails need one logarithm, computed as a series.
+The bits of W' are the same on every platform, whatever the threads: random integers are a hash of a counter, the rest
+is IEEE addition, multiplication, division and square root, one operation at a time in a fixed order. Libraries round
+log and cos differently, so the normal numbers are Wichura's rational approximation of the inverse distribution (PPND7
+of AS 241, Applied Statistics 37, 1988), where the tails need one logarithm, computed as a series.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Subspace:
     signs: Tensor | None = None  # [min(d, n)]: B; computed, not stored
     order: Tensor | None = None  # int32 [n]: Pi modulo m; computed
     gains: Tensor | None = None  # [n]: G times all factors; computed
-    shape: tuple[int, ...] | None = None  # rows and columns; computed
+    rows: int = 0  # of the tensor; computed
+    columns: int = 0  # computed
 
 
 def length(count: int) -> int:
@@ -72,13 +73,15 @@ def draw(words: str, start: int, count: int) -> Tensor:
     """Random int32 [count], number `start` onwards, a multiple of `BLOCK`; count: at most `BLOCK`."""
     key = f"{words}\0{start // BLOCK}".encode()
     one, two = struct.unpack("<ii", hashlib.blake2b(key, digest_size=8).digest())
-    x = torch.arange(count, dtype=torch.int32) * _STEP ^ one
+    x = torch.arange(count, dtype=torch.int32).mul_(_STEP)
+    x ^= one
     x ^= _shifted(x, 16)
     x *= _FIRST
     x ^= two
     x ^= _shifted(x, 15)
     x *= _SECOND
-    return x ^ _shifted(x, 16)
+    x ^= _shifted(x, 16)
+    return x
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
@@ -199,7 +202,7 @@ def fastfood(theta: Tensor, signs: Tensor, order: Tensor, gains: Tensor, share: 
 
 def scaled(normals: Tensor, count: int, scale: float = 1.0) -> Tensor:
     """G [n] times all factors of a tensor of `count` elements."""
-    squares = torch.stack([_halved(block.double().square()) for block in normals.split(BLOCK)])
+    squares = torch.stack([_halved(block.double().square()) for block in torch.split(normals, BLOCK)])
     n = len(normals)
     factor = scale / (math.sqrt(n * float(_halved(squares))) * math.sqrt(count / n))
     return normals * torch.tensor(factor, dtype=torch.float32)
@@ -218,10 +221,12 @@ def prepared(p: Subspace, shape: tuple[int, ...]) -> Subspace:
         order[here] = permuted(f"{words}\0order", start, size, n) & (period - 1)
         normals[here] = normal(draw(f"{words}\0normal", start, size))
         if start < len(signs):
-            drawn = draw(f"{words}\0sign", start, min(size, len(signs) - start))
-            signs[start : start + len(drawn)] = 1 - 2 * (drawn < 0).float()
+            sign = draw(f"{words}\0sign", start, min(size, len(signs) - start))
+            signs[start : start + len(sign)] = 1 - 2 * (sign < 0).float()
     gains = scaled(normals, count, p.scale)
-    return replace(p, signs=signs.to(device), order=order.to(device), gains=gains.to(device), shape=matrix_shape(shape))
+    rows, columns = matrix_shape(shape)
+    drawn = {"signs": signs.to(device), "order": order.to(device), "gains": gains.to(device)}
+    return replace(p, **drawn, rows=rows, columns=columns)
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
@@ -254,10 +259,9 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
 )
 def subspace(p: Subspace, tile: slice, base: Tensor | None) -> Tensor:
     """s P theta with one theta for all tensors, P drawn from a seed: intrinsic dimension."""
-    assert p.signs is not None and p.order is not None and p.gains is not None and p.shape is not None
-    rows, columns = p.shape
+    assert p.signs is not None and p.order is not None and p.gains is not None
     share = 1 / math.sqrt(len(p.gains)) if p.gradient == "fairseq" else 1.0
     change = fastfood(p.theta, p.signs, p.order, p.gains, share)
     if not change.requires_grad:
         change.masked_fill_(change == 0, -0.0)  # adding -0.0 changes no bit
-    return change[: rows * columns].view(rows, columns)[tile]
+    return change[: p.rows * p.columns].view(p.rows, p.columns)[tile]

@@ -7,8 +7,8 @@ to the fine-tune's change, found by conjugate gradients on
 
     sum_i lambda_i^2 P_i' P_i theta = sum_i lambda_i P_i' (W_i' - W_i)
 
-P_i is nearly isometric where d is well below the size of W_i, so 10 to 40 iterations are enough. The change is read once,
-for the right-hand side. One tensor is in memory at a time, beside some vectors [d]; for SAID a vector for each tensor.
+P_i is nearly isometric where d is well below the size of W_i, so 3 to 40 iterations are enough. The change is read
+once, for the right-hand side. One tensor is in memory at a time, beside some vectors [d]; for SAID one for each tensor.
 
 The paper trains theta; this projects a change that was made without the subspace. A change that has nothing to do with
 it keeps d / D of its squared norm in d of D dimensions. Expect little more.
@@ -206,7 +206,8 @@ class _Change:
             for name, one in zip(self.names, self._along, strict=True)
         ]
         stacked = torch.stack(rows)
-        return torch.linalg.eigh(stacked @ stacked.T).eigenvectors[:, -1]
+        first: Tensor = torch.linalg.eigh(stacked @ stacked.T).eigenvectors[:, -1]
+        return first
 
     def _read(self, progress: Progress) -> None:
         sizes = {name: self.found.base.tensors[name].numel for name in self.found.shapes}
