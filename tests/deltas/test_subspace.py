@@ -144,7 +144,7 @@ def test_the_gradient_is_the_transpose() -> None:
     weights = torch.randn(SHAPE, dtype=torch.float64, generator=random)
     out = change(drawn(theta.detach()), theta)
     (slope,) = torch.autograd.grad(out, theta, weights)
-    left, right = float((out * weights).sum()), float((theta * slope).sum())
+    left, right = float((out * weights).sum().detach()), float(theta.detach() @ slope)
     assert left == pytest.approx(right, rel=1e-10)
     p = drawn(theta.detach()[:9], (5, 4))
     assert torch.autograd.gradcheck(lambda one: change(p, one), (theta[:9],))
