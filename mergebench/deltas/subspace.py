@@ -223,10 +223,9 @@ def prepared(p: Subspace, shape: tuple[int, ...]) -> Subspace:
         if start < len(signs):
             sign = draw(f"{words}\0sign", start, min(size, len(signs) - start))
             signs[start : start + len(sign)] = 1 - 2 * (sign < 0).float()
-    gains = scaled(normals, count, p.scale)
     rows, columns = matrix_shape(shape)
-    drawn = {"signs": signs.to(device), "order": order.to(device), "gains": gains.to(device)}
-    return replace(p, **drawn, rows=rows, columns=columns)
+    signs, order, gains = (one.to(device) for one in (signs, order, scaled(normals, count, p.scale)))
+    return replace(p, signs=signs, order=order, gains=gains, rows=rows, columns=columns)
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
