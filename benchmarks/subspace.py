@@ -52,6 +52,7 @@ def main() -> None:
     for model in arguments.models:
         started = time.perf_counter()
         did = captured(arguments.base, model, dimensions)
+        print(f"<!-- DID {[one.energy for one in did]} -->", flush=True)
         said = captured(arguments.base, model, dimensions, said=True)
         for one, two, lora in zip(did, said, as_lora(arguments.base, model, dimensions), strict=True):
             row = f"{one.expected:.3e} | {one.energy:.3e} | {two.energy:.3e} | {lora:.3e}"
