@@ -195,8 +195,8 @@ def plan_fold(
     as_trained: `nf4` rounds the base first, as QLoRA's training saw it; else the base is taken as it is. Raises
     `ModelError` if the adapter's type cannot be written as a difference of the base's weights.
     """
-    read = read_stored(adapter)
     if format_of(Path(adapter)) is None:
+        read = read_stored(adapter)
         why = why_refused(read.kind) if read.is_directory else None
         if why is not None:
             raise ModelError(f"{adapter}: {why}")

@@ -69,8 +69,12 @@ class Differences:
 
     def matrix(self, reader: ChunkReader, name: str) -> Tensor:
         """A linear layer's difference [out, in], float32."""
-        flat = torch.cat([piece.clone() for piece in self._pieces(reader, name)]).view(self.shapes[name])
-        return flat.T.contiguous() if self.transposed else flat
+        stored = self.flat(reader, name).view(self.shapes[name])
+        return stored.T.contiguous() if self.transposed else stored
+
+    def flat(self, reader: ChunkReader, name: str) -> Tensor:
+        """A tensor's difference, flat, float32."""
+        return torch.cat([piece.clone() for piece in self._pieces(reader, name)])
 
     def squared_norm(self, reader: ChunkReader, name: str) -> float:
         return sum((float(piece.double().square().sum()) for piece in self._pieces(reader, name)), 0.0)
