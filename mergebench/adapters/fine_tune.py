@@ -23,7 +23,7 @@ from mergebench.engine.plan import plan_merge
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import check_equal
 from mergebench.engine.span import Span
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.methods._matrices import is_matrix
 
 
@@ -78,6 +78,11 @@ class Reading:
 
     def __init__(self, found: Differences, files: Files, include: Sequence[str] = ()) -> None:
         self.found, self._include = found, include
+        if not any(map(self.included, found.shapes)):
+            text = (
+                f"--include: '{', '.join(include)}' names no tensor that {found.base.reference} and the fine-tune share"
+            )
+            raise RecipeError(text, "globs of tensor names, such as '*mlp*'")
         self._reader, self._base = ChunkReader(found.plan, files), found.base.values(files)
         self._last: dict[str, tuple[str, Tensor]] = {}
 
@@ -108,6 +113,11 @@ class Reading:
     def squared_norms(self) -> dict[str, float]:
         """|D|^2 of every tensor."""
         return {name: self.squared_norm(name) for name in self.found.shapes}
+
+    @cached_property
+    def changed_layers(self) -> list[str]:
+        """The linear layers that changed, of those included."""
+        return [name for name in self.found.linear if self.included(name) and self.squared_norms[name]]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor's difference in flat pieces of `TILE` elements, each valid until the next."""

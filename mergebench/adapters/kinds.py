@@ -90,7 +90,7 @@ def _fit(
     done = 0
     for name, size in sizes.items():
         for (_, _, fitting), mine in zip(runs, answers, strict=True):
-            if is_held(reading, fitting, name) and reading.squared_norms[name]:
+            if is_held(reading, fitting, name):
                 fit = fitting.fit(name)
                 if fit.tensors:
                     mine[name] = {**fit._asdict(), "nbytes": fit.nbytes, "tensors": None}
@@ -107,19 +107,18 @@ def _fit(
 
 def _lora_energies(reading: Reading, sizes: Sequence[int], seed: int) -> list[float]:
     """|D'|^2 of a LoRA of each number of bytes, of one rank in every linear layer that changed."""
-    found, one = reading.found, rank_bytes(reading)
+    one = rank_bytes(reading)
     if not one or not any(sizes):
         return [0.0] * len(sizes)
     most = max(sizes) // one + 1
     squares = torch.zeros(most, dtype=torch.float64)  # of the singular values, summed over the layers
     widths = torch.zeros(most, dtype=torch.float64)  # bytes of each rank: a small layer has no more than its own
-    for name in found.linear:
-        if reading.squared_norms[name]:
-            matrix = reading.out_in(reading.difference(name))
-            product = svd.truncate(matrix, min(most, *matrix.shape), seed)
-            values = product.a.double().square().sum(1).square()  # half of each singular value is in each factor
-            squares[: len(values)] += values
-            widths[: len(values)] += 4 * sum(matrix.shape)
+    for name in reading.changed_layers:
+        matrix = reading.out_in(reading.difference(name))
+        product = svd.truncate(matrix, min(most, *matrix.shape), seed)
+        values = product.a.double().square().sum(1).square()  # half of each singular value is in each factor
+        squares[: len(values)] += values
+        widths[: len(values)] += 4 * sum(matrix.shape)
     energies = []
     for size in sizes:
         parts = ((size - (widths.cumsum(0) - widths)) / widths.clamp(min=1)).clamp(0, 1)  # of each rank

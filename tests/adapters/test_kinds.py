@@ -249,6 +249,19 @@ def test_one_ranking_over_the_model(place: Path, tmp_path: Path) -> None:
     assert made["energy_of_all"] == pytest.approx(kept / total, rel=1e-5)
 
 
+def test_the_count_is_exact_where_little_has_changed(tmp_path: Path) -> None:
+    """Only some biases have: the ranking's other elements are zeros, and stored."""
+    trained(tmp_path, BIASED, "bias")
+    numel = sum(value.numel() for value in read_model(tmp_path / "base").values())
+    for mask in ("smallest", "topdelta"):
+        made = extracted(tmp_path, tmp_path / mask, as_="sparse", scope="model", mask=mask, share=0.2)
+        assert made["count"] == round(0.2 * numel)
+        how = {"mask": mask, "scope": "model", "share": 0.2}
+        (row,) = measure_kinds(str(tmp_path / "base"), str(tmp_path / "tuned"), kind="sparse", **how).rows
+        assert row.nbytes == 8 * made["count"] == made["bytes"]
+    assert made["energy_of_all"] == pytest.approx(1)
+
+
 def test_globs(place: Path, tmp_path: Path) -> None:
     made = extracted(place, tmp_path / "out", as_="sparse", scope="model", share=0.1, include=["*mlp*", "*norm*"])
     base = read_model(place / "base")
@@ -336,6 +349,7 @@ def test_mistakes(cli: Cli, place: Path, tmp_path: Path) -> None:
         (["--as", "sparse", "--mask", "smalest"], 2, "--mask: 'smalest' is no mask and no file"),
         (["--as", "sparse", "--share", "2"], 2, "--share: must be above 0 and below 1, got 2"),
         (["--as", "sparse", "--share", "x"], 2, "--share: 'x' is not a share"),
+        (["--as", "sparse", "--include", "q"], 2, "--include: 'q' names no tensor"),
         (["--as", "sparse", "--scope", "layer"], 2, "--scope: 'layer' is not possible"),
     ]
     command = ["adapters", "extract", "--base", place / "base", "--model", place / "tuned"]

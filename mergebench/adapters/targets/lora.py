@@ -60,8 +60,7 @@ def _check(settings: Settings) -> Settings:
 
 def rank_bytes(reading: Reading) -> int:
     """Bytes of one rank of every linear layer that changed."""
-    norms = reading.squared_norms
-    return sum(4 * sum(reading.found.shape(name)) for name in reading.found.linear if norms[name])
+    return sum(4 * sum(reading.found.shape(name)) for name in reading.changed_layers)
 
 
 def ranks_within(reading: Reading, budget: int) -> list[Settings]:

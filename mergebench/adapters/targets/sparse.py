@@ -122,6 +122,8 @@ class _ByTensor(_Fitting):
 class _OverModel(_Fitting):
     """A share of all tensors together, in one ranking, as a delta file."""
 
+    _keeps_zeros = True  # the number of elements is what was asked for
+
     def __init__(self, reading: Reading, settings: Settings) -> None:
         super().__init__(reading, settings)
         self.held = {name: name for name in self._shapes if reading.included(name)}
@@ -200,9 +202,8 @@ def _check(settings: Settings) -> Settings:
 def _within(reading: Reading, budget: int) -> list[Settings]:
     """Every way to choose, in each linear layer, and the largest changes of all tensors: 8 bytes an element."""
     tensors = reading.found.base.tensors
-    norms = reading.squared_norms
-    linear = sum(tensors[name].numel for name in reading.found.linear if norms[name])
-    everything = sum(tensors[name].numel for name in reading.found.shapes)
+    linear = sum(tensors[name].numel for name in reading.changed_layers)
+    everything = sum(tensors[name].numel for name in reading.found.shapes if reading.included(name))
     layers = (
         [] if reading.found.transposed or not linear else [{"mask": m, "share": _share(budget, linear)} for m in MASKS]
     )
