@@ -17,7 +17,7 @@ from speed import commit
 from mergebench.adapters.fine_tune import Differences
 from mergebench.checkpoint.files import Files
 from mergebench.engine.read import ChunkReader
-from mergebench.systems.intrinsic_dimension import captured
+from mergebench.adapters.intrinsic_dimension import captured
 
 
 def as_lora(base: str, model: str, dimensions: list[int]) -> list[float]:

@@ -1,39 +1,36 @@
-"""Extract a LoRA from a fine-tune: the best low-rank approximation of the change to every linear layer.
+"""Write what a fine-tune changes as an adapter: a LoRA, or any other kind in `targets/`.
 
-One matrix is in memory at a time. Each module's factors have their own file until all are complete, so that a killed
-run resumes with the next module.
+One matrix is in memory at a time. Each tensor's part of the adapter has its own file until all are complete, so that a
+killed run resumes with the next tensor.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory
-from mergebench.adapters.fine_tune import Differences
-from mergebench.adapters.peft_names import task_type
-from mergebench.checkpoint.files import Files, whole, write_atomically
-from mergebench.checkpoint.header import read_header
-from mergebench.checkpoint.shards import ShardFiles, create
+from mergebench.adapters import peft_directory, targets
+from mergebench.adapters.fine_tune import Differences, Reading
+from mergebench.adapters.target import Fitting
+from mergebench.checkpoint.files import DTYPE_NAME, Files, whole, write_atomically
+from mergebench.checkpoint.header import ITEM_SIZE, read_header
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
-from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
-from mergebench.deltas.svd import Product, keep_energy, truncate
+from mergebench.deltas.peft.directory import CONFIG
 from mergebench.engine.provenance import inputs, places
-from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RecipeError, did_you_mean
 
-RANK = 16
-Answers = dict[str, dict[str, Any]]  # by tensor: its squared norm; of a linear layer also rank and energy kept
+Answers = dict[str, dict[str, Any]]  # by tensor: `total`, its squared norm; of what is stored all of `Fit`
 
 
 def extract_adapter(
@@ -41,143 +38,182 @@ def extract_adapter(
     model: str,
     out: str | Path,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    seed: int = 0,
+    as_: str = "lora",
+    include: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> Result:
-    """Write the differences of the linear layers of `model` to those of `base` as the LoRA directory `out`, at scale 1.
+    """Write what `model` changes of `base` as an adapter of a kind: the directory `out`.
 
-    rank: of every module (default 16), at most the matrix's. energy: instead, the smallest rank of each module that
-    keeps this share of its squared norm. seed: of the search for a large matrix's first directions. resume: continue an
-    interrupted run. progress: called with the elements done and the total. Embeddings, heads, norms and biases are left
-    out; the provenance says what share of the change they hold.
+    as_: the kind. lora: PEFT's, at scale 1. hira: PEFT's HIRA. sparse: PEFT's SUPERTUNING, or a delta file. bias:
+    PEFT's BEFT, or a delta file. include: globs of the tensors that it may hold (none: all that the kind can).
+    resume: continue an interrupted run. progress: called with the elements done and the total.
 
-    Raises `RecipeError` if the settings are invalid, `ModelError` if the models do not fit together or have equal
-    linear layers, `RunError` if the work fails.
+    settings of lora: rank of every module (default 16), or energy: the smallest rank that keeps this share of its
+    squared norm; seed of the search for a large matrix's first directions. hira: rank, seed. sparse: mask (smallest,
+    largest, topdelta, random, or a mask file), share of the elements (0.005), scope (tensor or model), seed.
+
+    The provenance says what share of the change is kept, and what the tensors left out hold. Raises `RecipeError` if
+    the settings are invalid, `ModelError` if the models do not fit together or nothing that changed can be held,
+    `RunError` if the work fails.
     """
     started = time.perf_counter()
-    out = Path(out)
-    peft_directory.check_kept(rank, energy)
-    wanted: dict[str, Any] = {"rank": rank or (None if energy else RANK), "energy": energy, "seed": seed}
+    out, target, wanted = Path(out), targets.get(as_), settings_of(as_, settings)
     found = Differences(base, model)
-    made_of = [inputs(found.plan, hash_inputs=False), wanted, __version__]
+    made_of = [inputs(found.plan, hash_inputs=False), as_, wanted, list(include), __version__]
     fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     done = finished(out)
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Result(out, done, already_done=True)
     check_target(out, places(found.plan), overwrite)
-    check_room(out, 0 if energy else _at_most(found, wanted["rank"]))
-    with Staging(out, fingerprint, resume) as staging:
-        answers = _decompose(found, staging, wanted, progress)
-        ranks = {found.linear[name]: answer["rank"] for name, answer in answers.items() if answer["rank"]}
-        if not ranks:
-            staging.resumable = False
-            raise ModelError(f"{model} has the linear layers of {base}: there is nothing to extract")
-        _gather(found, staging, ranks)
-        about = {"base_model_name_or_path": base, "task_type": task_type(found.base)}
-        config = peft_directory.config(ranks, found.transposed, **about)
-        write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
-        provenance = {
-            "mergebench": __version__,
-            "command": "adapters extract",
-            "base": base,
-            "model": model,
-            **wanted,
-            **_energy(found, answers),
-            "inputs": inputs(found.plan, hash_inputs=False),
-            "fingerprint": fingerprint,
-        }
-        provenance = staging.finish(provenance, started, overwrite, peft_directory.extracted_card(out, provenance))
+    with Files() as files, torch.inference_mode():
+        reading = Reading(found, files, include)
+        fitting = target.begin(reading, wanted)
+        check_beside(out, fitting.beside)
+        check_room(out, fitting.at_most())
+        with Staging(out, fingerprint, resume) as staging:
+            answers = _fit(reading, fitting, staging, progress)
+            stored = {name: answer for name, answer in answers.items() if "nbytes" in answer}
+            if not stored:
+                staging.resumable = False
+                raise ModelError(nothing(as_, model, base))
+            _gather(found, fitting, staging, stored)
+            config = fitting.config(stored)
+            if config is not None:
+                write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
+            provenance = {
+                "mergebench": __version__,
+                "command": "adapters extract",
+                "as": as_,
+                "base": base,
+                "model": model,
+                **wanted,
+                **({"include": list(include)} if include else {}),
+                "file": fitting.file,
+                **_energy(found, fitting, answers),
+                "inputs": inputs(found.plan, hash_inputs=False),
+                "fingerprint": fingerprint,
+            }
+            card = peft_directory.extracted_card(out, provenance, peft=config is not None)
+            provenance = staging.finish(provenance, started, overwrite, card)
     return Result(out, provenance)
 
 
-def _decompose(
-    found: Differences, staging: Staging, wanted: dict[str, Any], progress: Callable[[int, int], None]
-) -> Answers:
-    """The squared norm of every difference; the factors of each linear layer are written to a file."""
+def settings_of(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a kind, checked, with its defaults; `RecipeError` for those it does not take."""
+    target = targets.get(kind)
+    for key in given:
+        if key not in target.takes:
+            takes = ", ".join(f"--{name}" for name in target.takes)
+            raise RecipeError(
+                f"--{key}: '{kind}' takes none", did_you_mean(key, target.takes) or (takes and f"it takes {takes}")
+            )
+    return dict(target.check({**target.takes, **given}))
+
+
+def is_held(reading: Reading, fitting: Fitting, name: str) -> bool:
+    """Whether the adapter may hold a tensor."""
+    return name in fitting.held and reading.included(name)
+
+
+def nothing(kind: str, model: str, base: str) -> str:
+    """What is said where a kind can hold none of the changes."""
+    what = {"bias": "biases", "sparse": "tensors"}.get(kind, "linear layers")
+    return f"{model} has the {what} of {base}: there is nothing to extract"
+
+
+def check_beside(out: Path, files: Sequence[Path]) -> None:
+    """`RecipeError` if a file that the adapter needs beside its directory is elsewhere."""
+    for file in files:
+        if file.resolve().parent != out.absolute().parent.resolve():
+            raise RecipeError(
+                f"{file}: it must lie beside --out, so that the adapter finds it",
+                f"name a directory beside it: --out {file.parent / out.name}",
+            )
+
+
+def _fit(reading: Reading, fitting: Fitting, staging: Staging, progress: Callable[[int, int], None]) -> Answers:
+    """The squared norm of every difference; what the adapter stores of each tensor is written to a file."""
     answers: Answers = staging.journal["answers"]
+    found = reading.found
     sizes = {name: found.base.tensors[name].numel for name in found.shapes}
     done, total = 0, sum(sizes.values())
-    with Files() as opened, torch.inference_mode():
-        reader = ChunkReader(found.plan, opened)
-        for name in found.shapes:
-            file = _part(found, name)
-            if name not in answers or (answers[name]["rank"] and file not in staging.journal["shards"]):
-                if name in found.linear:
-                    product = _factors(found, reader, name, wanted)
-                    answer = {"total": product.total, "kept": product.kept, "rank": product.a.shape[0]}
-                    if answer["rank"]:
-                        _write(staging.directory, file, found.linear[name], found.shape(name), product)
-                        staging.journal["shards"].append(file)
-                else:
-                    answer = {"total": found.squared_norm(reader, name), "kept": 0.0, "rank": 0}
-                answers[name] = answer
-                staging.save()
-            done += sizes[name]
-            progress(done, total)
+    for name in found.shapes:
+        file = _part(found, name)
+        if name not in answers or ("nbytes" in answers[name] and file not in staging.journal["shards"]):
+            if is_held(reading, fitting, name):
+                fit = fitting.fit(name)
+                answer: dict[str, Any] = {"total": fit.total}
+                if fit.tensors:
+                    _write(staging.directory, file, fit.tensors)
+                    staging.journal["shards"].append(file)
+                    answer |= {"kept": fit.kept, "nbytes": fit.nbytes, "about": fit.about, "sums": fit.sums}
+            else:
+                answer = {"total": reading.squared_norm(name)}
+            answers[name] = answer
+            staging.save()
+        done += sizes[name]
+        progress(done, total)
     return answers
 
 
-def _factors(found: Differences, reader: ChunkReader, name: str, wanted: dict[str, Any]) -> Product:
-    matrix = found.matrix(reader, name)
-    if not matrix.any():  # the fine-tune did not change this layer
-        return Product(matrix[:, :0], matrix[:0], 0.0, 0.0)
-    if wanted["energy"]:
-        return keep_energy(matrix, wanted["energy"], wanted["seed"])
-    return truncate(matrix, min(wanted["rank"], *matrix.shape), wanted["seed"])
-
-
 def _part(found: Differences, name: str) -> str:
-    """The file of one module's factors, until all are complete."""
+    """The file of one tensor's part of the adapter, until all are complete."""
     return f"{list(found.shapes).index(name):05d}.safetensors"
 
 
-def _write(directory: Path, file: str, module: str, shape: tuple[int, int], product: Product) -> None:
-    shard = dataclasses.replace(peft_directory.lay_out({module: shape}, {module: product.a.shape[0]}), file=file)
+def _write(directory: Path, file: str, tensors: Mapping[str, Tensor]) -> None:
+    outs = [OutTensor(name, DTYPE_NAME[one.dtype], tuple(one.shape), one.nbytes) for name, one in tensors.items()]
+    shard = Shard(file, tuple(outs))
     create(directory / file, shard)
     with closing(ShardFiles(directory, [shard])) as written:
-        peft_directory.put(written, module, product)
+        for name, values in tensors.items():
+            written.write(name, 0, values.contiguous().reshape(-1))
 
 
-def _gather(found: Differences, staging: Staging, ranks: dict[str, int]) -> None:
-    """Join the modules' files of factors into one file."""
-    names = {module: name for name, module in found.linear.items()}
-    shard = peft_directory.lay_out({module: found.shape(names[module]) for module in ranks}, ranks)
-    create(staging.directory / WEIGHTS, shard)
-    parts = [staging.directory / _part(found, names[module]) for module in ranks]
+def _gather(found: Differences, fitting: Fitting, staging: Staging, stored: Answers) -> None:
+    """Join the parts into one file."""
+    parts = [staging.directory / _part(found, name) for name in stored]
+    tensors = [tensor for part in parts for tensor in read_header(part).tensors]
+    tensors.sort(key=lambda tensor: -ITEM_SIZE[tensor.dtype])  # so that each is aligned
+    outs = [OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
+    shard = Shard(fitting.file, tuple(outs), fitting.metadata(stored))
+    create(staging.directory / fitting.file, shard)
     with closing(ShardFiles(staging.directory, [shard])) as written, Files() as opened:
-        for part in parts:
-            for tensor in read_header(part).tensors:
-                written.write(tensor.name, 0, whole(opened, tensor).reshape(-1))
+        for tensor in tensors:
+            written.write(tensor.name, 0, whole(opened, tensor).reshape(-1))
     for part in parts:
         part.unlink()
 
 
-def _at_most(found: Differences, rank: int) -> int:
-    """Bytes on disk while the modules' files are joined."""
-    return sum(2 * 4 * min(rank, *found.shape(name)) * sum(found.shape(name)) for name in found.linear)
-
-
-def _energy(found: Differences, answers: Answers) -> dict[str, Any]:
-    """The share of the linear layers' squared norm that the ranks keep, and the share of the whole change in other
-    tensors."""
-    held = {name: answer for name, answer in answers.items() if answer["rank"]}
-    other = {name: answer["total"] for name, answer in answers.items() if not answer["rank"] and answer["total"]}
-    inside = sum(answer["total"] for answer in held.values())
+def _energy(found: Differences, fitting: Fitting, answers: Answers) -> dict[str, Any]:
+    """The shares of the squared norm that are kept, of the tensors held and of the whole, and the share of the whole
+    change in other tensors."""
+    held = {name: answer for name, answer in answers.items() if "nbytes" in answer}
+    other = {name: answer["total"] for name, answer in answers.items() if "nbytes" not in answer and answer["total"]}
+    inside, kept = (sum(answer[key] for answer in held.values()) for key in ("total", "kept"))
     everything = inside + sum(other.values())
     return {
-        "energy_kept": sum(answer["kept"] for answer in held.values()) / inside,
+        "energy_kept": share_of(kept, inside),
+        "energy_of_all": share_of(kept, everything),
+        "bytes": sum(answer["nbytes"] for answer in held.values()),
+        **fitting.summary(held),
         "modules": {
-            found.linear[name]: {"rank": answer["rank"], "energy_kept": answer["kept"] / answer["total"]}
+            fitting.held[name]: {**answer["about"], "energy_kept": share_of(answer["kept"], answer["total"])}
             for name, answer in held.items()
         },
-        "left_out": sum(other.values()) / everything,
-        "left_out_tensors": {name: energy / everything for name, energy in sorted(other.items(), key=_by_size)},
+        "left_out": share_of(sum(other.values()), everything),
+        "left_out_tensors": {
+            name: share_of(energy, everything) for name, energy in sorted(other.items(), key=_by_size)
+        },
         "other_tokens": found.other_tokens,
     }
+
+
+def share_of(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
 
 
 def _by_size(item: tuple[str, float]) -> float:

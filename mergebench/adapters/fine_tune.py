@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import torch
@@ -14,6 +15,7 @@ from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.mismatch import Mismatch
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.values import Values
 from mergebench.deltas.open import open_model
 from mergebench.engine.job import Merge
 from mergebench.engine.noise import TILE
@@ -21,7 +23,7 @@ from mergebench.engine.plan import plan_merge
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import check_equal
 from mergebench.engine.span import Span
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.methods._matrices import is_matrix
 
 
@@ -29,7 +31,7 @@ class Differences:
     """Fine-tune minus base, read like the task vector of a model."""
 
     def __init__(self, base: str, model: str) -> None:
-        self.base = open_model(base)
+        self.base, self.model = open_model(base), model
         tuned = adopt(self.base, open_model(model))
         method = methods.get("task_arithmetic")
         params = method.make_params({"weight": (1.0,), "lambda": 1.0})
@@ -41,7 +43,7 @@ class Differences:
         except Mismatch as error:
             more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
             message = error.problems[0] + more if error.problems else error.message
-            raise ModelError(message, "a LoRA is taken out of a fine-tune of the base") from None
+            raise ModelError(message, "an adapter is taken out of a fine-tune of the base") from None
         with Files() as opened:
             for one, alias, tensor in self.plan.alignment.must_equal:
                 check_equal(opened, one, alias, tensor)
@@ -67,25 +69,86 @@ class Differences:
         rows, columns = self.shapes[name]
         return (columns, rows) if self.transposed else (rows, columns)
 
-    def matrix(self, reader: ChunkReader, name: str) -> Tensor:
-        """A linear layer's difference [out, in], float32."""
-        stored = self.flat(reader, name).view(self.shapes[name])
-        return stored.T.contiguous() if self.transposed else stored
 
-    def flat(self, reader: ChunkReader, name: str) -> Tensor:
-        """A tensor's difference, flat, float32."""
-        return torch.cat([piece.clone() for piece in self._pieces(reader, name)])
+class Reading:
+    """The values of a fine-tune's changes and of its base; the last tensor's are kept.
 
-    def squared_norm(self, reader: ChunkReader, name: str) -> float:
-        return sum((float(piece.double().square().sum()) for piece in self._pieces(reader, name)), 0.0)
+    include: globs of the tensors that an adapter may hold (none: all).
+    """
 
-    def _pieces(self, reader: ChunkReader, name: str) -> Iterator[Tensor]:
-        numel = self.base.tensors[name].numel
-        for start in range(0, numel, TILE):
-            values, _ = reader.load([Span(name, start, min(start + TILE, numel))], apply=False)
+    def __init__(self, found: Differences, files: Files, include: Sequence[str] = ()) -> None:
+        self.found, self._include = found, include
+        if not any(map(self.included, found.shapes)):
+            text = (
+                f"--include: '{', '.join(include)}' names no tensor that {found.base.reference} and the fine-tune share"
+            )
+            raise RecipeError(text, "globs of tensor names, such as '*mlp*'")
+        self._reader, self._base = ChunkReader(found.plan, files), found.base.values(files)
+        self._last: dict[str, tuple[str, Tensor]] = {}
+
+    def difference(self, name: str) -> Tensor:
+        """A tensor's difference, float32, in its shape as stored."""
+
+        def read() -> Tensor:
+            return torch.cat([piece.clone() for piece in self.pieces(name)]).view(self.found.shapes[name])
+
+        return self._kept("difference", name, read)
+
+    def base(self, name: str) -> Tensor:
+        """The base's values of a tensor, float32, in its shape as stored."""
+        return self._kept("base", name, lambda: self._base.whole(name))
+
+    def out_in(self, stored: Tensor) -> Tensor:
+        """[out, in] of a linear layer's tensor as stored."""
+        return stored.T.contiguous() if self.found.transposed else stored
+
+    def included(self, name: str) -> bool:
+        """Whether an adapter may hold this tensor."""
+        return not self._include or any(fnmatchcase(name, glob) for glob in self._include)
+
+    def squared_norm(self, name: str) -> float:
+        return sum((float(piece.double().square().sum()) for piece in self.pieces(name)), 0.0)
+
+    @cached_property
+    def squared_norms(self) -> dict[str, float]:
+        """|D|^2 of every tensor."""
+        return {name: self.squared_norm(name) for name in self.found.shapes}
+
+    @cached_property
+    def changed_layers(self) -> list[str]:
+        """The linear layers that changed, of those included."""
+        return [name for name in self.found.linear if self.included(name) and self.squared_norms[name]]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor's difference in flat pieces of `TILE` elements, each valid until the next."""
+        for start, stop in tiles(self.found.base.tensors[name].numel):
+            values, _ = self._reader.load([Span(name, start, stop)], apply=False)
             if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
                 raise RunError(f"{name}: the models or their difference hold NaN or infinity")
             yield values[0]
+
+    def base_pieces(self, name: str) -> Iterator[Tensor]:
+        """The base's values of a tensor in the same pieces."""
+        return pieces_of(self._base, name)
+
+    def _kept(self, what: str, name: str, read: Callable[[], Tensor]) -> Tensor:
+        if self._last.get(what, ("",))[0] != name:
+            self._last.pop(what, None)  # before the next is made
+            self._last[what] = name, read()
+        return self._last[what][1]
+
+
+def tiles(numel: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the pieces that a flat tensor is read in."""
+    return ((start, min(start + TILE, numel)) for start in range(0, numel, TILE))
+
+
+def pieces_of(values: Values, name: str) -> Iterator[Tensor]:
+    """A tensor of a model in flat pieces of `TILE` elements, float32."""
+    for start, stop in tiles(values.tensors[name].numel):
+        piece = torch.empty(stop - start)
+        values.read(name, start, piece)
+        yield piece
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:

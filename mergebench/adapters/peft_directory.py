@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mergebench.adapters.peft_names import task_type
 from mergebench.checkpoint.files import DTYPE_NAME, write_error
+from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.checkpoint.staging import check_room
 from mergebench.deltas.formats.lora import Adapter
@@ -87,8 +89,7 @@ def check_kept(rank: int | None, energy: float | None) -> None:
 
 def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:
     """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r)."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = _pattern(ranks, rank)
+    rank, pattern = rank_pattern(ranks)
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -105,6 +106,12 @@ def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str,
     } | more
 
 
+def plain_config(kind: str, base: Model, modules: Collection[str], **more: Any) -> dict[str, Any]:
+    """adapter_config.json of an adapter of any type on these modules of a base."""
+    about = {"peft_type": kind, "base_model_name_or_path": base.reference, "task_type": task_type(base)}
+    return {**about, "target_modules": sorted(modules), "inference_mode": True, **more}
+
+
 def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
     """The config of a merged adapter: settings on which all inputs agree are kept."""
     first = adapters[0].config
@@ -113,6 +120,12 @@ def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict
     }
     shared["base_model_name_or_path"] = first.get("base_model_name_or_path")
     return config(ranks, adapters[0].transposed, **shared, **_selection(adapters))
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The usual rank, and PEFT's `rank_pattern` of the others."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    return usual, _pattern(ranks, usual)
 
 
 def _pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
@@ -197,14 +210,18 @@ def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
     return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft)
 
 
-def extracted_card(out: Path, provenance: Mapping[str, Any]) -> str:
-    """README.md of an adapter extracted from a fine-tune."""
+def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
+    """README.md of an adapter extracted from a fine-tune; peft: whether PEFT loads it."""
+    kind, file = provenance["as"], provenance["file"]
+    where = "the linear layers of its base" if kind == "lora" else "its base"
+    rest = "Embeddings, heads, norms and biases, left out, hold" if kind == "lora" else "The tensors left out hold"
     made = (
-        f"What a fine-tune adds to the linear layers of its base, extracted by mergebench {provenance['mergebench']}: "
-        f"{kept_text(provenance)}. Embeddings, heads, norms and biases, left out, hold {provenance['left_out']:.2%} "
-        "of all that it changed."
+        f"What a fine-tune adds to {where}, extracted by mergebench {provenance['mergebench']}: "
+        f"{kept_text(provenance)}. {rest} {provenance['left_out']:.2%} of all that it changed."
     )
-    return _card(out, made, [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"], "extract")
+    lines = [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"]
+    lines += [] if peft else [f"- `BASE+{out.name}/{file}` is a model wherever mergebench takes one"]
+    return _card(out, made, lines, "extract", kind=kind, peft=peft)
 
 
 def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -237,10 +254,12 @@ def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
 def kept_text(provenance: Mapping[str, Any]) -> str:
     """`6 modules, rank 4, 99.81% of the energy kept`."""
     modules = provenance["modules"]
-    ranks = sorted({module["rank"] for module in modules.values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    ranks = sorted({module["rank"] for module in modules.values() if "rank" in module})
+    size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+    size = size or f"{provenance['count']:,} values"
     kept = f"{provenance['energy_kept']:.2%} of the energy kept"
-    return f"{len(modules)} module{'s' * (len(modules) > 1)}, {rank}, {kept}"
+    what = "module" if ranks else "tensor"
+    return f"{len(modules)} {what}{'s' * (len(modules) > 1)}, {size}, {kept}"
 
 
 _ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."

@@ -20,6 +20,7 @@ from mergebench.cli import (
     evaluate,
     explain,
     inspect,
+    mask,
     merge,
     options,
     patch,
@@ -66,6 +67,7 @@ app.add_typer(probe.app, name="probe")
 app.command("edit", cls=edit.EditCommand)(edit.edit)
 app.add_typer(patch.app, name="patch")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(mask.app, name="mask")
 app.add_typer(cil.app, name="cil")
 app.command("compress", cls=compress.Compress)(compress.compress)
 app.command("task-vector")(task_vector.task_vector)

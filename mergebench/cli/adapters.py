@@ -1,4 +1,4 @@
-"""`mergebench adapters merge`, `extract` and `fold`; `drift`, `inspect` and `retrieve` have files of their own."""
+"""`mergebench adapters merge`, `fold`, `convert` and `truncate`; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
+from mergebench.cli.extract import extract
 from mergebench.cli.merge import say_changes, say_notes
 from mergebench.cli.output import byte_bar, count_bar, human, note
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
-Energy = Annotated[
-    float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
-]
 Seed = Annotated[int, typer.Option(help="Seed of the search in large matrices.")]
 
 app = typer.Typer(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
 app.command("drift")(adapter_tables.drift)
 app.command("inspect")(adapter_tables.inspect)
+app.command("extract")(extract)
 app.command("retrieve")(retrieve)
 
 
@@ -131,47 +130,6 @@ def fold(
     typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
 
 
-@app.command("extract")
-def extract(
-    base: Annotated[str, typer.Option(help="The model it was fine-tuned from.")],
-    model: Annotated[str, typer.Option(help="The fine-tuned model.")],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
-    rank: Annotated[int | None, typer.Option(help="Rank of every module. Default: 16.")] = None,
-    energy: Energy = None,
-    seed: Seed = 0,
-    resume: opt.Resume = False,
-    overwrite: opt.Overwrite = False,
-    json_: opt.Json = False,
-    quiet: opt.Quiet = False,
-) -> None:
-    """Take what a fine-tune adds to its base's linear layers as a LoRA directory that PEFT loads."""
-    from mergebench.adapters import extract_adapter
-    from mergebench.adapters.peft_directory import kept_text
-
-    quiet = quiet or json_
-    with count_bar("extracting", quiet) as progress:
-        result = extract_adapter(
-            base,
-            model,
-            out,
-            rank=rank,
-            energy=energy,
-            seed=seed,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    made = result.provenance
-    if result.already_done:
-        note(f"{result.out}: already finished, nothing to resume", quiet)
-    else:
-        worst, entry = min(made["modules"].items(), key=lambda item: item[1]["energy_kept"])
-        least = f"least {entry['energy_kept']:.2%}: {worst}"
-        note(f"extracted: {kept_text(made)} ({least}), {made['seconds']:.1f} s", quiet)
-        _say_left_out(made, quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
-
-
 @app.command("convert")
 def convert(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, or a delta file.")],
@@ -185,7 +143,7 @@ def convert(
         ),
     ] = "lora",
     rank: Annotated[int | None, typer.Option(help="Rank of every module, at most. Default: the exact rank.")] = None,
-    energy: Energy = None,
+    energy: opt.Energy = None,
     seed: Seed = 0,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
@@ -242,19 +200,6 @@ def _budget(text: str) -> int | float:
         return float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError:
         raise RecipeError(f"--budget: '{text}' is neither a number nor a share", "such as 64, or 50%") from None
-
-
-def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
-    """Print the part of the fine-tune that the adapter does not hold."""
-    tensors = made["left_out_tensors"]
-    if tensors:
-        most = ", ".join(f"{name} {share:.2%}" for name, share in list(tensors.items())[:3])
-        names = most + ", ..." * (len(tensors) > 3)
-        count = f"{len(tensors)} tensor{'s' * (len(tensors) > 1)}"
-        note(f"left out: {made['left_out']:.2%} of the change, {count} beside the linear layers ({names})", quiet)
-    if made["other_tokens"]:
-        names = ", ".join(made["other_tokens"])
-        note(f"left out: {names}: the fine-tune has another number of tokens, which is not counted", quiet)
 
 
 def _numbers(text: str) -> list[float]:

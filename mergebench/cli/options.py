@@ -25,6 +25,14 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * _UNITS[unit])
 
 
+def parse_share(text: str, option: str) -> float:
+    """`.5%` or `0.005` as a share."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise RecipeError(f"{option}: '{text}' is not a share", "such as 0.5%, or 0.005") from None
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set parameters.density=0.2. Repeatable."),
@@ -41,6 +49,13 @@ Results = Annotated[
 ]
 Backbone = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
+]
+Energy = Annotated[
+    float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Only tensors whose names it matches. Repeatable. Default: all."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]

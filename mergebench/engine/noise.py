@@ -97,6 +97,12 @@ def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float] | Tensor
     return out
 
 
+def keys(seed: int, span: Span) -> Ints:
+    """A random int32 that is not negative for each element of a span: sorted by them, the elements are shuffled."""
+    drawn = [_shifted(piece, 1) for _, _, piece in _draws(seed, 0, span, torch.device("cpu"))]
+    return np.concatenate(drawn)
+
+
 def _below(values: Tensor, limits: Tensor) -> Tensor:
     if values.device.type == "cpu":  # by NumPy: torch takes ten times as long to compare
         return torch.from_numpy(values.numpy() < limits.numpy())

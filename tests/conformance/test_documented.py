@@ -171,7 +171,9 @@ def test_links_lead_to_headings(page: str) -> None:
         assert anchor in {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}, anchor
 
 
-GROUPS = {"mergebench.edits", "mergebench.scorers", "mergebench.tasks", "mergebench.formats"}  # of entry points
+GROUPS = {  # of entry points
+    "mergebench.edits", "mergebench.scorers", "mergebench.tasks", "mergebench.formats", "mergebench.targets",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", TEXT)
@@ -224,6 +226,9 @@ ELSEWHERE = {
     "adapters truncate": "tests/adapters/test_truncate.py::test_from_the_command_line",
     "compress": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "compress expand": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
+    "mask magnitude": "tests/systems/test_pafi.py::test_the_command",
+    "mask fisher": "tests/systems/test_pafi.py::test_fisher",
+    "mask overlap": "tests/systems/test_pafi.py::test_overlap_by_hand",
     "adapters extract": "tests/adapters/test_extract.py::test_what_the_command_says",
 }
 # The others, each after those above it: what is typed, and a key of the document.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +189,34 @@ class Writing(NamedTuple):
     orig: Tensor | Later | None = None
 
 
+class Listed(NamedTuple):
+    """A delta as a file's metadata list it; its parts are NAME.PART, or shared ones under names of their own."""
+
+    kind: str
+    parts: Collection[str]
+    settings: Mapping[str, Any] = {}
+    shared: Mapping[str, str] = {}
+
+
+def metadata_of(
+    listed: Mapping[str, Listed],
+    shared: Collection[str] = (),
+    made: Mapping[str, Any] | None = None,
+    base: str | None = None,
+) -> dict[str, str]:
+    """The metadata of a file of these deltas, by the changed tensors' names."""
+    tensors = {
+        name: {
+            "kind": one.kind,
+            "settings": dict(one.settings),
+            "parts": {part: f"{name}.{part}" for part in one.parts} | dict(one.shared),
+        }
+        for name, one in listed.items()
+    }
+    about = {"base": base, "tensors": tensors, "shared": sorted(shared), "made": dict(made or {})}
+    return {METADATA: json.dumps(about)}
+
+
 def write_file(
     file: Path,
     writings: Mapping[str, Writing],
@@ -197,16 +225,9 @@ def write_file(
     base: str | None = None,
 ) -> None:
     """Write a file of deltas by tensor names, atomically; `shared`: parts that several deltas use."""
-    shared, made = shared or {}, made or {}
-    listed = {
-        name: {
-            "kind": one.kind,
-            "settings": dict(one.settings),
-            "parts": {part: f"{name}.{part}" for part in one.parts} | dict(one.shared),
-        }
-        for name, one in writings.items()
-    }
-    metadata = {METADATA: json.dumps({"base": base, "tensors": listed, "shared": sorted(shared), "made": dict(made)})}
+    shared = shared or {}
+    listed = {name: Listed(one.kind, tuple(one.parts), one.settings, one.shared) for name, one in writings.items()}
+    metadata = metadata_of(listed, shared, made, base)
     tensors = dict(_named(writings, shared))
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     out = [OutTensor(name, DTYPE_NAME[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]

@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from mergebench import __version__
-from mergebench.adapters.fine_tune import Differences
+from mergebench.adapters.fine_tune import Differences, Reading
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files
 from mergebench.deltas.formats.native import Writing, write_file
 from mergebench.deltas.subspace import GRADIENTS, LARGEST, Subspace, length, prepared, subspace
 from mergebench.engine.machine import one_thread
 from mergebench.engine.provenance import places
-from mergebench.engine.read import ChunkReader
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError
 
@@ -213,11 +212,11 @@ class _Change:
         sizes = {name: self.found.base.tensors[name].numel for name in self.found.shapes}
         done, total = 0, sum(sizes.values())
         with Files() as opened:
-            reader = ChunkReader(self.found.plan, opened)
+            reading = Reading(self.found, opened)
             for name, numel in sizes.items():
                 if numel > LARGEST:
                     raise ModelError(f"{name}: {numel} elements, a subspace has 2^31 in a tensor at most")
-                difference = self.found.flat(reader, name)
+                difference = reading.difference(name).reshape(-1)
                 energy = float(difference.double().square().sum())
                 if energy:
                     self.names.append(name)

@@ -14,7 +14,7 @@ from mergebench.deltas.formats.native import read_file
 from mergebench.deltas.open import open_model
 from mergebench.deltas.subspace import Subspace, prepared, subspace
 from mergebench.errors import ModelError, RecipeError
-from mergebench.systems.intrinsic_dimension import captured, pack
+from mergebench.adapters.intrinsic_dimension import captured, pack
 from tests.models import fine_tuned, read_model, write_model
 
 SHAPES = {"a.weight": (40, 50), "b.weight": (33, 30), "b.bias": (33,), "norm.weight": (5,)}

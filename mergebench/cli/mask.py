@@ -1,0 +1,98 @@
+"""`mergebench mask`: which elements a sparse fine-tune may change, and what two masks share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.output import human, note
+
+app = typer.Typer(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The base: a directory, BASE+ADAPTER or org/name.")]
+Smallest = Annotated[str, typer.Option(help="The share of elements with the smallest values: .5%, or 0.005.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="The mask to write, MASK.safetensors.")]
+Scope = Annotated[str, typer.Option(help="model: one ranking over all tensors; tensor: one in each.")]
+
+
+@app.command("magnitude")
+def magnitude(
+    model: Model,
+    smallest: Smallest,
+    out: Out,
+    scope: Scope = "model",
+    include: opt.Include = None,
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write the mask of the elements with the smallest magnitudes."""
+    _make(model, smallest, out, None, scope, include, overwrite, json_, quiet)
+
+
+@app.command("fisher")
+def fisher(
+    model: Model,
+    from_: Annotated[str, typer.Option("--from", metavar="FILE", help="Fisher values under the model's tensor names.")],
+    smallest: Smallest,
+    out: Out,
+    scope: Scope = "model",
+    include: opt.Include = None,
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write the mask of the elements with the smallest Fisher values, mean squared gradients from a file."""
+    _make(model, smallest, out, from_, scope, include, overwrite, json_, quiet)
+
+
+def _make(
+    model: str,
+    smallest: str,
+    out: Path,
+    fisher: str | None,
+    scope: str,
+    include: list[str] | None,
+    overwrite: bool,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    from mergebench.systems.pafi import make_mask
+
+    share = opt.parse_share(smallest, "--smallest")
+    how: dict[str, Any] = {"share": share, "fisher": fisher, "scope": scope, "include": include or ()}
+    made = make_mask(model, out, **how, overwrite=overwrite)
+    size = human(out.stat().st_size)
+    text = f"{made.chosen:,} of {made.numel:,} elements in {len(made.counts)} tensors, {size}, {made.seconds:.1f} s"
+    note(text, quiet or json_)
+    typer.echo(json.dumps({**made._asdict(), "out": str(made.out)}) if json_ else str(made.out))
+
+
+@app.command("overlap")
+def overlap(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A mask file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another mask of the same model.")],
+    json_: opt.Json = False,
+) -> None:
+    """Show how many positions two masks share, beside what random masks of these sizes would."""
+    from mergebench.systems.pafi import overlap
+
+    everything, by_tensor = overlap(a, b)
+    if json_:
+        documents = {name: {**one._asdict(), "jaccard": one.jaccard} for name, one in by_tensor.items()}
+        total = {**everything._asdict(), "jaccard": everything.jaccard}
+        typer.echo(json.dumps({"a": str(a), "b": str(b), "all": total, "tensors": documents}))
+        return
+    from rich.table import Column, Table
+
+    from mergebench.cli.output import print_table
+
+    numbers = [Column(head, justify="right") for head in ("a", "b", "both", "of random masks", "Jaccard")]
+    table = Table("tensor", *numbers, box=None, header_style="bold")
+    for name, one in {**by_tensor, "all": everything}.items():
+        table.add_row(name, f"{one.a:,}", f"{one.b:,}", f"{one.both:,}", f"{one.expected:,.1f}", f"{one.jaccard:.4f}")
+    print_table(table)
