@@ -29,6 +29,9 @@ _PUBLIC = {
     "task_vector": "mergebench.api",
     "plan_edit": "mergebench.api",
     "plan_patch": "mergebench.api",
+    "port": "mergebench.systems.portllm",
+    "check_port": "mergebench.systems.portllm",
+    "measure_port": "mergebench.systems.portllm",
     "merge_adapters": "mergebench.adapters",
     "merge_sequence": "mergebench.adapters",
     "adapter_drift": "mergebench.adapters",
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from mergebench.evaluation.search.search import search
     from mergebench.parameters import PerModel, param
     from mergebench.recipe import load, load_stages
+    from mergebench.systems.portllm import check_port, measure_port, port
 
 __all__ = [
     "Context",
@@ -86,6 +90,7 @@ __all__ = [
     "Weights",
     "__version__",
     "adapter_drift",
+    "check_port",
     "compare",
     "delta_kind",
     "describe_adapter",
@@ -97,6 +102,7 @@ __all__ = [
     "load",
     "load_stages",
     "measure",
+    "measure_port",
     "merge_adapters",
     "merge_method",
     "merge_sequence",
@@ -107,6 +113,7 @@ __all__ = [
     "plan_edit",
     "plan_fold",
     "plan_patch",
+    "port",
     "read_probe",
     "report",
     "run",

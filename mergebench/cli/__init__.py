@@ -22,6 +22,7 @@ from mergebench.cli import (
     merge,
     options,
     patch,
+    port,
     probe,
     report,
     search,
@@ -66,6 +67,7 @@ app.command("edit", cls=edit.EditCommand)(edit.edit)
 app.add_typer(patch.app, name="patch")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(cil.app, name="cil")
+app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)
