@@ -14,13 +14,15 @@ rate. Measured on recipes/quickstart/suite.yaml: old, old + patch, new, new + pa
 smollm2: SmolLM2 is trained on, all weights, on sentences of film and product reviews. The adapter `news` is ported,
 and trained again on the updated base by train_smollm2.py.
 
-What is in FOLDER already is not made again. Prints Markdown. An update takes minutes, a task re-tuned about six of one core.
+What is in FOLDER already is not made again. Prints Markdown. An update takes minutes, a task re-tuned about six of one
+core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -38,12 +40,17 @@ from torch.nn.functional import cross_entropy, normalize
 from train_quickstart import CHOOSING_TEXTS, QUICKSTART, SEED, TASKS, TEST_TEXTS, TRAIN_TEXTS, Texts, select
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import mergebench
+import mergebench.evaluation
+from mergebench.evaluation import Record, Suite
+from mergebench.evaluation.compare.flips import flips
+
 OLD = QUICKSTART / "cache" / "base"
 SMOLLM2 = QUICKSTART.parent / "smollm2"
 UPDATES = {"light": (2e-5, 1), "middle": (1e-4, 2), "strong": (5e-4, 2)}  # learning rate, epochs
 TEMPERATURE, PAIRS, PARAGRAPHS, HALF = 0.05, 32, 800, 32  # HALF: tokens of half a paragraph
 RATES = (1e-3,)  # to choose a re-tuned adapter's from
-SMOLLM2_RATE, SMOLLM2_TEXTS, SMOLLM2_BATCH = 5e-5, 320, 8
+SMOLLM2_RATE, SMOLLM2_TEXTS, SMOLLM2_BATCH = 5e-5, 320, 8  # an epoch
 
 
 def read_texts(file: Path) -> list[str]:
@@ -161,6 +168,83 @@ def retune_smollm2(out: Path, base: Path) -> None:
     train_smollm2.main()
 
 
+def scores(models: dict[str, str], suite: Suite, results: Path) -> dict[str, Record]:
+    """Each model's record on the suite's only task."""
+    found = mergebench.measure(suite, list(models.values()), split="test", device="cpu", results=results)
+    names = dict(zip(dict.fromkeys(record.model for record in found.records), models, strict=True))
+    return {names[record.model]: record for record in found.records}
+
+
+def cell(record: Record) -> str:
+    return f"{100 * record.value:.1f}" if record.metric == "accuracy" else f"{record.value:.4f}"
+
+
+def against(before: Record, after: Record) -> str:
+    """The paired difference, above 0 is better, and the items lost and won."""
+    found = flips(before.predictions, after.predictions, before.direction)
+    factor, unit = (100, ".1f") if before.metric == "accuracy" else (1, ".4f")
+    low, high = found.interval or (math.nan, math.nan)
+    text = f"{factor * found.difference:+{unit}} [{factor * low:+{unit}}, {factor * high:+{unit}}]"
+    return f"{text}, −{len(found.lost)} +{len(found.won)}"
+
+
+def table(rows: list[tuple[str, dict[str, Record]]]) -> None:
+    """A row for each patch and base, with what is compared."""
+    heads = ["update, patch", "old", "tuned", "new", "ported", "re-tuned"]
+    heads += ["ported − new", "ported − tuned", "re-tuned − ported"]
+    print("|", " | ".join(heads), "|\n|", " | ".join("---" for _ in heads), "|")
+    for name, found in rows:
+        cells = [cell(found[key]) if key in found else "" for key in heads[1:6]]
+        pairs = (("new", "ported"), ("tuned", "ported"), ("ported", "re-tuned"))
+        cells += [against(found[a], found[b]) if a in found and b in found else "" for a, b in pairs]
+        print("|", " | ".join([name, *cells]), "|", flush=True)
+
+
+def measure_minilm(out: Path) -> None:
+    """The quickstart's suite, each task on the adapter trained for it."""
+    rows = []
+    for update in (name for name in UPDATES if (out / f"minilm-{name}").exists()):
+        new = out / f"minilm-{update}"
+        for task in TASKS:
+            adapter, retuned = QUICKSTART / "adapters" / task, out / "retuned" / task
+            ported = out / "ported" / f"{task}-{update}"
+            if not ported.exists():
+                mergebench.port(str(OLD), str(new), adapter, ported)
+            entry = {"name": task, "kind": "text-classification", "split": "test"}
+            entry["data"] = str(QUICKSTART / ("data" if task == "nouns" else "cache/data") / f"{task}.jsonl")
+            suite = mergebench.evaluation.load_suite({"tasks": [{**entry, "head": str(adapter / "head.safetensors")}]})
+            models = {"old": OLD, "tuned": f"{OLD}+{adapter}", "new": new, "ported": f"{new}+{ported}"}
+            found = scores({name: str(model) for name, model in models.items()}, suite, out / "results")
+            if retuned.exists() and update == "middle":  # with the head trained with it
+                head = {**entry, "head": str(retuned / "head.safetensors")}
+                suite = mergebench.evaluation.load_suite({"tasks": [head]})
+                found |= scores({"re-tuned": f"{new}+{retuned}"}, suite, out / "results")
+            check = mergebench.check_port(str(OLD), str(new), adapter).total.to_plain()
+            lies = (
+                f"moved {100 * check['update']:.2g} %, patch {100 * check['patch']:.2g} %, cos {check['cosine']:+.4f}"
+            )
+            rows.append((f"{update}, {task}: {lies}", found))
+    table(rows)
+
+
+def measure_smollm2(out: Path, items: int) -> None:
+    """The adapter `news` on the first test paragraphs."""
+    old, new, adapter = SMOLLM2 / "cache" / "base", out / "smollm2-reviews", SMOLLM2 / "news"
+    lines = (SMOLLM2 / "cache" / "data" / "news-test.jsonl").read_bytes().splitlines(keepends=True)[:items]
+    data = out / f"news-{items}.jsonl"
+    data.write_bytes(b"".join(lines))
+    suite = mergebench.evaluation.load_suite(
+        {"tasks": [{"name": "news", "kind": "perplexity", "data": str(data), "split": "test"}]}
+    )
+    models = {"old": old, "tuned": f"{old}+{adapter}", "new": new, "ported": f"{new}+{adapter}"}
+    if (out / "retuned" / "news").exists():
+        models["re-tuned"] = f"{new}+{out / 'retuned' / 'news'}"
+    found = scores({name: str(model) for name, model in models.items()}, suite, out / "results")
+    check = mergebench.check_port(str(old), str(new), adapter).total.to_plain()
+    print({key: value for key, value in check.items() if value is not None})
+    table([("reviews, news", found)])
+
+
 def main() -> None:
     about, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -169,20 +253,26 @@ def main() -> None:
     parser.add_argument("which", choices=("minilm", "smollm2"))
     parser.add_argument("--sources", type=Path, help="minilm: folder of the packages that hold the texts")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is trained and measured")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS), help="minilm: tasks to re-tune")
+    parser.add_argument(
+        "--tasks", nargs="*", choices=TASKS, default=list(TASKS), help="tasks to re-tune; none: only update"
+    )
     parser.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES), help="minilm: updates to make")
+    parser.add_argument("--items", type=int, default=150, help="smollm2: test paragraphs to measure on")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.which == "minilm":
         for name in args.updates:
             once(lambda out, how=UPDATES[name]: update_minilm(out, *how), args.out / f"minilm-{name}")
+        base = args.out / "minilm-middle"
         for task in args.tasks:
-            base = args.out / "minilm-middle"
             once(lambda out, task=task: retune(out, task, base, args.sources), args.out / "retuned" / task)
+        measure_minilm(args.out)
     else:
         new = once(update_smollm2, args.out / "smollm2-reviews")
-        once(lambda out: retune_smollm2(out, new), args.out / "retuned" / "news")
+        if args.tasks:
+            once(lambda out: retune_smollm2(out, new), args.out / "retuned" / "news")
+        measure_smollm2(args.out, args.items)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def port(
         typer.Option("--check", help="Write nothing: what fits, how far the base moved, how that lies to the patch."),
     ] = False,
     suite: Annotated[
-        Path | None, typer.Option(help="Measure old, old + patch, new, new + patch on the tasks of a suite.")
+        Path | None, typer.Option(help="Measure old, tuned, new and ported model on the tasks of a suite.")
     ] = None,
     difference: Annotated[
         bool, typer.Option("--difference", help="Of an adapter: the checkpoint NEW + what it adds to OLD.")

@@ -101,7 +101,7 @@ def _copy_directory(patch: Path, place: Path, new: str) -> None:
         if file.is_file() and file.name not in {*_OURS, CONFIG}:
             shutil.copyfile(file, place / file.name)
     config = json.loads((patch / CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": new}
-    config.pop("revision", None)  # the old base's
+    config |= {"revision": None} if "revision" in config else {}  # the old base's
     write_atomically(place / CONFIG, json.dumps(config, indent=2) + "\n")
 
 

@@ -24,6 +24,7 @@ from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.kind import StoredDelta
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.checkpoint.values import CPU, chain
 from mergebench.deltas.open import open_model
 from mergebench.engine.machine import one_thread
@@ -227,6 +228,8 @@ def _tokens(opened: Opened) -> str:
     new, old = opened.new.directory, opened.old.directory
     if new is None or old is None:
         return "no tokenizers: bare files"
+    if not tokenizer_files(new) and not tokenizer_files(old):
+        return "no tokenizer files"
     if tokenizer_hash(new) == tokenizer_hash(old):
         return "the same tokenizer files"
     try:

@@ -1,4 +1,4 @@
-"""The four models of a port on a suite: old, old + patch, new, new + patch."""
+"""The four models of a port on a suite: old, tuned, new, ported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergebench.systems.portllm.port import plan_port, run_port
 if TYPE_CHECKING:
     from mergebench.evaluation import Results, Step, Suite
 
-BEFORE, AFTER = "old + patch", "new + patch"
+BEFORE, AFTER = "tuned", "ported"  # rows of the table, between old and new
 
 
 def measure_port(
@@ -33,8 +33,8 @@ def measure_port(
     results: str | Path | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> Results:
-    """Measure old, old + patch, new and new + patch, one in memory at a time; compared with old + patch, what its
-    users have now.
+    """Measure old, tuned (a fine-tune, or old with the adapter), new and ported, one in memory at a time; compared with
+    tuned, which is what its users have now.
 
     out: the ported model, where it is written already. Else an adapter is put on the new base, and a port that is a
     checkpoint is written to a temporary folder when its turn comes. The other settings are those of `measure`.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergebench.checkpoint.files import write_atomically
 from mergebench.engine.context import Context
 from mergebench.engine.job import Merge
@@ -26,12 +28,12 @@ class NoParams:
 
 @merge_method(takes="weights", paper="arXiv:2410.10870", models=3)
 def ported(weights: Weights, p: NoParams, ctx: Context) -> Passes:
-    """new + (tuned - old), rounded once: in float64, where the difference of two stored numbers is exact.
+    """new + (tuned - old), rounded once: in float64, where differences of numbers of like size are exact.
 
-    Where new is old, the result is tuned to the bit.
+    Where the base did not move, the result is tuned to the bit, of whatever size.
     """
     new, tuned, old = weights.double()
-    return (new + (tuned - old)).float()
+    return torch.where(new == old, tuned, new + (tuned - old)).float()
 
 
 def plan_port(
