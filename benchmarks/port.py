@@ -47,7 +47,7 @@ from mergebench.evaluation.compare.flips import flips
 
 OLD = QUICKSTART / "cache" / "base"
 SMOLLM2 = QUICKSTART.parent / "smollm2"
-UPDATES = {"light": (2e-5, 1), "middle": (1e-4, 2), "strong": (5e-4, 2)}  # learning rate, epochs
+UPDATES = {"light": (2e-5, 1), "middle": (1e-4, 2), "strong": (5e-4, 1)}  # learning rate, epochs
 TEMPERATURE, PAIRS, PARAGRAPHS, HALF = 0.05, 32, 800, 32  # HALF: tokens of half a paragraph
 RATES = (1e-3,)  # to choose a re-tuned adapter's from
 SMOLLM2_RATE, SMOLLM2_TEXTS, SMOLLM2_BATCH = 5e-5, 320, 8  # an epoch

@@ -283,6 +283,26 @@ def test_rows_are_ported_token_by_token(tmp_path: Path) -> None:
     assert torch.equal(read_model(tmp_path / "without")["model.embed_tokens.weight"], n)
 
 
+def test_an_adapter_beside_the_tokens_does_not_mind_them(tmp_path: Path) -> None:
+    """The new base lacks a token of the old one: nothing to an adapter of a matrix, not ported by one of embeddings."""
+    old = words_model(tmp_path / "old", WORDS, torch.arange(20.0).view(5, 4))
+    new = words_model(tmp_path / "new", ["a", *WORDS[:1:-1]], torch.arange(16.0).view(4, 4))
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        rows = 4 if "up" in name else 5
+        factors = {"b": torch.ones(rows, 1), "a": torch.ones(1, 4)}
+        write_file(tmp_path / f"{rows}.safetensors", {name: Writing("low_rank", {}, factors)})
+    for number, difference in enumerate((False, True)):
+        patch, out = tmp_path / "4.safetensors", tmp_path / f"out{number}"
+        mergebench.port(str(old), str(new), patch, out, difference=difference)
+        found = open_model(str(out) if difference else f"{new}+{out / patch.name}").state_dict()
+        expected = read_model(new)
+        assert torch.equal(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+        up = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(found[up], expected[up] + 1)
+        with pytest.raises(ModelError, match=r"has 1 tokens that .*new does not have \(b\)"):
+            mergebench.port(str(old), str(new), tmp_path / "5.safetensors", tmp_path / "no", difference=difference)
+
+
 def test_errors(cli: Cli, tmp_path: Path) -> None:
     old = tiny_tensors(0)
     head = {**fine_tuned(old, 2), "classifier.weight": torch.ones(2, 8)}

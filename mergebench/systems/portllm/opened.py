@@ -80,7 +80,11 @@ def open_port(old: str, new: str, patch: str | Path, exclude: Sequence[str] = ()
 
     opened = Opened(updated, adopt(updated, tuned), adopt(updated, origin), adapter, wanted)
     remarks = [f"{name}: {said}" for name, model in _named(opened) for said in model.remarks]
-    models, notes = under_new_tokens(opened.new, (opened.tuned, opened.old), wanted)
+
+    def changed(name: str) -> bool:
+        return adapter is None or bool(opened.added(name))
+
+    models, notes = under_new_tokens(opened.new, (opened.tuned, opened.old), wanted, changed)
     return replace(opened, tuned=models[0], old=models[1], notes=(*dict.fromkeys(remarks), *notes))
 
 

@@ -19,12 +19,13 @@ _SHOWN = 3
 
 
 def under_new_tokens(
-    new: Model, models: Sequence[Model], wanted: Callable[[str], bool]
+    new: Model, models: Sequence[Model], wanted: Callable[[str], bool], changed: Callable[[str], bool]
 ) -> tuple[list[Model], list[str]]:
     """`models` (tuned, old) with the rows of the new base's tokens where numbers or ids differ, and notes.
 
     A token that one of the two lacks gets zeros in both: their difference is zero, and the new base keeps its row.
-    `ModelError` if rows have to move and cannot.
+    changed: whether the patch may change a tensor; the tokens of one that it does not need no place. `ModelError` if
+    rows have to move and cannot.
     """
     names = [name for name, info in new.tensors.items() if is_vocabulary(name) and info.is_float and wanted(name)]
     every = [new, *models]
@@ -51,12 +52,12 @@ def under_new_tokens(
     if not resized and not moved:
         notes = [f"{len(lacking)} tokens of {models[0].reference} are not in {new.reference}'s tokenizer"]
         return list(models), notes if lacking else []
-    if lacking and names:
+    if lacking and any(map(changed, names)):
         what = f"{models[0].reference} has {len(lacking)} tokens that {new.reference} does not have ({_few(lacking)})"
         raise ModelError(what, f"add them to the new base first, or leave the tokens out: --exclude '{names[0]}' ...")
-    changed = [_moved(model, new, names, _rows(vocabularies, number)) for number, model in enumerate(models, 1)]
+    moved_to = [_moved(model, new, names, _rows(vocabularies, number)) for number, model in enumerate(models, 1)]
     same = sum(all(token in one for one in vocabularies) for token in vocabularies[0])
-    return changed, [f"rows of embeddings and heads are ported token by token: {same} tokens that all three have"]
+    return moved_to, [f"rows of embeddings and heads are ported token by token: {same} tokens that all three have"]
 
 
 def _rows(vocabularies: Sequence[Mapping[str, int]], number: int) -> dict[int, int]:
