@@ -41,11 +41,10 @@ def port_adapter(old: str, new: str, patch: Path, out: Path, *, overwrite: bool 
         raise ModelError(f"{patch}: it names no base that could change", f"use it as it is: {new}+{patch}")
     check_target(out, [place for place in (patch, opened.new.directory, opened.old.directory) if place], overwrite)
     with Staging(out, "", resume=False) as staging:
-        try:
-            _copy_directory(patch, staging.directory, new) if is_adapter(patch) else None
-        except OSError as error:
-            raise write_error(staging.directory, error) from None
-        lost = [] if is_adapter(patch) else _copy_file(patch, staging.directory, opened.new)
+        if is_adapter(patch):
+            lost = _copy_directory(patch, staging.directory, new)
+        else:
+            lost = _copy_file(patch, staging.directory, opened.new)
         identities = {"old": identity(opened.old), "new": identity(opened.new)}
         provenance: dict[str, Any] = {
             "mergebench": __version__,
@@ -96,17 +95,22 @@ def _moved(identities: dict[str, str]) -> list[str]:
     return [f"made on {identities['old']}, now for {identities['new']}" if not same else "the two bases are equal"]
 
 
-def _copy_directory(patch: Path, place: Path, new: str) -> None:
-    for file in sorted(patch.iterdir()):
-        if file.is_file() and file.name not in {*_OURS, CONFIG}:
-            shutil.copyfile(file, place / file.name)
+def _copy_directory(patch: Path, place: Path, new: str) -> list[str]:
+    """The files of a PEFT directory, a head beside it too; the config with the new base's name."""
+    try:
+        for file in sorted(patch.iterdir()):
+            if file.is_file() and file.name not in {*_OURS, CONFIG}:
+                shutil.copyfile(file, place / file.name)
+    except OSError as error:
+        raise write_error(place, error) from None
     config = json.loads((patch / CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": new}
     config |= {"revision": None} if "revision" in config else {}  # the old base's
     write_atomically(place / CONFIG, json.dumps(config, indent=2) + "\n")
+    return []
 
 
 def _copy_file(patch: Path, place: Path, new: Model) -> list[str]:
-    """The deltas of a file with the new base's identity; what they changed in the old base is left out."""
+    """The deltas of a file with the new base's identity; a note if what they changed in the old base is left out."""
     read = read_file(patch)
     about = json.loads(read.header.metadata.get(METADATA, "null"))
     if about is None:
