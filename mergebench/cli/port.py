@@ -108,8 +108,8 @@ def _write(
 ) -> dict[str, Any]:
     from mergebench.systems.portllm import plan_port
     from mergebench.systems.portllm import port as port_to
-    from mergebench.systems.portllm.opened import is_patch
     from mergebench.systems.portllm.checkpoint import run_port
+    from mergebench.systems.portllm.opened import is_patch
 
     if is_patch(Path(patch)) and not difference:
         result = port_to(old, new, patch, out, exclude=exclude, overwrite=ways["overwrite"])

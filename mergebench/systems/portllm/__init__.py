@@ -8,7 +8,7 @@ paper's lemma is about the rank of what a port loses, which says nothing about i
 
 from mergebench.systems.portllm.adapter import port_adapter
 from mergebench.systems.portllm.check import check_port
-from mergebench.systems.portllm.measured import measure_port
 from mergebench.systems.portllm.checkpoint import plan_port, port
+from mergebench.systems.portllm.measured import measure_port
 
 __all__ = ["check_port", "measure_port", "plan_port", "port", "port_adapter"]

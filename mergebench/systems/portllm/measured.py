@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from mergebench.checkpoint import Model
 from mergebench.deltas.open import open_model
-from mergebench.systems.portllm.opened import open_port
 from mergebench.systems.portllm.checkpoint import plan_port, run_port
+from mergebench.systems.portllm.opened import open_port
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Results, Step, Suite
