@@ -14,22 +14,21 @@ import time
 import torch
 from speed import commit
 
-from mergebench.adapters.fine_tune import Differences
-from mergebench.checkpoint.files import Files
-from mergebench.engine.read import ChunkReader
+from mergebench.adapters.fine_tune import Differences, Reading
 from mergebench.adapters.intrinsic_dimension import captured
+from mergebench.checkpoint.files import Files
 
 
 def as_lora(base: str, model: str, dimensions: list[int]) -> list[float]:
     """The share of the squared norm of the change that a LoRA of at most so many numbers can keep."""
     found, values, total = Differences(base, model), [], 0.0
     with Files() as opened, torch.inference_mode():
-        reader = ChunkReader(found.plan, opened)
+        reading = Reading(found, opened)
         for name in found.shapes:
-            total += found.squared_norm(reader, name)
+            total += reading.squared_norm(name)
             if name in found.linear:
                 size = sum(found.shape(name))
-                squares = torch.linalg.svdvals(found.matrix(reader, name)).double().square().tolist()
+                squares = torch.linalg.svdvals(reading.difference(name)).double().square().tolist()
                 values += [(square / size, size, square) for square in squares]
     kept = []
     for dimension in dimensions:

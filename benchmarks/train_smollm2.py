@@ -26,7 +26,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # on small batches, threads wait for one another
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    lines = (HERE / "cache" / "data" / "news-train.jsonl").read_text(encoding="utf-8").splitlines()[:TEXTS]
+    lines = (HERE / "cache" / "data" / "news-train.jsonl").read_bytes().splitlines()[:TEXTS]
     texts = [json.loads(line)["text"] for line in lines]
     start = [tokenizer.bos_token_id]  # the token that perplexity is measured after
     tokens = sorted(([*start, *tokenizer(text)["input_ids"]][:LENGTH] for text in texts), key=len)

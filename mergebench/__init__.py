@@ -29,6 +29,9 @@ _PUBLIC = {
     "task_vector": "mergebench.api",
     "plan_edit": "mergebench.api",
     "plan_patch": "mergebench.api",
+    "port": "mergebench.systems.portllm",
+    "check_port": "mergebench.systems.portllm",
+    "measure_port": "mergebench.systems.portllm",
     "merge_adapters": "mergebench.adapters",
     "merge_sequence": "mergebench.adapters",
     "adapter_drift": "mergebench.adapters",
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
     from mergebench.parameters import PerModel, param
     from mergebench.recipe import load, load_stages
     from mergebench.systems.pela import compress, expand
+    from mergebench.systems.portllm import check_port, measure_port, port
 
 __all__ = [
     "Context",
@@ -101,6 +105,7 @@ __all__ = [
     "Weights",
     "__version__",
     "adapter_drift",
+    "check_port",
     "compare",
     "compress",
     "convert_adapter",
@@ -116,6 +121,7 @@ __all__ = [
     "load",
     "load_stages",
     "measure",
+    "measure_port",
     "merge_adapters",
     "merge_method",
     "merge_sequence",
@@ -126,6 +132,7 @@ __all__ = [
     "plan_edit",
     "plan_fold",
     "plan_patch",
+    "port",
     "read_probe",
     "report",
     "run",

@@ -251,6 +251,16 @@ def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
     return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.")
 
 
+def ported_card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of an adapter for another base than it was made on."""
+    made = (
+        f"An adapter made on `{provenance['old']}`, its parameters unchanged, for `{provenance['new']}`: ported by "
+        f"mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
+    )
+    lines = [f"- base: `{provenance['new']}`", f"- adapter: `{provenance['adapter']}`"]
+    return _card(out, made, lines, "port", "Both bases' identities: `mergebench.json`.", "adapter")
+
+
 def kept_text(provenance: Mapping[str, Any]) -> str:
     """`6 modules, rank 4, 99.81% of the energy kept`."""
     modules = provenance["modules"]

@@ -24,6 +24,7 @@ from mergebench.cli import (
     merge,
     options,
     patch,
+    port,
     probe,
     report,
     search,
@@ -70,6 +71,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(mask.app, name="mask")
 app.add_typer(cil.app, name="cil")
 app.command("compress", cls=compress.Compress)(compress.compress)
+app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mergebench
+from mergebench.adapters.intrinsic_dimension import captured, pack
 from mergebench.deltas.formats.native import read_file
 from mergebench.deltas.open import open_model
 from mergebench.deltas.subspace import Subspace, prepared, subspace
 from mergebench.errors import ModelError, RecipeError
-from mergebench.adapters.intrinsic_dimension import captured, pack
 from tests.models import fine_tuned, read_model, write_model
 
 SHAPES = {"a.weight": (40, 50), "b.weight": (33, 30), "b.bias": (33,), "norm.weight": (5,)}

@@ -217,6 +217,7 @@ ELSEWHERE = {
     "methods": "tests/cli/test_cli.py::test_methods",
     "doctor": "tests/testing/test_doctor.py::test_json",
     "probe fit": "tests/editing/test_fit.py::test_equal_to_a_fit_by_hand",
+    "port": "tests/systems/test_port_checked.py::test_the_check_is_numpys",
     "adapters drift": "tests/adapters/test_sequence.py::test_drift_on_the_command_line",
     "adapters inspect": "tests/adapters/test_describe.py::test_the_command",
     "adapters retrieve": "tests/systems/mos/test_inference.py::test_the_summary_is_counted_from_the_lines",

@@ -58,3 +58,13 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     lines += ["", "## Recipe", "", "```yaml", written.getvalue().strip(), "```", ""]
     lines += ["Input files, answers of every statistic, bytes, time and memory: `mergebench.json`.", ""]
     return "\n".join(lines)
+
+
+def ported(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of a fine-tune that was carried to another base."""
+    about = provenance["recipe"]
+    lines = ["---", "library_name: transformers", "tags:", "- port", "- mergebench", "---", f"# {out.name}", ""]
+    what = "A fine-tune carried to an updated base, new + (tuned - old) (arXiv:2410.10870),"
+    lines += [f"{what} by mergebench {provenance['mergebench']}.", ""]
+    lines += [f"- {name}: `{about[key]}`" for name, key in (("new", "new"), ("tuned", "port"), ("old", "old"))]
+    return "\n".join([*lines, "", "Input files, bytes, time and memory: `mergebench.json`.", ""])
