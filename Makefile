@@ -17,7 +17,7 @@ quickstart: $(VENV)/base.stamp
 	@echo 'mergebench is in $(VENV); for this shell: source $(BIN)/activate'
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

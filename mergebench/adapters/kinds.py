@@ -11,11 +11,14 @@ import torch
 from mergebench.adapters import targets
 from mergebench.adapters.extract import is_held, nothing, settings_of, share_of
 from mergebench.adapters.fine_tune import Differences, Reading
+from mergebench.adapters.intrinsic_dimension import captured
 from mergebench.adapters.target import Fitting
 from mergebench.adapters.targets.lora import RANK, rank_bytes
 from mergebench.checkpoint.files import Files
 from mergebench.deltas import svd
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RecipeError
+
+SUBSPACE = "subspace"
 
 
 class Kept(NamedTuple):
@@ -56,7 +59,10 @@ def measure_kinds(
     of a LoRA of rank 16). include: globs of the tensors that an adapter may hold. progress: called with the elements
     done and the total. Raises as `extract_adapter` does; of every kind, one that the model has no place for has no row.
     """
-    if kind is not None:
+    if kind == SUBSPACE:
+        if include:
+            raise RecipeError("--include: 'subspace' takes none", "it holds every tensor that changed")
+    elif kind is not None:
         settings = settings_of(kind, settings | ({"seed": seed} if "seed" in targets.get(kind).takes else {}))
     found = Differences(base, model)
     with Files() as files, torch.inference_mode():
@@ -65,7 +71,9 @@ def measure_kinds(
         if not total:
             raise ModelError(f"{model} is {base}: there is nothing to extract")
         runs: list[tuple[str, dict[str, Any], Fitting]] = []
-        if kind is not None:
+        if kind == SUBSPACE:
+            pass  # it has no part for a single tensor
+        elif kind is not None:
             runs.append((kind, settings, targets.get(kind).begin(reading, settings)))
         else:
             budget = budget or RANK * rank_bytes(reading)
@@ -75,11 +83,25 @@ def measure_kinds(
                     wanted = settings_of(name, {**some, **({"seed": seed} if "seed" in target.takes else {})})
                     runs.append((name, wanted, target.begin(reading, wanted)))
         rows = _fit(reading, runs, progress)
-        if kind is not None and not rows[0].nbytes:
+        if kind == SUBSPACE:
+            rows.append(_subspace(base, model, seed=seed, **settings))
+        elif kind is not None and not rows[0].nbytes:
             raise ModelError(nothing(kind, model, base))
+        if kind is None and not include:
+            assert budget is not None
+            rows.append(_subspace(base, model, dimension=max(budget // 4, 1), seed=seed))
         energies = _lora_energies(reading, [row.nbytes for row in rows], seed)
     rows = [row._replace(lora=energy / total) for row, energy in zip(rows, energies, strict=True)]
     return Kinds(budget, rows, found.other_tokens)
+
+
+def _subspace(base: str, model: str, dimension: int, seed: int, **how: Any) -> Kept:
+    """What a random subspace keeps."""
+    with torch.inference_mode(False):  # its transpose is a gradient
+        (one,) = captured(base, model, [dimension], seed=seed, **how)
+    settings = {"dimension": dimension, "seed": seed, **how}
+    stores = "numbers in a random subspace"
+    return Kept(SUBSPACE, settings, stores, 4 * dimension, one.energy, 0.0, {"expected": one.expected})
 
 
 def _fit(

@@ -15,15 +15,16 @@ from mergebench.errors import RecipeError
 if TYPE_CHECKING:
     from mergebench.adapters.kinds import Kept, Kinds
 
-ALL = "all"
+ALL, SUBSPACE = "all", "subspace"
+DIMENSION = 10_000
 
 
 def extract(
     base: Annotated[str, typer.Option(help="The model it was fine-tuned from.")],
     model: Annotated[str, typer.Option(help="The fine-tuned model.")],
-    out: Annotated[Path | None, typer.Option(help="Output directory.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory; of a subspace a .safetensors file.")] = None,
     as_: Annotated[
-        str, typer.Option("--as", metavar="KIND", help="lora, hira, sparse or bias; all, with --dry-run.")
+        str, typer.Option("--as", metavar="KIND", help="lora, hira, sparse, bias or subspace; all, with --dry-run.")
     ] = "lora",
     rank: Annotated[int | None, typer.Option(help="lora, hira: rank of every module. Default: 16.")] = None,
     energy: opt.Energy = None,
@@ -39,8 +40,16 @@ def extract(
         str | None,
         typer.Option(help="sparse: tensor (a PEFT directory) or model (one ranking, a delta file). Default: tensor."),
     ] = None,
+    dimension: Annotated[int | None, typer.Option(help="subspace: how many numbers. Default: 10000.")] = None,
+    said: Annotated[bool, typer.Option("--said", help="subspace: a factor for each tensor, among them.")] = False,
+    gradient: Annotated[
+        str | None,
+        typer.Option(help="subspace: recorded for training that goes on from there: exact or fairseq. Default: exact."),
+    ] = None,
     include: opt.Include = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the search in large matrices, or of the mask.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the search in large matrices, of the mask, or of the subspace.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="all: bytes of each adapter, as 1MB. Default: those of a LoRA of rank 16.")
     ] = None,
@@ -56,7 +65,13 @@ def extract(
     quiet = quiet or json_
     given: dict[str, Any] = {"rank": rank, "energy": energy, "mask": mask, "scope": scope, "seed": seed}
     given["share"] = None if share is None else opt.parse_share(share, "--share")
+    given |= {"dimension": dimension, "said": said or None, "gradient": gradient}
     given = {key: value for key, value in given.items() if value is not None}
+    if as_ == SUBSPACE:
+        given = {"dimension": DIMENSION, **given}
+        strange = next((key for key in given if key not in ("dimension", "said", "gradient", "seed")), None)
+        if strange is not None:
+            raise RecipeError(f"--{strange}: '{SUBSPACE}' takes none", "it takes --dimension, --said and --seed")
     if dry_run:
         kinds = _measure(base, model, as_, budget, include or (), given, quiet)
         typer.echo(json.dumps(_document(kinds))) if json_ else _print(kinds, quiet)
@@ -65,6 +80,11 @@ def extract(
         raise RecipeError(f"{'--as all' if as_ == ALL else '--budget'}: it belongs to --dry-run, which writes nothing")
     if out is None:
         raise RecipeError("--out is missing", "a directory to write, or --dry-run to write nothing")
+    if as_ == SUBSPACE:
+        if resume or include:
+            raise RecipeError(f"--{'resume' if resume else 'include'}: '{SUBSPACE}' takes none", "leave it out")
+        _pack(base, model, out, given, overwrite, json_, quiet)
+        return
     how: dict[str, Any] = {"as_": as_, "include": include or (), "resume": resume, "overwrite": overwrite}
     with count_bar("extracting", quiet) as progress:
         result = extract_adapter(base, model, out, progress=progress, **how, **given)
@@ -78,6 +98,17 @@ def extract(
         least = f"least {entry['energy_kept']:.2%}: {worst}"
         note(f"extracted: {kept_text(made)} ({least}), {made['seconds']:.1f} s", quiet)
         _say_left_out(made, quiet)
+    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+
+
+def _pack(base: str, model: str, out: Path, given: dict[str, Any], overwrite: bool, json_: bool, quiet: bool) -> None:
+    from mergebench.adapters import pack
+
+    with count_bar("extracting", quiet) as progress:
+        result = pack(base, model, out, overwrite=overwrite, progress=progress, **given)
+    made = result.provenance
+    kept = f"{made['energy_kept']:.3%} of the energy kept, {made['expected']:.3%} is what a random change would"
+    note(f"extracted: {made['tensors']} tensors in {made['dimension']} numbers: {kept}, {made['seconds']:.1f} s", quiet)
     typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
 
 
@@ -127,6 +158,8 @@ def _title(row: Kept) -> str:
         words.append(f"rank {how['rank']}")
     elif how.get("energy"):
         words.append(f"energy {how['energy']:g}")
+    if "dimension" in how:
+        words.append(f"of {how['dimension']}")
     if "mask" in how:
         words.append(str(how["mask"]))
     if how.get("share"):

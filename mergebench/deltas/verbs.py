@@ -85,6 +85,13 @@ def closed_energy(files: Reader, delta: Delta) -> float | None:
     return None
 
 
+def exact_factors(files: Reader, delta: Delta, base: Source | None = None) -> tuple[Tensor, Tensor] | None:
+    """B and A with W' - W = B A, if the kind has such factors; `base` gives W, for a kind that depends on it."""
+    if isinstance(delta, StoredDelta) and delta.of.factors is not None:
+        return delta.of.factors(delta.load(files, CPU), _base(delta, base), delta.shape)
+    return None
+
+
 def as_low_rank(
     files: Reader,
     delta: Delta,
@@ -102,9 +109,7 @@ def as_low_rank(
 
     Raises `ModelError` if the tensor is no matrix, or `rank` or `energy` is needed and not given.
     """
-    exact = None
-    if isinstance(delta, StoredDelta) and delta.of.factors is not None:
-        exact = delta.of.factors(delta.load(files, CPU), _base(delta, base), delta.shape)
+    exact = exact_factors(files, delta, base)
     if exact is not None and energy is None:
         b, a = exact
         if rank is None or rank >= min(b.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mergebench.deltas.formats.native import read_file
 from mergebench.deltas.open import open_model
 from mergebench.deltas.subspace import Subspace, prepared, subspace
 from mergebench.errors import ModelError, RecipeError
+from tests.conftest import Cli
 from tests.models import fine_tuned, read_model, write_model
 
 SHAPES = {"a.weight": (40, 50), "b.weight": (33, 30), "b.bias": (33,), "norm.weight": (5,)}
@@ -176,3 +178,20 @@ def test_a_base_of_another_model_is_remarked(random_change: tuple[str, str], tmp
     pack(*random_change, file, dimension=5)
     assert not open_model(f"{random_change[0]}+{file}").remarks
     assert "made on another model" in open_model(f"{random_change[1]}+{file}").remarks[0]
+
+
+def test_from_the_command_line(random_change: tuple[str, str], tmp_path: Path, cli: Cli) -> None:
+    base, tuned = random_change
+    extract = ("adapters", "extract", "--base", base, "--model", tuned, "--as", "subspace")
+    out = tmp_path / "packed.safetensors"
+    code, told, err = cli(*extract, "--dimension", "50", "--seed", "3", "--out", out)
+    assert (code, told) == (0, f"{out}\n") and "4 tensors in 50 numbers" in err
+    assert read_file(out).made["energy_kept"] == captured(base, tuned, [50], seed=3)[0].energy
+    (row,) = json.loads(cli(*extract, "--dimension", "50", "--seed", "3", "--dry-run", "--json").out)["kinds"]
+    assert row["kept"] == pytest.approx(read_file(out).made["energy_kept"]) and row["nbytes"] == 200
+    table = cli(*extract[:-1], "all", "--dry-run", "--budget", "400").out
+    assert "subspace of 100" in table and "lora rank 1" in table
+    for wrong in (["--rank", "2"], ["--resume"], ["--include", "a*"], ["--mask", "random"]):
+        refused = cli(*extract, "--out", out, "--overwrite", *wrong)
+        assert refused.code == 2 and "'subspace' takes none" in refused.err, wrong
+    assert cli(*extract, "--out", tmp_path / "packed").code == 2

@@ -327,7 +327,7 @@ def test_the_table(cli: Cli, place: Path) -> None:
     code, out, err = cli(*command, "--as", "all")
     assert code == 0 and "|change| and |weight| correlate by" in err
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == ["kind", "bias", "hira", "lora", *["sparse"] * 5]
+    assert [line.split()[0] for line in lines] == ["kind", "bias", "hira", "lora", *["sparse"] * 5, "subspace"]
     code, out, err = cli(*command, "--as", "all", "--budget", "20kB", "--json")
     document = json.loads(out)
     assert (code, err, document["budget"]) == (0, "", 20_000)
@@ -366,4 +366,4 @@ def test_a_model_without_linear_layers(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.randn(8), "norm.bias": torch.randn(8)}
     write_model(tmp_path / "base", tensors), write_model(tmp_path / "tuned", fine_tuned(tensors, 1))
     rows = measure_kinds(str(tmp_path / "base"), str(tmp_path / "tuned"), budget=32).rows
-    assert {row.kind for row in rows if row.nbytes} == {"bias", "sparse"}
+    assert {row.kind for row in rows if row.nbytes} == {"bias", "sparse", "subspace"}

@@ -21,12 +21,12 @@ from mergebench.checkpoint.content import identity, tokenizer_hash
 from mergebench.checkpoint.delta import Delta, matrix_shape
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp8 import Scales
-from mergebench.checkpoint.kind import StoredDelta
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.names import layer_of
 from mergebench.checkpoint.side_files import tokenizer_files
-from mergebench.checkpoint.values import CPU, chain
+from mergebench.checkpoint.values import chain
 from mergebench.deltas.open import open_model
+from mergebench.deltas.verbs import exact_factors
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
 from mergebench.recipe import tokenizers
@@ -174,7 +174,7 @@ def _tensor(files: Files, opened: Opened, name: str) -> tuple[Sums, Tensor | Non
     if not sums.patch and not deltas:
         return sums, None
     sums.dot = float((update * patch).sum())
-    span = _span(files, deltas)
+    span = _span(files, opened.old, name, deltas)
     if span is not None:
         matrix = update.view(matrix_shape(patch.shape))
         columns, rows = span
@@ -194,13 +194,12 @@ def _added(files: Files, model: Model, name: str, skip: int) -> Tensor:
     return out.view(info.shape)
 
 
-def _span(files: Files, deltas: Sequence[Delta]) -> tuple[Tensor, Tensor] | None:
+def _span(files: Files, old: Model, name: str, deltas: Sequence[Delta]) -> tuple[Tensor, Tensor] | None:
     """Orthonormal bases of column and row space of low-rank deltas' sum, float64; None if one is of another sort."""
+    below, info = old.deltas.get(name, ()), old.tensors[name]
     pairs = [
-        delta.of.factors(delta.load(files, CPU), delta.shape)
-        if isinstance(delta, StoredDelta) and delta.of.factors is not None
-        else None
-        for delta in deltas
+        exact_factors(files, delta, chain(files, Scales(files), info, (*below, *deltas[:number])).top)
+        for number, delta in enumerate(deltas)
     ]
     if not pairs or any(pair is None for pair in pairs):
         return None
