@@ -72,6 +72,7 @@ def convert_adapter(
         about = {"base_model_name_or_path": base, "task_type": task_type(plain), **adapted.config}
         config = peft_directory.config(ranks, adapted.in_out, **about)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
+        total = sum(product.total for product in products.values())
         provenance = {
             "mergebench": __version__,
             "command": "adapters convert",
@@ -80,8 +81,11 @@ def convert_adapter(
             "rank": rank,
             "energy": energy,
             "seed": seed,
-            "modules": {module: {"rank": ranks[module], "energy_kept": one.kept} for module, one in products.items()},
-            "energy_kept": min(product.kept for product in products.values()),
+            "modules": {
+                module: {"rank": ranks[module], "energy_kept": one.kept / one.total if one.total else 1.0}
+                for module, one in products.items()
+            },
+            "energy_kept": sum(one.kept for one in products.values()) / total if total else 1.0,
         }
         provenance = staging.finish(provenance, started, overwrite, peft_directory.converted_card(out, provenance))
     return Result(out, provenance)

@@ -51,7 +51,7 @@ def put(written: ShardFiles, module: str, product: Product, embedding: bool = Fa
 def product_of(found: Converted, in_out: bool) -> Product:
     """B [out, r] and A [r, in] of factors of a weight as it is stored; in_out: whether that is [in, out]."""
     b, a = (found.parts.a.T, found.parts.b.T) if in_out else (found.parts.b, found.parts.a)
-    return Product(b.contiguous(), a.contiguous(), found.kept, 1.0)
+    return Product(b.contiguous(), a.contiguous(), found.kept * found.total, found.total)
 
 
 def write_factors(

@@ -15,7 +15,7 @@ from torch import Tensor
 from mergebench.checkpoint.delta import Delta, Folded, Source, matrix_shape
 from mergebench.checkpoint.header import Reader
 from mergebench.checkpoint.kind import StoredDelta
-from mergebench.deltas import svd
+from mergebench.deltas import low_rank, svd
 from mergebench.deltas.low_rank import Factors
 from mergebench.errors import ModelError
 
@@ -30,10 +30,11 @@ class Size(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """A delta of another kind: its parts in memory, and the share of the squared norm that it keeps."""
+    """A delta of another kind: its parts in memory, the share of the squared norm that it keeps, and that norm."""
 
     parts: Any
     kept: float
+    total: float
 
 
 class Nothing:
@@ -113,7 +114,8 @@ def as_low_rank(
     if exact is not None and energy is None:
         b, a = exact
         if rank is None or rank >= min(b.shape):
-            return Converted(Factors(b, a), 1.0)
+            factors = Factors(b, a)
+            return Converted(factors, 1.0, low_rank.energy(factors, delta.shape))
         product = svd.compress(b, a, rank)
     elif len(delta.shape) != 2:
         raise ModelError(f"{delta.describe()}: {list(delta.shape)} is no matrix, and low-rank deltas are on matrices")
@@ -125,7 +127,8 @@ def as_low_rank(
         )
     else:
         product = svd.truncate(materialise(files, delta, base), min(rank, *delta.shape), seed)
-    return Converted(Factors(product.b, product.a), product.kept / product.total if product.total else 1.0)
+    kept = product.kept / product.total if product.total else 1.0
+    return Converted(Factors(product.b, product.a), kept, product.total)
 
 
 def _base(delta: Delta, base: Source | None) -> Source:

@@ -78,7 +78,7 @@ def check_exact(deltas: Mapping[str, Sequence[Delta]], kind: str, most: int) -> 
     assert found
     with Files() as files:
         for one in found:
-            factors, kept = verbs.as_low_rank(files, one)
+            factors, kept, _ = verbs.as_low_rank(files, one)
             whole = verbs.materialise(files, one)
             assert kept == 1 and len(factors.a) <= most
             torch.testing.assert_close(factors.b @ factors.a, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
