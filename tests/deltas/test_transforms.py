@@ -121,7 +121,7 @@ def test_filters(wavelet: str) -> None:
 
 
 REFUSED: list[Any] = [
-    pytest.param({"random_loc_seed": None}, "scaling is .many., it must be a number", id="no seed"),
+    pytest.param({"random_loc_seed": None}, "random_loc_seed and scaling must be numbers", id="no seed"),
     pytest.param({"scaling": "many"}, "scaling is .many., it must be a number", id="no scale"),
 ]
 
