@@ -28,6 +28,7 @@ from mergebench.deltas.formats.lora import Adapter, lora, read_adapter, shapes_o
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.peft.names import Names
+from mergebench.deltas.peft.orientation import Orientation
 from mergebench.deltas.svd import Product
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError, did_you_mean
@@ -163,13 +164,14 @@ def _parts(adapter: Adapter, base: Model | None) -> dict[str, Part]:
     """The adapter's modules; with a base, checked against it."""
     if base is None:
         return {module: Part(factors) for module, factors in adapter.modules.items()}
-    read = lora.read(adapter.directory, Base(base.reference, base.tensors, base.config))
+    known = Base(base.reference, base.tensors, base.config)
+    read = lora.read(adapter.directory, known)
     names = Names(adapter.directory, base.tensors, shapes_of(adapter))
-    parts = {}
+    orientation, parts = Orientation(known, adapter.transposed), {}
     for module, factors in adapter.modules.items():
         name = names.find(f"{module}.weight")
         on_base = OnBase(base.tensors[name], read.deltas[name]) if factors.magnitude else None
-        parts[module] = Part(factors, on_base, adapter.transposed or factors.embedding)
+        parts[module] = Part(factors, on_base, orientation.in_out(name) or factors.embedding)
     return parts
 
 

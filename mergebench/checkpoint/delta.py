@@ -106,6 +106,12 @@ def tile_rows(shape: Sequence[int]) -> int:
     return max(TILE // max(matrix_shape(shape)[1], 1), 1)
 
 
+def tile_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a tile in float32."""
+    rows, columns = matrix_shape(shape)
+    return 4 * min(tile_rows(shape), rows) * columns
+
+
 def each_tile(source: Source, shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a tensor tile by tile, for a pass over all of it: which they are, and float32 [rows, columns]."""
     import torch  # headers are read without it

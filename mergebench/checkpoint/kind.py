@@ -240,11 +240,13 @@ class StoredDelta:
     def open(self, files: Reader, device: torch.device, base: Source) -> Opened:
         """Open the delta for tiles on this device; `base` is W, read once by kinds that need all of it."""
         p = self.load(files, device)
-        if self.of.prepare is not None:
-            try:
+        try:
+            if self.of.validate is not None:
+                self.of.validate(p, self.shape)
+            if self.of.prepare is not None:
                 p = self.of.prepare(p, base, self.shape)
-            except ValueError as error:
-                raise damaged(self.stored[0].file, f"{self.stored[0].name}: {error}") from None
+        except ValueError as error:
+            raise damaged(self.stored[0].file, f"{self.stored[0].name}: {error}") from None
         return OpenedParts(self.of.function, self.of.folds, p, self.of.rows(self.shape), matrix_shape(self.shape)[0])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.delta import matrix_shape, tile_rows
 from mergebench.checkpoint.kind import Misfit, delta_kind
 
 
@@ -39,9 +39,16 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return {"blocks": torch.randn(rows // size, size, size, generator=random)}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """The rows of all blocks that a tile touches, their products, and the sum."""
+    rows, columns = matrix_shape(shape)
+    return 12 * min(rows, tile_rows(shape) + 2 * shapes["blocks"][1]) * columns
+
+
 @delta_kind(
     paper="arXiv:2409.15371",
     needs_base=True,
+    made=_made,
     check=_check,
     example=_example,
     label=lambda parts, settings: f"blocks of {parts['blocks'].shape[1]}",

@@ -8,6 +8,7 @@ halves of blocks: the even halves first, then the odd ones, so that each factor 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.delta import matrix_shape, tile_bytes
 from mergebench.checkpoint.kind import Misfit, delta_kind
 from mergebench.deltas.rotated import cayley
 
@@ -60,10 +61,16 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return {"blocks": 0.5 * blocks, "factors": 1 + torch.rand(rows, 1, generator=random)}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """Q, I + Q, its inverse and R; the tile before, while and after it is rotated."""
+    return 20 * math.prod(shapes["blocks"]) + 4 * tile_bytes(shape)
+
+
 @delta_kind(
     paper="arXiv:2311.06243",
     needs_base=True,
     prepare=lambda p, base, shape: _Built(_turns(p), p.factors),
+    made=_made,
     check=_check,
     example=_example,
     label=lambda parts, settings: f"{parts['blocks'].shape[0]} factors, blocks of {parts['blocks'].shape[2]}",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.delta import matrix_shape, tile_bytes
 from mergebench.checkpoint.kind import Misfit, delta_kind
 
 
@@ -46,9 +46,15 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return {"kernel": torch.randn(rows // size, columns // size, size, generator=random)}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """The kernels' places in a tile, and its blocks before they are put side by side."""
+    return 2 * tile_bytes(shape)
+
+
 @delta_kind(
     paper="arXiv:2407.19342",
     energy=_energy,
+    made=_made,
     check=_check,
     example=_example,
     label=lambda parts, settings: f"block {parts['kernel'].shape[2]}",

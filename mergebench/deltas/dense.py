@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.kind import StoredAs, delta_kind
+from mergebench.checkpoint.kind import Misfit, StoredAs, delta_kind
 from mergebench.checkpoint.parts import Rows
 
 
@@ -20,6 +20,11 @@ class Dense:
     values: Rows
     scale: float = 1.0
     replace: bool = False
+
+
+def _check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    if shapes["values"] != shape:
+        raise Misfit(f"values {list(shapes['values'])}")
 
 
 def _folds(p: Dense, tile: slice, base: Tensor) -> Tensor:
@@ -35,6 +40,7 @@ def _stored_as(settings: Mapping[str, Any]) -> StoredAs:
     paper="arXiv:2212.04089",
     needs_base=lambda settings: settings["replace"],
     folds=_folds,
+    check=_check,
     example=lambda shape, random: {"values": torch.randn(shape, generator=random), "replace": shape[0] == 1},
     stored_as=_stored_as,
     label=lambda parts, settings: "whole" if settings["replace"] else "",

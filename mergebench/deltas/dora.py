@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import Source, each_tile, matrix_shape
+from mergebench.checkpoint.delta import Source, each_tile, matrix_shape, tile_bytes
 from mergebench.checkpoint.kind import Misfit, delta_kind
 from mergebench.deltas import low_rank
 
@@ -59,10 +59,16 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return low_rank.some_factors(shape, random) | {"magnitude": magnitude, "columns": turned}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """A tile of W + s B A and its square in float64, of the pass for the norms."""
+    return 3 * tile_bytes(shape) + 12 * matrix_shape(shape)[1] if settings["columns"] else tile_bytes(shape)
+
+
 @delta_kind(
     paper="arXiv:2402.09353",
     needs_base=True,
     prepare=_column_norms,
+    made=_made,
     check=_check,
     example=_example,
     label=low_rank.label,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import Source, matrix_shape
+from mergebench.checkpoint.delta import Source, matrix_shape, tile_bytes, tile_rows
 from mergebench.checkpoint.kind import delta_kind
 
 SMALL = 2**32 // 20  # elements; for larger permutations torch draws other numbers
@@ -50,6 +50,11 @@ def drawn(count: int, numel: int, seed: int) -> Tensor:
         out.append(moved.get(other, other))
         moved[other] = moved.pop(at, at)
     return torch.tensor(out, dtype=torch.int64)
+
+
+def drawing(count: int, shape: tuple[int, ...]) -> int:
+    """Bytes that `places` needs."""
+    return (160 + 32) * count + (8 * math.prod(shape) if math.prod(shape) >= SMALL else 0)
 
 
 def places(count: int, shape: tuple[int, ...], seed: int, turned: bool) -> Tensor:
@@ -89,9 +94,16 @@ def example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return {"coefficients": torch.randn(count, generator=random), "seed": 777, "scale": 2.0, "turned": shape[0] > 1}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """The places, and for a tile the values that the coefficients add to each of its rows, as complex numbers."""
+    (count,), rows = shapes["coefficients"], min(tile_rows(shape), matrix_shape(shape)[0])
+    return drawing(count, shape) + 32 * rows * count + 4 * tile_bytes(shape) + 24 * matrix_shape(shape)[0]
+
+
 @delta_kind(
     paper="arXiv:2405.03003",
     prepare=_prepare,
+    made=_made,
     check=check,
     example=example,
     label=lambda parts, settings: f"{parts['coefficients'].numel} frequencies",

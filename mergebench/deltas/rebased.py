@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import Source, each_tile, matrix_shape
+from mergebench.checkpoint.delta import Source, each_tile, matrix_shape, tile_rows
 from mergebench.checkpoint.kind import Misfit, delta_kind
 from mergebench.checkpoint.parts import Indices
 
@@ -85,8 +85,10 @@ def _validate(p: Rebased, shape: tuple[int, ...]) -> None:
 
 
 def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
-    """V and its inverses in float64, and U if it is kept."""
-    return 24 * math.prod(shapes["basis"]) + (24 * math.prod(shape) if settings["columns"] else 0)
+    """V and its inverses in float64, the columns of U that S takes, and U if it is kept."""
+    rows = matrix_shape(shape)[1] if settings["columns"] else tile_rows(shape)
+    taken = 16 * rows * math.prod(shapes["values"])
+    return 24 * math.prod(shapes["basis"]) + taken + (24 * math.prod(shape) if settings["columns"] else 0)
 
 
 def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:

@@ -8,6 +8,7 @@ u_i are columns of U with norm 1, N is the part of U' U above the diagonal. If t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +67,17 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return {"normals": normals, "orthogonal": rows == 23}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """U and T U', also in float64."""
+    return 24 * math.prod(shapes["normals"]) + 8 * shapes["normals"][1] ** 2
+
+
 @delta_kind(
     paper="arXiv:2405.17484",
     needs_base=True,
     prepare=_prepare,
     factors=_exact,
+    made=_made,
     check=_check,
     example=_example,
     label=lambda parts, settings: f"rank {parts['normals'].shape[1]}",

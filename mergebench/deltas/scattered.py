@@ -86,10 +86,16 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return parts | (low_rank.some_factors(shape, random) if columns > 1 else {})
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """The order of the positions, and the sorted positions and values."""
+    return 36 * math.prod(shapes["values"])
+
+
 @delta_kind(
     paper="arXiv:2607.09287",
     prepare=lambda p, base, shape: _ascending(p, shape),
     energy=_energy,
+    made=_made,
     check=_check,
     validate=_validate,
     example=_example,

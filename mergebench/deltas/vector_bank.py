@@ -9,6 +9,7 @@ last one, [..., topk - 1].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,12 +99,22 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return parts
 
 
+_MADE = low_rank.made_by(factors, lambda shapes, settings: _pieces_shape(shapes, "a")[0])
+
+
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """Both factors, and of one the vectors of all pieces before they are mixed."""
+    length, most = shapes["bank"][1], max(math.prod(_pieces_shape(shapes, factor)) for factor in "ba")
+    made = int(_MADE["made"](shapes, settings, shape))
+    return made + 8 * int(settings["topk"]) * most * length
+
+
 @delta_kind(
     paper="arXiv:2405.15179",
     check=_check,
     validate=_validate,
     example=_example,
-    **low_rank.made_by(factors, lambda shapes, settings: _pieces_shape(shapes, "a")[0]),
+    **_MADE | {"made": _made},
 )
 def vector_bank(p: VectorBank, tile: slice, base: Tensor | None) -> Tensor:
     """B A in pieces that are mixtures of a bank's vectors: VB-LoRA."""

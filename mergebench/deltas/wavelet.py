@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.delta import Source, matrix_shape
+from mergebench.checkpoint.delta import Source, matrix_shape, tile_rows
 from mergebench.checkpoint.kind import delta_kind
 from mergebench.deltas import fourier
 from mergebench.deltas.fourier import add_at, places
@@ -104,9 +104,18 @@ def _example(shape: tuple[int, ...], random: torch.Generator) -> dict[str, Any]:
     return fourier.example(shape, random) | {"wavelet": "sym4" if shape[0] > 1 else ""}
 
 
+def _made(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+    """Filters and places of the coefficients; of those that a tile meets, every element that they change."""
+    (count,), (rows, _) = shapes["coefficients"], matrix_shape(shape)
+    length = len(filters(settings["wavelet"])[0]) if settings["wavelet"] else 1
+    met = min(1.0, (tile_rows(shape) + length) / max(rows, 1))
+    return fourier.drawing(count, shape) + count * (64 + 16 * length) + int(40 * met * count * length**2)
+
+
 @delta_kind(
     paper="arXiv:2505.12532",
     prepare=_prepare,
+    made=_made,
     check=_check,
     example=_example,
     label=lambda parts, settings: f"{settings['wavelet']} {parts['coefficients'].numel} coefficients".lstrip(),

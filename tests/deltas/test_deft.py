@@ -44,7 +44,6 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     for changed, message in (
         ({"para": True}, "para, but deft_R is there"),
         ({"decomposition_method": "svd"}, "'svd' is none of qr and relu"),
-        ({"fan_in_fan_out": True}, "a subspace of 16 outputs, 24 inputs"),
     ):
         config.write_text(json.dumps(settings | changed))
         with pytest.raises(ModelError, match=message):

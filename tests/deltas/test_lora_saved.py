@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "CorDA": ({"init_lora_weights": "corda"}, "its factors belong to a changed base"),
     "no blocks": ({"use_bdlora": {"target_modules_bd_a": ["layer"]}}, "use_bdlora must give nblocks"),
     "odd blocks": ({"use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 3}}, "is not 3 blocks"),
-    "no number": ({"alpha_pattern": {"layer": "much"}}, "alpha_pattern must map modules to numbers"),
+    "no number": ({"alpha_pattern": {"layer": "much"}}, "alpha_pattern is .* must map modules to numbers"),
 }
 
 

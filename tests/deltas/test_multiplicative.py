@@ -89,9 +89,6 @@ def test_the_program_knows_it(tmp_path: Path, cli: Cli, monkeypatch: pytest.Monk
     assert any(file.endswith("hira/adapter_model.safetensors") for file in files)
     before = open_model("base+hira").delta_digest
     settings = json.loads(Path("hira/adapter_config.json").read_text())
-    Path("hira/adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": True}))
-    with pytest.raises(ModelError, match="the factors make"):  # v_proj is not square
-        open_model("base+hira")
     Path("hira/adapter_config.json").write_text(json.dumps(settings | {"r": 8}))
     assert open_model("base+hira").delta_digest == before  # the file's rank counts
 

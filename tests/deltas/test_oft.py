@@ -28,9 +28,9 @@ OFT: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("llama", {"oft_block_size": 4, "target_modules": LAYERS, "block_share": True}),
     "constrained": ("llama", {"oft_block_size": 4, "target_modules": LAYERS, "coft": True, "eps": 0.5}),
     "embedding": ("llama", {"oft_block_size": 4, "target_modules": ["embed_tokens", "q_proj"]}),
-    "head of GPT-2, saved whole": (
-        "gpt2",
-        {"oft_block_size": 4, "target_modules": ["wte"], "modules_to_save": ["ln_f"]},
+    "embedding, saved whole": (
+        "llama",
+        {"oft_block_size": 4, "target_modules": ["embed_tokens"], "modules_to_save": ["norm"]},
     ),
 }
 
@@ -95,6 +95,11 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     config.write_text(json.dumps({key: value for key, value in settings.items() if key != "peft_version"}))
     with pytest.raises(ModelError, match="a PEFT before"):
         open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
-    config.write_text(json.dumps(settings | {"fan_in_fan_out": True}))
-    with pytest.raises(ModelError, match="PEFT has no OFT of such layers"):
-        open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def test_a_series_of_no_terms(tmp_path: Path) -> None:
+    """PEFT rotates by the identity then."""
+    config = OFTConfig(oft_block_size=4, target_modules=["q_proj"], num_cayley_neumann_terms=0)
+    expected = peft_types.make(tmp_path, "llama", config)
+    found = open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

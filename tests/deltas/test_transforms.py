@@ -122,7 +122,7 @@ def test_filters(wavelet: str) -> None:
 
 REFUSED: list[Any] = [
     pytest.param({"random_loc_seed": None}, "random_loc_seed and scaling must be numbers", id="no seed"),
-    pytest.param({"scaling": "many"}, "random_loc_seed and scaling must be numbers", id="no scale"),
+    pytest.param({"scaling": "many"}, "scaling is .many., it must be a number", id="no scale"),
 ]
 
 

@@ -24,6 +24,8 @@ def frod(module: Module) -> Iterator[Change]:
         raise module.error(f"no basis '{category}' is saved", "save it with save_projection=True")
     basis, places = module.part(f"V.{category}", inner, inner), module.parts[f"places.{category}"]
     scales, values = module.part("scales", inner), module.part("values", None)
+    if f"size.{category}" in module.parts:
+        module.part(f"size.{category}", 2, floats=False)
     parts = {"basis": basis, "scales": scales, "values": values, "places": places}
     yield Change(rebased, parts, {"columns": module.in_out})
 

@@ -30,8 +30,10 @@ from mergebench.deltas.peft.directory import (
     read_directory,
 )
 from mergebench.deltas.peft.factors import PATTERNS, Factors, read_factors
-from mergebench.deltas.peft.names import OTHER_MODEL, Placing
+from mergebench.deltas.peft.names import OTHER_MODEL, Placing, put_whole
+from mergebench.deltas.peft.orientation import Orientation
 from mergebench.deltas.peft.parameters import Wrapped, names_of, put_wrapped, take_wrapped
+from mergebench.deltas.peft.settings import check_settings
 from mergebench.deltas.peft.tokens import put_tokens, untie, with_aliases
 from mergebench.errors import ModelError
 
@@ -61,7 +63,7 @@ class Adapter:
 
     @property
     def transposed(self) -> bool:
-        """Whether the base stores its weights [in, out] (GPT-2's Conv1D)."""
+        """Whether the config says that the base stores weights [in, out] (GPT-2's Conv1D)."""
         return bool(self.config.get("fan_in_fan_out"))
 
     @property
@@ -79,6 +81,7 @@ def read_adapter(directory: Path) -> Adapter:
     """Read a LoRA directory; `ModelError` if it is none, or of a type not supported."""
     config, header = read_directory(directory)
     _check_lora(directory, config)
+    check_settings(directory, config)
     parts, whole = by_module(directory, header, config, PATTERNS)
     tokens = {module: found.pop("tokens") for module, found in parts.items() if "tokens" in found}
     wrapped, parts = take_wrapped({module: found for module, found in parts.items() if found}, config)
@@ -123,13 +126,15 @@ def lora(directory: Path, base: Base) -> Deltas:
     }
     own, base = base, with_aliases(base, shapes)
     placing, below = Placing(directory, base, shapes), Placing(directory, base, shapes)
-    weights = []
+    orientation, weights = Orientation(base, adapter.transposed), []
     for module, factors in adapter.modules.items():
         stored = f"{module}.weight"
         if stored in of_experts:
             continue
-        kind, parts, settings = factors.delta(adapter.transposed)
-        name = placing.find_fitting(stored, module)
+        name = placing.find(stored)
+        in_out = orientation.in_out(name)
+        placing.check_fits(name, stored, module, factors.stored_shape(in_out))
+        kind, parts, settings = factors.delta(in_out)
         placing.put_on(name, module, kind, parts, _as_matrix(factors, base.tensors[name]), **settings)
         weights.append(name)
         if factors.bias is not None:
@@ -139,7 +144,7 @@ def lora(directory: Path, base: Base) -> Deltas:
     _put_experts(adapter, of_experts, placing, base)
     put_wrapped(directory, adapter.parameters, adapter.config, placing, base)
     put_tokens(directory, adapter.tokens, adapter.config, placing, base)
-    placing.put_whole(adapter.whole)
+    put_whole(adapter.whole, placing, below)
     if adapter.config.get("bias", "none") != "none":
         for name in (f"{weight.removesuffix('.weight')}.bias" for weight in weights):
             if name in base.tensors and name not in placing.deltas:

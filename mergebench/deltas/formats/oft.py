@@ -21,7 +21,9 @@ def oft(module: Module) -> Iterator[Change]:
     skew = module.part("embedding" if inverse else "R", None, None)
     if (skew.shape[0] == 1) < bool(config.get("block_share")):
         raise module.error(f"block_share, but {skew.shape[0]} blocks")
-    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else 0
+    terms = config.get("num_cayley_neumann_terms")
+    # a series of no terms changes nothing, as one of one does
+    terms = max(5 if terms is None else terms, 1) if config.get("use_cayley_neumann") else 0
     if terms and "peft_version" not in config:  # recorded since 0.18, which halved the last term
         raise module.error("use_cayley_neumann of a PEFT before 0.18, whose series was another one")
     longest = float(config.get("eps", 6e-5)) / math.sqrt(max(skew.shape[0], 1)) if config.get("coft") else 0.0

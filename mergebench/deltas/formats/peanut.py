@@ -17,10 +17,11 @@ from mergebench.deltas.peft.module import Change, Module, peft_type
 )
 def peanut(module: Module) -> Iterator[Change]:
     """The network of a module."""
-    config, depth = module.config, module.config.get("depth", 0)
+    config, depth = module.config, module.config.get("depth") or 0
     layers = {name: info for name, info in module.parts.items() if name not in ("A", "B")}
     if len(layers) != 2 * depth:
         raise module.error(f"depth: {depth}, but {len(layers)} hidden layers")
     parts = {"b": module.part("B", None, None), "a": module.part("A", None, None), **layers}
-    settings = {"scale": float(config.get("scaling", 1.0)), "activation": config.get("act_fn", "relu")}
+    scale = config.get("scaling")
+    settings = {"scale": 1.0 if scale is None else float(scale), "activation": config.get("act_fn") or "relu"}
     yield Change(kind, parts, settings)

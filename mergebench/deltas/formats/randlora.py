@@ -38,6 +38,9 @@ def randlora(module: Module) -> Iterator[Change]:
         "a": module.part("A", rank, 1, None),
         "b": module.part("B", None, None, rank),
     }
+    for own, all_of in (("own_A", "A"), ("own_B", "B")):
+        if own in module.parts and module.parts[own].shape != module.parts[all_of].shape:
+            raise module.error(f"its copy of {all_of} is {list(module.parts[own].shape)}, not as the shared one")
     alpha = module.config.get("randlora_alpha")
     if not isinstance(alpha, int | float) or not rank:
         raise module.error(f"no scale: randlora_alpha {alpha!r}, rank {rank}")

@@ -54,7 +54,7 @@ def _group(module: Module) -> int:
     if vectors == {"v.0"}:
         return 0
     tying, count = module.config.get("weight_tying", 0.0), len(module.all)
-    if not isinstance(tying, int | float):
+    if not isinstance(tying, int | float) or not 0 <= tying <= 1:
         raise module.error(f"weight_tying is {tying!r}")
     groups = max(1, round(count * (1.0 - float(tying))))  # of neighbours
     return min(_place(module) // max(1, count // groups), groups - 1)

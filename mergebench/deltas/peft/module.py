@@ -13,7 +13,10 @@ from mergebench.checkpoint.format import Base, Deltas, Format, delta_format
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import DeltaKind, Part
 from mergebench.deltas.peft.directory import CONFIG, by_module, holds_no_model, of_type, read_directory
-from mergebench.deltas.peft.names import Placing, on_stored
+from mergebench.deltas.peft.names import Placing, on_stored, put_whole
+from mergebench.deltas.peft.orientation import Orientation
+from mergebench.deltas.peft.settings import check_settings
+from mergebench.deltas.peft.tokens import untie, with_aliases
 from mergebench.errors import ModelError
 
 
@@ -37,13 +40,9 @@ class Module:
     config: Mapping[str, Any]
     weight: TensorInfo  # the base's
     bias: TensorInfo | None
+    in_out: bool = False  # whether the base stores the weight [in, out] (GPT-2's Conv1D)
     changed: bool = False  # deltas before this one change the weight
     all: Sequence[Module] = field(default=(), repr=False, compare=False)  # the directory's, in the file's order
-
-    @property
-    def in_out(self) -> bool:
-        """Whether the base stores the weight [in, out] (GPT-2's Conv1D)."""
-        return bool(self.config.get("fan_in_fan_out"))
 
     @property
     def as_matrix(self) -> tuple[int, int] | None:
@@ -130,35 +129,39 @@ def peft_type(
     def declare(function: Callable[[Module], Iterable[Change]]) -> Format:
         def read(directory: Path, base: Base) -> Deltas:
             config, header = read_directory(directory)
+            check_settings(directory, config)
             if check is not None:
                 check(directory, config)
             modules, whole = by_module(directory, header, config, patterns)
             common = modules.pop("", {})
             if select is not None:
                 modules = select(directory, modules, base)
+            said = bool(config.get("fan_in_fan_out"))
             shapes: dict[str, tuple[int, ...] | None] = {stored: info.shape for stored, info in whole.items()}
             for module, parts in modules.items():
                 out_in = _told(shape, parts)
-                in_out = bool(config.get("fan_in_fan_out"))
-                shapes[f"{module}.weight"] = out_in[::-1] if out_in is not None and in_out else out_in
-            placing = Placing(directory, base, shapes)
+                shapes[f"{module}.weight"] = out_in[::-1] if out_in is not None and said else out_in
+            own, base = base, with_aliases(base, shapes)
+            placing, below = Placing(directory, base, shapes), Placing(directory, base, shapes)
+            orientation = Orientation(base, said)
             found: list[Module] = []
             names: list[str] = []
             for module, parts in modules.items():
                 weight = placing.find(f"{module}.weight")
                 bias = base.tensors.get(f"{weight.removesuffix('weight')}bias")
-                parts, changed = {**common, **parts}, weight in base.changed
-                adapted = Module(directory, module, parts, config, base.tensors[weight], bias, changed, found)
+                parts, in_out, changed = {**common, **parts}, orientation.in_out(weight), weight in base.changed
+                adapted = Module(directory, module, parts, config, base.tensors[weight], bias, in_out, changed, found)
                 found.append(adapted)
                 names.append(weight)
             for one, weight in zip(found, names, strict=True):
                 for change in function(one):
                     target = weight if change.tensor == "weight" else f"{weight.removesuffix('weight')}{change.tensor}"
                     placing.put_on(target, one.name, change.kind, change.parts, change.shape, **change.settings)
-            placing.put_whole(whole)
+            put_whole(whole, placing, below)
             if not placing.deltas:
                 raise ModelError(f"{directory}: the adapter holds no tensors")
-            return Deltas(placing.deltas, [header])
+            added, changes = untie(directory, own, base, placing.deltas, keep=False)
+            return Deltas(placing.deltas, [header], first=below.deltas, added=added, config=changes)
 
         read.__name__, read.__doc__ = function.__name__, function.__doc__
         read.__module__, read.__qualname__ = function.__module__, function.__qualname__

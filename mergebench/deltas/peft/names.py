@@ -86,7 +86,12 @@ class Placing:
     def find_fitting(self, stored: str, what: str) -> str:
         """The base's name as `find` gives it; `ModelError` too if its shape differs from the adapter's."""
         name = self.find(stored)
-        shape, target = self._shapes[stored], self._base.tensors[name]
+        self.check_fits(name, stored, what, self._shapes[stored])
+        return name
+
+    def check_fits(self, name: str, stored: str, what: str, shape: tuple[int, ...] | None) -> None:
+        """`ModelError` if the base's tensor is not of this shape."""
+        target = self._base.tensors[name]
         if shape is not None and shape != target.shape:
             if is_vocabulary(stored) and len(shape) == 2 and shape[1:] == target.shape[1:]:
                 raise ModelError(
@@ -95,7 +100,6 @@ class Placing:
                 )
             text = f"the adapter changes {list(shape)}, base has {list(target.shape)}"
             raise ModelError(f"{self._directory}: {what}: {text}", OTHER_MODEL)
-        return name
 
     def put(self, stored: str, what: str, kind: DeltaKind, parts: Mapping[str, Part | None], **settings: object) -> str:
         """Put a delta on the tensor that the adapter calls `stored`; return the base's name.
@@ -143,6 +147,16 @@ class Placing:
             text = f"base has it as {target.dtype}: only floats can be adapted"
             raise ModelError(f"{self._directory}: {what}: {text}")
         return target
+
+
+def put_whole(tensors: Mapping[str, TensorInfo], placing: Placing, below: Placing) -> None:
+    """Put tensors in the place of the base's: by `below` the biases that `placing` changes too.
+
+    With `bias: all` a layer's own bias is trained, and what the adapter adds to a bias is added to that one.
+    """
+    twice = {name for name in tensors if name.endswith(".bias") and placing.known(name) in placing.deltas}
+    below.put_whole({name: tensor for name, tensor in tensors.items() if name in twice})
+    placing.put_whole({name: tensor for name, tensor in tensors.items() if name not in twice})
 
 
 def on_stored(b: TensorInfo, a: TensorInfo, in_out: bool) -> dict[str, Part | None]:
