@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergebench.checkpoint.delta import matrix_shape
 from mergebench.checkpoint.kind import Misfit, delta_kind
+from mergebench.deltas.svd import solve
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def cayley(q: Tensor, terms: int = 0) -> Tensor:
     """R - I of skew-symmetric matrices, by the inverse or as a series."""
     if terms == 0:
         identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        solved: Tensor = torch.linalg.solve(identity + q, -2 * q, left=False)
+        solved = solve(identity + q, -2 * q)  # the two commute
         return solved
     out, power = torch.zeros_like(q), q
     if terms == 2:

@@ -1,4 +1,5 @@
-"""Singular value decompositions: in full, of the first triplets, or of a product of factors without forming it."""
+"""Singular value decompositions: in full, of the first triplets, or of a product of factors without forming it; and
+linear systems."""
 
 from __future__ import annotations
 
@@ -146,6 +147,18 @@ def _significant(u: Tensor, s: Tensor, v: Tensor, size: float) -> tuple[Tensor, 
     rounding = 4 * torch.finfo(s.dtype).eps * max(len(u), v.shape[1]) ** 0.5
     rank = int((s > rounding * size).sum())
     return u[:, :rank], s[:rank], v[:rank]
+
+
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """X with A X = B for each of several systems, [..., n, n] and [..., n, m].
+
+    Large ones are solved one by one: MKL's LU of a batch of more than 128 rows fails in torch 2.13 on several threads,
+    once their number was set.
+    """
+    if a.dim() == 2 or a.shape[-1] <= 128:
+        x: Tensor = torch.linalg.solve(a, b)
+        return x
+    return torch.stack([solve(one, other) for one, other in zip(a, b, strict=True)])
 
 
 def svd_bytes(rows: int, columns: int, itemsize: int = 4) -> int:

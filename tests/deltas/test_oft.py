@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mergebench.deltas.butterfly import Butterfly, butterfly
 from mergebench.deltas.open import open_model
+from mergebench.deltas.rotated import cayley
 from mergebench.errors import ModelError
 from tests.deltas import peft_types
 
@@ -103,3 +104,16 @@ def test_a_series_of_no_terms(tmp_path: Path) -> None:
     expected = peft_types.make(tmp_path, "llama", config)
     found = open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}").state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_large_blocks_on_several_threads() -> None:
+    """torch 2.13's LU of a batch of large matrices fails there, once the number of threads was set."""
+    q = 0.1 * torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(0))
+    q = (q - q.mT) / 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        turned = cayley(q).double() + torch.eye(256)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(turned @ turned.mT, torch.eye(256).double().expand(3, -1, -1), rtol=0, atol=1e-5)

@@ -129,7 +129,7 @@ def die_at_every_step(
     assert total > 20
     clean(folder, "out")
     moments = list(range(1, total + 1))
-    moments = chosen.sample(moments, 6) if isinstance(chosen, random.Random) else moments[chosen]
+    moments = chosen.sample(moments, 4) if isinstance(chosen, random.Random) else moments[chosen]
     for moment in moments:
         code, _, _ = server.run(*command(method, "out"), folder=folder, die_at=moment)
         assert code == -signal.SIGKILL, f"step {moment} of {total}"
@@ -207,7 +207,7 @@ def die_at_random(
 @pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random(server: Server, large: Path, undisturbed: Any, method: str, forked: bool) -> None:
-    die_at_random(server, large, undisturbed[large, method], method, kills=3, seed=7, forked=forked)
+    die_at_random(server, large, undisturbed[large, method], method, kills=2, seed=7, forked=forked)
 
 
 @pytest.mark.slow

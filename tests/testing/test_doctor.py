@@ -18,7 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergebench import Context, Passes, PerModel, TaskVectors, Weights, gram, merge_method, methods, param, total
+from mergebench import (
+    Context,
+    Passes,
+    PerModel,
+    TaskVectors,
+    Weights,
+    deltas,
+    gram,
+    merge_method,
+    methods,
+    param,
+    total,
+)
 from mergebench.adapters import combine, peft_directory
 from mergebench.deltas.svd import Product
 from mergebench.engine.method import Identity, Method
@@ -448,6 +460,7 @@ def test_an_adapter_that_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_adapters_in_the_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "names", lambda: ["linear"])
+    monkeypatch.setattr(deltas, "names", lambda: ["low_rank", "nf4"])
     code, out, err = cli("doctor")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]

@@ -81,7 +81,7 @@ def _solve(weight: Tensor, difference: Tensor, factor: Tensor) -> tuple[Tensor, 
         diagonal = normal.diagonal(dim1=1, dim2=2)
         plain = normal.clone()
         diagonal += RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
-        x = torch.linalg.solve(normal, right)
+        x = svd.solve(normal, right.unsqueeze(-1)).squeeze(-1)
         kept += float((2 * right * x).sum() - torch.einsum("nr,nrs,ns->", x, plain, x))
         found.append(x)
     return torch.cat(found), kept
