@@ -159,7 +159,7 @@ def _show(found: Check) -> None:
         table.add_row(layer, *_cells(sums), end_section=layer == next(reversed(found.layers)))
     table.add_row("all", *_cells(found.total))
     print_table(table)
-    full = found.total.to_plain()["in_columns"] is None
+    full = found.total.to_plain()["in_columns"] is None and found.total.update > 0
     why = " No share in the patch's span: it is not of low rank." if full else ""
     typer.echo(
         "update: |new - old| / |old|, patch: |patch| / |old|, ratio: update / patch, cos: between the two; in columns, "
