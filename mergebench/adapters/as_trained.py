@@ -10,8 +10,6 @@ from mergebench.checkpoint.model import Model
 from mergebench.deltas.nf4 import nf4
 from mergebench.errors import ModelError
 
-HOW = ("nf4",)
-
 
 def as_trained(model: Model) -> Model:
     """The model `BASE+ADAPTER` with the base's linear layers, changed by the adapter or not, rounded to NF4 in blocks

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from mergebench import __version__
 from mergebench.adapters import peft_directory, targets
 from mergebench.adapters.fine_tune import Differences, Reading
 from mergebench.adapters.target import Fitting
-from mergebench.checkpoint.files import DTYPE_NAME, Files, whole, write_atomically
+from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.header import ITEM_SIZE, read_header
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.shards import OutTensor, Shard, described, write_shard
 from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
 from mergebench.deltas.peft.directory import CONFIG
 from mergebench.engine.provenance import inputs, places
@@ -165,12 +164,8 @@ def _part(found: Differences, name: str) -> str:
 
 
 def _write(directory: Path, file: str, tensors: Mapping[str, Tensor]) -> None:
-    outs = [OutTensor(name, DTYPE_NAME[one.dtype], tuple(one.shape), one.nbytes) for name, one in tensors.items()]
-    shard = Shard(file, tuple(outs))
-    create(directory / file, shard)
-    with closing(ShardFiles(directory, [shard])) as written:
-        for name, values in tensors.items():
-            written.write(name, 0, values.contiguous().reshape(-1))
+    shard = Shard(file, tuple(described(name, values) for name, values in tensors.items()))
+    write_shard(directory, shard, tensors.__getitem__)
 
 
 def _gather(found: Differences, fitting: Fitting, staging: Staging, stored: Answers) -> None:
@@ -180,10 +175,9 @@ def _gather(found: Differences, fitting: Fitting, staging: Staging, stored: Answ
     tensors.sort(key=lambda tensor: -ITEM_SIZE[tensor.dtype])  # so that each is aligned
     outs = [OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
     shard = Shard(fitting.file, tuple(outs), fitting.metadata(stored))
-    create(staging.directory / fitting.file, shard)
-    with closing(ShardFiles(staging.directory, [shard])) as written, Files() as opened:
-        for tensor in tensors:
-            written.write(tensor.name, 0, whole(opened, tensor).reshape(-1))
+    stored_as = {tensor.name: tensor for tensor in tensors}
+    with Files() as opened:
+        write_shard(staging.directory, shard, lambda name: whole(opened, stored_as[name]))
     for part in parts:
         part.unlink()
 

@@ -29,7 +29,8 @@ from mergebench import __version__
 from mergebench.adapters.fine_tune import Differences, Reading
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files
-from mergebench.deltas.formats.native import Writing, write_file
+from mergebench.checkpoint.staging import check_file
+from mergebench.deltas.formats.native import WHAT, Writing, write_file
 from mergebench.deltas.subspace import GRADIENTS, LARGEST, Subspace, length, prepared, subspace
 from mergebench.engine.machine import one_thread
 from mergebench.engine.provenance import places
@@ -83,13 +84,8 @@ def pack(
     started, out = time.perf_counter(), Path(out)
     if gradient not in GRADIENTS:
         raise RecipeError(f"gradient '{gradient}': {' or '.join(GRADIENTS)}")
-    if out.suffix != ".safetensors":
-        raise RecipeError(f"{out}: a file of deltas ends in .safetensors", f"--out {out}.safetensors")
-    if out.exists() and not overwrite:
-        raise RecipeError(f"{out}: it exists", "replace it with --overwrite, or choose another --out")
     found = Differences(base, model)
-    if out.resolve().parent in {place.resolve() for place in places(found.plan)}:
-        raise RecipeError(f"{out}: it lies in an input", "choose another --out")
+    check_file(out, places(found.plan), overwrite, WHAT, f"--out {out}.safetensors")
     with one_thread():  # the blocks are too small to share: threads would wait for each other
         change = _Change(found, [dimension], seed, said, progress)
         fit = change.fit(dimension)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections import Counter
@@ -14,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from mergebench.adapters.peft_names import task_type
-from mergebench.checkpoint.files import DTYPE_NAME, write_error
+from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.files import write_error
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create, described
 from mergebench.checkpoint.staging import check_room
 from mergebench.deltas.formats.lora import Adapter
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
@@ -66,7 +66,7 @@ def write_factors(
     shapes = {module: (len(product.b), product.a.shape[1]) for module, product in products.items()}
     ranks = {module: len(product.a) for module, product in products.items()}
     ordered = sorted((saved or {}).items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
-    whole = [OutTensor(name, DTYPE_NAME[value.dtype], tuple(value.shape), value.nbytes) for name, value in ordered]
+    whole = [described(name, value) for name, value in ordered]
     shard = Shard(WEIGHTS, (*lay_out(shapes, ranks, embeddings).tensors, *whole))
     check_room(out, shard.nbytes)
     create(directory / WEIGHTS, shard)
@@ -164,9 +164,7 @@ def copy(adapter: Adapter, directory: Path) -> None:
 def inputs(paths: Iterable[Path]) -> list[dict[str, Any]]:
     found = []
     for path in paths:
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found.append({"file": str(path), "size": path.stat().st_size, "sha256": digest})
+        found.append({"file": str(path), "size": path.stat().st_size, "sha256": sha256_of(path)})
     return found
 
 

@@ -13,10 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergebench.errors import ModelError
+
+LONGEST = 1 << 31  # elements of a tensor whose positions are int32
 TOP = 0x7FFFFFFF
 LOW = 15  # bits of a key that the second histogram sorts; the first one sorts the others
 
 Keys = Any  # an int32 array of NumPy, which compares and counts faster than torch
+
+
+def check_length(name: str, numel: int) -> None:
+    """`ModelError` if a tensor has more elements than int32 positions can name."""
+    if numel >= LONGEST:
+        raise ModelError(f"{name}: it has more elements than int32 positions can name")
 
 
 def magnitude_keys(values: Tensor, largest: bool = False) -> Keys:

@@ -17,10 +17,12 @@ from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, whole
 from mergebench.checkpoint.kind import Part, StoredDelta
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.staging import check_file
 from mergebench.checkpoint.values import Values
-from mergebench.deltas.formats.native import Later, Writing, write_file
+from mergebench.deltas.formats.native import WHAT, Later, Writing, write_file
 from mergebench.deltas.open import open_model, put_on
 from mergebench.engine.machine import one_thread
+from mergebench.engine.provenance import places_of
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError
 
@@ -45,13 +47,10 @@ def convert_to_file(
     """
     started = time.perf_counter()
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise RecipeError(f"--out: '{out}' is no place for deltas", "they are a file: NAME.safetensors")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise RecipeError(f"{out}: it exists", "replace it with --overwrite, or choose another --out")
+    plain = open_model(base)
+    check_file(out, [*places_of([plain]), Path(adapter)], overwrite, WHAT, f"--out {out}.safetensors")
     if not out.parent.is_dir():
         raise RecipeError(f"{out}: no such directory: {out.parent}")
-    plain = open_model(base)
     model = put_on(plain, Path(adapter))
     new = model.tensors.keys() - plain.tensors.keys()
     if new:
@@ -137,8 +136,7 @@ def _parts(files: Files, changed: dict[str, tuple[Delta, ...]], shared: dict[str
 
 
 def _place(part: Part) -> tuple[Any, ...]:
-    info = part.info
-    return info.file, info.offset, info.shape, info.made and info.made.digest(), part.transposed
+    return part.info.place, part.transposed
 
 
 def _stored(files: Files, part: Part) -> Later:

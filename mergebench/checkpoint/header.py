@@ -84,6 +84,11 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def place(self) -> tuple[object, ...]:
+        """Where its values lie: tensors of equal place are the same."""
+        return self.file, self.offset, self.shape, self.made and self.made.digest()
+
+    @property
     def stored_dtype(self) -> str:
         """The type on disk; a tensor made of several may be read as float32."""
         return self.dtype if self.made is None else self.made.own.dtype

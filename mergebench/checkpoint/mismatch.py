@@ -101,13 +101,14 @@ def _strange_names(model: Model, problems: Sequence[Problem]) -> tuple[str, str]
     if min(len(extra), len(missing)) < _SHOWN:
         return None
     return (
-        f"{model.reference} has {len(extra)} tensors that base does not have ({_few(extra)}), "
-        f"and lacks {len(missing)} of base's ({_few(missing)})",
+        f"{model.reference} has {len(extra)} tensors that base does not have ({few(extra)}), "
+        f"and lacks {len(missing)} of base's ({few(missing)})",
         "if they are the same tensors, rename them: no known rule leads from these names to those, or several do",
     )
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names of a list."""
     return ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
 
 

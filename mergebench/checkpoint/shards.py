@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.files import TORCH_DTYPE, put, write_atomically, write_error
+from mergebench.checkpoint.files import DTYPE_NAME, put, write_atomically, write_error
 from mergebench.checkpoint.header import INDEX, ITEM_SIZE, SINGLE, TensorInfo
 
 ALIGN = 64  # the data of a shard start at a multiple of this many bytes
@@ -128,11 +129,23 @@ class ShardFiles:
         self._open.clear()
 
 
+def described(name: str, values: Tensor) -> OutTensor:
+    """How a tensor is written."""
+    return OutTensor(name, DTYPE_NAME[values.dtype], tuple(values.shape), values.nbytes)
+
+
+def write_shard(directory: Path, shard: Shard, values: Callable[[str], Tensor]) -> None:
+    """Make a shard's file and write its tensors in order, each asked for when it is written."""
+    create(directory / shard.file, shard)
+    with closing(ShardFiles(directory, [shard])) as written:
+        for tensor in shard.tensors:
+            written.write(tensor.name, 0, values(tensor.name).contiguous().reshape(-1))
+
+
 def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A whole safetensors file of small tensors: equal bytes for equal content (the library shuffles the metadata)."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
-    kinds = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-    out = [OutTensor(name, kinds[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]
+    out = [described(name, one) for name, one in ordered]
     data = [one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for _, one in ordered]
     return b"".join([Shard("", tuple(out), metadata).header(), *data])
 

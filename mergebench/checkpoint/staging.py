@@ -58,6 +58,19 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
             )
 
 
+def check_file(out: Path, inputs: Iterable[Path], overwrite: bool, what: str, hint: str) -> None:
+    """The same for an output that is one .safetensors file; what, hint: what it is, for messages."""
+    if out.suffix != ".safetensors":
+        raise RecipeError(f"--out: '{out}' is no place for {what}", hint)
+    target = out.resolve()
+    for place in inputs:
+        if place.resolve() in (target, *target.parents):
+            what = "is an input" if place.resolve() == target else f"lies in an input, {place}"
+            raise RecipeError(f"{out}: it {what}", "choose another --out")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise RecipeError(f"{out}: it exists", "replace it with --overwrite, or choose another --out")
+
+
 def check_room(out: Path, needed: int) -> None:
     """Refuse to start if `needed` bytes do not fit; leftovers of an interrupted run are deleted or reused."""
     target = Path(os.path.realpath(out))

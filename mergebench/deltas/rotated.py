@@ -45,8 +45,7 @@ def cayley(q: Tensor, terms: int = 0) -> Tensor:
     """R - I of skew-symmetric matrices, by the inverse or as a series."""
     if terms == 0:
         identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        solved = solve(identity + q, -2 * q)  # the two commute
-        return solved
+        return solve(identity + q, -2 * q)  # the two commute
     out, power = torch.zeros_like(q), q
     if terms == 2:
         return 2 * q  # its last term is not halved

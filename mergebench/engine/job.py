@@ -118,14 +118,9 @@ def operands_of(merge: Merge, sources: Mapping[str, Sequence[TensorInfo]]) -> di
 
 def _from_base(own: TensorInfo, below: tuple[Delta, ...], stored: TensorInfo, deltas: tuple[Delta, ...]) -> Operand:
     """A model's difference to the base, which is `own` with the deltas `below`."""
-    if _place(stored) != _place(own) or deltas[: len(below)] != below:
+    if stored.place != own.place or deltas[: len(below)] != below:
         return Operand(stored, -1, deltas)
     added = deltas[len(below) :]
     if added and added[0].difference is not None and not any(delta.needs_base for delta in added):
         return Operand(added[0].difference, 0, added[1:])  # a task vector is read as stored
     return Operand(None, 0, deltas, len(below))
-
-
-def _place(info: TensorInfo) -> tuple[Any, ...]:
-    """The location of a tensor: tensors of equal location are the same."""
-    return info.file, info.offset, info.shape, info.made and info.made.digest()

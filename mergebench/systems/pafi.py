@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergebench.adapters.fine_tune import pieces_of
-from mergebench.adapters.smallest import Keys, Ranking, magnitude_keys
+from mergebench.adapters.smallest import Keys, Ranking, check_length, magnitude_keys
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.header import TensorInfo
@@ -28,7 +28,6 @@ from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError, RecipeError
 
 SCOPES = "model", "tensor"
-LONGEST = 1 << 31  # elements of a tensor whose positions are int32
 
 
 class Made(NamedTuple):
@@ -124,8 +123,7 @@ def _sizes(base: Model, include: Sequence[str], ranked: Model) -> dict[str, int]
         if other is None or other.shape != info.shape or not other.is_float:
             has = "no such tensor" if other is None else f"{other.dtype} {list(other.shape)}"
             raise ModelError(f"{ranked.reference}: {name}: {has}, {base.reference} has {list(info.shape)}")
-        if info.numel >= LONGEST:
-            raise ModelError(f"{name}: it has more elements than int32 positions can name")
+        check_length(name, info.numel)
     return {name: info.numel for name, info in infos.items()}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mergebench.adapters import convert_to_file
 from mergebench.checkpoint.header import read_header
 from mergebench.deltas.open import open_model
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RecipeError
 from tests.conftest import Cli
 from tests.deltas import peft_types
 
@@ -90,3 +90,15 @@ def test_an_untied_head_is_refused(tmp_path: Path) -> None:
     peft_types.make(tmp_path, "gpt2", LoraConfig(r=1, target_modules=["lm_head"], init_lora_weights=False))
     with pytest.raises(ModelError, match="it adds 'lm_head"):
         convert_to_file(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out.safetensors")
+
+
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    """Neither the adapter nor a file of the base, even with overwrite."""
+    peft_types.make(tmp_path, "llama", OFTConfig(oft_block_size=8, target_modules=TARGETS))
+    base, file = str(tmp_path / "base"), tmp_path / "oft.safetensors"
+    convert_to_file(base, tmp_path / "adapter", file)
+    before = file.read_bytes()
+    for out, what in ((file, "it is an input"), (tmp_path / "base" / "model.safetensors", "it lies in an input")):
+        with pytest.raises(RecipeError, match=what):
+            convert_to_file(base, file, out, dense=True, overwrite=True)
+    assert file.read_bytes() == before

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading, tiles
-from mergebench.adapters.smallest import Keys, Ranking, magnitude_keys, smallest
+from mergebench.adapters.smallest import Keys, Ranking, check_length, magnitude_keys, smallest
 from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Target
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files, whole
@@ -29,7 +29,6 @@ from mergebench.errors import ModelError, RecipeError
 MASKS = "smallest", "largest", "topdelta", "random"
 SCOPES = "tensor", "model"
 SHARE = 0.005  # PaFi's
-LONGEST = 1 << 31  # elements of a tensor whose positions are int32
 
 
 def _keys(reading: Reading, settings: Settings) -> Callable[[str], Iterator[Keys]]:
@@ -58,9 +57,8 @@ class _Fitting:
     def __init__(self, reading: Reading, settings: Settings) -> None:
         self._reading, self._settings, self._found = reading, settings, reading.found
         self._shapes = reading.found.shapes
-        long = [name for name in self._shapes if self._found.base.tensors[name].numel >= LONGEST]
-        if long:
-            raise ModelError(f"{long[0]}: it has more elements than int32 positions can name")
+        for name in self._shapes:
+            check_length(name, self._found.base.tensors[name].numel)
 
     def fit(self, name: str) -> Fit:
         flat = self._reading.difference(name).flatten()

@@ -11,20 +11,19 @@ The mask lies beside the values or in the folder above, so that N tasks keep one
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.files import part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.deltas.formats.native import DeltaFile, Entry
 from mergebench.errors import MergebenchError, ModelError
 
@@ -76,16 +75,8 @@ def write_mask(
     about = {"base": base, "sizes": dict(sizes), "made": dict(made)}
     tensors = tuple(OutTensor(name, "I32", (count,), 4 * count) for name, count in counts.items())
     shard = Shard(part_of(file.name), tensors, {MASK: json.dumps(about)})
-    create(file.with_name(shard.file), shard)
-    with closing(ShardFiles(file.parent, [shard])) as output:
-        for name in counts:
-            output.write(name, 0, positions(name))
+    write_shard(file.parent, shard, positions)
     file.with_name(shard.file).replace(file)
-
-
-def sha256_of(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def metadata_of(mask: Path, base: str, made: Mapping[str, Any]) -> dict[str, str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +30,12 @@ from mergebench.checkpoint.files import DTYPE_NAME, Files, part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.kind import Misfit, StoredDelta
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.errors import MergebenchError, ModelError
 
 METADATA, BEFORE = "delta", "patch"
 ANOTHER = "the patch belongs to another model"
+WHAT = "deltas: a file of deltas ends in .safetensors"  # in errors about another name
 
 
 class Entry(NamedTuple):
@@ -232,11 +232,12 @@ def write_file(
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     out = [OutTensor(name, DTYPE_NAME[one.dtype], tuple(one.shape), one.nbytes) for name, one in ordered]
     shard = Shard(part_of(file.name), tuple(out), metadata)
-    create(file.with_name(shard.file), shard)
-    with closing(ShardFiles(file.parent, [shard])) as output:
-        for name, values in ordered:
-            made_now = values.make() if isinstance(values, Later) else values
-            output.write(name, 0, made_now.contiguous().reshape(-1))
+
+    def values(name: str) -> Tensor:
+        one = tensors[name]
+        return one.make() if isinstance(one, Later) else one
+
+    write_shard(file.parent, shard, values)
     file.with_name(shard.file).replace(file)
 
 

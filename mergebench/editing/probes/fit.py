@@ -14,6 +14,7 @@ import torch
 
 from mergebench.checkpoint.content import identity, sha256_of, tokenizer_hash
 from mergebench.checkpoint.files import write_error
+from mergebench.checkpoint.staging import check_file
 from mergebench.deltas.open import open_model
 from mergebench.editing.probes import classifier
 from mergebench.editing.probes.classifier import Array, Validated
@@ -151,11 +152,9 @@ def _settings(how: Mapping[str, Any]) -> Settings:
 
 
 def _check_target(out: Path, curve: bool, overwrite: bool) -> None:
-    if out.suffix != ".safetensors":
-        raise RecipeError(f"--out: '{out}' is no place for a probe", "a probe is a file: NAME.safetensors")
-    for file in [out, plot_of(out)] if curve else [out]:
-        if file.is_dir() or (file.exists() and not overwrite):
-            raise RecipeError(f"{file}: it exists", "replace it with --overwrite, or choose another --out")
+    check_file(out, [], overwrite, "a probe", "a probe is a file: NAME.safetensors")
+    if curve and (plot := plot_of(out)).exists() and (plot.is_dir() or not overwrite):
+        raise RecipeError(f"{plot}: it exists", "replace it with --overwrite, or choose another --out")
 
 
 def _check_classes(file: Path, data: Labelled) -> None:

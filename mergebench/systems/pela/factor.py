@@ -12,7 +12,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from mergebench.checkpoint.files import DTYPE_NAME, TORCH_DTYPE, Files, whole, w
 from mergebench.checkpoint.header import ITEM_SIZE, read_header
 from mergebench.checkpoint.model import FACTORS, Model
 from mergebench.checkpoint.quantized import check_not_packed
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create, lay_out
+from mergebench.checkpoint.shards import Shard, ShardFiles, described, lay_out, write_shard
 from mergebench.checkpoint.side_files import CONFIG_DTYPE, copy_side_files
 from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
 from mergebench.checkpoint.values import Values
@@ -109,9 +108,7 @@ def compress(
     check_target(out, places_of([source]), overwrite)
     check_room(out, _at_most(job))
     with Staging(out, fingerprint, resume) as staging, Files() as files, torch.inference_mode():
-        for info in source.tensors.values():
-            if info.made is not None:
-                info.made.settle(files)
+        source.settle(files)
         values = source.values(files)
         entries = _factor_all(job, values, staging, progress)
         if not any("rank" in entry for entry in entries.values()):
@@ -208,11 +205,8 @@ def _factor(job: _Job, values: Values, name: str, shape: tuple[int, int], path: 
     dtype = job.stored(name)
     outer, inner = (cast(name, factor.contiguous().reshape(-1), dtype) for factor in (found.b, found.a))
     parts = {names(name).inner: inner.view(rank, shape[1]), names(name).outer: outer.view(shape[0], rank)}
-    shard = Shard(path.name, tuple(OutTensor(key, dtype, tuple(p.shape), p.nbytes) for key, p in parts.items()))
-    create(path, shard)
-    with closing(ShardFiles(path.parent, [shard])) as written:
-        for key, part in parts.items():
-            written.write(key, 0, part.reshape(-1))
+    shard = Shard(path.name, tuple(described(key, part) for key, part in parts.items()))
+    write_shard(path.parent, shard, parts.__getitem__)
     return about | {"rank": rank, **_errors(matrix, outer.view(-1, rank), inner.view(rank, -1), found)}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from mergebench.adapters import peft_directory
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files, whole, write_atomically, write_error
-from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
+from mergebench.checkpoint.mismatch import few
+from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target
 from mergebench.deltas.formats.native import METADATA, is_delta_file, read_file
 from mergebench.deltas.open import open_model
@@ -25,7 +24,6 @@ from mergebench.errors import ModelError
 from mergebench.systems.portllm.opened import Opened, open_port
 
 _OURS = {PROVENANCE, "README.md"}  # what a result of ours has of its own
-_SHOWN = 3
 
 
 def port_adapter(old: str, new: str, patch: Path, out: Path, *, overwrite: bool = False) -> Result:
@@ -85,7 +83,7 @@ def notes_of(opened: Opened) -> list[str]:
         what = "is a function of the base's weights: its parameters are ported, so what it adds changes with the base"
         notes.append(f"{', '.join(kinds)} {what}; --difference adds what it added to the old base")
     if saved:
-        tensors = f"{len(saved)} tensor{'s' * (len(saved) > 1)} saved whole ({_few(saved)})"
+        tensors = f"{len(saved)} tensor{'s' * (len(saved) > 1)} saved whole ({few(saved)})"
         notes.append(f"{tensors} replace the new base's, with its update of them; --difference keeps that update")
     return notes
 
@@ -122,12 +120,7 @@ def _copy_file(patch: Path, place: Path, new: Model) -> list[str]:
     kept = [info for info in read.header.tensors if info.name not in dropped]
     tensors = tuple(OutTensor(info.name, info.dtype, info.shape, info.nbytes) for info in kept)
     shard = Shard(patch.name, tensors, {METADATA: json.dumps(about)})
-    create(place / shard.file, shard)
-    with Files() as files, closing(ShardFiles(place, [shard])) as written:
-        for info in kept:
-            written.write(info.name, 0, whole(files, info).reshape(-1))
+    stored = {info.name: info for info in kept}
+    with Files() as files:
+        write_shard(place, shard, lambda name: whole(files, stored[name]))
     return ["the old base's values are left out: the ported patch cannot be reverted exactly"] if dropped else []
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])

@@ -11,11 +11,10 @@ from mergebench.checkpoint import Model
 from mergebench.checkpoint.chosen_rows import choose
 from mergebench.checkpoint.content import tokenizer_hash
 from mergebench.checkpoint.header import FP8
+from mergebench.checkpoint.mismatch import few
 from mergebench.checkpoint.names import is_vocabulary
 from mergebench.errors import ModelError
 from mergebench.recipe import tokenizers
-
-_SHOWN = 3
 
 
 def under_new_tokens(
@@ -53,7 +52,7 @@ def under_new_tokens(
         notes = [f"{len(lacking)} tokens of {models[0].reference} are not in {new.reference}'s tokenizer"]
         return list(models), notes if lacking else []
     if lacking and any(map(changed, names)):
-        what = f"{models[0].reference} has {len(lacking)} tokens that {new.reference} does not have ({_few(lacking)})"
+        what = f"{models[0].reference} has {len(lacking)} tokens that {new.reference} does not have ({few(lacking)})"
         raise ModelError(what, f"add them to the new base first, or leave the tokens out: --exclude '{names[0]}' ...")
     moved_to = [_moved(model, new, names, _rows(vocabularies, number)) for number, model in enumerate(models, 1)]
     same = sum(all(token in one for one in vocabularies) for token in vocabularies[0])
@@ -82,7 +81,3 @@ def _moved(model: Model, new: Model, names: Sequence[str], rows: Mapping[int, in
                 chosen[0, row] = mine
         tensors[name] = choose(own, [own], chosen, 0)
     return replace(model, tensors=tensors)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
