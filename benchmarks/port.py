@@ -8,8 +8,8 @@
 
 minilm: the quickstart's base is trained on, all weights in float32, on news (SmolLM2's training paragraphs): the two
 halves of a paragraph are a pair, the other paragraphs of the batch are not (InfoNCE). Three updates: light, middle,
-strong. On the middle one each task's adapter is trained again by the recipe of train_quickstart.py, at one learning
-rate. Measured on recipes/quickstart/suite.yaml: old, old + patch, new, new + patch, re-tuned.
+strong. On each one asked for, each task's adapter is trained again by the recipe of train_quickstart.py, at one
+learning rate. Measured on recipes/quickstart/suite.yaml: old, old + patch, new, new + patch, re-tuned.
 
 smollm2: SmolLM2 is trained on, all weights, on sentences of film and product reviews. The adapter `news` is ported,
 and trained again on the updated base by train_smollm2.py.
@@ -28,12 +28,14 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import train_quickstart
 import train_smollm2
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -131,6 +133,7 @@ def retune(out: Path, task: str, base: Path, sources: Path) -> None:
     train_texts, validation_texts = Texts(train, labels, tokenizer), Texts(validation, labels, tokenizer)
     tried = [train_quickstart.fine_tune(train_texts, validation_texts, len(labels), lr, 4) for lr in RATES]
     encoder, head, _ = max(tried, key=lambda run: run[2])
+    assert isinstance(encoder, PeftModel)
     train_quickstart.save(out, task, encoder, head, labels)
 
 
@@ -206,7 +209,7 @@ def measure_minilm(out: Path) -> None:
     for update in (name for name in UPDATES if (out / f"minilm-{name}").exists()):
         new = out / f"minilm-{update}"
         for task in TASKS:
-            adapter, retuned = QUICKSTART / "adapters" / task, out / "retuned" / task
+            adapter, retuned = QUICKSTART / "adapters" / task, out / "retuned" / f"{task}-{update}"
             ported = out / "ported" / f"{task}-{update}"
             if not ported.exists():
                 mergebench.port(str(OLD), str(new), adapter, ported)
@@ -215,7 +218,7 @@ def measure_minilm(out: Path) -> None:
             suite = mergebench.evaluation.load_suite({"tasks": [{**entry, "head": str(adapter / "head.safetensors")}]})
             models = {"old": OLD, "tuned": f"{OLD}+{adapter}", "new": new, "ported": f"{new}+{ported}"}
             found = scores({name: str(model) for name, model in models.items()}, suite, out / "results")
-            if retuned.exists() and update == "middle":  # with the head trained with it
+            if retuned.exists():  # with the head trained with it
                 head = {**entry, "head": str(retuned / "head.safetensors")}
                 suite = mergebench.evaluation.load_suite({"tasks": [head]})
                 found |= scores({"re-tuned": f"{new}+{retuned}"}, suite, out / "results")
@@ -264,9 +267,10 @@ def main() -> None:
     if args.which == "minilm":
         for name in args.updates:
             once(lambda out, how=UPDATES[name]: update_minilm(out, *how), args.out / f"minilm-{name}")
-        base = args.out / "minilm-middle"
-        for task in args.tasks:
-            once(lambda out, task=task: retune(out, task, base, args.sources), args.out / "retuned" / task)
+            base = args.out / f"minilm-{name}"
+            for task in args.tasks:
+                make = partial(retune, task=task, base=base, sources=args.sources)
+                once(make, args.out / "retuned" / f"{task}-{name}")
         measure_minilm(args.out)
     else:
         new = once(update_smollm2, args.out / "smollm2-reviews")

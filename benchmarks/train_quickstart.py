@@ -39,6 +39,7 @@ RANK, ALPHA = 8, 16
 CHOOSING_TEXTS, TRAIN_TEXTS = 400, 4000
 MAX_LENGTH, BATCH, SEED = 64, 32, 0
 HEAD_LR = 10  # times the adapter's: the head starts at zero
+FULL_HEAD_LR = 1e-2  # where all weights are trained
 WARM_UP = 0.1  # share of the steps
 
 
@@ -121,15 +122,20 @@ def head_only(train: Texts, validation: Texts, test: Texts, classes: int) -> flo
 
 
 def fine_tune(
-    train: Texts, validation: Texts, classes: int, lr: float, epochs: int
-) -> tuple[PeftModel, nn.Linear, float]:
-    """A LoRA adapter and a head after some epochs of AdamW, and their validation accuracy."""
+    train: Texts, validation: Texts, classes: int, lr: float, epochs: int, full: bool = False
+) -> tuple[nn.Module, nn.Linear, float]:
+    """A LoRA adapter (`full`: all weights) and a head after some epochs of AdamW, and their validation accuracy."""
     torch.manual_seed(SEED)
     shuffler = random.Random(SEED)
     config = LoraConfig(task_type="FEATURE_EXTRACTION", r=RANK, lora_alpha=ALPHA, target_modules=LAYERS)
-    encoder, head = get_peft_model(AutoModel.from_pretrained(BASE), config), zero_head(classes)
+    encoder, head = AutoModel.from_pretrained(BASE), zero_head(classes)
+    if not full:
+        encoder = get_peft_model(encoder, config)
     adapter = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    groups = [{"params": adapter, "lr": lr}, {"params": head.parameters(), "lr": HEAD_LR * lr}]
+    groups = [
+        {"params": adapter, "lr": lr},
+        {"params": head.parameters(), "lr": FULL_HEAD_LR if full else HEAD_LR * lr},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = epochs * -(-len(train.ids) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -168,6 +174,11 @@ def save(out: Path, task: str, encoder: PeftModel, head: nn.Linear, labels: list
     config = json.loads((out / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": BASE_NAME, "target_modules": LAYERS}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_head(out, task, head, labels)
+
+
+def save_head(out: Path, task: str, head: nn.Linear, labels: list[str]) -> None:
+    """The head as `mergebench eval` reads it."""
     about = {"task": task, "pooling": "mean", "normalize": "false", "max_length": str(MAX_LENGTH)}
     weights = {"weight": head.weight.detach(), "bias": head.bias.detach()}
     save_file(weights, out / "head.safetensors", about | {"labels": json.dumps(labels)})
@@ -195,6 +206,7 @@ def train_task(task: str, sources: Path, lrs: list[float], epochs: int) -> str:
     frozen = head_only(train_texts, validation_texts, test_texts, len(labels))
     tried = [(*fine_tune(train_texts, validation_texts, len(labels), lr, epochs), lr) for lr in lrs]
     encoder, head, _, lr = max(tried, key=lambda run: run[2])
+    assert isinstance(encoder, PeftModel)
     out = QUICKSTART / "adapters" / task
     save(out, task, encoder, head, labels)
 
