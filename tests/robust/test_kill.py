@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ METHODS = {
         ],  # of the rows of one, some are the other's too
     },
 }
+RUNS = (*METHODS, "port")
 OPTIONS = ("--workers", "1", "-q")
 TIMES = ("seconds", "stages", "peak_memory")  # of mergebench.json: what no two runs share
 
@@ -86,9 +88,10 @@ def clean(folder: Path, out: str) -> None:
     shutil.rmtree(folder / out)
 
 
-def command(method: str, out: str) -> list[str]:
+def command(run: str, out: str, options: Sequence[str] = OPTIONS) -> list[str]:
     """Twelve or so shards: the base's two files, cut again."""
-    return ["merge", f"{method}.yaml", "--out", out, "--shard-size", "2MB", *OPTIONS]
+    what = ["port", "ft1", "--old", "base", "--new", "ft2"] if run == "port" else ["merge", f"{run}.yaml"]
+    return [*what, "--out", out, "--shard-size", "2MB", *options]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +99,9 @@ def undisturbed(server: Server, small: Path, large: Path) -> dict[tuple[Path, st
     """What every run must give, by place and method; merged with all workers and an ample budget."""
     found = {}
     for folder in (small, large):
-        for method in METHODS:
-            args = ["merge", f"{method}.yaml", "--out", "whole", "--shard-size", "2MB", "-q"]
-            assert server.run(*args, folder=folder) == (0, "whole\n", "")
-            found[folder, method] = contents(folder / "whole")
+        for run in RUNS:
+            assert server.run(*command(run, "whole", ["-q"]), folder=folder) == (0, "whole\n", "")
+            found[folder, run] = contents(folder / "whole")
             clean(folder, "whole")
     return found
 
@@ -126,7 +128,7 @@ def die_at_every_step(
 ) -> None:
     total = steps(server, folder, *command(method, "out"))
     assert contents(folder / "out") == whole
-    assert total > 20
+    assert total > 15
     clean(folder, "out")
     moments = list(range(1, total + 1))
     moments = chosen.sample(moments, 4) if isinstance(chosen, random.Random) else moments[chosen]
@@ -139,7 +141,7 @@ def die_at_every_step(
         clean(folder, "out")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_killed_at_some_steps(server: Server, small: Path, undisturbed: Any, method: str) -> None:
     """The last three steps (provenance, journal, rename) and a seeded choice of the others."""
     die_at_every_step(server, small, undisturbed[small, method], method, random.Random(method))
@@ -147,7 +149,7 @@ def test_killed_at_some_steps(server: Server, small: Path, undisturbed: Any, met
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_killed_at_every_step(server: Server, small: Path, undisturbed: Any, method: str) -> None:
     die_at_every_step(server, small, undisturbed[small, method], method, slice(None))
 
@@ -205,7 +207,7 @@ def die_at_random(
 
 
 @pytest.mark.parametrize("forked", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_killed_at_random(server: Server, large: Path, undisturbed: Any, method: str, forked: bool) -> None:
     die_at_random(server, large, undisturbed[large, method], method, kills=2, seed=7, forked=forked)
 
@@ -213,7 +215,7 @@ def test_killed_at_random(server: Server, large: Path, undisturbed: Any, method:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("forked", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_killed_at_random_often(
     server: Server, large: Path, undisturbed: Any, method: str, forked: bool, seed: int
 ) -> None:
