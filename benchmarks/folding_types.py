@@ -50,7 +50,7 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "MISS": ("MissConfig", {"r": 16}),
     "MISS, bat": ("MissConfig", {"r": 16, "init_weights": "bat"}),
     "OFT": ("OFTConfig", {"oft_block_size": 32}),
-    "OSF": ("OSFConfig", {}),
+    "OSF, k and v": ("OSFConfig", {"target_modules": ["k_proj", "v_proj"]}),  # PEFT decomposes each to make one
     "PEANUT": ("PeanutConfig", {"r": 16}),
     "PVERA": ("PveraConfig", {"r": 16}),
     "RANDLORA": ("RandLoraConfig", {"r": 64}),
@@ -64,13 +64,12 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "VERA": ("VeraConfig", {"r": 64}),
     "WAVEFT": ("WaveFTConfig", {"n_frequency": 1000}),
 }
-OWN_TARGETS = ("LN_TUNING", "TRAINABLE_TOKENS")
 
 
 def make(base: Path, folder: Path, label: str) -> None:
     """An adapter of a type, as PEFT saves it."""
     name, settings = TYPES[label]
-    targets = {} if label in OWN_TARGETS else {"target_modules": LAYERS}
+    targets = {} if "target_modules" in settings or "token_indices" in settings else {"target_modules": LAYERS}
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
