@@ -147,12 +147,11 @@ def _fit(reading: Reading, fitting: Fitting, staging: Staging, progress: Callabl
                 answer: dict[str, Any] = {"total": fit.total}
                 if fit.tensors:
                     _write(staging.directory, file, fit.tensors)
-                    staging.journal["shards"].append(file)
                     answer |= {"kept": fit.kept, "nbytes": fit.nbytes, "about": fit.about, "sums": fit.sums}
             else:
                 answer = {"total": reading.squared_norm(name)}
             answers[name] = answer
-            staging.save()
+            staging.complete(*[file] * ("nbytes" in answer))
         done += sizes[name]
         progress(done, total)
     return answers

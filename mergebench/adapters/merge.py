@@ -70,7 +70,7 @@ def merge_adapters(
     ranks = {module: _rank(job, module, shape, keeps_one) for module, shape in shapes.items()}
     embeddings = {name for adapter in job.adapters for name, one in adapter.modules.items() if one.embedding}
     shard = peft_directory.lay_out(shapes, ranks, embeddings)
-    check_room(out, sum(a.header.size for a in job.adapters) if keeps_one else shard.nbytes)
+    check_room(out, sum(a.header.stamp.size for a in job.adapters) if keeps_one else shard.nbytes)
     with Staging(out, "", resume=False) as staging:
         energy: dict[str, Product | None] = dict.fromkeys(shapes)
         if keeps_one:

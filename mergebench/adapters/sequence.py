@@ -62,7 +62,7 @@ def merge_sequence(
     written = range(len(read)) if every else range(len(read) - 1, len(read))
     _check_names([read[at] for at in written])
     check_target(out, [adapter.path for adapter in read], overwrite)
-    check_room(out, sum(read[at].header.size for at in written))
+    check_room(out, sum(read[at].header.stamp.size for at in written))
     keep_freed_memory()
     with Staging(out, "", resume=False) as staging, one_thread(), ExitStack() as stack:
         opened: dict[int, ShardFiles] = {}

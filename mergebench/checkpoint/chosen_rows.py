@@ -96,7 +96,7 @@ class Rows:
             piece = view[low - begin : high - begin]
             for info, row in zip(self.stored, rows, strict=True):
                 if row >= 0:
-                    files.read_into(info.file, info.offset + row * size + low - at, piece)
+                    files.read_into(info, row * size + low - at, piece)
                     break
             else:
                 piece[:] = bytes(len(piece))
@@ -150,7 +150,7 @@ def _rows(files: Reader, info: TensorInfo, rows: NDArray[np.int32], columns: int
     view, size = out.view(torch.uint8).numpy().data, columns * out.element_size()
     edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for low, high in pairwise(edges):
-        files.read_into(info.file, info.offset + int(rows[low]) * size, view[low * size : high * size])
+        files.read_into(info, int(rows[low]) * size, view[low * size : high * size])
     return out.view(-1, columns)
 
 

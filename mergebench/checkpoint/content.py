@@ -1,7 +1,7 @@
 """Identify a model: by a hash of all its files, or by an identity from a sample of every tensor.
 
 Results stored under a hash are found again if the files move. An identity keeps a file made for one model from being
-used on another.
+used on another. A sample of a file keeps a result from being continued with another file in its place.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.header import ITEM_SIZE, Header, Stamp, TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
 from mergebench.errors import RunError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergebench.checkpoint.files import Files
 
 PIECES, ELEMENTS = 8, 256  # sampled from a tensor: 4 KiB at 16 bits
 
@@ -35,39 +30,40 @@ def identity(model: Model) -> str:
     The sample is eight evenly spaced pieces, because an edit of a few rows may not touch the first ones. It tells
     fine-tunes and edits apart in a second, but does not prove that two models are equal.
     """
-    import torch
-
-    from mergebench.checkpoint.files import Files
-
     found = []
-    with Files() as files:
-        for header in model.headers:
-            for tensor in header.tensors:
-                digest = hashlib.sha256(_some(files, tensor).view(torch.uint8).numpy().data).hexdigest()
-                found.append((tensor.name, tensor.dtype, tensor.shape, digest))
+    for header in model.headers:
+        for tensor, digest in zip(header.tensors, _samples(tuple(header.tensors)), strict=True):
+            found.append((tensor.name, tensor.dtype, tensor.shape, digest))
     if model.delta_digest is not None:
         found.append(("deltas", "", (), model.delta_digest))
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 
-def _some(files: Files, tensor: TensorInfo) -> Tensor:
-    """Elements of a tensor: all of a small one, else pieces from its first to its last."""
-    import torch
+def sample_of(header: Header) -> str:
+    """A hash of a file's header and of some elements of each of its tensors, wherever the file lies."""
+    return hashlib.sha256(json.dumps([header.sha256, _samples(tuple(header.tensors))]).encode()).hexdigest()
 
-    from mergebench.checkpoint.files import TORCH_DTYPE
 
-    size = min(tensor.numel, PIECES * ELEMENTS)
-    out = torch.empty(size, dtype=TORCH_DTYPE[tensor.dtype])
-    pieces = 1 if size == tensor.numel else PIECES
-    length = size // pieces
-    for number in range(pieces if size else 0):
-        start = number * (tensor.numel - length) // max(pieces - 1, 1)
-        files.read_elements(tensor, start, out[number * length : (number + 1) * length])
-    return out
+@lru_cache(maxsize=256)  # a search plans the same merge again and again; the key holds the files' stamps
+def _samples(tensors: tuple[TensorInfo, ...]) -> list[str]:
+    """A hash of some elements of each tensor: all of a small one, else pieces from its first to its last."""
+    from mergebench.checkpoint.files import Files  # this import loads torch
+
+    found = []
+    with Files() as files:
+        for tensor in tensors:
+            size, item = min(tensor.numel, PIECES * ELEMENTS), ITEM_SIZE[tensor.dtype]
+            pieces = 1 if size == tensor.numel else PIECES
+            length, sample = size // pieces, memoryview(bytearray(size * item))
+            for number in range(pieces if size else 0):
+                start = number * (tensor.numel - length) // max(pieces - 1, 1)
+                files.read_into(tensor, start * item, sample[number * length * item : (number + 1) * length * item])
+            found.append(hashlib.sha256(sample).hexdigest())
+    return found
 
 
 class Contents:
-    """Hashes of files, cached in a folder by path, size and time, because hashing 2 GB takes a second.
+    """Hashes of files, cached in a folder by path and stamp, because hashing 2 GB takes a second.
 
     folder: None to cache in this object only.
     """
@@ -83,20 +79,21 @@ class Contents:
         if model.directory is not None:
             files += decisive_files(model.side_directory)
         listed = [(file.name, self.of_file(file)) for file in files]
+        for header in model.headers:
+            header.check()  # what is measured is what was hashed
         if model.delta_digest is not None:
             listed.append(("deltas", model.delta_digest))
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def of_file(self, file: Path) -> str:
         """The SHA-256 of a file."""
-        status, place = file.stat(), str(file.resolve())
-        stamp = [status.st_size, status.st_mtime_ns]
+        stamp, place = list(Stamp.of(file.stat())), str(file.resolve())
         known = self._known.get(place)
-        if not (isinstance(known, list) and known[:2] == stamp and len(known) == 3):
+        if not (isinstance(known, list) and known[:-1] == stamp):
             self._known[place] = known = [*stamp, sha256_of(file)]
             if self.folder is not None:
                 put(self.folder, "hashes.json", self._known)
-        return str(known[2])
+        return str(known[-1])
 
     @cached_property
     def _known(self) -> dict[str, Any]:

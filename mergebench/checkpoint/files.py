@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import Reader, TensorInfo, damaged
+from mergebench.checkpoint.header import Reader, Stamp, TensorInfo, changed, damaged
 from mergebench.errors import DiskFull, RunError
 
 TORCH_DTYPE = {
@@ -29,46 +29,58 @@ AT_ONCE = 128 << 10
 
 
 class Files:
-    """Open file descriptors, shared by all threads (`pread` has no position to fight over)."""
+    """Open file descriptors, shared by all threads (`pread` has no position to fight over).
+
+    A file that is not the one whose header was read is refused: when it is opened, and at the end of the context.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, tuple[int, Stamp]] = {}
         self._lock = threading.Lock()
 
-    def descriptor(self, file: Path) -> int:
-        number = self._open.get(file)
-        if number is None:
+    def _descriptor(self, tensor: TensorInfo) -> int:
+        file = tensor.file
+        opened = self._open.get(file)
+        if opened is None:
             with self._lock:
                 if file not in self._open:
                     try:
-                        self._open[file] = os.open(file, os.O_RDONLY)
+                        number = os.open(file, os.O_RDONLY)
                     except OSError as error:
                         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
-                number = self._open[file]
+                    self._open[file] = number, Stamp.of(os.fstat(number))
+                opened = self._open[file]
+        number, stamp = opened
+        if tensor.stamp is not None and tensor.stamp != stamp:
+            raise changed(file)
         return number
 
     def close(self) -> None:
         with self._lock:
-            for number in self._open.values():
+            for number, _ in self._open.values():
                 os.close(number)
             self._open.clear()
 
     def __enter__(self) -> Files:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        opened = dict(self._open) if kind is None else {}
+        other = [file for file, (number, stamp) in opened.items() if Stamp.of(os.fstat(number)) != stamp]
         self.close()
+        if other:
+            raise changed(other[0])
 
-    def read_into(self, file: Path, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes at `offset`."""
-        number, got = self.descriptor(file), 0
+    def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of a tensor at `offset`."""
+        number, at, got = self._descriptor(tensor), tensor.offset + offset, 0
         while got < len(buffer):
             try:
-                count = os.preadv(number, [buffer[got:]], offset + got)
+                count = os.preadv(number, [buffer[got:]], at + got)
             except OSError as error:
-                raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+                raise RunError(f"{tensor.file}: cannot be read: {error.strerror}") from None
             if count == 0:
-                raise damaged(file, "it became shorter while it was read")
+                raise damaged(tensor.file, "it became shorter while it was read")
             got += count
 
     def read_elements(self, tensor: TensorInfo, start: int, out: Tensor) -> None:
@@ -78,14 +90,14 @@ class Files:
             return
         item = out.element_size()
         view = out.view(torch.uint8).numpy().data
-        self.read_into(tensor.file, tensor.offset + start * item, view)
+        self.read_into(tensor, start * item, view)
 
     def advise(self, tensor: TensorInfo, start: int, stop: int) -> None:
         """Tell the kernel that elements `start` to `stop` will be wanted soon."""
         if hasattr(os, "posix_fadvise") and tensor.numel and tensor.made is None:
             item = tensor.nbytes // tensor.numel
             where, size = tensor.offset + start * item, (stop - start) * item
-            os.posix_fadvise(self.descriptor(tensor.file), where, size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._descriptor(tensor), where, size, os.POSIX_FADV_WILLNEED)
 
 
 def whole(files: Reader, tensor: TensorInfo) -> Tensor:

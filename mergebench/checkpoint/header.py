@@ -49,7 +49,7 @@ class Scale(NamedTuple):
 class Reader(Protocol):
     """Reads bytes and elements of files; implemented by `files.Files`."""
 
-    def read_into(self, file: Path, offset: int, buffer: memoryview) -> None: ...
+    def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None: ...
 
     def read_elements(self, tensor: TensorInfo, start: int, out: Tensor) -> None: ...
 
@@ -67,6 +67,19 @@ class Made(Protocol):
     def digest(self) -> str: ...  # what identifies it
 
 
+class Stamp(NamedTuple):
+    """What tells that a file is still the one whose header was read. Changing a file, or putting another in its place,
+    gives it a new time of change (ctime), which no program can set back; some network disks give no lasting inode."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 class TensorInfo(NamedTuple):
     """Where one tensor lies: bytes `offset` to `offset + nbytes` of `file`."""
 
@@ -78,6 +91,7 @@ class TensorInfo(NamedTuple):
     nbytes: int
     made: Made | None = None  # None: it is stored as it is
     scale: Scale | None = None
+    stamp: Stamp | None = None  # the file's, when its header was read
 
     @property
     def numel(self) -> int:
@@ -106,8 +120,16 @@ class Header:
     tensors: list[TensorInfo]
     metadata: dict[str, str]
     sha256: str  # of the header bytes: a cheap fingerprint of names, shapes and layout
-    size: int
-    mtime_ns: int
+    stamp: Stamp
+
+    def check(self) -> None:
+        """`RunError` if the file is not the one that was read any more."""
+        try:
+            same = Stamp.of(self.file.stat()) == self.stamp
+        except OSError:
+            same = False
+        if not same:
+            raise changed(self.file)
 
 
 def read_header(file: Path) -> Header:
@@ -141,7 +163,8 @@ def read_header(file: Path) -> Header:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(file, "its metadata is not a mapping of texts")
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
+    stamp = Stamp.of(status)
+    tensors = [_tensor(file, name, entry, 8 + length, stamp) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_layout(file, tensors, 8 + length, status.st_size)
     return Header(
@@ -149,8 +172,7 @@ def read_header(file: Path) -> Header:
         tensors=tensors,
         metadata=metadata,
         sha256=hashlib.sha256(raw).hexdigest(),
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
+        stamp=stamp,
     )
 
 
@@ -158,7 +180,12 @@ def damaged(file: Path, what: str) -> RunError:
     return RunError(f"{file}: {what}", "the file is damaged or incomplete: copy or download it again")
 
 
-def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+def changed(file: Path) -> RunError:
+    what = "it was changed, replaced or taken away after its header was read"
+    return RunError(f"{file}: {what}", "run it again while no other program writes the inputs")
+
+
+def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
         if not isinstance(dtype, str) or not isinstance(shape, list):
@@ -179,7 +206,7 @@ def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo
         raise ModelError(f"{file}: {name}: dtype {dtype} is not supported")
     if stop - start != numel * item:
         raise damaged(file, f"'{name}' has {stop - start} bytes, {dtype} {list(shape)} needs {numel * item}")
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start)
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start, stamp=stamp)
 
 
 def _check_layout(file: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:

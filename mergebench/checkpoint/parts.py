@@ -70,6 +70,6 @@ class _StreamedMask:
         """uint8 [rows, columns], zeros and ones."""
         first, stop = tile.start * self._columns, tile.stop * self._columns
         packed = np.empty(max((stop - 1) // 8 - first // 8 + 1, 0) if stop > first else 0, np.uint8)
-        self._files.read_into(self._info.file, self._info.offset + first // 8, packed.data)
+        self._files.read_into(self._info, first // 8, packed.data)
         bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: stop - first]
         return torch.from_numpy(bits).to(self._device).view(-1, self._columns)

@@ -1,34 +1,52 @@
 """Never half a result: output is built in `.<name>.partial` beside its target and renamed when complete.
 
-The partial directory is locked while the process lives. Its journal lists the complete shards, so that a killed run can
-be resumed.
+The partial directory is locked while the process lives. Its journal lists the complete shards with a sample of what
+each holds, so that a killed run can be resumed, and what was damaged since is made again.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.content import sample_of
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
-from mergebench.errors import RecipeError, RunError
+from mergebench.checkpoint.header import read_header
+from mergebench.errors import MergebenchError, RecipeError, RunError
 
 PROVENANCE = "mergebench.json"
 _JOURNAL = ".journal.json"
+_KINDS: dict[str, type | tuple[type, ...]] = {  # of what the provenance holds, where it holds it
+    "mergebench": str, "command": str, "fingerprint": str, "recipe": dict, "method": dict, "versions": dict,
+    "answers": dict, "kept": dict, "lines": dict, "tasks": dict, "stages": dict, "notes": list, "inputs": list,
+    "edits": list, "seconds": (int, float), "peak_memory": int,
+}  # fmt: skip
 
 
 def finished(out: Path) -> dict[str, Any] | None:
     """The provenance of a finished result at `out`, or None."""
     try:
         found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if is_provenance(found) else None
+
+
+def is_provenance(found: object) -> bool:
+    """Whether a document is what mergebench writes beside a result, as far as programs rely on it."""
+    if not isinstance(found, dict) or not isinstance(found.get("mergebench"), str):
+        return False
+    rightly = all(isinstance(found[name], kind) for name, kind in _KINDS.items() if name in found)
+    listed = [*found.get("inputs", []), *found.get("edits", [])] if rightly else [None]
+    return all(isinstance(entry, dict) for entry in listed)
 
 
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -50,6 +68,10 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     except OSError as error:
         raise write_error(out, error) from None
     if not empty:
+        if _is_foreign(old := _beside(target, "old")) and overwrite:
+            raise RecipeError(
+                f"{old}: it exists and mergebench did not make it", "move it away, or choose another --out"
+            )
         if finished(out) is None:
             raise RecipeError(f"{out}: it exists and mergebench did not make it", "choose another --out")
         if not overwrite:
@@ -101,6 +123,46 @@ def _beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{what}") if target.name else target
 
 
+def _is_foreign(old: Path) -> bool:
+    """Whether a directory in the place of a replaced result is something else, which must not be deleted."""
+    if old.is_symlink() or not old.is_dir():
+        return old.is_symlink() or old.exists()
+    return finished(old) is None and any(old.iterdir())
+
+
+def _delete(directory: Path, kept: Collection[Path] = ()) -> None:
+    """Delete all that is in a directory of ours; the file that marks it as ours goes last, in case this run is killed
+    too."""
+    kept = {*kept, *(folder for path in kept for folder in path.parents)}
+    for path in sorted(directory.rglob("*"), key=lambda path: path.name == PROVENANCE):
+        if path in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # its folder may be gone already
+
+
+def _sample(file: Path) -> str | None:
+    """What tells whether a complete file is still as it was written; None if it is gone or damaged. Of files other than
+    safetensors only that they are there: whoever writes them checks them."""
+    if file.suffix != ".safetensors":
+        return "" if file.is_file() else None
+    try:
+        return sample_of(read_header(file))
+    except MergebenchError:
+        return None
+
+
+def sealed(journal: Mapping[str, Any]) -> str:
+    """A journal as JSON, with a hash of itself."""
+    return f'{json.dumps(journal)[:-1]}, "sha256": "{_seal(journal)}"}}'
+
+
+def _seal(journal: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(journal).encode()).hexdigest()
+
+
 class Staging:
     """The partial directory of one run, locked; a context manager that on failure leaves it to be resumed.
 
@@ -111,10 +173,13 @@ class Staging:
         self.out, self.resumable = out, bool(fingerprint)
         self._target = Path(os.path.realpath(out))  # a link is resolved, so that the rename replaces its target
         self.directory = _beside(self._target, "partial")
-        self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": [], "answers": {}}
+        # shards: the complete files, each with its sample
+        self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": {}, "answers": {}}
+        if self.directory.is_symlink():
+            raise RecipeError(f"{self.directory}: it is a link, which mergebench did not make", "remove it")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.directory, os.O_RDONLY)
+            self._lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             raise write_error(self.directory, error) from None
         try:
@@ -131,7 +196,7 @@ class Staging:
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(self._lock), self.directory.stat())
+            same = os.path.samestat(os.fstat(self._lock), self.directory.lstat())
         except (BlockingIOError, FileNotFoundError):
             same = False
         if not same:  # another process holds it, or has just renamed it
@@ -145,34 +210,35 @@ class Staging:
 
     def _clear(self) -> None:
         try:
-            kept = {self.directory / name for name in [_JOURNAL, *self.journal["shards"]]}
-            kept |= {folder for path in kept for folder in path.parents}
-            # the file that marks the directory as ours goes last, in case this run is killed too
-            found = sorted(self.directory.rglob("*"), key=lambda path: path.name == PROVENANCE)
-            for path in [path for path in found if path not in kept]:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)  # its folder may be gone already
+            _delete(self.directory, [self.directory / name for name in [_JOURNAL, *self.journal["shards"]]])
         except OSError as error:
             raise write_error(self.directory, error) from None
 
     def _read_journal(self, fingerprint: str) -> None:
         try:
             journal = json.loads((self.directory / _JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return  # nothing to resume: start afresh
         if not isinstance(journal, dict) or journal.get("fingerprint") != fingerprint:
             raise RecipeError(
                 f"{self.directory}: it was begun with another recipe or other inputs",
                 "run without --resume to start afresh",
             )
-        journal["shards"] = [name for name in journal["shards"] if (self.directory / name).is_file()]
-        self.journal = journal
+        if journal.pop("sha256", None) != _seal(journal):
+            return  # damaged
+        noted = journal["shards"].items()
+        journal["shards"] = {name: sample for name, sample in noted if _sample(self.directory / name) == sample}
+        if journal.get("edits", {}).keys() <= journal["shards"].keys():  # else rows were edited by a patch that is lost
+            self.journal = journal
 
     def save(self) -> None:
         """Write the journal of complete shards."""
-        write_atomically(self.directory / _JOURNAL, json.dumps(self.journal))
+        write_atomically(self.directory / _JOURNAL, sealed(self.journal))
+
+    def complete(self, *files: str) -> None:
+        """Note that files, named from the directory, are complete: a resumed run keeps them as they are."""
+        self.journal["shards"] |= {file: _sample(self.directory / file) for file in files}
+        self.save()
 
     def finish(
         self, provenance: Mapping[str, Any], started: float, overwrite: bool, readme: str | None = None
@@ -197,14 +263,14 @@ class Staging:
         old = _beside(self._target, "old")
         try:
             if overwrite and self._target.exists() and any(self._target.iterdir()):
-                shutil.rmtree(old, ignore_errors=True)
+                _discard(old)
                 self._target.rename(old)
             self.directory.rename(self._target)
         except OSError as error:
             raise write_error(self.out, error) from None
         if sync:
             fsync(self._target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
 
     def __enter__(self) -> Staging:
         return self
@@ -213,6 +279,25 @@ class Staging:
         if kind is not None and not self.resumable:
             shutil.rmtree(self.directory, ignore_errors=True)
         os.close(self._lock)
+
+
+def _discard(old: Path) -> None:
+    """Delete a replaced result, as far as possible; anything else in its place stays."""
+    if not _is_foreign(old):
+        with suppress(OSError):
+            _delete(old)
+            old.rmdir()
+
+
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A directory beside `out` for models that are needed for a while. What a killed run left goes with the next."""
+    target = Path(os.path.realpath(out))
+    with Staging(target.with_name(f"{target.name}.scratch"), "", resume=False) as staging:
+        try:
+            yield staging.directory
+        finally:
+            shutil.rmtree(staging.directory, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

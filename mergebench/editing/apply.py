@@ -77,15 +77,13 @@ def carry_out(edits: Sequence[Planned | PutIn], staging: Staging, copied: Model 
     copied: the model that was copied. A patch is complete before the first of its rows is written, and determines each
     new row: a killed run is resumed by writing all rows again.
     """
-    model = open_model(str(staging.directory))
     named = zip(edits, patch_names(len(edits)), strict=True)
     with one_thread():  # in many small steps, threads would only wait for one another
-        return [_carry_out(edit, name, model, staging, copied) for edit, name in named]
+        return [_carry_out(edit, name, staging, copied) for edit, name in named]
 
 
-def _carry_out(
-    edit: Planned | PutIn, name: str, model: Model, staging: Staging, copied: Model | None
-) -> dict[str, Any]:
+def _carry_out(edit: Planned | PutIn, name: str, staging: Staging, copied: Model | None) -> dict[str, Any]:
+    model = open_model(str(staging.directory))  # as the edit before it left the files
     if isinstance(edit, PutIn):
         edit.make(model)
         return {**edit.patch.about, "patch": str(edit.patch.file), "reverted": edit.revert}
@@ -95,8 +93,7 @@ def _carry_out(
         first = not made  # no stored model is the base of a later patch
         report = _plan_on(edit, model, staging, name, identity(copied) if copied is not None and first else None)
         made[name] = {"patch": name, **report, "warnings": doubts + report["warnings"]}
-        staging.journal["shards"].append(name)
-        staging.save()
+        staging.complete(name)
     PutIn(open_patch(staging.directory / name)).make(model)
     return made[name]
 

@@ -52,10 +52,12 @@ class Merge:
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The models' names as unique directory names."""
-        plain = [re.sub(r"[^\w.-]+", "-", name)[:80].strip("-.") or "task" for name in self.names]
-        return tuple(
-            f"{name}-{plain[:i].count(name) + 1}" if name in plain[:i] else name for i, name in enumerate(plain)
-        )
+        given: dict[str, None] = {}
+        for name in self.names:
+            plain = re.sub(r"[^\w.-]+", "-", name)[:80].strip("-.") or "task"
+            numbered = (f"{plain}-{number}" for number in range(2, len(self.names) + 2))
+            given[next(one for one in (plain, *numbered) if one not in given)] = None
+        return tuple(given)
 
     @property
     def onto_base(self) -> bool:

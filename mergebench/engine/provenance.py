@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mergebench import __version__
+from mergebench.checkpoint.content import sample_of, sha256_of
 from mergebench.checkpoint.model import Model
 from mergebench.engine.answers import key_of
 from mergebench.engine.lines import alpha_of
@@ -79,13 +80,15 @@ def places_of(models: Iterable[Model]) -> list[Path]:
     found = []
     for model in models:
         found += [place for place in (model.directory, *model.adapters) if place is not None]
-        files = [header.file for header in model.headers]
-        found += [file.parent if model.directory and file not in model.adapters else file for file in files]
+        found += [header.file for header in model.headers]
     return found
 
 
 def inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
-    """Every input file once: size, time and a hash of the header; of everything with `hash_inputs`."""
+    """Every input file once: size, time, a hash of the header and of a sample; of everything with `hash_inputs`.
+
+    `RunError` if a file is not the one that was planned with any more.
+    """
     return inputs_of([plan.merge.reference, *plan.merge.models], hash_inputs)
 
 
@@ -96,13 +99,14 @@ def inputs_of(models: Iterable[Model], hash_inputs: bool) -> list[dict[str, Any]
     for file, header in sorted(headers.items()):
         entry = {
             "file": str(file),
-            "size": header.size,
-            "mtime_ns": header.mtime_ns,
+            "size": header.stamp.size,
+            "mtime_ns": header.stamp.mtime_ns,
             "header_sha256": header.sha256,
+            "sample_sha256": sample_of(header),
         }
         if hash_inputs:
-            with open(file, "rb") as stream:
-                entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            entry["sha256"] = sha256_of(file)
+        header.check()
         found.append(entry)
     return found
 

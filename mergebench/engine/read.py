@@ -84,9 +84,8 @@ class ChunkReader:
         for tensor in tensors:
             for span in pieces:
                 stop = at + span.numel * dtype.itemsize
-                offset = tensor.offset + span.start * dtype.itemsize
                 if tensor.made is None:
-                    self.files.read_into(tensor.file, offset, self._bytes[at:stop])
+                    self.files.read_into(tensor, span.start * dtype.itemsize, self._bytes[at:stop])
                 else:
                     tensor.made.read(self.files, span.start, self._raw[at:stop].view(dtype))
                 at = stop

@@ -147,7 +147,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
     shards = [
         (shard, [tensor.name for tensor in shard.tensors if tensor.name in wanted])
         for shard in plan.shards
-        if shard.file not in staging.journal["shards"]
+        if not staging.journal["shards"].keys() >= {file.file for file in shard.files}
     ]
     shards = [(shard, names) for shard, names in shards if names or not shard.tensors]
     if not shards:
@@ -162,8 +162,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
             for file in shard.files:
                 if sync:
                     fsync(staging.directory / file.file)
-                staging.journal["shards"].append(file.file)
-            staging.save()
+            staging.complete(*(file.file for file in shard.files))
 
 
 def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) -> dict[str, float]:
@@ -192,8 +191,8 @@ def check_equal(files: Files, model: Model, alias: TensorInfo, tensor: TensorInf
     for start in range(0, alias.nbytes if same else 0, BLOCK):
         size = min(BLOCK, alias.nbytes - start)
         left, right = bytearray(size), bytearray(size)
-        files.read_into(alias.file, alias.offset + start, memoryview(left))
-        files.read_into(tensor.file, tensor.offset + start, memoryview(right))
+        files.read_into(alias, start, memoryview(left))
+        files.read_into(tensor, start, memoryview(right))
         same = same and left == right
     if not same:
         raise ModelError(

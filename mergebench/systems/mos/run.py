@@ -177,9 +177,7 @@ class _Work:
     def _keep(self, writer: BankWriter, files: Sequence[str]) -> None:
         """What is written now is complete."""
         here = writer.directory.relative_to(self.staging.directory)
-        shards = self.staging.journal["shards"]
-        shards += [name for name in (str(here / file) for file in files) if name not in shards]
-        self.staging.save()
+        self.staging.complete(*(str(here / file) for file in files))
 
     def _about(self, name: str, seed: int) -> About:
         config = self.config

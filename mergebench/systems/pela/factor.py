@@ -183,9 +183,7 @@ def _factor_all(
         file = job.part(name)
         if name not in entries or ("rank" in entries[name] and file not in staging.journal["shards"]):
             entries[name] = _factor(job, values, name, shape, staging.directory / file)
-            if "rank" in entries[name]:
-                staging.journal["shards"].append(file)
-            staging.save()
+            staging.complete(*[file] * ("rank" in entries[name]))
         done += job.model.tensors[name].numel
         progress(done, total)
     return entries

@@ -26,8 +26,7 @@ def write_shards(staging: Staging, shards: Sequence[Shard], put: Callable[[Shard
         with closing(ShardFiles(staging.directory, [shard])) as written:
             for tensor in shard.tensors:
                 put(written, tensor.name)
-        staging.journal["shards"].append(shard.file)
-        staging.save()
+        staging.complete(shard.file)
     write_index(staging.directory, list(shards))
 
 
