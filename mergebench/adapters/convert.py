@@ -61,14 +61,16 @@ def convert_adapter(
     plain = open_model(base)
     adapted = _Adapted(plain, put_on(plain, adapter))
     check_target(out, [place for place in (plain.directory, adapter) if place is not None], overwrite)
-    with Staging(out, "", resume=False) as staging, one_thread(), Files() as files:
+    with Staging(out, "", resume=False) as staging, one_thread():
         products: dict[str, Product] = {}
-        for number, (name, module) in enumerate(adapted.modules.items()):
-            found = adapted.low_rank(files, name, rank=rank, energy=energy, seed=seed)
-            products[module] = peft_directory.product_of(found, adapted.in_out)
-            progress(number + 1, len(adapted.modules))
+        with Files() as files:
+            for number, (name, module) in enumerate(adapted.modules.items()):
+                found = adapted.low_rank(files, name, rank=rank, energy=energy, seed=seed)
+                products[module] = peft_directory.product_of(found, adapted.in_out)
+                progress(number + 1, len(adapted.modules))
+            saved = adapted.saved(files)
         ranks = {module: len(product.a) for module, product in products.items()}
-        peft_directory.write_factors(staging.directory, out, products, saved=adapted.saved(files))
+        peft_directory.write_factors(staging.directory, out, products, saved=saved)
         about = {"base_model_name_or_path": base, "task_type": task_type(plain), **adapted.config}
         config = peft_directory.config(ranks, adapted.in_out, **about)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from mergebench.adapters.peft_names import task_type
 from mergebench.checkpoint.content import sha256_of
-from mergebench.checkpoint.files import write_error
+from mergebench.checkpoint.files import copy_file
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create, described
 from mergebench.checkpoint.staging import check_room
@@ -154,11 +153,8 @@ def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 def copy(adapter: Adapter, directory: Path) -> None:
     """The adapter's own two files, byte for byte."""
-    try:
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(adapter.directory / name, directory / name)
-    except OSError as error:
-        raise write_error(directory, error) from None
+    for name in (CONFIG, WEIGHTS):
+        copy_file(adapter.directory / name, directory / name)
 
 
 def inputs(paths: Iterable[Path]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ if their numbers mean the same. For LoRA, the averages of A and of B do not mult
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.stored import Stored, check_alike, read_stored, together
-from mergebench.checkpoint.files import TORCH_DTYPE, Files, write_error
+from mergebench.checkpoint.files import TORCH_DTYPE, Files, copy_file, write_error
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.checkpoint.staging import Staging, check_room, check_target
 from mergebench.engine.machine import keep_freed_memory, one_thread
@@ -71,7 +70,8 @@ def merge_sequence(
             shard = _begin(read[at], place, copied=not at or not alpha)
             if shard is not None:
                 opened[at] = stack.enter_context(closing(ShardFiles(place, [shard])))
-        _merge(stack.enter_context(Files()), read, alpha, opened)
+        with Files() as files:
+            _merge(files, read, alpha, opened)
         provenance = _provenance(read, alpha, every, [read[at].name for at in written if at not in opened])
         provenance = staging.finish(provenance, started, overwrite, peft_directory.sequence_card(out, provenance))
     return Result(out, provenance)
@@ -110,10 +110,10 @@ def _begin(adapter: Stored, place: Path, copied: bool) -> Shard | None:
     """Create the files of an adapter: copied, or with room for new values in its tensors."""
     try:
         place.mkdir(exist_ok=True)
-        for file in adapter.files[: None if copied else -1]:
-            shutil.copyfile(file, place / file.name)
     except OSError as error:
         raise write_error(place, error) from None
+    for file in adapter.files[: None if copied else -1]:
+        copy_file(file, place / file.name)
     if copied:
         return None
     tensors = tuple(OutTensor(info.name, info.dtype, info.shape, info.nbytes) for info in adapter.header.tensors)

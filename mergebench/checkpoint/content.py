@@ -126,11 +126,13 @@ def sha256_of(file: Path) -> str:
 def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
     """Write a JSON file atomically: several programs may keep their results in one folder."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    part = folder / f".{name}.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.{os.getpid()}.part"
         part.write_text(text, encoding="utf-8")
         part.replace(folder / name)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         what = f"{folder}: no result can be kept there: {error.strerror}"
         raise RunError(what, "choose another folder: --results DIR") from None

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -132,4 +134,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise write_error(path, error) from None
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes; `RunError` names the file that could not be read, or written."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        if error.filename == str(source) and error.filename2 is None:  # it could not be opened
+            raise RunError(f"{source}: cannot be read: {error.strerror}") from None
+        raise write_error(target, error) from None

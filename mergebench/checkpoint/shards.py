@@ -102,7 +102,10 @@ def create(path: Path, shard: Shard) -> None:
 
 
 class ShardFiles:
-    """The shards of a directory, created before; `write` puts elements in place, in any order."""
+    """The shards of a directory, created before; `write` puts elements in place, in any order.
+
+    One file is open at a time: a large model has more shards than a process may have files.
+    """
 
     def __init__(self, directory: Path, shards: Iterable[Shard]) -> None:
         self._place: dict[str, tuple[Path, int]] = {}
@@ -118,6 +121,7 @@ class ShardFiles:
         path, at = self._place[name]
         try:
             if path not in self._open:
+                self.close()
                 self._open[path] = os.open(path, os.O_WRONLY)
             put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
         except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mergebench.checkpoint.fp8 import without_scales
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.reference import SIDE_SUFFIXES
+from mergebench.errors import ModelError
 
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors", "compress.json"}
@@ -35,30 +35,54 @@ def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
-def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> list[str]:
-    """Copy config, tokenizer and code files of `source` byte by byte; config.json names the stored type.
+def check_link(file: Path, directory: Path) -> None:
+    """`ModelError` if a file of a model is a link out of its directory: a copy would publish what another place holds.
 
-    Returns the names copied. Weights, adapters, earlier results and stale indexes stay behind.
+    The snapshots of the hub cache are links to its blobs, which may be followed.
     """
-    from mergebench.checkpoint.files import write_atomically  # this import loads torch
+    real, home = file.resolve(), directory.resolve()
+    blobs = [place.parent / "blobs" for place in home.parents if place.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in [home, *blobs]):
+        raise ModelError(f"{file}: a link out of the model's directory, to {real}", "put the file itself there")
 
+
+def side_files(source: Model) -> list[Path]:
+    """The files of a model that are copied along with its weights; `ModelError` for a link out of its directory.
+
+    Weights, adapters, earlier results, stale indexes and replaced tokenizers stay behind.
+    """
     if source.directory is None:
         return []
-    copied = []
-    replaced = source.tokenizer_files
-    stale = [] if replaced is None else tokenizer_files(source.directory)
+    stale = set() if source.tokenizer_files is None else set(tokenizer_files(source.directory))
     scaled = any(info.dtype in FP8 for info in source.tensors.values())
+    found = []
     for path in sorted(source.directory.iterdir()):
         skip = path.name in _LEAVE or path.name.startswith((".", "adapter_")) or path.name.endswith(".index.json")
         skip |= path in stale
         skip |= scaled and path.name == "hf_quant_config.json"
-        if skip or path.suffix not in SIDE_SUFFIXES or not path.is_file():
-            continue
-        shutil.copyfile(path, directory / path.name)
+        if not skip and path.suffix in SIDE_SUFFIXES and path.is_file():
+            check_link(path, source.directory)
+            found.append(path)
+    return found
+
+
+def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> list[str]:
+    """Copy config, tokenizer and code files of `source` byte by byte; config.json names the stored type.
+
+    Returns the names copied.
+    """
+    from mergebench.checkpoint.files import copy_file, write_atomically  # this import loads torch
+
+    if source.directory is None:
+        return []
+    copied = []
+    for path in side_files(source):
+        copy_file(path, directory / path.name)
         copied.append(path.name)
-    for name, content in (replaced or {}).items():
-        (directory / name).write_bytes(content)
+    for name, content in (source.tokenizer_files or {}).items():
+        write_atomically(directory / name, content)
         copied.append(name)
+    scaled = any(info.dtype in FP8 for info in source.tensors.values())
     config = dict(source.config)
     changed = bool(source.config_changes)
     if scaled:

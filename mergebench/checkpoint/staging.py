@@ -45,8 +45,13 @@ def is_provenance(found: object) -> bool:
     if not isinstance(found, dict) or not isinstance(found.get("mergebench"), str):
         return False
     rightly = all(isinstance(found[name], kind) for name, kind in _KINDS.items() if name in found)
-    listed = [*found.get("inputs", []), *found.get("edits", [])] if rightly else [None]
-    return all(isinstance(entry, dict) for entry in listed)
+    if not rightly:
+        return False
+    models, edits = found.get("recipe", {}).get("models") or [], found.get("edits", [])
+    listed = isinstance(models, list) and all(
+        isinstance(one, dict) for one in [*models, *edits, *found.get("inputs", [])]
+    )
+    return listed and all(isinstance(edit.get("patch"), str) for edit in edits)
 
 
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -33,6 +37,7 @@ from mergebench.cli import (
 from mergebench.errors import DiskFull, MergebenchError
 
 INTERRUPTED = 130
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a program politely
 
 app = typer.Typer(
     name="mergebench",
@@ -99,7 +104,8 @@ def command() -> NoReturn:
 def main() -> None:
     """Run the command line; a user's mistake is one line and a hint, never a traceback."""
     try:
-        app()
+        with _stopped_by_signals():
+            app()
     except DiskFull as error:
         _fail(error.message, f"{error.hint}, then {'go on with --resume' if _resumes() else 'run it again'}", 1)
     except MergebenchError as error:
@@ -107,11 +113,31 @@ def main() -> None:
     except OSError as error:  # a disk that fails, a file taken away
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None, 1)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # what typer makes of Ctrl-C
+        code = end.code if isinstance(end, SystemExit) else INTERRUPTED  # as typer turns Ctrl-C into one
+        if code not in (INTERRUPTED, *(128 + number for number in _SIGNALS)):
             raise
         kept = ": what is complete is kept; go on with --resume" if _resumes() else ": no result was written"
         print(f"interrupted{kept}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(code)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Signals to end run the exits of all contexts, which take temporary files away; a second one ends at once."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    ours = [number for number in _SIGNALS if main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _resumes() -> bool:

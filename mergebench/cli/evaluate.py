@@ -63,8 +63,9 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
 
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
-    views = "evaluation.md and report.html" if (target / "report.html").is_file() else "evaluation.md"
-    note(f"wrote {target}/evaluation.json, {views}", quiet)
+    shown = (target / "report.html").is_file()
+    note(f"wrote {target}/evaluation.json, evaluation.md{' and report.html' * shown}", quiet)
+    note(f"warning: no report.html was written: mergebench report {target} says why", quiet or shown)
     typer.echo(json.dumps(document_of(found)) if json_ else report(found, styled=sys.stdout.isatty()))
 
 

@@ -70,7 +70,7 @@ def merge(
 ) -> None:
     """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how."""
     from mergebench import api
-    from mergebench.evaluation import document_of, measure
+    from mergebench.evaluation import Results, document_of, measure, save
 
     quiet = quiet or json_
     stages = load(recipe, set_, seed, out)
@@ -95,10 +95,13 @@ def merge(
         result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)
     found = None
-    missing = not (target / "evaluation.json").exists()
-    if suite is not None and (missing or not result.already_done):
+    if suite is not None and not (result.already_done and (target / "evaluation.json").exists()):
         with item_bar("evaluating", quiet) as step:
             found = measure.evaluate(loaded, target, suite=suite, device=device, results=results, progress=step)
+    elif suite is not None and not (target / "report.html").exists():  # the last file: the run was killed before it
+        found = Results.load(target)
+        save(found, target)
+        measure.show(loaded, target, found)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
         if earlier:

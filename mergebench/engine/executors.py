@@ -231,6 +231,9 @@ class Processes:
 def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connection, parent: int) -> None:
     """The loop of a forked worker: tasks in, results out, until the parent ends it or dies."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it must not write after the lock is released
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if callable(signal.getsignal(number)):  # the parent's, which ends its own contexts
+            signal.signal(number, signal.SIG_DFL)
     if os.getppid() != parent:
         os._exit(1)
     torch.set_num_threads(1)

@@ -49,6 +49,11 @@ class Merge:
         """Whether the method's input and result are differences to the base."""
         return self.method.takes == "task_vectors" and self.base is not None
 
+    @property
+    def files(self) -> int:
+        """The number of files that are read."""
+        return len({header.file for model in [*self.models, self.reference] for header in model.headers})
+
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The models' names as unique directory names."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+from mergebench.errors import RunError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)'s parameters in glibc's malloc.h
 
@@ -52,6 +55,22 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def check_descriptors(files: int) -> None:
+    """`RunError` if this process may not open so many files more."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        files += len(list(Path("/proc/self/fd").iterdir()))
+    except OSError:
+        files += 32
+    if allowed != resource.RLIM_INFINITY and files > allowed:
+        more = (
+            "allow more of them"
+            if most == resource.RLIM_INFINITY or files <= most
+            else "have an administrator allow more"
+        )
+        raise RunError(f"{files} files would be open at a time, {allowed} may be", f"{more}: ulimit -n {files}")
 
 
 def cores() -> int:

@@ -23,7 +23,7 @@ from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES, LEAST_NEW
 from mergebench.engine.job import Merge, Operand, operands_of
-from mergebench.engine.machine import cores
+from mergebench.engine.machine import check_descriptors, cores
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RecipeError
 
@@ -186,12 +186,13 @@ def plan_merge(
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    layout = list(merge.reference.tensors.values())
+    tensors = merge.reference.tensors
+    layout = list(tensors.values())
     stored = _STORED.get(merge.dtype or "")
     dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
     shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
     if method.gives == "deltas":
-        numels = {name: merge.reference.tensors[name].numel for name in alignment.merged}
+        numels = {name: tensors[name].numel for name in alignment.merged}
         shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -210,13 +211,12 @@ def plan_merge(
         asked=asked,
         asked_of_all=asked_of_all,
         chunk=size,
-        whole=frozenset(
-            name for name in alignment.merged if merge.whole(merge.reference.tensors[name], alignment.aliases.get(name))
-        ),
+        whole=frozenset(name for name in alignment.merged if merge.whole(tensors[name], alignment.aliases.get(name))),
         workers=workers,
         memory=memory,
         device=where,
     )
+    check_descriptors(merge.files + workers * (2 + len(shards[0].files)))  # a worker has a pipe, and writes one shard
     needed = plan.buffer_bytes + (2 * MIB if plan.passes else 0)
     if needed > memory and chunk is None:
         raise RecipeError(

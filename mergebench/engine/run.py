@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.files import Files, write_atomically, write_error
+from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.header import TensorInfo, read_header
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import create, write_index
-from mergebench.checkpoint.side_files import copy_side_files
+from mergebench.checkpoint.side_files import copy_side_files, side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.deltas.formats import emr
 from mergebench.engine.answers import Known, answers_of, ask_of_all
@@ -84,13 +84,10 @@ def run_plan(
         write_index(staging.directory, plan.shards)
         tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "deltas" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
-        try:
-            copied = []
-            if not tasks:  # a task vector with a config beside it would load as a model
-                kind = kinds.pop() if len(kinds) == 1 else None
-                copied = copy_side_files(plan.merge.reference, staging.directory, kind)
-        except OSError as error:
-            raise write_error(staging.directory, error) from None
+        copied = []
+        if not tasks:  # a task vector with a config beside it would load as a model
+            kind = kinds.pop() if len(kinds) == 1 else None
+            copied = copy_side_files(plan.merge.reference, staging.directory, kind)
         changed = change(staging)
         provenance = record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs) | {
             **changed,
@@ -130,6 +127,7 @@ class _Notes:
 
 def check_inputs(plan: Plan) -> None:
     """Before the first sweep, check what headers do not show, and compute what all workers need."""
+    side_files(plan.merge.reference)
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)

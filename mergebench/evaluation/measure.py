@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.staging import finished
+from mergebench.checkpoint.staging import finished, scratch
 from mergebench.deltas.formats.emr import FOLDER as TASKS
 from mergebench.deltas.open import open_model
 from mergebench.editing.patches import open_patch
@@ -78,15 +78,15 @@ def evaluate(
     results are reused from there, and new results kept there.
     """
     from mergebench.editing.summary import sentence
-    from mergebench.evaluation import evaluate_models, markdown, page, save
+    from mergebench.evaluation import evaluate_models, save
 
     out = Path(out)
     suite = suite if suite is not None else read_suite(recipe)
     provenance, store = finished(out), _store(results)
     edits = (provenance or {}).get("edits") or [] if recipe.edits else []
     patches = [out / edit["patch"] for edit in edits]
-    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        candidates = _candidates(recipe, out, suite, Path(folder), device)
+    with scratch(out) if recipe.evaluate and recipe.evaluate.baselines else nullcontext(out) as folder:
+        candidates = _candidates(recipe, out, suite, folder, device)
         if patches:
             before = _unedited(recipe, out, patches, store)
             candidates.insert(-1, before)
@@ -95,11 +95,19 @@ def evaluate(
         told = {"unedited": {before.name: [sentence(edit) for edit in edits]}, "baseline": before.name}
         found = replace(found, made={**found.made, **told})
     save(found, out)
+    show(recipe, out, found)
+    return found
+
+
+def show(recipe: Recipe, out: Path, found: Results) -> None:
+    """Write what shows an evaluation that is in `out`: the card's table, `statistics.json`, and last `report.html`."""
+    from mergebench.evaluation import markdown, page
+
+    provenance = finished(out)
     if provenance is not None:
         write_atomically(out / "README.md", card.text(out, provenance, markdown(found)))
         page.look_at_merge(recipe, out, provenance)
     page.attempt(out)
-    return found
 
 
 def measure(

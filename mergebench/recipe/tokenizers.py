@@ -11,7 +11,7 @@ from typing import Any
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.side_files import tokenizer_files
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RunError
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -59,7 +59,7 @@ def without_unused(tokenizer: Any, size: int | None, reference: str) -> Any:
     if not unused:
         return tokenizer
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        tokenizer.save_pretrained(folder)
+        _save(tokenizer, folder)
         path = Path(folder) / "tokenizer.json"
         whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         model = whole.get("model", {})
@@ -92,7 +92,7 @@ def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> 
         for token in own.values():
             added.setdefault(token.content, token)
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        base.save_pretrained(folder)
+        _save(base, folder)
         result = load(Path(folder), "base")
     known = base.get_vocab()
     result.add_tokens([token for token in words if token not in added and token not in known])
@@ -100,10 +100,18 @@ def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> 
     return result
 
 
+def _save(tokenizer: Any, folder: str) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare exceptions where the disk is full
+        reason = str(error).strip().split("\n", 1)[0]
+        raise RunError(f"{folder}: no tokenizer can be written: {reason}", "set TMPDIR to another disk") from None
+
+
 def saved(tokenizer: Any) -> dict[str, bytes]:
     """The files that transformers writes for a tokenizer."""
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        tokenizer.save_pretrained(folder)
+        _save(tokenizer, folder)
         return stored(Path(folder))
 
 

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.errors import MergebenchError
 from mergebench.evaluation.page.parts import Section, Text
 from mergebench.evaluation.page.sources import Sources, read
 
@@ -52,7 +51,7 @@ def look_at_merge(recipe: Recipe, directory: Path, provenance: Mapping[str, Any]
     from mergebench.evaluation.page.profile import profile
     from mergebench.recipe.resolve import resolve
 
-    with suppress(MergebenchError, OSError, KeyError):  # inputs that are gone, answers of another version
+    with suppress(Exception):  # inputs that are gone, answers of another version
         found = profile(resolve(recipe), provenance["answers"])
         if found is not None:
             found.save(directory)

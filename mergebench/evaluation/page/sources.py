@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergebench.checkpoint.staging import PROVENANCE
+from mergebench.checkpoint.staging import PROVENANCE, is_provenance
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.page import profile
 from mergebench.evaluation.page.profile import Profile
@@ -38,7 +38,7 @@ def read(directory: Path) -> Sources:
     found = Sources(
         directory,
         _there(directory / FILE, Results.load),
-        _there(directory / PROVENANCE, _document),
+        _there(directory / PROVENANCE, _provenance),
         _there(directory / SEARCH, _document),
         _there(directory / profile.FILE, _profile),
     )
@@ -57,6 +57,13 @@ def _document(path: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     raise RunError(f"{path}: it cannot be read, or is no JSON object", "take it away, or make it again")
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    found = _document(path)
+    if not is_provenance(found):
+        raise RunError(f"{path}: it is not what mergebench writes beside a result", "take it away, or make it again")
+    return found
 
 
 def _profile(path: Path) -> Profile | None:

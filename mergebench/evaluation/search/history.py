@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.files import write_atomically, write_error
+from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
 FAILED = 1e300
@@ -119,7 +119,8 @@ def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     try:
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"{folder}: it exists and is not a directory", "choose another --out")
-        if folder.exists() and any(folder.iterdir()):
+        begun = {WORK, part_of(FILE)}  # all there is of a search that was killed before its first point
+        if folder.exists() and not {path.name for path in folder.iterdir()} <= begun:
             if read(folder) is None:
                 raise RecipeError(f"{folder}: it exists and holds no search", "choose another --out")
             if not (resume or overwrite):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergebench import __version__
 from mergebench.checkpoint.content import identity
-from mergebench.checkpoint.files import DTYPE_NAME, TORCH_DTYPE, Files, whole, write_atomically, write_error
+from mergebench.checkpoint.files import DTYPE_NAME, TORCH_DTYPE, Files, whole, write_atomically
 from mergebench.checkpoint.header import ITEM_SIZE, read_header
 from mergebench.checkpoint.model import FACTORS, Model
 from mergebench.checkpoint.quantized import check_not_packed
@@ -264,10 +264,7 @@ def _side_files(job: _Job, shards: Sequence[Shard], staging: Staging) -> list[st
         tensor.dtype for shard in shards for tensor in shard.tensors if TORCH_DTYPE[tensor.dtype].is_floating_point
     }
     kind = floats.pop() if len(floats) == 1 else None
-    try:
-        return copy_side_files(job.model, staging.directory, kind if kind in CONFIG_DTYPE else None)
-    except OSError as error:
-        raise write_error(staging.directory, error) from None
+    return copy_side_files(job.model, staging.directory, kind if kind in CONFIG_DTYPE else None)
 
 
 def _write_record(job: _Job, staging: Staging, entries: Mapping[str, Any], about: Mapping[str, Any]) -> None:

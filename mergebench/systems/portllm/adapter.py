@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.content import identity
-from mergebench.checkpoint.files import Files, whole, write_atomically, write_error
+from mergebench.checkpoint.files import Files, copy_file, whole, write_atomically
 from mergebench.checkpoint.mismatch import few
 from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
+from mergebench.checkpoint.side_files import check_link
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target
 from mergebench.deltas.formats.native import METADATA, is_delta_file, read_file
 from mergebench.deltas.open import open_model
@@ -95,12 +95,10 @@ def _moved(identities: dict[str, str]) -> list[str]:
 
 def _copy_directory(patch: Path, place: Path, new: str) -> list[str]:
     """The files of a PEFT directory, a head beside it too; the config with the new base's name."""
-    try:
-        for file in sorted(patch.iterdir()):
-            if file.is_file() and file.name not in {*_OURS, CONFIG}:
-                shutil.copyfile(file, place / file.name)
-    except OSError as error:
-        raise write_error(place, error) from None
+    for file in sorted(patch.iterdir()):
+        if file.is_file() and file.name not in {*_OURS, CONFIG}:
+            check_link(file, patch)
+            copy_file(file, place / file.name)
     config = json.loads((patch / CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": new}
     config |= {"revision": None} if "revision" in config else {}  # the old base's
     write_atomically(place / CONFIG, json.dumps(config, indent=2) + "\n")
