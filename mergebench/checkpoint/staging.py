@@ -44,13 +44,10 @@ def is_provenance(found: object) -> bool:
     """Whether a document is what mergebench writes beside a result, as far as programs rely on it."""
     if not isinstance(found, dict) or not isinstance(found.get("mergebench"), str):
         return False
-    rightly = all(isinstance(found[name], kind) for name, kind in _KINDS.items() if name in found)
-    if not rightly:
+    if not all(isinstance(found[name], kind) for name, kind in _KINDS.items() if name in found):
         return False
-    models, edits = found.get("recipe", {}).get("models") or [], found.get("edits", [])
-    listed = isinstance(models, list) and all(
-        isinstance(one, dict) for one in [*models, *edits, *found.get("inputs", [])]
-    )
+    models, edits, inputs = found.get("recipe", {}).get("models") or [], found.get("edits", []), found.get("inputs", [])
+    listed = isinstance(models, list) and all(isinstance(one, dict) for one in [*models, *edits, *inputs])
     return listed and all(isinstance(edit.get("patch"), str) for edit in edits)
 
 

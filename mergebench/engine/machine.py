@@ -65,12 +65,10 @@ def check_descriptors(files: int) -> None:
     except OSError:
         files += 32
     if allowed != resource.RLIM_INFINITY and files > allowed:
-        more = (
-            "allow more of them"
-            if most == resource.RLIM_INFINITY or files <= most
-            else "have an administrator allow more"
-        )
-        raise RunError(f"{files} files would be open at a time, {allowed} may be", f"{more}: ulimit -n {files}")
+        hint = f"allow more: ulimit -n {files}"
+        if most != resource.RLIM_INFINITY and files > most:
+            hint = "have an administrator allow more, or merge in stages"
+        raise RunError(f"{files} files would be open at a time, {allowed} may be", hint)
 
 
 def cores() -> int:

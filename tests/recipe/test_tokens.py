@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import subprocess
 import sys
@@ -37,11 +38,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def models(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The models in the working directory, as links that a test may replace."""
+    """The models in the working directory, for this test alone."""
     for model in mergekit_tokens.MODELS:
-        (tmp_path / model).mkdir()
-        for file in (written / model).iterdir():
-            (tmp_path / model / file.name).symlink_to(file)
+        shutil.copytree(written / model, tmp_path / model)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
