@@ -100,3 +100,46 @@ def test_from_python(place: Path) -> None:
     assert results.models == ["x", "y"]
     assert results.made["baseline"] == "x"
     assert not (place / "results").exists()
+
+
+VIEWS = ("evaluation.md", "README.md", "statistics.json", "report.html")
+
+
+@pytest.mark.parametrize("there", range(len(VIEWS)))
+def test_views_come_after_a_kill(place: Path, cli: Cli, there: int) -> None:
+    """A run killed after `evaluation.json` and the first of its views goes on to the others."""
+    assert cli("merge", "recipe.yaml", "--out", "merged", "-q").code == 0
+    merged, whole = place / "merged", {name: (place / "merged" / name).read_bytes() for name in VIEWS}
+    assert b"| linear" in whole["README.md"]
+    for name in VIEWS[there:]:
+        (merged / name).unlink()
+    if there <= VIEWS.index("README.md"):
+        (merged / "README.md").write_text("the card without its table")
+    done = cli("merge", "recipe.yaml", "--out", "merged", "--resume", "-q")
+    assert done.code == 0
+    assert {name: (merged / name).read_bytes() for name in VIEWS} == whole
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+    before = (merged / "report.html").stat().st_mtime_ns
+    assert cli("merge", "recipe.yaml", "--out", "merged", "--resume", "-q").code == 0
+    assert (merged / "report.html").stat().st_mtime_ns == before
+
+
+def test_baselines_lie_beside_the_output(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a while, and not in a place for small files."""
+    seen: list[Path] = []
+
+    def measured(candidate: object, *_: object) -> None:
+        seen.extend(place.glob(".merged.scratch.partial/*/model.safetensors"))
+
+    from mergebench.evaluation.run import Batch
+
+    whole = Batch._measure
+
+    def spied(self: Batch, *args: object) -> object:
+        measured(*args)
+        return whole(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Batch, "_measure", spied)
+    assert cli("merge", "recipe.yaml", "--out", "merged", "-q").code == 0
+    assert seen
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]

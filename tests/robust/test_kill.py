@@ -394,6 +394,16 @@ def test_interrupt(server: Server, small: Path, undisturbed: Any, share: float) 
     clean(small, "out")
 
 
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end(server: Server, small: Path, undisturbed: Any, by: signal.Signals) -> None:
+    """As Ctrl-C, so that temporary files go; the code says which signal it was."""
+    code, out, err = server.run(*command("ties", "out"), folder=small, die_at=12, by=by)
+    assert (code, out) == (128 + by, "") and err.startswith("interrupted: what is complete is kept")
+    assert server.run(*command("ties", "out"), "--resume", folder=small)[0] == 0
+    assert contents(small / "out") == undisturbed[small, "ties"]
+    clean(small, "out")
+
+
 @pytest.mark.parametrize("forked", [False, True])
 def test_interrupt_of_the_arithmetic(server: Server, large: Path, undisturbed: Any, forked: bool) -> None:
     """Threads stop at their next chunk, processes at once."""

@@ -15,11 +15,13 @@ import torch
 from models import SINGLE, fine_tuned, hashes, write_model, write_recipe
 
 from mergebench import api, load, plan
+from mergebench.adapters import extract_adapter
 from mergebench.checkpoint.files import copy_file, write_atomically
 from mergebench.checkpoint.staging import finished, scratch, sealed
 from mergebench.errors import DiskFull, MergebenchError, RecipeError, RunError
 from mergebench.evaluation.search.history import held
 from mergebench.recipe import tokenizers
+from mergebench.systems.pafi import make_mask
 from tests.conftest import Cli
 
 PARTIAL = Path(".out.partial")
@@ -37,7 +39,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_model(Path("ft"), fine_tuned(base, 1))
     write_recipe(Path("recipe.yaml"), "task_arithmetic", ["ft"], "base")
     write_recipe(Path("emr.yaml"), "emr", ["ft", "base"], "base")
-    write_recipe(Path("ties.yaml"), "ties", ["ft"], "base", parameters={"density": 0.3})
+    write_recipe(Path("ties.yaml"), "ties", ["ft"], "base", scope="model", parameters={"density": 0.3})
     return tmp_path
 
 
@@ -91,7 +93,7 @@ def test_a_damaged_journal_is_not_gone_on_with(place: Path, where: str) -> None:
     merge("ties.yaml", "whole")
     journal = stopped("ties.yaml")
     if where == "answers":
-        (answer,) = journal["answers"]["layers.0.weight"]
+        (answer,) = journal["answers"]["model"]
         answer["order_statistics"] = [[2 * value for value in part] for part in answer["order_statistics"]]
     elif where == "shards":
         journal["shards"] = list(journal["shards"])
@@ -168,13 +170,15 @@ def test_a_link_under_the_name_of_a_replaced_result(place: Path, cli: Cli) -> No
 
 
 def test_a_delta_file_is_no_directory(place: Path, cli: Cli) -> None:
-    """A file after a plus, in the working directory: an output beside it is as good as any."""
-    api.task_vector("ft", "base", "vector")
-    shutil.copyfile("vector/model.safetensors", "vector.safetensors")
-    write_recipe(Path("plus.yaml"), "linear", ["base+vector.safetensors"])
-    assert cli("merge", "plus.yaml", "--out", "out", "-q").code == 0
-    done = cli("merge", "plus.yaml", "--out", "vector.safetensors", "--overwrite", "-q")
-    assert done.code == 2 and "it is, holds or lies in the input" in done.err
+    """A file after a plus and its mask in the working directory: an output beside them is as good as any."""
+    make_mask("base", Path("mask.safetensors"), share=0.3)
+    extract_adapter("base", "ft", "task", as_="sparse", mask="mask.safetensors")
+    shutil.copyfile("task/values.safetensors", "values.safetensors")
+    write_recipe(Path("plus.yaml"), "linear", ["base+values.safetensors"])
+    assert cli("merge", "plus.yaml", "--out", "deep/out", "-q") == (0, "deep/out\n", "")
+    for out in (".", "base", "base/deep"):
+        done = cli("merge", "plus.yaml", "--out", out, "--overwrite", "-q")
+        assert done.code == 2 and "it is, holds or lies in the input" in done.err
 
 
 SHAPES: dict[str, Callable[[dict[str, Any]], Any]] = {
