@@ -64,8 +64,8 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
     shown = (target / "report.html").is_file()
+    note(f"warning: no report.html could be written: mergebench report {target} says why", quiet or shown)
     note(f"wrote {target}/evaluation.json, evaluation.md{' and report.html' * shown}", quiet)
-    note(f"warning: no report.html was written: mergebench report {target} says why", quiet or shown)
     typer.echo(json.dumps(document_of(found)) if json_ else report(found, styled=sys.stdout.isatty()))
 
 
