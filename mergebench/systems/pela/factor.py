@@ -249,11 +249,12 @@ def _gather(job: _Job, values: Values, staging: Staging, entries: Mapping[str, A
         name = source[key]
         if name in parts:
             stored = {tensor.name: tensor for tensor in read_header(parts[name]).tensors}
-            written.write(key, 0, whole(values.files, stored[key]).reshape(-1))
+            written.write(key, 0, whole(opened, stored[key]).reshape(-1))
         else:
             copy(values, name, written, key, job.dtype)
 
-    write_shards(staging, shards, put)
+    with Files() as opened:
+        write_shards(staging, shards, put)
     for part in parts.values():
         part.unlink()
     return shards
