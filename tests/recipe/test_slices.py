@@ -99,14 +99,18 @@ def test_round_trip(folder: Path) -> None:
     assert [entry.model for entry in loaded.models] == ["ft1", "ft2"]
 
 
-UNEQUAL = [[source("ft1", 0, 2), source("ft2", 0, 2)], [source("ft1", 2, 4)]]
+UNEQUAL = [
+    [source("ft1", 0, 1), source("ft2", 0, 1), source("base", 0, 1)],
+    [source("ft1", 1, 2)],
+    [source("ft1", 2, 4), source("ft2", 2, 4)],
+]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (recipe("linear", [source("ft1", 0, 9)]), "model.layers.4.input_layernorm.weight: ft1 does not have it"),
-        (recipe("linear", *UNEQUAL), "slices.1: has 1 sources, the first slice has 2"),
+        (recipe("linear", [source("ft1", 0, 9)]), "recipe: slices.0.sources.0.layer_range: ft1 has no layer 4"),
+        (recipe("linear", *UNEQUAL), "slices.2: has 2 sources, another slice has 3: give it 3, or 1"),
         (recipe("ties", [source("ft1", 0, 2)], base_model="base"), "the base_model must be one of the sources"),
         (recipe("linear", [source("heap", 0, 2)]), "it has 'decoder', 'encoder'"),
         (recipe("linear", [source("nowhere", 0, 2)]), "nowhere"),
