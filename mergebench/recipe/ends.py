@@ -11,9 +11,9 @@ from typing import Any
 
 _PARTS = re.compile(
     r"""(?:^|\.)(?:
-    (?P<head>embed_out|unembed\w*|output_emb\w*|embedding_norm|emb_layer_norm_after)  # in spite of their names
+    (?P<head>embed_out|unembed\w*|output_emb\w*|embedding_norm|embedding_projection|emb_layer_norm_after)  # in spite of their names
     |(?P<before>\w*emb(ed(ding)?s?)?(_\w+)?|embed\w+|wte|wpe|w|shared|tok(ens?)?|\w*_tokens?|pos(ition)?(_\w+)?
-        |relative\w*|project_in|pre_la?yrnorm|ln_pre|input\w*|per_layer\w*|\w*patch\w*)
+        |rel(ative)?_\w+|project_in|pre_la?yrnorm|ln_pre|input\w*|per_layer\w*|\w*patch\w*)
     |(?P<after>(\w+_)?layer_?norm|ln(_\w+)?|(\w+_)?norm(_f|_out)?|final\w*|\w*head|cls|pooler|\w*predictions\w*|score
         |classifier|lm_loss|proj_out|out_proj|project_out|output\w*|logit\w*|vocab\w*|neck|decoder(?=\.(weight|bias)$))
     )(?=\.|$)""",

@@ -23,7 +23,7 @@ _FIRST = {  # how many of the first layers are of one kind; moe_layer_end_index 
     "num_dense_layers": 0, "num_first_full_attention_layers": 0,
 }  # fmt: skip
 _LAST = {"num_kv_shared_layers", "num_last_full_attention_layers"}
-_EVERY: dict[str, int | str] = {  # every p-th layer is of one kind: added to its number, or the key of what is taken off
+_EVERY: dict[str, int | str] = {  # every p-th is of one kind: added to the number, or the key of what is taken off
     "attn_layer_period": "attn_layer_offset", "cross_attention_frequency": 0, "decoder_sparse_step": 1,
     "expert_layer_period": "expert_layer_offset", "full_attention_interval": 1, "global_attn_every_n_layers": 0,
     "interleave_moe_layer_step": 1, "layer_group_size": 1, "moe_layer_freq": 0, "moe_layer_interval": 1,
