@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_PARTS = re.compile(
+_PARTS = re.compile(  # head: after the layers in spite of its name
     r"""(?:^|\.)(?:
-    (?P<head>embed_out|unembed\w*|output_emb\w*|embedding_norm|embedding_projection|emb_layer_norm_after)  # in spite of their names
+    (?P<head>embed_out|unembed\w*|output_emb\w*|embedding_norm|embedding_projection|emb_layer_norm_after)
     |(?P<before>\w*emb(ed(ding)?s?)?(_\w+)?|embed\w+|wte|wpe|w|shared|tok(ens?)?|\w*_tokens?|pos(ition)?(_\w+)?
         |rel(ative)?_\w+|project_in|pre_la?yrnorm|ln_pre|input\w*|per_layer\w*|\w*patch\w*)
     |(?P<after>(\w+_)?layer_?norm|ln(_\w+)?|(\w+_)?norm(_f|_out)?|final\w*|\w*head|cls|pooler|\w*predictions\w*|score
