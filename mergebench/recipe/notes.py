@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mergebench.checkpoint import Model
+from mergebench.checkpoint.configs import check_heads, disagreement
 from mergebench.checkpoint.names import layer_of
 from mergebench.recipe.ends import comes_before
+from mergebench.recipe.open import short_names
 from mergebench.recipe.recipe import Entry, Recipe
 
 SHOWN = 3  # names in a note
@@ -33,6 +36,16 @@ def about_slices(recipe: Recipe, names: Iterable[str], model_type: Any, alone: I
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def about_configs(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    """Note what the models' configs say otherwise than the base's; `ModelError` if they cut the same matrices into
+    other heads."""
+    notes = {}
+    for name, model in zip(short_names([model.reference for model in models]), models, strict=True):
+        check_heads(base, model, wanted)
+        notes[name] = disagreement(base, model)
+    return tuple(f"{name}: {note}" for name, note in notes.items() if note is not None)
 
 
 def about_the_base(recipe: Recipe, skipped: Sequence[Entry]) -> tuple[str, ...]:

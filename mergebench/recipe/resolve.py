@@ -15,7 +15,7 @@ from mergebench.engine.lines import Lines
 from mergebench.errors import RecipeError
 from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
-from mergebench.recipe.notes import about_gradients, about_slices, about_the_base
+from mergebench.recipe.notes import about_configs, about_gradients, about_slices, about_the_base
 from mergebench.recipe.open import open_named, short_names
 from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Entry, Recipe
@@ -43,13 +43,18 @@ def resolve(recipe: Recipe) -> Merge:
 
 
 def _resolve(recipe: Recipe) -> Merge:
-    method = recipe.method
     opened = open_all(recipe)
     check_parts(recipe.parts, (opened[0] or opened[1][0][1]).tensors, recipe.places)
     base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
-    if recipe.slices:
-        return _sliced(recipe, base, [model for _, model in entries])
-    notes = recipe.notes
+    models = [model for _, model in entries]
+    merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries)
+    configs = about_configs(base if base is not None else models[0], models, merge.wanted)
+    return replace(merge, notes=merge.notes + configs)
+
+
+def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]) -> Merge:
+    """Models merged whole, the base in its place among them."""
+    method, notes = recipe.method, recipe.notes
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
         others = [pair for pair in entries if not _same(pair[1], base)]
