@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mergebench.errors import ModelError
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 _NUMBERS = {  # numbers of the layers of one kind, counted from 0
     "attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "local_layer_ids",
     "mlp_only_layers", "moe_layers", "slstm_at",
@@ -29,6 +29,10 @@ _EVERY: dict[str, int | str] = {  # every p-th is of one kind: added to the numb
     "interleave_moe_layer_step": 1, "layer_group_size": 1, "moe_layer_freq": 0, "moe_layer_interval": 1,
     "no_rope_layer_interval": 1, "sliding_window_pattern": 1,
 }  # fmt: skip
+_APART = (
+    "hidden_size_per_layer_input",
+    "num_mem_blocks",
+)  # of models with tensors that are made for all layers together
 _UNWRITTEN = {  # what the config of a type means by leaving it out
     "cohere2": {"sliding_window_pattern": 4}, "gemma2": {"sliding_window_pattern": 2},
     "gemma3_text": {"sliding_window_pattern": 6}, "qwen3_next": {"full_attention_interval": 4},
@@ -84,37 +88,41 @@ def follow(layers: Sequence[Layer], known: Sequence[Layer]) -> dict[str, Any]:
     """
     own = layers[0].config  # holds for a model whose config leaves something out
     part, under = _counting(own)
-    length, count = _length(part), len(layers)
-    if length is None or (length == count and all(layer.number == at for at, layer in enumerate(layers))):
+    length, count, first = _length(part), len(layers), [one for one in known if one.reference == known[0].reference]
+    if not own or (count == len(first) and all(layer.number == at for at, layer in enumerate(layers))):
         return {}
-    if part.get("hidden_size_per_layer_input"):
-        what = f"slices: {layers[0].reference} has embeddings that hold a part for each layer, in its place"
-        raise ModelError(what, "merge whole models: list them under models")
+    why = "has a number of layers that no known key of its config.json gives" if length is None else None
+    if any(part.get(key) for key in _APART):
+        why = "has tensors with a part for each layer, in its place"
+    if why is not None:
+        raise ModelError(f"slices: {layers[0].reference} {why}", "merge whole models: list them under models")
     kinds = [kind_of(layer._replace(config=own)) | kind_of(layer) for layer in layers]
     changes: dict[str, Any] = {key: count for key in COUNTS if part.get(key) == length}
     for key in _told(part):
         if key in part and all(key in kind for kind in kinds):
             changes[key] = _as_written(key, part[key], [kind[key] for kind in kinds])
     changed = {**part, **changes}
-    for key, values in _told(changed).items():
-        wrong = next((at for at, kind in enumerate(kinds) if kind.get(key) != values[at]), None)
+    after = _told(changed)
+    for key in _told(part):
+        values = after.get(key, [])
+        wrong = next((at for at, kind in enumerate(kinds) if [kind.get(key)] != values[at : at + 1]), None)
         if wrong is not None and not any(key in _GOVERNS[one] for one in _GOVERNS if one in changes):
             given = f"{key}: {part[key]}" if key in part else f"model_type: {part.get('model_type')}"
             raise _moved(layers[wrong], wrong, f"another kind of layer by {given} in config.json")
-    _check_the_untold(layers, known)
+    _check_the_untold(layers, known, [one.names for one in first])
     return changes if under is None else {under: changed}
 
 
-def _check_the_untold(layers: Sequence[Layer], known: Sequence[Layer]) -> None:
-    """Where the config does not tell the kinds of layers that their tensors' names show: every kind must keep its
-    place, and layers beyond the first model's must be as the later ones there."""
+def _check_the_untold(layers: Sequence[Layer], known: Sequence[Layer], own: Sequence[frozenset[str]]) -> None:
+    """Where the config does not tell the kinds of layers that their tensors show, every kind must keep its place, and
+    the layers their number, unless only the first one is of another kind."""
     told: dict[str, frozenset[str]] = {}
     if all(layer.names == told.setdefault(json.dumps(kind_of(layer), sort_keys=True), layer.names) for layer in known):
         return
-    own = [layer.names for layer in known if layer.reference == known[0].reference]
+    late = own[-1] if len({*own[1:]}) == 1 else None
     for at, layer in enumerate(layers):
-        late = own[-1] if len({*own[len(own) // 2 :]}) == 1 else None
-        if layer.names != (own[at] if at < len(own) else late):
+        same_number = len(layers) == len(own)
+        if layer.names != (own[at] if at < len(own) else late) or (late is None and not same_number):
             raise _moved(layer, at, "and nothing known in config.json says which layers are of its kind")
 
 
