@@ -22,7 +22,8 @@ _SILENT = re.compile(
     r"|use_cache|vocab_size.*|.*_bias|bias|summary_.*|temperature|top_[kp]|typical_p|do_sample|num_(beam|return).*"
     r"|.*penalty.*|no_repeat.*|early_stopping|prefix|bad_words.*|forced_.*|suppress_.*|unsloth.*|.*name_or_path"
     r"|pruned_heads|num_logits_to_keep|time_step_(min|max|floor|rank|scale)|rescale_prenorm_.*|residual_in_fp32"
-    r"|reorder_and_upcast_attn|(num_hidden|num|n|encoder|decoder)_layers?|remove_invalid_values|tf_legacy_loss|use_bfloat16"
+    r"|reorder_and_upcast_attn|(num_hidden|num|n|encoder|decoder)_layers?|remove_invalid_values|use_bfloat16"
+    r"|(intermediate|pooler_hidden)_size|slow_but_exact|use_associative_scan|use_mambapy|sparse_pred.*"
 )
 _HEADS = (  # how many heads, how many keys' and values' heads, and how wide
     ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),

@@ -111,8 +111,8 @@ def _parts(base: Model, problems: Sequence[Problem]) -> str | None:
         parts = name.split(".")
         heads = (".".join(parts[: depth + 1]) for depth in range(min(len(parts) - 1, 3)))
         own = next((head for head in heads if not any(one.startswith(f"{head}.") for one in fitting)), None)
-        if own is None or any(part.isdigit() for part in own.split(".")):
-            return None
+        if own is None or any(part.isdigit() for part in own.split(".")[:-1]):
+            return None  # a whole layer is a part, too: multi-token prediction adds one
         globs.add(f"{own}.*")
     if len(globs) > 4:
         return None

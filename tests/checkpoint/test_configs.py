@@ -12,6 +12,7 @@ import torch
 from models import write_model
 
 import mergebench
+from mergebench.checkpoint import configs
 from mergebench.errors import ModelError
 
 CONFIG: dict[str, Any] = {
@@ -103,3 +104,73 @@ def test_slices_compare_every_model_with_the_first(folder: Path) -> None:
     data = {"merge_method": "passthrough", "slices": slices}
     notes = mergebench.plan(mergebench.load(data)).merge.notes
     assert "rope_theta 1000000.0 (10000.0 in a)" in notes[0]
+
+
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "n_embd": 32,
+    "intermediate_size": 48,
+    "n_inner": 48,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "sliding_window": 4,
+    "rotary_dim": 4,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+
+KINDS = [
+    *("llama", "mistral", "gemma2", "gemma3_text", "cohere2", "granite", "granitemoe", "mixtral", "qwen2_moe", "olmoe"),
+    *("gpt2", "gptj", "gpt_neox", "bloom", "falcon", "phi", "phi3", "stablelm", "glm4", "smollm3", "gpt_oss", "bert"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_that_changes_an_output_is_said(kind: str) -> None:
+    import transformers
+
+    made = transformers.CONFIG_MAPPING[kind]()
+    for key, value in made.to_dict().items():
+        if key in TINY:
+            setattr(made, key, TINY[key])
+        elif key in ("layer_types", "no_rope_layers") and value:
+            setattr(made, key, value[:2])
+    written = json.loads(made.to_json_string())
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    def run(config: dict[str, Any], state: dict[str, torch.Tensor] | None) -> tuple[dict[str, torch.Tensor], Any]:
+        model = getattr(transformers, names[kind])(type(made).from_dict(dict(config))).eval()
+        model.load_state_dict(state or model.state_dict())
+        with torch.no_grad():
+            return model.state_dict(), model(input_ids=torch.arange(4, 28)[None]).logits
+
+    torch.manual_seed(0)
+    state = {name: value + 0.3 * torch.randn(value.shape) for name, value in run(written, None)[0].items()}
+    _, expected = run(written, state)
+    tried = 0
+    for key, value in written.items():
+        activation = isinstance(value, str) and "act" in key
+        if not activation and not isinstance(value, (bool, int, float)):
+            continue
+        other = not value if isinstance(value, bool) else "relu" if activation else value * 2 + isinstance(value, float)
+        try:
+            _, found = run(written | {key: other}, state)
+        except Exception:  # other shapes, or no valid config
+            continue
+        tried += 1
+        if found.shape == expected.shape and not torch.allclose(found, expected, atol=1e-5, equal_nan=True):
+            heads = configs._heads(written) != configs._heads(written | {key: other})
+            assert heads or key in configs._differences(written, written | {key: other}), key
+    assert tried > 5
