@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergebench.checkpoint.align import Alignment, Problem
+from mergebench.checkpoint.configs import alike
 from mergebench.checkpoint.experts import read_experts
 from mergebench.checkpoint.model import Model
 from mergebench.errors import ModelError
@@ -61,7 +62,7 @@ def describe(base: Model, models: Sequence[Model], alignment: Alignment) -> Mism
 
 def _other_model(base: Model, model: Model, problems: Sequence[Problem]) -> str | None:
     """The message for a model of another size or kind, as its config says."""
-    ours, theirs = _alike(base.config, model.config)
+    ours, theirs = alike(base.config, model.config)
     kinds = [model.config.get("model_type"), base.config.get("model_type")]
     other_kind = None not in kinds and ours.get("model_type") != theirs.get("model_type")
     sizes = [
@@ -81,17 +82,6 @@ def _other_model(base: Model, model: Model, problems: Sequence[Problem]) -> str 
     if sizes and all(problem.kind in ("missing", "extra") for problem in problems):
         return f"{model.reference} has other layers than base: {', '.join(sizes[:_SHOWN])}"
     return None
-
-
-def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parts of two configs that describe the same kind of model: one config may be a part of the other."""
-    parts = [
-        [found for key in ("text_config", "vision_config") if isinstance(found := config.get(key), dict)]
-        for config in (ours, theirs)
-    ]
-    pairs = [(left, right) for left in [*parts[0], ours] for right in [*parts[1], theirs]]
-    same = (pair for pair in pairs if pair[0].get("model_type") == pair[1].get("model_type"))
-    return next(same, pairs[0])
 
 
 def _strange_names(model: Model, problems: Sequence[Problem]) -> tuple[str, str] | None:
@@ -121,8 +111,8 @@ def _parts(base: Model, problems: Sequence[Problem]) -> str | None:
         parts = name.split(".")
         heads = (".".join(parts[: depth + 1]) for depth in range(min(len(parts) - 1, 3)))
         own = next((head for head in heads if not any(one.startswith(f"{head}.") for one in fitting)), None)
-        if own is None or any(part.isdigit() for part in own.split(".")):
-            return None
+        if own is None or any(part.isdigit() for part in own.split(".")[:-1]):
+            return None  # a whole layer is a part, too: multi-token prediction adds one
         globs.add(f"{own}.*")
     if len(globs) > 4:
         return None

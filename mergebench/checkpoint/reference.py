@@ -59,6 +59,13 @@ def _place(text: str, folders: Sequence[Path]) -> Path:
     path = _existing(text, folders)
     if path is not None:
         return path
+    if set("*?") & set(text):
+        named = Path(text)
+        there = sorted(str(one) for folder in [Path(), *folders] for one in (folder / named.parent).glob(named.name))[
+            :4
+        ]
+        hint = f"name one model; here are {', '.join(there)}" if there else "a reference names one model, no pattern"
+        raise ModelError(f"model '{text}': no such file or directory", hint)
     name, _, revision = text.partition("@")
     parts = name.split("/")
     looks_like_hub = len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))

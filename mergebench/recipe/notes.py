@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mergebench.checkpoint import Model
+from mergebench.checkpoint.configs import check_heads, disagreement
 from mergebench.checkpoint.names import layer_of
+from mergebench.recipe.ends import comes_before
+from mergebench.recipe.open import short_names
 from mergebench.recipe.recipe import Entry, Recipe
-from mergebench.recipe.slices import comes_before
 
 SHOWN = 3  # names in a note
 
@@ -17,12 +20,32 @@ def about_gradients(names: Iterable[str], params: Callable[[str, float], dict[st
     parameters."""
     after = [name for name in names if layer_of(name) is None and not comes_before(name)]
     found = [name for name in after if params(name, 0.0) != params(name, 1.0)]
-    if not found:
-        return ()
-    them = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-    return (
-        f"{them}: after the layers, yet a gradient's first value holds, as in mergekit; set it by {{filter, value}}",
-    )
+    what = "after the layers, yet a gradient's first value holds, as in mergekit; set it by {filter, value}"
+    return (f"{_few(found)}: {what}",) if found else ()
+
+
+def about_slices(recipe: Recipe, names: Iterable[str], model_type: Any, alone: Iterable[int]) -> tuple[str, ...]:
+    """Note slices of one source beside slices of several, and tensors that may come before the layers or after them."""
+    places = [recipe.where("slices", number) for number in sorted(alone)]
+    found = [name for name in names if layer_of(name) is None and comes_before(name, model_type) is None]
+    notes = [f"{', '.join(places)}: one source, so its tensors are copied, whatever its parameters"] if places else []
+    if found:
+        notes.append(f"{_few(found)}: before the layers or after them? Taken from the last slice, as what comes after")
+    return tuple(notes)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def about_configs(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    """Note what the models' configs say otherwise than the base's; `ModelError` if they cut the same matrices into
+    other heads."""
+    notes = {}
+    for name, model in zip(short_names([model.reference for model in models]), models, strict=True):
+        check_heads(base, model, wanted)
+        notes[name] = disagreement(base, model)
+    return tuple(f"{name}: {note}" for name, note in notes.items() if note is not None)
 
 
 def about_the_base(recipe: Recipe, skipped: Sequence[Entry]) -> tuple[str, ...]:

@@ -206,6 +206,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         places.move(("seed",), f"--seed {seed}")
         data["seed"] = plain(seed, ("seed",), places)
     lifted, parts = modules.lift(data, places)
+    habits: list[Loc] = [(key,) for key in ("int8_mask",) if lifted.pop(key, None) is not None]
     found = schema.check(lifted, places)
     try:
         method = methods.get(found["merge_method"])
@@ -218,8 +219,8 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         if method.gives == "deltas" and found.get(key):
             what = f"'{method.name}' writes differences to the base, which must be the one on disk"
             raise places.error((key,), what, "make that base first, by a merge of its own")
-    common, ignored = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
-    entries = []
+    common, more = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
+    entries, ignored = [], [*habits, *more]
     for i, entry in enumerate(found.get("models", ())):
         own, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
         entries.append(Entry(entry.get("model"), entry.get("task_vector"), own, entry.get("as_trained")))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model, adopt
+from mergebench.checkpoint.names import layer_of
 from mergebench.engine.job import Merge
 from mergebench.engine.lines import Lines
 from mergebench.errors import RecipeError
 from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
-from mergebench.recipe.notes import about_gradients, about_the_base
+from mergebench.recipe.notes import about_configs, about_gradients, about_slices, about_the_base
 from mergebench.recipe.open import open_named, short_names
-from mergebench.recipe.positions import Loc
+from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Entry, Recipe
-from mergebench.recipe.slices import pieces_of, put_together
+from mergebench.recipe.slices import pieces_of, put_together, take_apart
 
 
 def resolve(recipe: Recipe) -> Merge:
@@ -41,13 +43,18 @@ def resolve(recipe: Recipe) -> Merge:
 
 
 def _resolve(recipe: Recipe) -> Merge:
-    method = recipe.method
     opened = open_all(recipe)
     check_parts(recipe.parts, (opened[0] or opened[1][0][1]).tensors, recipe.places)
     base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
-    if recipe.slices:
-        return _sliced(recipe, base, [model for _, model in entries])
-    notes = recipe.notes
+    models = [model for _, model in entries]
+    merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries)
+    configs = about_configs(base if base is not None else models[0], models, merge.wanted)
+    return replace(merge, notes=merge.notes + configs)
+
+
+def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]) -> Merge:
+    """Models merged whole, the base in its place among them."""
+    method, notes = recipe.method, recipe.notes
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
         others = [pair for pair in entries if not _same(pair[1], base)]
@@ -159,37 +166,51 @@ def _sliced(recipe: Recipe, base: Model | None, models: Sequence[Model]) -> Merg
     """Models composed of slices; the base's layers come from the source that names the base."""
     opened = {str(entry.model): model for entry, model in zip(recipe.models, models, strict=True)}
     method, slices = recipe.method, recipe.slices
-    pieces = pieces_of(slices, opened[slices[0].sources[0].model])
-    rows = [list(range(len(slices[0].sources)))] * len(slices)  # places among the sources, slice by slice
-    whole_base = None
-    if base is not None:
-        places = []
-        for number, one in enumerate(slices):
-            found = [at for at, source in enumerate(one.sources) if _same(opened[source.model], base)]
+    stacks = take_apart(slices, opened, lambda *loc: f"{recipe.where(*loc)}: {dotted(loc)}")
+    pieces = pieces_of(slices, stacks)
+    most = max(len(one.sources) for one in slices)
+    alone = {number for number, one in enumerate(slices) if len(one.sources) < most}  # one source: copied
+    rows, places = [], []  # of the models and of the base, among the sources
+    for number, one in enumerate(slices):
+        row = list(range(len(one.sources)))
+        if base is not None:
+            found = [at for at in row if number in alone or _same(opened[one.sources[at].model], base)]
             if len(found) != 1:
                 where = recipe.where("slices", number, "sources")
                 raise RecipeError(f"{where}: the base_model must be one of the sources: which of its layers is meant?")
             places += found
-        whole_base = put_together(pieces, slices, places, opened)
-        if method.takes == "task_vectors":  # its own would be zero
-            rows = [[k for k in rows[0] if k != at] for at in places]
-        elif method.models is not None:
-            rows = [[at, *(k for k in rows[0] if k != at)] for at in places]
+            others = [at for at in row if at not in found]
+            if method.takes == "task_vectors":  # its own would be zero
+                row = others
+            elif method.models is not None:
+                row = [*found, *others]
+        rows.append(row)
+    width = max(map(len, rows))
+    rows = [[0] * width if number in alone else row for number, row in enumerate(rows)]
+    whole_base = None if base is None else put_together(pieces, slices, places, stacks)
 
     def params(name: str, depth: float) -> dict[str, Any]:
         piece = pieces[name]
         names = {at: piece.names[at] for at in rows[piece.slice]}
         return recipe.slice_params(piece.slice, names, name, depth)
 
-    values = {name: params(name, piece.depth) for name, piece in pieces.items()}
-    notes = recipe.notes + about_gradients(pieces, params)
-    columns = [put_together(pieces, slices, column, opened) for column in zip(*rows, strict=True)]
+    merged = {name: piece for name, piece in pieces.items() if piece.slice not in alone}
+    values = {name: params(name, piece.depth) for name, piece in merged.items()}
+    columns = [put_together(pieces, slices, column, stacks) for column in zip(*rows, strict=True)]
+    notes = (
+        *recipe.notes,
+        *about_slices(recipe, pieces, columns[0].config.get("model_type"), alone),
+        *about_gradients(merged, params),
+    )
     short = dict(zip(opened, short_names([model.reference for model in models]), strict=True))
     labels = []
     for column in zip(*rows, strict=True):
         used = (short[one.sources[at].model] for one, at in zip(slices, column, strict=True))
         labels.append("|".join(dict.fromkeys(used)))
-    return _varying(_merge(recipe, notes, whole_base, columns, None, labels), values)
+    merge = _merge(recipe, notes, whole_base, columns, None, labels)
+    layers = {name: layer_of(name) for name in pieces if name not in merged}
+    copied = [glob.escape(f"{at[0]}.{at[1]}." if at else name) + "*" * (at is not None) for name, at in layers.items()]
+    return _varying(replace(merge, exclude=(*merge.exclude, *dict.fromkeys(copied))), values)
 
 
 def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergebench.errors import did_you_mean
+from mergebench import methods
+from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe.positions import Loc, Places, show
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -152,6 +153,7 @@ _OWN = (("evaluate",), ("tokenizer",), ("lines",), ("edits",))  # keys without m
 
 def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """The recipe's keys, each of the right kind; an empty key counts as not given."""
+    _check_places(data, places)
     found = _keys(data, RECIPE, (), places)
     if "merge_method" not in found:
         raise places.error(("merge_method",), "missing", "name a method, such as merge_method: linear")
@@ -183,6 +185,46 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
         if not found["evaluate"].get("suite"):
             raise places.error(("evaluate", "suite"), "missing", "name a suite file, or write its tasks here")
     return found
+
+
+def _check_places(data: Mapping[str, Any], places: Places) -> None:
+    """Point a key that stands in the wrong place to the right one: the first such key."""
+    try:
+        takes = methods.get(str(data.get("merge_method"))).parameters
+    except RecipeError:  # reported when the method is checked
+        takes = {}
+
+    def check_part(part: Any, kinds: Mapping[str, Kind], loc: Loc) -> None:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            right = None
+            if key in takes and key not in kinds:
+                one = takes[key].per_model or not {"models", "sources"} & set(loc)
+                right = f"under parameters{'' if one else ' at the top of the recipe'}: {{{key}: {show(value)}}}"
+            elif key in kinds:
+                continue
+            elif key in RECIPE and kinds is not RECIPE:
+                right = "at the top of the recipe"
+            elif key in TOKENIZER and kinds is RECIPE:
+                right = f"under tokenizer: {{source: {data.get('tokenizer_source', 'union')}, {key}: {show(value)}}}"
+            elif key in SOURCE and kinds is ENTRY:
+                right = "in the sources of slices, in place of models"
+            elif key in ENTRY and kinds is RECIPE:
+                right = "in the list of models"
+            if right is not None:
+                raise places.error((*loc, key), "stands in the wrong place", f"write it {right}")
+
+    check_part(data, RECIPE, ())
+    for key, kinds in (("models", ENTRY), ("slices", SLICE)):
+        listed = data.get(key)
+        for i, one in enumerate(listed if isinstance(listed, list) else ()):
+            check_part(one, kinds, (key, i))
+            sources = one.get("sources") if isinstance(one, dict) else None
+            for k, source in enumerate(sources if isinstance(sources, list) else ()):
+                check_part(source, SOURCE, (key, i, "sources", k))
+    parameters = data.get("parameters")
+    for key in parameters if isinstance(parameters, dict) else ():
+        if key in RECIPE and key not in takes:
+            raise places.error(("parameters", key), "stands in the wrong place", "write it at the top of the recipe")
 
 
 def _check_slices(found: dict[str, Any], places: Places) -> None:

@@ -11,20 +11,21 @@ the layers (final norm, head) from the last slice's.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.align import is_derived, tied_to
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import Header, TensorInfo
 from mergebench.checkpoint.names import layer_of
 from mergebench.errors import ModelError, RecipeError
+from mergebench.recipe.ends import comes_before
+from mergebench.recipe.layers import Layer, follow, unlike
 from mergebench.recipe.positions import Loc
 
-_BEFORE = re.compile(r"(^|[._])(emb|wte|wpe|shared|position|tok)")
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WHOLE = "merge whole models: list them under models"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Slice:
     sources: tuple[Source, ...]
     parameters: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def length(self) -> int:
+        return self.sources[0].stop - self.sources[0].start
+
     def to_plain(self) -> dict[str, Any]:
         given = {"sources": [source.to_plain() for source in self.sources], "parameters": self.parameters}
         return {key: value for key, value in given.items() if value != {}}
@@ -62,55 +67,104 @@ class Piece:
     names: tuple[str, ...]  # one for each source
 
 
-def pieces_of(slices: Sequence[Slice], first: Model) -> dict[str, Piece]:
-    """Every tensor of the output by name; `first` is the first model of the first slice, which gives the names."""
-    layers = {name: layer_of(name) for name in first.tensors}
-    stacks = {layer[0] for layer in layers.values() if layer is not None}
-    if len(stacks) != 1:
-        found = ", ".join(f"'{stack}'" for stack in sorted(stacks)) or "none"
-        raise RecipeError(f"slices: '{first.reference}' must have one stack of layers, it has {found}", _WHOLE)
-    (stack,) = stacks
-    start = f"{stack}." if stack else ""
-    kinds = dict.fromkeys(layer[2] for layer in layers.values() if layer is not None)
-    outside = [name for name, layer in layers.items() if layer is None]
-    before = [name for name in outside if comes_before(name)]
-    after = [name for name in outside if not comes_before(name)]
-    pieces = {name: Piece(0, 0.0, (name,) * len(slices[0].sources)) for name in before}
+@dataclass(frozen=True)
+class Stack:
+    """A model taken apart: its layers, and the tensors outside of them."""
+
+    model: Model
+    start: str  # of the layers' names
+    layers: dict[int, dict[str, TensorInfo]]  # tensors by the names they have within a layer
+    outside: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Model) -> Stack:
+        starts: dict[str, dict[int, dict[str, TensorInfo]]] = {}
+        outside = []
+        for name, info in model.tensors.items():
+            found = layer_of(name)
+            if found is None:
+                outside.append(name)
+            else:
+                starts.setdefault(found[0], {}).setdefault(found[1], {})[found[2]] = info
+        if len(starts) != 1:
+            listed = ", ".join(f"'{one}'" for one in sorted(starts)) or "none"
+            raise RecipeError(f"slices: '{model.reference}' must have one stack of layers, it has {listed}", _WHOLE)
+        ((start, layers),) = starts.items()
+        return cls(model, f"{start}." if start else "", layers, tuple(outside))
+
+    def layer(self, number: int) -> Layer:
+        names = frozenset(name for name, info in self.layers[number].items() if not is_derived(info))
+        return Layer(self.model.reference, self.model.config, number, names)
+
+
+def take_apart(slices: Sequence[Slice], opened: Mapping[str, Model], where: Callable[..., str]) -> dict[str, Stack]:
+    """The models' layers, checked: all that the slices name are there, and the sources of a slice have layers of the
+    same kinds. `where` gives the place of a part of the recipe."""
+    stacks = {name: Stack.of(model) for name, model in opened.items()}
+    for number, one in enumerate(slices):
+        for place, source in enumerate(one.sources):
+            layers = stacks[source.model].layers
+            missing = next((at for at in range(source.start, source.stop) if at not in layers), None)
+            if missing is not None:
+                loc = where("slices", number, "sources", place, "layer_range")
+                what = f"{stacks[source.model].model.reference} has no layer {missing}"
+                raise ModelError(f"{loc}: {what}", f"its layers are {min(layers)} to {max(layers)}")
+        for at in range(one.length):
+            first, *others = (stacks[source.model].layer(source.start + at) for source in one.sources)
+            for other in others:
+                difference = unlike(first, other)
+                if difference is not None:
+                    hint = "give layer_ranges whose layers are of the same kinds, one by one"
+                    raise ModelError(f"{where('slices', number)}: {difference}", hint)
+    return stacks
+
+
+def pieces_of(slices: Sequence[Slice], stacks: Mapping[str, Stack]) -> dict[str, Piece]:
+    """Every tensor of the output by name; the first model of the first slice gives the names."""
+    ends = [[stacks[source.model] for source in slices[at].sources] for at in (0, -1)]
+    first = ends[0][0]
+    outside = {name: comes_before(name, first.model.config.get("model_type")) for name in first.outside}
+    for stack in {id(stack): stack for stack in [*ends[0], *ends[1]]}.values():
+        for name in set(stack.outside) ^ outside.keys():
+            has, lacks = (first, stack) if name in outside else (stack, first)
+            if tied_to(name, has.model) is not None:
+                outside.pop(name, None)  # stored twice by one, once by the other
+            elif is_derived(has.model.tensors[name]):
+                outside.pop(name, None)
+            else:
+                raise ModelError(f"{name}: {lacks.model.reference} does not have it, {has.model.reference} has it")
+    pieces = {name: Piece(0, 0.0, (name,) * len(ends[0])) for name, before in outside.items() if before}
     out = 0
     for number, one in enumerate(slices):
-        count = one.sources[0].stop - one.sources[0].start
-        for at in range(count):
-            depth = at / (count - 1) if count > 1 else 1.0
-            for kind in kinds:
-                names = tuple(f"{start}{source.start + at}.{kind}" for source in one.sources)
-                pieces[f"{start}{out}.{kind}"] = Piece(number, depth, names)
+        for at in range(one.length):
+            depth = at / (one.length - 1) if one.length > 1 else 1.0
+            layers = [stacks[source.model].layers[source.start + at] for source in one.sources]
+            for name in layers[0]:
+                if all(name in layer for layer in layers):
+                    names = (f"{stacks[s.model].start}{s.start + at}.{name}" for s in one.sources)
+                    pieces[f"{first.start}{out}.{name}"] = Piece(number, depth, tuple(names))
             out += 1
     last = len(slices) - 1
-    return pieces | {name: Piece(last, 0.0, (name,) * len(slices[-1].sources)) for name in after}
-
-
-def comes_before(name: str) -> bool:
-    """Whether a tensor outside of the layers comes before them: an embedding, by its name."""
-    return bool(_BEFORE.search(name))
+    return pieces | {name: Piece(last, 0.0, (name,) * len(ends[1])) for name in outside if name not in pieces}
 
 
 def put_together(
-    pieces: Mapping[str, Piece], slices: Sequence[Slice], places: Sequence[int], opened: Mapping[str, Model]
+    pieces: Mapping[str, Piece], slices: Sequence[Slice], places: Sequence[int], stacks: Mapping[str, Stack]
 ) -> Model:
     """Compose one model of one source per slice: source `places[i]` of slice i."""
     sources = [one.sources[at] for one, at in zip(slices, places, strict=True)]
     tensors: dict[str, TensorInfo] = {}
     deltas: dict[str, tuple[Delta, ...]] = {}
     for name, piece in pieces.items():
-        model, theirs = opened[sources[piece.slice].model], piece.names[places[piece.slice]]
-        if theirs not in model.tensors:
-            raise ModelError(f"{theirs}: {model.reference} does not have it, and a layer_range asks for it")
+        model, theirs = stacks[sources[piece.slice].model].model, piece.names[places[piece.slice]]
         tensors[name] = model.tensors[theirs]._replace(name=name)
         if theirs in model.deltas:
             deltas[name] = model.deltas[theirs]
-    models = [opened[name] for name in dict.fromkeys(source.model for source in sources)]
+    used = [stacks[name] for name in dict.fromkeys(source.model for source in sources)]
+    models = [stack.model for stack in used]
     headers: dict[Any, Header] = {header.file: header for model in models for header in model.headers}
-    layers = [layer for source in sources for layer in range(source.start, source.stop)]
+    layers = [stacks[source.model].layer(at) for source in sources for at in range(source.start, source.stop)]
+    known = [stack.layer(number) for stack in used for number in sorted(stack.layers)]
     return replace(
         models[0],
         reference="/".join(model.reference for model in models),
@@ -118,28 +172,17 @@ def put_together(
         tensors=tensors,
         deltas=deltas,
         sliced=True,
-        config_changes={**(models[0].config_changes or {}), **_config_changes(models[0].config, layers)},
+        config_changes={**(models[0].config_changes or {}), **follow(layers, known)},
     )
-
-
-def _config_changes(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """Changes of config.json for other layers: their number, and every list with an entry per layer."""
-    key = next((key for key in _COUNTS if key in config), None)
-    if key is None:
-        return {}
-    lists = {k: v for k, v in config.items() if isinstance(v, list) and len(v) == config[key] and max(layers) < len(v)}
-    return {key: len(layers)} | {name: [value[layer] for layer in layers] for name, value in lists.items()}
-
-
-_WHOLE = "merge whole models: list them under models"
 
 
 def check_ranges(slices: Sequence[Slice]) -> tuple[Loc, str] | None:
     """The first error in the layer ranges, and its place."""
+    most = max(len(one.sources) for one in slices)
     for number, one in enumerate(slices):
         lengths = {source.stop - source.start for source in one.sources}
         if len(lengths) > 1:
             return ("slices", number), "its sources have different numbers of layers"
-        if len(one.sources) != len(slices[0].sources):
-            return ("slices", number), f"has {len(one.sources)} sources, the first slice has {len(slices[0].sources)}"
+        if len(one.sources) not in (1, most):
+            return ("slices", number), f"has {len(one.sources)} sources, another slice has {most}: give it {most}, or 1"
     return None

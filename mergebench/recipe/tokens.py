@@ -52,14 +52,14 @@ def vocabulary(found: Mapping[str, Any], places: Places) -> Vocabulary | None:
     if "tokenizer_source" in found and "tokenizer" in found:
         raise places.error(("tokenizer_source",), "stands beside tokenizer", "give one of them")
     if "tokenizer_source" in found:
-        return Vocabulary(found["tokenizer_source"])
+        return Vocabulary(found["tokenizer_source"].removeprefix("model:"))  # mergekit's mark of a model
     if "tokenizer" not in found:
         return None
     given = found["tokenizer"]
     tokens = {}
     for token, written in (given.get("tokens") or {}).items():
         tokens[token] = _token(written, ("tokenizer", "tokens", token), places)
-    return Vocabulary(given.get("source", "union"), tokens, given.get("pad_to_multiple_of"))
+    return Vocabulary(given.get("source", "union").removeprefix("model:"), tokens, given.get("pad_to_multiple_of"))
 
 
 def _token(written: Any, loc: Loc, places: Places) -> TokenSource:

@@ -172,6 +172,16 @@ def test_habits_are_noted_once(write: Write) -> None:
     assert load({**slerp, "models": [{"model": "a"}]}) == load(slerp)  # a note changes nothing
 
 
+def test_int8_mask_at_the_top_is_a_habit_too(write: Callable[[str], str]) -> None:
+    recipe = load(write("merge_method: linear\nmodels: [{model: a}]\nint8_mask: true\n"))
+    assert recipe.notes == ("recipe.yaml:3:1: int8_mask: ignored, 'linear' does not take it",)
+
+
+def test_mergekit_marks_a_model_of_tokens() -> None:
+    data = {"merge_method": "linear", "models": [{"model": "a"}]}
+    assert load({**data, "tokenizer_source": "model:org/b"}) == load({**data, "tokenizer_source": "org/b"})
+
+
 def test_nothing_is_no_wish() -> None:
     data = {"merge_method": "linear", "base_model": "x", "models": [{"model": "a"}]}
     empty = ("chat_template", "slices", "dtype", "parameters", "evaluate", "tokenizer", "tokenizer_source")

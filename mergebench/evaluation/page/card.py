@@ -21,7 +21,9 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     yaml.default_flow_style = False
     yaml.dump(json.loads(json.dumps(recipe)), written)
     edits = provenance.get("edits") or []
-    models = [entry.get("model") or entry.get("task_vector") for entry in recipe.get("models", [])]
+    sources = [source for one in recipe.get("slices", []) for source in one["sources"]]
+    listed = [entry.get("model") or entry.get("task_vector") for entry in [*recipe.get("models", []), *sources]]
+    models = list(dict.fromkeys(listed) if sources else listed)
     what = f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
     what = "One model edited" if only(provenance) is not None else what + ", then edited," * bool(edits)
     lines = [
@@ -39,6 +41,8 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     if recipe.get("base_model"):
         lines += [f"- base: `{recipe['base_model']}`"]
     lines += [f"- model: `{model}`" for model in models]
+    if provenance.get("notes"):
+        lines += ["", "## Notes", "", *(f"- {note}" for note in provenance["notes"])]
     if provenance.get("tasks"):
         lines += [
             "",

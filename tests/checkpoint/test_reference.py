@@ -1,0 +1,25 @@
+"""References to models: what cannot be one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergebench.checkpoint.reference import locate
+from mergebench.errors import ModelError
+
+
+def test_a_pattern_is_no_reference_and_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoint-10", "checkpoint-20", "[x]*"):
+        Path("out", name).mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"model 'out/checkpoint-\*': no such file or directory") as caught:
+        locate("out/checkpoint-*")
+    assert caught.value.hint == "name one model; here are out/checkpoint-10, out/checkpoint-20"
+    with pytest.raises(ModelError) as caught:
+        locate("org/model-?")
+    assert caught.value.hint == "a reference names one model, no pattern"
+    assert locate("out/[x]*").checkpoint == Path("out/[x]*")
