@@ -7,6 +7,7 @@ from dataclasses import replace
 from mergebench.checkpoint.align import is_derived
 from mergebench.checkpoint.assembled import assemble
 from mergebench.checkpoint.experts import fuse_deltas, read_experts
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.layouts import in_memory, read_as
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.moved import move
@@ -16,7 +17,7 @@ from mergebench.errors import ModelError
 
 def adopt(base: Model, model: Model) -> Model:
     """`model` with its tensors under the base's names where a known rule applies, and remarks on the changes."""
-    if model.tensors.keys() <= base.tensors.keys():
+    if all(name in base.tensors and _alike(info, base.tensors[name]) for name, info in model.tensors.items()):
         return model
     found = _by_names(base, model)
     if _fits(base, found):
@@ -26,10 +27,12 @@ def adopt(base: Model, model: Model) -> Model:
 
 def _fits(base: Model, model: Model) -> bool:
     """Whether the model has the base's tensors and no others, in their shapes."""
-    own, theirs = (
-        {name: info.shape for name, info in one.tensors.items() if not is_derived(info)} for one in (base, model)
-    )
-    return own.keys() == theirs.keys() and all(shape == theirs[n] or is_vocabulary(n) for n, shape in own.items())
+    own, theirs = ({n: info for n, info in one.tensors.items() if not is_derived(info)} for one in (base, model))
+    return own.keys() == theirs.keys() and all(_alike(info, theirs[name]) for name, info in own.items())
+
+
+def _alike(info: TensorInfo, other: TensorInfo) -> bool:
+    return info.shape == other.shape or is_vocabulary(info.name)
 
 
 def _by_names(base: Model, model: Model) -> Model:
@@ -63,7 +66,11 @@ def _by_transformers(base: Model, model: Model) -> Model | None:
     layout = in_memory(model.tensors, config, kind)
     wanted = in_memory(base.tensors, base.config, kind) if layout else {}
     found = read_as(wanted, layout, {name: info.shape for name, info in base.tensors.items()})
-    changed = {laid.boxes[0].source: name for name, laid in found.items() if name not in model.tensors}
+    changed = {
+        laid.boxes[0].source: name
+        for name, laid in found.items()
+        if name not in model.tensors or laid.shape != model.tensors[name].shape
+    }
     if not changed:
         return None
     used = {box.source for laid in layout.values() for box in laid.boxes}

@@ -12,7 +12,9 @@ from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
 from mergebench.checkpoint.reference import locate
+from mergebench.deltas.other_layout import read_in_another_layout
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
+from mergebench.deltas.peft.names import OTHER_MODEL
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 
@@ -50,7 +52,13 @@ def put_on(model: Model, place: Path) -> Model:
     known = formats.format_of(place)
     if known is None:
         raise _no_format(place)
-    read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
+    try:
+        read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
+    except ModelError as error:
+        other = read_in_another_layout(known, place, model) if error.hint == OTHER_MODEL else None
+        if other is None:
+            raise
+        read = other
     deltas = dict(model.deltas)
     for name in read.added:  # an alias has the deltas of its tensor
         of = next(known for known, info in model.tensors.items() if info._replace(name=name) == read.added[name])
