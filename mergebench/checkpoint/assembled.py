@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-
 import torch
 from torch import Tensor
 
@@ -104,10 +103,10 @@ class Assembled:
         key = box.source.place, box.start, box.span, self.dtype
         if getattr(_last, "key", None) != key:
             _last.key = _last.values = None
-            values = torch.empty(box.span, dtype=TORCH_DTYPE[self.dtype])
-            self._stored(files, box.source, box.start, values)
-            _last.key, _last.values = key, values
-        values = _last.values
+            span = torch.empty(box.span, dtype=TORCH_DTYPE[self.dtype])
+            self._stored(files, box.source, box.start, span)
+            _last.key, _last.values = key, span
+        values: Tensor = _last.values
         return values
 
     def _stored(self, files: Reader, info: TensorInfo, start: int, out: Tensor) -> None:
@@ -154,5 +153,3 @@ def _range(box: Box, info: TensorInfo) -> TensorInfo:
     item = ITEM_SIZE[info.dtype]
     name = f"{info.name}[{box.start}:{box.start + box.numel}]"
     return info._replace(name=name, shape=(box.numel,), offset=info.offset + box.start * item, nbytes=box.numel * item)
-
-

@@ -90,7 +90,7 @@ class _Axis(NamedTuple):
 
     first: int
     step: int
-    count: int
+    length: int
     stride: int
 
 
@@ -105,7 +105,7 @@ class _Fitted(NamedTuple):
         """The box in a tensor of another shape with as many dimensions."""
         sides = strides_of(shape)
         at = sum(axis.first * side for axis, side in zip(self.axes, sides, strict=True))
-        axes = [(axis.count, axis.step * side, axis.stride) for axis, side in zip(self.axes, sides, strict=True)]
+        axes = [(axis.length, axis.step * side, axis.stride) for axis, side in zip(self.axes, sides, strict=True)]
         return Box((), at, (), self.source, self.start, ()).with_axes(axes)
 
 
@@ -118,7 +118,7 @@ def _fitted(box: Box, shape: Shape) -> Iterator[_Fitted]:
         count, step, stride = box.counts[number], box.steps[number], box.strides[number]
         dim = next(d for d, side in enumerate(sides) if side <= step and shape[d] > 1)
         cuts: Sequence[int] = range(count + 1)  # one by one
-        if step % sides[dim] == 0 and axes[dim].count == 1:
+        if step % sides[dim] == 0 and axes[dim].length == 1:
             along = step // sides[dim]
             room = (shape[dim] - 1 - at[dim]) // along + 1  # elements until the end of the dimension
             if room >= count:
@@ -212,7 +212,7 @@ def through(one: Laid, other: Laid) -> Iterator[tuple[Any, Box]]:
                 if len(pieces) == len(shared):
                     start = my.start + sum(piece.ahead[0] for piece in pieces)
                     at = theirs.start + sum(piece.ahead[1] for piece in pieces)
-                    axes = [(piece.axis.count, piece.stride, piece.axis.stride) for piece in pieces]
+                    axes = [(piece.axis.length, piece.stride, piece.axis.stride) for piece in pieces]
                     yield theirs.source, Box((), at, (), my.source, start, ()).with_axes(axes)
 
 
@@ -230,8 +230,10 @@ def _shared(one: _Axis, other: _Axis) -> _Shared | None:
     """The elements that two axes of a dimension share."""
     step = math.lcm(one.step, other.step)
     low = max(one.first, other.first)
-    stop = min(axis.first + (axis.count - 1) * axis.step for axis in (one, other)) + 1
-    both = (n for n in range(low, min(low + step, stop)) if not (n - one.first) % one.step + (n - other.first) % other.step)
+    stop = min(axis.first + (axis.length - 1) * axis.step for axis in (one, other)) + 1
+    both = (
+        n for n in range(low, min(low + step, stop)) if not (n - one.first) % one.step + (n - other.first) % other.step
+    )
     first = next(both, None)
     if first is None:
         return None

@@ -33,13 +33,20 @@ def build(config: Mapping[str, Any], kind: str | None = None) -> Any:
         with torch.device("meta"):
             if name:
                 made = getattr(transformers, name)
-                return made(made.config_class.from_dict(dict(config)))
-            found = transformers.AutoConfig.for_model(**config)
-            return transformers.AutoModel.from_config(found)
+                return made(made.config_class.from_dict(_read(config)))
+            found = transformers.AutoConfig.for_model(**_read(config))
+            return transformers.AutoModel.from_config(found)  # type: ignore[no-untyped-call]
     except Exception:
         return None
     finally:
         logging.set_verbosity(level)
+
+
+def _read(value: Any) -> Any:
+    """A part of config.json as transformers reads it: `{"__float__": "Infinity"}` is a number."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _read(v) for k, v in value.items()}
+    return [_read(one) for one in value] if isinstance(value, list) else value
 
 
 def in_memory(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: str | None = None) -> Layout:
@@ -77,15 +84,15 @@ def _loaded(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: 
 
     stored = {name: traced(name, info.shape) for name, info in tensors.items()}
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        how = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model))
+        how = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model))  # type: ignore[arg-type]
         convert_and_load_state_dict_in_model(model, stored, how)
     except Exception:
         return {}, None
     finally:
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     values = model.state_dict()
     return {name: value.laid for name, value in values.items() if isinstance(value, Traced)}, model
 
@@ -111,14 +118,18 @@ def read_as(wanted: Layout, layout: Layout, shapes: Mapping[str, tuple[int, ...]
     return found | {name: laid for name, laid in made.items() if laid.is_complete}
 
 
+def renamed(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The layout's names of stored tensors that have only another name there, or the same."""
+    names = {_all_of(laid, shapes): name for name, laid in layout.items()}
+    return {stored: name for stored, name in names.items() if stored is not None}
+
+
 def inverse(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """The stored tensors as boxes of the layout's, by name."""
     boxes: dict[str, list[Box]] = {}
     for name, laid in layout.items():
         for box in laid.boxes:
-            boxes.setdefault(box.source, []).append(
-                Box(box.counts, box.start, box.strides, name, box.at, box.steps)
-            )
+            boxes.setdefault(box.source, []).append(Box(box.counts, box.start, box.strides, name, box.at, box.steps))
     return {name: Laid(tuple(shapes[name]), tuple(several)) for name, several in boxes.items()}
 
 

@@ -6,7 +6,7 @@ what that code makes of it, and no rule of it stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,12 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, laid: Laid, requires_grad: bool = False) -> Traced:
-        made: Traced = torch.Tensor._make_wrapper_subclass(cls, laid.shape, requires_grad=requires_grad)  # type: ignore[attr-defined]
+        made: Traced = torch.Tensor._make_wrapper_subclass(cls, laid.shape, requires_grad=requires_grad)
         made.laid = laid
         return made
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         change = _OPERATIONS.get(func.overloadpacket)
         if change is None:
             raise NotImplementedError(f"{func}: not a change of layout")

@@ -61,7 +61,7 @@ def put_on(model: Model, place: Path) -> Model:
         read = other
     deltas = dict(model.deltas)
     for name in read.added:  # an alias has the deltas of its tensor
-        of = next(known for known, info in model.tensors.items() if info._replace(name=name) == read.added[name])
+        of = next((one for one, info in model.tensors.items() if info._replace(name=name) == read.added[name]), None)
         deltas |= {name: deltas[of]} if of in deltas else {}
     for several in (read.first, read.deltas):
         for name, delta in several.items():
@@ -73,7 +73,9 @@ def put_on(model: Model, place: Path) -> Model:
     changed = replace(model, headers=headers, deltas=deltas, adapters=adapters, remarks=remarks)
     if read.added or read.config:
         config = {**(model.config_changes or {}), **read.config}
-        changed = replace(changed, tensors={**model.tensors, **read.added}, config_changes=config)
+        tensors = {name: info for name, info in model.tensors.items() if name not in read.removed} | dict(read.added)
+        deltas = {name: several for name, several in deltas.items() if name in tensors}
+        changed = replace(changed, tensors=tensors, deltas=deltas, config_changes=config)
     if is_adapter(place):
         _check_tied(changed, place)
     return changed

@@ -1,6 +1,6 @@
 """All architectures that transformers builds at a tiny size, in both layouts of their files: merges and folded LoRAs.
 
-Every outcome is right to the bit (to rounding for LoRAs), or refused in a sentence. Run with `-m slow -s` for the counts.
+Every outcome is right to the bit (to rounding for LoRAs), or refused in a sentence. `-m slow -s` prints the counts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def differs(found: dict[str, Tensor], wanted: dict[str, Tensor], exactly: bool) 
 
 
 def merged(out: Path, *models: Path) -> None:
-    recipe = {"merge_method": "linear", "models": [{"model": str(model), "parameters": {"weight": 0.5}} for model in models]}
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(model), "parameters": {"weight": 0.5}} for model in models],
+    }
     mergebench.run(mergebench.plan(mergebench.load(recipe), device="cpu", workers=1), out, overwrite=True)
 
 
