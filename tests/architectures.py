@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,14 +14,20 @@ MOST = 6_000_000  # parameters of a model that is built
 # The first pattern that fits a field's name gives its value.
 _SIZES: list[tuple[str, Any]] = [
     (r"vocab_size|.*_vocab_size|vocab_size_.*", 128),
-    (r"(num_)?(hidden|encoder|decoder|text|vision)?_?layers|n_layers?|num_.*_layers|.*_num_hidden_layers|depth", 2),
+    (
+        r"(num_)?(hidden|encoder|decoder|text|vision)?_?layers|n_layers?|num_(?!feat_extract|conv_pos).*_layers|.*_num_hidden_layers|depth",
+        2,
+    ),
     (r"num_key_value_heads|.*kv_heads|n_head_kv|num_kv.*", 2),
     (r".*experts_per_tok|.*top_?k(_experts)?|num_selected_experts|moe_k", 2),
     (r"n_group|topk_group|n_groups|mamba_n_groups", 1),
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"(n|num|moe_num)_?(routed|local|total)?_?experts", 4),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r"(num_)?(attention_)?heads|n_heads?|.*_attention_heads|.*_num_heads|num_heads|encoder_num_attention_heads", 4),
+    (
+        r"(num_)?(attention_)?heads|n_heads?|.*_attention_heads|.*_num_heads|num_heads|mamba_n_heads|encoder_num_attention_heads",
+        4,
+    ),
     (r"head_dim|.*_head_dim|d_kv|attention_head_size|.*_head_size", 8),
     (r"(q|kv|o)_lora_rank|.*_lora_rank|.*_low_rank_dim", 16),
     (r"moe_intermediate_size|.*expert.*intermediate_size|expert_ffn.*|moe_.*_size", 16),
@@ -37,6 +42,14 @@ _SIZES: list[tuple[str, Any]] = [
     (r"sliding_window|window_size|attention_window", 16),
     (r"num_mel_bins|codebook_size|num_codebooks|codebook_dim", 16),
 ]
+
+
+# tried one after the other where a class rejects the sizes
+_WAYS: list[dict[str, Any]] = [
+    {}, {"num_key_value_heads": 4}, {"head_dim": 8}, {"num_key_value_heads": 4, "head_dim": 8}, {"head_dim": 16},
+    {"layer_types": ["full_attention", "conv"]}, {"attention_types": [[["global", "local"], 1]]},
+    {"vocab_size": 40, "pad_token_id": 1}, {"mamba_d_head": 16},
+]  # fmt: skip
 
 
 def shrunk(kind: type[Any]) -> dict[str, Any]:
@@ -83,9 +96,18 @@ def _classes() -> dict[str, str]:
 def build(name: str) -> Any:
     """A tiny model of this type with random weights; an exception of transformers if it cannot be built so."""
     kind = getattr(transformers, _classes()[name])
-    config = kind.config_class(**shrunk(kind.config_class))
-    with torch.device("meta"):
-        size = sum(value.numel() for value in kind(config).parameters())
+    small, model = shrunk(kind.config_class), None
+    for way in _WAYS:
+        try:
+            config = kind.config_class(**{**small, **way})
+            with torch.device("meta"):
+                model = kind(config)
+            break
+        except Exception as error:
+            first = error if not way else first
+    if model is None:
+        raise first
+    size = sum(value.numel() for value in model.parameters())
     if size > MOST:
         raise ValueError(f"{size} parameters")
     torch.manual_seed(0)
@@ -94,11 +116,3 @@ def build(name: str) -> Any:
         for value in model.parameters():
             value.copy_(torch.randn(value.shape) * 0.1)
     return model.eval()
-
-
-def each() -> Iterator[tuple[str, Any]]:
-    for name in names():
-        try:
-            yield name, build(name)
-        except Exception as error:
-            yield name, error

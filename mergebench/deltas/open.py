@@ -12,6 +12,7 @@ from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
 from mergebench.checkpoint.reference import locate
+from mergebench.deltas.foreign import refuse_foreign, refuse_foreign_file
 from mergebench.deltas.other_layout import read_in_another_layout
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
 from mergebench.deltas.peft.names import OTHER_MODEL
@@ -36,8 +37,7 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         raise ModelError(what, f"multiply them back: mergebench compress expand {place.checkpoint} --out DIR")
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
-    if any(".lora_A." in name for name in model.tensors):  # a LoRA file without its config
-        raise ModelError(f"model '{reference}': it is an adapter, not a model", "name its base: BASE+DIRECTORY")
+    refuse_foreign(f"model '{reference}'", model.tensors)
     for adapter in place.adapters:
         model = put_on(model, adapter)
     if task_vector and not model.adapters:
@@ -113,6 +113,7 @@ def _no_format(place: Path) -> ModelError:
         read_directory(place)  # raises that it is no adapter
     if place.suffix == ".safetensors":
         read_header(place)  # raises what is wrong with the file
+        refuse_foreign_file(place)
         return ModelError(f"{place}: not a patch", "a patch is what `mergebench edit` writes beside the model")
     return ModelError(f"{place}: an adapter is a directory, a patch a .safetensors file")
 

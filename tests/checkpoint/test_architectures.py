@@ -31,7 +31,10 @@ def perturbed(model: Any) -> Any:
 
 
 def loaded(kind: Any, place: Path) -> dict[str, Tensor]:
-    model, info = kind.from_pretrained(place, output_loading_info=True)
+    try:
+        model, info = kind.from_pretrained(place, output_loading_info=True)
+    except RuntimeError as error:
+        raise ValueError(f"not loaded: {error}") from None
     problems = {key: sorted(map(str, value))[:3] for key, value in info.items() if value}
     if problems:
         raise ValueError(f"not loaded: {problems}")
@@ -111,7 +114,7 @@ def test_the_average_of_two_layouts(tmp_path: Path) -> None:
     assert not {name: outcome for name, outcome in found.items() if outcome.startswith("WRONG")}
 
 
-def folded(model: Any, folder: Path) -> str:
+def folded(model: Any, folder: Path, **settings: Any) -> str:
     """What becomes of a LoRA on all linear layers, folded into files of either layout."""
     from peft import LoraConfig, get_peft_model
 
@@ -127,9 +130,11 @@ def folded(model: Any, folder: Path) -> str:
     try:
         model = kind.from_pretrained(folder / HUB)
         torch.manual_seed(0)
-        how = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
-        if any("conv1d" in name for name, _ in model.named_parameters()):
-            how["exclude_modules"] = r".*(conv1d|out_proj)"  # PEFT refuses those of Mamba
+        how = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | settings
+        # a tied head: PEFT's merge changes the embedding too; conv1d, out_proj: PEFT refuses those of Mamba
+        tied = [name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", {})]
+        mamba = ["conv1d", "out_proj"] if any("conv1d" in name for name, _ in model.named_parameters()) else []
+        how.setdefault("exclude_modules", [*tied, *mamba])
         tuned = get_peft_model(model, LoraConfig(**how))
         tuned.save_pretrained(folder / "lora")
         wanted = {name: value.clone() for name, value in tuned.merge_and_unload().state_dict().items()}
