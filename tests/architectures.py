@@ -96,7 +96,7 @@ def _classes() -> dict[str, str]:
 def build(name: str) -> Any:
     """A tiny model of this type with random weights; an exception of transformers if it cannot be built so."""
     kind = getattr(transformers, _classes()[name])
-    small, model = shrunk(kind.config_class), None
+    small, model, errors = shrunk(kind.config_class), None, []
     for way in _WAYS:
         try:
             config = kind.config_class(**{**small, **way})
@@ -104,9 +104,9 @@ def build(name: str) -> Any:
                 model = kind(config)
             break
         except Exception as error:
-            first = error if not way else first
+            errors.append(error)
     if model is None:
-        raise first
+        raise errors[0]
     size = sum(value.numel() for value in model.parameters())
     if size > MOST:
         raise ValueError(f"{size} parameters")

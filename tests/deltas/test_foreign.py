@@ -1,4 +1,4 @@
-"""Adapters of other tools given as models or as deltas: refused, never averaged; models with such names in part are not."""
+"""Adapters of other tools given as models or as deltas are refused, never averaged; models with such parts are not."""
 
 from __future__ import annotations
 
