@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from mergebench.checkpoint.layouts import build, in_memory, renamed
 from mergebench.checkpoint.model import Model
 from mergebench.errors import ModelError
+
+# as most language models in transformers call them: no need to load it
+_COMMON = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
 def modules_of(model: Model, weights: Iterable[str]) -> dict[str, str]:
@@ -16,13 +20,17 @@ def modules_of(model: Model, weights: Iterable[str]) -> dict[str, str]:
     Weights that the class holds in another form, such as experts in one tensor, keep the files' names; so do all if the
     class is not available.
     """
-    shapes = {name: info.shape for name, info in model.tensors.items()}
-    names = renamed(in_memory(model.tensors, model.config), shapes)
-    return {name: names.get(name, name).removesuffix(".weight") for name in weights if name.endswith(".weight")}
+    plain = {name: name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
+    if all(_COMMON.fullmatch(module) for module in plain.values()):
+        return plain
+    names = renamed(in_memory(model.tensors, model.config), {name: info.shape for name, info in model.tensors.items()})
+    return {name: names.get(name, name).removesuffix(".weight") for name in plain}
 
 
-def without_layer(model: Model, modules: Iterable[str]) -> set[str]:
+def without_layer(model: Model, modules: Collection[str]) -> set[str]:
     """Those of the modules that are no linear layers in the class: experts apart, routers. None if it is not known."""
+    if all(_COMMON.fullmatch(module) for module in modules):
+        return set()
     built = build(model.config)
     if built is None:
         return set()

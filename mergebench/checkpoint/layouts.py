@@ -8,13 +8,32 @@ lies in the other: here it loads tensors that hold no data (`traced.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mergebench.checkpoint.boxes import Box, Laid, through
 from mergebench.checkpoint.header import TensorInfo
 
 Layout = dict[str, Laid]  # tensors by name, as boxes of stored ones by name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports; problems are raised as errors."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(50)  # nothing below critical
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build(config: Mapping[str, Any], kind: str | None = None) -> Any:
@@ -24,13 +43,10 @@ def build(config: Mapping[str, Any], kind: str | None = None) -> Any:
     """
     import torch
     import transformers
-    from transformers.utils import logging
 
     name = kind or str((config.get("architectures") or [""])[0])
-    level = logging.get_verbosity()
-    logging.set_verbosity(50)  # nothing below critical
     try:
-        with torch.device("meta"):
+        with quiet(), torch.inference_mode(False), torch.device("meta"):
             if name:
                 made = getattr(transformers, name)
                 return made(made.config_class.from_dict(_read(config)))
@@ -38,8 +54,6 @@ def build(config: Mapping[str, Any], kind: str | None = None) -> Any:
             return transformers.AutoModel.from_config(found)  # type: ignore[no-untyped-call]
     except Exception:
         return None
-    finally:
-        logging.set_verbosity(level)
 
 
 def _read(value: Any) -> Any:
@@ -56,6 +70,7 @@ def in_memory(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind
 
 def as_published(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: str | None = None) -> Layout:
     """The tensors that transformers saves by default, made of stored ones in any layout."""
+    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     from mergebench.checkpoint.traced import Traced
@@ -65,7 +80,8 @@ def as_published(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], k
         return {}
     del model._weight_conversions  # those of this load alone: all are wanted
     try:
-        saved = revert_weight_conversion(model, {name: Traced(laid) for name, laid in layout.items()})
+        with quiet(), torch.inference_mode(False):
+            saved = revert_weight_conversion(model, {name: Traced(laid) for name, laid in layout.items()})
     except Exception:
         return {}
     return {name: tensor.laid for name, tensor in saved.items()}
@@ -75,25 +91,21 @@ def _loaded(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: 
     model = build(config, kind)
     if model is None:
         return {}, None
+    import torch
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
 
     from mergebench.checkpoint.traced import Traced, traced
 
-    stored = {name: traced(name, info.shape) for name, info in tensors.items()}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        how = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model))  # type: ignore[arg-type]
-        convert_and_load_state_dict_in_model(model, stored, how)
-    except Exception:
+        with quiet(), torch.inference_mode(False):
+            stored = {name: traced(name, info.shape) for name, info in tensors.items()}
+            how = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model))  # type: ignore[arg-type]
+            convert_and_load_state_dict_in_model(model, stored, how)
+            values = model.state_dict()
+    except Exception:  # a rule of transformers that its own code cannot apply: other rules may
         return {}, None
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    values = model.state_dict()
     return {name: value.laid for name, value in values.items() if isinstance(value, Traced)}, model
 
 
