@@ -20,6 +20,7 @@ from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR
 from mergebench.checkpoint.staging import Staging, check_target, finished
+from mergebench.deltas.foreign import refuse_foreign_file
 from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.refused import why_refused
@@ -196,6 +197,7 @@ def plan_fold(
     `ModelError` if the adapter's type cannot be written as a difference of the base's weights.
     """
     if format_of(Path(adapter)) is None:
+        refuse_foreign_file(Path(adapter))
         read = read_stored(adapter)
         why = why_refused(read.kind) if read.is_directory else None
         if why is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -170,13 +171,23 @@ def _write(directory: Path, file: str, tensors: Mapping[str, Tensor]) -> None:
 def _gather(found: Differences, fitting: Fitting, staging: Staging, stored: Answers) -> None:
     """Join the parts into one file."""
     parts = [staging.directory / _part(found, name) for name in stored]
-    tensors = [tensor for part in parts for tensor in read_header(part).tensors]
-    tensors.sort(key=lambda tensor: -ITEM_SIZE[tensor.dtype])  # so that each is aligned
-    outs = [OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
-    shard = Shard(fitting.file, tuple(outs), fitting.metadata(stored))
-    stored_as = {tensor.name: tensor for tensor in tensors}
+    tensors = {tensor.name: tensor for part in parts for tensor in read_header(part).tensors}
+    shapes = fitting.shapes({name: tensor.shape for name, tensor in tensors.items()}, stored)
+    types = {name: tensors[name].dtype if name in tensors else "F32" for name in shapes}
+    names = sorted(shapes, key=lambda name: -ITEM_SIZE[types[name]])  # so that each is aligned
+    outs = [OutTensor(n, types[n], shapes[n], math.prod(shapes[n]) * ITEM_SIZE[types[n]]) for n in names]
     with Files() as opened:
-        write_shard(staging.directory, shard, lambda name: whole(opened, stored_as[name]))
+
+        def padded(name: str) -> Tensor:
+            values = whole(opened, tensors[name]) if name in tensors else None
+            if values is not None and values.shape == shapes[name]:
+                return values
+            out = torch.zeros(shapes[name])
+            if values is not None:
+                out[tuple(map(slice, values.shape))] = values
+            return out
+
+        write_shard(staging.directory, Shard(fitting.file, tuple(outs), fitting.metadata(stored)), padded)
     for part in parts:
         part.unlink()
 

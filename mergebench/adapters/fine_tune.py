@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergebench import methods
-from mergebench.adapters.peft_names import prefix, stored_in_out
+from mergebench.adapters.peft_names import modules_of, stored_in_out
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.mismatch import Mismatch
@@ -55,9 +55,7 @@ class Differences:
     @cached_property
     def linear(self) -> dict[str, str]:
         """The linear layers' weights, and their modules' names."""
-        found = {name: name.removesuffix(".weight") for name, shape in self.shapes.items() if is_linear(name, shape)}
-        before = prefix(self.base, found.values())
-        return {name: before + module for name, module in found.items()}
+        return modules_of(self.base, (name for name, shape in self.shapes.items() if is_linear(name, shape)))
 
     @cached_property
     def transposed(self) -> bool:

@@ -86,9 +86,31 @@ def check_kept(rank: int | None, energy: float | None) -> None:
         raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
 
 
-def config(ranks: Mapping[str, int], transposed: bool, **more: Any) -> dict[str, Any]:
-    """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r)."""
-    rank, pattern = rank_pattern(ranks)
+def one_rank(ranks: Mapping[str, int], without_layer: Collection[str]) -> dict[str, int]:
+    """The ranks that PEFT can load: it joins the factors of a layer's experts, and takes one rank for all that are no
+    linear layers of the class.
+
+    Experts without factors are added where others in their layer have some.
+    """
+    least = max((rank for module, rank in ranks.items() if module in without_layer), default=0)
+    layers = {layer for module in ranks if module in without_layer and (layer := _experts_of(module))}
+    added = [module for module in without_layer if _experts_of(module) in layers]
+    return {**ranks, **{module: least for module in [*ranks, *sorted(added)] if module in without_layer}}
+
+
+def _experts_of(module: str) -> str | None:
+    """`model.layers.1.mlp` of `model.layers.1.mlp.experts.3.up_proj`."""
+    layer, found, number = module.partition(".experts.")
+    return layer if found and number[0].isdigit() else None
+
+
+def config(ranks: Mapping[str, int], transposed: bool, usual: int | None = None, **more: Any) -> dict[str, Any]:
+    """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r).
+
+    usual: `r`; by default the rank that most modules have.
+    """
+    rank = usual or rank_pattern(ranks)[0]
+    pattern = _pattern(ranks, rank)
     return {
         "peft_type": "LORA",
         "r": rank,

@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
-import torch
-
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.layouts import build, in_memory, renamed
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.names import match
 from mergebench.errors import ModelError
 
-_ALREADY = re.compile(r"^model\.")  # the name of the inner model in most classes with a head
-_WITHOUT_HEAD = re.compile(r"(?<!Head)(?<!Heads)Model$")
+# as most language models in transformers call them: no need to load it
+_COMMON = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
-def prefix(model: Model, modules: Collection[str]) -> str:
-    """The prefix of the files' names in the class that config.json names, such as `transformer.`.
+def modules_of(model: Model, weights: Iterable[str]) -> dict[str, str]:
+    """The modules of weights as the class that config.json names calls them, whose names PEFT takes.
 
-    GPT-2's files say `h.0.attn.c_attn`, a GPT2LMHeadModel `transformer.h.0.attn.c_attn`; transformers loads either,
-    PEFT only the class's names. If the class is not available, there is no prefix.
+    GPT-2's files say `h.0.attn.c_attn`, a GPT2LMHeadModel `transformer.h.0.attn.c_attn`; transformers loads either.
+    Weights that the class holds in another form, such as experts in one tensor, keep the files' names; so do all if the
+    class is not available.
     """
-    name = _class_name(model)
-    if not name or _WITHOUT_HEAD.search(name) or any(_ALREADY.match(module) for module in modules):
-        return ""
-    built = _build(model)
-    if built is None:
-        return ""
-    known = {module for module, _ in built.named_modules()}
-    ways = ("", f"{built.base_model_prefix}.")
-    return next((way for way in ways if all(way + module in known for module in modules)), "")
-
-
-def modules_of(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The module of each weight, by the files' names; only modules whose name in the class is known.
-
-    If the class is not available, all weights called `MODULE.weight`.
-    """
-    plain = {name: name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
-    built = _build(model)
-    if built is None:
+    plain = {name: name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
+    if all(_COMMON.fullmatch(module) for module in plain.values()):
         return plain
-    own = {name: TensorInfo(name, "F32", tuple(value.shape), Path(), 0, 0) for name, value in built.named_parameters()}
-    found = {name: name for name in shapes if name in own} | match(shapes, own)
-    return {name: target.removesuffix(".weight") for name, target in found.items() if target.endswith(".weight")}
+    names = renamed(in_memory(model.tensors, model.config), {name: info.shape for name, info in model.tensors.items()})
+    return {name: names.get(name, name).removesuffix(".weight") for name in plain}
+
+
+def without_layer(model: Model, modules: Collection[str]) -> set[str]:
+    """Those of the modules that are no linear layers in the class: experts apart, routers. None if it is not known."""
+    if all(_COMMON.fullmatch(module) for module in modules):
+        return set()
+    built = build(model.config)
+    if built is None:
+        return set()
+    layers = {name for name, module in built.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    return set(modules) - layers
 
 
 def task_type(model: Model) -> str | None:
@@ -56,20 +45,6 @@ def task_type(model: Model) -> str | None:
 
 def _class_name(model: Model) -> str:
     return str((model.config.get("architectures") or [""])[0])
-
-
-def _build(model: Model) -> Any:
-    """The model's class built without data; None if it is missing or rejects the config."""
-    import transformers
-
-    from mergebench.networks.module import quiet
-
-    try:
-        kind = getattr(transformers, _class_name(model))
-        with quiet(), torch.device("meta"):
-            return kind(kind.config_class.from_dict(model.config))
-    except Exception:
-        return None
 
 
 def stored_in_out(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -23,6 +23,7 @@ from mergebench.adapters.fine_tune import Reading
 DELTAS = "delta.safetensors"  # a file of deltas in the output directory, where no PEFT type fits
 
 Settings = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]  # by tensor
 Answers = Mapping[str, Mapping[str, Any]]  # by tensor that is stored: `total`, `kept`, `nbytes`, `about`, `sums`
 
 
@@ -53,6 +54,8 @@ class Fitting(Protocol):
     def held(self) -> Mapping[str, str]: ...  # the tensors that it can hold, and what the provenance calls them
 
     def fit(self, name: str) -> Fit: ...  # one of those tensors
+
+    def shapes(self, stored: Shapes, answers: Answers) -> Shapes: ...  # of the file's tensors, padded with zeros
 
     def config(self, answers: Answers) -> dict[str, Any] | None: ...  # adapter_config.json, of the tensors stored
 

@@ -27,7 +27,8 @@ class Deltas(NamedTuple):
     headers: list[Header]
     made_on: str | None = None  # `content.identity` of the model that they were made on, if recorded
     first: Mapping[str, Delta] = {}  # deltas that come before those on the same tensors
-    added: Mapping[str, TensorInfo] = {}  # tensors that the base has only as an alias of another
+    added: Mapping[str, TensorInfo] = {}  # tensors that the base does not have, or only as an alias of another
+    removed: Collection[str] = ()  # tensors of the base that the model has no use for: another head
     config: Mapping[str, Any] = {}  # changes to config.json
 
 

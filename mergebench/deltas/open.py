@@ -12,7 +12,10 @@ from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
 from mergebench.checkpoint.reference import locate
+from mergebench.deltas.foreign import refuse_foreign, refuse_foreign_file
+from mergebench.deltas.other_layout import read_in_another_layout
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
+from mergebench.deltas.peft.names import OTHER_MODEL
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 
@@ -34,8 +37,7 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
         raise ModelError(what, f"multiply them back: mergebench compress expand {place.checkpoint} --out DIR")
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
-    if any(".lora_A." in name for name in model.tensors):  # a LoRA file without its config
-        raise ModelError(f"model '{reference}': it is an adapter, not a model", "name its base: BASE+DIRECTORY")
+    refuse_foreign(f"model '{reference}'", model.tensors)
     for adapter in place.adapters:
         model = put_on(model, adapter)
     if task_vector and not model.adapters:
@@ -50,10 +52,16 @@ def put_on(model: Model, place: Path) -> Model:
     known = formats.format_of(place)
     if known is None:
         raise _no_format(place)
-    read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
+    try:
+        read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
+    except ModelError as error:
+        other = read_in_another_layout(known, place, model) if error.hint == OTHER_MODEL else None
+        if other is None:
+            raise
+        read = other
     deltas = dict(model.deltas)
     for name in read.added:  # an alias has the deltas of its tensor
-        of = next(known for known, info in model.tensors.items() if info._replace(name=name) == read.added[name])
+        of = next((one for one, info in model.tensors.items() if info._replace(name=name) == read.added[name]), None)
         deltas |= {name: deltas[of]} if of in deltas else {}
     for several in (read.first, read.deltas):
         for name, delta in several.items():
@@ -65,7 +73,9 @@ def put_on(model: Model, place: Path) -> Model:
     changed = replace(model, headers=headers, deltas=deltas, adapters=adapters, remarks=remarks)
     if read.added or read.config:
         config = {**(model.config_changes or {}), **read.config}
-        changed = replace(changed, tensors={**model.tensors, **read.added}, config_changes=config)
+        tensors = {name: info for name, info in model.tensors.items() if name not in read.removed} | dict(read.added)
+        deltas = {name: several for name, several in deltas.items() if name in tensors}
+        changed = replace(changed, tensors=tensors, deltas=deltas, config_changes=config)
     if is_adapter(place):
         _check_tied(changed, place)
     return changed
@@ -103,6 +113,7 @@ def _no_format(place: Path) -> ModelError:
         read_directory(place)  # raises that it is no adapter
     if place.suffix == ".safetensors":
         read_header(place)  # raises what is wrong with the file
+        refuse_foreign_file(place)
         return ModelError(f"{place}: not a patch", "a patch is what `mergebench edit` writes beside the model")
     return ModelError(f"{place}: an adapter is a directory, a patch a .safetensors file")
 

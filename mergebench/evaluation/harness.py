@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mergebench.checkpoint.layouts import quiet
 from mergebench.errors import MergebenchError, ModelError, RunError
 from mergebench.networks.batch import batches, out_of_memory, run_batches
-from mergebench.networks.module import quiet
 from mergebench.plugins import need
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import available_memory
 from mergebench.errors import ModelError, RunError
 from mergebench.networks.features import Pooling
-from mergebench.networks.module import quiet
 from mergebench.networks.network import Network
 
 PROCESSOR = "preprocessor_config.json"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import available_memory
 from mergebench.errors import ModelError, RunError
 from mergebench.networks.loadable import LoadableModel
@@ -21,23 +20,6 @@ from mergebench.networks.onednn import PackedLinear
 FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
 DERIVED = ("position_ids", "inv_freq", "masked_bias")  # buffers that follow from the config
 NOISE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # of a config.json
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports; problems are raised as errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # nothing below critical
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class Weights:

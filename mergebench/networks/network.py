@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.content import tokenizer_hash
+from mergebench.checkpoint.layouts import quiet
 from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
 from mergebench.networks.loadable import LoadableModel
-from mergebench.networks.module import build, config_of, failed, quiet
+from mergebench.networks.module import build, config_of, failed
 
 
 class Network:

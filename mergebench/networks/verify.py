@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.layouts import quiet
 from mergebench.errors import RunError
-from mergebench.networks.module import quiet
 
 
 def verify(directory: Path) -> None:

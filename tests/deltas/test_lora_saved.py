@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,11 +45,44 @@ def test_a_classifiers_head(tmp_path: Path, kind: str) -> None:
     assert {"score.weight", "classifier.weight"} & lora.check(tmp_path)
 
 
-def test_a_head_that_the_base_does_not_have(tmp_path: Path) -> None:
+HEADS = {
+    "reward": ("llama", transformers.AutoModelForSequenceClassification, "SEQ_CLS", ["q_proj"]),
+    "tokens": ("bert", transformers.AutoModelForTokenClassification, "TOKEN_CLS", ["query"]),
+    "tied": ("tied", transformers.AutoModelForSequenceClassification, "SEQ_CLS", ["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_a_head_on_the_model_it_was_trained_from(tmp_path: Path, case: str) -> None:
+    """The result is the classifier: its head, its class, its labels, no other head."""
+    family, auto, task, targets = HEADS[case]
+    lora.save_base(tmp_path, family)
+    three = SimpleNamespace(from_pretrained=partial(auto.from_pretrained, num_labels=3))
+    lora.save_lora(tmp_path, three, r=2, target_modules=targets, task_type=task)
+    lora.merged(tmp_path)
+    model, problems = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(problems.values()) and model.config.num_labels == 3
+    expected = read_model(tmp_path / "folded")
+    assert any("classifier" in name or "score" in name for name in expected)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_a_head_that_needs_more_than_the_adapter_holds(tmp_path: Path) -> None:
+    """BERT's classifier also has a pooler, which PEFT does not save."""
+    lora.save_base(tmp_path, "bert", transformers.AutoModelForMaskedLM)
+    auto = transformers.AutoModelForSequenceClassification
+    lora.save_lora(tmp_path, auto, r=2, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(ModelError, match=r"it brings a part 'classifier\.bias', .* 'bert\.pooler\.dense\.bias'"):
+        lora.merged(tmp_path)
+
+
+def test_a_head_of_no_known_class(tmp_path: Path) -> None:
     auto = transformers.AutoModelForSequenceClassification
     lora.save_base(tmp_path, "llama", auto)
     lora.save_lora(tmp_path, auto, r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
     lora.save_base(tmp_path, "llama")
+    lora.change(tmp_path, task_type=None, auto_mapping=None)
     with pytest.raises(ModelError, match=r"it brings a part 'score\.weight', which the base does not have"):
         lora.merged(tmp_path)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading
-from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Target
+from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Shapes, Target
 from mergebench.checkpoint.content import identity
 from mergebench.deltas.formats import native
 from mergebench.deltas.peft.directory import PREFIX, WEIGHTS
@@ -39,6 +39,9 @@ class _Fitting:
         else:
             stored = {f"{name}.values": values}
         return Fit(stored, total, total, {"count": values.numel()})
+
+    def shapes(self, stored: Shapes, answers: Answers) -> Shapes:
+        return stored
 
     def config(self, answers: Answers) -> dict[str, Any] | None:
         modules = [self.held[name] for name in answers]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading
-from mergebench.adapters.target import Answers, Fit, Settings, Target
+from mergebench.adapters.target import Answers, Fit, Settings, Shapes, Target
 from mergebench.adapters.targets.lora import RANK, ranks_within
 from mergebench.deltas import svd
 from mergebench.deltas.peft.directory import PREFIX, WEIGHTS
@@ -106,6 +106,9 @@ class _Fitting:
         module = f"{PREFIX}{self.held[name]}"
         factors = {f"{module}.hira_A": found.a, f"{module}.hira_B": found.b}
         return Fit(factors, best.total, found.kept * best.total, about, {"magnitudes": sums, "lora": best.kept})
+
+    def shapes(self, stored: Shapes, answers: Answers) -> Shapes:
+        return stored
 
     def config(self, answers: Answers) -> dict[str, Any]:
         ranks = {self.held[name]: answer["about"]["rank"] for name, answer in answers.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading
-from mergebench.adapters.peft_names import task_type
-from mergebench.adapters.target import Answers, Fit, Settings, Target
+from mergebench.adapters.peft_names import task_type, without_layer
+from mergebench.adapters.target import Answers, Fit, Settings, Shapes, Target
 from mergebench.deltas.peft.directory import WEIGHTS
 from mergebench.deltas.svd import Product, keep_energy, truncate
 
@@ -36,11 +37,30 @@ class _Fitting:
             return keep_energy(matrix, how["energy"], how["seed"])
         return truncate(matrix, min(how["rank"], *matrix.shape), how["seed"])
 
-    def config(self, answers: Answers) -> dict[str, Any]:
+    def shapes(self, stored: Shapes, answers: Answers) -> Shapes:
+        """Those of experts and routers have one rank; unchanged experts of a layer are zeros."""
+        layers = {name: self._found.shape(name) for name in self.held}
+        factors: dict[str, tuple[int, ...]] = {}
+        for module, rank in self._ranks(answers).items():
+            out, inputs = next(layers[name] for name, held in self.held.items() if held == module)
+            factors |= {
+                peft_directory.key(module, "A"): (rank, inputs), peft_directory.key(module, "B"): (out, rank),
+            }  # fmt: skip
+        return factors
+
+    def _ranks(self, answers: Answers) -> dict[str, int]:
         ranks = {self.held[name]: answer["about"]["rank"] for name, answer in answers.items()}
-        base = self._found.base
+        return peft_directory.one_rank(ranks, self._without_layer)
+
+    @cached_property
+    def _without_layer(self) -> set[str]:
+        return without_layer(self._found.base, self.held.values())
+
+    def config(self, answers: Answers) -> dict[str, Any]:
+        base, ranks = self._found.base, self._ranks(answers)
         about = {"base_model_name_or_path": base.reference, "task_type": task_type(base)}
-        return peft_directory.config(ranks, self._found.transposed, **about)
+        usual = next((ranks[module] for module in ranks if module in self._without_layer), None)
+        return peft_directory.config(ranks, self._found.transposed, usual, **about)
 
     def metadata(self, answers: Answers) -> Mapping[str, str]:
         return {}

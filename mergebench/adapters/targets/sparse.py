@@ -17,7 +17,7 @@ from torch import Tensor
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading, tiles
 from mergebench.adapters.smallest import Keys, Ranking, check_length, magnitude_keys, smallest
-from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Target
+from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Shapes, Target
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files, whole
 from mergebench.deltas.formats import masked, native
@@ -75,6 +75,9 @@ class _Fitting:
 
     def _tensors(self, name: str, values: Tensor, positions: Tensor) -> Mapping[str, Tensor]:
         return {f"{name}.values": values, f"{name}.indices": positions}
+
+    def shapes(self, stored: Shapes, answers: Answers) -> Shapes:
+        return stored
 
     def config(self, answers: Answers) -> dict[str, Any] | None:
         return None

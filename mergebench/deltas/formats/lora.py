@@ -30,6 +30,7 @@ from mergebench.deltas.peft.directory import (
     read_directory,
 )
 from mergebench.deltas.peft.factors import PATTERNS, Factors, read_factors
+from mergebench.deltas.peft.heads import new_head, with_head
 from mergebench.deltas.peft.names import OTHER_MODEL, Placing, put_whole
 from mergebench.deltas.peft.orientation import Orientation
 from mergebench.deltas.peft.parameters import Wrapped, names_of, put_wrapped, take_wrapped
@@ -144,13 +145,13 @@ def lora(directory: Path, base: Base) -> Deltas:
     _put_experts(adapter, of_experts, placing, base)
     put_wrapped(directory, adapter.parameters, adapter.config, placing, base)
     put_tokens(directory, adapter.tokens, adapter.config, placing, base)
-    put_whole(adapter.whole, placing, below)
+    head = new_head(directory, put_whole(adapter.whole, placing, below), adapter.config, own)
     if adapter.config.get("bias", "none") != "none":
         for name in (f"{weight.removesuffix('.weight')}.bias" for weight in weights):
             if name in base.tensors and name not in placing.deltas:
                 raise ModelError(f"{directory}: bias: {adapter.config['bias']}, but it holds no '{name}'")
     added, config = untie(directory, own, base, placing.deltas, bool(adapter.config.get("ensure_weight_tying")))
-    return Deltas(placing.deltas, [adapter.header], first=below.deltas, added=added, config=config)
+    return with_head(Deltas(placing.deltas, [adapter.header], first=below.deltas, added=added, config=config), head)
 
 
 def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:

@@ -13,6 +13,7 @@ from mergebench.checkpoint.format import Base, Deltas, Format, delta_format
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import DeltaKind, Part
 from mergebench.deltas.peft.directory import CONFIG, by_module, holds_no_model, of_type, read_directory
+from mergebench.deltas.peft.heads import new_head, with_head
 from mergebench.deltas.peft.names import Placing, on_stored, put_whole
 from mergebench.deltas.peft.orientation import Orientation
 from mergebench.deltas.peft.settings import check_settings
@@ -157,11 +158,11 @@ def peft_type(
                 for change in function(one):
                     target = weight if change.tensor == "weight" else f"{weight.removesuffix('weight')}{change.tensor}"
                     placing.put_on(target, one.name, change.kind, change.parts, change.shape, **change.settings)
-            put_whole(whole, placing, below)
+            head = new_head(directory, put_whole(whole, placing, below), config, own)
             if not placing.deltas:
                 raise ModelError(f"{directory}: the adapter holds no tensors")
             added, changes = untie(directory, own, base, placing.deltas, keep=False)
-            return Deltas(placing.deltas, [header], first=below.deltas, added=added, config=changes)
+            return with_head(Deltas(placing.deltas, [header], first=below.deltas, added=added, config=changes), head)
 
         read.__name__, read.__doc__ = function.__name__, function.__doc__
         read.__module__, read.__qualname__ = function.__module__, function.__qualname__

@@ -14,6 +14,7 @@ from mergebench.checkpoint.names import is_vocabulary, match
 from mergebench.deltas.dense import dense
 from mergebench.errors import ModelError
 
+WITH_HEAD = "name a base saved with it, such as the classifier that the adapter was trained on"
 OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
 
 
@@ -67,8 +68,7 @@ class Placing:
         for stored, tensor in tensors.items():
             if self.known(stored) is None:
                 raise ModelError(
-                    f"{self._directory}: it brings a part '{stored}', which the base does not have",
-                    "name a base saved with it, such as the classifier that the adapter was trained on",
+                    f"{self._directory}: it brings a part '{stored}', which the base does not have", WITH_HEAD
                 )
             self.put(stored, tensor.name, dense, {"values": Part(tensor)}, replace=True)
 
@@ -149,14 +149,17 @@ class Placing:
         return target
 
 
-def put_whole(tensors: Mapping[str, TensorInfo], placing: Placing, below: Placing) -> None:
-    """Put tensors in the place of the base's: by `below` the biases that `placing` changes too.
+def put_whole(tensors: Mapping[str, TensorInfo], placing: Placing, below: Placing) -> dict[str, TensorInfo]:
+    """Put tensors in the place of the base's: by `below` the biases that `placing` changes too. Returns those that the
+    base does not have.
 
     With `bias: all` a layer's own bias is trained, and what the adapter adds to a bias is added to that one.
     """
+    new = {name: tensor for name, tensor in tensors.items() if placing.known(name) is None}
     twice = {name for name in tensors if name.endswith(".bias") and placing.known(name) in placing.deltas}
     below.put_whole({name: tensor for name, tensor in tensors.items() if name in twice})
-    placing.put_whole({name: tensor for name, tensor in tensors.items() if name not in twice})
+    placing.put_whole({name: tensor for name, tensor in tensors.items() if name not in twice and name not in new})
+    return new
 
 
 def on_stored(b: TensorInfo, a: TensorInfo, in_out: bool) -> dict[str, Part | None]:

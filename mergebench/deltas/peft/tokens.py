@@ -95,6 +95,10 @@ def untie(
         apart = True
     if not apart:
         return added, {}
+    for head in pairs:  # its bias may be an alias as well
+        bias = f"{head.removesuffix('weight')}bias"
+        target = None if bias in base.tensors else tied_to(bias, base)
+        added |= {} if target is None else {bias: base.tensors[target]._replace(name=bias)}
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text_config = base.config.get("text_config")
     if isinstance(text_config, dict):

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from mergebench.checkpoint.layouts import quiet
 from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction
 from mergebench.networks.batch import CPU_TOKENS, batches
-from mergebench.networks.module import quiet
 from mergebench.parameters import param
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
