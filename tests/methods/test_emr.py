@@ -170,7 +170,7 @@ def test_a_task_is_cut_anywhere(folder: Path) -> None:
 
 
 def test_names_of_tasks_are_plain_and_different(folder: Path) -> None:
-    places = ["x/ft", "y/ft", "z/../x/../ft1", "a+b"]
+    places = ["x/ft", "y/ft", "z/../x/../ft1", "c+b", "c-b-2", "c!b"]
     (folder / "z").mkdir()
     for place in places:
         if not Path(place).exists():
@@ -178,7 +178,7 @@ def test_names_of_tasks_are_plain_and_different(folder: Path) -> None:
     out = merge(models=places)
 
     names = sorted(path.name for path in (out / "tasks").iterdir())
-    assert len(names) == 4 and all(not set(name) & set("/+") and name.strip(".") for name in names)
+    assert len(names) == 6 and all(not set(name) & set("/+") and name.strip(".") for name in names)
     for name in names:
         applied(f"base+{out}/tasks/{name}")
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import DiskFull, ModelError, RunError
 from mergebench.evaluation import Candidate, Record, Suite
 from mergebench.evaluation.run import Batch
 from mergebench.evaluation.search.candidates import Candidates
@@ -92,6 +92,8 @@ class Search:
             records = self._records(values, f"point {number}")
             objective, self.history.direction = self.objective.of(records)
             self.history.metrics |= {record.task: record.metric for record in records}
+        except DiskFull:  # the point is as good as others
+            raise
         except (RunError, ModelError) as failure:
             error = failure.message
         tasks = {record.task: record.value for record in records}

@@ -185,6 +185,19 @@ def test_a_point_that_fails_is_passed_over(place: Path, cli: Cli) -> None:
         )
 
 
+def test_a_full_disk_is_no_point_that_failed(made: Path, tmp_path: Path, server: Server) -> None:
+    """It names the file that could not be written, and the search goes on from there."""
+    shutil.copytree(made, tmp_path / "work", symlinks=True)
+    folder = tmp_path / "work"
+    args = ["search", "recipe.yaml", "--over", "lambda", "--budget", "2", "-q"]
+    code, out, err = server.run(*args, folder=folder, largest_file=250)
+    assert (code, out) == (1, "") and err.startswith("error: searches/recipe/"), err
+    assert "File too large" in err and "go on with --resume" in err
+    assert not (folder / "searches/recipe/search.json").exists()
+    assert server.run(*args, "--resume", folder=folder)[0] == 0
+    assert document(folder / "searches/recipe")["points"][0]["error"] is None
+
+
 def test_objectives_against_the_tasks_own_fine_tunes(place: Path, cli: Cli) -> None:
     own = json.loads(cli("eval", "suite.yaml", "one", "two", "--split", "validation", "--json").out)["records"]
     best = {record["task"]: record["value"] for record in own if record["model"] == record["task"]}
