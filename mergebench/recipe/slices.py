@@ -133,6 +133,8 @@ def pieces_of(slices: Sequence[Slice], stacks: Mapping[str, Stack]) -> dict[str,
                 outside.pop(name, None)
             else:
                 raise ModelError(f"{name}: {lacks.model.reference} does not have it, {has.model.reference} has it")
+    if [source.model for source in slices[0].sources] != [source.model for source in slices[-1].sources]:
+        outside = {name: end for name, end in outside.items() if tied_to(name, first.model) is None}  # no other copy
     pieces = {name: Piece(0, 0.0, (name,) * len(ends[0])) for name, before in outside.items() if before}
     out = 0
     for number, one in enumerate(slices):

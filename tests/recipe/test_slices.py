@@ -229,6 +229,14 @@ def test_what_stands_before_and_after_the_layers() -> None:
     assert comes_before("model.alpha") is None
 
 
+def test_a_tied_head_is_not_taken_from_another_model_than_its_embedding(folder: Path) -> None:
+    for name in "ab":
+        names = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w", "model.layers.1.w"]
+        config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True}
+        write_model(folder / name, dict.fromkeys(names, torch.full((2, 2), float(ord(name)))), config=config)
+    assert "lm_head.weight" not in merged(stacked(("a", 0, 1), ("b", 1, 2)))
+
+
 def test_a_name_that_does_not_tell_is_noted(folder: Path) -> None:
     for seed, name in enumerate("ab"):
         tensors = {"strange": torch.full((2,), float(seed))} | {f"layers.{at}.w": torch.ones(2) for at in range(2)}
