@@ -91,13 +91,11 @@ def follow(layers: Sequence[Layer], known: Sequence[Layer]) -> dict[str, Any]:
     length, count, first = _length(part), len(layers), [one for one in known if one.reference == known[0].reference]
     if not own or (count == len(first) and all(layer.number == at for at, layer in enumerate(layers))):
         return {}
-    why = "has a number of layers that no known key of its config.json gives" if length is None else None
     if any(part.get(key) for key in _APART):
-        why = "has tensors with a part for each layer, in its place"
-    if why is not None:
-        raise ModelError(f"slices: {layers[0].reference} {why}", "merge whole models: list them under models")
+        what = f"slices: {layers[0].reference} has tensors with a part for each layer, in its place"
+        raise ModelError(what, "merge whole models: list them under models")
     kinds = [kind_of(layer._replace(config=own)) | kind_of(layer) for layer in layers]
-    changes: dict[str, Any] = {key: count for key in COUNTS if part.get(key) == length}
+    changes: dict[str, Any] = {key: count for key in COUNTS if length is not None and part.get(key) == length}
     for key in _told(part):
         if key in part and all(key in kind for kind in kinds):
             changes[key] = _as_written(key, part[key], [kind[key] for kind in kinds])

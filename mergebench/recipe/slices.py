@@ -133,6 +133,8 @@ def pieces_of(slices: Sequence[Slice], stacks: Mapping[str, Stack]) -> dict[str,
                 outside.pop(name, None)
             else:
                 raise ModelError(f"{name}: {lacks.model.reference} does not have it, {has.model.reference} has it")
+    if [source.model for source in slices[0].sources] != [source.model for source in slices[-1].sources]:
+        outside = {name: end for name, end in outside.items() if tied_to(name, first.model) is None}  # no other copy
     pieces = {name: Piece(0, 0.0, (name,) * len(ends[0])) for name, before in outside.items() if before}
     out = 0
     for number, one in enumerate(slices):
@@ -165,6 +167,9 @@ def put_together(
     headers: dict[Any, Header] = {header.file: header for model in models for header in model.headers}
     layers = [stacks[source.model].layer(at) for source in sources for at in range(source.start, source.stop)]
     known = [stack.layer(number) for stack in used for number in sorted(stack.layers)]
+    changes, remarks = follow(layers, known), list(models[0].remarks)
+    if models[0].config and not changes and len(layers) != len(used[0].layers):
+        remarks.append(f"no known key of config.json is the number of layers: it does not say {len(layers)}")
     return replace(
         models[0],
         reference="/".join(model.reference for model in models),
@@ -172,7 +177,8 @@ def put_together(
         tensors=tensors,
         deltas=deltas,
         sliced=True,
-        config_changes={**(models[0].config_changes or {}), **follow(layers, known)},
+        config_changes={**(models[0].config_changes or {}), **changes},
+        remarks=tuple(remarks),
     )
 
 

@@ -123,6 +123,7 @@ TINY = {
     "pad_token_id": 0,
     "sliding_window": 4,
     "rotary_dim": 4,
+    "num_experts_per_tok": 2,
     "num_local_experts": 4,
     "num_experts": 4,
     "moe_intermediate_size": 16,

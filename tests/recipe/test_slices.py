@@ -146,7 +146,7 @@ NO_KEY = {"model_type": "new", "num_hidden_layers": 4}
         (NO_KEY, [("a", 1, 4)], "layer 1 of a would be layer 0, and nothing known in config.json says"),
         (NO_KEY, [("a", 0, 4), ("a", 2, 4)], None),
         ({"model_type": "gemma2", "num_hidden_layers": 4}, [("a", 0, 2), ("a", 1, 4)], "by model_type: gemma2"),
-        ({"model_type": "new", "levels": 4}, [("a", 0, 2)], "that no known key of its config.json gives"),
+        ({"model_type": "new", "levels": 4}, [("a", 1, 3)], "nothing known in config.json says"),
         (MOE | {"hidden_size_per_layer_input": 2}, [("a", 0, 2)], "tensors with a part for each layer"),
     ],
 )
@@ -161,6 +161,12 @@ def test_a_config_that_cannot_describe_the_layers(
     with pytest.raises(MergebenchError) as caught:
         mergebench.plan(mergebench.load(stacked(*ranges)))
     assert message in caught.value.message
+
+
+def test_a_config_without_a_number_of_layers_is_noted(folder: Path) -> None:
+    write_mixed(folder / "a", 0, {"model_type": "new", "levels": 4}, [DENSE] * 4)
+    notes = mergebench.plan(mergebench.load(stacked(("a", 0, 2)))).merge.notes
+    assert notes == ("a: no known key of config.json is the number of layers: it does not say 2",)
 
 
 def test_lists_of_layers_are_those_of_the_layers_models(folder: Path) -> None:
@@ -227,6 +233,14 @@ def test_what_stands_before_and_after_the_layers() -> None:
     assert [name for kind, name in BEFORE if comes_before(name, kind) is not True] == []
     assert [name for kind, name in AFTER if comes_before(name, kind) is not False] == []
     assert comes_before("model.alpha") is None
+
+
+def test_a_tied_head_is_not_taken_from_another_model_than_its_embedding(folder: Path) -> None:
+    for name in "ab":
+        names = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w", "model.layers.1.w"]
+        config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True}
+        write_model(folder / name, dict.fromkeys(names, torch.full((2, 2), float(ord(name)))), config=config)
+    assert "lm_head.weight" not in merged(stacked(("a", 0, 1), ("b", 1, 2)))
 
 
 def test_a_name_that_does_not_tell_is_noted(folder: Path) -> None:
