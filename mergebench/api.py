@@ -20,9 +20,9 @@ from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR
 from mergebench.checkpoint.staging import Staging, check_target, finished
-from mergebench.deltas.foreign import refuse_foreign_file
 from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import open_model
+from mergebench.deltas.peft.foreign import refuse_foreign_file
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch

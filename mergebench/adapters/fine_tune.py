@@ -55,7 +55,8 @@ class Differences:
     @cached_property
     def linear(self) -> dict[str, str]:
         """The linear layers' weights, and their modules' names."""
-        return modules_of(self.base, (name for name, shape in self.shapes.items() if is_linear(name, shape)))
+        found = {name: name.removesuffix(".weight") for name, shape in self.shapes.items() if is_linear(name, shape)}
+        return found | modules_of(self.base, found)
 
     @cached_property
     def transposed(self) -> bool:

@@ -17,14 +17,14 @@ def modules_of(model: Model, weights: Iterable[str]) -> dict[str, str]:
     """The modules of weights as the class that config.json names calls them, whose names PEFT takes.
 
     GPT-2's files say `h.0.attn.c_attn`, a GPT2LMHeadModel `transformer.h.0.attn.c_attn`; transformers loads either.
-    Weights that the class holds in another form, such as experts in one tensor, keep the files' names; so do all if the
-    class is not available.
+    Without weights that the class holds in another form, such as experts in one tensor. If the class is not available, by
+    the files' names.
     """
     plain = {name: name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
     if all(_COMMON.fullmatch(module) for module in plain.values()):
         return plain
     names = renamed(in_memory(model.tensors, model.config), {name: info.shape for name, info in model.tensors.items()})
-    return {name: names.get(name, name).removesuffix(".weight") for name in plain}
+    return {name: names[name].removesuffix(".weight") for name in plain if name in names} if names else plain
 
 
 def without_layer(model: Model, modules: Collection[str]) -> set[str]:

@@ -12,10 +12,10 @@ from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import INDEX, SINGLE, read_header
 from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
 from mergebench.checkpoint.reference import locate
-from mergebench.deltas.foreign import refuse_foreign, refuse_foreign_file
-from mergebench.deltas.other_layout import read_in_another_layout
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
+from mergebench.deltas.peft.foreign import refuse_foreign, refuse_foreign_file
 from mergebench.deltas.peft.names import OTHER_MODEL
+from mergebench.deltas.peft.other_layout import read_in_another_layout
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 

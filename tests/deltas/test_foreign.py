@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import write_model, write_recipe
 
-from mergebench.deltas.foreign import foreign_format
 from mergebench.deltas.open import open_model
+from mergebench.deltas.peft.foreign import foreign_format
 from mergebench.errors import ModelError
 from tests.conftest import Cli
 
