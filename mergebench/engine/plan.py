@@ -16,6 +16,7 @@ from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.naming import USUAL
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, lay_out
 from mergebench.checkpoint.values import split
@@ -186,13 +187,12 @@ def plan_merge(
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    layout = list(merge.reference.tensors.values())
-    stored = _STORED.get(merge.dtype or "")
+    stored, layout = _STORED.get(merge.dtype or ""), merge.reference.tensors.values()
     dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
-    shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
+    naming = merge.reference.naming if method.gives == "model" else USUAL
+    shards = lay_out(layout, dtypes, shard_size, not merge.reference.sliced, naming)
     if method.gives == "deltas":
-        numels = {name: merge.reference.tensors[name].numel for name in alignment.merged}
-        shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
+        shards = [with_tasks(shard, merge.tasks, frozenset(alignment.merged)) for shard in shards]
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")

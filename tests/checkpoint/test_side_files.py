@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 
 from mergebench.checkpoint.content import Contents, identity, tokenizer_hash
 from mergebench.checkpoint.reference import HUB_FILES
@@ -40,17 +41,78 @@ def model(tmp_path: Path) -> Path:
 def test_another_tokenizer_takes_the_place_of_all_its_files(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     changed = replace(open_model(str(model)), tokenizer_files={"tokenizer.json": b"new"})
-    copied = copy_side_files(changed, tmp_path / "out", None)
+    copied = copy_side_files(changed, tmp_path / "out", None)["side_files"]
     assert sorted(copied) == sorted([*DECISIVE, *OTHERS, "tokenizer.json"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(copied)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == b"new"
 
 
-def test_what_is_copied_is_downloaded(model: Path, tmp_path: Path) -> None:
+ALONG = [
+    *("LICENSE", "LICENSE.md", "Notice", "USE_POLICY.md", "THIRD_PARTY_NOTICES.txt"),
+    *("tokenizer.model.v3", "vocab.bpe", "bpe.codes", "tekken.json", "params.json", "__init__.py", "training_utils.py"),
+    *("layers/__init__.py", "layers/deep/block.py", "additional_chat_templates/tool_use.jinja"),
+    *("1_Pooling/config.json", "sub/2_Dense/config.json", "modules.json"),
+]
+STAY = {
+    "another format of the weights": [
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "model.onnx",
+        "model-q4.gguf",
+        "flax_model.msgpack",
+    ],
+    "weights of no model": ["head.safetensors", "patch.safetensors"],
+    "the run's state": [
+        "trainer_state.json",
+        "optimizer.pt",
+        "rng_state_0.pth",
+        "training_args.bin",
+        "zero_to_fp32.py",
+    ],
+    "the run's scores": ["all_results.json", "eval_results.txt", "logs.csv"],
+    "an adapter": ["adapter_config.json", "adapter_model.bin"],
+    "of a folder": ["layers/block.bak", "sub/2_Dense/pytorch_model.bin"],
+    "whole folders": ["checkpoint-5/", "eval/", "onnx/", "original/"],
+}
+INSIDE = ["checkpoint-5/model.safetensors", "checkpoint-5/modeling_x.py", "eval/scores.json", "onnx/model.onnx"]
+INSIDE += ["onnx/config.json", "original/consolidated.00.pth", "original/params.json"]
+UNSAID = ["README.md", "mergebench.json", "evaluation.json", ".cache/x.json", "__pycache__/x.py"]
+UNSAID += ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+LIST = [{"path": ""}, {"path": "1_Pooling"}, {"path": "sub/2_Dense"}, {"path": "3_Normalize"}, {"path": "../other"}]
+
+
+def test_what_goes_along(model: Path, tmp_path: Path) -> None:
+    """Decided by what a file is: part of the model, its weights, or of the run that made them."""
+    stays = [name for names in STAY.values() for name in names]
+    for name in [*ALONG, *(name for name in [*stays, *INSIDE] if not name.endswith("/")), *UNSAID]:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+    (model / "modules.json").write_text(json.dumps(LIST))
+    write_model(model / "sub/2_Dense", {"linear.weight": torch.ones(2, 2)}, config=None)
+    write_model(tmp_path / "other", {"linear.weight": torch.ones(2, 2)})
+    (model / "linked").symlink_to(tmp_path / "other")
     (tmp_path / "out").mkdir()
-    copied = copy_side_files(open_model(str(model)), tmp_path / "out", None)
-    assert sorted(copied) == sorted([*TOKENIZER, *DECISIVE, *OTHERS])
-    assert all(any(fnmatchcase(name, pattern) for pattern in HUB_FILES) for name in copied)
+    done = copy_side_files(open_model(str(model)), tmp_path / "out", None)
+    along = sorted([*ALONG, *TOKENIZER, *DECISIVE, *OTHERS])
+    assert sorted(done["side_files"]) == along
+    assert sorted(done["left_behind"]) == sorted([*stays, "linked/"])
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in written) == along
+    assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in along)
+
+
+def test_what_is_copied_is_downloaded() -> None:
+    for name in [*ALONG, *TOKENIZER, *DECISIVE, *OTHERS, "2_Dense/pytorch_model.bin", "2_Dense/model.safetensors"]:
+        assert any(fnmatchcase(name, pattern) for pattern in HUB_FILES), name
+
+
+@pytest.mark.parametrize("config, names", [({"model_type": "llama"}, True), ({"_class_name": "UNet2DModel"}, False)])
+def test_a_config_of_transformers_names_the_type(tmp_path: Path, config: dict[str, str], names: bool) -> None:
+    """Diffusers warns of every key it does not know."""
+    model = open_model(str(write_model(tmp_path / "model", tiny_tensors(), config=config)))
+    (tmp_path / "out").mkdir()
+    copy_side_files(model, tmp_path / "out", "BF16")
+    assert ("dtype" in json.loads((tmp_path / "out/config.json").read_text())) == names
 
 
 def test_what_counts(model: Path) -> None:
