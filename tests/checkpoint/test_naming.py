@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
+from mergebench.adapters.extract import extract_adapter
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
+from mergebench.networks.module import build
+from mergebench.networks.verify import verify
 from mergebench.systems import pela
 from tests.models import fine_tuned, names, read_model, tiny_tensors, write_model, write_recipe
 
@@ -177,6 +180,28 @@ def test_every_writer_keeps_modules(pair: tuple[Path, Path, dict[str, Tensor]], 
     encoder, dense = in_folders(tmp_path / "dense")
     equal(encoder, TUNED)
     equal(dense, other)
+
+
+def test_what_runs_the_encoder_alone_leaves_modules_out(tmp_path: Path) -> None:
+    """transformers has no place for them, and PEFT no module: --verify, a network, an extracted LoRA."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(vocab_size=12, max_position_embeddings=20, **size))
+    config, tensors = bert.config.to_dict() | {"architectures": ["BertModel"]}, bert.state_dict()
+    a, b = (
+        sentence(tmp_path / "a", tensors, DENSE),
+        sentence(tmp_path / "b", fine_tuned(tensors, 1), fine_tuned(DENSE, 2)),
+    )
+    for place in (a, b):
+        (place / "config.json").write_text(json.dumps(config))
+    verify(a)
+    module, _ = build(open_model(str(a)), "AutoModel", torch.device("cpu"))
+    torch.testing.assert_close(module.state_dict()["embeddings.LayerNorm.bias"], tensors["embeddings.LayerNorm.bias"])
+    extract_adapter(str(a), str(b), tmp_path / "lora", rank=4)
+    stored = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert len(stored) == 2 * 7 and not any("2_Dense" in name for name in stored)
 
 
 def test_a_module_that_only_one_model_has(tmp_path: Path) -> None:
