@@ -55,32 +55,42 @@ def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
+def side_files(source: Model) -> tuple[list[str], list[str]]:
+    """The names of the files of a model that are copied along with its weights, and of what stays behind.
+
+    Of a folder that stays as a whole, the name with a slash. Replaced tokenizers are in neither list.
+    """
+    if source.directory is None:
+        return [], []
+    stale = [] if source.tokenizer_files is None else [path.name for path in tokenizer_files(source.directory)]
+    if any(info.dtype in FP8 for info in source.tensors.values()):
+        stale.append("hf_quant_config.json")
+    read = {header.file for header in source.headers}
+    copied: list[str] = []
+    left: list[str] = []
+    for name, wanted in _beside(source.directory):
+        if name not in stale and source.directory / name not in read:
+            (copied if wanted else left).append(name)
+    return copied, left
+
+
 def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> dict[str, list[str]]:
     """Copy what goes along with `source`, byte by byte; config.json names the stored type.
 
-    Returns for the provenance what was copied, `side_files`, and what stayed, `left_behind`, by name; a folder of which
-    nothing was copied ends in a slash.
+    Returns for the provenance what was copied, `side_files`, and what stayed, `left_behind`.
     """
     from mergebench.checkpoint.files import write_atomically  # this import loads torch
 
     if source.directory is None:
         return {"side_files": [], "left_behind": []}
-    copied: list[str] = []
-    left: list[str] = []
-    replaced = source.tokenizer_files
-    stale = [] if replaced is None else [path.name for path in tokenizer_files(source.directory)]
-    scaled = any(info.dtype in FP8 for info in source.tensors.values())
-    stale += ["hf_quant_config.json"] if scaled else []
-    read = {header.file for header in source.headers}
-    for name, wanted in _beside(source.directory):
-        if name in stale or source.directory / name in read:
-            continue
-        if wanted:
-            _copy(source.directory / name, directory / name)
-        (copied if wanted else left).append(name)
-    for name, content in (replaced or {}).items():
+    copied, left = side_files(source)
+    for name in copied:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.directory / name, directory / name)
+    for name, content in (source.tokenizer_files or {}).items():
         (directory / name).write_bytes(content)
         copied.append(name)
+    scaled = any(info.dtype in FP8 for info in source.tensors.values())
     config = dict(source.config)
     changed = bool(source.config_changes)
     if scaled:
@@ -96,18 +106,13 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
     return {"side_files": copied, "left_behind": left}
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
 def _beside(directory: Path) -> Iterator[tuple[str, bool]]:
     """What stands in a model's directory, by name, and whether it goes along. Hidden files, indexes and what this
     program writes anew are not listed; of a folder that stays only the name is."""
     modules = module_folders(directory)
 
     def inside(folder: Path, start: str, foreign: bool) -> Iterator[tuple[str, bool]]:
-        for path in sorted(folder.iterdir()):
+        for path in _listed(folder):
             name = f"{start}{path.name}"
             if path.name.startswith((".", "__pycache__")) or _is_any(path.name, _INDEX) or name in _OURS:
                 continue
@@ -118,7 +123,7 @@ def _beside(directory: Path) -> Iterator[tuple[str, bool]]:
             elif path.is_symlink():
                 yield f"{name}/", False
             else:
-                other = name not in modules and any(_is_any(below.name, _WEIGHTS) for below in path.iterdir())
+                other = name not in modules and any(_is_any(below.name, _WEIGHTS) for below in _listed(path))
                 below = list(inside(path, f"{name}/", foreign or other))
                 if any(wanted for _, wanted in below):
                     yield from below
@@ -126,6 +131,14 @@ def _beside(directory: Path) -> Iterator[tuple[str, bool]]:
                     yield f"{name}/", False
 
     return inside(directory, "", False)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What stands in a folder, by name; nothing if it may not be read."""
+    try:
+        return sorted(folder.iterdir())
+    except PermissionError:
+        return []
 
 
 def _goes_along(name: str) -> bool:
