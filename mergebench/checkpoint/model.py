@@ -117,11 +117,13 @@ def open_checkpoint(reference: str, place: Path) -> Model:
             raise ModelError(f"{place}: not a .safetensors file", _PICKLE_HINT)
         headers = [read_header(place)]
     tensors: dict[str, TensorInfo] = {}
-    for header in headers:
-        for tensor in header.tensors:
-            if tensor.name in tensors:
-                raise damaged(header.file, f"'{tensor.name}' also stands in {tensors[tensor.name].file.name}")
-            tensors[tensor.name] = tensor
+    doubled = []
+    for tensor in (tensor for header in headers for tensor in header.tensors):
+        before = tensors.pop(tensor.name, None)
+        if before is not None:  # wherever the index places it, all libraries take the last
+            files = f"{before.file.name} and {tensor.file.name}"
+            doubled.append(f"{tensor.name} is in {files}, read from the latter as by transformers")
+        tensors[tensor.name] = tensor
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
     config = Model(reference, directory, headers, tensors, naming).config  # a damaged one fails here, not at the end
@@ -129,7 +131,9 @@ def open_checkpoint(reference: str, place: Path) -> Model:
         from mergebench.checkpoint.fp8 import find_scales  # this import loads torch
 
         tensors = find_scales(reference, tensors, config)
-    return Model(reference, directory, headers, tensors, naming, is_task_vector=holds_vector(headers))
+    remarks = (doubled[0] + (f" (and {len(doubled) - 1} more)" if doubled[1:] else ""),) if doubled else ()
+    vector = holds_vector(headers)
+    return Model(reference, directory, headers, tensors, naming, is_task_vector=vector, remarks=remarks)
 
 
 def holds_vector(headers: Iterable[Header]) -> bool:
@@ -169,7 +173,7 @@ def _no_weights(reference: str, directory: Path) -> ModelError:
 
 
 def _open_shards(index: Path) -> list[Header]:
-    """The headers of the shards, each with the tensors that the index places there: it is the list of tensors."""
+    """The headers of the shards, each with those of its tensors that the index lists: it is the list of tensors."""
     directory = index.parent
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -188,7 +192,7 @@ def _open_shards(index: Path) -> list[Header]:
         if not (directory / file).exists():
             raise damaged(index, f"it names '{file}', which is missing")
         header = read_header(directory / file)
-        listed = [tensor for tensor in header.tensors if tensor.name in names[file]]
+        listed = [tensor for tensor in header.tensors if tensor.name in weight_map]
         missing = names[file] - {tensor.name for tensor in listed}
         if missing:
             raise damaged(index, f"it places '{min(missing)}' in {file}, which does not hold it")

@@ -18,7 +18,7 @@ from mergebench.errors import ModelError
 from mergebench.networks.module import build
 from mergebench.networks.verify import verify
 from mergebench.systems import pela
-from tests.models import fine_tuned, names, read_model, tiny_tensors, write_model, write_recipe
+from tests.models import INDEX, fine_tuned, names, read_model, tiny_tensors, write_model, write_recipe
 
 BASE, TUNED = tiny_tensors(), fine_tuned(tiny_tensors(), 1)
 FLOATS = [name for name, value in BASE.items() if value.is_floating_point()]
@@ -108,15 +108,24 @@ def test_two_models_in_one_directory(tmp_path: Path) -> None:
 
 
 def test_the_index_is_the_list_of_tensors(tmp_path: Path) -> None:
-    """A shard may also hold an old copy of a tensor that the index places elsewhere, or what is in no index."""
-    directory = under(tmp_path / "model", "model", BASE, 2)
-    file, other = (directory / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-    old = {name: torch.full_like(value, 9) for name, value in load_file(file).items()}
-    packed = {"layers.1.weight_packed": torch.zeros(4, 4, dtype=torch.uint8)}
-    save_file(load_file(other) | old | packed, other)
-    equal(open_model(str(directory)).state_dict(), BASE)
-    out = merged(tmp_path / "out", directory, write_model(tmp_path / "tuned", TUNED))
-    equal(read_model(out), mean(BASE, TUNED))  # which also checks that no shard holds more than its index says
+    """A shard may hold more, of another format. Of a tensor in two shards, libraries take the last."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=12, **size)).save_pretrained(tmp_path / "model", max_shard_size="1KB")
+    directory, placed = tmp_path / "model", json.loads((tmp_path / "model" / INDEX).read_text())["weight_map"]
+    first, last = load_file(directory / min(placed.values())), directory / max(placed.values())
+    doubled = next(iter(first))
+    packed = {"layers.1.weight_packed": torch.zeros(4, 4, dtype=torch.uint8), "layers.1.scale": torch.ones(4)}
+    save_file(load_file(last) | {doubled: torch.full_like(first[doubled], 9)} | packed, last, metadata={"format": "pt"})
+    expected = LlamaForCausalLM.from_pretrained(directory).state_dict()
+    opened = open_model(str(directory))
+    found = opened.state_dict()
+    assert found.keys() == placed.keys() and found[doubled].eq(9).all()
+    equal(found, {name: expected[name] for name in placed})
+    (remark,) = opened.remarks
+    assert remark.startswith(f"{doubled} is in {min(placed.values())} and {last.name}, read from the latter")
+    equal(read_model(merged(tmp_path / "out", directory, directory)), found)  # no shard holds more than its index says
 
 
 # -- modules in folders ----------------------------------------------------------------------------------
