@@ -108,7 +108,7 @@ def open_checkpoint(reference: str, place: Path) -> Model:
     if place.is_dir():
         directory, headers = place, open_directory(reference, place)
         folders = tuple(f for f in module_folders(place) if any(h.file.parent == place / f for h in headers))
-        naming = Naming(stem_of(headers[0].file.name), folders)
+        naming = Naming(stem_of(headers[0].file.name if headers else ""), folders)
     else:
         directory, naming = None, USUAL
         if place.suffix == ".gguf":

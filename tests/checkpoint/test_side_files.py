@@ -15,7 +15,8 @@ from mergebench.checkpoint.content import Contents, identity, tokenizer_hash
 from mergebench.checkpoint.reference import HUB_FILES
 from mergebench.checkpoint.side_files import copy_side_files, decisive_files, tokenizer_files
 from mergebench.deltas.open import open_model
-from tests.models import tiny_tensors, write_model
+from tests.conftest import Cli
+from tests.models import tiny_tensors, write_model, write_recipe
 
 TOKENIZER = [
     "a.tiktoken",
@@ -99,6 +100,22 @@ def test_what_goes_along(model: Path, tmp_path: Path) -> None:
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in written) == along
     assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in along)
+
+
+def test_what_stays_is_said(model: Path, tmp_path: Path, cli: Cli) -> None:
+    """In one line, by every command that writes a model, unless it is to be quiet; in the provenance as well."""
+    for number in range(7):
+        (model / f"rng_state_{number}.pth").write_bytes(b"")
+    recipe = write_recipe(tmp_path / "r.json", "linear", [model, write_model(tmp_path / "other", tiny_tensors())])
+    vector = cli("task-vector", tmp_path / "other", "--base", model, "--out", tmp_path / "vector")
+    merge, fold = ("merge", recipe), ("adapters", "fold", tmp_path / "vector", "--base", model)
+    told = [cli(*command, "--out", tmp_path / command[0]) for command in (merge, fold)]
+    listed = ", ".join(f"rng_state_{number}.pth" for number in range(6))
+    for ran in (vector, *told):
+        assert f"not copied from the base: {listed} and 1 more" in ran.err.splitlines()
+    assert cli(*merge, "--out", tmp_path / "quiet", "-q").err == ""
+    provenance = json.loads((tmp_path / "merge/mergebench.json").read_text())
+    assert provenance["left_behind"] == [f"rng_state_{number}.pth" for number in range(7)]
 
 
 def test_what_is_copied_is_downloaded() -> None:
