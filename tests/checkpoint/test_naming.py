@@ -74,6 +74,9 @@ def test_the_result_has_the_names_of_the_base(tmp_path: Path, stem: str, shards:
     cut = merged(tmp_path / "cut", base, tuned, shard_size=300)
     assert len([name for name in names(cut) if name.startswith(f"{stem}-0000")]) > 2
     equal(open_model(str(cut)).state_dict(), mean(BASE, TUNED))
+    mergebench.task_vector(str(tuned), str(base), tmp_path / "vector")
+    assert [name for name in names(tmp_path / "vector") if "safetensors" in name] == wanted
+    equal(open_model(f"{base}+{tmp_path / 'vector'}").state_dict(), TUNED)
 
 
 READ = {  # what lies there, in the order of its writing: stem, which tensors, shards, index
