@@ -54,8 +54,9 @@ class Differences:
 
     @cached_property
     def linear(self) -> dict[str, str]:
-        """The linear layers' weights, and their modules' names."""
-        found = {name: name.removesuffix(".weight") for name, shape in self.shapes.items() if is_linear(name, shape)}
+        """The linear layers' weights, and their modules' names; PEFT sees no modules in folders."""
+        own = {name: shape for name, shape in self.shapes.items() if self.base.naming.folder_of(name) is None}
+        found = {name: name.removesuffix(".weight") for name, shape in own.items() if is_linear(name, shape)}
         return found | modules_of(self.base, found)
 
     @cached_property

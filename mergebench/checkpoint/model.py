@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.naming import USUAL, Naming, find_other_weights, find_weights, module_folders, stem_of
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Model:
     directory: Path | None  # None for a bare .safetensors file
     headers: list[Header]
     tensors: dict[str, TensorInfo]  # in file order, shard after shard
+    naming: Naming = USUAL  # of its files, and of those written in its place
     deltas: dict[str, tuple[Delta, ...]] = field(default_factory=dict)  # by the base's names, folded left to right
     adapters: tuple[Path, ...] = ()  # where the deltas come from
     is_task_vector: bool = False  # its tensors already are differences to the base
@@ -105,27 +107,33 @@ def open_checkpoint(reference: str, place: Path) -> Model:
     """
     if place.is_dir():
         directory, headers = place, open_directory(reference, place)
+        folders = tuple(f for f in module_folders(place) if any(h.file.parent == place / f for h in headers))
+        naming = Naming(stem_of(headers[0].file.name if headers else ""), folders)
     else:
-        directory = None
+        directory, naming = None, USUAL
         if place.suffix == ".gguf":
             raise ModelError(f"{place}: a GGUF file, not a .safetensors file", GGUF_HINT)
         if place.suffix != ".safetensors":
             raise ModelError(f"{place}: not a .safetensors file", _PICKLE_HINT)
         headers = [read_header(place)]
     tensors: dict[str, TensorInfo] = {}
-    for header in headers:
-        for tensor in header.tensors:
-            if tensor.name in tensors:
-                raise damaged(header.file, f"'{tensor.name}' also stands in {tensors[tensor.name].file.name}")
-            tensors[tensor.name] = tensor
+    doubled = []
+    for tensor in (tensor for header in headers for tensor in header.tensors):
+        before = tensors.pop(tensor.name, None)
+        if before is not None:  # wherever the index places it, all libraries take the last
+            files = f"{before.file.name} and {tensor.file.name}"
+            doubled.append(f"{tensor.name} is in {files}, read from the latter as by transformers")
+        tensors[tensor.name] = tensor
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
-    config = Model(reference, directory, headers, tensors).config  # a damaged one fails here, not at the end
+    config = Model(reference, directory, headers, tensors, naming).config  # a damaged one fails here, not at the end
     if any(info.dtype in FP8 for info in tensors.values()):
         from mergebench.checkpoint.fp8 import find_scales  # this import loads torch
 
         tensors = find_scales(reference, tensors, config)
-    return Model(reference, directory, headers, tensors, is_task_vector=holds_vector(headers))
+    remarks = (doubled[0] + (f" (and {len(doubled) - 1} more)" if doubled[1:] else ""),) if doubled else ()
+    vector = holds_vector(headers)
+    return Model(reference, directory, headers, tensors, naming, is_task_vector=vector, remarks=remarks)
 
 
 def holds_vector(headers: Iterable[Header]) -> bool:
@@ -139,29 +147,34 @@ def holds_factors(headers: Iterable[Header]) -> bool:
 
 
 def open_directory(reference: str, directory: Path) -> list[Header]:
-    """The headers of a directory's shards: one file, or those that an index names."""
-    if (directory / SINGLE).exists():  # as in transformers, a single file wins over an index beside it
-        return [read_header(directory / SINGLE)]
-    if (directory / INDEX).exists():
-        return _open_shards(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    if len(files) == 1:
-        return [read_header(files[0])]
-    if files:
-        raise ModelError(f"model '{reference}': {len(files)} .safetensors files and no {INDEX}")
+    """The headers of a directory's files: one, or the shards that an index names, then those of its modules."""
+    weights = find_weights(directory)
+    if weights is None:
+        files = find_other_weights(directory)
+        if len(files) > 1:
+            raise ModelError(f"model '{reference}': {len(files)} .safetensors files and no {INDEX}")
+        if not files:
+            raise _no_weights(reference, directory)
+        weights = files[0]
+    headers = _open_shards(weights) if weights.suffix == ".json" else [read_header(weights)]
+    return [*headers, *_open_modules(reference, directory)]
+
+
+def _no_weights(reference: str, directory: Path) -> ModelError:
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     if pickles:
-        raise ModelError(f"model '{reference}': no safetensors file, only {pickles[0]}", _PICKLE_HINT)
+        return ModelError(f"model '{reference}': no safetensors file, only {pickles[0]}", _PICKLE_HINT)
     gguf = sorted(path.name for path in directory.glob("*.gguf"))
     if gguf:
-        raise ModelError(f"model '{reference}': no safetensors file, only GGUF: {gguf[0]}", GGUF_HINT)
+        return ModelError(f"model '{reference}': no safetensors file, only GGUF: {gguf[0]}", GGUF_HINT)
     parts = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
     hint = f"name one of its parts: {', '.join(f'{reference}/{part}' for part in parts[:4])}" if parts else None
-    raise ModelError(f"model '{reference}': the directory holds no .safetensors file", hint)
+    return ModelError(f"model '{reference}': the directory holds no .safetensors file", hint)
 
 
-def _open_shards(directory: Path) -> list[Header]:
-    index = directory / INDEX
+def _open_shards(index: Path) -> list[Header]:
+    """The headers of the shards, each with those of its tensors that the index lists: it is the list of tensors."""
+    directory = index.parent
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names: dict[str, set[str]] = {}
@@ -179,10 +192,29 @@ def _open_shards(directory: Path) -> list[Header]:
         if not (directory / file).exists():
             raise damaged(index, f"it names '{file}', which is missing")
         header = read_header(directory / file)
-        missing = names[file] - {tensor.name for tensor in header.tensors}
+        listed = [tensor for tensor in header.tensors if tensor.name in weight_map]
+        missing = names[file] - {tensor.name for tensor in listed}
         if missing:
             raise damaged(index, f"it places '{min(missing)}' in {file}, which does not hold it")
-        headers.append(header)
+        headers.append(replace(header, tensors=listed))
+    return headers
+
+
+def _open_modules(reference: str, directory: Path) -> list[Header]:
+    """The headers of the modules in folders, each tensor under the name FOLDER/NAME."""
+    headers = []
+    for folder in module_folders(directory):
+        place = directory / folder
+        if (place / SINGLE).exists():
+            header = read_header(place / SINGLE)
+            tensors = [tensor._replace(name=f"{folder}/{tensor.name}") for tensor in header.tensors]
+            headers.append(replace(header, tensors=tensors))
+            continue
+        others = sorted(path.name for pattern in ("*.safetensors", *PICKLES) for path in place.glob(pattern))
+        if others:
+            what = f"its module {folder} has no {SINGLE}, only {others[0]}"
+            hint = "save it again with sentence-transformers: SentenceTransformer(DIR).save_pretrained(NEW)"
+            raise ModelError(f"model '{reference}': {what}", hint)
     return headers
 
 

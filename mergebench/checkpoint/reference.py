@@ -13,8 +13,15 @@ from pathlib import Path
 
 from mergebench.errors import ModelError
 
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm")  # beside the weights
-HUB_FILES = ["*.safetensors", "tokenizer*", *(f"*{suffix}" for suffix in SIDE_SUFFIXES)]
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm", ".bpe", ".codes")
+LEGAL = ("license", "licence", "notice", "policy")  # in the names of files that go with every copy of a model
+_ANY_CASE = ["".join(f"[{letter}{letter.upper()}]" for letter in word) for word in LEGAL]
+_MODULES = "[0-9]_*/pytorch_model.bin"  # never loaded: it tells that a module has weights
+HUB_FILES = [
+    *("*.safetensors", "tokenizer*", "vocab*", _MODULES),
+    *(f"*{suffix}" for suffix in SIDE_SUFFIXES),
+    *(f"*{word}*" for word in _ANY_CASE),
+]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.files import DTYPE_NAME, put, write_atomically, write_error
-from mergebench.checkpoint.header import INDEX, ITEM_SIZE, SINGLE, TensorInfo
+from mergebench.checkpoint.header import ITEM_SIZE, SINGLE, TensorInfo
+from mergebench.checkpoint.naming import USUAL, Naming, index_of
 
 ALIGN = 64  # the data of a shard start at a multiple of this many bytes
 
@@ -37,7 +38,7 @@ class OutTensor(NamedTuple):
 class Shard:
     """One file of the output and its tensors, in order."""
 
-    file: str
+    file: str  # may lie in a folder
     tensors: tuple[OutTensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[Shard, ...] = ()  # files that are filled with it
@@ -47,11 +48,17 @@ class Shard:
         """This file, and those beside it."""
         return (self, *self.beside)
 
+    @property
+    def inside(self) -> list[OutTensor]:
+        """The tensors under their names in the file: those of a module in a folder are without its name."""
+        folder = self.file.rpartition("/")[0]
+        return [tensor._replace(name=tensor.name.removeprefix(f"{folder}/")) for tensor in self.tensors]
+
     def header(self) -> bytes:
         """The file's first bytes: length and JSON, padded to `ALIGN`."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt", **self.metadata}}
         end = 0
-        for tensor in self.tensors:
+        for tensor in self.inside:
             start, end = end, end + tensor.nbytes
             entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
         raw = json.dumps(entries, separators=(",", ":")).encode()
@@ -64,22 +71,32 @@ class Shard:
 
 
 def lay_out(
-    tensors: Iterable[TensorInfo], dtypes: Mapping[str, str], shard_size: int, by_file: bool = True
+    tensors: Iterable[TensorInfo],
+    dtypes: Mapping[str, str],
+    shard_size: int,
+    by_file: bool = True,
+    naming: Naming = USUAL,
 ) -> list[Shard]:
-    """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes."""
+    """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes; last those
+    of modules in folders, one each."""
     groups: list[list[OutTensor]] = []
+    modules: dict[str, list[OutTensor]] = {}
     file, room = None, 0
     for info in tensors:
         dtype = dtypes[info.name]
         out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
+        folder = naming.folder_of(info.name)
+        if folder is not None:
+            modules.setdefault(folder, []).append(out)
+            continue
         if (info.file is not file and (by_file or file is None)) or (out.nbytes > room and groups[-1]):
             groups.append([])
             file, room = info.file, shard_size
         groups[-1].append(out)
         room -= out.nbytes
-    if len(groups) == 1:
-        return [Shard(SINGLE, tuple(groups[0]))]
-    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+    groups = groups or [[]]
+    shards = [Shard(name, tuple(group)) for name, group in zip(naming.files(len(groups)), groups, strict=True)]
+    return shards + [Shard(f"{folder}/{SINGLE}", tuple(group)) for folder, group in modules.items()]
 
 
 def create(path: Path, shard: Shard) -> None:
@@ -154,11 +171,12 @@ def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
     return b"".join([Shard("", tuple(out), metadata).header(), *data])
 
 
-def write_index(directory: Path, shards: list[Shard]) -> None:
-    """Write the index that transformers needs if there is more than one shard."""
-    if len(shards) == 1:
+def write_index(directory: Path, shards: Iterable[Shard]) -> None:
+    """Write the index that libraries need if there is more than one shard; those of modules are in none."""
+    listed = [shard for shard in shards if "/" not in shard.file]
+    if len(listed) == 1:
         return
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    total = sum(shard.nbytes for shard in shards)
+    weight_map = {tensor.name: shard.file for shard in listed for tensor in shard.tensors}
+    total = sum(shard.nbytes for shard in listed)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
+    write_atomically(directory / index_of(listed[0].file), json.dumps(index, indent=2) + "\n")

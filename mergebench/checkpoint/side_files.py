@@ -1,19 +1,39 @@
-"""The files beside the weights: config, tokenizer and code, copied; config.json names the stored type."""
+"""The files beside the weights. What a file is decides whether it goes along with the model's merge or edit:
+
+config, tokenizer, processor, templates, code, licence     copied
+weights: those read, or the same in another format         stay
+the state, logs and scores of the run that made them       stay
+
+In folders, code and templates are copied, and all of this in the modules of sentence-transformers. A folder with
+weights of its own is another model, or another format of this one, and stays.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergebench.checkpoint.fp8 import without_scales
 from mergebench.checkpoint.header import FP8
-from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.reference import SIDE_SUFFIXES
+from mergebench.checkpoint.model import PICKLES, Model
+from mergebench.checkpoint.naming import module_folders
+from mergebench.checkpoint.reference import LEGAL, SIDE_SUFFIXES
 from mergebench.errors import ModelError
 
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_LEAVE = {"README.md", "mergebench.json", "evaluation.json", "evaluation.md", "head.safetensors", "compress.json"}
+_OURS = {
+    *("README.md", "mergebench.json", "compress.json", "search.json", "best.yaml", "statistics.json"),
+    *("evaluation.json", "evaluation.md", "report.html"),
+}  # made anew for each result
+_WEIGHTS = (
+    *("*.safetensors", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.onnx", "*.onnx_data", "*.tflite"),
+    *("*.mlmodel", "*.pb", "openvino_*", "*.distcp"),
+)
+_INDEX = ("*.index.json", "*.index.*.json")
+_RUN = ("trainer_*.json", "training_*.json", "*results.json", "*results.txt", "zero_to_fp32.py", "adapter_*")
+_IN_FOLDERS = (".py", ".jinja")
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
     "chat_template*",
@@ -46,39 +66,41 @@ def check_link(file: Path, directory: Path) -> None:
         raise ModelError(f"{file}: a link out of the model's directory, to {real}", "put the file itself there")
 
 
-def side_files(source: Model) -> list[Path]:
-    """The files of a model that are copied along with its weights; `ModelError` for a link out of its directory.
+def side_files(source: Model) -> tuple[list[str], list[str]]:
+    """The names of the files of a model that are copied along with its weights, and of what stays behind.
 
-    Weights, adapters, earlier results, stale indexes and replaced tokenizers stay behind.
+    Of a folder that stays as a whole, the name with a slash. Replaced tokenizers are in neither list. `ModelError` for
+    a link out of the model's directory among those copied.
     """
     if source.directory is None:
-        return []
-    stale = set() if source.tokenizer_files is None else set(tokenizer_files(source.directory))
-    scaled = any(info.dtype in FP8 for info in source.tensors.values())
-    found = []
-    for path in sorted(source.directory.iterdir()):
-        skip = path.name in _LEAVE or path.name.startswith((".", "adapter_")) or path.name.endswith(".index.json")
-        skip |= path in stale
-        skip |= scaled and path.name == "hf_quant_config.json"
-        if not skip and path.suffix in SIDE_SUFFIXES and path.is_file():
-            check_link(path, source.directory)
-            found.append(path)
-    return found
+        return [], []
+    stale = [] if source.tokenizer_files is None else [path.name for path in tokenizer_files(source.directory)]
+    if any(info.dtype in FP8 for info in source.tensors.values()):
+        stale.append("hf_quant_config.json")
+    read = {header.file for header in source.headers}
+    copied: list[str] = []
+    left: list[str] = []
+    for name, wanted in _beside(source.directory):
+        if name not in stale and source.directory / name not in read:
+            (copied if wanted else left).append(name)
+    for name in copied:
+        check_link(source.directory / name, source.directory)
+    return copied, left
 
 
-def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> list[str]:
-    """Copy config, tokenizer and code files of `source` byte by byte; config.json names the stored type.
+def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> dict[str, list[str]]:
+    """Copy what goes along with `source`, byte by byte; config.json names the stored type.
 
-    Returns the names copied.
+    Returns for the provenance what was copied, `side_files`, and what stayed, `left_behind`.
     """
     from mergebench.checkpoint.files import copy_file, write_atomically  # this import loads torch
 
     if source.directory is None:
-        return []
-    copied = []
-    for path in side_files(source):
-        copy_file(path, directory / path.name)
-        copied.append(path.name)
+        return {"side_files": [], "left_behind": []}
+    copied, left = side_files(source)
+    for name in copied:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source.directory / name, directory / name)
     for name, content in (source.tokenizer_files or {}).items():
         write_atomically(directory / name, content)
         copied.append(name)
@@ -89,10 +111,56 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         plain = without_scales(config)
         changed |= plain != config
         config = plain
-    if config and stored_dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    if stored_dtype is not None and (key in config or "model_type" in config):  # that of diffusers names no type
         changed |= config.get(key) != CONFIG_DTYPE[stored_dtype]
         config[key] = CONFIG_DTYPE[stored_dtype]
     if config and changed:
         write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    return copied
+    return {"side_files": copied, "left_behind": left}
+
+
+def _beside(directory: Path) -> Iterator[tuple[str, bool]]:
+    """What stands in a model's directory, by name, and whether it goes along. Hidden files, indexes and what this
+    program writes anew are not listed; of a folder that stays only the name is."""
+    modules = module_folders(directory)
+
+    def inside(folder: Path, start: str, foreign: bool) -> Iterator[tuple[str, bool]]:
+        for path in _listed(folder):
+            name = f"{start}{path.name}"
+            if path.name.startswith((".", "__pycache__")) or _is_any(path.name, _INDEX) or name in _OURS:
+                continue
+            if not path.is_dir():
+                whole = not start or start.rstrip("/") in modules
+                wanted = _goes_along(path.name) and (whole or path.suffix in _IN_FOLDERS)
+                yield name, wanted and not foreign and path.is_file()
+            elif path.is_symlink():
+                yield f"{name}/", False
+            else:
+                other = name not in modules and any(_is_any(below.name, _WEIGHTS) for below in _listed(path))
+                below = list(inside(path, f"{name}/", foreign or other))
+                if any(wanted for _, wanted in below):
+                    yield from below
+                elif below:
+                    yield f"{name}/", False
+
+    return inside(directory, "", False)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What stands in a folder, by name; nothing if it may not be read."""
+    try:
+        return sorted(folder.iterdir())
+    except PermissionError:
+        return []
+
+
+def _goes_along(name: str) -> bool:
+    """Whether a file is part of a model, by its name, and neither weights nor of the run that made them."""
+    if _is_any(name, (*_WEIGHTS, *_RUN)):
+        return False
+    return Path(name).suffix in SIDE_SUFFIXES or _is_any(name, (*TOKENIZER_FILES, *(f"*{word}*" for word in LEGAL)))
+
+
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)

@@ -12,7 +12,7 @@ from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
 from mergebench.cli.extract import extract
 from mergebench.cli.merge import say_changes, say_notes
-from mergebench.cli.output import byte_bar, count_bar, human, note
+from mergebench.cli.output import byte_bar, count_bar, human, note, say_left
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
@@ -126,6 +126,7 @@ def fold(
         added = (delta for deltas in plan.merge.reference.deltas.values() for delta in deltas if delta.kind != "nf4")
         adapted, state = sum(1 for _ in added), "as it is" if as_trained is None else "rounded to NF4"
         seconds = result.provenance["seconds"]
+        say_left(result.provenance, quiet)
         note(f"{adapter} folded into {adapted} tensors of {base}, {state}: wrote {out} in {seconds:.1f} s", quiet)
     typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
 

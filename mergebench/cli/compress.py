@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import count_bar, human, note, print_table
+from mergebench.cli.output import count_bar, human, note, print_table, say_left
 
 
 def expand(
@@ -33,6 +33,7 @@ def expand(
         note(f"{out}: already finished, nothing to resume", quiet)
     else:
         what = f"{made['multiplied']} layers multiplied back, {made['copied']} tensors copied"
+        say_left(made, quiet)
         note(f"{what}: wrote {out} in {made['seconds']:.1f} s", quiet)
     typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
 
@@ -98,6 +99,7 @@ def compress(
     if result.already_done:
         note(f"{out}: already finished, nothing to resume", quiet)
     else:
+        say_left(made, quiet)
         note(f"wrote {out} in {made['seconds']:.1f} s; each tensor's errors: {out / 'compress.json'}", quiet)
     if json_:
         typer.echo(json.dumps({"out": str(result.out), **made}))

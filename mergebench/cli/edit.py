@@ -12,7 +12,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
-from mergebench.cli.output import byte_bar, note
+from mergebench.cli.output import byte_bar, note, say_left
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def edit(
         note(f"{out}: already finished, nothing to resume", quiet)
     else:
         say(result.provenance, out, quiet)
+        say_left(result.provenance, quiet)
         note(f"wrote {out} in {result.provenance['seconds']:.1f} s", quiet)
     typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
 

@@ -31,12 +31,12 @@ def inspect(
     """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards; and how much adapters change."""
     from mergebench.deltas.formats.native import is_delta_file
     from mergebench.deltas.open import open_model
-    from mergebench.deltas.peft.directory import is_adapter
+    from mergebench.deltas.peft.directory import holds_no_model, is_adapter
 
     if is_delta_file(Path(model)):
         show(Path(model), json_)
         return
-    if is_adapter(Path(model)) and not any(Path(model).glob("model*.safetensors")):
+    if is_adapter(Path(model)) and holds_no_model(Path(model)):
         adapter_tables.inspect([Path(model)], json_=json_)
         return
     found = open_model(model)

@@ -11,7 +11,7 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, human, item_bar, note
+from mergebench.cli.output import byte_bar, human, item_bar, note, say_left
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -246,6 +246,7 @@ def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet
     with byte_bar(f"merging {stage.name}", plan.bytes_read, quiet) as progress:
         result = api.run(plan, stage.out, **ways, progress=progress)
     done = "already finished" if result.already_done else f"wrote it in {result.provenance['seconds']:.1f} s"
+    say_left(result.provenance, quiet or result.already_done)
     note(f"stage {stage.name}: {result.out}: {done}", quiet)
     return {"name": stage.name, "out": str(result.out), **result.provenance}
 
@@ -274,5 +275,6 @@ def _say_done(result: Result, quiet: bool) -> None:
         base = result.provenance["recipe"]["base_model"]
         note(f"tasks and their factors: {factors}; a model is {base}+{result.out}/tasks/{next(iter(tasks))}", quiet)
     edit.say(result.provenance, result.out, quiet)
+    say_left(result.provenance, quiet)
     seconds, peak = result.provenance["seconds"], result.provenance["peak_memory"] / 1e6
     note(f"wrote {result.out} in {seconds:.1f} s, peak memory {peak:.0f} MB", quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,13 @@ def note(text: str, quiet: bool = False) -> None:
     """A message for people, on stderr."""
     if not quiet:
         print(text, file=sys.stderr)
+
+
+def say_left(provenance: Mapping[str, Any], quiet: bool) -> None:
+    """What lay beside the base's weights and is not in the result."""
+    left = provenance.get("left_behind", [])
+    more = f" and {len(left) - 6} more" if len(left) > 6 else ""
+    note(f"not copied from the base: {', '.join(left[:6])}{more}", quiet or not left)
 
 
 def human(size: float) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, human, note
+from mergebench.cli.output import byte_bar, human, note, say_left
 
 app = typer.Typer(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
 
@@ -76,6 +76,7 @@ def _put_in(
     else:
         (done,) = result.provenance["edits"]
         what = "taken out of" if revert else "put into"
+        say_left(result.provenance, quiet)
         note(f"{_title(done)} {what} {model}: wrote {out} in {result.provenance['seconds']:.1f} s", quiet)
     typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
 

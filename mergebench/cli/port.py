@@ -11,7 +11,7 @@ import typer
 from mergebench.cli import evaluate
 from mergebench.cli import options as opt
 from mergebench.cli.merge import say_notes
-from mergebench.cli.output import byte_bar, count_bar, item_bar, note, print_table
+from mergebench.cli.output import byte_bar, count_bar, item_bar, note, print_table, say_left
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def _write(
             result = run_port(plan, out, **ways, progress=progress)
         seconds = result.provenance["seconds"]
         done = "already finished" if result.already_done else f"wrote it in {seconds:.1f} s"
+        say_left(result.provenance, quiet or result.already_done)
         note(f"{out}: {result.provenance['merged_tensors']} tensors ported: {done}", quiet)
     return {"out": str(result.out), **result.provenance}
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.format import Base
-from mergebench.checkpoint.header import INDEX, SINGLE, read_header
+from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
+from mergebench.checkpoint.naming import find_weights
 from mergebench.checkpoint.reference import locate
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
 from mergebench.deltas.peft.foreign import refuse_foreign, refuse_foreign_file
@@ -83,7 +84,7 @@ def put_on(model: Model, place: Path) -> Model:
 
 def _is_plain(model: Model, place: Path) -> bool:
     """Whether this is a model without asking the formats, which need torch."""
-    named = not place.is_dir() or (place / SINGLE).exists() or (place / INDEX).exists()
+    named = not place.is_dir() or find_weights(place) is not None
     silent = all(header.metadata.keys() <= {"format"} for header in model.headers)
     return named and silent and any(info.is_float for info in model.tensors.values())
 

@@ -16,6 +16,7 @@ from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.naming import USUAL
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, lay_out
 from mergebench.checkpoint.values import split
@@ -186,11 +187,10 @@ def plan_merge(
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    tensors = merge.reference.tensors
-    layout = list(tensors.values())
-    stored = _STORED.get(merge.dtype or "")
-    dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in layout}
-    shards = lay_out(layout, dtypes, shard_size, by_file=not merge.reference.sliced)
+    stored, tensors = _STORED.get(merge.dtype or ""), merge.reference.tensors
+    dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in tensors.values()}
+    naming = merge.reference.naming if method.gives == "model" else USUAL
+    shards = lay_out(tensors.values(), dtypes, shard_size, not merge.reference.sliced, naming)
     if method.gives == "deltas":
         numels = {name: tensors[name].numel for name in alignment.merged}
         shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]

@@ -84,14 +84,14 @@ def run_plan(
         write_index(staging.directory, plan.shards)
         tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "deltas" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
-        copied = []
+        beside: dict[str, list[str]] = {"side_files": []}
         if not tasks:  # a task vector with a config beside it would load as a model
             kind = kinds.pop() if len(kinds) == 1 else None
-            copied = copy_side_files(plan.merge.reference, staging.directory, kind)
+            beside = copy_side_files(plan.merge.reference, staging.directory, kind)
         changed = change(staging)
         provenance = record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs) | {
             **changed,
-            "side_files": copied,
+            **beside,
             **({"tasks": tasks} if tasks else {}),
             "extra_sweeps": sweeper.extra_sweeps,
             "seconds": round(time.perf_counter() - started, 3),
@@ -178,7 +178,7 @@ def _check_written(plan: Plan, directory: Path) -> None:
     """Read every header back, to check that all files, also those of an interrupted run, are as planned."""
     for shard in [file for written in plan.shards for file in written.files]:
         found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
-        if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]:
+        if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.inside]:
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
 
 

@@ -25,3 +25,8 @@ class LoadableModel(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """float32 tensors by their names in the files."""
+
+
+def network_tensors(model: LoadableModel) -> dict[str, Tensor]:
+    """Its tensors without those of modules in folders (`2_Dense/linear.weight`), which transformers does not run."""
+    return {name: value for name, value in model.state_dict().items() if "/" not in name}

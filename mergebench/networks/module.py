@@ -14,7 +14,7 @@ from mergebench.checkpoint import Model
 from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import available_memory
 from mergebench.errors import ModelError, RunError
-from mergebench.networks.loadable import LoadableModel
+from mergebench.networks.loadable import LoadableModel, network_tensors
 from mergebench.networks.onednn import PackedLinear
 
 FOREIGN = "the checkpoint is incomplete, or the config belongs to another architecture"
@@ -75,7 +75,7 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
     """A model ready to run, and the places of its tensors."""
     if isinstance(model, Model):
         _check_memory(model)
-    tensors = model.state_dict()
+    tensors = network_tensors(model)
     module = _build(model, tensors, auto_class)
     weights = Weights(module, tensors)
     del tensors

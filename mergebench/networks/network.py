@@ -14,7 +14,7 @@ from mergebench.checkpoint.layouts import quiet
 from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
-from mergebench.networks.loadable import LoadableModel
+from mergebench.networks.loadable import LoadableModel, network_tensors
 from mergebench.networks.module import build, config_of, failed
 
 
@@ -33,7 +33,7 @@ class Network:
         if config_of(model) != self._config:
             return False
         with one_thread():
-            if not self._weights.put(model.state_dict()):
+            if not self._weights.put(network_tensors(model)):
                 return False
         key = self.tokenizer_key
         del self.tokenizer_key

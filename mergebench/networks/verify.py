@@ -47,6 +47,7 @@ def _loading_info(directory: Path) -> dict[str, Any]:
     tensors = {
         name: torch.empty(info.shape, dtype=TORCH_DTYPE[info.dtype], device="meta").as_subclass(OnMeta)
         for name, info in open_model(str(directory)).tensors.items()
+        if "/" not in name  # of a module in a folder
     }
     _, info = loader.from_pretrained(
         None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True

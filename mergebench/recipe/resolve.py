@@ -133,7 +133,11 @@ def _merge(
     names: Sequence[str] = (),
 ) -> Merge:
     names = tuple(names) or short_names([model.reference for model in models])
-    remarks = [f"{name}: {remark}" for name, model in zip(names, models, strict=True) for remark in model.remarks]
+    named = [
+        *zip(names, models, strict=True),
+        *([] if base is None or any(_same(one, base) for one in models) else [("base", base)]),
+    ]
+    remarks = [f"{name}: {remark}" for name, model in named for remark in model.remarks]
     return Merge(
         method=recipe.method,
         params=params,

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 
 import mergebench
 from mergebench.checkpoint.content import Contents, identity, tokenizer_hash
@@ -16,7 +17,8 @@ from mergebench.checkpoint.reference import HUB_FILES
 from mergebench.checkpoint.side_files import copy_side_files, decisive_files, tokenizer_files
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
-from tests.models import tiny_tensors, write_model
+from tests.conftest import Cli
+from tests.models import tiny_tensors, write_model, write_recipe
 
 TOKENIZER = [
     "a.tiktoken",
@@ -42,17 +44,94 @@ def model(tmp_path: Path) -> Path:
 def test_another_tokenizer_takes_the_place_of_all_its_files(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     changed = replace(open_model(str(model)), tokenizer_files={"tokenizer.json": b"new"})
-    copied = copy_side_files(changed, tmp_path / "out", None)
+    copied = copy_side_files(changed, tmp_path / "out", None)["side_files"]
     assert sorted(copied) == sorted([*DECISIVE, *OTHERS, "tokenizer.json"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(copied)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == b"new"
 
 
-def test_what_is_copied_is_downloaded(model: Path, tmp_path: Path) -> None:
+ALONG = [
+    *("LICENSE", "LICENSE.md", "Notice", "USE_POLICY.md", "THIRD_PARTY_NOTICES.txt"),
+    *("tokenizer.model.v3", "vocab.bpe", "bpe.codes", "tekken.json", "params.json", "__init__.py", "training_utils.py"),
+    *("layers/__init__.py", "layers/deep/block.py", "additional_chat_templates/tool_use.jinja"),
+    *("1_Pooling/config.json", "sub/2_Dense/config.json", "modules.json"),
+]
+STAY = {
+    "another format of the weights": [
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "model.onnx",
+        "model-q4.gguf",
+        "flax_model.msgpack",
+    ],
+    "weights of no model": ["head.safetensors", "patch.safetensors"],
+    "the run's state": [
+        "trainer_state.json",
+        "optimizer.pt",
+        "rng_state_0.pth",
+        "training_args.bin",
+        "zero_to_fp32.py",
+    ],
+    "the run's scores": ["all_results.json", "eval_results.txt", "logs.csv"],
+    "an adapter": ["adapter_config.json", "adapter_model.bin"],
+    "of a folder": ["layers/block.bak", "sub/2_Dense/pytorch_model.bin"],
+    "whole folders": ["checkpoint-5/", "eval/", "onnx/", "original/"],
+}
+INSIDE = ["checkpoint-5/model.safetensors", "checkpoint-5/modeling_x.py", "eval/scores.json", "onnx/model.onnx"]
+INSIDE += ["onnx/config.json", "original/consolidated.00.pth", "original/params.json"]
+UNSAID = ["README.md", "mergebench.json", "evaluation.json", ".cache/x.json", "__pycache__/x.py"]
+UNSAID += ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+LIST = [{"path": ""}, {"path": "1_Pooling"}, {"path": "sub/2_Dense"}, {"path": "3_Normalize"}, {"path": "../other"}]
+
+
+def test_what_goes_along(model: Path, tmp_path: Path) -> None:
+    """Decided by what a file is: part of the model, its weights, or of the run that made them."""
+    stays = [name for names in STAY.values() for name in names]
+    for name in [*ALONG, *(name for name in [*stays, *INSIDE] if not name.endswith("/")), *UNSAID]:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+    (model / "modules.json").write_text(json.dumps(LIST))
+    write_model(model / "sub/2_Dense", {"linear.weight": torch.ones(2, 2)}, config=None)
+    write_model(tmp_path / "other", {"linear.weight": torch.ones(2, 2)})
+    (model / "linked").symlink_to(tmp_path / "other")
     (tmp_path / "out").mkdir()
-    copied = copy_side_files(open_model(str(model)), tmp_path / "out", None)
-    assert sorted(copied) == sorted([*TOKENIZER, *DECISIVE, *OTHERS])
-    assert all(any(fnmatchcase(name, pattern) for pattern in HUB_FILES) for name in copied)
+    done = copy_side_files(open_model(str(model)), tmp_path / "out", None)
+    along = sorted([*ALONG, *TOKENIZER, *DECISIVE, *OTHERS])
+    assert sorted(done["side_files"]) == along
+    assert sorted(done["left_behind"]) == sorted([*stays, "linked/"])
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in written) == along
+    assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in along)
+
+
+def test_what_stays_is_said(model: Path, tmp_path: Path, cli: Cli) -> None:
+    """In one line, by every command that writes a model, unless it is to be quiet; in the provenance as well."""
+    for number in range(7):
+        (model / f"rng_state_{number}.pth").write_bytes(b"")
+    recipe = write_recipe(tmp_path / "r.json", "linear", [model, write_model(tmp_path / "other", tiny_tensors())])
+    vector = cli("task-vector", tmp_path / "other", "--base", model, "--out", tmp_path / "vector")
+    merge, fold = ("merge", recipe), ("adapters", "fold", tmp_path / "vector", "--base", model)
+    told = [cli(*command, "--out", tmp_path / command[0]) for command in (merge, fold)]
+    listed = ", ".join(f"rng_state_{number}.pth" for number in range(6))
+    for ran in (vector, *told):
+        assert f"not copied from the base: {listed} and 1 more" in ran.err.splitlines()
+    assert cli(*merge, "--out", tmp_path / "quiet", "-q").err == ""
+    provenance = json.loads((tmp_path / "merge/mergebench.json").read_text())
+    assert provenance["left_behind"] == [f"rng_state_{number}.pth" for number in range(7)]
+
+
+def test_what_is_copied_is_downloaded() -> None:
+    for name in [*ALONG, *TOKENIZER, *DECISIVE, *OTHERS, "2_Dense/pytorch_model.bin", "2_Dense/model.safetensors"]:
+        assert any(fnmatchcase(name, pattern) for pattern in HUB_FILES), name
+
+
+@pytest.mark.parametrize("config, names", [({"model_type": "llama"}, True), ({"_class_name": "UNet2DModel"}, False)])
+def test_a_config_of_transformers_names_the_type(tmp_path: Path, config: dict[str, str], names: bool) -> None:
+    """Diffusers warns of every key it does not know."""
+    model = open_model(str(write_model(tmp_path / "model", tiny_tensors(), config=config)))
+    (tmp_path / "out").mkdir()
+    copy_side_files(model, tmp_path / "out", "BF16")
+    assert ("dtype" in json.loads((tmp_path / "out/config.json").read_text())) == names
 
 
 def test_what_counts(model: Path) -> None:

@@ -253,15 +253,6 @@ def _(s: Setup) -> None:
     s.sharded(lambda places: {**places, "other": places["norm.weight"]})
 
 
-@case("tensor in two shards", FAILED, "model-00002-of-00002.safetensors", "'twice'")
-def _(s: Setup) -> None:
-    tensors = fine_tuned(s.tensors, 1)
-    s.sharded(lambda places: places)
-    for number in (1, 2):
-        half = dict(list(tensors.items())[number - 1 :: 2])
-        save_file({**half, "twice": torch.zeros(2)}, s.ft1 / f"model-0000{number}-of-00002.safetensors")
-
-
 for what, broken in {
     "a list": lambda places: list(places),
     "of numbers": lambda places: dict.fromkeys(places, 1),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,9 +75,9 @@ def emr(directory: Path, base: Base) -> Deltas:
     return Deltas(deltas, [*vector, *masks])
 
 
-def with_tasks(shard: Shard, tasks: Sequence[str], merged: Mapping[str, int]) -> Shard:
-    """A shard of a vector, with the masks of these tasks in files beside it; merged: numbers of elements by name."""
-    sizes = [(tensor.name, mask_bytes(merged[tensor.name])) for tensor in shard.tensors if tensor.name in merged]
+def with_tasks(shard: Shard, tasks: Sequence[str], merged: Collection[str]) -> Shard:
+    """A shard of a vector, with the masks of these tasks in files beside it; merged: names of tensors with masks."""
+    sizes = [(name, mask_bytes(math.prod(shape))) for name, _, shape, _ in shard.tensors if name in merged]
     masks = tuple(OutTensor(name, "U8", (size,), size) for name, size in sizes)
     beside = tuple(Shard(f"{FOLDER}/{task}/{shard.file}", masks) for task in tasks)
     return replace(shard, metadata=VECTOR, beside=beside)

@@ -13,9 +13,10 @@ import re
 from pathlib import Path
 
 from mergebench.checkpoint.format import Base, Deltas, delta_format
-from mergebench.checkpoint.header import INDEX, SINGLE, Header, TensorInfo, read_header
+from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.kind import Part
 from mergebench.checkpoint.model import open_directory
+from mergebench.checkpoint.naming import find_weights
 from mergebench.deltas.peanut import peanut
 from mergebench.deltas.peft.names import Placing
 from mergebench.errors import MergebenchError, ModelError
@@ -25,8 +26,7 @@ _FACTOR = re.compile(r"(.+)\.adaptation_layer\.adapter_proj_([12])\.weight")
 
 def _headers(place: Path) -> list[Header]:
     if place.is_dir():
-        known = (place / SINGLE).exists() or (place / INDEX).exists()
-        return open_directory(str(place), place) if known else []
+        return open_directory(str(place), place) if find_weights(place) else []
     return [read_header(place)] if place.suffix == ".safetensors" and place.is_file() else []
 
 

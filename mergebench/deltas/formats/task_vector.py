@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base, Deltas, delta_format
-from mergebench.checkpoint.header import INDEX, SINGLE, read_header
+from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.model import holds_vector, open_directory
 from mergebench.checkpoint.names import match
+from mergebench.checkpoint.naming import find_weights
 from mergebench.deltas.dense import dense
 from mergebench.errors import MergebenchError, ModelError
 
@@ -17,8 +18,7 @@ def _claims(place: Path) -> bool:
     """Whether the files at a path are marked as differences."""
     try:
         if place.is_dir():
-            known = (place / SINGLE).exists() or (place / INDEX).exists()
-            return known and holds_vector(open_directory(str(place), place))
+            return find_weights(place) is not None and holds_vector(open_directory(str(place), place))
         return place.suffix == ".safetensors" and place.is_file() and holds_vector([read_header(place)])
     except MergebenchError:
         return False

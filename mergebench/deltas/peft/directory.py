@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.names import is_vocabulary
+from mergebench.checkpoint.naming import find_weights
 from mergebench.errors import ModelError, RunError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,7 +34,7 @@ def of_type(kind: str) -> Callable[[Path], bool]:
 
 def holds_no_model(directory: Path) -> bool:
     """Whether the directory does not also hold a model."""
-    return not any(directory.glob("model*.safetensors"))
+    return find_weights(directory) is None
 
 
 def peft_type(directory: Path) -> str | None:

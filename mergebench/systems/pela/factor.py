@@ -115,7 +115,7 @@ def compress(
             staging.resumable = False
             raise _nothing(job)
         shards = _gather(job, values, staging, entries)
-        copied = _side_files(job, shards, staging)
+        beside = _side_files(job, shards, staging)
         before = {name: info.numel * ITEM_SIZE[info.stored_dtype] for name, info in source.tensors.items()}
         about = {
             "mergebench": __version__,
@@ -129,7 +129,7 @@ def compress(
             **about,
             "command": "compress",
             "kinds": record.summary(before, entries, shards),
-            "side_files": copied,
+            **beside,
             "inputs": inputs_of([source], hash_inputs=False),
             "fingerprint": fingerprint,
         }
@@ -242,7 +242,8 @@ def _gather(job: _Job, values: Values, staging: Staging, entries: Mapping[str, A
                 shape = (rank, columns) if number == 0 else (rows, rank)
             infos.append(info._replace(name=key, shape=shape, scale=None))
             dtypes[key], source[key] = job.stored(name), name
-    shards = [replace(shard, metadata=FACTORS) for shard in lay_out(infos, dtypes, SHARD_SIZE)]
+    shards = lay_out(infos, dtypes, SHARD_SIZE, naming=job.model.naming)
+    shards = [replace(shard, metadata=FACTORS) for shard in shards]
     parts = {name: staging.directory / job.part(name) for name in factored}
 
     def put(written: ShardFiles, key: str) -> None:
@@ -260,7 +261,7 @@ def _gather(job: _Job, values: Values, staging: Staging, entries: Mapping[str, A
     return shards
 
 
-def _side_files(job: _Job, shards: Sequence[Shard], staging: Staging) -> list[str]:
+def _side_files(job: _Job, shards: Sequence[Shard], staging: Staging) -> dict[str, list[str]]:
     floats = {
         tensor.dtype for shard in shards for tensor in shard.tensors if TORCH_DTYPE[tensor.dtype].is_floating_point
     }

@@ -64,7 +64,7 @@ def expand(
         return Result(out, done, already_done=True)
     check_target(out, places_of([model]), overwrite)
     infos, source = _dense(model, pairs, in_out)
-    shards = lay_out(infos, {info.name: info.dtype for info in infos}, SHARD_SIZE)
+    shards = lay_out(infos, {info.name: info.dtype for info in infos}, SHARD_SIZE, naming=model.naming)
     if made.get("task_vector"):
         shards = [replace(shard, metadata=VECTOR) for shard in shards]
     check_room(out, sum(shard.nbytes for shard in shards))
@@ -87,7 +87,7 @@ def expand(
 
         write_shards(staging, shards, put)
         try:
-            copied = copy_side_files(model, staging.directory, None)
+            beside = copy_side_files(model, staging.directory, None)
         except OSError as error:
             raise write_error(staging.directory, error) from None
         provenance: dict[str, Any] = {
@@ -98,7 +98,7 @@ def expand(
             "task_vector": bool(made.get("task_vector")),
             "multiplied": len(pairs),
             "copied": len(infos) - len(pairs),
-            "side_files": copied,
+            **beside,
             "inputs": inputs_of([model], hash_inputs=False),
             "fingerprint": fingerprint,
         }

@@ -1,0 +1,81 @@
+"""The names of a checkpoint's files: those that transformers, diffusers, open_clip and sentence-transformers look for.
+
+STEM.safetensors, or STEM-00001-of-00002.safetensors, ... and STEM.safetensors.index.json
+modules.json                sentence-transformers: a list of modules, each in a folder or beside the list
+2_Dense/model.safetensors   the weights of such a module: NAME in this file is the model's tensor 2_Dense/NAME
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+DIFFUSERS = "diffusion_pytorch_model"
+STEMS = ("model", DIFFUSERS, "open_clip_model", "consolidated")  # where several lie side by side, the first is read
+MODULES = "modules.json"
+_SINGLE, _INDEX = ".safetensors", ".safetensors.index.json"
+_NUMBERED = re.compile(r"(.+)-\d{5,}-of-\d{5,}\.safetensors")
+
+
+class Naming(NamedTuple):
+    """How a checkpoint's files are named."""
+
+    stem: str = STEMS[0]
+    folders: tuple[str, ...] = ()  # of modules that have weights of their own
+
+    def folder_of(self, tensor: str) -> str | None:
+        """The folder of the module that a tensor belongs to, if it is one of them."""
+        return next((folder for folder in self.folders if tensor.startswith(f"{folder}/")), None)
+
+    def files(self, count: int) -> list[str]:
+        """The names of as many files."""
+        if count == 1:
+            return [self.stem + _SINGLE]
+        return [f"{self.stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+USUAL = Naming()
+
+
+def index_of(file: str) -> str:
+    """The name of the index that belongs to a numbered file."""
+    numbered = _NUMBERED.fullmatch(file)
+    return (numbered[1] if numbered else STEMS[0]) + _INDEX
+
+
+def stem_of(file: str) -> str:
+    """The known stem that a file's or an index's name begins with, else the usual one."""
+    return next((stem for stem in STEMS if re.match(rf"{stem}[.-]", file)), STEMS[0])
+
+
+def find_weights(directory: Path) -> Path | None:
+    """The file or index of a model by the names that libraries look for; None if there is none."""
+    for stem in STEMS:
+        # transformers takes a single file before an index beside it, diffusers the index
+        for end in (_INDEX, _SINGLE) if stem == DIFFUSERS else (_SINGLE, _INDEX):
+            if (directory / f"{stem}{end}").exists():
+                return directory / f"{stem}{end}"
+    return None
+
+
+def find_other_weights(directory: Path) -> list[Path]:
+    """Files under other names: the one index, such as that of a variant, else every file."""
+    indexes = sorted(directory.glob("*.safetensors.index*.json"))
+    return indexes if len(indexes) == 1 else sorted(directory.glob("*.safetensors"))
+
+
+def module_folders(directory: Path) -> tuple[str, ...]:
+    """The folders that modules.json names; () where it is no list of modules."""
+    try:
+        modules = json.loads((directory / MODULES).read_text(encoding="utf-8"))
+        paths = [Path(module["path"]) for module in modules]
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()
+    # the path of a module that lies beside the list is ""
+    return tuple(dict.fromkeys(path.as_posix() for path in paths if path.parts and _is_inside(path)))
+
+
+def _is_inside(path: Path) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
