@@ -17,8 +17,8 @@ def modules_of(model: Model, weights: Iterable[str]) -> dict[str, str]:
     """The modules of weights as the class that config.json names calls them, whose names PEFT takes.
 
     GPT-2's files say `h.0.attn.c_attn`, a GPT2LMHeadModel `transformer.h.0.attn.c_attn`; transformers loads either.
-    Without weights that the class holds in another form, such as experts in one tensor. If the class is not available, by
-    the files' names.
+    Without weights that the class holds in another form, such as experts in one tensor. If the class is not available,
+    by the files' names.
     """
     plain = {name: name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
     if all(_COMMON.fullmatch(module) for module in plain.values()):
