@@ -156,7 +156,7 @@ def test_links(model: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(model)
     (tmp_path / "out").mkdir()
     for place in (model, tmp_path / "linked"):
-        assert "inside.txt" in copy_side_files(open_model(str(place)), tmp_path / "out", None)
+        assert "inside.txt" in copy_side_files(open_model(str(place)), tmp_path / "out", None)["side_files"]
         assert (tmp_path / "out/inside.txt").read_text() == "{}"
     for link in (elsewhere, Path("../elsewhere.txt"), Path("../linked/../elsewhere.txt")):
         (model / "added_tokens.txt").unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def test_links(model: Path, tmp_path: Path) -> None:
     blob.parent.mkdir()
     blob.write_text("word")
     (snapshot / "vocab.txt").symlink_to("../../blobs/abc")
-    assert "vocab.txt" in copy_side_files(open_model(str(snapshot)), tmp_path / "out", None)
+    assert "vocab.txt" in copy_side_files(open_model(str(snapshot)), tmp_path / "out", None)["side_files"]
     (snapshot / "notes.txt").symlink_to("../../../../elsewhere.txt")
     with pytest.raises(ModelError, match=r"notes.txt: a link out of"):
         copy_side_files(open_model(str(snapshot)), tmp_path / "out", None)
