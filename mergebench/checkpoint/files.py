@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import Reader, TensorInfo, damaged
+from mergebench.checkpoint.documents import descriptor
+from mergebench.checkpoint.header import Header, Reader, TensorInfo, damaged
 from mergebench.errors import DiskFull, RunError
 
 TORCH_DTYPE = {
@@ -41,7 +42,7 @@ class Files:
             with self._lock:
                 if file not in self._open:
                     try:
-                        self._open[file] = os.open(file, os.O_RDONLY)
+                        self._open[file] = descriptor(file)
                     except OSError as error:
                         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
                 number = self._open[file]
@@ -94,6 +95,12 @@ def whole(files: Reader, tensor: TensorInfo) -> Tensor:
     if tensor.numel:
         files.read_elements(tensor, 0, out)
     return out.reshape(tensor.shape)
+
+
+def read_tensors(header: Header) -> dict[str, Tensor]:
+    """All tensors of a small file, as stored."""
+    with Files() as files:
+        return {info.name: whole(files, info) for info in header.tensors}
 
 
 def put(file: int, raw: memoryview, at: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
@@ -25,7 +26,7 @@ _JOURNAL = ".journal.json"
 def finished(out: Path) -> dict[str, Any] | None:
     """The provenance of a finished result at `out`, or None."""
     try:
-        found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
+        found = read_json(out / PROVENANCE, Any)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -159,7 +160,7 @@ class Staging:
 
     def _read_journal(self, fingerprint: str) -> None:
         try:
-            journal = json.loads((self.directory / _JOURNAL).read_text(encoding="utf-8"))
+            journal = read_json(self.directory / _JOURNAL, Any)
         except (OSError, ValueError):
             return  # nothing to resume: start afresh
         if not isinstance(journal, dict) or journal.get("fingerprint") != fingerprint:

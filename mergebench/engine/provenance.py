@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mergebench import __version__
+from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.model import Model
 from mergebench.engine.answers import key_of
 from mergebench.engine.lines import alpha_of
@@ -101,8 +102,7 @@ def inputs_of(models: Iterable[Model], hash_inputs: bool) -> list[dict[str, Any]
             "header_sha256": header.sha256,
         }
         if hash_inputs:
-            with open(file, "rb") as stream:
-                entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            entry["sha256"] = sha256_of(file)
         found.append(entry)
     return found
 

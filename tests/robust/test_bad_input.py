@@ -160,7 +160,7 @@ def _(s: Setup) -> None:
     (s.ft1 / SINGLE).write_bytes(struct.pack("<Q", 99_999) + (s.ft1 / SINGLE).read_bytes()[8:])
 
 
-@case("header of a wrong length", FAILED, f"ft1/{SINGLE}", "not JSON")
+@case("header of a wrong length", FAILED, f"ft1/{SINGLE}", "not readable as JSON")
 def _(s: Setup) -> None:
     raw = (s.ft1 / SINGLE).read_bytes()
     (s.ft1 / SINGLE).write_bytes(struct.pack("<Q", struct.unpack("<Q", raw[:8])[0] - 8) + raw[8:])
@@ -173,7 +173,7 @@ def _(s: Setup) -> None:
         stream.truncate(100_000_100)
 
 
-@case("header nested too deep", FAILED, f"ft1/{SINGLE}", "not JSON")
+@case("header nested too deep", FAILED, f"ft1/{SINGLE}", "not readable as JSON")
 def _(s: Setup) -> None:
     (s.ft1 / SINGLE).write_bytes(pack(b'{"a":' * 100_000, b""))
 
