@@ -133,7 +133,7 @@ def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{name}.{os.getpid()}.part"
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text.encode(errors="backslashreplace"))  # as `write_atomically` does
         part.replace(folder / name)
     except OSError as error:
         what = f"{folder}: no result can be kept there: {error.strerror}"

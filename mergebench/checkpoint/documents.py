@@ -35,12 +35,19 @@ _SORTS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+class NotJSON(ValueError):
+    """A text that is not JSON: what is wrong, and the line and column, from 1, if it is at one."""
+
+    def __init__(self, reason: str, line: int = 0, column: int = 0) -> None:
+        place = f"line {line}, column {column}: " if column else ""
+        super().__init__(f"not readable as JSON: {place}{reason}")
+        self.reason, self.line, self.column = reason, line, column
+
+
 def descriptor(file: Path) -> int:
     """Open a file to be read. Pipes and devices are refused, because they may never end."""
-    try:
-        os.fspath(file).encode()
-    except UnicodeEncodeError:
-        raise OSError(errno.EINVAL, "its path is not UTF-8: rename it", os.fspath(file)) from None
+    if not is_utf8(file):
+        raise OSError(errno.EINVAL, "its path is not UTF-8: rename it", os.fspath(file))
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
@@ -49,6 +56,14 @@ def descriptor(file: Path) -> int:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(file))
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(file))
     return number
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path can be written in a text: file names may be any bytes."""
+    try:
+        return bool(os.fspath(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def open_file(file: Path) -> BufferedReader:
@@ -88,14 +103,13 @@ def parse_json(text: str | bytes, kind: Any = Object) -> Any:
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"not readable as JSON: {line}column {error.colno}: {error.msg}") from None
+        raise NotJSON(error.msg, error.lineno, error.colno) from None
     except UnicodeDecodeError:
-        raise ValueError("not readable as JSON: not UTF-8 text") from None
+        raise NotJSON("not UTF-8 text") from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"not readable as JSON: {error.object[error.start]!a} is half of a character") from None
+        raise NotJSON(f"{error.object[error.start]!a} is half of a character") from None
     except RecursionError:
-        raise ValueError("not readable as JSON: nested too deep") from None
+        raise NotJSON("nested too deep") from None
     fault = complaint(value, kind)
     if fault is not None:
         raise ValueError(fault)
@@ -104,7 +118,7 @@ def parse_json(text: str | bytes, kind: Any = Object) -> Any:
 
 def _whole(digits: str) -> int:
     if len(digits) > _DIGITS and math.isinf(float(digits)):
-        raise ValueError("not readable as JSON: a number is too large")
+        raise NotJSON("a number is too large")
     return int(digits)
 
 

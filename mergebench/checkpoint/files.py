@@ -124,7 +124,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file atomically: readers see the old file or the new one."""
     part = path.with_name(part_of(path.name))
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        # a path that is not UTF-8 comes with halves of characters, which are written as JSON writes them
+        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
         raise write_error(path, error) from None

@@ -13,14 +13,22 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from mergebench.checkpoint.documents import read_json
+from mergebench.checkpoint.documents import is_utf8, read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
 PROVENANCE = "mergebench.json"
 _JOURNAL = ".journal.json"
+
+
+class Journal(TypedDict):
+    """What an interrupted run leaves."""
+
+    fingerprint: str
+    shards: list[str]
+    answers: dict[str, Any]
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -35,6 +43,8 @@ def finished(out: Path) -> dict[str, Any] | None:
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuse an output that is an input (or holds one, or lies in one), is a mount point, or is not empty."""
     target = Path(os.path.realpath(out))
+    if not is_utf8(target):
+        raise RecipeError(f"{out}: its path is not UTF-8", "choose another --out")
     written = {target, _beside(target, "partial"), _beside(target, "old")}
     for place in inputs:
         directory = place.resolve()
@@ -160,10 +170,10 @@ class Staging:
 
     def _read_journal(self, fingerprint: str) -> None:
         try:
-            journal = read_json(self.directory / _JOURNAL, Any)
+            journal = read_json(self.directory / _JOURNAL, Journal)
         except (OSError, ValueError):
             return  # nothing to resume: start afresh
-        if not isinstance(journal, dict) or journal.get("fingerprint") != fingerprint:
+        if journal["fingerprint"] != fingerprint:
             raise RecipeError(
                 f"{self.directory}: it was begun with another recipe or other inputs",
                 "run without --resume to start afresh",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergebench.checkpoint.documents import open_file, parse_json
+from mergebench.checkpoint.documents import NotJSON, open_file, parse_json
 from mergebench.errors import RunError
 
 SHAPE = "write one JSON object a line, or one list of them"
@@ -108,8 +108,10 @@ def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parse(text: bytes, where: str) -> Any:
     try:
         return parse_json(text.removeprefix(codecs.BOM_UTF8), Any)
-    except ValueError as error:
-        raise RunError(f"{where}: {error}", SHAPE) from None
+    except NotJSON as error:
+        line = f"{error.line}:" if error.line > 1 else ""
+        place = f"{where}:{line}{error.column}" if error.column else where
+        raise RunError(f"{place}: not valid JSON: {error.reason}", SHAPE) from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

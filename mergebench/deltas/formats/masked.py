@@ -125,7 +125,8 @@ def masked(file: Path, base: Base) -> Deltas:
     except ValueError as error:
         raise damaged(file, f"not readable as values on a mask: {error}") from None
     name, digest, made_on = about["mask"], about["sha256"], about["base"]
-    mask = next((place for place in places_of(file, Path(name).name) if place.is_file()), None)
+    places = places_of(file, Path(name).name)
+    mask = next((place for place in places if place in place.parent.iterdir()), None)
     if mask is None:
         raise ModelError(f"{file}: its mask {name} is missing", "keep it beside the values or in the folder above")
     if sha256_of(mask) != digest:

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.names import is_vocabulary
+from mergebench.deltas.peft.settings import check_settings
 from mergebench.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,6 +64,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
         "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
     )
     config: dict[str, Any] = document(directory / CONFIG, Config, missing=missing)
+    check_settings(directory / CONFIG, config)
     if not (directory / WEIGHTS).is_file():
         found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
         raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")

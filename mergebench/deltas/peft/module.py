@@ -18,7 +18,6 @@ from mergebench.checkpoint.kind import DeltaKind, Part
 from mergebench.deltas.peft.directory import CONFIG, by_module, holds_no_model, of_type, read_directory
 from mergebench.deltas.peft.names import Placing, on_stored, put_whole
 from mergebench.deltas.peft.orientation import Orientation
-from mergebench.deltas.peft.settings import check_settings
 from mergebench.deltas.peft.tokens import untie, with_aliases
 from mergebench.errors import ModelError
 
@@ -144,7 +143,6 @@ def peft_type(
     def declare(function: Callable[[Module], Iterable[Change]]) -> Format:
         def read(directory: Path, base: Base) -> Deltas:
             config, header = read_directory(directory)
-            check_settings(directory, config)
             if check is not None:
                 check(directory, config)
             modules, whole = by_module(directory, header, config, patterns)
