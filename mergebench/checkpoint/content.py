@@ -104,7 +104,7 @@ class Contents:
         if self.folder is None:
             return {}
         with suppress(OSError, ValueError):
-            known: dict[str, Any] = read_json(self.folder / "hashes.json")
+            known: dict[str, Any] = read_json(self.folder / "hashes.json", dict[str, list[int | str]])
             return known
         return {}
 

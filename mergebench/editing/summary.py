@@ -15,7 +15,7 @@ class Fitted(TypedDict, total=False):
 
     file: str
     sha256: str
-    layer: int
+    layer: int | None
     test_accuracy: float | None
 
 
@@ -28,7 +28,7 @@ class Edit(TypedDict, total=False):
     """One edit, as mergebench.json has it, and a patch without what is only known of the model."""
 
     edit: str
-    probe: Fitted
+    probe: Fitted | None
     parameters: dict[str, Any]
     direction: str
     layers: Any
@@ -36,11 +36,11 @@ class Edit(TypedDict, total=False):
     rows: int
     of: int
     by_layer: dict[str, int]
-    share: float
+    share: float | None
     alpha: float | None
     relative_step: float | None
     cosine: Cosine
-    z: float
+    z: float | None
     warnings: list[str]
     patch: str
     reverted: bool

@@ -54,19 +54,28 @@ class Entry(TypedDict):
     predictions: dict[str, tuple[str, float]]
 
 
+class Failed(TypedDict):
+    """A model that could not be measured."""
+
+    model: str
+    tasks: list[str]
+    error: str
+    hint: str | None
+
+
 class Made(TypedDict, total=False):
     """What is read of the origin of results."""
 
     by_task: list[str]
     unedited: dict[str, list[str]]
-    baseline: str
-    failed: list[dict[str, str]]
+    baseline: str | None
+    failed: list[Failed]
 
 
 class Document(TypedDict):
     """evaluation.json."""
 
-    made: dict[str, Any]
+    made: Made
     records: list[Entry]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zlib
@@ -20,6 +21,7 @@ from mergebench.adapters.describe import describe_adapter
 from mergebench.adapters.peft_names import task_type
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint.align import align
+from mergebench.checkpoint.content import Contents
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.side_files import copy_side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, finished
@@ -33,7 +35,7 @@ from mergebench.editing.probes.probe import read_probe
 from mergebench.editing.summary import facts, layers_of, sentence
 from mergebench.editing.targets import find_targets
 from mergebench.errors import MergebenchError
-from mergebench.evaluation import Results, load_suite, page
+from mergebench.evaluation import Results, load_suite, page, save
 from mergebench.evaluation.compare.comparison import against
 from mergebench.evaluation.compare.predictions import read_predictions
 from mergebench.evaluation.head import read_head
@@ -45,9 +47,11 @@ from mergebench.evaluation.tasks.probe import Params as ProbeTask
 from mergebench.evaluation.tasks.probe import _reading
 from mergebench.networks.items import contents, read_rows
 from mergebench.networks.module import config_of
+from mergebench.networks.network import Network
 from mergebench.networks.verify import verify
 from mergebench.recipe import tokenizers
 from mergebench.systems.mos.bank import read_bank
+from mergebench.systems.mos.config import load_config
 from mergebench.systems.pela.multiply import _pairs
 from mergebench.systems.pela.record import read_record
 from tests.evaluation.conftest import write_data, write_encoder, write_head
@@ -91,6 +95,14 @@ def config(folder: Path) -> None:
     (folder / "copy").mkdir(exist_ok=True)
     copy_side_files(model, folder / "copy", "BF16")
     find_targets(model.tensors, model.config, "*", 8, None)
+
+
+def evaluated(folder: Path) -> None:
+    network = Network(open_model(str(folder / "model")), "AutoModel", torch.device("cpu"))
+    with torch.inference_mode():
+        network.encode(network.tokenize(["w1 w2", "w3"], 9))
+    tried(lambda: network.hidden)
+    tried(lambda: network.blocks)
 
 
 def adapter(kind: str, tensors: dict[str, tuple[int, ...]], **config: Any) -> Kind:
@@ -195,6 +207,12 @@ def make_journal(folder: Path) -> None:
     staging.__exit__(ValueError)
 
 
+def make_results(folder: Path) -> None:
+    failed = {"model": "x", "tasks": ["nouns"], "error": "no such file", "hint": None}
+    about = {"failed": [failed], "by_task": ["pcb"], "unedited": {"linear": ["surgery"]}, "baseline": "linear"}
+    save(documents.results(**about), folder)
+
+
 def results(folder: Path) -> None:
     found = Results.load(folder)
     report(found), markdown(found)
@@ -231,6 +249,22 @@ def make_items(folder: Path) -> None:
     write_data(folder / "data.jsonl", 5)
     rows = [{"id": n, "pred": "a", "gold": "b", "score": 0.5} for n in range(4)]
     (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def make_sequence(folder: Path) -> None:
+    write_data(folder / "data.jsonl", 5)
+    config = {"backbone": "model", "train": "data.jsonl", "test": "data.jsonl", "text": "text", "tasks": [["a"], ["b"]]}
+    (folder / "cil.yaml").write_text(json.dumps(config | {"seeds": [0, 1], "epochs": 2, "pooling": "mean"}, indent=1))
+
+
+def make_hashes(folder: Path) -> None:
+    hashes(folder)
+
+
+def hashes(folder: Path) -> None:
+    """The sums that a folder of results keeps of files."""
+    (folder / "x").write_text("x")
+    assert Contents(folder).of_file(folder / "x") == hashlib.sha256(b"x").hexdigest()
 
 
 def make_suite(folder: Path) -> None:
@@ -287,6 +321,9 @@ KINDS = {
     "index": Kind(lambda folder: two_models(folder, shards=2), ("model/model.safetensors.index.json",), read_all),
     "config": Kind(two_models, ("model/config.json",), config),
     "config, verified": Kind(make_tokenizer, ("model/config.json",), lambda folder: verify(folder / "model"), 100),
+    "config, evaluated": Kind(make_tokenizer, ("model/config.json",), evaluated, 100),
+    "sequence": Kind(make_sequence, ("cil.yaml",), lambda folder: load_config(folder / "cil.yaml")),
+    "hashes": Kind(make_hashes, ("hashes.json",), hashes),
     "LoRA": adapter(
         "LORA", {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2)}, r=2, lora_alpha=4, alpha_pattern={"layers": 8},
         rank_pattern={"layers.0": 2}, use_dora=False, bias="none", fan_in_fan_out=False,
@@ -308,7 +345,7 @@ KINDS = {
     "bank": Kind(lambda at: write_bank(at / "bank"), ("bank/bank.json",), lambda at: read_bank(at / "bank")),
     "journal": Kind(make_journal, (".out.partial/.journal.json",), journal),
     "provenance": Kind(documents.write_all, (PROVENANCE,), lambda folder: finished(folder)),
-    "results": Kind(documents.write_all, ("evaluation.json",), results, 100),
+    "results": Kind(make_results, ("evaluation.json",), results, 100),
     "page": Kind(documents.write_all, (PROVENANCE, "statistics.json", "search.json", "evaluation.json"), sources, 40),
     "search": Kind(documents.write_all, ("search.json",), searched),
     "store": Kind(make_store, ("a.json",), store),

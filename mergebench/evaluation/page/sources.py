@@ -6,40 +6,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.staging import PROVENANCE
-from mergebench.editing.summary import Edit
 from mergebench.errors import RecipeError
 from mergebench.evaluation.page import profile
 from mergebench.evaluation.page.profile import Profile
 from mergebench.evaluation.results import FILE, Results
-from mergebench.evaluation.search.history import Document as Search
 
 SEARCH = "search.json"
 T = TypeVar("T")
-
-
-class Method(TypedDict, total=False):
-    name: str
-    paper: str
-    scope: str
-
-
-class Provenance(TypedDict, total=False):
-    """What a page shows of `mergebench.json`."""
-
-    mergebench: str
-    recipe: dict[str, Any]
-    method: Method
-    notes: list[str]
-    versions: dict[str, str]
-    inputs: list[dict[str, str | int]]
-    kept: dict[str, float]
-    seconds: float
-    stages: dict[str, float]
-    edits: list[Edit]
 
 
 @dataclass(frozen=True)
@@ -61,8 +38,8 @@ def read(directory: Path) -> Sources:
     found = Sources(
         directory,
         _there(directory / FILE, Results.load),
-        _there(directory / PROVENANCE, _provenance),
-        _there(directory / SEARCH, _search),
+        _there(directory / PROVENANCE, _document),
+        _there(directory / SEARCH, _document),
         _there(directory / profile.FILE, _profile),
     )
     if found.results is None and found.provenance is None and found.search is None:
@@ -74,13 +51,8 @@ def _there(path: Path, load: Callable[[Path], T]) -> T | None:
     return load(path) if path.is_file() else None
 
 
-def _provenance(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = document(path, Provenance, "take it away, or make it again")
-    return found
-
-
-def _search(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = document(path, Search, "take it away, or make it again")
+def _document(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = document(path, hint="take it away, or make it again")
     return found
 
 
