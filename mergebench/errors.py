@@ -7,7 +7,12 @@ prints it without a traceback; library users catch it.
 from __future__ import annotations
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable
+
+LONGEST = 480  # characters of a message or a hint; what is longer is a name or a text from a file
+_WORD = 120  # characters that a word keeps in a message that is too long
 
 
 class MergebenchError(Exception):
@@ -16,9 +21,9 @@ class MergebenchError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = None if hint is None else one_line(hint)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type[MergebenchError], tuple[str, str | None]]:
         return type(self), (self.message, self.hint)  # worker processes send their errors home
@@ -51,3 +56,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(known)}" if known else None
+
+
+def one_line(text: str) -> str:
+    """A message on one line and of bearable length: control characters written out, long words cut in the middle."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    if len(line) > LONGEST:
+        line = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _cut(word[0], _WORD), line)
+    return _cut(line, LONGEST)
+
+
+def _cut(text: str, most: int) -> str:
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """The message of another library's error, on one line."""
+    said = str(error).strip()
+    if not said:  # an assertion: the line that failed says more than its name
+        trace = traceback.extract_tb(error.__traceback__)
+        said = f"{type(error).__name__}: {trace[-1].line if trace else ''}"
+    return said.splitlines()[0]

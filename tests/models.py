@@ -114,6 +114,8 @@ def hashes(place: Path) -> dict[str, str]:
             found[name] = f"link to {path.readlink()}"
         elif path.is_dir():
             found[name] = "directory"
+        elif not path.is_file():
+            found[name] = "a pipe"
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

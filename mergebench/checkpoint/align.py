@@ -59,15 +59,15 @@ class Alignment:
 
 def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> Alignment:
     """Match every model's tensors with the base's; `wanted(name)` says which are to be merged."""
-    result = Alignment()
+    result, ties, theirs = Alignment(), Ties(base), [Ties(model) for model in models]
     for name, info in base.tensors.items():
-        target = tied_to(name, base)
+        target = ties.target(name)
         if target is not None:
             result.aliases[name] = target
         if not wanted(name) or is_derived(info):
             result.copied.append(name)
             continue
-        found = [_find(model, name) for model in models]
+        found = [model.tensors.get(name) or tied.tensor(name) for model, tied in zip(models, theirs, strict=True)]
         if not info.is_float:
             for model, other in zip(models, found, strict=True):
                 if other is not None and other.is_float:
@@ -87,9 +87,10 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
             continue
         result.merged.append(name)
         result.sources[name] = sources
-    for model in models:
+    for model, tied in zip(models, theirs, strict=True):
         for name in model.tensors.keys() - base.tensors.keys():
-            _judge_extra(result, base, model, name, wanted)
+            if not is_derived(model.tensors[name]) and wanted(name):
+                _judge_extra(result, base, model, name, tied.target(name))
     result.problems.sort(key=lambda problem: problem.text)
     return result
 
@@ -99,25 +100,35 @@ def is_derived(info: TensorInfo) -> bool:
     return bool(_DERIVED.search(info.name)) or (len(info.shape) == 4 and bool(_CAUSAL_MASK.search(info.name)))
 
 
-def tied_to(name: str, model: Model | Base) -> str | None:
-    """The tensor that `name` is an alias of in this model, if any."""
-    if model.config and not model.config.get("tie_word_embeddings", True):
-        return None
-    for end, targets in _TIED.items():
-        if name == end or name.endswith("." + end):
-            for target in targets:
-                matches = [known for known in model.tensors if known == target or known.endswith("." + target)]
-                if len(matches) == 1 and matches[0] != name:
-                    return matches[0]
-    return None
+class Ties:
+    """The tied tensors of a model; its names are searched once for each end."""
+
+    def __init__(self, model: Model | Base) -> None:
+        self._model = model
+        self._apart = bool(model.config) and not model.config.get("tie_word_embeddings", True)
+        self._known: dict[str, str | None] = {}
+
+    def target(self, name: str) -> str | None:
+        """The tensor that `name` is an alias of in this model, if any."""
+        ends = [] if self._apart else [end for end in _TIED if _ends(name, end)]
+        found = (self._only(target) for end in ends for target in _TIED[end])
+        return next((target for target in found if target not in (None, name)), None)
+
+    def tensor(self, name: str) -> TensorInfo | None:
+        """That tensor."""
+        target = self.target(name)
+        return None if target is None else self._model.tensors[target]
+
+    def _only(self, end: str) -> str | None:
+        """The name of the only tensor with this end."""
+        if end not in self._known:
+            matches = [name for name in self._model.tensors if _ends(name, end)]
+            self._known[end] = matches[0] if len(matches) == 1 else None
+        return self._known[end]
 
 
-def _find(model: Model, name: str) -> TensorInfo | None:
-    info = model.tensors.get(name)
-    if info is None:
-        target = tied_to(name, model)
-        info = model.tensors[target] if target is not None else None
-    return info
+def _ends(name: str, end: str) -> bool:
+    return name.endswith(end) and (len(name) == len(end) or name[-len(end) - 1] == ".")
 
 
 def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | None) -> Problem | None:
@@ -134,11 +145,8 @@ def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | Non
     return None
 
 
-def _judge_extra(result: Alignment, base: Model, model: Model, name: str, wanted: Callable[[str], bool]) -> None:
+def _judge_extra(result: Alignment, base: Model, model: Model, name: str, target: str | None) -> None:
     info = model.tensors[name]
-    if is_derived(info) or not wanted(name):
-        return
-    target = tied_to(name, model)
     if target is not None and target in base.tensors:
         result.must_equal.append((model, info, model.tensors[target]))
         return

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.documents import open_file, read_bytes, read_json
 from mergebench.checkpoint.header import ITEM_SIZE, Header, Stamp, TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
@@ -100,8 +101,8 @@ class Contents:
         if self.folder is None:
             return {}
         with suppress(OSError, ValueError):
-            found = json.loads((self.folder / "hashes.json").read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
+            known: dict[str, Any] = read_json(self.folder / "hashes.json", dict[str, list[int | str]])
+            return known
         return {}
 
 
@@ -109,7 +110,7 @@ def tokenizer_hash(directory: Path) -> str:
     """The SHA-256 of the files of the tokenizer in a directory."""
     digest = hashlib.sha256()
     for file in tokenizer_files(directory):
-        content = file.read_bytes()
+        content = read_bytes(file)
         digest.update(f"\n{file.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -117,7 +118,7 @@ def tokenizer_hash(directory: Path) -> str:
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file, read now."""
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
@@ -129,7 +130,7 @@ def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
     part = folder / f".{name}.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text.encode(errors="backslashreplace"))  # as `write_atomically` does
         part.replace(folder / name)
     except OSError as error:
         with suppress(OSError):

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint.header import Reader, Stamp, TensorInfo, changed, damaged
+from mergebench.checkpoint.documents import descriptor
+from mergebench.checkpoint.header import Header, Reader, Stamp, TensorInfo, changed, damaged
 from mergebench.errors import DiskFull, RunError
 
 TORCH_DTYPE = {
@@ -47,7 +48,7 @@ class Files:
             with self._lock:
                 if file not in self._open:
                     try:
-                        number = os.open(file, os.O_RDONLY)
+                        number = descriptor(file)
                     except OSError as error:
                         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
                     self._open[file] = number, Stamp.of(os.fstat(number))
@@ -110,6 +111,12 @@ def whole(files: Reader, tensor: TensorInfo) -> Tensor:
     return out.reshape(tensor.shape)
 
 
+def read_tensors(header: Header) -> dict[str, Tensor]:
+    """All tensors of a small file, as stored."""
+    with Files() as files:
+        return {info.name: whole(files, info) for info in header.tensors}
+
+
 def put(file: int, raw: memoryview, at: int) -> None:
     while raw:
         count = os.pwrite(file, raw[:AT_ONCE], at)
@@ -131,7 +138,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file atomically: readers see the old file or the new one."""
     part = path.with_name(part_of(path.name))
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        # a path that is not UTF-8 comes with halves of characters, which are written as JSON writes them
+        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -7,7 +7,6 @@ tensor's dtype, shape and byte range, and the data, without holes.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from mergebench.checkpoint.documents import open_file, parse_json
 from mergebench.errors import ModelError, RunError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Header:
 def read_header(file: Path) -> Header:
     """Read the header of `file`; `RunError` if the file is damaged, `ModelError` if it is missing."""
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             status = os.fstat(stream.fileno())
             raw_length = stream.read(8)
             if len(raw_length) < 8:
@@ -154,11 +154,9 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
     try:
-        entries = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise damaged(file, "its header is not JSON") from None
-    if not isinstance(entries, dict):
-        raise damaged(file, "its header is not a JSON object")
+        entries = parse_json(raw)
+    except ValueError as error:
+        raise damaged(file, f"its header is {error}") from None
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

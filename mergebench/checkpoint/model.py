@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.naming import USUAL, Naming, find_other_weights, find_weights, module_folders, stem_of
 from mergebench.errors import ModelError, RunError
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VECTOR = {"holds": "task vector"}  # metadata of a file whose tensors are differences
 FACTORS = {"holds": "factors of weights"}  # of a file whose linear layers are products of two
+
+
+class Config(TypedDict, total=False):
+    """What is read of config.json."""
+
+    architectures: list[str] | None
+    model_type: str | None
+
+
+class Index(TypedDict):
+    """What is read of an index of shards: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,7 @@ class Model:
         path = self.side_directory / "config.json"
         if self.directory is None or not path.is_file():
             return {}
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise RunError(f"{path}: not readable as JSON") from None
-        if not isinstance(config, dict):
-            raise RunError(f"{path}: not a JSON object")
+        config: dict[str, Any] = document(path, Config)
         return config | dict(self.config_changes or {})
 
     @property
@@ -176,20 +185,18 @@ def _open_shards(index: Path) -> list[Header]:
     """The headers of the shards, each with those of its tensors that the index lists: it is the list of tensors."""
     directory = index.parent
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names: dict[str, set[str]] = {}
-        for tensor, file in weight_map.items():
-            if not isinstance(file, str):
-                raise TypeError
-            names.setdefault(file, set()).add(tensor)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise damaged(index, "not a readable index of shards") from None
-    headers = []
+        weight_map = read_json(index, Index)["weight_map"]
+    except (OSError, ValueError) as error:
+        raise damaged(index, f"not a readable index of shards: {error}") from None
+    names: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        names.setdefault(file, set()).add(tensor)
+    headers, present = [], {path.name for path in directory.iterdir()}
     for file in sorted(names):
         # An index may name only files in its own directory; hub snapshots are links, so only names are checked.
         if Path(file).name != file or file in ("", ".", ".."):
             raise RunError(f"{index}: it names '{file}', which is outside its directory")
-        if not (directory / file).exists():
+        if file not in present:  # asked for by name, a name may be impossible
             raise damaged(index, f"it names '{file}', which is missing")
         header = read_header(directory / file)
         listed = [tensor for tensor in header.tensors if tensor.name in weight_map]

@@ -6,12 +6,12 @@ on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's dir
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergebench.errors import ModelError
+from mergebench.checkpoint.documents import read_json
+from mergebench.errors import ModelError, first_line
 
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm", ".bpe", ".codes")
 LEGAL = ("license", "licence", "notice", "policy")  # in the names of files that go with every copy of a model
@@ -94,9 +94,8 @@ def _from_hub(text: str, name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(
-            f"model '{text}': neither a local path nor in the hub cache, and not to be had from the hub: {reason}",
+            f"model '{text}': neither a local path nor in the hub cache, and not to be had: {first_line(error)}",
             "check the name and the network, or give the path of a directory",
         ) from None
 
@@ -107,7 +106,7 @@ def _has_weights(snapshot: Path) -> bool:
         shards = [
             file
             for index in snapshot.glob("*.safetensors.index.json")
-            for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            for file in read_json(index)["weight_map"].values()
         ]
         return any(snapshot.glob("*.safetensors")) and all((snapshot / file).exists() for file in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

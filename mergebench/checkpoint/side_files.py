@@ -58,11 +58,11 @@ def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
 def check_link(file: Path, directory: Path) -> None:
     """`ModelError` if a file of a model is a link out of its directory: a copy would publish what another place holds.
 
-    The snapshots of the hub cache are links to its blobs, which may be followed.
+    The blobs of the hub cache, which snapshots and older `local_dir` downloads link to, may be followed.
     """
-    real, home = file.resolve(), directory.resolve()
-    blobs = [place.parent / "blobs" for place in home.parents if place.name == "snapshots"]
-    if not any(real.is_relative_to(place) for place in [home, *blobs]):
+    real = file.resolve()
+    blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if not blob and not real.is_relative_to(directory.resolve()):
         raise ModelError(f"{file}: a link out of the model's directory, to {real}", "put the file itself there")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.content import sample_of
+from mergebench.checkpoint.documents import is_utf8, read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.checkpoint.header import read_header
 from mergebench.errors import MergebenchError, RecipeError, RunError
@@ -34,8 +35,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = {  # of what the provenance holds, 
 def finished(out: Path) -> dict[str, Any] | None:
     """The provenance of a finished result at `out`, or None."""
     try:
-        found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(out / PROVENANCE, Any)
+    except (OSError, ValueError):
         return None
     return found if is_provenance(found) else None
 
@@ -54,6 +55,8 @@ def is_provenance(found: object) -> bool:
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuse an output that is an input (or holds one, or lies in one), is a mount point, or is not empty."""
     target = Path(os.path.realpath(out))
+    if not is_utf8(target):
+        raise RecipeError(f"{out}: its path is not UTF-8", "choose another --out")
     written = {target, _beside(target, "partial"), _beside(target, "old")}
     for place in inputs:
         directory = place.resolve()
@@ -218,10 +221,10 @@ class Staging:
 
     def _read_journal(self, fingerprint: str) -> None:
         try:
-            journal = json.loads((self.directory / _JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            journal = read_json(self.directory / _JOURNAL, dict[str, Any])
+        except (OSError, ValueError):
             return  # nothing to resume: start afresh
-        if not isinstance(journal, dict) or journal.get("fingerprint") != fingerprint:
+        if journal.get("fingerprint") != fingerprint:
             raise RecipeError(
                 f"{self.directory}: it was begun with another recipe or other inputs",
                 "run without --resume to start afresh",

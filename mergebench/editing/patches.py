@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.documents import complaint
 from mergebench.checkpoint.files import DTYPE_NAME, Files, whole
 from mergebench.checkpoint.format import Base
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.header import TensorInfo, damaged
 from mergebench.checkpoint.model import Model
 from mergebench.deltas.formats.native import DeltaFile, Later, Writing, read_file, write_file
 from mergebench.editing.neurons import Neurons, vectors
+from mergebench.editing.summary import Edit
 from mergebench.errors import ModelError, RunError
 
 BLOCK = 1 << 16  # elements processed at once: they fit into the cache
@@ -110,6 +112,9 @@ def open_patch(file: str | Path) -> Patch:
     if direction is None or not plain or shared - {"direction"}:
         hint = "put it on a model as MODEL+FILE; a patch is what `mergebench edit` writes beside the model"
         raise ModelError(f"{file}: its deltas are not those of one edit", hint)
+    fault = complaint(read.made, Edit)
+    if fault is not None:
+        raise damaged(read.file, f"not readable as a patch: {fault}")
     with Files() as files:
         return Patch(read, whole(files, direction))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Found:
         cosines, width = rows.cosine[chosen], planned.probe.width
         amounts, median = self.amounts[chosen], float(rows.norm.median())
         about = planned.probe.about
+        step = float(self.amounts.abs().max()) * rows.length / median if median else math.inf
         weakest = float(cosines[cosines.abs().argmin()]) if len(cosines) else 0.0
         z = weakest * width**0.5
         found = {
@@ -80,7 +82,7 @@ class Found:
             },
             "share": int(chosen.sum()) * width / planned.elements,
             "alpha": float(amounts[0]) if len(amounts) and bool((amounts == amounts[0]).all()) else None,
-            "relative_step": float(self.amounts.abs().max()) * rows.length / median if median else None,
+            "relative_step": step if math.isfinite(step) else None,
             "cosine": {
                 "candidates": _quantiles(rows.cosine),
                 **({"least": float(cosines.min()), "most": float(cosines.max())} if len(cosines) else {}),

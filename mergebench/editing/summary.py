@@ -4,10 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-Entry = Mapping[str, Any]  # one edit, as mergebench.json has it
 UNDO = "undone, in this directory, by"
+Entry = Mapping[str, Any]  # an `Edit`
+
+
+class Fitted(TypedDict, total=False):
+    """The probe of an edit."""
+
+    file: str
+    sha256: str
+    layer: int | None
+    test_accuracy: float | None
+
+
+class Cosine(TypedDict, total=False):
+    least: float
+    most: float
+
+
+class Edit(TypedDict, total=False):
+    """One edit, as mergebench.json has it, and a patch without what is only known of the model."""
+
+    edit: str
+    probe: Fitted | None
+    parameters: dict[str, Any]
+    direction: str
+    layers: Any
+    target: str
+    rows: int
+    of: int
+    by_layer: dict[str, int]
+    share: float | None
+    alpha: float | None
+    relative_step: float | None
+    cosine: Cosine
+    z: float | None
+    warnings: list[str]
+    patch: str
+    reverted: bool
 
 
 def sentence(edit: Entry) -> str:

@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import random
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import copy, deepcopy
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.errors import MergebenchError, ModelError, RunError
+from mergebench.errors import MergebenchError, ModelError, RunError, first_line
 from mergebench.networks.batch import batches, out_of_memory, run_batches
 from mergebench.plugins import need
 
@@ -109,15 +108,6 @@ def ask(
     samples = out["samples"][name]
     first = samples[0]["filter"]  # a task with several ways to read an answer logs each document once for each
     return out["results"][name], sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
-
-
-def first_line(error: BaseException) -> str:
-    """The message of another library's error, on one line."""
-    said = str(error).strip()
-    if not said:  # an assertion: the line that failed says more than its name
-        trace = traceback.extract_tb(error.__traceback__)
-        said = f"{type(error).__name__}: {trace[-1].line if trace else ''}"
-    return said.splitlines()[0]
 
 
 def _check_finite(network: Network) -> None:

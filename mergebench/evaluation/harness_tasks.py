@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mergebench.errors import RecipeError, RunError
-from mergebench.evaluation.harness import first_line, undisturbed
+from mergebench.errors import RecipeError, RunError, first_line
+from mergebench.evaluation.harness import undisturbed
 
 
 def own_task(task: Path | str) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergebench.checkpoint.documents import parse_json
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.task import Ready, Score
 from mergebench.networks.features import POOLINGS, Pooling, features
@@ -71,8 +72,7 @@ class Head:
 
 def read_head(file: Path) -> Head:
     """Read and check a head; `ModelError` if the file is no head."""
-    from safetensors.torch import load_file
-
+    from mergebench.checkpoint.files import read_tensors
     from mergebench.checkpoint.header import read_header
 
     header = read_header(file)
@@ -86,8 +86,9 @@ def read_head(file: Path) -> Head:
             "a head holds weight [classes, hidden] and bias [classes], floating point",
         )
     labels = _metadata(file, header.metadata, "labels")
-    if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise _bad(file, "labels", labels, "a JSON list of words")
+    if not (isinstance(labels, list) and all(isinstance(label, str) or type(label) is int for label in labels)):
+        raise _bad(file, "labels", labels, "a JSON list of words, or of whole numbers")
+    labels = [str(label) for label in labels]  # as in data, whole numbers count as words
     if len(set(labels)) != len(labels) or len(labels) != weight[0]:
         raise ModelError(f"{file}: {len(set(labels))} different labels for {weight[0]} classes")
     pooling = header.metadata.get("pooling")
@@ -101,7 +102,7 @@ def read_head(file: Path) -> Head:
         max_length = _metadata(file, header.metadata, "max_length")
         if type(max_length) is not int or max_length < 1:
             raise _bad(file, "max_length", max_length, "a number of tokens")
-    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    tensors = {name: tensor.float() for name, tensor in read_tensors(header).items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(f"{file}: {name} holds a value that is not finite")
@@ -111,8 +112,8 @@ def read_head(file: Path) -> Head:
 
 def _metadata(file: Path, metadata: dict[str, str], name: str) -> Any:
     try:
-        return json.loads(metadata[name])
-    except (KeyError, ValueError, TypeError, RecursionError):
+        return parse_json(metadata[name], Any)
+    except (KeyError, ValueError):
         raise _bad(file, name, metadata.get(name), "JSON") from None
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.documents import read_bytes
 from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import available_memory
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RunError, first_line
 from mergebench.networks.features import Pooling
 from mergebench.networks.network import Network
 
@@ -27,14 +28,14 @@ def check_image(file: Path, where: str) -> str:
     from PIL import Image
 
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
     except OSError as error:
         raise RunError(f"{where}: {file}: {error.strerror}", "paths are relative to the data file's folder") from None
     try:
         with warnings.catch_warnings(action="error"), Image.open(io.BytesIO(content)) as image:
             image.verify()
     except Exception as error:  # Pillow raises whatever its decoders raise
-        raise RunError(f"{where}: {file} is not an image that Pillow reads: {_reason(error)}") from None
+        raise RunError(f"{where}: {file} is not an image that Pillow reads: {first_line(error)}") from None
     return hashlib.sha256(content).hexdigest()
 
 
@@ -89,7 +90,7 @@ def _encode(network: Network, pixels: Tensor, pooling: Pooling) -> tuple[Tensor,
         states = network.module(pixel_values=pixels.to(network.device)).last_hidden_state
     except (AttributeError, TypeError, ValueError) as error:  # transformers' errors for wrong sizes and inputs
         shape = "x".join(map(str, pixels.shape[1:]))
-        raise ModelError(f"model '{network.name}': it takes no images of {shape}: {_reason(error)}") from None
+        raise ModelError(f"model '{network.name}': it takes no images of {shape}: {first_line(error)}") from None
     patches = _patches(network, *pixels.shape[2:])
     others = states.shape[1] - patches if states.ndim == 3 else -1  # class token and registers, which come first
     if others < 0 or (others == 0 and "cls" in pooling.how):
@@ -113,14 +114,14 @@ def _pixels(processor: Any, file: Path, name: str) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(read_bytes(file))) as image:
             picture = image.convert("RGB")
     except Exception as error:  # Pillow raises whatever its decoders raise
-        raise RunError(f"{file}: cannot be decoded: {_reason(error)}") from None
+        raise RunError(f"{file}: cannot be decoded: {first_line(error)}") from None
     try:
         pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
     except Exception as error:  # transformers raises whatever its parts raise
-        raise ModelError(f"model '{name}': its image processor fails at {file}: {_reason(error)}") from None
+        raise ModelError(f"model '{name}': its image processor fails at {file}: {first_line(error)}") from None
     return pixels
 
 
@@ -143,9 +144,5 @@ def _read_processor(network: Network) -> Any:
                 network.directory, local_files_only=True, trust_remote_code=False, backend="pil"
             )
     except Exception as error:  # transformers raises whatever its parts raise
-        what = f"model '{network.name}': transformers cannot read its {PROCESSOR}: {_reason(error)}"
+        what = f"model '{network.name}': transformers cannot read its {PROCESSOR}: {first_line(error)}"
         raise ModelError(what) from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

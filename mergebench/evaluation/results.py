@@ -6,12 +6,12 @@ means are computed, never stored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict
 
+from mergebench.checkpoint.documents import read_json
 from mergebench.errors import RunError
 from mergebench.evaluation.task import Direction, Prediction
 
@@ -35,6 +35,48 @@ class Record:
     relative: float | None  # value / value of the task's own fine-tune; None if that was not measured
     seconds: float
     predictions: Mapping[str, Prediction]  # by the items' ids; in JSON [output, score]
+
+
+class Entry(TypedDict):
+    """A record in JSON."""
+
+    model: str
+    role: Role
+    task: str
+    split: str
+    metric: str
+    direction: Direction
+    value: float
+    stderr: float | None
+    n: int
+    relative: float | None
+    seconds: float
+    predictions: dict[str, tuple[str, float]]
+
+
+class Failed(TypedDict):
+    """A model that could not be measured."""
+
+    model: str
+    tasks: list[str]
+    error: str
+    hint: str | None
+
+
+class Made(TypedDict, total=False):
+    """What is read of the origin of results."""
+
+    by_task: list[str]
+    unedited: dict[str, list[str]]
+    baseline: str | None
+    failed: list[Failed]
+
+
+class Document(TypedDict):
+    """evaluation.json."""
+
+    made: Made
+    records: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -61,16 +103,14 @@ class Results:
         """Read `evaluation.json`, from the file or its directory; `RunError` if it holds something else."""
         path = path / FILE if path.is_dir() else path
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            made, records = document["made"], tuple(_record(entry) for entry in document["records"])
-            if not isinstance(made, dict):
-                raise TypeError("made")
+            found = read_json(path, Document)
         except OSError as error:
             hint = "name a directory that mergebench merge, eval or search wrote"
             raise RunError(f"{path}: cannot be read: {error.strerror}", hint) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise RunError(f"{path}: not an evaluation", "evaluate again: mergebench writes evaluation.json") from None
-        return cls(made, records)
+        except ValueError as error:
+            hint = "evaluate again: mergebench writes evaluation.json"
+            raise RunError(f"{path}: not an evaluation: {error}", hint) from None
+        return cls(found["made"], tuple(_record(entry) for entry in found["records"]))
 
 
 def mean_values(results: Results) -> dict[str, float | None]:
@@ -112,10 +152,8 @@ _NAMES = frozenset(field.name for field in fields(Record))
 def _record(entry: dict[str, Any]) -> Record:
     """A record of the document. Keys of later versions are passed over."""
     known = {name: value for name, value in entry.items() if name in _NAMES}
-    if known["role"] not in get_args(Role) or known["direction"] not in get_args(Direction):
-        raise ValueError("role")
     for name in ("value", "seconds"):
         known[name] = float(known[name])
     answers = known["predictions"].items()
-    known["predictions"] = {item: Prediction(str(output), float(score)) for item, (output, score) in answers}
+    known["predictions"] = {item: Prediction(output, float(score)) for item, (output, score) in answers}
     return Record(**known)

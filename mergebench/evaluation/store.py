@@ -13,14 +13,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypedDict
 
 from mergebench.checkpoint.content import Contents, put
+from mergebench.checkpoint.documents import read_json
 from mergebench.evaluation.suite import Task
 from mergebench.evaluation.task import Direction, Prediction, Score
 from mergebench.networks.loadable import LoadableModel
 
 DEFAULT = Path("results")
+
+
+class Stored(TypedDict):
+    """What is read of a result."""
+
+    value: float
+    stderr: float | None
+    n: int
+    predictions: dict[str, tuple[str, float]]
+    metric: str
+    direction: Direction
+    seconds: float
 
 
 @dataclass
@@ -49,18 +62,15 @@ class Store:
         if key is None:
             return None
         try:
-            found = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-            predictions = {
-                item: Prediction(str(out), float(score)) for item, (out, score) in found["predictions"].items()
-            }
-            stderr = None if found["stderr"] is None else float(found["stderr"])
-            direction: Direction = found["direction"]
-            if direction not in get_args(Direction) or len(predictions) != found["n"]:
-                return None
-            score = Score(float(found["value"]), stderr, found["n"], predictions, str(found["metric"]), direction)
-            return score, float(found["seconds"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found = read_json(self.folder / f"{key}.json", Stored)
+        except (OSError, ValueError):
             return None
+        predictions = {item: Prediction(out, float(score)) for item, (out, score) in found["predictions"].items()}
+        if len(predictions) != found["n"]:
+            return None
+        stderr = None if found["stderr"] is None else float(found["stderr"])
+        score = Score(float(found["value"]), stderr, found["n"], predictions, found["metric"], found["direction"])
+        return score, float(found["seconds"])
 
     def keep(self, key: str | None, score: Score, seconds: float, about: Mapping[str, Any]) -> None:
         """Write a result atomically. about: for people; no code reads it."""

@@ -28,7 +28,7 @@ from mergebench.evaluation.scorer import Scorer, ScorerKind
 from mergebench.evaluation.task import Kind, Ready
 from mergebench.parameters import Parameter, make_params
 from mergebench.recipe.positions import Loc, Places, show
-from mergebench.recipe.yaml import find, parse, plain
+from mergebench.recipe.yaml import find, parse, plain, text_of
 
 T = TypeVar("T")
 SHAPE = "begin with tasks: and list them as '- name: …'"
@@ -116,7 +116,7 @@ def load_suite(
             raise places.error(at, what, _looked(folders)) if places else RecipeError(what, _looked(folders))
         path, loc, places = found, (), Places({(): str(found)})
         folders = [path.parent, *folders]
-        data = parse(_text(path), str(path), places)
+        data = parse(text_of(path), str(path), places)
     if not isinstance(data, dict):
         raise places.error(loc, f"a suite is a mapping, got {show(data)}", SHAPE)
     for key in data:
@@ -230,12 +230,3 @@ NAMES = {"name": "the task's name in tables", "kind": "such as text-classificati
 def _looked(folders: Sequence[Path]) -> str:
     there = "".join(f", then in {folder}" for folder in dict.fromkeys(folders) if folder != Path())
     return f"looked for in the working directory{there}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not UTF-8 text", "save the file as UTF-8") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from None

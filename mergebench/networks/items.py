@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergebench.checkpoint.documents import NotJSON, open_file, parse_json
 from mergebench.errors import RunError
 
 SHAPE = "write one JSON object a line, or one list of them"
@@ -90,7 +91,7 @@ def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Lines end at \\n alone, as in JSON.
     """
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             listed = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             stream.seek(0)
             if listed:
@@ -106,14 +107,11 @@ def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise RunError(f"{where}: not UTF-8 text", "save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        line = f"{error.lineno}:" if error.lineno > 1 else ""
-        raise RunError(f"{where}:{line}{error.colno}: not valid JSON: {error.msg}", SHAPE) from None
-    except (ValueError, RecursionError):
-        raise RunError(f"{where}: not valid JSON") from None
+        return parse_json(text.removeprefix(codecs.BOM_UTF8), Any)
+    except NotJSON as error:
+        line = f"{error.line}:" if error.line > 1 else ""
+        place = f"{where}:{line}{error.column}" if error.column else where
+        raise RunError(f"{place}: not valid JSON: {error.reason}", SHAPE) from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import available_memory
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RunError, first_line
 from mergebench.networks.loadable import LoadableModel, network_tensors
 from mergebench.networks.onednn import PackedLinear
 
@@ -88,15 +88,11 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
 def config_of(model: LoadableModel) -> dict[str, Any]:
     """The settings of the architecture in config.json."""
     path = model.side_directory / "config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ModelError(
-            f"model '{model.reference}': no config.json in {model.side_directory}",
-            "to be measured, a model needs config.json and its tokenizer beside its weights",
-        ) from None
-    except (OSError, ValueError, TypeError):
-        raise RunError(f"{path}: not readable as JSON") from None
+    missing = ModelError(
+        f"model '{model.reference}': no config.json in {model.side_directory}",
+        "to be measured, a model needs config.json and its tokenizer beside its weights",
+    )
+    config = document(path, missing=missing)
     return {key: value for key, value in config.items() if key not in NOISE}
 
 
@@ -123,7 +119,8 @@ def _build(model: LoadableModel, tensors: Mapping[str, Tensor], auto_class: str)
                 model.side_directory, local_files_only=True, trust_remote_code=False
             )
             with torch.device("meta"):  # only to learn which class the config stands for
-                architecture: Any = type(getattr(transformers, auto_class).from_config(config))
+                auto = getattr(transformers, auto_class)
+                architecture: Any = type(auto.from_config(config, trust_remote_code=False))
             module, report = architecture.from_pretrained(
                 None,
                 config=config,
@@ -131,6 +128,7 @@ def _build(model: LoadableModel, tensors: Mapping[str, Tensor], auto_class: str)
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # the report has them, with their names
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # transformers lets any error of its parts through
         raise failed(model.reference, "the model", error) from None
@@ -183,5 +181,4 @@ def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], 
 
 
 def failed(name: str, what: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ModelError(f"model '{name}': transformers cannot build {what}: {reason}")
+    return ModelError(f"model '{name}': transformers cannot build {what}: {first_line(error)}")

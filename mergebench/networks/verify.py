@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.errors import RunError
+from mergebench.errors import RunError, first_line
 
 
 def verify(directory: Path) -> None:
@@ -15,9 +15,8 @@ def verify(directory: Path) -> None:
     try:
         with quiet():
             info = _loading_info(directory)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # raised for a bad config
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise RunError(f"{directory}: transformers cannot load it: {reason}", hint) from None
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise RunError(f"{directory}: transformers cannot load it: {first_line(error)}", hint) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             raise RunError(
@@ -40,16 +39,22 @@ def _loading_info(directory: Path) -> dict[str, Any]:
             return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-    loader = getattr(transformers, name, None)
-    if loader is None:
-        raise ValueError(f"it has no {name}")
+    architectures = getattr(config, "architectures", None)
+    name = str(architectures[0] if isinstance(architectures, list) and architectures else "AutoModel")
+    loader: Any = getattr(transformers, name, None)
+    if name != "AutoModel" and not (isinstance(loader, type) and issubclass(loader, transformers.PreTrainedModel)):
+        raise ValueError(f"it has no model class {name!r:.60}")
     tensors = {
         name: torch.empty(info.shape, dtype=TORCH_DTYPE[info.dtype], device="meta").as_subclass(OnMeta)
         for name, info in open_model(str(directory)).tensors.items()
         if "/" not in name  # of a module in a folder
     }
     _, info = loader.from_pretrained(
-        None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
+        None,
+        config=config,
+        state_dict=tensors,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
     )
     return dict(info)

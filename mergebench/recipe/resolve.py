@@ -156,6 +156,8 @@ def _merge(
 
 def _varying(merge: Merge, values: Mapping[str, dict[str, Any]]) -> Merge:
     """The merge with parameters for each tensor; equal ones are one object."""
+    if not values:  # the plan refuses it
+        return merge
     made: dict[tuple[Any, ...], Any] = {}
     by_tensor = {}
     for name, given in values.items():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.align import is_derived, tied_to
+from mergebench.checkpoint.align import Ties, is_derived
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import Header, TensorInfo
 from mergebench.checkpoint.names import layer_of
@@ -127,14 +127,15 @@ def pieces_of(slices: Sequence[Slice], stacks: Mapping[str, Stack]) -> dict[str,
     for stack in {id(stack): stack for stack in [*ends[0], *ends[1]]}.values():
         for name in set(stack.outside) ^ outside.keys():
             has, lacks = (first, stack) if name in outside else (stack, first)
-            if tied_to(name, has.model) is not None:
+            if Ties(has.model).target(name) is not None:
                 outside.pop(name, None)  # stored twice by one, once by the other
             elif is_derived(has.model.tensors[name]):
                 outside.pop(name, None)
             else:
                 raise ModelError(f"{name}: {lacks.model.reference} does not have it, {has.model.reference} has it")
     if [source.model for source in slices[0].sources] != [source.model for source in slices[-1].sources]:
-        outside = {name: end for name, end in outside.items() if tied_to(name, first.model) is None}  # no other copy
+        ties = Ties(first.model)
+        outside = {name: end for name, end in outside.items() if ties.target(name) is None}  # no other copy
     pieces = {name: Piece(0, 0.0, (name,) * len(ends[0])) for name, before in outside.items() if before}
     out = 0
     for number, one in enumerate(slices):

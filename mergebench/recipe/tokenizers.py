@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.documents import document, parse_json, read_bytes
 from mergebench.checkpoint.side_files import tokenizer_files
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RunError, first_line
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -44,8 +45,7 @@ def load(directory: Path | None, reference: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {reason}") from None
+        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 def tokens_of(tokenizer: Any) -> dict[str, int]:
@@ -61,7 +61,7 @@ def without_unused(tokenizer: Any, size: int | None, reference: str) -> Any:
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
         _save(tokenizer, folder)
         path = Path(folder) / "tokenizer.json"
-        whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        whole = document(path) if path.is_file() else {}
         model = whole.get("model", {})
         added = {one["content"] for one in whole.get("added_tokens", ())}
         if model.get("type") != "BPE" and not unused <= added:
@@ -117,7 +117,7 @@ def saved(tokenizer: Any) -> dict[str, bytes]:
 
 def stored(directory: Path) -> dict[str, bytes]:
     """The tokenizer files in a directory."""
-    return {path.name: path.read_bytes() for path in tokenizer_files(directory)}
+    return {path.name: read_bytes(path) for path in tokenizer_files(directory)}
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
@@ -134,9 +134,10 @@ def usual_template(models: Sequence[Model]) -> str | None:
     found: Counter[str] = Counter()
     for model in models:
         files = stored(model.directory) if model.directory is not None else {}
-        template: Any = files[_TEMPLATE].decode() if _TEMPLATE in files else _config(files).get("chat_template")
+        own = files.get(_TEMPLATE)
+        template: Any = _config(files).get("chat_template") if own is None else own.decode(errors="replace")
         if isinstance(template, list):
-            template = {one.get("name"): one.get("template") for one in template}
+            template = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
         if isinstance(template, dict):
             template = template.get("default")
         if isinstance(template, str) and template.strip():
@@ -146,7 +147,7 @@ def usual_template(models: Sequence[Model]) -> str | None:
 
 def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        config = json.loads(files.get(_CONFIG, b"{}"))
+        config: dict[str, Any] = parse_json(files.get(_CONFIG, b"{}"))
     except ValueError:
         return {}
-    return config if isinstance(config, dict) else {}
+    return config

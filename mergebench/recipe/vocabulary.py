@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergebench.checkpoint import Model, TensorInfo
-from mergebench.checkpoint.align import tied_to
+from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.chosen_rows import choose
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.names import is_vocabulary, layer_of
@@ -225,9 +225,7 @@ def _as_long(model: Model, info: TensorInfo) -> bool:
 
 def _stored(model: Model, name: str) -> TensorInfo | None:
     """The tensor in a model; a head that is not stored is the embedding it is tied to."""
-    info = model.tensors.get(name)
-    target = None if info is not None else tied_to(name, model)
-    return info if target is None else model.tensors[target]
+    return model.tensors.get(name) or Ties(model).tensor(name)
 
 
 __all__ = ["share_vocabulary"]

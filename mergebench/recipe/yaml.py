@@ -18,7 +18,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from mergebench.errors import RecipeError
+from mergebench.checkpoint.documents import read_bytes
+from mergebench.errors import RecipeError, first_line
 from mergebench.recipe.positions import Loc, Places, show
 
 DEEPEST, MOST = 32, 20_000  # limits on levels and values, because aliases can make a small file endless
@@ -82,7 +83,7 @@ def parse_all(text: str, name: str) -> list[tuple[Any, Places]]:
         hint = STRAY_STAR if problem and "undefined alias" in problem else None
         raise RecipeError(f"{where}: not valid YAML: {problem}", hint) from None
     except YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{name}: not valid YAML: {first_line(error)}") from None
     except RecursionError:
         raise RecipeError(f"{name}: {TOO_LARGE}") from None
 
@@ -173,7 +174,7 @@ def spot(name: str, before: str) -> str:
 
 def text_of(path: Path) -> str:
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench.deltas.open import open_model
+from mergebench.deltas.peft import module
 from mergebench.errors import ModelError, RunError
 from tests.conftest import Cli
 from tests.deltas import peft_types
@@ -25,7 +26,7 @@ SETTINGS: list[Any] = [
         {"lora_alpha": float("nan")},
         "lora_alpha is nan, it must be a number",
     ),
-    (peft.LoraConfig(r=2, target_modules=TARGET), {"r": "8"}, "r and lora_alpha must be numbers"),
+    (peft.LoraConfig(r=2, target_modules=TARGET), {"r": "8"}, "it must be a whole number"),
     (peft.LoraConfig(r=2, target_modules=TARGET), {"use_rslora": "no"}, "use_rslora is 'no', it must be true or false"),
     (peft.LoraConfig(r=2, target_modules=TARGET), {"target_parameters": 1.5}, "it must be a list of names"),
     (peft.LoHaConfig(r=2, target_modules=TARGET), {"alpha": [8]}, r"alpha is \[8\], it must be a number"),
@@ -82,3 +83,14 @@ def test_a_base_weight_of_another_shape(tmp_path: Path) -> None:
         save_file(load_file(file) | {name: torch.zeros(shape)}, file)
         with pytest.raises(ModelError, match=r"q_proj\.base_layer\.weight: values"):
             open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def test_a_pattern_that_takes_exponential_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own `re` would take 2^60 steps: it is given up, and ordinary patterns are not."""
+    monkeypatch.setattr(module, "LONGEST", 0.1)
+    name, ordinary = "a" * 60 + ".q_proj", {r"layers\.\d+\.(q|v)_proj": 8}
+    with pytest.raises(ModelError, match="takes too long to match"):
+        module.patterned(tmp_path, "a" * 60, {"alpha_pattern": {"(?:a|aa)+(?<=b)c": 1}}, "alpha_pattern", 2)
+    assert module.patterned(tmp_path, name, {"alpha_pattern": ordinary}, "alpha_pattern", 2) == 2
+    named = "model.layers.11.q_proj"
+    assert module.patterned(tmp_path, named, {"alpha_pattern": ordinary}, "alpha_pattern", 2) == 8

@@ -139,6 +139,7 @@ def test_put_in_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "", "{", "[]", "{}", '{"made": {}}', '{"made": 1, "records": []}', '{"made": {}, "records": [1]}',
         '{"made": {}, "records": [{"model": "x"}]}',
         json.dumps({"made": {}, "records": [{**vars(record()), "role": "boss"}]}),
+        json.dumps({"made": {}, "records": [{**vars(record()), "model": {"a": 1}}]}), "[" * 100_000,
         json.dumps({"made": {}, "records": [{**vars(record()), "value": None}]}),
         json.dumps({"made": {}, "records": [{**vars(record()), "predictions": {"1": "good"}}]}),
     ],

@@ -141,6 +141,7 @@ def test_a_real_classifier_of_scikit_learn(here: Path) -> None:
         ({"regex": "a", "flags": "i"}, RecipeError, "tasks.0.scorer.flags: 'regex' has no such key"),
         ("regex", RecipeError, "tasks.0.scorer.regex: missing, 'regex' needs it"),
         ({"function": "no_such_module:f", "direction": "lower"}, RecipeError, "'no_such_module:f' cannot be"),
+        ({"function": "..:x", "direction": "lower"}, RecipeError, "'..:x' cannot be imported"),
         ({"function": "json", "direction": "lower"}, RecipeError, "tasks.0.scorer: 'json' cannot be imported"),
         ({"function": "json:dumps"}, RecipeError, "tasks.0.scorer.direction: missing, 'function' needs it"),
         ({"classifier": "gone", "label": "a", "direction": "lower"}, RecipeError, "classifier: no such folder: gone"),

@@ -136,7 +136,7 @@ def test_strict(text: str, message: str, hint: str | None, place: Path) -> None:
 
 def test_what_is_no_suite_at_all(place: Path) -> None:
     Path("latin.yaml").write_bytes(b"tasks: \xe9")
-    fails(RecipeError, "latin.yaml", "latin.yaml: not UTF-8", hint="UTF-8")
+    fails(RecipeError, "latin.yaml", "latin.yaml:1:8: not UTF-8", hint="UTF-8")
     fails(RecipeError, "x" * 5000, "no such suite file")
     fails(RecipeError, str(place), "no such suite file")
     fails(RecipeError, {"tasks": [{"name": {1}}]}, "suite: tasks.0.name")
@@ -147,6 +147,12 @@ DATA = [
     ("", "data.jsonl: it holds no items", "one JSON object a line"),
     ("\n \n", "data.jsonl: it holds no items", None),
     (GOOD + "{", "data.jsonl:2:2: not valid JSON", None),
+    (
+        GOOD + '{"id": "2", "text": "a \\ud83d b", "label": "x"}',
+        "data.jsonl:2: not valid JSON: '\\ud83d' is half",
+        None,
+    ),
+    (GOOD + "[" * 10_000, "data.jsonl:2: not valid JSON: nested too deep", None),
     (GOOD + "\n" + '{"id": "2", "text": "w1" "label": 1}\n', "data.jsonl:3:26: not valid JSON", None),
     (GOOD + "[1]\n", "data.jsonl:2: not a JSON object", None),
     (GOOD + GOOD, "data.jsonl:2: id '1' stands in data.jsonl:1 already", "flips"),
@@ -175,7 +181,7 @@ def test_lines_end_at_newlines_alone(place: Path, entry: Entry) -> None:
     Path("data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("w1", "w1 \u2028 \x85 w2").encode())
     assert load_suite({"tasks": [entry()]}).items == 1
     Path("data.jsonl").write_bytes(GOOD.encode() + b'{"id": "\xff"}\n')
-    fails(RunError, {"tasks": [entry()]}, "data.jsonl:2: not UTF-8 text")
+    fails(RunError, {"tasks": [entry()]}, "data.jsonl:2: not valid JSON: not UTF-8 text")
 
 
 def heads() -> list[Any]:
@@ -198,7 +204,7 @@ def heads() -> list[Any]:
             "metadata 'labels' must be JSON, it has none",
         ),
         ({"weight": weight, "bias": bias}, {**about, "labels": "bad"}, ModelError, "metadata 'labels' must be JSON"),
-        ({"weight": weight, "bias": bias}, {**about, "labels": "[1, 2, 3]"}, ModelError, "a JSON list of words"),
+        ({"weight": weight, "bias": bias}, {**about, "labels": "[1, true, 3]"}, ModelError, "a JSON list of words"),
         (
             {"weight": weight, "bias": bias},
             {**about, "labels": '["bad", "good"]'},

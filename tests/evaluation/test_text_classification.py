@@ -136,8 +136,13 @@ def test_max_length(encoder: Path, place: Path, entry: Callable[..., dict[str, A
     assert len(seen) == 3
 
 
-def test_own_columns_whole_numbers_and_limit(encoder: Path, place: Path, entry: Callable[..., dict[str, Any]]) -> None:
-    write_head(place / "a", labels=["0", "1", "2"])
+@pytest.mark.parametrize("numbers", [False, True], ids=["words", "numbers"])
+def test_own_columns_whole_numbers_and_limit(
+    encoder: Path, place: Path, entry: Callable[..., dict[str, Any]], numbers: bool
+) -> None:
+    head = write_head(place / "a", labels=["0", "1", "2"])
+    if numbers:
+        save_file(load_file(head), head, metadata={"labels": "[0, 1, 2]", "pooling": "mean", "max_length": "24"})
     lines = [{"key": number, "sentence": f"w{number} w3", "class": number % 3} for number in range(9)]
     (place / "data.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     record = measure(encoder, entry(id="key", text="sentence", label="class", limit=5, split="validation"))

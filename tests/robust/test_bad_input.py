@@ -8,6 +8,7 @@ directory may stay for `--resume`.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def _(s: Setup) -> None:
     (s.ft1 / SINGLE).write_bytes(struct.pack("<Q", 99_999) + (s.ft1 / SINGLE).read_bytes()[8:])
 
 
-@case("header of a wrong length", FAILED, f"ft1/{SINGLE}", "not JSON")
+@case("header of a wrong length", FAILED, f"ft1/{SINGLE}", "not readable as JSON")
 def _(s: Setup) -> None:
     raw = (s.ft1 / SINGLE).read_bytes()
     (s.ft1 / SINGLE).write_bytes(struct.pack("<Q", struct.unpack("<Q", raw[:8])[0] - 8) + raw[8:])
@@ -173,7 +174,7 @@ def _(s: Setup) -> None:
         stream.truncate(100_000_100)
 
 
-@case("header nested too deep", FAILED, f"ft1/{SINGLE}", "not JSON")
+@case("header nested too deep", FAILED, f"ft1/{SINGLE}", "not readable as JSON")
 def _(s: Setup) -> None:
     (s.ft1 / SINGLE).write_bytes(pack(b'{"a":' * 100_000, b""))
 
@@ -386,6 +387,76 @@ for what, (settings, parts, says) in PACKED.items():
             (s.folder / model / "config.json").write_text(json.dumps(config))
 
 
+@case("a tensor named by half of a character", FAILED, f"ft1/{SINGLE}", r"'\ud800' is half of a character")
+def _(s: Setup) -> None:
+    s.header(s.ft1, lambda header: header.update({"\ud800": header.pop("norm.weight")}))
+
+
+@case("config nested too deep", FAILED, "ft1/config.json", "nested too deep")
+def _(s: Setup) -> None:
+    (s.ft1 / "config.json").write_text('{"a":' * 100_000)
+
+
+@case("index nested too deep", FAILED, f"ft1/{INDEX}", "nested too deep")
+def _(s: Setup) -> None:
+    (s.ft1 / SINGLE).unlink()
+    (s.ft1 / INDEX).write_text("[" * 100_000)
+
+
+@case("architectures are no list", FAILED, "ft1/config.json", "architectures: must be a list, got a mapping")
+def _(s: Setup) -> None:
+    (s.ft1 / "config.json").write_text(json.dumps({"architectures": {"0": "LlamaForCausalLM"}}))
+
+
+@case("a pipe in place of the weights", FAILED, f"ft1/{SINGLE}", "not a regular file")
+def _(s: Setup) -> None:
+    (s.ft1 / SINGLE).unlink()
+    os.mkfifo(s.ft1 / SINGLE)
+
+
+@case("a pipe in place of an adapter's config", FAILED, "lora/adapter_config.json", "not a regular file")
+def _(s: Setup) -> None:
+    (s.adapter() / "adapter_config.json").unlink()
+    os.mkfifo(s.folder / "lora/adapter_config.json")
+    s.recipe(models=["base+lora", "ft2"])
+
+
+@case("a pipe in place of the recipe", USAGE, "recipe.yaml", "not a regular file")
+def _(s: Setup) -> None:
+    (s.folder / "recipe.yaml").unlink()
+    os.mkfifo(s.folder / "recipe.yaml")
+
+
+@case("an output whose name is not UTF-8", USAGE, "its path is not UTF-8", hint="--out")
+def _(s: Setup) -> None:
+    s.out = s.folder / "out\udcff"
+
+
+recipe_case(
+    "a gradient over nothing",
+    USAGE,
+    "include/exclude leave no tensor",
+    method="linear",
+    include=["no.such.*"],
+    parameters={"weight": [0, 1]},
+)
+
+
+for what, changes, says in (
+    ("base is a mapping", {"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path: must be text"),
+    ("alpha beyond float64", {"lora_alpha": 10**400}, "a number is too large"),
+    ("alpha of a module is NaN", {"alpha_pattern": {"layers": float("nan")}}, "alpha_pattern"),
+    ("alpha of a module is infinite", {"alpha_pattern": {"layers": float("inf")}}, "alpha_pattern"),
+    ("a name is half of a character", {"modules_to_save": ["\ud800"]}, "is half of a character"),
+    ("its pattern is none", {"alpha_pattern": {"(": 1}}, "'(' is no regular expression"),
+):
+
+    @case(f"adapter: {what}", MODEL if "pattern" in says or "regular" in says else FAILED, "adapter_config.json", says)
+    def _(s: Setup, changes: dict[str, Any] = changes) -> None:
+        s.adapter(**changes)
+        s.recipe(models=["base+lora", "ft2"])
+
+
 # -- models that do not fit --------------------------------------------------------------------------
 
 
@@ -558,7 +629,7 @@ for what, config, code, says in [
     ("LoRA bias", {"lora_bias": True}, MODEL, "lora_bias"),
     ("modules saved whole", {"modules_to_save": ["head"]}, MODEL, "modules_to_save"),
     ("another kind", {"peft_type": "PROMPT_TUNING"}, MODEL, "its tensors are prompts"),
-    ("rank in words", {"r": "two"}, MODEL, "r and lora_alpha must be numbers"),
+    ("rank in words", {"r": "two"}, MODEL, "it must be a whole number"),
     ("broken pattern", {"alpha_pattern": {"[": 8}}, MODEL, "alpha_pattern"),
     ("pattern in words", {"alpha_pattern": {"layers.0": "much"}}, MODEL, "alpha_pattern"),
     ("pattern as a list", {"alpha_pattern": ["layers.0"]}, MODEL, "alpha_pattern"),

@@ -9,13 +9,14 @@ As `BASE+OUT/tasks/NAME` it stands for base + scale * mask * vector, read in pie
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, read_header
 from mergebench.checkpoint.model import VECTOR, holds_vector, open_directory
@@ -25,6 +26,12 @@ from mergebench.errors import ModelError, RunError
 
 FOLDER, CONFIG = "tasks", "task.json"
 _HINT = "name the model that the tasks were merged on before the '+'"
+
+
+class About(TypedDict):
+    """What is read of task.json."""
+
+    scale: float
 
 
 def mask_bytes(numel: int) -> int:
@@ -85,10 +92,4 @@ def with_tasks(shard: Shard, tasks: Sequence[str], merged: Collection[str]) -> S
 
 def _scale(directory: Path) -> float:
     path = directory / CONFIG
-    try:
-        scale = json.loads(path.read_text(encoding="utf-8"))["scale"]
-        if isinstance(scale, bool) or not math.isfinite(scale):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{path}: not readable as a task's: it needs a number 'scale'") from None
-    return float(scale)
+    return float(document(path, About)["scale"])

@@ -34,7 +34,6 @@ from mergebench.deltas.peft.heads import new_head, with_head
 from mergebench.deltas.peft.names import OTHER_MODEL, Placing, put_whole
 from mergebench.deltas.peft.orientation import Orientation
 from mergebench.deltas.peft.parameters import Wrapped, names_of, put_wrapped, take_wrapped
-from mergebench.deltas.peft.settings import check_settings
 from mergebench.deltas.peft.tokens import put_tokens, untie, with_aliases
 from mergebench.errors import ModelError
 
@@ -82,7 +81,6 @@ def read_adapter(directory: Path) -> Adapter:
     """Read a LoRA directory; `ModelError` if it is none, or of a type not supported."""
     config, header = read_directory(directory)
     _check_lora(directory, config)
-    check_settings(directory, config)
     parts, whole = by_module(directory, header, config, PATTERNS)
     tokens = {module: found.pop("tokens") for module, found in parts.items() if "tokens" in found}
     wrapped, parts = take_wrapped({module: found for module, found in parts.items() if found}, config)

@@ -15,11 +15,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.documents import parse_json
 from mergebench.checkpoint.files import part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
@@ -29,6 +30,22 @@ from mergebench.errors import MergebenchError, ModelError
 
 MASK, MASKED = "mask", "masked"
 VALUES = "values.safetensors"
+
+
+class AboutMask(TypedDict):
+    """The metadata of a mask."""
+
+    base: str | None
+    sizes: dict[str, int]
+    made: dict[str, Any]
+
+
+class AboutValues(TypedDict):
+    """What is read of the metadata of values on a mask."""
+
+    mask: str
+    sha256: str
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -51,16 +68,15 @@ def read_mask(file: Path) -> MaskFile:
     if MASK not in header.metadata:
         raise ModelError(f"{file}: not a mask", "a mask is what `mergebench mask magnitude` writes")
     try:
-        about = json.loads(header.metadata[MASK])
-        sizes = {str(name): int(size) for name, size in about["sizes"].items()}
-        base, made = about["base"], dict(about["made"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise damaged(file, "not readable as a mask") from None
+        about = parse_json(header.metadata[MASK], AboutMask)
+    except ValueError as error:
+        raise damaged(file, f"not readable as a mask: {error}") from None
+    sizes = about["sizes"]
     if sizes.keys() != {info.name for info in header.tensors} or any(
         info.dtype != "I32" or len(info.shape) != 1 for info in header.tensors
     ):
         raise damaged(file, "its tensors are not those of a mask")
-    return MaskFile(header, base, sizes, made)
+    return MaskFile(header, about["base"], sizes, about["made"])
 
 
 def write_mask(
@@ -105,11 +121,12 @@ def masked(file: Path, base: Base) -> Deltas:
     """The elements that a task changes: its own values, at the positions of the shared mask."""
     header = read_header(file)
     try:
-        about = json.loads(header.metadata[MASKED])
-        name, digest, made_on = str(about["mask"]), str(about["sha256"]), about["base"]
-    except (ValueError, KeyError, TypeError):
-        raise damaged(file, "not readable as values on a mask") from None
-    mask = next((place for place in places_of(file, Path(name).name) if place.is_file()), None)
+        about = parse_json(header.metadata.get(MASKED, "{}"), AboutValues)
+    except ValueError as error:
+        raise damaged(file, f"not readable as values on a mask: {error}") from None
+    name, digest, made_on = about["mask"], about["sha256"], about["base"]
+    places = places_of(file, Path(name).name)
+    mask = next((place for place in places if place in place.parent.iterdir()), None)
     if mask is None:
         raise ModelError(f"{file}: its mask {name} is missing", "keep it beside the values or in the folder above")
     if sha256_of(mask) != digest:

@@ -20,12 +20,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from mergebench import deltas as kinds
+from mergebench.checkpoint.documents import parse_json
 from mergebench.checkpoint.files import DTYPE_NAME, Files, part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
@@ -36,6 +37,27 @@ from mergebench.errors import MergebenchError, ModelError
 METADATA, BEFORE = "delta", "patch"
 ANOTHER = "the patch belongs to another model"
 WHAT = "deltas: a file of deltas ends in .safetensors"  # in errors about another name
+
+
+class About(TypedDict):
+    """The metadata of a file."""
+
+    base: str | None
+    shared: list[str]
+    tensors: dict[str, AboutTensor]
+    made: dict[str, Any]
+
+
+class AboutTensor(TypedDict):
+    kind: str
+    settings: dict[str, Any]
+    parts: dict[str, str]
+
+
+class Before(TypedDict):
+    """What is read of the metadata of an older patch."""
+
+    columns: list[str]
 
 
 class Entry(NamedTuple):
@@ -127,30 +149,31 @@ def read_file(file: str | Path) -> DeltaFile:
     try:
         if BEFORE in header.metadata:
             return _read_before(header, stored)
-        about = json.loads(header.metadata[METADATA])
+        about = parse_json(header.metadata[METADATA], About)
         entries = {
             name: Entry(
-                str(one["kind"]),
-                dict(one["settings"]),
+                one["kind"],
+                one["settings"],
                 {part: stored[where] for part, where in one["parts"].items()},
                 stored.get(f"{name}.orig"),
             )
             for name, one in about["tensors"].items()
         }
-        base, made = about["base"], dict(about["made"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise damaged(header.file, "not readable as a patch") from None
-    used = set(about.get("shared", ())) | {
+    except KeyError as error:
+        raise damaged(header.file, f"not readable as a patch: it has no tensor {error}") from None
+    except ValueError as error:
+        raise damaged(header.file, f"not readable as a patch: {error}") from None
+    used = set(about["shared"]) | {
         info.name for entry in entries.values() for info in (*entry.parts.values(), entry.orig) if info
     }
     if used != stored.keys():
         raise damaged(header.file, "its tensors are not those of a patch")
-    return DeltaFile(header, base, entries, made)
+    return DeltaFile(header, about["base"], entries, about["made"])
 
 
 def _read_before(header: Header, stored: dict[str, TensorInfo]) -> DeltaFile:
     """Read an older patch: all deltas share `direction`; the metadata has the edit's report and `columns`."""
-    made = json.loads(header.metadata[BEFORE])
+    made = parse_json(header.metadata[BEFORE], Before)
     turned = frozenset(made["columns"])
     names = dict.fromkeys(name.rpartition(".")[0] for name in stored if name != "direction")
     entries = {

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.names import is_vocabulary
 from mergebench.checkpoint.naming import find_weights
-from mergebench.errors import ModelError, RunError
+from mergebench.deltas.peft.settings import check_settings
+from mergebench.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's prefix of module names
 _HEADS = {"classifier", "score"}  # PEFT lists both for every classifier, which has one of them
 _BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
+
+
+class Config(TypedDict, total=False):
+    """What every type's adapter_config.json has."""
+
+    peft_type: str | None
+    base_model_name_or_path: str | None
+    modules_to_save: list[str] | str | None
+    target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
 
 
 def is_adapter(directory: Path) -> bool:
@@ -40,25 +51,21 @@ def holds_no_model(directory: Path) -> bool:
 def peft_type(directory: Path) -> str | None:
     """The type that the config names; None if it names none, or cannot be read."""
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(directory / CONFIG)
     except (OSError, ValueError):
         return None
-    return config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type")
+    return kind if isinstance(kind, str) else None
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
     """Config and header of a PEFT directory of any type; `ModelError` if it is no adapter."""
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(
-            f"{directory}: not an adapter: no {CONFIG}",
-            "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
-        ) from None
-    except (OSError, ValueError):
-        raise RunError(f"{directory / CONFIG}: not readable as JSON") from None
-    if not isinstance(config, dict):
-        raise RunError(f"{directory / CONFIG}: not a JSON object")
+    missing = ModelError(
+        f"{directory}: not an adapter: no {CONFIG}",
+        "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
+    )
+    config: dict[str, Any] = document(directory / CONFIG, Config, missing=missing)
+    check_settings(directory / CONFIG, config)
     if not (directory / WEIGHTS).is_file():
         found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
         raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")

@@ -6,8 +6,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import regex
 
 from mergebench.checkpoint.format import Base, Deltas, Format, delta_format
 from mergebench.checkpoint.header import TensorInfo
@@ -16,9 +19,10 @@ from mergebench.deltas.peft.directory import CONFIG, by_module, holds_no_model, 
 from mergebench.deltas.peft.heads import new_head, with_head
 from mergebench.deltas.peft.names import Placing, on_stored, put_whole
 from mergebench.deltas.peft.orientation import Orientation
-from mergebench.deltas.peft.settings import check_settings
 from mergebench.deltas.peft.tokens import untie, with_aliases
 from mergebench.errors import ModelError
+
+LONGEST = 2.0  # seconds that a config's regular expression may take: some take as many steps as there are atoms
 
 
 class Change(NamedTuple):
@@ -84,13 +88,23 @@ class Module:
 
 def patterned(directory: Path, module: str, config: Mapping[str, Any], pattern: str, default: Any) -> Any:
     """The value of the first key in `config[pattern]` that matches the end of a module's name, else `default`."""
-    try:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({key})", module):
+    keys = config.get(pattern) or {}
+    if not isinstance(keys, dict):
+        raise ModelError(f"{directory / CONFIG}: {pattern} must map modules to values")
+    for key, value in keys.items():
+        try:
+            if _compiled(key).fullmatch(module, timeout=LONGEST):
                 return value
-    except (re.error, AttributeError, TypeError):
-        raise ModelError(f"{directory / CONFIG}: {pattern} must map modules to values") from None
+        except regex.error as error:
+            raise ModelError(f"{directory / CONFIG}: {pattern}: {key!r} is no regular expression: {error}") from None
+        except TimeoutError:
+            raise ModelError(f"{directory / CONFIG}: {pattern}: {key!r} takes too long to match") from None
     return default
+
+
+@cache
+def _compiled(key: str) -> Any:
+    return regex.compile(rf"(.*\.)?({key})")
 
 
 def _told(
@@ -130,7 +144,6 @@ def peft_type(
     def declare(function: Callable[[Module], Iterable[Change]]) -> Format:
         def read(directory: Path, base: Base) -> Deltas:
             config, header = read_directory(directory)
-            check_settings(directory, config)
             if check is not None:
                 check(directory, config)
             modules, whole = by_module(directory, header, config, patterns)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergebench.deltas.peft.directory import CONFIG
 from mergebench.errors import ModelError
 
 _FLAGS = (
@@ -45,10 +44,10 @@ _SORTS: tuple[tuple[tuple[str, ...], str, Callable[[object], bool]], ...] = (
 )
 
 
-def check_settings(directory: Path, config: Mapping[str, Any]) -> None:
+def check_settings(file: Path, config: Mapping[str, Any]) -> None:
     """`ModelError` if a setting is of another type; null and missing ones are the default's business."""
     for names, wanted, fits in _SORTS:
         for name in names:
             value = config.get(name)
             if value is not None and not fits(value):
-                raise ModelError(f"{directory / CONFIG}: {name} is {value!r}, it must {wanted}")
+                raise ModelError(f"{file}: {name} is {value!r}, it must {wanted}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.align import tied_to
+from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
@@ -56,11 +56,11 @@ def _rows(module: str, wanted: Any) -> list[int] | None:
 
 def with_aliases(base: Base, names: Iterable[str]) -> Base:
     """The base with the heads that an adapter changes, where the base has them only as aliases of its embedding."""
-    added = {}
+    added, ties = {}, Ties(base)
     for name in names:
-        target = None if name in base.tensors else tied_to(name, base)
-        if target is not None:
-            added[name] = base.tensors[target]._replace(name=name)
+        tensor = None if name in base.tensors else ties.tensor(name)
+        if tensor is not None:
+            added[name] = tensor._replace(name=name)
     return base._replace(tensors={**base.tensors, **added}) if added else base
 
 
@@ -95,10 +95,11 @@ def untie(
         apart = True
     if not apart:
         return added, {}
+    ties = Ties(base)
     for head in pairs:  # its bias may be an alias as well
         bias = f"{head.removesuffix('weight')}bias"
-        target = None if bias in base.tensors else tied_to(bias, base)
-        added |= {} if target is None else {bias: base.tensors[target]._replace(name=bias)}
+        tensor = None if bias in base.tensors else ties.tensor(bias)
+        added |= {} if tensor is None else {bias: tensor._replace(name=bias)}
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text_config = base.config.get("text_config")
     if isinstance(text_config, dict):
@@ -123,7 +124,8 @@ def _ties(base: Base) -> dict[str, str]:
     """Heads that the base stores, by name, and the embeddings that they are tied to."""
     if not _is_tied(base):
         return {}
-    found = {name: tied_to(name, base) for name in base.tensors}
+    ties = Ties(base)
+    found = {name: ties.target(name) for name in base.tensors}
     return {name: target for name, target in found.items() if target is not None}
 
 

@@ -13,12 +13,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, zeros
 
-from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.documents import parse_json
+from mergebench.checkpoint.files import read_tensors, write_atomically
 from mergebench.checkpoint.header import FLOATS, Header, read_header
 from mergebench.errors import ModelError, RecipeError, RunError
 
@@ -26,6 +28,20 @@ Direction = Literal["row1", "diff", "unit-diff", "mean-diff"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 PUBLISHED = "mlp."  # prefix of tensor names in probes of the paper's authors
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+
+
+class About(TypedDict, total=False):
+    """What is read of a probe's metadata."""
+
+    layer: int
+    norm: Literal["pre", "post"]
+    pool: Literal["mean", "last"]
+    max_length: int
+    classes: list[str]
+    model: dict[str, Any]
+    n_test: int
+    test_accuracy: float | None
+    majority: float | None
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,7 @@ def read_probe(path: str | Path) -> Probe:
     mine = [tensor for tensor in header.tensors if tensor.name in fits]
     if len(width) != 1 or width[0] == 0 or any(t.shape != fits[t.name] or t.dtype not in FLOATS for t in mine):
         raise _no_probe(header)
-    raw = file.read_bytes()
-    stored = load(raw)
+    stored = read_tensors(header)
     found = {kind: stored[name].float() for kind, name in names.items() if name in stored}
     for kind, tensor in found.items():
         if not tensor.isfinite().all():
@@ -113,17 +128,20 @@ def read_probe(path: str | Path) -> Probe:
         found.get("mean_diff"),
         _about(header),
         file,
-        hashlib.sha256(raw).hexdigest(),
+        sha256_of(file),
     )
 
 
 def _about(header: Header) -> dict[str, Any]:
     try:
-        about = json.loads(header.metadata.get("probe", "{}"))
-        if not isinstance(about, dict) or not isinstance(about.get("model", {}), dict):
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise RunError(f"{header.file}: its metadata 'probe' is not readable", "fit the probe again") from None
+        about: dict[str, Any] = parse_json(header.metadata.get("probe", "{}"), About)
+        for name in ("test_accuracy", "majority"):
+            if not 0 <= (about.get(name) or 0) <= 1:
+                raise ValueError(f"{name}: must be a share, got {about[name]}")
+        if about.get("n_test", 0) < 0 or about.get("max_length", 2) < 2:
+            raise ValueError("n_test or max_length is too small")
+    except ValueError as error:
+        raise RunError(f"{header.file}: its metadata 'probe': {error}", "fit the probe again") from None
     return about
 
 

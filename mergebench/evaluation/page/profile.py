@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.engine.answers import decoded, units_of
 from mergebench.engine.executors import chunks_of, start_workers
@@ -19,6 +20,29 @@ from mergebench.methods import get
 
 FILE = "statistics.json"
 MOST = 1 << 25  # elements read; for a larger model, every second, third, ... chunk of each tensor
+
+
+class Entry(TypedDict):
+    """A tensor in `statistics.json`."""
+
+    name: str
+    numel: int
+    elements: float
+    squares: list[float]
+    shared: float
+    conflicts: float
+    merged: float
+    kept: list[float]
+
+
+class Document(TypedDict):
+    """The whole of `statistics.json`."""
+
+    method: str
+    models: list[str]
+    every: int
+    replayed: bool
+    tensors: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -46,15 +70,19 @@ class Profile:
 
     @classmethod
     def load(cls, directory: Path) -> Profile:
-        """Read the file that `save` wrote; `OSError`, `ValueError`, `KeyError` or `TypeError` if there is none."""
-        document = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        """Read the file that `save` wrote; `OSError` or `ValueError` if there is none."""
+        found = read_json(directory / FILE, Document)
+        models, tensors = tuple(found["models"]), found["tensors"]
         numel, counts = {}, {}
-        for entry in document.pop("tensors"):
-            name = entry.pop("name")
-            numel[name] = int(entry.pop("numel"))
-            counts[name] = Counts(**entry)
-        document["models"] = tuple(document["models"])
-        return cls(**document, numel=numel, counts=counts)
+        for one in tensors:
+            fields = {name: one[name] for name in Counts._fields}
+            sums = Counts(**fields | {name: tuple(one[name]) for name in ("squares", "kept")})
+            if sums.elements <= 0 or min(sums.merged, *sums.squares) < 0 or len(sums.squares) != len(models):
+                raise ValueError(f"{one['name']}: its counts are not those of a merge of {len(models)} models")
+            if len(sums.kept) != len(models):
+                raise ValueError(f"{one['name']}: it has {len(sums.kept)} kept for {len(models)} models")
+            numel[one["name"]], counts[one["name"]] = one["numel"], sums
+        return cls(found["method"], models, found["every"], found["replayed"], numel, counts)
 
 
 def profile(merge: Merge, answers: Mapping[str, Any]) -> Profile | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.staging import PROVENANCE, is_provenance
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.page import profile
@@ -52,11 +52,8 @@ def _there(path: Path, load: Callable[[Path], T]) -> T | None:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    raise RunError(f"{path}: it cannot be read, or is no JSON object", "take it away, or make it again")
+    found: dict[str, Any] = document(path, hint="take it away, or make it again")
+    return found
 
 
 def _provenance(path: Path) -> dict[str, Any]:
@@ -68,6 +65,6 @@ def _provenance(path: Path) -> dict[str, Any]:
 
 def _profile(path: Path) -> Profile | None:
     """The statistics; None if they are damaged or from an older version, and the page leaves them out."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, ValueError):
         return Profile.load(path.parent)
     return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.errors import ModelError, RecipeError, did_you_mean
+from mergebench.errors import ModelError, RecipeError, did_you_mean, first_line
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction
 from mergebench.networks.batch import CPU_TOKENS, batches
@@ -36,7 +36,7 @@ def classifier(p: Params) -> Scorer:
         with quiet():
             config = AutoConfig.from_pretrained(p.classifier, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
-        raise ModelError(f"{p.classifier}: not a classifier: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{p.classifier}: not a classifier: {first_line(error)}") from None
     labels = {str(label): number for number, label in config.id2label.items()}
     if p.label not in labels:
         raise RecipeError(f"{p.classifier}: it has no label '{p.label}'", did_you_mean(p.label, labels))
@@ -46,15 +46,19 @@ def classifier(p: Params) -> Scorer:
     def parts() -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        where = {"local_files_only": True, "trust_remote_code": False}
         try:
             with quiet():
                 model = AutoModelForSequenceClassification.from_pretrained(
-                    p.classifier, use_safetensors=True, dtype=torch.float32, **where
-                )  # a pickle runs code when it is read: never one that a suite names
-                return model.eval(), AutoTokenizer.from_pretrained(p.classifier, **where)
+                    p.classifier,
+                    use_safetensors=True,  # a pickle runs code when it is read: never one that a suite names
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+                tokenizer = AutoTokenizer.from_pretrained(p.classifier, local_files_only=True, trust_remote_code=False)
+                return model.eval(), tokenizer
         except Exception as error:  # transformers raises whatever its parts raise
-            raise ModelError(f"{p.classifier}: not a classifier: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{p.classifier}: not a classifier: {first_line(error)}") from None
 
     def score(items: Sequence[Continuation]) -> list[float]:
         model, tokenizer = parts()

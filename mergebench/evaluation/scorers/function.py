@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 
-from mergebench.errors import RecipeError, RunError
+from mergebench.errors import RecipeError, RunError, first_line
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction
 from mergebench.parameters import param
@@ -25,9 +25,10 @@ def function(p: Params) -> Scorer:
     module, _, name = p.function.partition(":")
     try:
         called = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # somebody else's module raises what it likes
         raise RecipeError(
-            f"'{p.function}' cannot be imported: {error}", "write module:function, and install its package here"
+            f"'{p.function}' cannot be imported: {first_line(error)}",
+            "write module:function, of a package that is installed here",
         ) from None
     if not callable(called):
         raise RecipeError(f"'{p.function}' is no function")

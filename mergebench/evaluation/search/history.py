@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.errors import RecipeError, RunError
 
@@ -29,6 +30,33 @@ class Point:
     objective: float | None  # None: it failed
     seconds: float
     error: str | None = None
+
+
+class PointEntry(TypedDict):
+    """A point in `search.json`."""
+
+    number: int
+    values: dict[str, str | float | bool | None]
+    tasks: dict[str, float]
+    objective: float | None
+    seconds: float
+    error: str | None
+
+
+class Made(TypedDict):
+    """What is read of the settings of a search."""
+
+    objective: str
+    direction: Literal["higher", "lower"]
+    metrics: dict[str, str]
+
+
+class Document(TypedDict):
+    """`search.json`."""
+
+    made: Made
+    points: list[PointEntry]
+    best: int | None
 
 
 @dataclass
@@ -82,11 +110,8 @@ class History:
             if found["made"].get(name) != json.loads(json.dumps(self.made.get(name))):
                 what = f"{self.folder}: it holds a search with another {SETTINGS[name]}"
                 raise RecipeError(what, "run it as before, choose another --out, or start afresh with --overwrite")
-        try:
-            self.direction, self.metrics = found["made"]["direction"], dict(found["made"]["metrics"])
-            self.points = [Point(**{name: point[name] for name in Point.__annotations__}) for point in found["points"]]
-        except (KeyError, TypeError):
-            raise RunError(f"{self.folder / FILE}: damaged", "start afresh with --overwrite") from None
+        self.direction, self.metrics = found["made"]["direction"], found["made"]["metrics"]
+        self.points = [Point(**{name: point[name] for name in Point.__annotations__}) for point in found["points"]]
 
 
 SETTINGS = {
@@ -103,13 +128,11 @@ SETTINGS = {
 def read(folder: Path) -> dict[str, Any] | None:
     """The document in a folder; None where there is none."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(folder / FILE, Document)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        found = None
-    if not (isinstance(found, dict) and isinstance(found.get("made"), dict) and isinstance(found.get("points"), list)):
-        raise RunError(f"{folder / FILE}: not a search", "choose another --out")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / FILE}: not a search: {error}", "choose another --out") from None
     return found
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.documents import read_bytes
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation import harness
 from mergebench.evaluation.harness_tasks import own_task
@@ -93,7 +94,7 @@ def _files(own: Any, task: Path | str) -> Iterable[Path]:
     """The task file, what it includes and calls, and the data it names, where they are files of this machine."""
     if isinstance(task, Path):
         yield task
-        text = task.read_text(encoding="utf-8")
+        text = read_bytes(task).decode(errors="replace")
         for sign, pattern in (("include:", "*.y*ml"), ("!function", "*.py")):
             yield from sorted(task.parent.glob(pattern)) if sign in text else []
         named = (own.config.dataset_kwargs or {}).get("data_files") or []

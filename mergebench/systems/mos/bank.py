@@ -21,10 +21,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
-from mergebench.checkpoint.files import write_atomically, write_error
+from mergebench.checkpoint.documents import read_bytes
+from mergebench.checkpoint.files import read_tensors, write_atomically, write_error
 from mergebench.checkpoint.header import damaged, read_header
 from mergebench.checkpoint.shards import as_file
 from mergebench.errors import ModelError, RecipeError, RunError, did_you_mean
@@ -258,9 +258,8 @@ def _fits(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Sequence
 
 def _tensors(directory: Path, entry: TaskEntry, pattern: str) -> dict[str, Tensor]:
     """The tensors of a file, if its hash is that in the manifest."""
-    raw = _raw(directory, entry, pattern)
-    read_header(directory / pattern.format(entry.name))  # a clear word where it is no safetensors file
-    return dict(sorted(load(raw).items()))
+    _raw(directory, entry, pattern)
+    return dict(sorted(read_tensors(read_header(directory / pattern.format(entry.name))).items()))
 
 
 def _raw(directory: Path, entry: TaskEntry, pattern: str) -> bytes:
@@ -268,7 +267,7 @@ def _raw(directory: Path, entry: TaskEntry, pattern: str) -> bytes:
     place = pattern.format(entry.name)
     file = directory / place
     try:
-        raw = file.read_bytes()
+        raw = read_bytes(file)
     except FileNotFoundError:
         raise ModelError(f"{file}: no such file, bank.json has it for task {entry.name}", COMPLETE) from None
     except OSError as error:

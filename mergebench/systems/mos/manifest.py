@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.files import write_atomically
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError
 from mergebench.parameters import make_params, param, parameters_of
 from mergebench.recipe.positions import show
 
@@ -124,19 +125,14 @@ def name_of(task: int) -> str:
 def read_manifest(directory: Path) -> About:
     """Read and check bank.json; `ModelError` where there is none or it does not fit, `RunError` where it is broken."""
     file = directory / MANIFEST
+    what = "no such directory" if not directory.exists() else f"not a bank: it has no {MANIFEST}"
+    inside = sorted(directory.glob(f"*/*/{MANIFEST}"))  # as cil run leaves them, a seed and a kind each
+    hint = f"it holds banks, such as {inside[0].parent}" if inside else "mergebench cil run writes banks"
+    found = document(file, Any, COMPLETE, ModelError(f"{directory}: {what}", hint))
     try:
-        about = _read(About, json.loads(file.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        missing = "no such directory" if not directory.exists() else f"not a bank: it has no {MANIFEST}"
-        inside = sorted(directory.glob(f"*/*/{MANIFEST}"))  # as cil run leaves them, a seed and a kind each
-        hint = f"it holds banks, such as {inside[0].parent}" if inside else "mergebench cil run writes banks"
-        raise ModelError(f"{directory}: {missing}", hint) from None
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+        about = _read(About, found)
     except _Wrong as error:
         raise ModelError(f"{file}: {error}", COMPLETE) from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{file}: not readable as JSON: {error}", COMPLETE) from None
     about.check(file)
     return about
 

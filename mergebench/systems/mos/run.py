@@ -19,6 +19,7 @@ from typing import Any
 
 import mergebench
 from mergebench.checkpoint.content import Contents, sha256_of
+from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.deltas.open import open_model
@@ -78,7 +79,7 @@ def run_sequence(
     fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     known = finished(out)
     if resume and known is not None and known.get("fingerprint") == fingerprint:
-        return Outcome(out, json.loads((out / f"{RESULTS}.json").read_text(encoding="utf-8")), already_done=True)
+        return Outcome(out, document(out / f"{RESULTS}.json"), already_done=True)
     check_target(out, [Path(config.train), Path(config.test), model.side_directory], overwrite)
     with Staging(out, fingerprint, resume) as staging:
         work = _Work(config, data, Network(model, "AutoModel", place), content, staging, progress, say)

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mergebench.adapters.share import module_kind
+from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.shards import Shard
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError
 from mergebench.systems.pela.layers import written_as
 
 RECORD = "compress.json"
 Entries = Mapping[str, Mapping[str, Any]]  # by tensor: rank and errors, or under `left` why it is dense
 
 
+class Record(TypedDict):
+    """What is read of compress.json."""
+
+    tensors: dict[str, Entry]
+
+
+class Entry(TypedDict, total=False):
+    """A layer: its shape, and its rank if it is factored."""
+
+    shape: list[int]
+    rank: int
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """compress.json of a compressed model; `ModelError` if the directory holds none."""
-    path = directory / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        what = f"{directory}: no compressed model: it has no {RECORD}"
-        raise ModelError(what, "name a directory that `mergebench compress` wrote") from None
-    except (OSError, ValueError):
-        raise RunError(f"{path}: not readable as JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("tensors"), dict):
-        raise RunError(f"{path}: it does not list tensors")
+    what = f"{directory}: no compressed model: it has no {RECORD}"
+    missing = ModelError(what, "name a directory that `mergebench compress` wrote")
+    record: dict[str, Any] = document(directory / RECORD, Record, missing=missing)
     return record
 
 

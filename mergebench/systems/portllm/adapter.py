@@ -11,6 +11,7 @@ from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.content import identity
+from mergebench.checkpoint.documents import document, parse_json
 from mergebench.checkpoint.files import Files, copy_file, whole, write_atomically
 from mergebench.checkpoint.mismatch import few
 from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
@@ -99,7 +100,7 @@ def _copy_directory(patch: Path, place: Path, new: str) -> list[str]:
         if file.is_file() and file.name not in {*_OURS, CONFIG}:
             check_link(file, patch)
             copy_file(file, place / file.name)
-    config = json.loads((patch / CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": new}
+    config = document(patch / CONFIG) | {"base_model_name_or_path": new}
     config |= {"revision": None} if "revision" in config else {}  # the old base's
     write_atomically(place / CONFIG, json.dumps(config, indent=2) + "\n")
     return []
@@ -108,12 +109,11 @@ def _copy_directory(patch: Path, place: Path, new: str) -> list[str]:
 def _copy_file(patch: Path, place: Path, new: Model) -> list[str]:
     """The deltas of a file with the new base's identity; a note if what they changed in the old base is left out."""
     read = read_file(patch)
-    about = json.loads(read.header.metadata.get(METADATA, "null"))
-    if about is None:
+    if METADATA not in read.header.metadata:
         raise ModelError(
             f"{patch}: a patch of an earlier version has no identity to change", f"use it: {new.reference}+{patch}"
         )
-    about["base"] = identity(new)
+    about = parse_json(read.header.metadata[METADATA]) | {"base": identity(new)}
     dropped = {entry.orig.name for entry in read.entries.values() if entry.orig is not None}
     kept = [info for info in read.header.tensors if info.name not in dropped]
     tensors = tuple(OutTensor(info.name, info.dtype, info.shape, info.nbytes) for info in kept)
