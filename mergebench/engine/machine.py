@@ -60,6 +60,7 @@ def one_thread() -> Iterator[None]:
 def check_descriptors(files: int) -> None:
     """`RunError` if this process may not open so many files more."""
     allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files += 16  # a lock, a journal, what is imported late
     try:
         files += len(list(Path("/proc/self/fd").iterdir()))
     except OSError:
