@@ -15,6 +15,7 @@ from mergebench.errors import ModelError, RecipeError, did_you_mean
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction
 from mergebench.networks.batch import CPU_TOKENS, batches
+from mergebench.networks.tokenizer import load as load_tokenizer
 from mergebench.parameters import param
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
@@ -44,17 +45,20 @@ def classifier(p: Params) -> Scorer:
 
     @cache
     def parts() -> tuple[Any, Any]:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        where = {"local_files_only": True, "trust_remote_code": False}
         try:
             with quiet():
                 model = AutoModelForSequenceClassification.from_pretrained(
-                    p.classifier, use_safetensors=True, dtype=torch.float32, **where
+                    p.classifier,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
                 )  # a pickle runs code when it is read: never one that a suite names
-                return model.eval(), AutoTokenizer.from_pretrained(p.classifier, **where)
         except Exception as error:  # transformers raises whatever its parts raise
             raise ModelError(f"{p.classifier}: not a classifier: {str(error).splitlines()[0]}") from None
+        return model.eval(), load_tokenizer(p.classifier, str(p.classifier))[0]
 
     def score(items: Sequence[Continuation]) -> list[float]:
         model, tokenizer = parts()
