@@ -6,7 +6,7 @@ Reads headers only. Every error that is detectable before the first tensor is re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -184,6 +184,7 @@ def plan_merge(
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
         raise mismatch.describe(merge.reference, merge.models, alignment)
+    merge = replace(merge, notes=(*merge.notes, *alignment.notes(merge.reference)))
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)

@@ -97,7 +97,6 @@ def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> 
     return result
 
 
-<<<<<<< HEAD
 def _save(tokenizer: Any, folder: str) -> None:
     try:
         tokenizer.save_pretrained(folder)
@@ -106,26 +105,19 @@ def _save(tokenizer: Any, folder: str) -> None:
         raise RunError(f"{folder}: no tokenizer can be written: {reason}", "set TMPDIR to another disk") from None
 
 
-def saved(tokenizer: Any) -> dict[str, bytes]:
-    """The files that transformers writes for a tokenizer."""
-    with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        _save(tokenizer, folder)
-        return stored(Path(folder))
-=======
 def saved(tokenizer: Any, source: Path | None) -> dict[str, bytes]:
     """The files that transformers writes for a tokenizer; its class is the one that `source` names.
 
     source: the directory that the tokenizer comes from.
     """
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
-        tokenizer.save_pretrained(folder)
+        _save(tokenizer, folder)
         files = stored(Path(folder))
     declared = _config(stored(source)).get("tokenizer_class") if source is not None else None
     if declared is not None and _CONFIG in files:
         config = _config(files) | {"tokenizer_class": declared}
         files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return files
->>>>>>> cd9598d (tokenizers: tokenizer.json decides, whatever class a config names; a text without tokens is an error; a union of equal tokenizers is that tokenizer)
 
 
 def stored(directory: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.align import tied_to
+from mergebench.checkpoint.align import tied_to, untied
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
@@ -99,11 +99,7 @@ def untie(
         bias = f"{head.removesuffix('weight')}bias"
         target = None if bias in base.tensors else tied_to(bias, base)
         added |= {} if target is None else {bias: base.tensors[target]._replace(name=bias)}
-    changes: dict[str, Any] = {"tie_word_embeddings": False}
-    text_config = base.config.get("text_config")
-    if isinstance(text_config, dict):
-        changes["text_config"] = text_config | {"tie_word_embeddings": False}
-    return added, changes
+    return added, untied(base.config)
 
 
 def _head(directory: Path, base: Base, embedding: str) -> str | None:
