@@ -35,6 +35,11 @@ class PackedLinear(torch.nn.Linear):
             return getattr(self, name)
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and self.packed is not None:
+            self._unpack()
+        super().__setattr__(name, value)
+
     def _unpack(self) -> None:
         with _UNPACKING, torch.inference_mode(False):  # the weights may be replaced later
             if self.packed is None:  # another thread was faster
