@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from mergebench.checkpoint.architecture import Facts
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.names import is_vocabulary
+from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.format import Base
@@ -70,7 +71,10 @@ class Alignment:
 
 
 def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> Alignment:
-    """Match every model's tensors with the base's; `wanted(name)` says which are to be merged."""
+    """Match every model's tensors with the base's; `wanted(name)` says which are to be merged.
+
+    `RecipeError` if one of two copies is to be merged and the other is not.
+    """
     result = Alignment()
     facts = Facts(base.config, base.tensors)
     copies = _separate_head(base) and any(name.endswith("shared.weight") for name in base.tensors)
@@ -80,6 +84,10 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
             target = facts.tied_to(name, base.tensors)
         if target is not None:
             result.aliases[name] = target
+            if wanted(target) and not wanted(name):
+                raise RecipeError(
+                    f"exclude: '{name}' is a copy of '{target}', which is merged", "exclude both or neither"
+                )
         if not wanted(name) or is_derived(info):
             result.copied.append(name)
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +26,7 @@ class Network:
 
     def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
         self.auto_class, self.device = auto_class, device
+        self._first, self._ran = threading.Lock(), False
         self.remarks: list[str] = []  # notes for the user, about the tokenizer
         self._config = config_of(model)
         with one_thread():  # in many small steps, threads would only wait for one another
@@ -74,7 +77,14 @@ class Network:
     def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""
         ids, mask = self.padded(tokens)
-        return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+        return self.last_states(ids, mask), mask
+
+    def last_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[batch, tokens, hidden] of token ids [batch, tokens]; several threads may ask."""
+        with nullcontext() if self._ran else self._first:  # RWKV scales its weights when it first runs, once
+            states: Tensor = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            self._ran = True
+        return states
 
     @property
     def backbone(self) -> Any:

@@ -134,6 +134,10 @@ def test_copies_of_a_shared_embedding_beside_a_separate_head(order: str, method:
     copies = [merged[name] for name in merged if name.endswith("embed_tokens.weight")]
     assert len(copies) == (2 if order == "ab" else 0)
     assert all(torch.equal(copy, merged["shared.weight"]) for copy in copies)
+    if order == "ab":
+        Path("recipe.yaml").write_text(Path("recipe.yaml").read_text() + "exclude: ['*coder.embed_tokens.*']\n")
+        with pytest.raises(mergebench.MergebenchError, match=r"embed_tokens.weight' is a copy of 'shared.weight'"):
+            mergebench.plan(mergebench.load("recipe.yaml"))
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -65,7 +65,7 @@ def test_a_model_that_reads_the_weights_of_a_layer(model_type: str, tmp_path: Pa
     torch.testing.assert_close(logits(network.module, ids), logits(plain[0], ids), rtol=1e-4, atol=1e-4)
     kept = [one for one in network.module.modules() if isinstance(one, PackedLinear)]
     assert any(one.packed is None for one in kept) and any(one.packed is not None for one in kept)
-    taken = network.take(second)  # not where transformers fuses experts, or where RWKV has scaled its weights in running
+    taken = network.take(second)  # not where experts were fused, or weights scaled in running
     assert taken == (model_type in ("mamba", "falcon_mamba"))
     if not taken:
         network = Network(second, "AutoModelForCausalLM", CPU)
