@@ -140,6 +140,8 @@ def _language_model() -> Any:
         def __init__(self, network: Network, documents: int, tick: Tick) -> None:
             _generation_config(network)
             super().__init__(pretrained=network.module, tokenizer=network.tokenizer, backend="causal")
+            if self.max_length < 1:  # XLNet's config says -1 for no limit
+                self._max_length = HFLM._DEFAULT_MAX_LENGTH
             self._name, self._documents, self._tick = network.name, documents, tick
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
