@@ -1,18 +1,21 @@
 """Compare models with the base, by headers alone: which tensors merge, which are copied, which do not fit.
 
-Names are the files' names. Missing or extra tensors do not fit, except a tied alias (stored twice by
-some tools, once by others) and buffers every model derives from its config.
+Names are the files' names. Missing or extra tensors do not fit, except a tied alias (stored twice by some tools, once
+by others) and what is no weight: integers, masks and buffers that follow from the config. The tables here have what is
+frequent; for the rest, transformers is asked.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from mergebench.checkpoint.architecture import Facts
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.names import is_vocabulary
+from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.format import Base
@@ -27,6 +30,7 @@ _CAUSAL_MASK = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's [1, 1, n, n]; a real 
 _TIED = {
     "lm_head.weight": ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight"),
     "embed_out.weight": ("embed_in.weight",),
+    "proj_out.weight": ("decoder.embed_tokens.weight",),
     "encoder.embed_tokens.weight": ("shared.weight",),
     "decoder.embed_tokens.weight": ("shared.weight",),
     "predictions.decoder.weight": ("word_embeddings.weight",),
@@ -55,19 +59,43 @@ class Alignment:
     problems: list[Problem] = field(default_factory=list)  # every mismatch
     must_equal: list[tuple[Model, TensorInfo, TensorInfo]] = field(default_factory=list)  # tied, by bytes
     aliases: dict[str, str] = field(default_factory=dict)  # tied tensors that the base stores twice
+    idle: dict[str, list[str]] = field(default_factory=dict)  # by model: no weights, and not stored by all
+
+    def notes(self, base: Model) -> list[str]:
+        """Where tensors that are no weights, and that some models lack, come from."""
+        return [
+            f"{reference}: {_listed(names)}: no weight, and not in every model; "
+            + ("copied" if reference == base.reference else "left out")
+            for reference, names in self.idle.items()
+        ]
 
 
 def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -> Alignment:
-    """Match every model's tensors with the base's; `wanted(name)` says which are to be merged."""
+    """Match every model's tensors with the base's; `wanted(name)` says which are to be merged.
+
+    `RecipeError` if one of two copies is to be merged and the other is not.
+    """
     result, ties, theirs = Alignment(), Ties(base), [Ties(model) for model in models]
+    facts = Facts(base.config, base.tensors)
+    copies = _separate_head(base) and any(name.endswith("shared.weight") for name in base.tensors)
     for name, info in base.tensors.items():
         target = ties.target(name)
+        if target is None and copies and name.endswith("embed_tokens.weight"):
+            target = facts.tied_to(name, base.tensors)
         if target is not None:
             result.aliases[name] = target
+            if wanted(target) and not wanted(name):
+                raise RecipeError(
+                    f"exclude: '{name}' is a copy of '{target}', which is merged", "exclude both or neither"
+                )
         if not wanted(name) or is_derived(info):
             result.copied.append(name)
             continue
-        found = [model.tensors.get(name) or tied.tensor(name) for model, tied in zip(models, theirs, strict=True)]
+        found = [_find(model, tied, name, facts) for model, tied in zip(models, theirs, strict=True)]
+        if None in found and facts.idle(info):
+            result.idle.setdefault(base.reference, []).append(name)
+            result.copied.append(name)
+            continue
         if not info.is_float:
             for model, other in zip(models, found, strict=True):
                 if other is not None and other.is_float:
@@ -88,11 +116,43 @@ def align(base: Model, models: Sequence[Model], wanted: Callable[[str], bool]) -
         result.merged.append(name)
         result.sources[name] = sources
     for model, tied in zip(models, theirs, strict=True):
+        facts = Facts(model.config, model.tensors)
         for name in model.tensors.keys() - base.tensors.keys():
             if not is_derived(model.tensors[name]) and wanted(name):
-                _judge_extra(result, base, model, name, tied.target(name))
+                target = tied.target(name) or facts.tied_to(name, model.tensors)
+                _judge_extra(result, base, model, name, target, facts)
     result.problems.sort(key=lambda problem: problem.text)
     return result
+
+
+def with_head(base: Model, models: Sequence[Model]) -> Model:
+    """The base with a head of its own, where it ties the head to its embedding and a model does not."""
+    apart = {name for model in models if _separate_head(model) for name in model.tensors}
+    ties = Ties(base)
+    tied = {name: target for name in sorted(apart) if (target := ties.target(name)) is not None}
+    if not tied:
+        return base
+    heads = {name: target for name, target in tied.items() if name not in base.tensors}
+    return replace(
+        base,
+        tensors={**base.tensors, **{name: base.tensors[of]._replace(name=name) for name, of in heads.items()}},
+        deltas={**base.deltas, **{name: base.deltas[of] for name, of in heads.items() if of in base.deltas}},
+        config_changes={**(base.config_changes or {}), **untied(base.config)},
+    )
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes to a config.json, for files that store a head apart from its embedding."""
+    changes: dict[str, Any] = {"tie_word_embeddings": False}
+    text_config = config.get("text_config")
+    if isinstance(text_config, dict):
+        changes["text_config"] = text_config | {"tie_word_embeddings": False}
+    return changes
+
+
+def _separate_head(model: Model) -> bool:
+    """Whether its config says that a head is not tied to the embedding."""
+    return not model.config.get("tie_word_embeddings", True)
 
 
 def is_derived(info: TensorInfo) -> bool:
@@ -131,6 +191,14 @@ def _ends(name: str, end: str) -> bool:
     return name.endswith(end) and (len(name) == len(end) or name[-len(end) - 1] == ".")
 
 
+def _find(model: Model, ties: Ties, name: str, facts: Facts) -> TensorInfo | None:
+    info = model.tensors.get(name) or ties.tensor(name)
+    if info is None:
+        target = facts.tied_to(name, model.tensors)
+        info = model.tensors[target] if target is not None else None
+    return info
+
+
 def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | None) -> Problem | None:
     if other is None:
         text = f"{name}: {model.reference} does not have it, base has {list(info.shape)}"
@@ -145,10 +213,18 @@ def _mismatch(name: str, info: TensorInfo, model: Model, other: TensorInfo | Non
     return None
 
 
-def _judge_extra(result: Alignment, base: Model, model: Model, name: str, target: str | None) -> None:
+def _judge_extra(result: Alignment, base: Model, model: Model, name: str, target: str | None, facts: Facts) -> None:
     info = model.tensors[name]
     if target is not None and target in base.tensors:
         result.must_equal.append((model, info, model.tensors[target]))
         return
+    if facts.idle(info):
+        result.idle.setdefault(model.reference, []).append(name)
+        return
     text = f"{name}: {model.reference} has {list(info.shape)}, base does not have it"
     result.problems.append(Problem(text, model, name, "extra"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"'{min(names)}'{more}"

@@ -7,10 +7,11 @@ modules.json                sentence-transformers: a list of modules, each in a 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
+
+from mergebench.checkpoint.documents import read_json
 
 DIFFUSERS = "diffusion_pytorch_model"
 STEMS = ("model", DIFFUSERS, "open_clip_model", "consolidated")  # where several lie side by side, the first is read
@@ -66,12 +67,17 @@ def find_other_weights(directory: Path) -> list[Path]:
     return indexes if len(indexes) == 1 else sorted(directory.glob("*.safetensors"))
 
 
+class _Module(TypedDict):
+    """An entry of modules.json, as far as it is read."""
+
+    path: str
+
+
 def module_folders(directory: Path) -> tuple[str, ...]:
     """The folders that modules.json names; () where it is no list of modules."""
     try:
-        modules = json.loads((directory / MODULES).read_text(encoding="utf-8"))
-        paths = [Path(module["path"]) for module in modules]
-    except (OSError, ValueError, TypeError, KeyError):
+        paths = [Path(module["path"]) for module in read_json(directory / MODULES, list[_Module])]
+    except (OSError, ValueError):
         return ()
     # the path of a module that lies beside the list is ""
     return tuple(dict.fromkeys(path.as_posix() for path in paths if path.parts and _is_inside(path)))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="A file of predictions, a row of --in, or a model.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A file of predictions, a log, a row of --in, or a model.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="Another one, of the same items.")],
     in_: Annotated[
         Path | None, typer.Option("--in", metavar="DIR", help="An evaluation: OLD and NEW are rows of its table.")
@@ -38,8 +38,9 @@ def compare(
 ) -> None:
     """Say what a new model does better and what worse than an old one, item by item: negative flips and a paired test.
 
-    OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), rows of an
-    evaluation (--in merged/mine), or models (--suite suite.yaml).
+    OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), logs of lm-eval
+    (--log_samples) or inspect, or folders of them, rows of an evaluation (--in merged/mine), or models
+    (--suite suite.yaml).
     """
     from mergebench.evaluation import comparison_report
     from mergebench.evaluation.compare.comparison import compare as compare_answers

@@ -61,6 +61,8 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
 
     from mergebench.evaluation import document_of, report
 
+    for line in found.made.get("notes", ()):
+        note(f"note: {line}", quiet)
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
     shown = (target / "report.html").is_file()

@@ -6,7 +6,7 @@ Reads headers only. Every error that is detectable before the first tensor is re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -179,15 +179,15 @@ def plan_merge(
 
     `chunk` (elements) is for tests: results do not depend on it.
     """
-    method = merge.method
+    method, tensors, stored = merge.method, merge.reference.tensors, _STORED.get(merge.dtype or "")
     _check_models(merge)
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
         raise mismatch.describe(merge.reference, merge.models, alignment)
+    merge = replace(merge, notes=(*merge.notes, *alignment.notes(merge.reference)))
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    stored, tensors = _STORED.get(merge.dtype or ""), merge.reference.tensors
     dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in tensors.values()}
     naming = merge.reference.naming if method.gives == "model" else USUAL
     shards = lay_out(tensors.values(), dtypes, shard_size, not merge.reference.sliced, naming)

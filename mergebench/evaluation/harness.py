@@ -23,6 +23,7 @@ import torch
 from mergebench.checkpoint.layouts import quiet
 from mergebench.errors import MergebenchError, ModelError, RunError, first_line
 from mergebench.networks.batch import batches, out_of_memory, run_batches
+from mergebench.networks.tokenizer import no_token
 from mergebench.plugins import need
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def _language_model() -> Any:
         def __init__(self, network: Network, documents: int, tick: Tick) -> None:
             _generation_config(network)
             super().__init__(pretrained=network.module, tokenizer=network.tokenizer, backend="causal")
-            self._documents, self._tick = documents, tick
+            if self.max_length < 1:  # XLNet's config says -1 for no limit
+                self._max_length = HFLM._DEFAULT_MAX_LENGTH
+            self._name, self._documents, self._tick = network.name, documents, tick
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             lengths = [self._length("".join(request.args)) for request in requests]
@@ -147,7 +150,10 @@ def _language_model() -> Any:
             return self._in_parts(HFLM.generate_until, requests, lengths, WRITTEN_TOKENS, in_turn=drawn)
 
         def _length(self, text: str) -> int:
-            return len(self.tok_encode(text)) + 1
+            tokens = self.tok_encode(text)
+            if not tokens:
+                raise no_token(self._name, text)  # its likelihood would be 1
+            return len(tokens) + 1
 
         def _in_parts(
             self,

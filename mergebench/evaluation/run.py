@@ -78,6 +78,7 @@ def evaluate_models(
     made |= {"date": date.isoformat(timespec="seconds"), "known": batch.known}
     made |= {"by_task": batch.by_task} if batch.by_task else {}
     made |= {"failed": batch.failed} if batch.failed else {}
+    made |= {"notes": batch.notes} if batch.notes else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
     return Results(made, with_relatives(batch.records, homes_of(candidates, suite)))
 
@@ -95,6 +96,7 @@ class Batch:
         self.failed: list[dict[str, Any]] = []
         self.errors: list[MergebenchError] = []
         self.by_task: list[str] = []  # candidates with a model for each task
+        self.notes: list[str] = []  # about how models were read
         self.known = 0  # results that were in the store
         self._network: Network | None = None
         self._held: LoadableModel | None = None  # the model whose weights the network has
@@ -137,6 +139,8 @@ class Batch:
                     start = time.perf_counter()
                     score = task.ready.measure(network, self.meter.of(candidate.name, task.name))
                     seconds = round(time.perf_counter() - start, 3)
+                    notes = (f"{candidate.name}: {remark}" for remark in network.remarks)
+                    self.notes += [note for note in notes if note not in self.notes]
                     if self.store is not None:
                         self.store.keep(key, score, seconds, {"model": candidate.name, "task": task.name})
                     found[task.name] = _record(candidate, task, score, seconds)

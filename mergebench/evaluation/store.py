@@ -22,6 +22,7 @@ from mergebench.evaluation.task import Direction, Prediction, Score
 from mergebench.networks.loadable import LoadableModel
 
 DEFAULT = Path("results")
+READING = 2  # one more where the same files and versions come to be measured otherwise
 
 
 class Stored(TypedDict):
@@ -53,6 +54,7 @@ class Store:
             "keys": {name: value for name, value in plain.items() if name != "split"},
             "files": [self._contents.of_file(file) for file in task.ready.files],
             "device": device,
+            "reading": READING,
             "versions": {**versions, **task.ready.versions},
         }
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:40]

@@ -54,20 +54,31 @@ class Weights:
         for places in (self.places or {}).values():
             places[:] = [(new if module is old else module, name) for module, name in places]
 
+    def settle(self) -> None:
+        """Take the present values as those that were put."""
+        self._versions = {id(value): value._version for value in self._values()}
+
+    def _values(self) -> list[Tensor]:
+        """The parameters and buffers that are not packed."""
+        every = [place for places in (self.places or {}).values() for place in places]
+        return [getattr(*place) for place in every if not _packed(place[0])]
+
     def put(self, tensors: dict[str, Tensor]) -> bool:
-        """Replace the tensors, taking each out of `tensors`; returns False, with nothing changed, if they do not
-        fit."""
+        """Replace the tensors, taking each out of `tensors`; returns False, with nothing changed, if they do not fit,
+        or if the module itself changed its weights when it ran."""
         if self.places is None or {name: tensor.shape for name, tensor in tensors.items()} != self.shapes:
+            return False
+        if any(value._version != self._versions.get(id(value), 0) for value in self._values()):
             return False
         with torch.no_grad():
             for name in list(tensors):
                 tensor = tensors.pop(name)  # its memory is needed for the next tensor
                 for module, attribute in self.places[name]:
-                    place = getattr(module, attribute)
-                    if place.is_mkldnn:
-                        setattr(module, attribute, tensor.to_mkldnn())
+                    if _packed(module):
+                        module.put(attribute, tensor)
                     else:
-                        place.copy_(tensor)
+                        getattr(module, attribute).copy_(tensor)
+        self.settle()
         return True
 
 
@@ -82,6 +93,7 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
     module = module.to(device).eval().requires_grad_(False)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         _pack(module, weights)
+    weights.settle()
     return module, weights
 
 
@@ -145,6 +157,10 @@ def _pack(module: torch.nn.Module, weights: Weights) -> None:
             weights.moved(child, packed)
         else:
             _pack(child, weights)
+
+
+def _packed(module: Any) -> bool:
+    return isinstance(module, PackedLinear) and module.packed is not None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from mergebench.checkpoint.content import tokenizer_hash
 from mergebench.checkpoint.layouts import quiet
-from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
 from mergebench.networks.loadable import LoadableModel, network_tensors
-from mergebench.networks.module import build, config_of, failed
+from mergebench.networks.module import build, config_of
+from mergebench.networks.tokenizer import load as load_tokenizer
+from mergebench.networks.tokenizer import no_token
 
 
 class Network:
@@ -23,6 +26,8 @@ class Network:
 
     def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
         self.auto_class, self.device = auto_class, device
+        self._first, self._ran = threading.Lock(), False
+        self.remarks: list[str] = []  # notes for the user, about the tokenizer
         self._config = config_of(model)
         with one_thread():  # in many small steps, threads would only wait for one another
             self.module, self._weights = build(model, auto_class, device)
@@ -40,6 +45,7 @@ class Network:
         self._take_name(model)
         if self.tokenizer_key != key:
             self.__dict__.pop("tokenizer", None)
+            self.remarks = []
         return True
 
     def _take_name(self, model: LoadableModel) -> None:
@@ -71,7 +77,14 @@ class Network:
     def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""
         ids, mask = self.padded(tokens)
-        return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+        return self.last_states(ids, mask), mask
+
+    def last_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[batch, tokens, hidden] of token ids [batch, tokens]; several threads may ask."""
+        with nullcontext() if self._ran else self._first:  # RWKV scales its weights when it first runs, once
+            states: Tensor = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            self._ran = True
+        return states
 
     @property
     def backbone(self) -> Any:
@@ -100,16 +113,22 @@ class Network:
     def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask [batch, tokens], padded on the right."""
         width = max(1, *map(len, tokens)) if tokens else 1
-        pad = self.module.config.pad_token_id or 0
+        pad = getattr(self.module.config, "pad_token_id", None) or 0  # not every config has one
         ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in tokens], device=self.device)
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in tokens], device=self.device)
         return ids, mask
 
     def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """Token ids of each text with special tokens, cut to `max_length` or to the model's maximum."""
+        """Token ids of each text with special tokens, cut to `max_length` or to the model's maximum.
+
+        `RunError` if a text has none.
+        """
         limit = min(max_length, self.tokenizer.model_max_length)
         with quiet():
             ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        for text, one in zip(texts, ids, strict=True):
+            if not one:
+                raise no_token(self.name, text)
         return ids
 
     @cached_property
@@ -119,13 +138,8 @@ class Network:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer beside the model, as transformers reads it."""
-        from transformers import AutoTokenizer
-
-        if not tokenizer_files(self.directory):
-            raise ModelError(f"model '{self.name}': no tokenizer in {self.directory}", "put tokenizer.json beside it")
-        try:
-            with quiet():
-                return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers lets any error of its parts through
-            raise failed(self.name, "its tokenizer", error) from None
+        """The tokenizer beside the model."""
+        tokenizer, remark = load_tokenizer(self.directory, self.name)
+        if remark is not None:
+            self.remarks.append(remark)
+        return tokenizer

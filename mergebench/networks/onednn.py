@@ -5,37 +5,71 @@ The weights are frozen; gradients pass through to the input, because training an
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_UNPACKING = threading.Lock()
 
-class PackedLinear(torch.nn.Module):
-    """y = x W^T + b, W [out, in] and b [out] packed; on the CPU."""
 
-    weight: Tensor
-    bias: Tensor
+class PackedLinear(torch.nn.Linear):
+    """y = x W^T + b, W [out, in] and b [out] packed; on the CPU.
+
+    Code that reads the weights themselves, as state space models do, gets them as they were: they are unpacked for
+    good when they are first read, and the layer is an ordinary one from then on.
+    """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-        self.register_buffer("weight", linear.weight.detach().to_mkldnn())
-        self.register_buffer("bias", bias.detach().to_mkldnn())
+        torch.nn.Module.__init__(self)  # makes no weights
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.has_bias = linear.bias is not None
+        bias = linear.bias if self.has_bias else torch.zeros(linear.out_features)
+        self.packed: tuple[Tensor, Tensor] | None = linear.weight.detach().to_mkldnn(), bias.detach().to_mkldnn()
         self._back: tuple[Tensor, Tensor] | None = None  # a weight and its transpose, after the first gradient
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and self.__dict__.get("packed") is not None:
+            self._unpack()
+            return getattr(self, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and self.packed is not None:
+            self._unpack()
+        super().__setattr__(name, value)
+
+    def _unpack(self) -> None:
+        with _UNPACKING, torch.inference_mode(False):  # the weights may be replaced later
+            if self.packed is None:  # another thread was faster
+                return
+            weight, bias = (torch.nn.Parameter(one.to_dense(), requires_grad=False) for one in self.packed)
+            self._parameters.update(weight=weight, bias=bias if self.has_bias else None)  # registering would read them
+            self.packed = self._back = None
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Replace the packed weight or bias."""
+        assert self.packed is not None, "an unpacked layer has parameters to copy to"
+        weight, bias = self.packed
+        self.packed = (value.to_mkldnn(), bias) if name == "weight" else (weight, value.to_mkldnn())
+
+    def forward(self, input: Tensor) -> Tensor:
         """[..., out] from [..., in]"""
-        if torch.is_grad_enabled() and x.requires_grad:
-            through: Tensor = _Through.apply(x, self)  # type: ignore[no-untyped-call]
+        packed = self.packed
+        if packed is None:
+            return super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            through: Tensor = _Through.apply(input, self)  # type: ignore[no-untyped-call]
             return through
-        return _product(x, self.weight, self.bias)
+        return _product(input, *packed)
 
     def back(self, gradient: Tensor) -> Tensor:
         """[..., in]: the gradient of the input from that of the output."""
+        weight = self.packed[0] if self.packed is not None else self.weight.to_mkldnn()
         known = self._back
-        if known is None or known[0] is not self.weight:  # the weights may have been replaced
-            self._back = known = self.weight, self.weight.to_dense().T.contiguous().to_mkldnn()
+        if known is None or known[0] is not weight:  # the weights may have been replaced
+            self._back = known = weight, weight.to_dense().T.contiguous().to_mkldnn()
         return _product(gradient.contiguous(), known[1], None)
 
 
@@ -43,7 +77,7 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return _product(x, layer.weight, layer.bias)
+        return _product(x, *layer.packed)  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

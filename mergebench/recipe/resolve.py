@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model, adopt
+from mergebench.checkpoint.align import with_head
 from mergebench.checkpoint.names import layer_of
 from mergebench.engine.job import Merge
 from mergebench.engine.lines import Lines
@@ -95,11 +96,15 @@ def open_all(recipe: Recipe) -> tuple[Model | None, list[tuple[Entry, Model]]]:
 def _under_one_name(
     recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
 ) -> tuple[Model | None, list[tuple[Entry, Model]]]:
-    """The models with their tensors under the base's names."""
+    """The models with their tensors under the base's names; a head that only some tie to the embedding is apart."""
     if recipe.slices:  # slices name layers, numbered as in each model
         return base, entries
     reference = base if base is not None else entries[0][1]
-    return base, [(entry, adopt(reference, model)) for entry, model in entries]
+    adopted = [(entry, adopt(reference, model)) for entry, model in entries]
+    headed = with_head(reference, [model for _, model in adopted])
+    if base is None:
+        return None, [(adopted[0][0], headed), *adopted[1:]]
+    return headed, [(entry, headed if _same(model, base) else model) for entry, model in adopted]
 
 
 def _with_tokens(

@@ -12,9 +12,8 @@ from typing import Any
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.documents import document, parse_json, read_bytes
 from mergebench.checkpoint.side_files import tokenizer_files
-from mergebench.errors import ModelError, RunError, first_line
+from mergebench.errors import ModelError, RunError
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -36,16 +35,10 @@ def with_vocab_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def load(directory: Path | None, reference: str) -> Any:
-    """The tokenizer in a directory, by transformers; code in it is never run."""
-    if directory is None or not any((directory / name).is_file() for name in _VOCABULARIES):
-        hint = "put tokenizer files beside its weights (copy the base's if it shares the base's tokens)"
-        raise ModelError(f"model '{reference}': it has no tokenizer", hint)
-    from transformers import AutoTokenizer
+    """The tokenizer in a directory."""
+    from mergebench.networks.tokenizer import load  # this import loads torch
 
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare exceptions
-        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
+    return load(directory, reference)[0]
 
 
 def tokens_of(tokenizer: Any) -> dict[str, int]:
@@ -91,12 +84,17 @@ def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> 
                 words.setdefault(token)
         for token in own.values():
             added.setdefault(token.content, token)
+    known = base.get_vocab()
+    new = [token for token in words if token not in added and token not in known]
+    marked = {token.content for token in base.added_tokens_decoder.values()}
+    special = [token for token in added.values() if token.content not in marked]
+    if not new and not special:
+        return base
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
         _save(base, folder)
         result = load(Path(folder), "base")
-    known = base.get_vocab()
-    result.add_tokens([token for token in words if token not in added and token not in known])
-    result.add_tokens(list(added.values()))
+    result.add_tokens(new)
+    result.add_tokens(special)
     return result
 
 
@@ -108,11 +106,19 @@ def _save(tokenizer: Any, folder: str) -> None:
         raise RunError(f"{folder}: no tokenizer can be written: {reason}", "set TMPDIR to another disk") from None
 
 
-def saved(tokenizer: Any) -> dict[str, bytes]:
-    """The files that transformers writes for a tokenizer."""
+def saved(tokenizer: Any, source: Path | None) -> dict[str, bytes]:
+    """The files that transformers writes for a tokenizer; its class is the one that `source` names.
+
+    source: the directory that the tokenizer comes from.
+    """
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
         _save(tokenizer, folder)
-        return stored(Path(folder))
+        files = stored(Path(folder))
+    declared = _config(stored(source)).get("tokenizer_class") if source is not None else None
+    if declared is not None and _CONFIG in files:
+        config = _config(files) | {"tokenizer_class": declared}
+        files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
 
 
 def stored(directory: Path) -> dict[str, bytes]:

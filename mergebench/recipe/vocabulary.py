@@ -70,21 +70,22 @@ def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tupl
     each = [tokenizers.load(model.directory, model.reference) for model in models]
     each[0] = base = tokenizers.without_unused(original := each[0], sizes[0], models[0].reference)
     vocabularies = [tokenizers.tokens_of(tokenizer) for tokenizer in each]
+    place = models[0].directory
     if wanted.source == "base":
         out = base
-        files = None if base is original else tokenizers.saved(base)
+        files = None if base is original else tokenizers.saved(base, place)
     elif wanted.source == "union":
         out = tokenizers.union(base, each, sizes)
-        files = tokenizers.saved(out)
+        files = None if out is original else tokenizers.saved(out, place)
     else:
-        source = _find(recipe, wanted.source)
-        out = tokenizers.load(source if source.is_dir() else None, wanted.source)
-        files = tokenizers.stored(source)
+        place = _find(recipe, wanted.source)
+        out = tokenizers.load(place if place.is_dir() else None, wanted.source)
+        files = tokenizers.stored(place)
     known = out.get_vocab()
     new = [token for token in wanted.tokens if token not in known]
     if new:
         out.add_tokens(new)
-        files = tokenizers.saved(out)
+        files = tokenizers.saved(out, place)
     ids = tokenizers.tokens_of(out)
     count = max(len(ids), max(ids.values(), default=-1) + 1)  # ids may have gaps, whose rows are zero
     have = np.full((len(models), count), -1, np.int64)

@@ -239,7 +239,7 @@ def shallower_config(copy: Path) -> None:
     ("damage", "words"),
     [
         (no_config, "no config.json in"),
-        (no_tokenizer, "no tokenizer in"),
+        (no_tokenizer, "it has no tokenizer"),
         (bad_tokenizer, "transformers cannot build its tokenizer: "),
         (foreign_config, "transformers cannot build the model: "),
         (wider_config, "'encoder.layer.0.intermediate.dense.bias' has [32], its config.json asks for [48]"),

@@ -122,11 +122,14 @@ def test_gradients_of_what_is_packed() -> None:
     x = torch.randn(5, 3, 6, requires_grad=True)
     slope = torch.randn(3, 5, 4).transpose(0, 1)
     for layer in layers:
-        packed.weight, packed.bias = layer.weight.detach().to_mkldnn(), layer.bias.detach().to_mkldnn()
+        packed.put("weight", layer.weight.detach())
+        packed.put("bias", layer.bias.detach())
         one, other = (torch.autograd.grad(which(x), x, slope)[0] for which in (layer, packed))
         torch.testing.assert_close(one, other)
-    assert not packed.weight.requires_grad
     with torch.no_grad():
         torch.testing.assert_close(packed(x), layers[1](x))
+    assert torch.equal(packed.weight, layers[1].weight) and not packed.weight.requires_grad
+    packed.weight.mul_(2)  # read, and changed: an ordinary layer
+    torch.testing.assert_close(packed(x) - packed.bias, 2 * (layers[1](x) - layers[1].bias))
     bare = torch.nn.Linear(6, 4, bias=False)
     torch.testing.assert_close(PackedLinear(bare)(x), bare(x))

@@ -232,7 +232,7 @@ def test_a_model_without_a_tokenizer(make: Make, models: Path) -> None:
     with pytest.raises(MergebenchError, match="model 'left': it has no tokenizer"):
         make(CASES["union"])
     (models / "left" / "tokenizer.json").write_text("{")
-    with pytest.raises(MergebenchError, match=r"left: its tokenizer cannot be loaded"):
+    with pytest.raises(MergebenchError, match=r"model 'left': transformers cannot build its tokenizer"):
         make(CASES["union"])
 
 
@@ -291,3 +291,28 @@ def test_recipes_without_it_import_no_transformers(models: Path) -> None:
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+def test_the_union_of_equal_tokenizers_is_that_tokenizer(make: Make, models: Path) -> None:
+    """Also where transformers builds a class that gives other tokens than tokenizer.json."""
+    for model in ("base", "left"):
+        for file in (models / "base").glob("token*"):
+            replace(models / model / file.name, file.read_text()) if model == "left" else None
+        named = json.loads((models / model / "tokenizer_config.json").read_text())
+        replace(models / model / "tokenizer_config.json", json.dumps(named | {"tokenizer_class": "Qwen2Tokenizer"}))
+    out = make("base_model: base\nmodels: [{model: base}, {model: left}]\nmerge_method: linear\n"
+               "parameters: {weight: 0.5}\ntokenizer_source: union\nexclude: ['*norm*']\n")  # fmt: skip
+    assert (out / "tokenizer.json").read_bytes() == (models / "base" / "tokenizer.json").read_bytes()
+    tokens = 1 + len(mergekit_tokens.WORDS["base"]) + len(mergekit_tokens.ADDED["base"])
+    assert len(load_file(out / "model.safetensors")[EMBEDDING]) == tokens
+
+
+def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models: Path) -> None:
+    from tokenizers import Tokenizer
+
+    named = json.loads((models / "base" / "tokenizer_config.json").read_text())
+    replace(models / "base" / "tokenizer_config.json", json.dumps(named | {"tokenizer_class": "Qwen2Tokenizer"}))
+    out = make(CASES["union"])
+    before, after = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (models / "base", out))
+    assert before.encode("all2 b1 all0").ids == after.encode("all2 b1 all0").ids != []
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.align import Ties
+from mergebench.checkpoint.align import Ties, untied
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
@@ -100,11 +100,7 @@ def untie(
         bias = f"{head.removesuffix('weight')}bias"
         tensor = None if bias in base.tensors else ties.tensor(bias)
         added |= {} if tensor is None else {bias: tensor._replace(name=bias)}
-    changes: dict[str, Any] = {"tie_word_embeddings": False}
-    text_config = base.config.get("text_config")
-    if isinstance(text_config, dict):
-        changes["text_config"] = text_config | {"tie_word_embeddings": False}
-    return added, changes
+    return added, untied(base.config)
 
 
 def _head(directory: Path, base: Base, embedding: str) -> str | None:

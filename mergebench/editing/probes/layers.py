@@ -105,7 +105,7 @@ def stream(
         ids, here.mask = network.padded(tokens)
         here.found = {}
         try:
-            last = network.backbone(input_ids=ids, attention_mask=here.mask).last_hidden_state
+            last = network.last_states(ids, here.mask)
             taken(len(every), last)
             return [here.found[state] for state in states]
         finally:

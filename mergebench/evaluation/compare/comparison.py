@@ -1,4 +1,4 @@
-"""Compare two models on the same tasks, from an evaluation's records or two files of predictions."""
+"""Compare two models on the same tasks, from an evaluation's records, two files of predictions or logs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation.compare.flips import Answers, Flips, flips
+from mergebench.evaluation.compare.logs import Log, read_logs
 from mergebench.evaluation.compare.predictions import read_predictions
 from mergebench.evaluation.results import FILE, Record, Results
 from mergebench.evaluation.tables.layout import short_names
@@ -81,7 +82,7 @@ def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path |
 
     With an evaluation, or the directory or file it was saved in, `old` and `new` are names of its models, as in it or
     as in its table. Without, they are files of predictions, JSON lines or a list of {"id", "pred", "gold"}, or with a
-    "score" (higher is better) in place of gold or beside it.
+    "score" (higher is better) in place of gold or beside it; or logs of lm-eval or inspect, or folders of them.
 
     `RecipeError` for an unknown name or a missing file. `RunError` if the two did not answer the same items of the same
     tasks under the same metric, and, with file and line, for a broken or missing column or a repeated id.
@@ -89,6 +90,9 @@ def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path |
     if evaluation is not None:
         found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
         return _compare_rows(found, str(old), str(new))
+    logs = [read_logs(Path(place)) if Path(place).name != FILE else None for place in (old, new)]
+    if all(log is not None for log in logs):
+        return _compare_logs(str(old), str(new), *(log or {} for log in logs))
     for file in (old, new):
         if not Path(file).is_file() or Path(file).name == FILE:
             hint = "rows of an evaluation go with --in DIR, models to be measured with --suite SUITE"
@@ -146,6 +150,28 @@ def _compare_files(old: Path, new: Path) -> Comparison:
     metric = "score" if before.scored else "accuracy"
     pair = Pair("items", "", metric, "higher", before.answers, after.answers, gold)
     return Comparison(str(old), str(new), (_checked(pair, f"{old}, {new}"),))
+
+
+def _compare_logs(old: str, new: str, before: Mapping[str, Log], after: Mapping[str, Log]) -> Comparison:
+    """Task by task; a file on each side is one task, whatever it is called."""
+    if len(before) == len(after) == 1:
+        after = dict(zip(before, after.values(), strict=True))
+    pairs = []
+    for task in dict.fromkeys([*before, *after]):
+        if task not in before or task not in after:
+            lacking = old if task not in before else new
+            raise RunError(f"{lacking}: no log of task '{task}', the other has one", "compare runs of the same tasks")
+        one, other = before[task], after[task]
+        if (one.metric, one.direction) != (other.metric, other.direction):
+            raise RunError(f"task '{task}': {old} has {one.metric}, {new} has {other.metric}")
+        for here, there in ((one.documents, other.documents), (one.gold, other.gold)):
+            changed = next((item for item, value in here.items() if there.get(item, value) != value), None)
+            if changed is not None:
+                what = f"task '{task}': item '{changed}' is another one in {new} than in {old}"
+                raise RunError(what, "compare answers to the same items")
+        pair = Pair(task, "", one.metric, one.direction, one.answers, other.answers, one.gold)
+        pairs.append(_checked(pair, f"task '{task}'"))
+    return Comparison(old, new, tuple(pairs))
 
 
 def _row(results: Results, name: str) -> str:

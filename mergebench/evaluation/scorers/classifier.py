@@ -15,6 +15,7 @@ from mergebench.errors import ModelError, RecipeError, did_you_mean, first_line
 from mergebench.evaluation.scorer import Continuation, Scorer, scorer
 from mergebench.evaluation.task import Direction
 from mergebench.networks.batch import CPU_TOKENS, batches
+from mergebench.networks.tokenizer import load as load_tokenizer
 from mergebench.parameters import param
 
 LIMIT = 512  # tokens of a continuation that are read, where the tokenizer names no limit
@@ -44,7 +45,7 @@ def classifier(p: Params) -> Scorer:
 
     @cache
     def parts() -> tuple[Any, Any]:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         try:
             with quiet():
@@ -55,10 +56,9 @@ def classifier(p: Params) -> Scorer:
                     local_files_only=True,
                     trust_remote_code=False,
                 )
-                tokenizer = AutoTokenizer.from_pretrained(p.classifier, local_files_only=True, trust_remote_code=False)
-                return model.eval(), tokenizer
         except Exception as error:  # transformers raises whatever its parts raise
             raise ModelError(f"{p.classifier}: not a classifier: {first_line(error)}") from None
+        return model.eval(), load_tokenizer(p.classifier, str(p.classifier))[0]
 
     def score(items: Sequence[Continuation]) -> list[float]:
         model, tokenizer = parts()

@@ -21,7 +21,6 @@ from mergebench.networks.features import gather
 from mergebench.networks.items import contents, read_rows, texts
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
-from mergebench.networks.onednn import PackedLinear
 from mergebench.parameters import param
 
 
@@ -99,8 +98,8 @@ def _neurons(network: Network, patches: Sequence[Patch]) -> dict[str, Tensor]:
     for patch in patches:
         for name in patch.names:
             numbers, module = patch.numbers(name), _holder(network, patch, name)
-            sides = tuple(module.weight.shape)
-            columns, linear = isinstance(module, Conv1D), isinstance(module, (torch.nn.Linear, PackedLinear))
+            columns, linear = isinstance(module, Conv1D), isinstance(module, torch.nn.Linear)
+            sides = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
             if not (columns or linear) or columns != patch.columns(name):
                 what = f"{patch.file}: the rows of '{name}' are no gates: what they hold goes to the residual stream"
                 raise ModelError(what, "firing is of neurons that read it, such as those of gate_proj")

@@ -1,0 +1,112 @@
+"""Logs that lm-eval and inspect write, compared as they are."""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mergebench
+from mergebench.errors import RunError
+from mergebench.evaluation import harness
+from tests.evaluation.language import write_rows
+
+
+def lm_eval_run(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """A run of lm-eval by itself, with answers by chance; its samples."""
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.dummy import DummyLM
+
+    documents = [{"q": f"w{i}", "gold": i % 2} for i in range(20)]
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    task = harness.local_task(
+        "multiple_choice", documents, doc_to_text=lambda one: one["q"], doc_to_choice=lambda one: ["a", "bcd"],
+        doc_to_target=lambda one: one["gold"], metric_list=metrics,
+    )  # fmt: skip
+    with harness.undisturbed(seed):
+        random.seed(seed)
+        out = lm_eval.evaluate(lm=DummyLM(), task_dict={"local": task}, bootstrap_iters=0)
+        samples = out.pop("samples")["local"]
+        tracker = EvaluationTracker(output_path=str(folder))
+        tracker.general_config_tracker.model_name_sanitized = "somebody__model"
+        tracker.save_results_aggregated(results=out, samples={"local": samples})
+        tracker.save_results_samples("local", samples)
+    return samples
+
+
+def test_lm_evals_samples(tmp_path: Path) -> None:
+    old, new = (lm_eval_run(tmp_path / name, seed) for seed, name in enumerate(("old", "new")))
+    lost = [str(one["doc_id"]) for one, other in zip(old, new, strict=True) if one["acc"] > other["acc"]]
+    files = [next((tmp_path / name).rglob("samples_*.jsonl")) for name in ("old", "new")]
+    for pair in (files, [tmp_path / "old", tmp_path / "new"]):
+        (found,) = mergebench.compare(*pair).pairs
+        assert (found.task, found.metric, found.direction) == ("local", "acc", "higher")
+        assert found.flips.n == 20 and sorted(found.flips.lost) == sorted(lost) and lost
+        assert found.gold["3"] == "1" and found.old.keys() == {str(i) for i in range(20)}
+
+
+def sample(item: int, score: float, name: str = "none", **more: Any) -> dict[str, Any]:
+    return {"doc_id": item, "filter": name, "filtered_resps": ["x"], "target": "x", "metrics": ["exact_match"],
+            "exact_match": score, "doc_hash": f"h{item}"} | more  # fmt: skip
+
+
+def test_filters_tasks_and_later_runs(tmp_path: Path) -> None:
+    for name, score in (("old", 1), ("new", 0)):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        both = [sample(i, score, f) for f in ("strict", "flexible") for i in range(3)]
+        write_rows(folder / "samples_gsm8k_2026-01-02T10-00-00.5.jsonl", both)
+        write_rows(folder / "samples_gsm8k_2026-01-01T10-00-00.5.jsonl", [sample(0, 0.5)])
+        times = {"metrics": ["bits_per_byte", "wer"], "bits_per_byte": [-6.0, 3]}
+        write_rows(folder / "samples_text_2026-01-02T10-00-00.5.jsonl", [sample(7, 0, **times)])
+    found = mergebench.compare(tmp_path / "old", tmp_path / "new")
+    by_task = {pair.task: pair for pair in found.pairs}
+    assert by_task.keys() == {"gsm8k, strict", "gsm8k, flexible", "text"}
+    assert len(by_task["gsm8k, strict"].flips.lost) == 3
+    text = by_task["text"]
+    assert text.direction == "lower" and text.old["7"].score == pytest.approx(2 / 0.6931471805599453)
+
+
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        ([sample(1, 1, doc_hash="other")], "item '1' is another one"),
+        ([sample(1, 1, target="y")], "item '1' is another one"),
+        ([sample(1, 1, metrics=["f1"], f1=1)], "has exact_match, .* has f1"),
+        ([sample(1, 1, metrics=["f1"], f1=[1])], r"samples_t.jsonl:1: no metric that is a number"),
+        ([sample(1, 1), sample(1, 1)], r":2: doc_id '1' stands before already"),
+    ],
+)
+def test_samples_that_do_not_fit(new: list[Any], says: str, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    one = write_rows(tmp_path / "samples_t.jsonl", [sample(1, 1)])
+    with pytest.raises(RunError, match=says):
+        mergebench.compare(one, write_rows(tmp_path / "b" / "samples_t.jsonl", new))
+
+
+def test_inspects_logs(tmp_path: Path) -> None:
+    def log(right: set[int]) -> dict[str, Any]:
+        samples = [
+            {"id": i, "epoch": epoch, "target": "A", "scores": {"match": {"value": "C" if i in right else "I"}}}
+            for i in range(4)
+            for epoch in (1, 2)
+        ]
+        return {"version": 2, "eval": {"task": "x"}, "samples": samples}
+
+    (tmp_path / "old.json").write_text(json.dumps(log({0, 1, 2}), indent=2))
+    new = log({2, 3})
+    with zipfile.ZipFile(tmp_path / "new.eval", "w") as archive:
+        archive.writestr("header.json", json.dumps({"eval": new["eval"]}))
+        for one in new["samples"]:
+            archive.writestr(f"samples/{one['id']}_epoch_{one['epoch']}.json", json.dumps(one))
+    (found,) = mergebench.compare(tmp_path / "old.json", tmp_path / "new.eval").pairs
+    assert (found.task, found.metric) == ("x", "match")
+    assert sorted(found.flips.lost) == [f"{i}, epoch {e}" for i in (0, 1) for e in (1, 2)]
+    (tmp_path / "bad.eval").write_bytes(b"PK")
+    with pytest.raises(RunError, match="not a readable log of inspect"):
+        mergebench.compare(tmp_path / "old.json", tmp_path / "bad.eval")
