@@ -7,7 +7,25 @@ prints it without a traceback; library users catch it.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+WORD, LINE = 300, 4000  # characters: no name of a tensor or file that people choose is longer, nor is a message
+
+
+def shown(text: str) -> str:
+    """Text for people as one line: `escaped`, and what is too long to be read loses its middle."""
+    line = escaped(text)
+    return _cut(" ".join(_cut(word, WORD) for word in line.split(" ")), LINE) if len(line) > WORD else line
+
+
+def escaped(text: str) -> str:
+    """Text in which nothing is left that a terminal obeys, nor a line break: a file may call a tensor anything."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - most // 2 + 1 :]}"
 
 
 class MergebenchError(Exception):
@@ -16,9 +34,9 @@ class MergebenchError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = shown(message)
+        self.hint = None if hint is None else shown(hint)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type[MergebenchError], tuple[str, str | None]]:
         return type(self), (self.message, self.hint)  # worker processes send their errors home
@@ -42,6 +60,14 @@ class ModelError(MergebenchError):
     """A model is missing, or the models do not fit together."""
 
     exit_code = 3
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: Python, NumPy, the system, torch and C++ each say it in their own way."""
+    words = ("allocate memory", "out of memory", "bad_alloc", "start new thread", "failed to map segment")
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.EAGAIN)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from mergebench.adapters.peft_names import task_type
+from mergebench.checkpoint import card as markdown
+from mergebench.checkpoint.card import code, listed
 from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.files import copy_file
 from mergebench.checkpoint.model import Model
@@ -204,8 +206,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
             f"{count} merged with `{method['name']}`{how} in delta space by mergebench {provenance['mergebench']}: "
             f"{kept_text(provenance)}."
         )
-    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
-    inside = [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
+    bases = [f"base: {code(base)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"adapter: {code(entry['adapter'])}, weight {entry['weight']:g}" for entry in adapters]
     return _card(out, made, [*bases, *inside], "merge")
 
 
@@ -219,10 +221,10 @@ def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."
     )
     if len(adapters) == 1 or not method["alpha"]:
-        made = f"A copy of {', '.join(provenance['copied'])}."
+        made = f"A copy of {', '.join(map(code, provenance['copied']))}."
     peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
-    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
-    inside = [f"- adapter: `{entry['adapter']}`" for entry in adapters]
+    bases = [f"base: {code(base)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"adapter: {code(entry['adapter'])}" for entry in adapters]
     return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft)
 
 
@@ -235,15 +237,15 @@ def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
         f"What a fine-tune adds to {where}, extracted by mergebench {provenance['mergebench']}: "
         f"{kept_text(provenance)}. {rest} {provenance['left_out']:.2%} of all that it changed."
     )
-    lines = [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"]
-    lines += [] if peft else [f"- `BASE+{out.name}/{file}` is a model wherever mergebench takes one"]
+    lines = [f"base: {code(provenance['base'])}", f"fine-tune: {code(provenance['model'])}"]
+    lines += [] if peft else [f"{code(f'BASE+{out.name}/{file}')} is a model wherever mergebench takes one"]
     return _card(out, made, lines, "extract", kind=kind, peft=peft)
 
 
 def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter converted from another type."""
     made = f"An adapter of another type as a LoRA, by mergebench {provenance['mergebench']}: {kept_text(provenance)}."
-    lines = [f"- base: `{provenance['base']}`", f"- adapter: `{provenance['adapter']}`"]
+    lines = [f"base: {code(provenance['base'])}", f"adapter: {code(provenance['adapter'])}"]
     return _card(out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.")
 
 
@@ -253,8 +255,8 @@ def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A LoRA cut to {provenance['budget']} of {provenance['of']} singular values by mergebench "
         f"{provenance['mergebench']}: {kept_text(provenance)}."
     )
-    bases = [f"- base: `{provenance['base']}`"] if provenance["base"] else []
-    return _card(out, made, [*bases, f"- adapter: `{provenance['adapter']}`"], "truncate")
+    bases = [f"base: {code(provenance['base'])}"] if provenance["base"] else []
+    return _card(out, made, [*bases, f"adapter: {code(provenance['adapter'])}"], "truncate")
 
 
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -263,17 +265,17 @@ def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
         "is the edited model."
     )
-    lines = [f"- base: `{provenance['base']}`", f"- patch: `{provenance['patch']}`"]
+    lines = [f"base: {code(provenance['base'])}", f"patch: {code(provenance['patch'])}"]
     return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.")
 
 
 def ported_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter for another base than it was made on."""
     made = (
-        f"An adapter made on `{provenance['old']}`, its parameters unchanged, for `{provenance['new']}`: ported by "
-        f"mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
+        f"An adapter made on {code(provenance['old'])}, its parameters unchanged, for {code(provenance['new'])}: "
+        f"ported by mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
     )
-    lines = [f"- base: `{provenance['new']}`", f"- adapter: `{provenance['adapter']}`"]
+    lines = [f"base: {code(provenance['new'])}", f"adapter: {code(provenance['adapter'])}"]
     return _card(out, made, lines, "port", "Both bases' identities: `mergebench.json`.", "adapter")
 
 
@@ -294,6 +296,6 @@ _ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."
 def _card(
     out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY, kind: str = "lora", peft: bool = True
 ) -> str:
-    library = ["library_name: peft"] if peft else []
-    head = ["---", *library, "tags:", f"- {kind}", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
-    return "\n".join([*head, "", made, "", *lines, "", end, ""])
+    return markdown.card(
+        out.name, [made, listed(lines), end], tags=[kind, tag, "mergebench"], library="peft" if peft else None
+    )

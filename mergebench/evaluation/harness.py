@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.errors import MergebenchError, ModelError, RunError
-from mergebench.networks.batch import batches, out_of_memory, run_batches
+from mergebench.errors import MergebenchError, ModelError, RunError, out_of_memory
+from mergebench.networks.batch import batches, run_batches
 from mergebench.plugins import need
 
 if TYPE_CHECKING:
