@@ -82,7 +82,7 @@ def _run() -> None:
         raise
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
         if out_of_memory(error):
-            _fail(f"{_called()[0]}: out of memory ({type(error).__name__}: {error})", _smaller(), 1)
+            _fail(f"{_called()[0]}: out of memory", _smaller(isinstance(error, ImportError)), 1)
         if not isinstance(error, OSError):
             raise
         # a disk that fails, a file taken away
@@ -98,11 +98,12 @@ def _say_ended() -> None:
     print(f"{ENDED[signal.Signals(_code() - 128)]}{kept}", file=sys.stderr, flush=True)
 
 
-def _smaller() -> str:
-    """The hint where memory ran out."""
+def _smaller(starting: bool) -> str:
+    """The hint where memory ran out, in a command or before it began."""
     ways = [f"{option} {less}" for option, less in (("--memory", "100MiB"), ("--workers", "1")) if _takes(option)]
-    again = ", and go on with --resume" if _takes("--resume") else ""
-    return f"ask for less: {' '.join(ways)}{again}" if ways else "free some, or raise the limit (ulimit -v)"
+    if starting or not ways:
+        return "free some, or raise the limit (ulimit -v); torch alone takes 700 MB of addresses"
+    return f"ask for less: {' '.join(ways)}" + ", and go on with --resume" * _takes("--resume")
 
 
 def _takes(option: str) -> bool:
