@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from mergebench.adapters.combine import finite
 from mergebench.adapters.peft_names import task_type
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, listed
 from mergebench.checkpoint.content import sha256_of
-from mergebench.checkpoint.files import copy_file
+from mergebench.checkpoint.files import Files, copy_file
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create, described
 from mergebench.checkpoint.staging import check_room
@@ -23,7 +24,7 @@ from mergebench.deltas.formats.lora import Adapter
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
 from mergebench.deltas.svd import Product
 from mergebench.deltas.verbs import Converted
-from mergebench.errors import RecipeError
+from mergebench.errors import RecipeError, RunError
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHARED = ("task_type", "auto_mapping", "revision")
@@ -45,6 +46,9 @@ def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], emb
 
 
 def put(written: ShardFiles, module: str, product: Product, embedding: bool = False) -> None:
+    """Write a module's factors; `RunError` if one is not finite."""
+    if not (product.a.isfinite().all() and product.b.isfinite().all()):
+        raise RunError(f"{module}: its factors hold NaN or infinity", "use another model, adapter or patch")
     written.write(key(module, "A", embedding), 0, product.a.contiguous().reshape(-1))
     written.write(key(module, "B", embedding), 0, product.b.contiguous().reshape(-1))
 
@@ -176,7 +180,10 @@ def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def copy(adapter: Adapter, directory: Path) -> None:
-    """The adapter's own two files, byte for byte."""
+    """The adapter's own two files, byte for byte; `RunError` if a value is not finite."""
+    with Files() as files:
+        for tensor in adapter.header.tensors:
+            finite(files, tensor)
     for name in (CONFIG, WEIGHTS):
         copy_file(adapter.directory / name, directory / name)
 

@@ -64,6 +64,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _say_ended()
         sys.exit(_code())
+    except MemoryError:  # not even for the error's words
+        os.write(2, b"error: out of memory\n")
+        sys.exit(1)
 
 
 def _run() -> None:
