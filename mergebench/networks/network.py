@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergebench.checkpoint.content import tokenizer_hash
 from mergebench.checkpoint.layouts import quiet
-from mergebench.checkpoint.side_files import tokenizer_files
+from mergebench.checkpoint.side_files import SENTENCEPIECE, needs_sentencepiece, tokenizer_files
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
 from mergebench.networks.loadable import LoadableModel, network_tensors
@@ -128,4 +128,7 @@ class Network:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers lets any error of its parts through
+            missing = needs_sentencepiece(self.directory)
+            if missing is not None:
+                raise ModelError(f"model '{self.name}': its tokenizer: {missing}", SENTENCEPIECE) from None
             raise failed(self.name, "its tokenizer", error) from None

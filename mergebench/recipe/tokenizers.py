@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.side_files import tokenizer_files
+from mergebench.checkpoint.side_files import SENTENCEPIECE, needs_sentencepiece, tokenizer_files
 from mergebench.errors import ModelError, RunError
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -44,8 +44,11 @@ def load(directory: Path | None, reference: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {reason}") from None
+        needs = needs_sentencepiece(directory)
+        reason = needs or str(error).strip().split("\n", 1)[0]
+        raise ModelError(
+            f"{directory}: its tokenizer cannot be loaded: {reason}", SENTENCEPIECE if needs else None
+        ) from None
 
 
 def tokens_of(tokenizer: Any) -> dict[str, int]:
@@ -129,9 +132,10 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     return found | {_TEMPLATE: template.encode()}
 
 
-def usual_template(models: Sequence[Model]) -> str | None:
-    """The chat template that most models have, the first of equals; None if no model has any."""
+def usual_template(models: Sequence[Model]) -> tuple[str, Model] | None:
+    """The chat template that most models have, the first of equals, and the first to have it; None if none has any."""
     found: Counter[str] = Counter()
+    first: dict[str, Model] = {}
     for model in models:
         files = stored(model.directory) if model.directory is not None else {}
         template: Any = files[_TEMPLATE].decode() if _TEMPLATE in files else _config(files).get("chat_template")
@@ -141,7 +145,9 @@ def usual_template(models: Sequence[Model]) -> str | None:
             template = template.get("default")
         if isinstance(template, str) and template.strip():
             found[template.strip()] += 1
-    return found.most_common(1)[0][0] if found else None
+            first.setdefault(template.strip(), model)
+    usual = found.most_common(1)[0][0] if found else None
+    return None if usual is None else (usual, first[usual])
 
 
 def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
