@@ -11,9 +11,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-if hasattr(signal, "SIGHUP"):
-    ENDED[signal.SIGHUP] = "hung up"
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _signals: list[int] = []  # that have come
 
 
@@ -36,7 +34,7 @@ def command() -> NoReturn:
             _say_ended()
         os._exit(128 + number)
 
-    for number in ENDED:
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, stop)
     gc.set_threshold(100_000, 20, 100)
@@ -98,7 +96,7 @@ def _code() -> int:
 
 def _say_ended() -> None:
     kept = ": what is complete is kept; go on with --resume" if _takes("--resume") else ": no result was written"
-    print(f"{ENDED[signal.Signals(_code() - 128)]}{kept}", file=sys.stderr, flush=True)
+    print(f"interrupted{kept}", file=sys.stderr, flush=True)
 
 
 def _smaller(starting: bool) -> str:

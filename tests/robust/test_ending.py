@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     [
         ("typer", signal.SIGINT, "interrupted: no result was written\n"),
         ("torch", signal.SIGINT, "interrupted: what is complete is kept; go on with --resume\n"),
-        ("torch", signal.SIGTERM, "terminated: what is complete is kept; go on with --resume\n"),
+        ("torch", signal.SIGTERM, "interrupted: what is complete is kept; go on with --resume\n"),
     ],
 )
 def test_a_signal_is_one_line(folder: Path, module: str, by: signal.Signals, says: str, again: str) -> None:
@@ -64,7 +64,7 @@ def test_a_signal_is_one_line(folder: Path, module: str, by: signal.Signals, say
 
 
 @pytest.mark.parametrize(
-    "by, word", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")]
+    "by, word", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "interrupted"), (signal.SIGHUP, "interrupted")]
 )
 @pytest.mark.parametrize("forked", [False, True])
 def test_a_merge_that_is_ended_goes_on(
