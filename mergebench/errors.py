@@ -7,12 +7,31 @@ prints it without a traceback; library users catch it.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import traceback
 from collections.abc import Iterable
 
 LONGEST = 480  # characters of a message or a hint; what is longer is a name or a text from a file
-_WORD = 120  # characters that a word keeps in a message that is too long
+_LINE, _WORD = 4000, 120  # characters of any other line, and that a word keeps in a line longer than a message
+
+
+def shown(text: str, most: int = _LINE) -> str:
+    """Text for people as one line of at most so many characters: `escaped`, long words cut in the middle."""
+    line = escaped(text)
+    if len(line) > LONGEST:
+        line = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _cut(word[0], _WORD), line)
+    return _cut(line, most)
+
+
+def escaped(text: str) -> str:
+    """Text in which nothing is left that a terminal obeys, nor a line break: a file may call a tensor anything."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _cut(text: str, most: int) -> str:
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 class MergebenchError(Exception):
@@ -21,8 +40,8 @@ class MergebenchError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        self.message = one_line(message)
-        self.hint = None if hint is None else one_line(hint)
+        self.message = shown(message, LONGEST)
+        self.hint = None if hint is None else shown(hint, LONGEST)
         super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type[MergebenchError], tuple[str, str | None]]:
@@ -49,6 +68,14 @@ class ModelError(MergebenchError):
     exit_code = 3
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: Python, NumPy, the system, torch and C++ each say it in their own way."""
+    words = ("allocate memory", "out of memory", "bad_alloc", "start new thread", "failed to map segment")
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.EAGAIN)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the closest known name, or all of them when none is close."""
     known = sorted(known)
@@ -56,19 +83,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(known)}" if known else None
-
-
-def one_line(text: str) -> str:
-    """A message on one line and of bearable length: control characters written out, long words cut in the middle."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    if len(line) > LONGEST:
-        line = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _cut(word[0], _WORD), line)
-    return _cut(line, LONGEST)
-
-
-def _cut(text: str, most: int) -> str:
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -91,17 +91,19 @@ def changes(event: str, args: tuple[Any, ...], folder: str) -> bool:
     if event == "open":
         path, _, flags = args
         writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
+    elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        path, writes = args[0], True
     else:
-        path, writes = args[0], event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        return False
     return writes and isinstance(path, (str, os.PathLike)) and Path(folder) in Path(path).absolute().parents
 
 
 def watch(folder: str, die_at: int | None, by: int, count: str | None) -> None:
-    seen = 0
+    seen, owner = 0, os.getpid()
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        if changes(event, args, folder):
+        if changes(event, args, folder) and os.getpid() == owner:
             seen += 1
             if seen == die_at:
                 os.kill(os.getpid(), by)
@@ -132,7 +134,7 @@ def check_at_work(folder: Path, count: int) -> None:
 
 def child(request: dict[str, Any], stdin: IO[str]) -> None:
     import mergebench.engine.executors
-    from mergebench.cli import main
+    from mergebench.cli import command
 
     stdin.close()
     folder = Path(request["folder"])
@@ -149,14 +151,10 @@ def child(request: dict[str, Any], stdin: IO[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
     sys.argv = ["mergebench", *request["args"]]
     try:
-        main()
-    except SystemExit as end:
-        code = end.code
+        command()
     except BaseException:
         traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)  # type: ignore[arg-type]  # taking torch down politely takes a second
+    os._exit(1)  # taking torch down politely takes a second
 
 
 def serve() -> None:

@@ -115,8 +115,8 @@ def _sum(files: Files, job: Job, module: str, rank: int) -> Product:
     left, right = [], []
     for weight, part in zip(job.weights, job.at(module), strict=True):
         if part is not None:
-            left.append(_read(files, part.factors.b) * (weight * part.factors.scale))  # the sign on one factor only
-            right.append(_read(files, part.factors.a))
+            left.append(finite(files, part.factors.b) * (weight * part.factors.scale))  # the sign on one factor only
+            right.append(finite(files, part.factors.a))
     b, a = torch.cat(left, dim=1), torch.cat(right)
     return Product(b, a, 1.0, 1.0) if job.method == "cat" else compress(b, a, rank)
 
@@ -126,8 +126,8 @@ def _in_small(files: Files, job: Job, module: str, shape: tuple[int, int], rank:
     size."""
     parts, bases = job.at(module), built_in(job.method)[0].bases
     assert bases is not None
-    b = {at: _read(files, part.factors.b).double() * part.factors.scale for at, part in enumerate(parts) if part}
-    a = {at: _read(files, part.factors.a).double() for at, part in enumerate(parts) if part}
+    b = {at: finite(files, part.factors.b).double() * part.factors.scale for at, part in enumerate(parts) if part}
+    a = {at: finite(files, part.factors.a).double() for at, part in enumerate(parts) if part}
     left = torch.linalg.qr(torch.cat([*b.values()], dim=1)).Q
     right = None if bases.keeps_columns else torch.linalg.qr(torch.cat([*a.values()]).T).Q
     room = bases.room * len(parts) * max(len(one) for one in a.values())
@@ -157,7 +157,7 @@ def _written_out(files: Files, job: Job, module: str, shape: tuple[int, int]) ->
 
 def _difference(files: Files, part: Part, shape: tuple[int, int]) -> Tensor:
     """An adapter's difference [out, in]."""
-    b, a = _read(files, part.factors.b), _read(files, part.factors.a)
+    b, a = finite(files, part.factors.b), finite(files, part.factors.a)
     if part.dora is None:
         return (b * part.factors.scale) @ a
     stored = torch.zeros(shape[::-1] if part.transposed else shape)
@@ -192,7 +192,8 @@ def _no_questions(question: object) -> Any:
     raise AssertionError("a method on matrices asks nothing")
 
 
-def _read(files: Files, tensor: TensorInfo) -> Tensor:
+def finite(files: Files, tensor: TensorInfo) -> Tensor:
+    """An adapter's tensor in float32; `RunError` if a value is not finite."""
     values = whole(files, tensor).float()
     if not torch.isfinite(values).all():
         raise RunError(f"{tensor.file}: '{tensor.name}' holds NaN or infinity", "use another adapter")

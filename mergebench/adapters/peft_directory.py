@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from mergebench.adapters.combine import finite
 from mergebench.adapters.peft_names import task_type
+from mergebench.checkpoint import card as markdown
+from mergebench.checkpoint.card import code, listed
 from mergebench.checkpoint.content import sha256_of
-from mergebench.checkpoint.files import copy_file
+from mergebench.checkpoint.files import Files, copy_file
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create, described
 from mergebench.checkpoint.staging import check_room
@@ -21,7 +24,7 @@ from mergebench.deltas.formats.lora import Adapter
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
 from mergebench.deltas.svd import Product
 from mergebench.deltas.verbs import Converted
-from mergebench.errors import RecipeError
+from mergebench.errors import RecipeError, RunError
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHARED = ("task_type", "auto_mapping", "revision")
@@ -43,6 +46,9 @@ def lay_out(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], emb
 
 
 def put(written: ShardFiles, module: str, product: Product, embedding: bool = False) -> None:
+    """Write a module's factors; `RunError` if one is not finite."""
+    if not (product.a.isfinite().all() and product.b.isfinite().all()):
+        raise RunError(f"{module}: its factors hold NaN or infinity", "use another model, adapter or patch")
     written.write(key(module, "A", embedding), 0, product.a.contiguous().reshape(-1))
     written.write(key(module, "B", embedding), 0, product.b.contiguous().reshape(-1))
 
@@ -174,7 +180,10 @@ def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def copy(adapter: Adapter, directory: Path) -> None:
-    """The adapter's own two files, byte for byte."""
+    """The adapter's own two files, byte for byte; `RunError` if a value is not finite."""
+    with Files() as files:
+        for tensor in adapter.header.tensors:
+            finite(files, tensor)
     for name in (CONFIG, WEIGHTS):
         copy_file(adapter.directory / name, directory / name)
 
@@ -204,8 +213,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
             f"{count} merged with `{method['name']}`{how} in delta space by mergebench {provenance['mergebench']}: "
             f"{kept_text(provenance)}."
         )
-    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
-    inside = [f"- adapter: `{entry['adapter']}`, weight {entry['weight']:g}" for entry in adapters]
+    bases = [f"base: {code(base)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"adapter: {code(entry['adapter'])}, weight {entry['weight']:g}" for entry in adapters]
     return _card(out, made, [*bases, *inside], "merge")
 
 
@@ -219,10 +228,10 @@ def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."
     )
     if len(adapters) == 1 or not method["alpha"]:
-        made = f"A copy of {', '.join(provenance['copied'])}."
+        made = f"A copy of {', '.join(map(code, provenance['copied']))}."
     peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
-    bases = [f"- base: `{base}`" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
-    inside = [f"- adapter: `{entry['adapter']}`" for entry in adapters]
+    bases = [f"base: {code(base)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"adapter: {code(entry['adapter'])}" for entry in adapters]
     return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft)
 
 
@@ -235,15 +244,15 @@ def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
         f"What a fine-tune adds to {where}, extracted by mergebench {provenance['mergebench']}: "
         f"{kept_text(provenance)}. {rest} {provenance['left_out']:.2%} of all that it changed."
     )
-    lines = [f"- base: `{provenance['base']}`", f"- fine-tune: `{provenance['model']}`"]
-    lines += [] if peft else [f"- `BASE+{out.name}/{file}` is a model wherever mergebench takes one"]
+    lines = [f"base: {code(provenance['base'])}", f"fine-tune: {code(provenance['model'])}"]
+    lines += [] if peft else [f"{code(f'BASE+{out.name}/{file}')} is a model wherever mergebench takes one"]
     return _card(out, made, lines, "extract", kind=kind, peft=peft)
 
 
 def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter converted from another type."""
     made = f"An adapter of another type as a LoRA, by mergebench {provenance['mergebench']}: {kept_text(provenance)}."
-    lines = [f"- base: `{provenance['base']}`", f"- adapter: `{provenance['adapter']}`"]
+    lines = [f"base: {code(provenance['base'])}", f"adapter: {code(provenance['adapter'])}"]
     return _card(out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.")
 
 
@@ -253,8 +262,8 @@ def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A LoRA cut to {provenance['budget']} of {provenance['of']} singular values by mergebench "
         f"{provenance['mergebench']}: {kept_text(provenance)}."
     )
-    bases = [f"- base: `{provenance['base']}`"] if provenance["base"] else []
-    return _card(out, made, [*bases, f"- adapter: `{provenance['adapter']}`"], "truncate")
+    bases = [f"base: {code(provenance['base'])}"] if provenance["base"] else []
+    return _card(out, made, [*bases, f"adapter: {code(provenance['adapter'])}"], "truncate")
 
 
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -263,17 +272,17 @@ def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
         "is the edited model."
     )
-    lines = [f"- base: `{provenance['base']}`", f"- patch: `{provenance['patch']}`"]
+    lines = [f"base: {code(provenance['base'])}", f"patch: {code(provenance['patch'])}"]
     return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.")
 
 
 def ported_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter for another base than it was made on."""
     made = (
-        f"An adapter made on `{provenance['old']}`, its parameters unchanged, for `{provenance['new']}`: ported by "
-        f"mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
+        f"An adapter made on {code(provenance['old'])}, its parameters unchanged, for {code(provenance['new'])}: "
+        f"ported by mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
     )
-    lines = [f"- base: `{provenance['new']}`", f"- adapter: `{provenance['adapter']}`"]
+    lines = [f"base: {code(provenance['new'])}", f"adapter: {code(provenance['adapter'])}"]
     return _card(out, made, lines, "port", "Both bases' identities: `mergebench.json`.", "adapter")
 
 
@@ -294,6 +303,6 @@ _ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."
 def _card(
     out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY, kind: str = "lora", peft: bool = True
 ) -> str:
-    library = ["library_name: peft"] if peft else []
-    head = ["---", *library, "tags:", f"- {kind}", f"- {tag}", "- mergebench", "---", f"# {out.name}"]
-    return "\n".join([*head, "", made, "", *lines, "", end, ""])
+    return markdown.card(
+        out.name, [made, listed(lines), end], tags=[kind, tag, "mergebench"], library="peft" if peft else None
+    )

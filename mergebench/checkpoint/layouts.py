@@ -51,7 +51,7 @@ def build(config: Mapping[str, Any], kind: str | None = None) -> Any:
                 made = getattr(transformers, name)
                 return made(made.config_class.from_dict(_read(config)))
             found = transformers.AutoConfig.for_model(**_read(config))
-            return transformers.AutoModel.from_config(found)  # type: ignore[no-untyped-call]
+            return transformers.AutoModel.from_config(found, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception:
         return None
 

@@ -47,6 +47,9 @@ _PARTS = (
     (".output.dense.", ".mlp.fc2."),
 )
 
+# What wraps a model, or a part of it, that was saved while it was trained in parallel (DDP, FSDP) or compiled.
+_WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|lm_head|shared|tok_embeddings|lm_head\.decoder"
     r"|predictions\.decoder)\.(weight|bias)$|(^|\.)(predictions|lm_head)\.bias$"
@@ -120,6 +123,12 @@ def is_vocabulary(name: str) -> bool:
     return bool(_VOCABULARY.search(name))
 
 
+def _unwrapped(name: str) -> str:
+    while (bare := _WRAPPERS.sub("", name)) != name:
+        name = bare
+    return name
+
+
 def _fits(name: str, shape: Shape | None, base: Mapping[str, TensorInfo]) -> bool:
     info = base.get(name)
     if info is None or shape is None:
@@ -129,8 +138,9 @@ def _fits(name: str, shape: Shape | None, base: Mapping[str, TensorInfo]) -> boo
 
 
 def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Each name, with parts that the base does not use replaced by the base's words."""
-    found = {name: name for name in names}
+    """Each name without wrappers, and with parts that the base does not use replaced by the base's words."""
+    wrapped = any(map(_WRAPPERS.search, base))
+    found = {name: name if wrapped else _unwrapped(name) for name in names}
     if found:
         ours, theirs = "\n".join(base), "\n".join(found)
         for pair in _PARTS:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
+from mergebench.checkpoint.documents import open_file
 from mergebench.checkpoint.fp8 import without_scales
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import PICKLES, Model
@@ -38,7 +40,20 @@ TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
     "chat_template*",
 )
-_DECISIVE = ("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES)
+SENTENCEPIECE = "pip install sentencepiece, or put a tokenizer.json beside it"
+GENERATION = "generation_config.json"
+_DECISIVE = ("config.json", GENERATION, "*processor_config.json", *TOKENIZER_FILES)
+
+
+def needs_sentencepiece(directory: Path) -> str | None:
+    """Why a tokenizer cannot be read: it is a SentencePiece model alone, and the package is not installed."""
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        file = directory / name
+        if file.is_file() and not (directory / "tokenizer.json").exists() and find_spec("sentencepiece") is None:
+            with open_file(file) as stream:
+                if stream.read(1) == b"\n":  # the message's first field, its pieces; tiktoken's files are text
+                    return f"{name} is a SentencePiece model, and the package sentencepiece is not installed"
+    return None
 
 
 def decisive_files(directory: Path) -> list[Path]:
@@ -103,7 +118,7 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         copy_file(source.directory / name, directory / name)
     for name, content in (source.tokenizer_files or {}).items():
         write_atomically(directory / name, content)
-        copied.append(name)
+        copied += [name] if name not in copied else []
     scaled = any(info.dtype in FP8 for info in source.tensors.values())
     config = dict(source.config)
     changed = bool(source.config_changes)

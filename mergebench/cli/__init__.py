@@ -1,4 +1,7 @@
-"""The command line: parse, call one function, print. Nothing heavy is imported until a command runs."""
+"""How the program begins and ends: signals, streams, errors.
+
+The commands are imported by the functions, so that a Ctrl-C meanwhile ends it as any other does.
+"""
 
 from __future__ import annotations
 
@@ -6,150 +9,128 @@ import gc
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
-
-from mergebench import __version__
-from mergebench.cli import (
-    adapters,
-    cil,
-    compare,
-    compress,
-    doctor,
-    edit,
-    evaluate,
-    explain,
-    inspect,
-    mask,
-    merge,
-    options,
-    patch,
-    port,
-    probe,
-    report,
-    search,
-    task_vector,
-)
-from mergebench.errors import DiskFull, MergebenchError
-
-INTERRUPTED = 130
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a program politely
-
-app = typer.Typer(
-    name="mergebench",
-    help="Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"mergebench {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None: ...
-
-
-app.command("merge")(merge.merge)
-app.command("plan")(merge.plan)
-app.command("explain")(explain.explain)
-app.command("eval")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("search")(search.search)
-app.command("report")(report.report)
-app.add_typer(probe.app, name="probe")
-app.command("edit", cls=edit.EditCommand)(edit.edit)
-app.add_typer(patch.app, name="patch")
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(mask.app, name="mask")
-app.add_typer(cil.app, name="cil")
-app.command("compress", cls=compress.Compress)(compress.compress)
-app.command("port")(port.port)
-app.command("task-vector")(task_vector.task_vector)
-app.command("inspect")(inspect.inspect)
-app.command("diff")(inspect.diff)
-app.command("methods")(inspect.methods)
-app.command("doctor")(doctor.doctor)
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_signals: list[int] = []  # that have come
 
 
 def command() -> NoReturn:
-    """The program `mergebench`: `main`, a third of a second faster.
+    """The program `mergebench`: `main`, a third of a second faster, which a signal ends as Ctrl-C does.
 
     Torch's hundred thousand objects are not searched for garbage again and again while they are imported,
     and not taken down one by one at the end.
     """
+    owner = os.getpid()
+
+    def stop(number: int, _: Any) -> None:
+        if os.getpid() != owner:  # a worker: the process that it works for tells of it
+            os._exit(128 + number)
+        _signals.append(number)
+        if len(_signals) == 1:
+            raise KeyboardInterrupt
+        if len(_signals) == 2:  # whoever asks twice does not wait for the tidying up
+            os.write(2, b"\x1b[?25h\n" * os.isatty(2))  # a bar hides the cursor
+            _say_ended()
+        os._exit(128 + number)
+
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
     gc.set_threshold(100_000, 20, 100)
     code: int | str | None = 0
     try:
         main()
     except SystemExit as end:
         code = end.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or 1
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and a hint, never a traceback."""
     try:
-        with _stopped_by_signals():
-            app()
+        from mergebench.cli import streams
+
+        streams.open_closed()
+        with streams.guarded():
+            _run()
+    except KeyboardInterrupt:
+        _say_ended()
+        sys.exit(_code())
+    except MemoryError:  # not even for the error's words
+        os.write(2, b"error: out of memory\n")
+        sys.exit(1)
+
+
+def _run() -> None:
+    from mergebench.cli.app import app
+    from mergebench.errors import DiskFull, MergebenchError, out_of_memory
+
+    try:
+        app()
     except DiskFull as error:
-        _fail(error.message, f"{error.hint}, then {'go on with --resume' if _resumes() else 'run it again'}", 1)
+        _fail(error.message, f"{error.hint}, then {'go on with --resume' if _takes('--resume') else 'run it again'}", 1)
     except MergebenchError as error:
         _fail(error.message, error.hint, error.exit_code)
-    except OSError as error:  # a disk that fails, a file taken away
-        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None, 1)
-    except (KeyboardInterrupt, SystemExit) as end:
-        code = end.code if isinstance(end, SystemExit) else INTERRUPTED  # as typer turns Ctrl-C into one
-        if code not in (INTERRUPTED, *(128 + number for number in _SIGNALS)):
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if out_of_memory(error):
+            _fail(f"{_called()[0]}: out of memory", _smaller(isinstance(error, ImportError)), 1)
+        if not isinstance(error, OSError):
             raise
-        kept = ": what is complete is kept; go on with --resume" if _resumes() else ": no result was written"
-        print(f"interrupted{kept}", file=sys.stderr)
-        sys.exit(code)
+        # a disk that fails, a file taken away
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None, 1)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Signals to end run the exits of all contexts, which take temporary files away; a second one ends at once."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
-        raise SystemExit(128 + number)
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    ours = [number for number in _SIGNALS if main_thread and signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+def _code() -> int:
+    return 128 + (_signals[0] if _signals else signal.SIGINT)
 
 
-def _resumes() -> bool:
-    """Whether the command that was called takes --resume."""
+def _say_ended() -> None:
+    kept = ": what is complete is kept; go on with --resume" if _takes("--resume") else ": no result was written"
+    print(f"interrupted{kept}", file=sys.stderr, flush=True)
+
+
+def _smaller(starting: bool) -> str:
+    """The hint where memory ran out, in a command or before it began."""
+    ways = [f"{option} {less}" for option, less in (("--memory", "100MiB"), ("--workers", "1")) if _takes(option)]
+    if starting or not ways:
+        return "free some, or raise the limit (ulimit -v); torch alone takes 700 MB of addresses"
+    return f"ask for less: {' '.join(ways)}" + ", and go on with --resume" * _takes("--resume")
+
+
+def _takes(option: str) -> bool:
+    """Whether the command that was called takes an option; False before the commands are imported."""
+    return any(option in one.opts for one in getattr(_called()[1], "params", ()))
+
+
+def _called() -> tuple[str, Any]:
+    """The command that was called: its words, and itself."""
+    app = getattr(sys.modules.get("mergebench.cli.app"), "app", None)
+    if app is None:
+        return "mergebench", None
+    import typer
+
     command: Any = typer.main.get_command(app)
+    words = ["mergebench"]
     for word in sys.argv[1:]:
-        command = getattr(command, "commands", {}).get(word, command)
-    return any("--resume" in option.opts for option in command.params)
+        if word in getattr(command, "commands", {}):
+            command = command.commands[word]
+            words.append(word)
+    return " ".join(words), command
 
 
-def _fail(message: str, hint: str | None, code: int) -> None:
-    print(f"error: {options.printable(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {options.printable(hint)}", file=sys.stderr)
+def _fail(message: str, hint: str | None, code: int) -> NoReturn:
+    from mergebench.cli.output import note
+
+    note(f"error: {message}")
+    note(f"hint: {hint}", hint is None)
     sys.exit(code)

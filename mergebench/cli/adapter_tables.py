@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import human
-from mergebench.errors import RecipeError
+from mergebench.cli.output import human, say, say_json
+from mergebench.errors import RecipeError, shown
 
 _ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
 MOST = 8  # adapters with a column each: more do not fit a terminal
@@ -30,7 +29,7 @@ def drift(
     if json_:
         layers = {layer: apart.to_plain() for layer, apart in found.layers.items()}
         about = {"adapters": list(map(str, adapters)), "names": found.names, "kind": found.kind}
-        typer.echo(json.dumps({**about, "tensors": found.tensors, **found.total.to_plain(), "layers": layers}))
+        say_json({**about, "tensors": found.tensors, **found.total.to_plain(), "layers": layers})
         return
     count = len(found.names)
     titles = [f"cos {at + 1}" for at in range(count - 1)] if count <= MOST else ["cos 1", "cos before"]
@@ -41,15 +40,16 @@ def drift(
         table.add_row(str(at + 1), name, *lengths, *map(_share, before))
     table.columns[1].justify = "left"
     _print(table)
-    typer.echo()
+    say()
     last = range(1, count)[-MOST:]
     table = _table("drift in", *[str(at + 1) for at in last])
     for layer, apart in found.layers.items():
         table.add_row(layer, *[_share(apart.drift[at]) for at in last])
     _print(table)
     more = " All of them: --json." * (count > MOST)
-    typer.echo(
-        f"\n{found.tensors} tensors as they are stored ({found.kind}). "
+    say()
+    say(
+        f"{found.tensors} tensors as they are stored ({found.kind}). "
         f"Drift: |A - mean of those before| / |A|; cos: of the angle to the others.{more}"
     )
 
@@ -62,6 +62,8 @@ def inspect(
     json_: opt.Json = False,
 ) -> None:
     """Show what adapters are, side by side: type, base, ranks, targets, sizes, norms by layer."""
+    from rich.text import Text
+
     from mergebench.adapters import describe_adapter
 
     found = [describe_adapter(adapter) for adapter in adapters]
@@ -72,15 +74,15 @@ def inspect(
             raise RecipeError("--plot: of one LoRA or AdaLoRA", "name one adapter whose modules have ranks")
         write_plot(found[0].rank_map, plot, found[0].name)
     if json_:
-        typer.echo(json.dumps([one.to_plain() for one in found]))
+        say_json([one.to_plain() for one in found])
         return
     table = _table("", *[one.name for one in found])
-    rows: dict[str, list[str]] = {
+    rows: dict[str, Sequence[str | Text]] = {
         "type": [", ".join([one.kind, *one.variants]) for one in found],
         "base": [one.base or "" for one in found],
         "rank": [_range(one.ranks) for one in found],
         "scale": [_range(one.scales) for one in found],
-        "targets": ["\n".join(one.targets) for one in found],
+        "targets": [Text("\n".join(map(shown, one.targets))) for one in found],
         "saved whole": [", ".join(one.saved_whole) for one in found],
         "tensors": [f"{one.tensors} ({', '.join(one.dtypes)})" for one in found],
         "parameters": [f"{one.parameters:,}" for one in found],
@@ -97,7 +99,8 @@ def inspect(
     _print(table)
     for one in found:
         if len(set(one.rank_map.values())) > 1:
-            typer.echo(f"\n{one.name}: rank of each module")
+            say()
+            say(f"{one.name}: rank of each module")
             _rank_map(one.rank_map)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
 from mergebench.cli.extract import extract
 from mergebench.cli.merge import say_changes, say_notes
-from mergebench.cli.output import byte_bar, count_bar, human, note, say_left
+from mergebench.cli.output import byte_bar, count_bar, human, note, say_left, say_out
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError
 
@@ -88,7 +87,7 @@ def merge(
     for line in result.provenance["notes"]:
         note(f"warning: {line}", quiet)
     note(f"{said}, {result.provenance['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
+    say_out(result.out, result.provenance, json_)
 
 
 @app.command("fold")
@@ -128,7 +127,7 @@ def fold(
         seconds = result.provenance["seconds"]
         say_left(result.provenance, quiet)
         note(f"{adapter} folded into {adapted} tensors of {base}, {state}: wrote {out} in {seconds:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
+    say_out(result.out, result.provenance, json_)
 
 
 @app.command("convert")
@@ -165,7 +164,7 @@ def convert(
         made = result.provenance
         kinds = ", ".join(made["kinds"])
         note(f"{made['tensors']} tensors as {kinds}: {human(made['bytes'])}, {made['seconds']:.1f} s", quiet)
-        typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+        say_out(result.out, made, json_)
         return
     with count_bar("converting", quiet) as progress:
         result = convert_adapter(
@@ -173,7 +172,7 @@ def convert(
         )
     made = result.provenance
     note(f"converted: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    say_out(result.out, made, json_)
 
 
 @app.command("truncate")
@@ -193,7 +192,7 @@ def truncate(
     result = truncate_adapter(adapter, out, budget=_budget(budget), overwrite=overwrite)
     made = result.provenance
     note(f"truncated to {made['budget']} of {made['of']}: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    say_out(result.out, made, json_)
 
 
 def _budget(text: str) -> int | float:

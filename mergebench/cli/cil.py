@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, work_bar
+from mergebench.cli.output import note, say_json, say_text, work_bar
 
 app = typer.Typer(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
 
@@ -47,7 +46,7 @@ def run(
     else:
         note(f"wrote {done.out}: banks, results.json, results.md and results.png", quiet)
     if json_:
-        typer.echo(json.dumps({"out": str(done.out), **done.results}))
+        say_json({"out": str(done.out), **done.results})
     else:
         _show(done.results["records"])
 
@@ -71,7 +70,7 @@ def evaluate(
             banks, test=test, backbone=backbone, device=opt.check_device(device), progress=progress
         )
     if json_:
-        typer.echo(json.dumps({"banks": [str(bank) for bank in banks], "records": records}))
+        say_json({"banks": [str(bank) for bank in banks], "records": records})
     else:
         _show(records)
 
@@ -80,5 +79,5 @@ def _show(records: list[dict[str, object]]) -> None:
     from mergebench.systems.mos import report
 
     styled = sys.stdout.isatty()
-    typer.echo(report.stages(records, styled=styled) + "\n")
-    typer.echo(report.table(records, styled=styled))
+    say_text(report.stages(records, styled=styled) + "\n")
+    say_text(report.table(records, styled=styled))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import item_bar
+from mergebench.cli.output import item_bar, say_json, say_text
 from mergebench.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -54,9 +53,9 @@ def compare(
     else:
         found = _measured(suite, old, new, split, opt.check_device(device), results, quiet or json_)
     if json_:
-        typer.echo(json.dumps(found.to_dict()))
+        say_json(found.to_dict())
     else:
-        typer.echo(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
+        say_text(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
     if max_nfr is not None and (above := found.above(max_nfr)):
         named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
         raise RunError(f"NFR above {100 * max_nfr:g} %: {named}", "--flips N shows more of the lost items, --json all")

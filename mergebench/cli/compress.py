@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import count_bar, human, note, print_table, say_left
+from mergebench.cli.output import count_bar, human, note, print_table, say, say_json, say_left, say_out
 
 
 def expand(
@@ -35,7 +34,7 @@ def expand(
         what = f"{made['multiplied']} layers multiplied back, {made['copied']} tensors copied"
         say_left(made, quiet)
         note(f"{what}: wrote {out} in {made['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    say_out(result.out, made, json_)
 
 
 _alone = typer.Typer(add_completion=False)
@@ -102,10 +101,10 @@ def compress(
         say_left(made, quiet)
         note(f"wrote {out} in {made['seconds']:.1f} s; each tensor's errors: {out / 'compress.json'}", quiet)
     if json_:
-        typer.echo(json.dumps({"out": str(result.out), **made}))
+        say_json({"out": str(result.out), **made})
         return
     _print(made["kinds"])
-    typer.echo(str(result.out))
+    say(str(result.out))
 
 
 def _print(kinds: Mapping[str, Mapping[str, Any]]) -> None:

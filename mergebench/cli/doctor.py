@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import check_bar, print_table
+from mergebench.cli.output import check_bar, print_table, say, say_json
 
 if TYPE_CHECKING:
     from mergebench.testing.checks import Report
@@ -44,15 +43,15 @@ def doctor(
             found["adapters"] = [_facts("adapter", report) for report in adapters]
             found["deltas"] = [_facts("delta", report) for report in changes]
             found["edits"] = [_facts("edit", report) for report in made]
-        typer.echo(json.dumps(found))
+        say_json(found)
     else:
         _show("method", list(CHECKS), reports)
         if adapters:
-            typer.echo()
+            say()
             _show("adapter", list(doctor_adapters.CHECKS), adapters)
-            typer.echo()
+            say()
             _show("delta", list(deltas.CHECKS), changes)
-            typer.echo()
+            say()
             _show("edit", list(edits.CHECKS), made)
     if not good:
         raise typer.Exit(1)
@@ -73,4 +72,4 @@ def _show(what: str, checks: list[str], reports: list[Report]) -> None:
     for report in reports:
         for finding in report.findings:
             if finding.failed:
-                typer.echo(f"{report.name}: {finding.check}: {finding.why}")
+                say(f"{report.name}: {finding.check}: {finding.why}")

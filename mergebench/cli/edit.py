@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
-from mergebench.cli.output import byte_bar, note, say_left
+from mergebench.cli.output import byte_bar, note, say, say_json, say_left, say_out
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def edit(
         with byte_bar("reading", planned.nbytes, quiet) as progress:
             report = api.dry_run(plan, progress)
         if json_:
-            typer.echo(json.dumps(report))
+            say_json(report)
         else:
             show(report)
             warn(report, quiet)
@@ -99,13 +98,13 @@ def edit(
     if result.already_done:
         note(f"{out}: already finished, nothing to resume", quiet)
     else:
-        say(result.provenance, out, quiet)
+        say_edits(result.provenance, out, quiet)
         say_left(result.provenance, quiet)
         note(f"wrote {out} in {result.provenance['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
+    say_out(result.out, result.provenance, json_)
 
 
-def say(provenance: Mapping[str, Any], out: Path, quiet: bool) -> None:
+def say_edits(provenance: Mapping[str, Any], out: Path, quiet: bool) -> None:
     """Print what each edit of a result did, and how to revert it."""
     for report in provenance.get("edits", ()):
         note(sentence(report), quiet)
@@ -132,24 +131,24 @@ def show(report: Mapping[str, Any]) -> None:
 
     from mergebench.cli.output import print_table
 
-    typer.echo(sentence(report))
+    say(sentence(report))
     for line in report["candidates"]:
-        typer.echo(f"  {line}")
+        say(f"  {line}")
     cosine, root = report["cosine"], report["width"] ** 0.5
     if not cosine["candidates"]:
         return
-    typer.echo(f"  cosines with {report['direction']} of {report['probe']['file']}{_about(report['probe'])}")
+    say(f"  cosines with {report['direction']} of {report['probe']['file']}{_about(report['probe'])}")
     table = Table("", *(f"{name}%" for name in cosine["candidates"]), box=None, header_style="bold")
     for name, factor, digits in (("cosine", 1.0, 4), ("z", root, 2)):
         table.add_row(name, *(f"{value * factor:.{digits}f}" for value in cosine["candidates"].values()))
     print_table(table)
     if "least" in cosine:
         most = f"the edited rows: {cosine['least']:.4f} (z {cosine['least'] * root:.2f}) to"
-        typer.echo(f"  {most} {cosine['most']:.4f} (z {cosine['most'] * root:.2f})")
-    typer.echo("  rows by layer")
+        say(f"  {most} {cosine['most']:.4f} (z {cosine['most'] * root:.2f})")
+    say("  rows by layer")
     longest = max(report["by_layer"].values()) or 1
     for layer, count in report["by_layer"].items():
-        typer.echo(f"  {layer:>4} {count:>6} {'█' * round(BAR * count / longest)}".rstrip())
+        say(f"  {layer:>4} {count:>6} {'█' * round(BAR * count / longest)}".rstrip())
 
 
 def _about(probe: Mapping[str, Any]) -> str:

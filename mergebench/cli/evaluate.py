@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import item_bar, note
+from mergebench.cli.output import item_bar, note, say_json, say_text
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Results
@@ -51,13 +51,12 @@ def evaluate(
     target.mkdir(parents=True, exist_ok=True)
     save(found, target)
     page.attempt(target)
-    say(found, target, results, json_, quiet)
+    say_results(found, target, results, json_, quiet)
     check(found)
 
 
-def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> None:
+def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> None:
     """Print the table, or everything as JSON, on stdout, and notes for people on stderr."""
-    import json
 
     from mergebench.evaluation import document_of, report
 
@@ -68,7 +67,7 @@ def say(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> N
     shown = (target / "report.html").is_file()
     note(f"warning: no report.html could be written: mergebench report {target} says why", quiet or shown)
     note(f"wrote {target}/evaluation.json, evaluation.md{' and report.html' * shown}", quiet)
-    typer.echo(json.dumps(document_of(found)) if json_ else report(found, styled=sys.stdout.isatty()))
+    say_json(document_of(found)) if json_ else say_text(report(found, styled=sys.stdout.isatty()))
 
 
 def check(found: Results) -> None:

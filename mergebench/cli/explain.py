@@ -6,10 +6,9 @@ import dataclasses
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from mergebench.cli import options as opt
 from mergebench.cli.merge import Recipe, each_stage, load, say_notes
+from mergebench.cli.output import say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,17 +41,17 @@ def _show(stage: Stage) -> None:
     plan = api.plan(stage.recipe)
     say_notes(plan, quiet=False)
     tensors = _tensors(plan)
-    typer.echo(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
+    say(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
     merged = next(one for one in tensors if "parameters" in one)
     same = {key: value for key, value in merged["parameters"].items() if _everywhere(tensors, key, value)}
-    typer.echo("everywhere: " + (_written(same) or "no parameters"))
+    say("everywhere: " + (_written(same) or "no parameters"))
     width = max(len(one["tensor"]) for one in tensors)
     for one in tensors:
         own = {key: value for key, value in one.get("parameters", {}).items() if key not in same}
         said = "copied from the base" if "parameters" not in one else _written(own)
         renamed = [source for source in one.get("sources", ()) if not source.endswith(f":{one['tensor']}")]
         origin = f"  from {', '.join(one['sources'])}" if renamed else ""
-        typer.echo(f"{one['tensor']:{width}}  {said}{origin}".rstrip())
+        say(f"{one['tensor']:{width}}  {said}{origin}".rstrip())
 
 
 def _tensors(plan: Plan) -> list[dict[str, Any]]:

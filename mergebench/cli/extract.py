@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import count_bar, human, note
+from mergebench.cli.output import count_bar, human, note, say_json, say_out
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def extract(
             raise RecipeError(f"--{strange}: '{SUBSPACE}' takes none", "it takes --dimension, --said and --seed")
     if dry_run:
         kinds = _measure(base, model, as_, budget, include or (), given, quiet)
-        typer.echo(json.dumps(_document(kinds))) if json_ else _print(kinds, quiet)
+        say_json(_document(kinds)) if json_ else _print(kinds, quiet)
         return
     if as_ == ALL or budget is not None:
         raise RecipeError(f"{'--as all' if as_ == ALL else '--budget'}: it belongs to --dry-run, which writes nothing")
@@ -98,7 +97,7 @@ def extract(
         least = f"least {entry['energy_kept']:.2%}: {worst}"
         note(f"extracted: {kept_text(made)} ({least}), {made['seconds']:.1f} s", quiet)
         _say_left_out(made, quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    say_out(result.out, made, json_)
 
 
 def _pack(base: str, model: str, out: Path, given: dict[str, Any], overwrite: bool, json_: bool, quiet: bool) -> None:
@@ -109,7 +108,7 @@ def _pack(base: str, model: str, out: Path, given: dict[str, Any], overwrite: bo
     made = result.provenance
     kept = f"{made['energy_kept']:.3%} of the energy kept, {made['expected']:.3%} is what a random change would"
     note(f"extracted: {made['tensors']} tensors in {made['dimension']} numbers: {kept}, {made['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    say_out(result.out, made, json_)
 
 
 def _measure(

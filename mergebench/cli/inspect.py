@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, note, print_table
+from mergebench.cli.output import human, note, print_table, say, say_json, say_text
 from mergebench.cli.patch import show
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def inspect(
     if json_:
         about = {"model": model, "architecture": _architecture(found.config), "tensors": tensors}
         changed = {"changed": {group: one._asdict() for group, one in shares.items()}} if shares else {}
-        typer.echo(json.dumps(about | changed))
+        say_json(about | changed)
         return
     from rich.table import Table
 
@@ -70,12 +69,12 @@ def inspect(
     kind = _architecture(found.config) or "no config"
     places = ", ".join(map(str, found.adapters))
     adapted = f", {len(found.deltas)} changed by {places}" if found.deltas else ""
-    typer.echo(
+    say(
         f"{kind}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
         f"{human(size)} in {files} file{'s' * (files > 1)}{adapted}"
     )
     if shares:
-        typer.echo(share.say(shares))
+        say(share.say(shares))
         doubt = share.warning(shares)
         note(f"warning: {model} {doubt}", quiet=doubt is None)
 
@@ -98,7 +97,7 @@ def diff(
     rows = differences(a, b, base)
     if json_:
         tensors = [{name: _finite(value) for name, value in row._asdict().items()} for row in rows]
-        typer.echo(json.dumps({"a": a, "b": b, "base": base, "tensors": tensors}))
+        say_json({"a": a, "b": b, "base": base, "tensors": tensors})
         return
     from rich.table import Table
 
@@ -110,7 +109,7 @@ def diff(
         table.add_row(row.tensor, *cells, *([f"{row.sign_conflict:.1%}"] if base else []))
     print_table(table)
     same = sum(row.changed == 0 for row in rows)
-    typer.echo(
+    say(
         f"{len(rows)} tensors, {same} equal"
         + (f"; the {top} most changed are shown" if top and len(rows) > top else "")
     )
@@ -131,7 +130,7 @@ def methods(
     for entry in found:
         entry["package"] = (edits if entry["kind"] == "edit" else registry).origin(entry["name"])
     if json_:
-        typer.echo(json.dumps(found if name is None else found[0]))
+        say_json(found if name is None else found[0])
         return
     from rich.table import Table
 
@@ -146,10 +145,12 @@ def methods(
     import inspect as python
 
     (entry,) = found
-    typer.echo(f"{name}  ({entry['paper']}; from {entry['package']})\n")
-    typer.echo(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
+    say(f"{name}  ({entry['paper']}; from {entry['package']})")
+    say()
+    say_text(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
     takes = f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}\n" if not own else ""
-    typer.echo(f"\n{takes}")
+    say()
+    say_text(takes)
     table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
     for parameter in entry["parameters"]:
         default = "required" if parameter["required"] else str(parameter["default"])

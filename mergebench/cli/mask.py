@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, note
+from mergebench.cli.output import human, note, say_json, say_out
 
 app = typer.Typer(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
 
@@ -69,7 +68,7 @@ def _make(
     size = human(out.stat().st_size)
     text = f"{made.chosen:,} of {made.numel:,} elements in {len(made.counts)} tensors, {size}, {made.seconds:.1f} s"
     note(text, quiet or json_)
-    typer.echo(json.dumps({**made._asdict(), "out": str(made.out)}) if json_ else str(made.out))
+    say_out(made.out, made._asdict() | {"out": str(made.out)}, json_)
 
 
 @app.command("overlap")
@@ -85,7 +84,7 @@ def overlap(
     if json_:
         documents = {name: {**one._asdict(), "jaccard": one.jaccard} for name, one in by_tensor.items()}
         total = {**everything._asdict(), "jaccard": everything.jaccard}
-        typer.echo(json.dumps({"a": str(a), "b": str(b), "all": total, "tensors": documents}))
+        say_json({"a": str(a), "b": str(b), "all": total, "tensors": documents})
         return
     from rich.table import Column, Table
 

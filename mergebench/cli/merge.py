@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, human, item_bar, note, say_left
+from mergebench.cli.output import byte_bar, human, item_bar, note, say, say_json, say_left
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -36,14 +35,15 @@ def say_notes(plan: Plan, quiet: bool) -> None:
 
 def say_changes(plan: Plan, quiet: bool) -> None:
     """What share of their bases the models' deltas change, with a warning if it is next to nothing."""
-    from mergebench.adapters.share import changed_share, say, warning
+    from mergebench.adapters.share import changed_share, warning
+    from mergebench.adapters.share import say as in_words
 
     merge = plan.merge
     changed = {model.reference: model for model in (merge.reference, *merge.models) if model.deltas}
     for name, model in changed.items() if not quiet else ():
         shares = changed_share(model)
         doubt = warning(shares)
-        note(f"{name} {say(shares)}")
+        note(f"{name} {in_words(shares)}")
         note(f"warning: {name} {doubt}", quiet=doubt is None)
 
 
@@ -108,11 +108,11 @@ def merge(
             document["earlier_stages"] = before
         if found is not None:
             document["evaluation"] = document_of(found)
-        typer.echo(json.dumps(document))
+        say_json(document)
     elif found is not None:
-        evaluate.say(found, target, results, json_, quiet)
+        evaluate.say_results(found, target, results, json_, quiet)
     else:
-        typer.echo(str(result.out))
+        say(str(result.out))
     if found is not None:
         evaluate.check(found)
 
@@ -155,15 +155,15 @@ def each_stage(
         document, *before = ({"waits_for": waits} if (waits := s.waits_for) else facts(s) for s in [last, *earlier])
         names = ({"name": stage.name, "out": str(stage.out)} for stage in earlier)
         listed = [name | one for name, one in zip(names, before, strict=True)]
-        typer.echo(json.dumps(document | ({"earlier_stages": listed} if earlier else {})))
+        say_json(document | ({"earlier_stages": listed} if earlier else {}))
         return
     for stage in stages:
         title = f"stage {stage.name}" if stage is not last else stage.name
         if stage.waits_for:
-            typer.echo(f"{title}: waits for {', '.join(stage.waits_for)}, not merged yet")
+            say(f"{title}: waits for {', '.join(stage.waits_for)}, not merged yet")
             continue
         if earlier:
-            typer.echo(f"{title}:")
+            say(f"{title}:")
         show(stage)
 
 
@@ -184,31 +184,31 @@ def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
 
 def _show(found: Plan, out: Path) -> None:
     facts = _facts(found, out)
-    typer.echo(f"{found.merge.method.name} ({found.merge.method.paper}), scope {found.merge.scope}")
-    typer.echo(f"  base      {found.merge.base.reference if found.merge.base else 'none'}")
+    say(f"{found.merge.method.name} ({found.merge.method.paper}), scope {found.merge.scope}")
+    say(f"  base      {found.merge.base.reference if found.merge.base else 'none'}")
     for number, model in enumerate(found.merge.models):
         zeros = found.zero_share(number)
         extra = f"  task vector exactly zero on {zeros:.1%} of the elements" if zeros else ""
-        typer.echo(f"  model     {model.reference}{extra}")
-    typer.echo(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
-    typer.echo(f"  copied    {facts['copied_tensors']} tensors from the base")
+        say(f"  model     {model.reference}{extra}")
+    say(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
+    say(f"  copied    {facts['copied_tensors']} tensors from the base")
     if found.merge.lines is not None:
         alpha = found.merge.lines.alpha
         asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
-        typer.echo(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
+        say(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
     for one in found.merge.edits:
-        typer.echo(f"  edit      {one.wanted.edit} of {one.count} rows of {one.wanted.target}, by {one.probe.file}")
-    typer.echo(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
-    typer.echo(f"  read      {human(found.bytes_read)}")
+        say(f"  edit      {one.wanted.edit} of {one.count} rows of {one.wanted.target}, by {one.probe.file}")
+    say(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
+    say(f"  read      {human(found.bytes_read)}")
     count = len(facts["files"])
     files = f"{count} file{'s' * (count > 1)}"
-    typer.echo(f"  write     {human(found.bytes_written)} in {files} to {out}")
+    say(f"  write     {human(found.bytes_written)} in {files} to {out}")
     if facts["tasks"]:
-        typer.echo(f"  tasks     {', '.join(facts['tasks'])}: a mask of one bit an element each, beside one vector")
-    typer.echo(f"  disk      {human(facts['disk_free'])} free")
+        say(f"  tasks     {', '.join(facts['tasks'])}: a mask of one bit an element each, beside one vector")
+    say(f"  disk      {human(facts['disk_free'])} free")
     memory_text = f"{found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB"
-    typer.echo(f"  memory    {memory_text}, beside about 300 MB for torch")
-    typer.echo(f"  workers   {found.workers} on {found.device}")
+    say(f"  memory    {memory_text}, beside about 300 MB for torch")
+    say(f"  workers   {found.workers} on {found.device}")
 
 
 def _facts(plan: Plan, out: Path) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _say_done(result: Result, quiet: bool) -> None:
         factors = ", ".join(f"{task} {scale:.4g}" for task, scale in tasks.items())
         base = result.provenance["recipe"]["base_model"]
         note(f"tasks and their factors: {factors}; a model is {base}+{result.out}/tasks/{next(iter(tasks))}", quiet)
-    edit.say(result.provenance, result.out, quiet)
+    edit.say_edits(result.provenance, result.out, quiet)
     say_left(result.provenance, quiet)
     seconds, peak = result.provenance["seconds"], result.provenance["peak_memory"] / 1e6
     note(f"wrote {result.out} in {seconds:.1f} s, peak memory {peak:.0f} MB", quiet)

@@ -61,11 +61,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 
 
-def printable(text: str) -> str:
-    """Escape line breaks and terminal codes, because names come from files."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def check_device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise wrong("--device", device, "auto, cpu or cuda")

@@ -1,13 +1,20 @@
-"""Progress on stderr: a bar with GB/s and time left on a terminal, a line now and then otherwise."""
+"""All that commands print: results on stdout, messages and progress on stderr.
+
+Only this file prints. Names come from files, so a line is printed as `shown` makes it, in tables too, and what is left
+is up to the streams (`streams.py`).
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from mergebench.errors import escaped, shown
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Step
@@ -17,9 +24,29 @@ EVERY = 10.0  # seconds between plain lines
 
 
 def note(text: str, quiet: bool = False) -> None:
-    """A message for people, on stderr."""
+    """A message for people: one line on stderr."""
     if not quiet:
-        print(text, file=sys.stderr)
+        print(shown(text), file=sys.stderr, flush=True)
+
+
+def say(text: str = "") -> None:
+    """One line of a result, on stdout."""
+    print(escaped(text), flush=True)
+
+
+def say_text(text: str) -> None:
+    """Lines whose names are `shown` already, styled or not, on stdout."""
+    print(text, flush=True)
+
+
+def say_json(document: Any) -> None:
+    """One JSON document, on stdout."""
+    print(json.dumps(document).replace("\x7f", "\\u007f"), flush=True)
+
+
+def say_out(out: Any, made: Any, json_: bool) -> None:
+    """Where the result lies, whole, or what is known of it as JSON."""
+    say_json({"out": str(out), **made}) if json_ else say(str(out))
 
 
 def say_left(provenance: Mapping[str, Any], quiet: bool) -> None:
@@ -50,12 +77,19 @@ def byte_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
 
 
 def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=total)
+    from mergebench.cli import terminal
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=terminal.err(), transient=True) as progress:
+        task = progress.add_task(shown(label), total=total)
         yield lambda done: progress.advance(task, done)
 
 
@@ -158,21 +192,18 @@ def count_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _item_bar() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    from mergebench.cli import terminal
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal.err(), transient=True) as progress:
         bar = progress.add_task("", total=None)
-        yield lambda text, done, total: progress.update(bar, description=text, completed=done, total=total)
+        yield lambda text, done, total: progress.update(bar, description=shown(text), completed=done, total=total)
 
 
 def print_table(table: Any) -> None:
     """A table on stdout, as wide as it needs to be."""
-    import sys
+    from mergebench.cli import terminal
 
-    from rich.console import Console
-
-    # a pipe has no width, so tables take the room they need. Brackets and colons in names are literal.
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+    terminal.out().print(table)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, human, note, say_left
+from mergebench.cli.output import byte_bar, human, note, say, say_json, say_left, say_out
 
 app = typer.Typer(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
 
@@ -78,7 +77,7 @@ def _put_in(
         what = "taken out of" if revert else "put into"
         say_left(result.provenance, quiet)
         note(f"{_title(done)} {what} {model}: wrote {out} in {result.provenance['seconds']:.1f} s", quiet)
-    typer.echo(json.dumps({"out": str(result.out), **result.provenance}) if json_ else str(result.out))
+    say_out(result.out, result.provenance, json_)
 
 
 @app.command("show")
@@ -102,13 +101,13 @@ def show(
     length, size = float(read.direction.norm()), patch.stat().st_size
     if json_:
         about = {"patch": str(patch), "width": len(read.direction), "length": length, "bytes": size}
-        typer.echo(json.dumps({**about, "made": dict(read.about), "tensors": tensors}))
+        say_json({**about, "made": dict(read.about), "tensors": tensors})
         return
     from rich.table import Column, Table
 
     from mergebench.cli.output import print_table
 
-    typer.echo(_title(read.about))
+    say(_title(read.about))
     table = Table("tensor", Column("changed", justify="right"), "", "dtype", "amount", box=None, header_style="bold")
     for tensor in tensors:
         least, most = tensor["amount"]
@@ -116,7 +115,7 @@ def show(
         table.add_row(tensor["name"], str(tensor["changed"]), tensor["side"], tensor["dtype"], amount)
     print_table(table)
     changed = sum(tensor["changed"] for tensor in tensors)
-    typer.echo(
+    say(
         f"{changed} vectors of {len(read.direction)} elements in {len(tensors)} tensors; "
         f"the direction's length is {length:.4g}; {human(size)}"
     )
@@ -147,4 +146,4 @@ def to_lora(
     result = patch_to_lora(model, patch, out, overwrite=overwrite)
     made = result.provenance
     note(f"rank 1, {made['modules']} modules, {made['seconds']:.1f} s", quiet or json_)
-    typer.echo(json.dumps({"out": str(result.out), **made}) if json_ else str(result.out))
+    say_out(result.out, made, json_)

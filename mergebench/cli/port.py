@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from mergebench.cli import evaluate
 from mergebench.cli import options as opt
 from mergebench.cli.merge import say_notes
-from mergebench.cli.output import byte_bar, count_bar, item_bar, note, print_table, say_left
+from mergebench.cli.output import byte_bar, count_bar, item_bar, note, print_table, say, say_json, say_left
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def port(
         ways = {"resume": resume, "overwrite": overwrite}
         document = _write(old, new, patch, out, difference, excluded, limits, ways, quiet)
     if suite is None:
-        typer.echo(json.dumps(document) if json_ else str(out))
+        say_json(document) if json_ else say(str(out))
         return
     from mergebench.evaluation import document_of, page, save
     from mergebench.systems.portllm import measure_port
@@ -85,13 +84,13 @@ def port(
             device=opt.check_device(device), results=results, progress=step,
         )  # fmt: skip
     if json_ and out is not None:
-        typer.echo(json.dumps({**document, "evaluation": document_of(found)}))
+        say_json({**document, "evaluation": document_of(found)})
     else:
         target = out or Path("evaluations") / f"port-{suite.stem}"
         target.mkdir(parents=True, exist_ok=True)
         save(found, target)
         page.attempt(target)
-        evaluate.say(found, target, results, json_, quiet)
+        evaluate.say_results(found, target, results, json_, quiet)
     evaluate.check(found)
 
 
@@ -134,7 +133,7 @@ def _check(old: str, new: str, patch: str, exclude: tuple[str, ...], json_: bool
     with count_bar("reading", quiet) as progress:
         found = check_port(old, new, patch, exclude=exclude, progress=progress)
     if json_:
-        typer.echo(json.dumps(found.to_plain()))
+        say_json(found.to_plain())
     else:
         _show(found)
     if found.problems:
@@ -145,13 +144,13 @@ def _show(found: Check) -> None:
     from rich import box
     from rich.table import Table
 
-    typer.echo(f"old     {found.old} ({found.identities['old']})")
-    typer.echo(f"new     {found.new} ({found.identities['new']})")
-    typer.echo(f"tokens  {found.tokens}")
+    say(f"old     {found.old} ({found.identities['old']})")
+    say(f"new     {found.new} ({found.identities['new']})")
+    say(f"tokens  {found.tokens}")
     for line in found.notes:
-        typer.echo(f"note    {line}")
+        say(f"note    {line}")
     for line in found.problems:
-        typer.echo(f"misfit  {line}")
+        say(f"misfit  {line}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
     for title in ("update", "patch", "ratio", "cos", "in columns", "chance", "in rows", "chance"):
@@ -162,14 +161,14 @@ def _show(found: Check) -> None:
     print_table(table)
     full = found.total.to_plain()["in_columns"] is None and found.total.update > 0
     why = " No share in the patch's span: it is not of low rank." if full else ""
-    typer.echo(
+    say(
         "update: |new - old| / |old|, patch: |patch| / |old|, ratio: update / patch, cos: between the two; in columns, "
         "in rows: share of |new - old|^2 in the patch's column and row space, chance: of a random update." + why
     )
     whole = "" if found.whole is None else f" The base moved by {_percent(found.whole)} of |old| in all its tensors."
-    typer.echo(f"{found.tensors} tensors that the patch changes.{whole}")
+    say(f"{found.tensors} tensors that the patch changes.{whole}")
     if found.changes is not None:
-        typer.echo(f"What the adapter adds to NEW is {_percent(found.changes)} off what it adds to OLD.")
+        say(f"What the adapter adds to NEW is {_percent(found.changes)} off what it adds to OLD.")
 
 
 def _cells(sums: Sums) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
-from mergebench.cli.output import note, work_bar
+from mergebench.cli.output import note, say, say_json, work_bar
 
 if TYPE_CHECKING:
     from mergebench.cli.declared import Declared
@@ -61,12 +60,13 @@ def fit(
     note(f"wrote {out}" + (f" and {plot}" if plot else ""), quiet)
     if json_:
         more = {"plot": None if plot is None else str(plot), "warnings": [] if doubt is None else [doubt]}
-        typer.echo(json.dumps({"out": str(out), "sha256": probe.sha256, **probe.about, **more}))
+        say_json({"out": str(out), "sha256": probe.sha256, **probe.about, **more})
     else:
-        typer.echo(_said(probe))
+        for line in _said(probe):
+            say(line)
 
 
-def _said(probe: Probe) -> str:
+def _said(probe: Probe) -> list[str]:
     """The table of layers, if all were tried, then the probe's scores."""
     about = probe.about
     lines = []
@@ -85,7 +85,7 @@ def _said(probe: Probe) -> str:
         f"  test             {_share(about['test_accuracy'])} of {about['n_test']} texts, AUC {about['auc']:.3f}",
         f"  larger class     {_share(about['majority'])} of the test texts",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _share(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergebench.cli.output import note
+from mergebench.cli.output import note, say
 
 
 def report(
@@ -21,7 +21,7 @@ def report(
     from mergebench.evaluation import page
 
     written = page.write(directory, out)
-    typer.echo(str(written))
+    say(str(written))
     if open_:
         import webbrowser
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import count_bar, note
+from mergebench.cli.output import count_bar, note, say_json, say_text
+from mergebench.errors import escaped
 
 
 def retrieve(
@@ -40,13 +40,13 @@ def retrieve(
         note("the bank was learnt as the published code does it; its adapters are used as stored, and stay so", quiet)
     items, about = found.items(), found.summary()
     if json_:
-        typer.echo(json.dumps({"bank": str(bank), **about, "items": items}))
+        say_json({"bank": str(bank), **about, "items": items})
         return
     for item in items:
         columns = [item["id"], item["label"], item["adapter"]]
         if trace:
             columns += [">".join(item["path"]), str(item["evaluations"]), _end(item)]
-        typer.echo("\t".join(opt.printable(column) for column in columns))
+        say_text("\t".join(map(escaped, columns)))
     _say(about, quiet)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from mergebench.cli import evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, search_bar
+from mergebench.cli.output import note, say, say_json, say_text, search_bar
 
 if TYPE_CHECKING:
     from mergebench.evaluation.search.search import Found
@@ -85,23 +84,22 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     files = ["best.yaml", "search.json", "evaluation.json", "evaluation.md", "report.html"]
     note(f"wrote {found.out}/: {', '.join(name for name in files if (found.out / name).is_file())}", quiet)
     if json_:
-        typer.echo(json.dumps(found.to_dict()))
+        say_json(found.to_dict())
         return
-    typer.echo(_table(found))
+    say_text(_table(found))
     if found.results is not None:
-        typer.echo(report(found.results, styled=sys.stdout.isatty()))
-        typer.echo("")
-    typer.echo(found.verdict())
-    typer.echo(f"To merge it: mergebench merge {found.out / 'best.yaml'}")
+        say_text(report(found.results, styled=sys.stdout.isatty()))
+        say()
+    say(found.verdict())
+    say(f"To merge it: mergebench merge {found.out / 'best.yaml'}")
 
 
 def _table(found: Found) -> str:
     """The best points, and where among them the recipe as given stands."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    from mergebench.evaluation.tables.layout import number
+    from mergebench.evaluation.tables.layout import literal, number, render
 
     history = found.history
     ranked, metrics = history.ranked, history.metrics
@@ -109,15 +107,12 @@ def _table(found: Found) -> str:
     metric = "accuracy" if shares else next(iter(metrics.values()))
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="On validation:", title_justify="left")
     for name in ("", "", *ranked[0].values, *metrics, history.made["objective"]):
-        out.add_column(name, justify="right", overflow="fold")
+        out.add_column(literal(name), justify="right", overflow="fold")
     for place, point in enumerate(ranked, 1):
         if place <= SHOWN or point.number == 0:
             given = "as given" if point.number == 0 else ""
             values = ["" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
                       for value in point.values.values()]  # fmt: skip
             tasks = [number(value, metrics[task]) for task, value in point.tasks.items()]
-            out.add_row(str(place), given, *values, *tasks, number(point.objective or 0.0, metric))
-    console = Console(width=1000, no_color=True)
-    with console.capture() as capture:
-        console.print(out)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n") + "\n"
+            out.add_row(str(place), given, *map(literal, values), *tasks, number(point.objective or 0.0, metric))
+    return "\n".join(render(out, "")).strip("\n") + "\n"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say_left
+from mergebench.cli.output import note, say, say_left
 from mergebench.errors import RecipeError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,4 +30,4 @@ def task_vector(
     result = api.task_vector(model, base, out, dtype=dtype, overwrite=overwrite)
     say_left(result.provenance, quiet)
     note(f"wrote {result.provenance['merged_tensors']} tensors in {result.provenance['seconds']:.1f} s", quiet)
-    typer.echo(str(result.out))
+    say(str(result.out))

@@ -236,6 +236,7 @@ def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connec
             signal.signal(number, signal.SIG_DFL)
     if os.getppid() != parent:
         os._exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the parent ends it, whatever it computes
     torch.set_num_threads(1)
     worker = Worker(plan, files, target)
 
@@ -249,13 +250,15 @@ def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connec
         while True:
             task, arguments = pickle.loads(connection.recv_bytes())
             try:
-                answer = ("done", getattr(worker, task)(stream(), *arguments))
+                answer = getattr(worker, task)(stream(), *arguments)
                 worker.note_memory()
             except (EOFError, ConnectionError):
                 raise
             except Exception as error:
-                answer = ("failed", _portable(error))
-            _send(connection, answer)
+                _send(connection, ("failed", _portable(error)))
+                while True:  # a batch may be on its way; then the parent ends all workers
+                    connection.recv_bytes()
+            _send(connection, ("done", answer))
             del answer  # free its memory for the next task
     os._exit(0)  # skip the parent's exit handlers
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from mergebench.checkpoint.delta import Delta
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.values import split
 from mergebench.engine.lines import Lines
@@ -131,3 +131,14 @@ def _from_base(own: TensorInfo, below: tuple[Delta, ...], stored: TensorInfo, de
     if added and added[0].difference is not None and not any(delta.needs_base for delta in added):
         return Operand(added[0].difference, 0, added[1:])  # a task vector is read as stored
     return Operand(None, 0, deltas, len(below))
+
+
+def stored_type(info: TensorInfo, given: str | None, merged: bool) -> str:
+    """The type a tensor is written in: the given type, else its own; bfloat16 for FP8 that is merged or was scaled."""
+    own = info.stored_dtype
+    if not info.is_float or (own == "F32" and _KEPT.search(info.name)):
+        return own
+    return given or ("BF16" if own in FP8 and (merged or info.scale) else own)
+
+
+_KEPT = re.compile(r"(^|\.)e_score_correction_bias$")  # of DeepSeek's router: transformers loads it in float32 always

@@ -15,7 +15,7 @@ import torch
 from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.delta import Delta
-from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.naming import USUAL
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, lay_out
@@ -23,7 +23,7 @@ from mergebench.checkpoint.values import split
 from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES, LEAST_NEW
-from mergebench.engine.job import Merge, Operand, operands_of
+from mergebench.engine.job import Merge, Operand, operands_of, stored_type
 from mergebench.engine.machine import check_descriptors, cores
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RecipeError
@@ -188,7 +188,7 @@ def plan_merge(
     if not alignment.merged and not merge.copies:
         raise RecipeError("include/exclude leave no tensor to merge")
     operands = operands_of(merge, alignment.sources)
-    dtypes = {info.name: _stored_type(info, stored, merge.wanted(info.name)) for info in tensors.values()}
+    dtypes = {info.name: stored_type(info, stored, merge.wanted(info.name)) for info in tensors.values()}
     naming = merge.reference.naming if method.gives == "model" else USUAL
     shards = lay_out(tensors.values(), dtypes, shard_size, not merge.reference.sliced, naming)
     if method.gives == "deltas":
@@ -247,14 +247,6 @@ def _check_models(merge: Merge) -> None:
         for info in model.tensors.values():
             if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")
-
-
-def _stored_type(info: TensorInfo, given: str | None, merged: bool) -> str:
-    """The type a tensor is written in: the given type, else its own; bfloat16 for FP8 that is merged or was scaled."""
-    own = info.stored_dtype
-    if not info.is_float:
-        return own
-    return given or ("BF16" if own in FP8 and (merged or info.scale) else own)
 
 
 def _groups(

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.errors import MergebenchError, ModelError, RunError, first_line
-from mergebench.networks.batch import batches, out_of_memory, run_batches
+from mergebench.errors import MergebenchError, ModelError, RunError, first_line, out_of_memory
+from mergebench.networks.batch import batches, run_batches
 from mergebench.networks.tokenizer import no_token
 from mergebench.plugins import need
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.errors import MergebenchError, RecipeError, RunError
+from mergebench.errors import MergebenchError, RecipeError, RunError, out_of_memory
 from mergebench.evaluation.results import Record, Results, Role, with_relatives
 from mergebench.evaluation.suite import Suite, Task
 
@@ -163,8 +163,6 @@ class Batch:
     @contextmanager
     def _failing(self, candidate: Candidate, tasks: Sequence[Task]) -> Iterator[None]:
         """Record failures and continue the evaluation."""
-        from mergebench.networks.batch import out_of_memory
-
         try:
             yield
         except MergebenchError as error:

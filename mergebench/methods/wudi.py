@@ -58,10 +58,10 @@ def directions(stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """T = [tau_1 / |tau_1|; ..; tau_N / |tau_N|], so that T^T T = sum C_i, and sum tau_i C_i."""
     units, pull = stack.to(dtype, copy=True), torch.zeros(stack.shape[1:], dtype=dtype, device=stack.device)
     for unit in units:
-        length = torch.linalg.matrix_norm(unit.double()).item()
+        length = torch.linalg.matrix_norm(unit.double())  # float64: it may lie beyond float32
         if length:
-            unit /= length
-            pull.add_(torch.linalg.multi_dot([unit, unit.mT, unit]), alpha=length)
+            unit.copy_(unit.double() / length)
+            pull.add_(torch.linalg.multi_dot([unit, unit.mT, unit]).double() * length)
     return units.view(-1, stack.shape[2]), pull
 
 

@@ -21,11 +21,6 @@ T = TypeVar("T")
 CPU_TOKENS, GPU_TOKENS = 512, 32_768  # in a batch, padding included
 
 
-def out_of_memory(error: Exception) -> bool:
-    said = type(error) is RuntimeError and "allocate memory" in str(error)  # torch's message on a CPU
-    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Batches of positions of items of similar length, at most `tokens` each with padding; the longest items first.
 

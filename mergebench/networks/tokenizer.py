@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.checkpoint.side_files import tokenizer_files
+from mergebench.checkpoint.side_files import SENTENCEPIECE, needs_sentencepiece, tokenizer_files
 from mergebench.errors import ModelError, RunError
 from mergebench.networks.module import failed
 
@@ -35,19 +35,21 @@ def load(directory: Path | None, reference: str) -> tuple[Any, str | None]:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    where: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(directory, **where)
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             if not (directory / FILE).is_file():
                 return tokenizer, None
             file = Tokenizer.from_file(str(directory / FILE))
             if _pipeline(getattr(tokenizer, "backend_tokenizer", None)) == _pipeline(file):
                 return tokenizer, None
-            own = PreTrainedTokenizerFast.from_pretrained(directory, **where)
+            own = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers let any error of their parts through
         if all(name.startswith(_BESIDE) for name in files):  # some tokenizers, of bytes, need no other file
             raise lacking from None
+        missing = needs_sentencepiece(directory)
+        if missing is not None:
+            raise ModelError(f"model '{reference}': its tokenizer: {missing}", SENTENCEPIECE) from None
         raise failed(reference, "its tokenizer", error) from None
     known = file.get_vocab()
     for role, token in tokenizer.special_tokens_map.items():  # a class may know some that no file names

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.configs import check_heads, disagreement
-from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.names import is_vocabulary, layer_of
+from mergebench.engine.job import Merge
 from mergebench.recipe.ends import comes_before
 from mergebench.recipe.open import short_names
 from mergebench.recipe.recipe import Entry, Recipe
@@ -46,6 +49,18 @@ def about_configs(base: Model, models: Sequence[Model], wanted: Callable[[str], 
         check_heads(base, model, wanted)
         notes[name] = disagreement(base, model)
     return tuple(f"{name}: {note}" for name, note in notes.items() if note is not None)
+
+
+def about_heads(merge: Merge) -> tuple[str, ...]:
+    """Note the heads of models' own, which the base does not have and `include` does not name."""
+    found = []
+    for label, model in zip(merge.names, merge.models, strict=True):
+        ties = Ties(model)
+        for name in model.tensors.keys() - merge.reference.tensors.keys():
+            excluded = any(fnmatch.fnmatchcase(name, glob) for glob in merge.exclude)
+            if is_vocabulary(name) and not excluded and not merge.wanted(name) and ties.target(name) is None:
+                found.append(f"{label}: {name}: a head of its own, which include leaves out; the result has the base's")
+    return tuple(sorted(found))
 
 
 def about_the_base(recipe: Recipe, skipped: Sequence[Entry]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from mergebench.engine.lines import Lines
 from mergebench.errors import RecipeError
 from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
-from mergebench.recipe.notes import about_configs, about_gradients, about_slices, about_the_base
+from mergebench.recipe.notes import about_configs, about_gradients, about_heads, about_slices, about_the_base
 from mergebench.recipe.open import open_named, short_names
 from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Entry, Recipe
@@ -66,6 +66,7 @@ def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]
             entries = [*(listed or [(Entry(recipe.base_model), base)]), *others]
     models = tuple(model for _, model in entries)
     merge = _merge(recipe, notes, base, models, method.make_params(recipe.params([entry for entry, _ in entries])))
+    merge = replace(merge, notes=merge.notes + about_heads(merge))
     if not recipe.varies:
         return merge
     depth = depths(merge.reference.tensors)

@@ -135,9 +135,10 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     return found | {_TEMPLATE: template.encode()}
 
 
-def usual_template(models: Sequence[Model]) -> str | None:
-    """The chat template that most models have, the first of equals; None if no model has any."""
+def usual_template(models: Sequence[Model]) -> tuple[str, Model] | None:
+    """The chat template that most models have, the first of equals, and the first to have it; None if none has any."""
     found: Counter[str] = Counter()
+    first: dict[str, Model] = {}
     for model in models:
         files = stored(model.directory) if model.directory is not None else {}
         own = files.get(_TEMPLATE)
@@ -148,7 +149,9 @@ def usual_template(models: Sequence[Model]) -> str | None:
             template = template.get("default")
         if isinstance(template, str) and template.strip():
             found[template.strip()] += 1
-    return found.most_common(1)[0][0] if found else None
+            first.setdefault(template.strip(), model)
+    usual = found.most_common(1)[0][0] if found else None
+    return None if usual is None else (usual, first[usual])
 
 
 def _config(files: Mapping[str, bytes]) -> dict[str, Any]:

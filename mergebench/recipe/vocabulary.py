@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.chosen_rows import choose
+from mergebench.checkpoint.documents import read_bytes
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.names import is_vocabulary, layer_of
+from mergebench.checkpoint.side_files import GENERATION
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe import tokenizers
 from mergebench.recipe.open import locate_named
@@ -56,10 +58,13 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
         changes = tokenizers.with_vocab_size(models[0].config, size)
         if changes:
             changed[0] = replace(changed[0], config_changes=changes)
+    source = models[0]
     if template == "auto":
-        template = tokenizers.usual_template(models)
+        template, source = tokenizers.usual_template(models) or (None, source)
     if template is not None and models[0].directory is not None:
         files = tokenizers.with_template(files or tokenizers.stored(models[0].directory), template)
+        if source is not models[0] and source.directory is not None:  # turns end by the tokens named there
+            files |= {one.name: read_bytes(one) for one in source.directory.glob(GENERATION)}
     changed[0] = replace(changed[0], tokenizer_files=files)
     return changed
 

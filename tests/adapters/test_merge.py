@@ -352,6 +352,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         ([one, wide], 3, f"layer: {wide} changes [4, 5], {one} [4, 4]", "only adapters of one base merge"),
         ([one, conv], 3, "fan_in_fan_out", ""),
         ([one, bad], 1, "'base_model.model.layer.lora_A.weight' holds NaN", "use another adapter"),
+        ([bad], 1, "'base_model.model.layer.lora_A.weight' holds NaN", "use another adapter"),
         ([one, huge, "--weights", "1,1e30", "--method", "cat"], 1, "layer: the merged factors do not fit", ""),
         ([one, tmp_path / "none"], 3, "not an adapter: no adapter_config.json", "LoRA directory as PEFT saves it"),
         ([one, other, "--method", "tie"], 2, "--method: no method 'tie'", "did you mean 'ties'?"),

@@ -261,6 +261,43 @@ def test_without_include_the_way_out_is_told(zoo: Any, tmp_path: Path) -> None:
     assert len(plan.alignment.merged) == 21
 
 
+def test_layers_that_the_config_does_not_count_are_named_to_be_excluded(tmp_path: Path) -> None:
+    """DeepSeek and GLM keep the layer that predicts several tokens after the last."""
+    base = {f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(4, 4) for layer in range(2)}
+    more = {f"model.layers.2.{name}.weight": torch.ones(4) for name in ("enorm", "hnorm", "mlp.up_proj")}
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2}
+    one = write_model(tmp_path / "one", base, config=config)
+    two = write_model(tmp_path / "two", base | more, config=config)
+    with pytest.raises(MergebenchError) as error:
+        merge(tmp_path / "out", "linear", one, two)
+    assert error.value.hint == 'to merge only what all have: exclude: ["model.layers.2.*"]'
+    assert len(merge(tmp_path / "out", "linear", one, two, exclude=["model.layers.2.*"]).alignment.merged) == 2
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: "_fsdp_wrapped_module." + name.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+        lambda name: name.replace(".mlp.", "._checkpoint_wrapped_module.mlp._orig_mod."),
+    ],
+)
+def test_wrappers_of_training_are_no_part_of_a_name(wrapped: Callable[[str], str], tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.{part}.weight" for layer in range(2) for part in ("mlp.up_proj", "norm")]
+    base = {name: torch.full((4, 4), float(number)) for number, name in enumerate(names)}
+    tuned = fine_tuned(base, 1)
+    one = write_model(tmp_path / "one", base)
+    two = write_model(tmp_path / "two", {wrapped(name): value for name, value in tuned.items()})
+    merge(tmp_path / "out", "linear", one, two)
+    assert read_model(tmp_path / "out").keys() == base.keys()
+    for name, value in read_model(tmp_path / "out").items():
+        torch.testing.assert_close(value, tuned[name])
+    merge(tmp_path / "same", "linear", two, two)  # a base's own names are kept
+    assert read_model(tmp_path / "same").keys() == {wrapped(name) for name in names}
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
 def test_an_adapter_trained_under_other_names(zoo: Any, tmp_path: Path) -> None:
     """PEFT names modules as transformers has them in memory; the files have other names."""

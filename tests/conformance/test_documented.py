@@ -17,7 +17,7 @@ import typer
 
 import mergebench
 from mergebench import deltas, methods
-from mergebench.cli import app
+from mergebench.cli.app import app
 from mergebench.cli.declared import DeclaredCommand, option_of
 from mergebench.deltas import formats
 from mergebench.editing import edits

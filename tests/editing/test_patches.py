@@ -17,6 +17,7 @@ from torch import Tensor
 import mergebench
 from mergebench.adapters.from_patch import patch_to_lora
 from mergebench.api import plan_edit, plan_patch
+from mergebench.checkpoint.header import read_header
 from mergebench.deltas.open import open_model
 from mergebench.editing.patches import open_patch
 from mergebench.errors import ModelError
@@ -293,6 +294,12 @@ def test_to_lora(two: list[Path], model: Path, tmp_path: Path, cli: Cli) -> None
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "lora"))
     assert twice.code == 2 and "--overwrite" in twice.err
     assert inside.code == 2 and two[0].is_file()
+
+    tensors = load_file(two[0])
+    spoilt = tensors | {"direction": tensors["direction"] * torch.nan}
+    save_file(spoilt, tmp_path / "nan.safetensors", read_header(two[0]).metadata)
+    nan = cli("patch", "to-lora", tmp_path / "nan.safetensors", "--model", model, "--out", tmp_path / "nan")
+    assert nan.code == 1 and "hold NaN or infinity" in nan.err and not (tmp_path / "nan").exists()
 
 
 def test_an_output_is_never_the_patchs_own_folder(two: list[Path], model: Path, cli: Cli) -> None:

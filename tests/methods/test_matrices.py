@@ -233,6 +233,16 @@ def test_what_a_task_has_outside_of_the_common_space_may_be_nothing() -> None:
     close(found, values[0].item() * (left[:, :18] @ right[:, :18].T).double().numpy(), 1e-4)
 
 
+@pytest.mark.parametrize("name", ["wudi", "wudi/closed"])
+def test_wudi_at_the_end_of_float32(name: str) -> None:
+    """Norms beyond float32; tasks on columns of their own do not disturb each other, so they are added."""
+    stack = torch.zeros(2, 8, 6)
+    stack[0, :, :3] = 3e38 * task_matrices(1, (8, 3))[0].sign()
+    stack[1, :, 3:] = 3e38 * task_matrices(1, (8, 3))[0].sign()
+
+    close(merged(name, stack) / 3e38, (stack.sum(0) / 3e38).double().numpy(), 1e-6)
+
+
 def test_wudi_closed_keeps_weak_directions() -> None:
     stack = task_matrices(1, (20, 12), 1.0)
     stack[0, :, 3] *= 1e-4

@@ -12,7 +12,7 @@ from models import fine_tuned, read_model, write_model, write_recipe
 from typer.testing import CliRunner
 
 import mergebench
-from mergebench.cli import app
+from mergebench.cli.app import app
 from mergebench.errors import RecipeError
 from mergebench.recipe.gradients import depths, fits, layer_of, value_at
 

@@ -112,3 +112,24 @@ def test_a_scope_that_cannot_be(method: str, given: dict[str, Any], piece: str) 
     with pytest.raises(RecipeError, match=f"scope: '{method}' works on one {piece} at a time") as caught:
         resolve(load(data))
     assert caught.value.hint == "take out scope: model"
+
+
+def test_a_head_that_include_leaves_out_is_said() -> None:
+    """A fine-tune untied from its embedding: the result would have the base's head without a word."""
+    save_file({"w": torch.ones(4, 5), "lm_head.weight": torch.ones(6, 5)}, Path("a/model.safetensors"))
+    Path("a/config.json").write_text('{"tie_word_embeddings": false}')
+    noted = "a: lm_head.weight: a head of its own, which include leaves out; the result has the base's"
+
+    assert resolve(load(recipe("linear", "a b", "base") | {"include": ["w"]})).notes == (noted,)
+    assert resolve(load(recipe("linear", "a b", "base") | {"exclude": ["lm_head.*"]})).notes == ()
+
+
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+def test_what_transformers_keeps_in_float32_stays_so(key: str) -> None:
+    """The bias that DeepSeek's router adds: a rounded one sends tokens to other experts."""
+    bias = "model.layers.0.mlp.gate.e_score_correction_bias"
+    for name in ("base", "a"):
+        save_file({"w": torch.ones(4, 5), bias: torch.ones(4)}, Path(name) / "model.safetensors")
+    plan = plan_merge(resolve(load(recipe("linear", "a", "base") | {key: "bfloat16"})))
+
+    assert plan.dtypes == {"w": "BF16", bias: "F32"}

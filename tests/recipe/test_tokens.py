@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergebench
-from mergebench.errors import MergebenchError
+from mergebench.errors import MergebenchError, ModelError
+from mergebench.recipe.tokenizers import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 import mergekit_tokens
@@ -316,3 +318,31 @@ def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models
     before, after = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (models / "base", out))
     assert before.encode("all2 b1 all0").ids == after.encode("all2 b1 all0").ids != []
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="reads it")
+def test_a_sentencepiece_model_without_its_package(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=r"tokenizer\.model is a SentencePiece model") as error:
+        load(tmp_path, "one")
+    assert error.value.hint == "pip install sentencepiece, or put a tokenizer.json beside it"
+
+
+def test_a_chat_template_comes_with_what_ends_a_turn(make: Make, models: Path) -> None:
+    """The template of a fine-tune, and its generation_config.json: the base's would generate past the end."""
+    ends = {"base": 2, "left": [2, 5], "right": 7}
+    for name, end in ends.items():
+        (models / name / "generation_config.json").unlink(missing_ok=True)
+        (models / name / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+
+    def ends_of(template: str) -> object:
+        out = make(LINEAR + BASED + "tokenizer_source: union\n" + template)
+        return json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+
+    assert ends_of("chat_template: auto\n") == 2
+    (models / "left" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert ends_of("chat_template: auto\n") == [2, 5]
+    assert ends_of("chat_template: chatml\n") == ends_of("") == 2
+    (models / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert ends_of("chat_template: auto\n") == 2

@@ -118,7 +118,9 @@ def test_malformed_names(tmp_path: Path, hub: Hub, shell: Cli, name: str) -> Non
     assert err.startswith("error: ") and len(err.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("name", ["bert-base", "a/b/c", "./org/name", "~/org/name", "/org/name", "org/x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["bert-base", "a/b/c", "./org/name", "~/org/name", "/org/name", "org/x.safetensors", "out/checkpoint-*"]
+)
 def test_what_is_no_hub_name_fails_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, name: str
 ) -> None:

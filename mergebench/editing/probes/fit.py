@@ -24,8 +24,7 @@ from mergebench.editing.probes.labels import Labelled, read_labelled
 from mergebench.editing.probes.layers import Reading
 from mergebench.editing.probes.probe import Probe
 from mergebench.editing.probes.settings import Settings
-from mergebench.errors import RecipeError, RunError
-from mergebench.networks.batch import out_of_memory
+from mergebench.errors import RecipeError, RunError, out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Texts
 from mergebench.parameters import parameters_of

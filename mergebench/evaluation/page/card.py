@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.card import card, code, escape, fence, listed
+
 
 def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     """README.md of a merged model: what was merged, how, with what result, and how to do it again."""
@@ -22,53 +24,40 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     yaml.dump(json.loads(json.dumps(recipe)), written)
     edits = provenance.get("edits") or []
     sources = [source for one in recipe.get("slices", []) for source in one["sources"]]
-    listed = [entry.get("model") or entry.get("task_vector") for entry in [*recipe.get("models", []), *sources]]
-    models = list(dict.fromkeys(listed) if sources else listed)
+    given = [entry.get("model") or entry.get("task_vector") for entry in [*recipe.get("models", []), *sources]]
+    models = list(dict.fromkeys(given) if sources else given)
     what = f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
     what = "One model edited" if only(provenance) is not None else what + ", then edited," * bool(edits)
-    lines = [
-        "---",
-        *([] if provenance.get("tasks") else ["library_name: transformers"]),
-        "tags:",
-        "- merge",
-        "- mergebench",
-        "---",
-        f"# {out.name}",
-        "",
-        f"{what} by mergebench {provenance['mergebench']}.",
-        "",
-    ]
-    if recipe.get("base_model"):
-        lines += [f"- base: `{recipe['base_model']}`"]
-    lines += [f"- model: `{model}`" for model in models]
+    base = recipe.get("base_model")
+    inputs = [f"base: {code(base)}"] * bool(base) + [f"model: {code(model)}" for model in models]
+    parts = [f"{what} by mergebench {provenance['mergebench']}.", listed(inputs)]
     if provenance.get("notes"):
-        lines += ["", "## Notes", "", *(f"- {note}" for note in provenance["notes"])]
+        parts += ["## Notes", listed(map(escape, provenance["notes"]))]
     if provenance.get("tasks"):
-        lines += [
-            "",
-            "The tensors are a difference to the base, for all tasks. The model of a task, for mergebench:",
-            "",
-        ]
-        lines += [f"- `{recipe['base_model']}+{out}/tasks/{task}`" for task in provenance["tasks"]]
+        parts.append("The tensors are a difference to the base, for all tasks. The model of a task, for mergebench:")
+        parts.append(listed(code(f"{base}+{out}/tasks/{task}") for task in provenance["tasks"]))
     if edits:
-        lines += ["", f"## Edit{'s' * (len(edits) > 1)}"]
+        parts.append(f"## Edit{'s' * (len(edits) > 1)}")
         for edit in edits:
-            code = ("patch", UNDO)
-            told = [f"- {term}: `{fact}`" if term in code else f"- {term}: {fact}" for term, fact in facts(edit)]
-            lines += ["", f"{sentence(edit)}:", "", *told]
-        lines += ["", "The last edit is taken back first."] * (len(edits) > 1)
+            told = (f"{term}: {(code if term in ('patch', UNDO) else escape)(fact)}" for term, fact in facts(edit))
+            parts += [f"{escape(sentence(edit))}:", listed(told)]
+        parts += ["The last edit is taken back first."] * (len(edits) > 1)
     if evaluation:
-        lines += ["", "## Evaluation", "", evaluation.strip()]
-    lines += ["", "## Recipe", "", "```yaml", written.getvalue().strip(), "```", ""]
-    lines += ["Input files, answers of every statistic, bytes, time and memory: `mergebench.json`.", ""]
-    return "\n".join(lines)
+        parts += ["## Evaluation", evaluation.strip()]
+    parts += ["## Recipe", fence(written.getvalue(), "yaml")]
+    parts.append("Input files, answers of every statistic, bytes, time and memory: `mergebench.json`.")
+    library = None if provenance.get("tasks") else "transformers"
+    return card(out.name, parts, tags=["merge", "mergebench"], library=library)
 
 
 def ported(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of a fine-tune that was carried to another base."""
     about = provenance["recipe"]
-    lines = ["---", "library_name: transformers", "tags:", "- port", "- mergebench", "---", f"# {out.name}", ""]
     what = "A fine-tune carried to an updated base, new + (tuned - old) (arXiv:2410.10870),"
-    lines += [f"{what} by mergebench {provenance['mergebench']}.", ""]
-    lines += [f"- {name}: `{about[key]}`" for name, key in (("new", "new"), ("tuned", "port"), ("old", "old"))]
-    return "\n".join([*lines, "", "Input files, bytes, time and memory: `mergebench.json`.", ""])
+    named = (("new", "new"), ("tuned", "port"), ("old", "old"))
+    parts = [
+        f"{what} by mergebench {provenance['mergebench']}.",
+        listed(f"{name}: {code(about[key])}" for name, key in named),
+        "Input files, bytes, time and memory: `mergebench.json`.",
+    ]
+    return card(out.name, parts, tags=["port", "mergebench"], library="transformers")

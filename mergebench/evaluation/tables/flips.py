@@ -7,9 +7,11 @@ from collections import Counter
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
+from mergebench.checkpoint.card import escape
+from mergebench.errors import shown
 from mergebench.evaluation.compare.comparison import Comparison, Pair, against
 from mergebench.evaluation.compare.flips import Flips
-from mergebench.evaluation.tables.layout import NONE, SHARES, escape, markdown_line, number, render, short_names
+from mergebench.evaluation.tables.layout import NONE, SHARES, literal, markdown_line, number, render, short_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +31,7 @@ def comparison_report(
     comparison: Comparison, *, items: int = 10, width: int | None = None, styled: bool = False
 ) -> str:
     """Rates, quadrants and that many flipped items as text, at most `width` columns wide (None: as wide as needed)."""
-    lines = [f" old: {comparison.old}", f" new: {comparison.new}"]
+    lines = [f" old: {shown(comparison.old)}", f" new: {shown(comparison.new)}"]
     lines += render(_rates(comparison), how_to_read(comparison), width=width, styled=styled)
     lines += render(_quadrants(comparison), "", width=width, styled=styled)
     flipped = sum(len(pair.flips.lost) + len(pair.flips.won) for pair in comparison.pairs)
@@ -207,23 +209,21 @@ def _share(value: float | None) -> str:
 
 
 def _shown(text: str) -> str:
-    """One line of an answer, cut, without the codes a terminal would obey."""
-    line = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+    """One line of an answer, cut."""
+    line = " ".join(text.split())
     return line if len(line) <= ANSWER else line[: ANSWER - 1] + "…"
 
 
 def _table(*heads: str, left: int = 1) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, head in enumerate(heads):
-        out.add_column(Text(head), justify="left" if i < left else "right", overflow="fold")
+        out.add_column(literal(head), justify="left" if i < left else "right", overflow="fold")
     return out
 
 
 def _add(table: Table, *cells: str, end: bool = False) -> None:
-    from rich.text import Text
 
-    table.add_row(*map(Text, cells), end_section=end)
+    table.add_row(*map(literal, cells), end_section=end)

@@ -7,8 +7,11 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mergebench.errors import shown
+
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 NONE = "–"
 WIDEST, MEASURE = 10_000, 72  # columns: more than any table has; what a line of text takes at least
@@ -61,6 +64,8 @@ def markdown_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def escape(text: str) -> str:
-    """Markdown's own signs taken literally, on one line."""
-    return re.sub(r"([\\|*_`<\[\]])", r"\\\1", " ".join(text.split()))
+def literal(text: str, style: str = "") -> Text:
+    """A cell of a table for the terminal: names come from files."""
+    from rich.text import Text
+
+    return Text(shown(text), style)

@@ -9,10 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergebench.checkpoint.card import escape
 from mergebench.evaluation.compare.comparison import against
 from mergebench.evaluation.results import FILE, Record, Results, mean_relatives, mean_values
 from mergebench.evaluation.tables.flips import against_markdown, against_table
-from mergebench.evaluation.tables.layout import NONE, SHARES, escape, markdown_line, number, render, short_names
+from mergebench.evaluation.tables.layout import NONE, SHARES, literal, markdown_line, number, render, short_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,18 +65,17 @@ def table(results: Results) -> Table:
     """For the terminal; four tasks and names of up to 20 letters fit 100 columns."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("model", overflow="fold", min_width=8)
     out.add_column("", no_wrap=True)
     for name in heads_of(results):
-        out.add_column(Text(name), justify="right", overflow="fold")
+        out.add_column(literal(name), justify="right", overflow="fold")
     rows = rows_of(results)
     for row, after in zip_longest(rows, rows[1:]):
-        cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row.cells]
+        cells = [literal(cell.text, style="bold" if cell.best else "") for cell in row.cells]
         last = after is not None and after.role != row.role
-        out.add_row(Text(row.model), row.role, *cells, end_section=last)
+        out.add_row(literal(row.model), row.role, *cells, end_section=last)
     return out
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from mergebench.evaluation.tables.layout import NONE, escape, markdown_line, number, render
+from mergebench.checkpoint.card import escape
+from mergebench.evaluation.tables.layout import NONE, literal, markdown_line, number, render
 from mergebench.systems.mos.metrics import (
     MOS,
     NAMES,
@@ -158,17 +159,16 @@ def _text(views: Sequence[View], width: int | None, styled: bool) -> str:
 def _rich(view: View) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("method", overflow="fold", min_width=8)
     for head in view.heads:
-        out.add_column(Text(head), justify="right", overflow="fold")
+        out.add_column(literal(head), justify="right", overflow="fold")
     names = list(view.rows)
     for name, after in zip_longest(names, names[1:]):
         ends = after is not None and _section(name) != _section(after)
-        cells = [Text(cell, style="bold" if cell.endswith("*") else "") for cell in view.rows[name]]
-        out.add_row(Text(NAMES.get(name, name)), *cells, end_section=ends)
+        cells = [literal(cell, style="bold" if cell.endswith("*") else "") for cell in view.rows[name]]
+        out.add_row(literal(NAMES.get(name, name)), *cells, end_section=ends)
     return out
 
 

@@ -23,8 +23,7 @@ from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.staging import Staging, check_target, finished
 from mergebench.deltas.open import open_model
-from mergebench.errors import RunError
-from mergebench.networks.batch import out_of_memory
+from mergebench.errors import RunError, out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Pooling
 from mergebench.networks.network import Network

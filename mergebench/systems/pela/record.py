@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mergebench.adapters.share import module_kind
+from mergebench.checkpoint import card as markdown
+from mergebench.checkpoint.card import code, listed
 from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.shards import Shard
 from mergebench.errors import ModelError
@@ -79,8 +81,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"energy kept, {every['bytes'][0]:,} bytes before, {every['bytes'][1]:,} after. `NAME.0.weight` [r, in] and "
         "`NAME.1.weight` [out, r] stand for `NAME.weight`. Nothing was trained."
     )
-    back = f"Dense again: `mergebench compress expand {out} --out DIR`. Every tensor's error: `{RECORD}`."
-    return _card(out, made, f"- {what}: `{provenance['model']}`", back)
+    back = f"Dense again: {code(f'mergebench compress expand {out} --out DIR')}. Every tensor's error: `{RECORD}`."
+    return _card(out, made, f"{what}: {code(provenance['model'])}", back)
 
 
 def expanded_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -89,9 +91,8 @@ def expanded_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"{provenance['multiplied']} linear layers of a compressed checkpoint multiplied back by mergebench "
         f"{provenance['mergebench']}."
     )
-    return _card(out, made, f"- compressed: `{provenance['compressed']}`", "Input files: `mergebench.json`.")
+    return _card(out, made, f"compressed: {code(provenance['compressed'])}", "Input files: `mergebench.json`.")
 
 
 def _card(out: Path, made: str, source: str, end: str) -> str:
-    head = ["---", "tags:", "- compression", "- low-rank", "- mergebench", "---", f"# {out.name}"]
-    return "\n".join([*head, "", made, "", source, "", end, ""])
+    return markdown.card(out.name, [made, listed([source]), end], tags=["compression", "low-rank", "mergebench"])

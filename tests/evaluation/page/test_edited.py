@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mergebench.editing.summary import facts, layers_of, sentence
+from mergebench.checkpoint.card import code, escape
+from mergebench.editing.summary import UNDO, facts, layers_of, sentence
 from mergebench.evaluation import Results, page
 from mergebench.evaluation.page import card, figures
 from mergebench.evaluation.page.figures import BLUE
@@ -75,10 +76,10 @@ def test_the_card() -> None:
     provenance = documents.provenance(mergebench="0.1", edits=[documents.edit()] * 2)
     text = card.text(Path("merged/x"), provenance, "| table |")
     assert "2 models merged with `pcb` (arXiv:2410.02396), then edited, by mergebench 0.1." in text
-    assert text.index("## Edits") < text.index(f"\n{SENTENCE}:\n") < text.index("## Evaluation")
+    assert text.index("## Edits") < text.index(f"\n{escape(SENTENCE)}:\n") < text.index("## Evaluation")
     for term, fact in facts(documents.edit()):
         assert text.count(f"- {term}: ") == 2
-        assert fact in text
+        assert (code(fact) if term in ("patch", UNDO) else escape(fact)) in text
     assert "## Edit" not in card.text(Path("merged/x"), documents.provenance(mergebench="0.1"))
 
 

@@ -1,0 +1,73 @@
+"""The command line: parse, call one function, print. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mergebench import __version__
+from mergebench.cli import (
+    adapters,
+    cil,
+    compare,
+    compress,
+    doctor,
+    edit,
+    evaluate,
+    explain,
+    inspect,
+    mask,
+    merge,
+    patch,
+    port,
+    probe,
+    report,
+    search,
+    task_vector,
+)
+from mergebench.cli.output import say
+
+app = typer.Typer(
+    name="mergebench",
+    help="Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"mergebench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+app.command("merge")(merge.merge)
+app.command("plan")(merge.plan)
+app.command("explain")(explain.explain)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("search")(search.search)
+app.command("report")(report.report)
+app.add_typer(probe.app, name="probe")
+app.command("edit", cls=edit.EditCommand)(edit.edit)
+app.add_typer(patch.app, name="patch")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(mask.app, name="mask")
+app.add_typer(cil.app, name="cil")
+app.command("compress", cls=compress.Compress)(compress.compress)
+app.command("port")(port.port)
+app.command("task-vector")(task_vector.task_vector)
+app.command("inspect")(inspect.inspect)
+app.command("diff")(inspect.diff)
+app.command("methods")(inspect.methods)
+app.command("doctor")(doctor.doctor)
