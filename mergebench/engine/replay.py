@@ -15,7 +15,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.method import Method, Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic, pick
+from mergebench.engine.statistics import OrderStatistics, Statistic, encode, pick, to_device
 
 CHUNK = 2 * TILE  # elements that stay in a core's cache
 
@@ -34,6 +34,27 @@ def run_at_once(
             answers.append(answer(result))
         else:
             return result.vector if isinstance(result, Tasks) else result
+
+
+def ask_at_once(
+    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Any], questions: int
+) -> list[dict[str, Any]]:
+    """The answers after `answers` to the first `questions` questions of a method about the tensor `values`, of one
+    tile at most: encoded, with remarks."""
+    running: Any = method(values, params, context)
+    statistic, found, numel = next(running), [], values.shape[1]
+    for number in range(questions):
+        if number < len(answers):
+            answer = answers[number]
+        else:
+            state = statistic.init(numel, 1, None, 0)
+            statistic.reduce(state, 0)
+            answer = statistic.finish(state)
+            found.append(encode(answer) | statistic.remarks(state, numel))
+            answer = to_device(values.device, answer)
+        if number + 1 < questions:
+            statistic = running.send(answer)
+    return found
 
 
 def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:

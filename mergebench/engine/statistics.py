@@ -7,7 +7,7 @@ A statistic has four operations: `init` makes a state, `reduce` adds a chunk to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -31,8 +31,11 @@ class Statistic:
         """An empty state for `numel` elements in `tiles` tiles, of at most `room` bytes."""
         raise NotImplementedError
 
-    def reduce(self, state: Any, tile: int) -> None:
-        """Add this chunk, whose first element starts tile number `tile` of the unit."""
+    def reduce(self, state: Any, tile: int, sizes: Sequence[int] = ()) -> None:
+        """Add this chunk, whose first element starts tile number `tile` of the unit.
+
+        sizes: of the tensors in it, if there are several: each starts a tile.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -123,7 +126,7 @@ class OrderStatistics(Statistic):
         shares = [sample.share(row, rank, numel) for ranks in self.ranks for row, rank in enumerate(ranks)]
         return sum(shares) / len(shares)
 
-    def reduce(self, state: Small | list[Gatherers], tile: int) -> None:
+    def reduce(self, state: Small | list[Gatherers], tile: int, sizes: Sequence[int] = ()) -> None:
         if isinstance(state, Small):
             state.add(self._keyed().cpu().numpy())
             return
@@ -210,10 +213,18 @@ class Gram(Statistic):
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
         return np.zeros((tiles, len(self.values), len(self.values)))
 
-    def reduce(self, state: NDArray[np.float64], tile: int) -> None:
-        for number, start in enumerate(range(0, self.values.shape[1], TILE), tile):
-            block = self.values[:, start : start + TILE].double()
-            state[number] = (block @ block.T).cpu().numpy()
+    def reduce(self, state: NDArray[np.float64], tile: int, sizes: Sequence[int] = ()) -> None:
+        for number, block in enumerate(self._tiles(sizes), tile):
+            state[number] = self._sum(block).cpu().numpy()
+
+    def _tiles(self, sizes: Sequence[int]) -> Iterator[Tensor]:
+        """The chunk's tiles in float64 [rows, elements]."""
+        for part in torch.split(self.values, list(sizes), dim=1) if sizes else [self.values]:
+            for start in range(0, part.shape[1], TILE):
+                yield part[:, start : start + TILE].double()
+
+    def _sum(self, block: Tensor) -> Tensor:
+        return block @ block.T
 
     @staticmethod
     def combine(state: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -230,9 +241,8 @@ class Norms(Gram):
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
         return np.zeros((tiles, len(self.values)))
 
-    def reduce(self, state: NDArray[np.float64], tile: int) -> None:
-        for number, start in enumerate(range(0, self.values.shape[1], TILE), tile):
-            state[number] = self.values[:, start : start + TILE].double().abs_().sum(1).cpu().numpy()
+    def _sum(self, block: Tensor) -> Tensor:
+        return block.abs_().sum(1)
 
     @staticmethod
     def of_all(answers: Sequence[Tensor]) -> Tensor:
@@ -263,3 +273,26 @@ def gram(values: Tensor) -> Gram:
 def norms(values: Tensor) -> Norms:
     """Ask for the L1 norms of the rows over all tensors, at either scope; float64 [rows]. Must be the last question."""
     return Norms(values)
+
+
+def encode(answer: Any) -> dict[str, Any]:
+    """An answer as plain numbers, which JSON and other processes take."""
+    if isinstance(answer, tuple):
+        return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
+    return {"gram" if answer.dim() == 2 else "norms": answer.tolist()}
+
+
+def decode(answer: Mapping[str, Any], device: torch.device | None = None) -> Any:
+    """The answer that a method receives, for chunks on a device."""
+    for kind in ("gram", "norms"):
+        if kind in answer:
+            return torch.tensor(answer[kind], dtype=torch.float64)
+    ordered = answer["order_statistics"]
+    return tuple(torch.tensor(part, dtype=torch.float32, device=device).unsqueeze(1) for part in ordered)
+
+
+def to_device(device: torch.device, answer: Any) -> Any:
+    """Move an answer to the chunks' device."""
+    if device.type == "cpu":
+        return answer
+    return tuple(part.to(device) for part in answer) if isinstance(answer, tuple) else answer
