@@ -35,6 +35,8 @@ _TIED = {
     "lm_head.decoder.bias": ("lm_head.bias",),
 }
 
+_ENDS = tuple(_TIED)
+
 
 class Problem(NamedTuple):
     """One mismatch between a model and the base, in a line."""
@@ -101,7 +103,7 @@ def is_derived(info: TensorInfo) -> bool:
 
 def tied_to(name: str, model: Model | Base) -> str | None:
     """The tensor that `name` is an alias of in this model, if any."""
-    if model.config and not model.config.get("tie_word_embeddings", True):
+    if not name.endswith(_ENDS) or (model.config and not model.config.get("tie_word_embeddings", True)):
         return None
     for end, targets in _TIED.items():
         if name == end or name.endswith("." + end):

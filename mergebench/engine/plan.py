@@ -83,18 +83,19 @@ class Plan:
         """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
         copied = sum(self.merge.reference.tensors[name].nbytes for name in self.copied)
         return copied + sum(
-            self.asked[name] * self.sweep_bytes(name, apply=False) + self.sweep_bytes(name, apply=True)
+            (self.asked[name] and self.asked[name] * self.sweep_bytes(name, apply=False))
+            + self.sweep_bytes(name, apply=True)
             for name in self.alignment.merged
         )
 
     def sweep_bytes(self, name: str, apply: bool) -> int:
         """Bytes read of one tensor in one sweep."""
-        total = 0
-        for stored, _, deltas, shared in self.operands[name]:
-            total += 0 if stored is None else stored.nbytes
-            if deltas:
-                total += _stored_bytes(deltas[shared:])
-        if self.needs_base(name, apply):
+        total, based = 0, apply and self.merge.onto_base
+        for operand in self.operands[name]:
+            total += 0 if operand.stored is None else operand.stored.nbytes
+            total += _stored_bytes(operand.added) if operand.deltas else 0
+            based = based or operand.base != 0
+        if based:
             stored, deltas = self.base_of(name)
             total += stored.nbytes + _stored_bytes(deltas)
         return total
@@ -148,6 +149,8 @@ class Plan:
     def delta_bytes(self) -> int:
         """The most bytes of one worker's open deltas: those of one tensor, for all models and the base."""
         held = [0]
+        if not any(model.deltas for model in [self.merge.reference, *self.merge.models]):
+            return 0
         for name in {**self.operands, **self.merge.reference.deltas}:
             operands = self.operands.get(name, ())
             deltas = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()

@@ -65,9 +65,9 @@ class ChunkReader:
                     self._chain(name, BASE, stored, deltas).read(span.start, base[at : at + span.numel])
                     at += span.numel
             else:
-                self._stored(
-                    [[self.plan.base_of(one.tensor)[0] for one in pieces]], pieces, base[None], len(values), column
-                )
+                infos = self.plan.merge.reference.tensors
+                own = [infos[one.tensor] if one.tensor != name else stored for one in pieces]
+                self._stored([own], pieces, base[None], len(values), column)
         operands = [self.plan.operands[span.tensor] for span in pieces]
         at = 0
         for (dtype, folds, sign), group in groupby(operands[0], key=_kind):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.method import Method, Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic, encode, pick, to_device
+from mergebench.engine.statistics import OrderStatistics, Statistic, decode, pick
 
 CHUNK = 2 * TILE  # elements that stay in a core's cache
 
@@ -37,23 +37,20 @@ def run_at_once(
 
 
 def ask_at_once(
-    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Any], questions: int
+    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Mapping[str, Any]], questions: int
 ) -> list[dict[str, Any]]:
     """The answers after `answers` to the first `questions` questions of a method about the tensor `values`, of one
     tile at most: encoded, with remarks."""
     running: Any = method(values, params, context)
-    statistic, found, numel = next(running), [], values.shape[1]
+    statistic, found = next(running), []
     for number in range(questions):
         if number < len(answers):
             answer = answers[number]
         else:
-            state = statistic.init(numel, 1, None, 0)
-            statistic.reduce(state, 0)
-            answer = statistic.finish(state)
-            found.append(encode(answer) | statistic.remarks(state, numel))
-            answer = to_device(values.device, answer)
+            found.append(statistic.at_once())
+            answer = found[-1]
         if number + 1 < questions:
-            statistic = running.send(answer)
+            statistic = running.send(decode(answer, values.device))
     return found
 
 

@@ -103,9 +103,8 @@ class Worker:
             params = self.plan.merge.params_for(item.spans[0].tensor)
             for number, (span, part) in enumerate(self._parts(item, values), item.unit):
                 context = context_of(self.plan, units[number], (span,))
-                answers = [decode(answer, self.plan.device) for answer in known[number]]
-                asked = units[number].passes
-                found.append((number, ask_at_once(self.plan.merge.method, part, params, context, answers, asked)))
+                method, asked = self.plan.merge.method, units[number].passes
+                found.append((number, ask_at_once(method, part, params, context, known[number], asked)))
         return found
 
     def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> None:
