@@ -82,11 +82,8 @@ METHODS = [
     *map(methods.get, ("linear", "dare_ties", "ties", "pcb", "breadcrumbs", "model_stock", "della", "iso_c")),
     dataclasses.replace(methods.get("pcb"), scope="tensor"),
     dataclasses.replace(methods.get("ties"), scope="model"),
-    *(
-        dataclasses.replace(one, scope=scope)
-        for one in (by_size, by_shape, by_lengths)
-        for scope in ("tensor", "model")
-    ),
+    by_shape,
+    *(dataclasses.replace(one, scope=scope) for one in (by_size, by_lengths) for scope in ("tensor", "model")),
 ]
 
 
