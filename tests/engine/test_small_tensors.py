@@ -47,10 +47,10 @@ def by_shape(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
 
 @merge_method(takes="task_vectors", paper="none", scope="model")
 def by_lengths(tvs: TaskVectors, p: Params, ctx: Context) -> Any:
-    """Asks for dot products and norms, whose sums are over the tiles of each tensor."""
+    """Asks for dot products and norms, whose sums are over the tiles of each tensor; shows the last bits."""
     dots = yield gram(tvs)
     lengths = yield norms(tvs)
-    return (total(tvs).double() * dots[0, 1] / lengths[0]).float()
+    return total(tvs) + (dots[0, 1] * 2.0**50 % 1 + lengths[0] * 2.0**40 % 1).float()
 
 
 @pytest.fixture(scope="module")
