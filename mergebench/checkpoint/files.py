@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.documents import descriptor
-from mergebench.checkpoint.header import Header, Reader, Stamp, TensorInfo, changed, damaged
+from mergebench.checkpoint.header import ITEM_SIZE, Header, Reader, Stamp, TensorInfo, changed, damaged
 from mergebench.errors import DiskFull, RunError
 
 TORCH_DTYPE = {
@@ -29,6 +29,7 @@ TORCH_DTYPE = {
 DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 # bytes of a write: for larger writes the kernel looks for larger runs of free pages, at twice the cost
 AT_ONCE = 128 << 10
+MOST_ADVISED = 16 << 20  # bytes; neighbours in one file may be far apart in another
 
 
 class Files:
@@ -95,12 +96,14 @@ class Files:
         view = out.view(torch.uint8).numpy().data
         self.read_into(tensor, start * item, view)
 
-    def advise(self, tensor: TensorInfo, start: int, stop: int) -> None:
-        """Tell the kernel that elements `start` to `stop` will be wanted soon."""
-        if hasattr(os, "posix_fadvise") and tensor.numel and tensor.made is None:
-            item = tensor.nbytes // tensor.numel
-            where, size = tensor.offset + start * item, (stop - start) * item
-            os.posix_fadvise(self._descriptor(tensor), where, size, os.POSIX_FADV_WILLNEED)
+    def advise(self, first: TensorInfo, start: int, last: TensorInfo, stop: int) -> None:
+        """Tell the kernel that what lies from element `start` of a tensor to `stop` of another will be wanted soon."""
+        made = first.made is not None or last.made is not None or first.file is not last.file
+        if hasattr(os, "posix_fadvise") and not made:
+            where = first.offset + start * ITEM_SIZE[first.dtype]
+            size = last.offset + stop * ITEM_SIZE[last.dtype] - where
+            if first is last or 0 < size <= MOST_ADVISED:
+                os.posix_fadvise(self._descriptor(first), where, size, os.POSIX_FADV_WILLNEED)
 
 
 def whole(files: Reader, tensor: TensorInfo) -> Tensor:

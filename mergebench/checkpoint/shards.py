@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,11 +136,26 @@ class ShardFiles:
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Put the flat `values` (already of the stored dtype) at element `start` of a tensor."""
         path, at = self._place[name]
+        self._put(path, at + start * values.element_size(), values)
+
+    def write_all(self, tensors: Sequence[tuple[str, int]], values: Tensor) -> None:
+        """Put the flat `values` into whole tensors, given with their sizes, one after another; neighbours at once."""
+        item, first, stop = values.element_size(), 0, 0
+        begin = end = self._place[tensors[0][0]]
+        for name, numel in tensors:
+            place = self._place[name]
+            if place != end:
+                self._put(*begin, values[first:stop])
+                begin, first = place, stop
+            stop, end = stop + numel, (place[0], place[1] + numel * item)
+        self._put(*begin, values[first:stop])
+
+    def _put(self, path: Path, at: int, values: Tensor) -> None:
         try:
             if path not in self._open:
                 self.close()
                 self._open[path] = os.open(path, os.O_WRONLY)
-            put(self._open[path], values.view(torch.uint8).numpy().data, at + start * values.element_size())
+            put(self._open[path], values.view(torch.uint8).numpy().data, at)
         except OSError as error:
             raise write_error(path, error) from None
 

@@ -31,6 +31,8 @@ class Stored:
 
 def split(info: TensorInfo, deltas: Sequence[Delta]) -> tuple[TensorInfo, tuple[Delta, ...]]:
     """A tensor and the deltas left to fold; if a delta replaces the tensor, the tensor is the replacement."""
+    if not deltas:
+        return info, ()
     for number in range(len(deltas) - 1, -1, -1):
         replacement = deltas[number].replacement
         if replacement is not None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
-
 from mergebench.engine import trace
-from mergebench.engine.plan import Group, Plan, Unit
-from mergebench.engine.statistics import Norms
-from mergebench.engine.sweep import Sweeper, to_device
+from mergebench.engine.groups import Group, Unit
+from mergebench.engine.plan import Plan
+from mergebench.engine.statistics import Norms, decode, encode
+from mergebench.engine.sweep import Sweeper
 
 
 class Keeper(Protocol):
@@ -28,39 +27,43 @@ def ask_of_all(plan: Plan, keeper: Keeper, sweeper: Sweeper) -> Any:
     for group in plan.groups:
         answers += [known[-1] for known in answers_of(plan, keeper, sweeper, group)]
         keeper.save()
-    return Norms.of_all(answers)
+    return Norms.of_all([decode(answer) for answer in answers])
 
 
-def answers_of(plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_all: Any = None) -> list[list[Any]]:
-    """The answers about each unit of a group; missing answers are computed.
+def answers_of(
+    plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_all: Any = None
+) -> list[list[dict[str, Any]]]:
+    """The answers about each unit of a group, encoded; missing answers are computed.
 
     of_all: replaces the last answer if that is about all groups together. Answers are kept by tensor, or once for the
     model, because the grouping depends on the memory.
     """
     kept: dict[str, list[Any]] = keeper.journal["answers"]
+    if not any(unit.passes for unit in group.units):
+        return [[] for _ in group.units]
     keys = [key_of(plan, unit) for unit in group.units]
-    known: list[list[Any]] = [[] for _ in group.units]
+    known = [kept.get(key, [])[: unit.passes] for key, unit in zip(keys, group.units, strict=True)]
+    open_units = [number for number, unit in enumerate(group.units) if len(known[number]) < unit.passes]
+    small = [number for number in open_units if sweeper.is_one_tile(group.units[number])]
+    for number, answers in sweeper.answer_at_once(group, known, small):
+        kept[keys[number]] = known[number] = [*known[number], *answers]
     for question in range(max((unit.passes for unit in group.units), default=0)):
-        asked = [number for number, unit in enumerate(group.units) if question < unit.passes]
-        if all(question < len(kept.get(keys[number], ())) for number in asked):
-            answers = {number: to_device(plan.device, _decode(kept[keys[number]][question])) for number in asked}
-        else:
-            answers, remarks = sweeper.answer(group, known, asked)
-            for number in asked:
-                kept.setdefault(keys[number], [])[question:] = [_encode(answers[number]) | remarks[number]]
-            if plan.merge.scope == "model":
-                keeper.save()  # do not lose a sweep over the whole model
-        for number in asked:
-            known[number].append(answers[number])
-    return known if of_all is None else [[*answers[:-1], of_all] for answers in known]
+        asked = [n for n, unit in enumerate(group.units) if len(known[n]) == question < unit.passes]
+        if not asked:
+            continue
+        for number, answer in sweeper.answer(group, known, asked).items():
+            kept[keys[number]] = known[number] = [*known[number], answer]
+        if plan.merge.scope == "model":
+            keeper.save()  # do not lose a sweep over the whole model
+    return known if of_all is None else [[*answers[:-1], encode(of_all)] for answers in known]
 
 
 def decoded(plan: Plan, kept: dict[str, list[Any]]) -> list[list[Any]]:
     """All answers about each unit of all groups, from the provenance of a merge; `KeyError` if any is missing."""
-    known = [[_decode(answer) for answer in kept[key_of(plan, unit)]] if unit.passes else [] for unit in units_of(plan)]
+    known = [list(kept[key_of(plan, unit)]) if unit.passes else [] for unit in units_of(plan)]
     if not plan.asked_of_all:
         return known
-    of_all = Norms.of_all([answers[-1] for answers in known])
+    of_all = encode(Norms.of_all([decode(answers[-1]) for answers in known]))
     return [[*answers[:-1], of_all] for answers in known]
 
 
@@ -72,19 +75,6 @@ def units_of(plan: Plan) -> list[Unit]:
 def key_of(plan: Plan, unit: Unit) -> str:
     """The key of a unit's answers."""
     return "model" if plan.merge.scope == "model" else unit.tensors[0]
-
-
-def _encode(answer: Any) -> dict[str, Any]:
-    if isinstance(answer, tuple):
-        return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
-    return {"gram" if answer.dim() == 2 else "norms": answer.tolist()}
-
-
-def _decode(answer: dict[str, Any]) -> Any:
-    for kind in ("gram", "norms"):
-        if kind in answer:
-            return torch.tensor(answer[kind], dtype=torch.float64)
-    return tuple(torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in answer["order_statistics"])
 
 
 class Known:

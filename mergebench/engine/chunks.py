@@ -16,9 +16,9 @@ from torch import Tensor
 
 def total(values: Tensor | Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """The (weighted) sum over the models [elements], added one by one in recipe order."""
-    rows = [
-        row if weight == 1 else row * weight for row, weight in zip(values, weights or [1.0] * len(values), strict=True)
-    ]
+    rows = list(values.unbind() if isinstance(values, Tensor) else values)
+    if weights:
+        rows = [row if weight == 1 else row * weight for row, weight in zip(rows, weights, strict=True)]
     result: Tensor = rows[0] + rows[1] if len(rows) > 1 else rows[0].clone()
     for row in rows[2:]:
         result += row
@@ -62,7 +62,7 @@ def trim(values: Tensor, threshold: Tensor, most: Tensor | None = None) -> Tenso
     # hardshrink keeps |x| > limit: the largest float below the threshold makes that "at or above"
     limits = np.nextafter(threshold.cpu().numpy(), np.float32(-np.inf)).ravel().tolist()
     out = torch.empty_like(values)
-    for row, target, limit in zip(values, out, limits, strict=True):
+    for row, target, limit in zip(values.unbind(), out.unbind(), limits, strict=True):
         if limit < 0:
             target.copy_(row)
         else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import math
 import multiprocessing
 import os
 import pickle
@@ -26,43 +25,19 @@ from typing import Any, cast
 
 import torch
 
-from mergebench.checkpoint.delta import matrix_shape, tile_rows
 from mergebench.checkpoint.files import Files
 from mergebench.engine.inmemory import InMemory
-from mergebench.engine.noise import TILE
+from mergebench.engine.items import Item
 from mergebench.engine.plan import Plan
 from mergebench.engine.span import Span
-from mergebench.engine.worker import Item, Worker
+from mergebench.engine.worker import Worker
 from mergebench.errors import MergebenchError, RunError
 
 BATCH = 8  # chunks handed out at once; the kernel prefetches the next ones
-COPIED = 16 * TILE  # elements of a copied piece
 FORK_FROM = 200_000_000  # bytes to read above which processes are worth starting
 _PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
 
 Progress = Callable[[int], None]  # called with the bytes that were read
-
-
-def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0, apply: bool = False) -> Iterator[Item]:
-    """A merged tensor in chunks; `tile` is the number of its first tile in the unit."""
-    info, size = plan.merge.reference.tensors[name], plan.chunk
-    if plan.merge.cut == "row":
-        columns = info.shape[-1] if info.shape else 1
-        size = max(size // max(columns, 1), 1) * columns
-    elif name in plan.whole:
-        size = info.numel
-    elif apply and any(operand.deltas for operand in plan.operands[name]):  # so that no tile is computed by two workers
-        step = math.lcm(tile_rows(info.shape) * matrix_shape(info.shape)[1], 8)  # a byte of a mask has 8 elements
-        size = size // step * step or size
-    for start in range(0, info.numel, size):
-        yield Item(unit, (Span(name, start, min(start + size, info.numel)),), tile + start // TILE)
-
-
-def copies_of(plan: Plan, name: str) -> Iterator[Item]:
-    """A copied tensor in pieces; a zero difference needs none, since files start as zeros."""
-    numel = plan.merge.reference.tensors[name].numel if name in plan.copied else 0
-    for start in range(0, numel, COPIED):
-        yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
 
 
 def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> Threads | Processes:
@@ -88,7 +63,7 @@ class _Batches:
             if batch:
                 self._next = self._advised()
                 if self._task != "sample":  # sampling is not part of a sweep
-                    self._progress(sum(self._bytes(item.unit, *item.spans) for item in batch))
+                    self._progress(sum(self._bytes(item) for item in batch))
             return batch
 
     def _advised(self) -> list[Item]:
@@ -96,12 +71,9 @@ class _Batches:
         batch = list(itertools.islice(self._items, 1 if self._plan.whole else BATCH))
         if self._task == "gather" and len(batch) == BATCH:
             batch += self._rest_of(batch[-1].unit)
-        spans = [item.spans[0] for item in batch if item.unit >= 0 and self._task != "sample"]  # samples are scattered
-        for name, group in itertools.groupby(spans, key=lambda span: span.tensor):
-            pieces = list(group)
-            for operand in self._plan.operands[name]:
-                if operand.stored is not None:
-                    self._files.advise(operand.stored, pieces[0].start, pieces[-1].stop)
+        for item in batch if self._task != "sample" else ():  # samples are scattered
+            if item.unit >= 0:
+                self._advise(item.spans[0], item.spans[-1])
         return batch
 
     def _rest_of(self, unit: int) -> list[Item]:
@@ -113,10 +85,18 @@ class _Batches:
         self._items = itertools.chain(ahead[len(rest) :], self._items)
         return rest
 
-    def _bytes(self, unit: int, span: Span) -> int:
-        info = self._plan.merge.reference.tensors[span.tensor]
-        whole = info.nbytes if unit < 0 else self._plan.sweep_bytes(span.tensor, self._task == "apply")
-        return whole * span.numel // info.numel
+    def _advise(self, first: Span, last: Span) -> None:
+        """Make the kernel read the bytes of a chunk from its first to its last span."""
+        for one, other in zip(self._plan.operands[first.tensor], self._plan.operands[last.tensor], strict=True):
+            if one.stored is not None and other.stored is not None:
+                self._files.advise(one.stored, first.start, other.stored, last.stop)
+
+    def _bytes(self, item: Item) -> int:
+        """Bytes read for a chunk; tensors that share one have the same types."""
+        name, numel = item.spans[0].tensor, sum(span.numel for span in item.spans)
+        info = self._plan.merge.reference.tensors[name]
+        whole = info.nbytes if item.unit < 0 else self._plan.sweep_bytes(name, self._task == "apply")
+        return whole * numel // info.numel
 
 
 class Threads:

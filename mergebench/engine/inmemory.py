@@ -39,6 +39,11 @@ class InMemory:
         """Put the flat `values` (of the stored dtype) at element `start` of a tensor."""
         self._flat[name][start : start + len(values)] = values
 
+    def write_all(self, tensors: Sequence[tuple[str, int]], values: Tensor) -> None:
+        """Put the flat `values` into whole tensors, given with their sizes, one after another."""
+        for (name, _), part in zip(tensors, torch.split(values, [numel for _, numel in tensors]), strict=True):
+            self._flat[name][:] = part
+
     def close(self) -> None:
         """Does nothing: no file is open."""
 

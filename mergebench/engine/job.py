@@ -83,6 +83,8 @@ class Merge:
 
     def wanted(self, name: str) -> bool:
         """Whether a tensor is merged (else it is copied from the base)."""
+        if not (self.include or self.exclude):
+            return True
         inside = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
         return inside and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude)
 

@@ -5,51 +5,34 @@ Reads headers only. Every error that is detectable before the first tensor is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.delta import Delta
-from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.naming import USUAL
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, lay_out
 from mergebench.checkpoint.values import split
 from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
-from mergebench.engine.brackets import BYTES, LEAST_NEW
+from mergebench.engine.brackets import BYTES
+from mergebench.engine.groups import Group, grouped
 from mergebench.engine.job import Merge, Operand, operands_of, stored_type
 from mergebench.engine.machine import check_descriptors, cores
-from mergebench.engine.noise import TILE
+from mergebench.engine.sizes import buffer_bytes, chunk_size, least_chunk, temporary_bytes
 from mergebench.errors import ModelError, RecipeError
 
 MIB = 1 << 20
 DEFAULT_MEMORY = 400 * MIB
 SHARD_SIZE = 4_000_000_000
-GROUP = 2048 * MIB  # bytes of input per group at tensor scope: still in the page cache at the second sweep
-TEMPORARIES = 8  # float32 copies of a chunk that a method may hold at once
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-class Unit(NamedTuple):
-    """The tensors that one set of statistics covers: a single tensor, or all."""
-
-    tensors: tuple[str, ...]
-    numel: int
-    passes: int  # questions asked about it
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units swept together, and the tensors written afterwards, merged or copied, in the output's order."""
-
-    units: tuple[Unit, ...]
-    written: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,7 @@ class Plan:
     groups: list[Group]
     asked: dict[str, int]  # questions about each merged tensor
     asked_of_all: bool  # the last question is about all tensors together, at any scope
+    blind: bool  # the method may see several tensors as one
     chunk: int  # elements
     whole: frozenset[str]  # tensors that come in one chunk, however large
     workers: int
@@ -94,21 +78,48 @@ class Plan:
         tensors, model = self.merge.reference.tensors, self.merge.method.gives == "model" and self.merge.adds_base
         return frozenset(name for name in self.alignment.copied if model or not tensors[name].is_float)
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
         """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
         copied = sum(self.merge.reference.tensors[name].nbytes for name in self.copied)
         return copied + sum(
-            self.asked[name] * self.sweep_bytes(name, apply=False) + self.sweep_bytes(name, apply=True)
+            (self.asked[name] and self.asked[name] * self.sweep_bytes(name, apply=False))
+            + self.sweep_bytes(name, apply=True)
             for name in self.alignment.merged
         )
 
     def sweep_bytes(self, name: str, apply: bool) -> int:
         """Bytes read of one tensor in one sweep."""
-        rows = [(operand.stored, operand.added) for operand in self.operands[name]]
-        rows += [self.base_of(name)] if self.needs_base(name, apply) else []
-        deltas = sum(info.nbytes for _, added in rows for delta in added for info in delta.stored)
-        return deltas + sum(stored.nbytes for stored, _ in rows if stored is not None)
+        total, based = 0, apply and self.merge.onto_base
+        for operand in self.operands[name]:
+            total += 0 if operand.stored is None else operand.stored.nbytes
+            total += _stored_bytes(operand.added) if operand.deltas else 0
+            based = based or operand.base != 0
+        if based:
+            stored, deltas = self.base_of(name)
+            total += stored.nbytes + _stored_bytes(deltas)
+        return total
+
+    def way(self, name: str) -> tuple[Any, ...] | None:
+        """How a merged tensor is read, merged and stored, for those that may share a chunk; None if it may not."""
+        if name not in self._ways:
+            self._ways[name] = self._way(name)
+        return self._ways[name]
+
+    @cached_property
+    def _ways(self) -> dict[str, tuple[Any, ...] | None]:
+        return {}
+
+    def _way(self, name: str) -> tuple[Any, ...] | None:
+        merge, operands = self.merge, self.operands[name]
+        base = merge.reference.tensors[name]
+        stored = [base, *(one.stored for one in operands if one.stored is not None)]
+        apart = merge.method.gives == "deltas" or (merge.scope == "model" and not self.blind)
+        apart = apart or name in merge.reference.deltas or any(one.deltas for one in operands)
+        if apart or any(info.made is not None or info.dtype in FP8 for info in stored):
+            return None
+        rows = [(one.stored and one.stored.dtype, one.base) for one in operands]
+        return (merge.params_for(name), self.dtypes[name], base.dtype, *rows)
 
     def base_of(self, name: str) -> tuple[TensorInfo, tuple[Delta, ...]]:
         """The tensor that the base's values are read from, and the deltas on top."""
@@ -127,17 +138,19 @@ class Plan:
     def buffer_bytes(self) -> int:
         """Memory of all workers' buffers and temporaries."""
         models, workspace = len(self.merge.models), self.merge.method.workspace
-        temporaries = _temporary_bytes(models) * (self.chunk if workspace else self.longest)
+        temporaries = temporary_bytes(models) * (self.chunk if workspace else self.longest)
         if workspace:  # added, because freed memory is kept; includes the merged chunk plus base in the stored type
             wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
             taken = [workspace(info.shape, models, params) + 3 * 4 * info.numel for info, params in wholes]
             temporaries += max(taken, default=0)
-        return self.workers * (self.longest * _buffer_bytes(models) + temporaries + self.delta_bytes)
+        return self.workers * (self.longest * buffer_bytes(models) + temporaries + self.delta_bytes)
 
     @cached_property
     def delta_bytes(self) -> int:
         """The most bytes of one worker's open deltas: those of one tensor, for all models and the base."""
         held = [0]
+        if not any(model.deltas for model in [self.merge.reference, *self.merge.models]):
+            return 0
         for name in {**self.operands, **self.merge.reference.deltas}:
             operands = self.operands.get(name, ())
             deltas = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()
@@ -197,9 +210,9 @@ def plan_merge(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
-    asked, asked_of_all = trace.count(merge, alignment.merged)
+    asked, asked_of_all, blind = trace.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else cores())
-    size = max(chunk or _chunk_size(merge, where, memory // workers), _least_chunk(merge))
+    size = max(chunk or chunk_size(merge, where, memory // workers), least_chunk(merge))
     size += -size % 8 if method.gives == "deltas" else 0  # so that masks have whole bytes
     plan = Plan(
         merge=merge,
@@ -207,9 +220,10 @@ def plan_merge(
         operands=operands,
         dtypes=dtypes,
         shards=shards,
-        groups=_groups(merge, operands, shards, asked, memory // 8),
+        groups=grouped(merge, operands, shards, asked, memory // 8),
         asked=asked,
         asked_of_all=asked_of_all,
+        blind=blind,
         chunk=size,
         whole=frozenset(name for name in alignment.merged if merge.whole(tensors[name], alignment.aliases.get(name))),
         workers=workers,
@@ -224,6 +238,10 @@ def plan_merge(
             "give it more memory, or fewer --workers",
         )
     return plan
+
+
+def _stored_bytes(deltas: Sequence[Delta]) -> int:
+    return sum(info.nbytes for delta in deltas for info in delta.stored)
 
 
 def _check_models(merge: Merge) -> None:
@@ -247,66 +265,3 @@ def _check_models(merge: Merge) -> None:
         for info in model.tensors.values():
             if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
                 raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")
-
-
-def _groups(
-    merge: Merge,
-    operands: Mapping[str, Sequence[Operand]],
-    shards: Sequence[Shard],
-    asked: Mapping[str, int],
-    room: int,
-) -> list[Group]:
-    """Group the tensors: at model scope all together; else so few that statistics fit into `room` bytes (small tensors
-    are gathered whole) and inputs into the page cache, since each phase waits for all."""
-    infos = merge.reference.tensors
-    order = [[tensor.name for tensor in shard.tensors] for shard in shards]
-    if merge.scope == "model":
-        names = [name for shard in order for name in shard]
-        reached = tuple(name for name in names if name in asked)
-        numel = sum(infos[name].numel for name in reached)
-        return [Group((Unit(reached, numel, asked[reached[0]]),), tuple(names))]
-    groups = []
-    for shard in order:
-        batch: list[str] = []
-        size = held = 0
-        for name in shard:
-            reads = infos[name].nbytes + sum(o.stored.nbytes for o in operands.get(name, ()) if o.stored is not None)
-            holds = len(merge.models) * BYTES * min(infos[name].numel, 2 * LEAST_NEW) if asked.get(name) else 0
-            if batch and (size + reads > GROUP or held + holds > room):
-                groups.append(batch)
-                batch, size, held = [], 0, 0
-            batch.append(name)
-            size, held = size + reads, held + holds
-        groups.append(batch)
-    return [
-        Group(tuple(Unit((name,), infos[name].numel, asked[name]) for name in batch if name in asked), tuple(batch))
-        for batch in groups
-    ]
-
-
-def _buffer_bytes(models: int) -> int:
-    """Bytes of one worker's buffers for each element of a chunk: rows as read and in float32, with the base's."""
-    return (models + 1) * (4 + 8)
-
-
-def _temporary_bytes(models: int) -> int:
-    """Bytes that a method may hold for each element of a chunk."""
-    return (models + 2) * 4 * TEMPORARIES
-
-
-def _least_chunk(merge: Merge) -> int:
-    """Elements of the longest row, if the method needs whole rows."""
-    infos = merge.reference.tensors
-    shapes = [info.shape for name, info in infos.items() if info.is_float and merge.wanted(name)]
-    return max(shape[-1] if shape else 1 for shape in shapes) if merge.cut == "row" else 1
-
-
-def _chunk_size(merge: Merge, device: torch.device, memory: int) -> int:
-    """Elements of a chunk, in whole tiles: few enough for a core's cache, or enough to keep a GPU busy.
-
-    memory: bytes for one worker.
-    """
-    most = 64 if device.type == "cuda" else 1 if merge.method.workspace else 2
-    each = _buffer_bytes(len(merge.models)) + _temporary_bytes(len(merge.models))
-    fitting = memory // (2 * each * TILE)  # the other half is for statistics
-    return max(min(most, fitting), 1) * TILE

@@ -44,10 +44,18 @@ def record(
     }
 
 
+def as_text(provenance: dict[str, Any]) -> str:
+    """The provenance as indented JSON, with the answers about a tensor in one line: they are most of it."""
+    encode = json.JSONEncoder().encode
+    answers = ",\n".join(f"  {encode(name)}: {encode(found)}" for name, found in provenance["answers"].items())
+    head = json.dumps({key: value for key, value in provenance.items() if key != "answers"}, indent=1)
+    return f'{head[:-2]},\n "answers": {{\n{answers}\n }}\n}}\n'
+
+
 def _kept(plan: Plan, answers: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     """The share of each model's elements that a trim at its thresholds kept; empty for methods without one."""
     kept, total = [0.0] * len(plan.merge.models), 0
-    for unit in (unit for group in plan.groups for unit in group.units):
+    for unit in (unit for group in plan.groups for unit in group.units if unit.passes):
         for answer in answers.get(key_of(plan, unit), ()):
             if "kept" in answer:
                 kept = [sum_ + share * unit.numel for sum_, share in zip(kept, answer["kept"], strict=True)]

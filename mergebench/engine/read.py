@@ -34,22 +34,29 @@ class ChunkReader:
         self._chains: dict[tuple[str, int], Chain] = {}
         self._scales = Scales(files)
 
-    def load(self, spans: Sequence[Span], apply: bool) -> tuple[Tensor, Tensor]:
-        """(values [models, elements], base [elements]); the base is only filled if it is needed."""
+    def load(self, spans: Sequence[Span], apply: bool, alike: bool = False) -> tuple[Tensor, Tensor]:
+        """(values [models, elements], base [elements]); the base is only filled if it is needed.
+
+        alike: the spans are of one tensor, or of tensors that may share a chunk (`Plan.way`).
+        """
         numel = sum(span.numel for span in spans)
         values = self._values[: len(self.plan.merge.models) * numel].view(-1, numel)
         base = self._base[:numel]
+        if alike:
+            self._fill(spans, values, base, 0, apply)
+            return values, base
         at = 0
-        for name, group in groupby(spans, key=lambda span: span.tensor):
+        for _, group in groupby(spans, key=lambda span: span.tensor):
             pieces = list(group)
             stop = at + sum(span.numel for span in pieces)
-            self._fill(name, pieces, values[:, at:stop], base[at:stop], at, apply)
+            self._fill(pieces, values[:, at:stop], base[at:stop], at, apply)
             at = stop
         return values, base
 
-    def _fill(self, name: str, pieces: Sequence[Span], values: Tensor, base: Tensor, column: int, apply: bool) -> None:
-        """Pieces of one tensor, `column` of the chunk onwards. Models stored in the same way share the calls: on a
-        chunk in the cache, a call costs as much as its arithmetic."""
+    def _fill(self, pieces: Sequence[Span], values: Tensor, base: Tensor, column: int, apply: bool) -> None:
+        """Pieces of tensors that are alike, `column` of the chunk onwards. Models stored in the same way share the
+        calls: on a chunk in the cache, a call costs as much as its arithmetic."""
+        name = pieces[0].tensor
         if self.plan.needs_base(name, apply):
             stored, deltas = self.plan.base_of(name)
             if deltas:
@@ -58,44 +65,61 @@ class ChunkReader:
                     self._chain(name, BASE, stored, deltas).read(span.start, base[at : at + span.numel])
                     at += span.numel
             else:
-                self._stored([stored], pieces, base[None], len(values), column)
+                infos = self.plan.merge.reference.tensors
+                own = [infos[one.tensor] if one.tensor != name else stored for one in pieces]
+                self._stored([own], pieces, base[None], len(values), column)
+        operands = [self.plan.operands[span.tensor] for span in pieces]
         at = 0
-        for (dtype, folds, sign), group in groupby(self.plan.operands[name], key=_kind):
-            operands = list(group)
-            rows = values[at : at + len(operands)]
+        for (dtype, folds, sign), group in groupby(operands[0], key=_kind):
+            count = len(list(group))
+            rows = values[at : at + count]
             if dtype is None:
                 rows.zero_()
             elif not folds:
-                self._stored([cast(TensorInfo, operand.stored) for operand in operands], pieces, rows, at, column)
-            for number, operand in enumerate(operands, at):
+                tensors = [[cast(TensorInfo, one[row].stored) for one in operands] for row in range(at, at + count)]
+                self._stored(tensors, pieces, rows, at, column)
+            for number, operand in enumerate(operands[0][at : at + count], at):
                 if operand.added:
                     self._add_deltas(name, number, operand, pieces, values[number])
             if sign:
                 rows.add_(base) if sign > 0 else rows.sub_(base)
-            at += len(operands)
+            at += count
 
     def _stored(
-        self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], out: Tensor, place: int, column: int
+        self, tensors: Sequence[Sequence[TensorInfo]], pieces: Sequence[Span], out: Tensor, place: int, column: int
     ) -> None:
-        """The same pieces of tensors of one type, as float32: out [tensors, elements], at row `place` of the chunk."""
-        dtype = TORCH_DTYPE[tensors[0].dtype]
+        """The same pieces of tensors of one type, as float32: out [rows, elements], at row `place` of the chunk.
+
+        tensors: for each row, the tensor of each piece. Pieces that lie one after another are read in one go.
+        """
+        dtype = TORCH_DTYPE[tensors[0][0].dtype]
         # its own place: copies of the chunk's other rows and columns to a GPU may still be under way
         first = at = (column * (len(self.plan.merge.models) + 1) + place * out.shape[1]) * 8
-        for tensor in tensors:
-            for span in pieces:
-                stop = at + span.numel * dtype.itemsize
-                if tensor.made is None:
-                    self.files.read_into(tensor, span.start * dtype.itemsize, self._bytes[at:stop])
-                else:
-                    tensor.made.read(self.files, span.start, self._raw[at:stop].view(dtype))
-                at = stop
+        for row in tensors:
+            at = self._read(row, pieces, at, dtype)
         stored = self._raw[first:at].view(dtype).view(out.shape)
         out.copy_(stored.to(out.device, non_blocking=True))
-        for tensor, row in zip(tensors, out, strict=True) if tensors[0].dtype in FP8 else ():
+        for tensor_row, numbers in zip(tensors, out, strict=True) if tensors[0][0].dtype in FP8 else ():
             at = 0
-            for span in pieces:
-                self._scales.multiply(tensor, span.start, row[at : at + span.numel])
+            for tensor, span in zip(tensor_row, pieces, strict=True):
+                self._scales.multiply(tensor, span.start, numbers[at : at + span.numel])
                 at += span.numel
+
+    def _read(self, tensors: Sequence[TensorInfo], pieces: Sequence[Span], at: int, dtype: torch.dtype) -> int:
+        """Read pieces, each of its tensor, into the raw bytes from `at` on; returns where they end."""
+        item, start = dtype.itemsize, at
+        first, end = tensors[0], -1  # bytes `start` to `at` are still to be read: those before `end` in first's file
+        for tensor, span in zip(tensors, pieces, strict=True):
+            size, offset = span.numel * item, tensor.offset + span.start * item
+            if tensor.made is not None:
+                tensor.made.read(self.files, span.start, self._raw[at : at + size].view(dtype))
+                start = at + size
+            elif offset != end or tensor.file is not first.file:
+                self.files.read_into(first, end - (at - start) - first.offset, self._bytes[start:at])
+                start, first, end = at, tensor, offset
+            at, end = at + size, end + size
+        self.files.read_into(first, end - (at - start) - first.offset, self._bytes[start:at])
+        return at
 
     def _add_deltas(self, name: str, number: int, operand: Operand, pieces: Sequence[Span], row: Tensor) -> None:
         """Fold an operand's deltas into its row, piece by piece."""

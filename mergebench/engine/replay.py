@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.method import Method, Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic, pick
+from mergebench.engine.statistics import OrderStatistics, Statistic, decode, pick
 
 CHUNK = 2 * TILE  # elements that stay in a core's cache
 
@@ -34,6 +34,24 @@ def run_at_once(
             answers.append(answer(result))
         else:
             return result.vector if isinstance(result, Tasks) else result
+
+
+def ask_at_once(
+    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Mapping[str, Any]], questions: int
+) -> list[dict[str, Any]]:
+    """The answers after `answers` to the first `questions` questions of a method about the tensor `values`, of one
+    tile at most: encoded, with remarks."""
+    running: Any = method(values, params, context)
+    statistic, found = next(running), []
+    for number in range(questions):
+        if number < len(answers):
+            answer = answers[number]
+        else:
+            found.append(statistic.at_once())
+            answer = found[-1]
+        if number + 1 < questions:
+            statistic = running.send(decode(answer, values.device))
+    return found
 
 
 def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:

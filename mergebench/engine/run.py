@@ -19,10 +19,11 @@ from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check
 from mergebench.deltas.formats import emr
 from mergebench.engine.answers import Known, answers_of, ask_of_all
 from mergebench.engine.executors import Progress
+from mergebench.engine.groups import Group
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.machine import keep_freed_memory
-from mergebench.engine.plan import Group, Plan
-from mergebench.engine.provenance import fingerprint_of, peak_memory, places, record
+from mergebench.engine.plan import Plan
+from mergebench.engine.provenance import as_text, fingerprint_of, peak_memory, places, record
 from mergebench.engine.sweep import Sweeper
 from mergebench.errors import ModelError, RunError
 
@@ -99,7 +100,7 @@ def run_plan(
             "peak_memory": max(memory, peak_memory()),
         }
         finish(staging.directory, provenance)
-        write_atomically(staging.directory / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+        write_atomically(staging.directory / PROVENANCE, as_text(provenance))
         staging.publish(overwrite, sync)
     return Result(out, provenance)
 

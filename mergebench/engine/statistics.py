@@ -7,7 +7,7 @@ A statistic has four operations: `init` makes a state, `reduce` adds a chunk to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -31,8 +31,11 @@ class Statistic:
         """An empty state for `numel` elements in `tiles` tiles, of at most `room` bytes."""
         raise NotImplementedError
 
-    def reduce(self, state: Any, tile: int) -> None:
-        """Add this chunk, whose first element starts tile number `tile` of the unit."""
+    def reduce(self, state: Any, tile: int, sizes: Sequence[int] = ()) -> None:
+        """Add this chunk, whose first element starts tile number `tile` of the unit.
+
+        sizes: of the tensors in it, if there are several: each starts a tile.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -46,6 +49,13 @@ class Statistic:
     def remarks(self, state: Any, numel: int) -> dict[str, Any]:
         """Further facts from the finished state of `numel` elements, for provenance."""
         return {}
+
+    def at_once(self) -> dict[str, Any]:
+        """The encoded answer if this chunk is the whole, of one tile at most, with remarks."""
+        numel = self.values.shape[1]
+        state = self.init(numel, 1, None, 0)
+        self.reduce(state, 0)
+        return encode(self.finish(state)) | self.remarks(state, numel)
 
     def exact(self) -> Any:
         """The answer if this chunk is the whole: the oracle for the streamed answer."""
@@ -76,12 +86,7 @@ class Small:
         if self.filled < self.numel:
             return
         rows, self.rows = self.rows, np.empty((0, 0), np.float32)
-        self.answers = _pick(rows, self.ranks)
-        if self.trim:
-            inside = np.ones(rows.shape, np.bool_)
-            for answer, beyond in zip(self.answers, (np.greater_equal, np.less_equal), strict=False):
-                inside &= beyond(rows, np.array(answer, np.float32)[:, None])
-            self.kept = (np.count_nonzero(inside, axis=1) / self.numel).tolist()
+        self.answers, self.kept = _answered(rows, self.ranks, self.trim)
 
     def merge(self, other: Small) -> None:
         """Add another worker's chunks: some, or all of them."""
@@ -103,8 +108,7 @@ class OrderStatistics(Statistic):
         self.key, self.trim = key, trim
 
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> Small | list[Gatherers]:
-        for rank in (rank for ranks in self.ranks for rank in ranks):
-            _check_rank(rank, numel)
+        self._check_ranks(numel)
         if sample is None:
             return Small(numel, self.ranks, self.trim)
         brackets = sum(0 < rank < numel - 1 for ranks in self.ranks for rank in ranks)
@@ -123,7 +127,7 @@ class OrderStatistics(Statistic):
         shares = [sample.share(row, rank, numel) for ranks in self.ranks for row, rank in enumerate(ranks)]
         return sum(shares) / len(shares)
 
-    def reduce(self, state: Small | list[Gatherers], tile: int) -> None:
+    def reduce(self, state: Small | list[Gatherers], tile: int, sizes: Sequence[int] = ()) -> None:
         if isinstance(state, Small):
             state.add(self._keyed().cpu().numpy())
             return
@@ -138,6 +142,12 @@ class OrderStatistics(Statistic):
                 if isinstance(gatherer, Extreme):
                     gatherer.add(row)
 
+    def _check_ranks(self, numel: int) -> None:
+        for ranks in self.ranks:
+            for rank in (min(ranks), max(ranks)):
+                if not 0 <= rank < numel:
+                    raise IndexError(f"rank {rank} of {numel} elements")
+
     def keyed(self) -> Floats:
         """A copy of the values to be ordered [rows, elements], for a sample."""
         return np.array(self._keyed().cpu().numpy())
@@ -145,9 +155,13 @@ class OrderStatistics(Statistic):
     def _keyed(self) -> Tensor:
         return self.values if self.key is None else self.key(self.values)
 
+    def at_once(self) -> dict[str, Any]:
+        self._check_ranks(self.values.shape[1])
+        answers, kept = _answered(self.keyed(), self.ranks, self.trim)
+        return {"order_statistics": answers} | ({"kept": kept} if self.trim else {})
+
     def exact(self) -> tuple[Tensor, ...]:
-        for rank in (rank for ranks in self.ranks for rank in ranks):
-            _check_rank(rank, self.values.shape[1])
+        self._check_ranks(self.values.shape[1])
         return pick(self.keyed(), self.ranks)
 
     @staticmethod
@@ -181,23 +195,35 @@ class OrderStatistics(Statistic):
         return {"kept": [max(high.upto - low.smaller, 0) / numel for low, high in low_and_high]}
 
 
-def _check_rank(rank: int, numel: int) -> None:
-    if not 0 <= rank < numel:
-        raise IndexError(f"rank {rank} of {numel} elements")
-
-
 def pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """The values of ranks [questions][rows] when all values are in memory; reorders the rows."""
     return _columns(_pick(rows, ranks))
 
 
 def _pick(rows: Floats, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+    if all(len(set(wanted)) == 1 for wanted in ranks):  # the same for all rows
+        rows.partition(sorted({wanted[0] for wanted in ranks}), axis=1)
+        return [
+            (rows[:, wanted[0]] + np.float32(0)).tolist() for wanted in ranks
+        ]  # turns -0.0 into 0.0, for equal bits
     columns: list[list[float]] = [[] for _ in ranks]
-    for row, wanted in zip(rows, zip(*ranks, strict=True), strict=True):
-        row.partition(sorted(set(wanted)))
-        for column, rank in zip(columns, wanted, strict=True):
-            column.append(float(row[rank]) + 0.0)  # turns -0.0 into 0.0, for equal bits
+    for row, each in zip(rows, zip(*ranks, strict=True), strict=True):
+        row.partition(sorted(set(each)))
+        for column, rank in zip(columns, each, strict=True):
+            column.append(float(row[rank]) + 0.0)
     return columns
+
+
+def _answered(rows: Floats, ranks: Sequence[Sequence[int]], trim: bool) -> tuple[list[list[float]], list[float]]:
+    """The values of ranks [questions][rows]; if they trim, also the share of each row that is kept. Reorders the
+    rows."""
+    answers = _pick(rows, ranks)
+    if not trim:
+        return answers, []
+    inside = rows >= np.array(answers[0], np.float32)[:, None]
+    if len(answers) > 1:
+        inside &= rows <= np.array(answers[1], np.float32)[:, None]
+    return answers, (np.count_nonzero(inside, axis=1) / rows.shape[1]).tolist()
 
 
 def _columns(answers: Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
@@ -210,10 +236,18 @@ class Gram(Statistic):
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
         return np.zeros((tiles, len(self.values), len(self.values)))
 
-    def reduce(self, state: NDArray[np.float64], tile: int) -> None:
-        for number, start in enumerate(range(0, self.values.shape[1], TILE), tile):
-            block = self.values[:, start : start + TILE].double()
-            state[number] = (block @ block.T).cpu().numpy()
+    def reduce(self, state: NDArray[np.float64], tile: int, sizes: Sequence[int] = ()) -> None:
+        for number, block in enumerate(self._tiles(sizes), tile):
+            state[number] = self._sum(block).cpu().numpy()
+
+    def _tiles(self, sizes: Sequence[int]) -> Iterator[Tensor]:
+        """The chunk's tiles in float64 [rows, elements]."""
+        for part in torch.split(self.values, list(sizes), dim=1) if sizes else [self.values]:
+            for start in range(0, part.shape[1], TILE):
+                yield part[:, start : start + TILE].double()
+
+    def _sum(self, block: Tensor) -> Tensor:
+        return block @ block.T
 
     @staticmethod
     def combine(state: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -230,9 +264,8 @@ class Norms(Gram):
     def init(self, numel: int, tiles: int, sample: Sample | None, room: int) -> NDArray[np.float64]:
         return np.zeros((tiles, len(self.values)))
 
-    def reduce(self, state: NDArray[np.float64], tile: int) -> None:
-        for number, start in enumerate(range(0, self.values.shape[1], TILE), tile):
-            state[number] = self.values[:, start : start + TILE].double().abs_().sum(1).cpu().numpy()
+    def _sum(self, block: Tensor) -> Tensor:
+        return block.abs_().sum(1)
 
     @staticmethod
     def of_all(answers: Sequence[Tensor]) -> Tensor:
@@ -250,7 +283,7 @@ def order_statistics(
     at or above the first answer are kept (and at or below the second, if there is one). With equal values this keeps
     more than the rank says; provenance records the share. The answer is one [models, 1] for each rank.
     """
-    rows = len(values)
+    rows = values.shape[0]
     each = [[rank] * rows if isinstance(rank, int) else list(rank) for rank in ranks]
     return OrderStatistics(values, each, key, trim)
 
@@ -263,3 +296,19 @@ def gram(values: Tensor) -> Gram:
 def norms(values: Tensor) -> Norms:
     """Ask for the L1 norms of the rows over all tensors, at either scope; float64 [rows]. Must be the last question."""
     return Norms(values)
+
+
+def encode(answer: Any) -> dict[str, Any]:
+    """An answer as plain numbers, which JSON and other processes take."""
+    if isinstance(answer, tuple):
+        return {"order_statistics": [part.reshape(-1).tolist() for part in answer]}
+    return {"gram" if answer.dim() == 2 else "norms": answer.tolist()}
+
+
+def decode(answer: Mapping[str, Any], device: torch.device | None = None) -> Any:
+    """The answer that a method receives, for chunks on a device."""
+    for kind in ("gram", "norms"):
+        if kind in answer:
+            return torch.tensor(answer[kind], dtype=torch.float64)
+    ordered = answer["order_statistics"]
+    return tuple(torch.tensor(part, dtype=torch.float32, device=device).unsqueeze(1) for part in ordered)

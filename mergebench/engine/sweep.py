@@ -19,14 +19,16 @@ import torch
 
 from mergebench.checkpoint.files import Files
 from mergebench.engine.brackets import Miss, Sample
-from mergebench.engine.executors import BATCH, Progress, chunks_of, copies_of, start_workers
+from mergebench.engine.executors import BATCH, Progress, start_workers
+from mergebench.engine.groups import Group, Unit
 from mergebench.engine.inmemory import InMemory
+from mergebench.engine.items import Item, items_of
 from mergebench.engine.method import Tasks
 from mergebench.engine.noise import TILE
-from mergebench.engine.plan import Group, Plan, Unit
+from mergebench.engine.plan import Plan
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic
-from mergebench.engine.worker import Item, Known, context_of, replay_chunk
+from mergebench.engine.statistics import OrderStatistics, Statistic, encode
+from mergebench.engine.worker import Known, context_of, replay_chunk
 
 SMALL = BATCH  # a unit of at most this many chunks may be gathered whole, by one worker
 WIDE = 1 / 12  # share of a small unit in brackets above which gathering it whole is faster: its values are not sorted
@@ -48,14 +50,25 @@ class Sweeper:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def answer(
-        self, group: Group, known: Known, asked: Sequence[int]
-    ) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
-        """The answers to the method's next question about the units numbered `asked`, and remarks on them."""
+    def is_one_tile(self, unit: Unit) -> bool:
+        """Whether a unit is one tensor of one tile, in one chunk: all questions about it are answered in one visit."""
+        return self.plan.merge.scope == "tensor" and unit.numel <= min(TILE, self.plan.chunk)
+
+    def answer_at_once(
+        self, group: Group, known: Known, numbers: Sequence[int]
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """The number and all missing answers of each of these units of one tile, encoded, with remarks."""
+        if numbers:
+            started = time.perf_counter()
+            items = items_of(self.plan, [(group.units[number].tensors[0], number) for number in numbers])
+            yield from itertools.chain.from_iterable(self.workers.run("answer", items, group.units, known))
+            self.seconds["questions"] += time.perf_counter() - started
+
+    def answer(self, group: Group, known: Known, asked: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """The answer to the method's next question about each of the units numbered `asked`, encoded, with remarks."""
         started = time.perf_counter()
         statistics = {number: self._statistic(group.units[number], known[number]) for number in asked}
-        answers: dict[int, Any] = {}
-        remarks: dict[int, dict[str, Any]] = {}
+        answers: dict[int, dict[str, Any]] = {}
         attempt = 0
         while len(answers) < len(asked):
             open_units = [number for number in asked if number not in answers]
@@ -63,13 +76,14 @@ class Sweeper:
             samples = self._samples(group, known, ranked, attempt)
             states = self._gather(group, known, statistics, open_units, samples)
             for number in open_units:
+                statistic, state = statistics[number], states[number]
                 with suppress(Miss):
-                    answers[number] = to_device(self.plan.device, statistics[number].finish(states[number]))
-                    remarks[number] = statistics[number].remarks(states[number], group.units[number].numel)
+                    answer = encode(statistic.finish(state))
+                    answers[number] = answer | statistic.remarks(state, group.units[number].numel)
             attempt += 1
         self.extra_sweeps += max(attempt - 1, 0)
         self.seconds["questions"] += time.perf_counter() - started
-        return answers, remarks
+        return answers
 
     def _statistic(self, unit: Unit, answers: Sequence[Any]) -> Statistic:
         """The next question about a unit, found from its first elements, since all elements get the same question."""
@@ -111,17 +125,11 @@ class Sweeper:
                 sample = sample if asked.spread(sample, unit.numel) <= WIDE else None
             empty[number] = asked.init(unit.numel, tiles, sample, share)
         states: dict[int, Any] = {}
-        for mine in self.workers.run("gather", self._items(group, numbers), group.units, known, empty):
+        tensors = ((name, number) for number in numbers for name in group.units[number].tensors)
+        for mine in self.workers.run("gather", items_of(self.plan, tensors), group.units, known, empty):
             for number, state in mine.items():
                 states[number] = statistics[number].combine(states[number], state) if number in states else state
         return states
-
-    def _items(self, group: Group, numbers: Sequence[int]) -> Iterator[Item]:
-        for number in numbers:
-            tile = 0
-            for name in group.units[number].tensors:
-                yield from chunks_of(self.plan, name, number, tile)
-                tile += -(-self._numel(name) // TILE)
 
     def _is_small(self, unit: Unit) -> bool:
         """Whether a unit fits into one worker's memory."""
@@ -183,15 +191,7 @@ class Sweeper:
     def apply(self, group: Group, known: Known, written: Sequence[str], directory: Path | None = None) -> None:
         """Merge (or copy) the tensors `written` into the shards in `directory`, or the target; known: all answers."""
         number_of = {name: number for number, unit in enumerate(group.units) for name in unit.tensors}
-        items = (
-            item
-            for name in written
-            for item in (
-                chunks_of(self.plan, name, number_of[name], apply=True)
-                if name in number_of
-                else copies_of(self.plan, name)
-            )
-        )
+        items = items_of(self.plan, ((name, number_of.get(name, -1)) for name in written), apply=True)
         started = time.perf_counter()
         self.workers.run("apply", items, group.units, known, directory)
         self.seconds["apply"] += time.perf_counter() - started
@@ -204,10 +204,3 @@ class Sweeper:
 
     def _numel(self, name: str) -> int:
         return self.plan.merge.reference.tensors[name].numel
-
-
-def to_device(device: torch.device, answer: Any) -> Any:
-    """Move an answer to the chunks' device."""
-    if device.type == "cpu":
-        return answer
-    return tuple(part.to(device) for part in answer) if isinstance(answer, tuple) else answer

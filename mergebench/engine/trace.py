@@ -18,9 +18,12 @@ from mergebench.engine.statistics import Norms, OrderStatistics, Statistic
 from mergebench.errors import RecipeError
 
 
-def asked(merge: Merge, params: Any) -> list[Any]:
-    """The method's questions with these parameters. One entry a question: its ranks, or the sort of sum."""
-    return [kind for kind, _ in _trace(merge, params)]
+def asked(merge: Merge, params: Any, looked: set[str] | None = None) -> list[Any]:
+    """The method's questions with these parameters. One entry a question: its ranks, or the sort of sum.
+
+    looked: receives the fields of the context that the method read.
+    """
+    return [kind for kind, _ in _trace(merge, params, looked=looked)]
 
 
 def read_for(merge: Merge, params: Any) -> list[frozenset[str]]:
@@ -29,10 +32,13 @@ def read_for(merge: Merge, params: Any) -> list[frozenset[str]]:
     return [so_far for _, so_far in _trace(merge, _watched(params, read), read)]
 
 
-def _trace(merge: Merge, params: Any, read: Iterable[str] = ()) -> list[tuple[Any, frozenset[str]]]:
+def _trace(
+    merge: Merge, params: Any, read: Iterable[str] = (), looked: set[str] | None = None
+) -> list[tuple[Any, frozenset[str]]]:
     """Each question, and what has been `read` so far."""
     method = merge.method
     values, context = toy(merge)
+    context = context if looked is None else _watched(context, looked)
     running = method(values, params, context)
     if not inspect.isgenerator(running):
         return []
@@ -56,18 +62,18 @@ def _trace(merge: Merge, params: Any, read: Iterable[str] = ()) -> list[tuple[An
         return found
 
 
-def _watched(params: Any, read: set[str]) -> Any:
-    """A copy of a method's parameters that records in `read` which of them are accessed."""
-    names = {field.name for field in dataclasses.fields(params)}
+def _watched(record: Any, read: set[str]) -> Any:
+    """A copy of a method's parameters, or of a context, that records in `read` which fields are accessed."""
+    names = {field.name for field in dataclasses.fields(record)}
 
-    class Watched(type(params)):  # type: ignore[misc]
+    class Watched(type(record)):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
             read.update(names if name == "__dict__" else names & {name})
             return super().__getattribute__(name)
 
     copy = object.__new__(Watched)
     for name in names:
-        object.__setattr__(copy, name, getattr(params, name))
+        object.__setattr__(copy, name, getattr(record, name))
     return copy
 
 
@@ -79,20 +85,24 @@ def toy(merge: Merge, shape: tuple[int, ...] = (61,)) -> tuple[Tensor, Context]:
     return values, Context(numel, merge.names, spans, shape, merge.scope, merge.seed, torch.device("cpu"))
 
 
-def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool]:
-    """The number of questions about each tensor, and whether the last is about all together.
+def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool, bool]:
+    """The number of questions about each tensor, whether the last is about all together, and whether the method may
+    see several tensors as one: at scope tensor it asks nothing, and it reads the size and the shape of none.
 
     At scope model, all tensors must have the same questions.
     """
     known: dict[int, list[Any]] = {}
+    looked: set[str] = set()
     for name in merged:
         params = merge.params_for(name)
         if id(params) not in known:
-            known[id(params)] = asked(merge, params)
+            known[id(params)] = asked(merge, params, looked)
     kinds = list(known.values())
     if merge.scope == "model" and any(kind != kinds[0] for kind in kinds):
         raise RecipeError(
             f"scope: model: '{merge.method.name}' asks about the whole model at once, what it asks varies here",
             "give a density one value, or use scope: tensor",
         )
-    return {name: len(known[id(merge.params_for(name))]) for name in merged}, any(Norms in kind for kind in kinds)
+    blind = "shape" not in looked and (merge.scope == "model" or not (any(kinds) or "numel" in looked))
+    asks = {name: len(known[id(merge.params_for(name))]) for name in merged}
+    return asks, any(Norms in kind for kind in kinds), blind

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,30 +18,27 @@ from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.shards import ShardFiles
 from mergebench.engine.brackets import Floats
 from mergebench.engine.context import Context
+from mergebench.engine.groups import Unit
 from mergebench.engine.inmemory import InMemory
+from mergebench.engine.items import Item
 from mergebench.engine.method import Tasks
-from mergebench.engine.plan import Plan, Unit
+from mergebench.engine.plan import Plan
 from mergebench.engine.profile import Counts, counts
 from mergebench.engine.read import ChunkReader
-from mergebench.engine.replay import replay
+from mergebench.engine.replay import ask_at_once, replay
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic
+from mergebench.engine.statistics import OrderStatistics, Statistic, decode
 from mergebench.errors import RunError
 
-Known = Sequence[Sequence[Any]]  # the answers so far, [unit][question]
+Known = Sequence[Sequence[Mapping[str, Any]]]  # the answers so far, [unit][question], encoded
 
 
-class Item(NamedTuple):
-    """One chunk of work: elements of the unit numbered `unit` (-1: to be copied), starting at its tile `tile`."""
-
-    unit: int
-    spans: tuple[Span, ...]
-    tile: int
-
-
-def replay_chunk(plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Any]) -> Statistic | Tensor | Tasks:
+def replay_chunk(
+    plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Mapping[str, Any]]
+) -> Statistic | Tensor | Tasks:
     """Run the method with the answers known so far; returns the next question, or the merged chunk."""
-    return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, answers)
+    known = [decode(answer, plan.device) for answer in answers]
+    return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, known)
 
 
 def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
@@ -84,14 +81,31 @@ class Worker:
         """The state of each unit's next statistic over this worker's chunks."""
         states = copy.deepcopy(empty)  # all before the first chunk: small things that live long, made amid the chunks'
         for item in items:  # temporaries, would split the memory that those use again and again
-            values, _ = self.reader.load(item.spans, apply=False)
+            values, _ = self.reader.load(item.spans, apply=False, alike=True)
             if not known[item.unit]:
                 self._check_finite(item, values)
             context = context_of(self.plan, units[item.unit], item.spans)
             statistic = replay_chunk(self.plan, values, context, known[item.unit])
             assert isinstance(statistic, Statistic), "the method asked fewer questions than it did on the toy chunk"
-            statistic.reduce(states[item.unit], item.tile)
+            several = len(item.spans) > 1
+            statistic.reduce(states[item.unit], item.tile, [span.numel for span in item.spans] if several else ())
         return states
+
+    def answer(
+        self, items: Iterable[Item], units: Sequence[Unit], known: Known
+    ) -> list[tuple[int, list[dict[str, Any]]]]:
+        """The number and the missing answers of each unit; a unit is one tensor of one tile."""
+        found = []
+        for item in items:
+            values, _ = self.reader.load(item.spans, apply=False, alike=True)
+            if any(not known[item.unit + at] for at in range(len(item.spans))):
+                self._check_finite(item, values)
+            params = self.plan.merge.params_for(item.spans[0].tensor)
+            for number, (span, part) in enumerate(self._parts(item, values), item.unit):
+                context = context_of(self.plan, units[number], (span,))
+                method, asked = self.plan.merge.method, units[number].passes
+                found.append((number, ask_at_once(method, part, params, context, known[number], asked)))
+        return found
 
     def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> None:
         """Merge or copy, and write into the shards in `directory`, or into the target."""
@@ -100,12 +114,15 @@ class Worker:
             self._outputs = [ShardFiles(directory, column) for column in columns]
         output, *tasks = self._outputs
         for item in items:
-            (span,) = item.spans
+            span = item.spans[0]
             masks: Sequence[Tensor] = ()
             if item.unit < 0:
                 stored = self._copied(span)
             else:
-                stored, masks = self._merged(item, units[item.unit], known[item.unit])
+                stored, masks = self._merged(item, units, known)
+            if len(item.spans) > 1:
+                output.write_all([(one.tensor, one.numel) for one in item.spans], stored)
+                continue
             output.write(span.tensor, span.start, stored)
             for task, mask in zip(tasks, masks, strict=item.unit >= 0):
                 task.write(span.tensor, span.start // 8, mask)
@@ -121,36 +138,67 @@ class Worker:
             values, _ = self.reader.load(item.spans, apply=False)
             context = context_of(self.plan, units[item.unit], item.spans)
             params = self.plan.merge.params_for(span.tensor)
-            found.append((span.tensor, span.start, counts(method, values, params, context, known[item.unit])))
+            answers = [decode(answer, self.plan.device) for answer in known[item.unit]]
+            found.append((span.tensor, span.start, counts(method, values, params, context, answers)))
         return found
 
-    def _merged(self, item: Item, unit: Unit, answers: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
+    def _merged(self, item: Item, units: Sequence[Unit], known: Known) -> tuple[Tensor, Sequence[Tensor]]:
         """The merged chunk in its stored type; for tasks, the vector, and the masks as bits."""
-        (span,) = item.spans
-        values, base = self.reader.load(item.spans, apply=True)
-        if not unit.passes:
+        values, base = self.reader.load(item.spans, apply=True, alike=True)
+        if not units[item.unit].passes:
             self._check_finite(item, values)
-        merged = replay_chunk(self.plan, values, context_of(self.plan, unit, item.spans), answers)
-        assert not isinstance(merged, Statistic), "the method asked more questions than it did on the toy chunk"
         masks: Sequence[Tensor] = ()
+        if len(item.spans) == 1 or self.plan.blind:
+            merged = self._replayed(values, units[item.unit], item.spans, known[item.unit])
+        else:
+            merged = torch.cat([
+                self._replayed(part, units[number], (span,), known[number])
+                for number, (span, part) in enumerate(self._parts(item, values), item.unit)
+            ])  # fmt: skip
         if isinstance(merged, Tasks):
             bits = np.packbits(merged.masks.cpu().numpy(), axis=1, bitorder="little")
             merged, masks = merged.vector, torch.from_numpy(bits).unbind()
-        method = self.plan.merge.method
-        if merged.shape != base.shape or merged.dtype != torch.float32:
-            raise RunError(
-                f"method '{method.name}' gave {merged.dtype} {list(merged.shape)} for a chunk "
-                f"of {len(base)} elements, float32 [{len(base)}] was expected"
-            )
         if self.plan.merge.onto_base:
             merged = merged + base
-        stored = merged.to(TORCH_DTYPE[self.plan.dtypes[span.tensor]])
-        if not math.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():
-            error = self._find_non_finite(span)
-            if error is None and torch.isnan(stored).any():
-                error = RunError(f"{span.tensor}: '{method.name}' makes nan of finite values", "exclude the tensor")
-            raise error or _does_not_fit(span.tensor, self.plan.dtypes[span.tensor])
+        dtype = self.plan.dtypes[item.spans[0].tensor]
+        stored = merged.to(TORCH_DTYPE[dtype])
+        if not math.isfinite(stored.sum(dtype=torch.float32)):
+            self._check_stored(item, stored, dtype)
         return stored.cpu(), masks
+
+    def _parts(self, item: Item, values: Tensor) -> Iterator[tuple[Span, Tensor]]:
+        """Each tensor of a chunk and its values [models, elements]."""
+        if len(item.spans) == 1:
+            yield item.spans[0], values
+        else:
+            parts = torch.split(values, [one.numel for one in item.spans], dim=1)
+            for span, part in zip(item.spans, parts, strict=True):
+                yield span, part.contiguous()
+
+    def _replayed(
+        self, values: Tensor, unit: Unit, spans: tuple[Span, ...], answers: Sequence[Mapping[str, Any]]
+    ) -> Any:
+        """The method's result on a chunk, float32 [elements] or `Tasks`."""
+        merged = replay_chunk(self.plan, values, context_of(self.plan, unit, spans), answers)
+        assert not isinstance(merged, Statistic), "the method asked more questions than it did on the toy chunk"
+        vector, numel = merged.vector if isinstance(merged, Tasks) else merged, values.shape[1]
+        if vector.shape != (numel,) or vector.dtype != torch.float32:
+            raise RunError(
+                f"method '{self.plan.merge.method.name}' gave {vector.dtype} {list(vector.shape)} for a chunk "
+                f"of {numel} elements, float32 [{numel}] was expected"
+            )
+        return merged
+
+    def _check_stored(self, item: Item, stored: Tensor, dtype: str) -> None:
+        """Raise an error if a merged value is not finite."""
+        for span, part in zip(item.spans, torch.split(stored, [span.numel for span in item.spans]), strict=True):
+            if torch.isfinite(part).all():
+                continue
+            error = self._find_non_finite(span)
+            if error is None and torch.isnan(part).any():
+                method = self.plan.merge.method.name
+                error = RunError(f"{span.tensor}: '{method}' makes nan of finite values", "exclude the tensor")
+            raise error or _does_not_fit(span.tensor, dtype)
 
     def _copied(self, span: Span) -> Tensor:
         """Elements of a tensor that is not merged; floats are converted to the stored type."""
@@ -186,7 +234,7 @@ class Worker:
                 error = self._find_non_finite(span)
                 if error is not None:
                     raise error
-            self.reader.load(item.spans, apply=True)  # no element is at fault: the sum overflowed
+            self.reader.load(item.spans, apply=True, alike=True)  # no element is at fault: the sum overflowed
 
     def _find_non_finite(self, span: Span) -> RunError | None:
         """The error that names the model and the place of a non-finite value; None if only the sum overflowed."""

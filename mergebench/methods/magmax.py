@@ -25,5 +25,5 @@ def magmax(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     Marczak et al., "MagMax". Of equal magnitudes with different signs, plus is taken.
     """
     high, low = reduce(torch.maximum, tvs), reduce(torch.minimum, tvs)
-    magnitude = torch.maximum(high, -low)
+    magnitude = torch.maximum(high.abs(), low.abs())
     return magnitude * plus_or_minus(high + low) * p.lambda_

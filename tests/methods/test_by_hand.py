@@ -278,6 +278,11 @@ def test_equal_models_merge_into_themselves(name: str) -> None:
     torch.testing.assert_close(whole(name, row.repeat(4, 1), normalize=True), row)
 
 
+def test_magmax_of_no_change_has_no_sign() -> None:
+    """torch.maximum takes either of two zeros, by their place in the chunk."""
+    assert not torch.signbit(whole("magmax", torch.zeros(2, 33))).any()
+
+
 @pytest.mark.parametrize("name", ["sce", "ram", "ramplus_tl", "magmax", "localize_stitch"])
 def test_equal_models_merge_into_themselves_without_weights(name: str) -> None:
     row = torch.randn(500, generator=torch.Generator().manual_seed(2))

@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.engine.answers import decoded, units_of
-from mergebench.engine.executors import chunks_of, start_workers
+from mergebench.engine.executors import start_workers
+from mergebench.engine.items import chunks_of
 from mergebench.engine.job import Merge
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.profile import Counts
