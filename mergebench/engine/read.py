@@ -118,7 +118,8 @@ class ChunkReader:
                 self.files.read_into(first, end - (at - start) - first.offset, self._bytes[start:at])
                 start, first, end = at, tensor, offset
             at, end = at + size, end + size
-        self.files.read_into(first, end - (at - start) - first.offset, self._bytes[start:at])
+        if start < at:
+            self.files.read_into(first, end - (at - start) - first.offset, self._bytes[start:at])
         return at
 
     def _add_deltas(self, name: str, number: int, operand: Operand, pieces: Sequence[Span], row: Tensor) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, whole
-from mergebench.checkpoint.header import FLOATS, FP8, ITEM_SIZE, MAX_HEADER_BYTES, read_header
+from mergebench.checkpoint.header import FLOATS, FP8, ITEM_SIZE, MAX_HEADER_BYTES, Stamp, read_header
 from mergebench.errors import MergebenchError, ModelError, RunError
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -53,7 +53,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path, written: dict[str, torch.T
     file = tmp_path / "model.safetensors"
     save_file(written, file, metadata=metadata)
     header = read_header(file)
-    assert header.file == file and header.size == file.stat().st_size
+    assert header.file == file and header.stamp == Stamp.of(file.stat())
     assert header.metadata == (metadata or {})
     assert {tensor.name for tensor in header.tensors} == written.keys()
     assert [tensor.offset for tensor in header.tensors] == sorted(tensor.offset for tensor in header.tensors)

@@ -106,11 +106,12 @@ def test_reads_and_writes_that_stop_short(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
-    """Cut off between its header and its data being read: an error, no endless loop, no old bytes."""
+    """Cut off while its data are read: an error, no endless loop, no old bytes."""
     create(tmp_path / "x", Shard("x", (OutTensor("a", "F32", (1000,), 4000),)))
     (tensor,) = read_header(tmp_path / "x").tensors
-    os.truncate(tmp_path / "x", 2000)
-    with Files() as files, pytest.raises(RunError, match="became shorter"):
+    with pytest.raises(RunError, match="became shorter"), Files() as files:
+        whole(files, tensor)
+        os.truncate(tmp_path / "x", 2000)
         whole(files, tensor)
 
 

@@ -30,8 +30,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.noise import TILE
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic
-from mergebench.engine.sweep import to_device
+from mergebench.engine.statistics import OrderStatistics, Statistic, decode, encode
 from mergebench.testing.trial import Trial
 
 GPU = torch.device("cuda", 0)
@@ -100,7 +99,7 @@ def answer(question: Statistic) -> Any:
         sample = Sample(np.ascontiguousarray(question.keyed()[:, ::64][:, :1024]), 16, margin=1e9)
     state = question.init(numel, -(-numel // TILE), sample, 1 << 24)
     question.reduce(state, 0)
-    return to_device(GPU, question.finish(state))
+    return decode(encode(question.finish(state)), GPU)
 
 
 def merged(name: str, device: torch.device, ask: Callable[[Statistic], Any], place: Path) -> Tensor:

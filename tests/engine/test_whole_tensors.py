@@ -16,6 +16,7 @@ from torch import Tensor
 
 import mergebench
 from mergebench.engine import executors
+from mergebench.engine.items import chunks_of
 from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Plan
 from mergebench.errors import RecipeError
@@ -66,7 +67,7 @@ def result(plan: Plan, out: Path) -> dict[str, Tensor]:
 
 def test_only_matrices_come_whole(folder: Path) -> None:
     plan = planned(folder, "tsv_m", workers=1)
-    chunks = {name: [item.spans[0].numel for item in executors.chunks_of(plan, name, 0)] for name in SHAPES}
+    chunks = {name: [item.spans[0].numel for item in chunks_of(plan, name, 0)] for name in SHAPES}
 
     assert plan.whole == {name for name in SHAPES if name.endswith(("q.weight", "up.weight", "down.weight"))}
     for name in plan.whole:
@@ -106,7 +107,7 @@ def test_a_matrix_that_does_not_fit_is_refused(method: str, parameters: dict[str
     plan = planned(folder, method, parameters, workers=1, memory=needed * MIB)
     assert needed - 1 < plan.peak_memory / MIB <= needed
     assert plan.longest == 900 * 800
-    assert [item.spans[0].numel for item in executors.chunks_of(plan, "model.layers.0.up.weight", 0)] == [plan.longest]
+    assert [item.spans[0].numel for item in chunks_of(plan, "model.layers.0.up.weight", 0)] == [plan.longest]
     rows_read, results_and_sum = 4 * (4 + 8), 4 * 4
     assert needed * MIB > plan.longest * (rows_read + results_and_sum)
     assert planned(folder, method, parameters, workers=2, memory=2 * needed * MIB).peak_memory == 2 * plan.peak_memory

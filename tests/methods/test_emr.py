@@ -248,8 +248,8 @@ def without_number(task: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[MergebenchError], str]] = {
-    "no number": (without_number, RunError, "it needs a number 'scale'"),
-    "no json": (lambda task: (task / "task.json").write_text("{"), RunError, "it needs a number 'scale'"),
+    "no number": (without_number, RunError, 'task.json: scale: must be a finite number, got "x"'),
+    "no json": (lambda task: (task / "task.json").write_text("{"), RunError, "task.json: not readable as JSON"),
     "short": (shorten, RunError, "the file has 8459"),
     "a mask gone": (lambda task: next(task.glob("*.safetensors")).unlink(), ModelError, "no such file"),
     "another base": (other_shape, ModelError, "norm: the task changes [13], base has F32 [14]"),
