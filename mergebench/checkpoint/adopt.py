@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergebench.checkpoint.align import is_derived
-from mergebench.checkpoint.assembled import assemble
 from mergebench.checkpoint.experts import fuse_deltas, read_experts
 from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.layouts import in_memory, read_as
@@ -59,6 +58,8 @@ def _by_names(base: Model, model: Model) -> Model:
 
 def _by_transformers(base: Model, model: Model) -> Model | None:
     """The model as transformers loads both; None if it does not know them, or no tensor changes."""
+    from mergebench.checkpoint.assembled import assemble  # this import loads torch
+
     kind = (base.config.get("architectures") or [None])[0]
     config = model.config or base.config
     if not base.config or config.get("model_type") != base.config.get("model_type"):

@@ -13,10 +13,8 @@ from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
 from mergebench.checkpoint.naming import find_weights
 from mergebench.checkpoint.reference import locate
-from mergebench.deltas.peft.directory import holds_no_model, is_adapter, read_directory
+from mergebench.deltas.peft.directory import OTHER_MODEL, holds_no_model, is_adapter, read_directory
 from mergebench.deltas.peft.foreign import refuse_foreign, refuse_foreign_file
-from mergebench.deltas.peft.names import OTHER_MODEL
-from mergebench.deltas.peft.other_layout import read_in_another_layout
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 
@@ -56,6 +54,8 @@ def put_on(model: Model, place: Path) -> Model:
     try:
         read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
     except ModelError as error:
+        from mergebench.deltas.peft.other_layout import read_in_another_layout  # this import loads torch
+
         other = read_in_another_layout(known, place, model) if error.hint == OTHER_MODEL else None
         if other is None:
             raise

@@ -103,6 +103,7 @@ def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool, bo
             f"scope: model: '{merge.method.name}' asks about the whole model at once, what it asks varies here",
             "give a density one value, or use scope: tensor",
         )
-    blind = "shape" not in looked and (merge.scope == "model" or not (any(kinds) or "numel" in looked))
+    blind = merge.cut == "element" and "shape" not in looked
+    blind = blind and (merge.scope == "model" or not (any(kinds) or "numel" in looked))
     asks = {name: len(known[id(merge.params_for(name))]) for name in merged}
     return asks, any(Norms in kind for kind in kinds), blind

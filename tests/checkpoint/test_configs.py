@@ -87,7 +87,7 @@ def test_the_card_and_the_provenance_say_it(folder: Path) -> None:
     change(folder, {"rope_theta": 1e6})
     result = mergebench.run(planned(), "out")
     assert "rope_theta 1000000.0" in result.provenance["notes"][0]
-    assert "rope_theta 1000000.0" in (folder / "out" / "README.md").read_text()
+    assert r"rope\_theta 1000000.0" in (folder / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("changes", [{"num_attention_heads": 2}, {"num_key_value_heads": 2}, {"head_dim": 4}])

@@ -78,7 +78,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for side, shape in (("A", (2, columns)), ("B", (rows, 2)))
         }
         save_file(factors, Path(name) / "adapter_model.safetensors", metadata={CODES: CODES + str(number)})
-    write_probe(Path(PROBE), torch.randn(2, 16), layer=0, norm=CODES, pool=HTML + CODES, classes=[CODES, HTML])
+    write_probe(Path(PROBE), torch.randn(2, 16), layer=0, norm="pre", pool="mean", classes=[CODES, HTML])
     write_recipe(Path("recipe.yaml"), "linear", [ONE, TWO], BASE)
     write_recipe(Path("lora.yaml"), "ties", [f"{BASE}+{LORA}", ONE], BASE, parameters={"density": 0.5})
     write_recipe(Path("strange.yaml"), "linear", [ONE, "strange"], BASE)
@@ -193,8 +193,8 @@ def test_only_one_file_prints() -> None:
 
 def test_what_is_too_long_to_read_loses_its_middle() -> None:
     assert shown("a" * 300) == "a" * 300
-    assert shown(f"x: '{'a' * 10_000}' has no y") == f"x: '{'a' * 149}…{'a' * 148}' has no y"
-    assert len(shown("a " * 10_000)) == 4000
+    assert shown(f"x: '{'a' * 10_000}' has no y") == f"x: '{'a' * 58}…{'a' * 58}' has no y"
+    assert len(shown("a " * 10_000)) == 3999
     error = MergebenchError("a\nb", "c\x1b")
     assert (error.message, error.hint, str(error)) == ("a\\nb", "c\\x1b", "a\\nb")
 

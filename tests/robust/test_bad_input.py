@@ -118,7 +118,7 @@ recipe_case("base missing", MODEL, "recipe.yaml:", "'./nowhere'", base="./nowher
 recipe_case("file missing", MODEL, "'ft1/other.safetensors'", models=["ft1/other.safetensors", "ft2"])
 recipe_case("bare name is no path", MODEL, "'bert'", hint="org/name", models=["bert", "ft2"])
 recipe_case("unknown home directory", MODEL, "~nobody-of-that-name/x", models=["~nobody-of-that-name/x", "ft2"])
-recipe_case("endless path", MODEL, "x" * 140 + "…" + "x" * 140, models=["x" * 300, "ft2"])
+recipe_case("endless path", MODEL, "x" * 300, models=["x" * 300, "ft2"])
 recipe_case("not a checkpoint", MODEL, "recipe.yaml", "not a .safetensors file", models=["recipe.yaml", "ft2"])
 
 
@@ -521,7 +521,7 @@ def _(s: Setup) -> None:
     _config(s, s.ft1, num_hidden_layers=3)
 
 
-@case("names that no rule explains", MODEL, "ft1 has 7 tensors that base does not have (decoder.embed.weight, ",
+@case("names that no rule explains", MODEL, "ft1 has 6 tensors that base does not have (decoder.embed.weight, ",
       "and lacks 6 of base's (embed.weight, ", hint="no known rule")  # fmt: skip
 def _(s: Setup) -> None:
     tensors = fine_tuned(s.tensors, 1)

@@ -210,7 +210,7 @@ def test_provenance_of_another_shape(place: Path, cli: Cli, shape: str) -> None:
         done = cli("merge", "recipe.yaml", "--out", "out", "-q", option)
         assert done.code == 2 and "it exists and mergebench did not make it" in done.err
     done = cli("report", "out")
-    assert done.code == 1 and done.err.count("\n") == 2 and done.err.startswith("error: out/mergebench.json: it ")
+    assert done.code == 1 and done.err.count("\n") == 2 and done.err.startswith("error: out/mergebench.json: ")
 
 
 def test_a_search_that_was_killed_before_its_first_point(place: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_tokenizer_that_cannot_be_written(place: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
         with pytest.raises(MergebenchError, match="no tokenizer can be written: File too large") as error:
-            tokenizers.saved(tokenizer)
+            tokenizers.saved(tokenizer, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, most))
     assert error.value.hint == "set TMPDIR to another disk"

@@ -24,6 +24,7 @@ from mergebench.checkpoint.stacked import stacked
 from mergebench.deltas.dense import dense
 from mergebench.deltas.peft.directory import (
     CONFIG,
+    OTHER_MODEL,
     by_module,
     holds_no_model,
     of_type,
@@ -31,7 +32,7 @@ from mergebench.deltas.peft.directory import (
 )
 from mergebench.deltas.peft.factors import PATTERNS, Factors, read_factors
 from mergebench.deltas.peft.heads import new_head, with_head
-from mergebench.deltas.peft.names import OTHER_MODEL, Placing, put_whole
+from mergebench.deltas.peft.names import Placing, put_whole
 from mergebench.deltas.peft.orientation import Orientation
 from mergebench.deltas.peft.parameters import Wrapped, names_of, put_wrapped, take_wrapped
 from mergebench.deltas.peft.tokens import put_tokens, untie, with_aliases

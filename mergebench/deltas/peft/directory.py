@@ -15,6 +15,7 @@ from mergebench.deltas.peft.settings import check_settings
 from mergebench.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
 PREFIX = "base_model.model."  # PEFT's prefix of module names
 _HEADS = {"classifier", "score"}  # PEFT lists both for every classifier, which has one of them
 _BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")

@@ -12,10 +12,10 @@ from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.kind import DeltaKind, Misfit, Part
 from mergebench.checkpoint.names import is_vocabulary, match
 from mergebench.deltas.dense import dense
+from mergebench.deltas.peft.directory import OTHER_MODEL
 from mergebench.errors import ModelError
 
 WITH_HEAD = "name a base saved with it, such as the classifier that the adapter was trained on"
-OTHER_MODEL = "this adapter was trained on another model: name that one before the '+'"
 
 
 class Names:

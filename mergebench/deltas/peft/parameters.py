@@ -25,8 +25,9 @@ from mergebench.checkpoint.kind import Part
 from mergebench.checkpoint.laid_out import columns, rows
 from mergebench.checkpoint.stacked import stacked
 from mergebench.deltas.low_rank import low_rank
+from mergebench.deltas.peft.directory import OTHER_MODEL
 from mergebench.deltas.peft.factors import read_factors
-from mergebench.deltas.peft.names import OTHER_MODEL, Placing
+from mergebench.deltas.peft.names import Placing
 from mergebench.errors import ModelError
 
 _ORDER = ("gate_up_proj", "down_proj")  # as modules define them: PEFT wraps the first first

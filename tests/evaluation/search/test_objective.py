@@ -52,11 +52,12 @@ def test_the_best_is_the_first_of_equal_ones(direction: str, order: list[int], t
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
-    history = History(tmp_path, {"seed": 3})
+    made = {"objective": "mean", "direction": "higher", "metrics": {}}
+    history = History(tmp_path, {"seed": 3, **made})
     history.add(Point(0, {"lambda": 0.3, "normalize": True}, {"a": 0.1}, 0.1, 1.5))
     history.add(Point(1, {"lambda": 0.4, "normalize": None}, {}, None, 0.1, "nan"))
-    again = History(tmp_path, {"seed": 3})
+    again = History(tmp_path, {"seed": 3, **made})
     again.resume()
     assert again == history
     with pytest.raises(RecipeError, match="another --seed"):
-        History(tmp_path, {"seed": 4}).resume()
+        History(tmp_path, {"seed": 4, **made}).resume()
