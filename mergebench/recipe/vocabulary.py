@@ -64,7 +64,10 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
     if template is not None and models[0].directory is not None:
         files = tokenizers.with_template(files or tokenizers.stored(models[0].directory), template)
         if source is not models[0] and source.directory is not None:  # turns end by the tokens named there
-            files |= {one.name: read_bytes(one) for one in source.directory.glob(GENERATION)}
+            ends = {one.name: read_bytes(one) for one in source.directory.glob(GENERATION)}
+            files |= ends
+            remark = f"{' and '.join(['the chat template', *ends])}: those of {source.reference}"
+            changed[0] = replace(changed[0], remarks=(*changed[0].remarks, remark))
     changed[0] = replace(changed[0], tokenizer_files=files)
     return changed
 

@@ -336,8 +336,12 @@ def test_a_chat_template_comes_with_what_ends_a_turn(make: Make, models: Path) -
         (models / name / "generation_config.json").unlink(missing_ok=True)
         (models / name / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
 
+    said: list[bool] = []
+
     def ends_of(template: str) -> object:
         out = make(LINEAR + BASED + "tokenizer_source: union\n" + template)
+        notes = json.loads((out / "mergebench.json").read_text())["notes"]
+        said.append(any("the chat template and generation_config.json: those of" in note for note in notes))
         return json.loads((out / "generation_config.json").read_text())["eos_token_id"]
 
     assert ends_of("chat_template: auto\n") == 2
@@ -346,3 +350,4 @@ def test_a_chat_template_comes_with_what_ends_a_turn(make: Make, models: Path) -
     assert ends_of("chat_template: chatml\n") == ends_of("") == 2
     (models / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     assert ends_of("chat_template: auto\n") == 2
+    assert said == [False, True, False, False, False]
