@@ -14,27 +14,13 @@ already is not made again. Prints Markdown. Training takes about six minutes of 
 from __future__ import annotations
 
 import argparse
-import random
 import shutil
 from pathlib import Path
 
 import torch
 from port import once, save_as
 from speed import commit
-from train_quickstart import (
-    BASE,
-    CHOOSING_TEXTS,
-    QUICKSTART,
-    SEED,
-    TASKS,
-    TEST_TEXTS,
-    TRAIN_TEXTS,
-    Texts,
-    fine_tune,
-    save_head,
-    select,
-)
-from transformers import AutoTokenizer
+from train_quickstart import BASE, QUICKSTART, TASKS, fine_tune, save_head, to_train_on
 
 import mergebench
 from mergebench.adapters.extract import extract_adapter
@@ -48,14 +34,8 @@ LR, EPOCHS = 5e-5, 4
 
 def train(out: Path, task: str, sources: Path) -> None:
     """All weights of the base and a head, trained on one task."""
-    _, rest = select(TASKS[task](sources), TEST_TEXTS)
-    validation, texts = select(rest, CHOOSING_TEXTS)
-    random.Random(SEED).shuffle(texts)
-    texts = texts[:TRAIN_TEXTS]
-    labels = sorted({example.label for example in [*texts, *validation]})
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    both = Texts(texts, labels, tokenizer), Texts(validation, labels, tokenizer)
-    encoder, head, _ = fine_tune(*both, len(labels), LR, EPOCHS, full=True)
+    texts, validation, labels = to_train_on(task, sources, BASE)
+    encoder, head, _ = fine_tune(texts, validation, len(labels), LR, EPOCHS, full=True)
     save_as(BASE, encoder, out)
     save_head(out, task, head, labels)
 

@@ -39,7 +39,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from train_quickstart import CHOOSING_TEXTS, QUICKSTART, SEED, TASKS, TEST_TEXTS, TRAIN_TEXTS, Texts, select
+from train_quickstart import QUICKSTART, SEED, TASKS
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mergebench
@@ -124,14 +124,8 @@ def embed_texts(encoder: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Ten
 def retune(out: Path, task: str, base: Path, sources: Path) -> None:
     """The quickstart's recipe for one task, on another base."""
     train_quickstart.BASE = base
-    _, rest = select(TASKS[task](sources), TEST_TEXTS)
-    validation, train = select(rest, CHOOSING_TEXTS)
-    random.Random(SEED).shuffle(train)
-    train = train[:TRAIN_TEXTS]
-    labels = sorted({example.label for example in [*train, *validation]})
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    train_texts, validation_texts = Texts(train, labels, tokenizer), Texts(validation, labels, tokenizer)
-    tried = [train_quickstart.fine_tune(train_texts, validation_texts, len(labels), lr, 4) for lr in RATES]
+    train, validation, labels = train_quickstart.to_train_on(task, sources, base)
+    tried = [train_quickstart.fine_tune(train, validation, len(labels), lr, 4) for lr in RATES]
     encoder, head, _ = max(tried, key=lambda run: run[2])
     assert isinstance(encoder, PeftModel)
     train_quickstart.save(out, task, encoder, head, labels)

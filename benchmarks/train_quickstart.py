@@ -184,13 +184,26 @@ def save_head(out: Path, task: str, head: nn.Linear, labels: list[str]) -> None:
     save_file(weights, out / "head.safetensors", about | {"labels": json.dumps(labels)})
 
 
-def train_task(task: str, sources: Path, lrs: list[float], epochs: int) -> str:
-    """Train and save one task; a line for the table at the end."""
-    start = time.perf_counter()
+def read_parts(task: str, sources: Path) -> tuple[list[Example], list[Example], list[Example]]:
+    """A task's train, validation and test texts."""
     test, rest = select(TASKS[task](sources), TEST_TEXTS)
     validation, train = select(rest, CHOOSING_TEXTS)
     random.Random(SEED).shuffle(train)
-    parts = train, validation, test = train[:TRAIN_TEXTS], validation, test
+    return train[:TRAIN_TEXTS], validation, test
+
+
+def to_train_on(task: str, sources: Path, base: Path) -> tuple[Texts, Texts, list[str]]:
+    """A task's train and validation texts as tokens of a base, and its labels."""
+    train, validation, _ = read_parts(task, sources)
+    labels = sorted({example.label for example in [*train, *validation]})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return Texts(train, labels, tokenizer), Texts(validation, labels, tokenizer), labels
+
+
+def train_task(task: str, sources: Path, lrs: list[float], epochs: int) -> str:
+    """Train and save one task; a line for the table at the end."""
+    start = time.perf_counter()
+    parts = train, validation, test = read_parts(task, sources)
     for texts, others in ((train, validation), (train, test), (validation, test)):
         assert not {key(example.text) for example in texts} & {key(example.text) for example in others}
         assert not {example.group for example in texts} & {example.group for example in others}

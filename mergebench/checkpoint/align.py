@@ -150,7 +150,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def _separate_head(model: Model) -> bool:
+def _separate_head(model: Model | Base) -> bool:
     """Whether its config says that a head is not tied to the embedding."""
     return not model.config.get("tie_word_embeddings", True)
 
@@ -165,7 +165,7 @@ class Ties:
 
     def __init__(self, model: Model | Base) -> None:
         self._model = model
-        self._apart = bool(model.config) and not model.config.get("tie_word_embeddings", True)
+        self._apart = _separate_head(model)
         self._known: dict[str, str | None] = {}
 
     def target(self, name: str) -> str | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from mergebench.checkpoint.documents import parse_json
 from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.layouts import build
 
 _KNOWN = 0.75  # share of a file's tensors that the model must have under their names, to be believed about the others
 
@@ -82,19 +82,14 @@ def _is_mask(info: TensorInfo) -> bool:
 @lru_cache(maxsize=8)
 def _of(config: str) -> Architecture | None:
     """The architecture of a config.json; None if transformers does not have it."""
-    import torch
-    import transformers
-
-    settings = parse_json(config)
+    model = build(parse_json(config))
+    if model is None:
+        return None
     try:
-        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
-            kind = settings.pop("model_type")
-            cls = getattr(transformers, settings["architectures"][0])
-            model = cls(transformers.AutoConfig.for_model(kind, **settings))
-            stored = frozenset(model.state_dict())
-            derived = frozenset(name for name, _ in model.named_buffers()) - stored
-            ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    except Exception:  # of a config that it cannot build, it knows nothing
+        stored = frozenset(model.state_dict())
+        derived = frozenset(name for name, _ in model.named_buffers()) - stored
+        ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    except Exception:  # of a model whose ties it cannot say, nothing is known
         return None
     passed_over = tuple(model._keys_to_ignore_on_load_unexpected or ())
     return Architecture(model.base_model_prefix, stored, ties, derived, passed_over)
