@@ -41,4 +41,4 @@ $(VENV)/dev.stamp: $(VENV)/base.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) merged banks recipes/*/cache
+	rm -rf $(VENV) merged trained banks recipes/*/cache

@@ -82,6 +82,34 @@ class Registry(Generic[T]):
         return found
 
 
+class Scanned(Registry[T]):
+    """All declared objects of one sort in several packages, by the names they declare.
+
+    Their modules are imported when the first name is asked for. A module may hold several objects, and others beside.
+    """
+
+    def __init__(self, rooms: tuple[str, ...], group: str, what: str, kind: type[T], decorator: str) -> None:
+        super().__init__(rooms[0], group, what, kind, decorator)
+        self._rooms = rooms
+
+    @cached_property
+    def _objects(self) -> dict[str, T]:
+        found: dict[str, T] = {}
+        for room in self._rooms:
+            for about in pkgutil.iter_modules(importlib.import_module(room).__path__):
+                values = vars(importlib.import_module(f"{room}.{about.name}")).values()
+                found |= {str(vars(one)["name"]): one for one in values if type(one) is self._kind}
+        return found
+
+    @cached_property
+    def _builtin(self) -> frozenset[str]:
+        return frozenset(self._objects)
+
+    def get(self, name: str) -> T:
+        """The object of that name; `RecipeError` if there is none."""
+        return self._objects[name] if name in self._objects else super().get(name)
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
@@ -91,7 +119,7 @@ def named(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-_SMALLER = {"scikit-learn": "probe"}  # the smallest extra that has it; [eval] has all
+_SMALLER = {"scikit-learn": "probe", "accelerate": "train", "peft": "train"}  # the smallest extra; [eval] has others
 
 
 def need(library: str, what: str) -> str:

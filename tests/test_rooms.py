@@ -14,6 +14,7 @@ ROOMS = [
     "",
     "testing",
     "systems",
+    "training",
     "evaluation",
     "recipe",
     "adapters",

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mergebench.adapters.fine_tune import Reading
 
-DELTAS = "delta.safetensors"  # a file of deltas in the output directory, where no PEFT type fits
-
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]  # by tensor
 Answers = Mapping[str, Mapping[str, Any]]  # by tensor that is stored: `total`, `kept`, `nbytes`, `about`, `sums`

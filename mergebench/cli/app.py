@@ -25,6 +25,7 @@ from mergebench.cli import (
     report,
     search,
     task_vector,
+    train,
 )
 from mergebench.cli.output import say
 
@@ -65,6 +66,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(mask.app, name="mask")
 app.add_typer(cil.app, name="cil")
 app.command("compress", cls=compress.Compress)(compress.compress)
+app.command("train")(train.train)
 app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)

@@ -15,22 +15,21 @@ merge.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mergebench.checkpoint.content import sha256_of
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
-from mergebench.evaluation.scorer import Scorer, ScorerKind
+from mergebench.evaluation.scorer import Scorer
 from mergebench.evaluation.task import Kind, Ready
-from mergebench.parameters import Parameter, make_params
+from mergebench.recipe.declared import Declaring, Reader, looked_in
 from mergebench.recipe.positions import Loc, Places, show
 from mergebench.recipe.yaml import find, parse, plain, text_of
 
-T = TypeVar("T")
 SHAPE = "begin with tasks: and list them as '- name: …'"
 
 
@@ -113,7 +112,7 @@ def load_suite(
         found = find(source, folders)
         if found is None:
             what = f"no such suite file: {os.fspath(source)}"
-            raise places.error(at, what, _looked(folders)) if places else RecipeError(what, _looked(folders))
+            raise places.error(at, what, looked_in(folders)) if places else RecipeError(what, looked_in(folders))
         path, loc, places = found, (), Places({(): str(found)})
         folders = [path.parent, *folders]
         data = parse(text_of(path), str(path), places)
@@ -130,11 +129,12 @@ def load_suite(
     return Suite(tuple(reader.task(entry, (*loc, "tasks", i)) for i, entry in enumerate(entries)), path)
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads the entries of one suite; remembers the names it has met."""
 
     def __init__(self, places: Places, folders: Sequence[Path], edited: bool) -> None:
-        self.places, self.folders, self.edited = places, folders, edited
+        super().__init__(places, folders)
+        self.edited = edited
         self.names: set[tuple[str, str]] = set()
         self.items: dict[str, dict[str, tuple[str, str]]] = {"test": {}, "validation": {}}
 
@@ -167,15 +167,6 @@ class _Reader:
             raise self.places.error(loc, what, "what is chosen on some items is reported on others")
         self.items[task.split].update({one: (where, task.name) for one, where in task.ready.items.items()})
 
-    def params(self, kind: Kind | ScorerKind, given: dict[str, Any], loc: Loc) -> Any:
-        """The dataclass of a kind's parameters."""
-        values = {name: self.value(kind, name, value, (*loc, name)) for name, value in given.items()}
-        for parameter in kind.parameters.values():
-            if parameter.required and parameter.name not in values:
-                hint = parameter.help
-                raise self.places.error((*loc, parameter.name), f"missing, '{kind.name}' needs it", hint)
-        return make_params(kind.params, values)
-
     def scorer(self, value: Any, loc: Loc) -> Scorer:
         """`exact-match`, or a mapping with the scorer's name and its parameters: {regex: "…"}."""
         given = value if isinstance(value, dict) else {}
@@ -189,13 +180,6 @@ class _Reader:
         params = self.params(kind, given, loc)
         return self.at(loc, lambda: kind(params))
 
-    def at(self, loc: Loc, make: Callable[[], T]) -> T:
-        """The result of `make`; errors get the place in the suite."""
-        try:
-            return make()
-        except RecipeError as error:
-            raise self.places.error(loc, error.message, error.hint) from None
-
     def word(self, given: dict[str, Any], name: str, loc: Loc) -> str:
         if name not in given:
             raise self.places.error((*loc, name), "missing", f"{name}: {NAMES[name]}")
@@ -204,29 +188,10 @@ class _Reader:
             raise self.places.error((*loc, name), f"must be a word, got {show(value)}", "quote it if it is a number")
         return value
 
-    def value(self, kind: Kind | ScorerKind, name: str, value: Any, loc: Loc) -> Any:
-        if name not in kind.parameters:
-            hint = did_you_mean(name, [*(NAMES if isinstance(kind, Kind) else ()), *kind.parameters])
-            raise self.places.error(loc, f"'{kind.name}' has no such key", hint)
-        parameter: Parameter = kind.parameters[name]
-        if parameter.type is Scorer:
+    def value(self, kind: Declaring, name: str, value: Any, loc: Loc, beside: Sequence[str] = ()) -> Any:
+        if name in kind.parameters and kind.parameters[name].type is Scorer:
             return self.scorer(value, loc)
-        complaint = parameter.complaint(value)
-        if complaint:
-            raise self.places.error(loc, f"{complaint}, got {show(value)}", parameter.help)
-        if parameter.type not in (Path, Path | str):
-            return parameter.plain(value)
-        found = find(value, self.folders, parameter.folder)
-        if found is None and (parameter.type is Path or value.endswith((".yaml", ".yml"))):
-            raise self.places.error(
-                loc, f"no such {'folder' if parameter.folder else 'file'}: {value}", _looked(self.folders)
-            )
-        return found or value
+        return super().value(kind, name, value, loc, tuple(NAMES) if isinstance(kind, Kind) else ())
 
 
 NAMES = {"name": "the task's name in tables", "kind": "such as text-classification"}
-
-
-def _looked(folders: Sequence[Path]) -> str:
-    there = "".join(f", then in {folder}" for folder in dict.fromkeys(folders) if folder != Path())
-    return f"looked for in the working directory{there}"

@@ -82,8 +82,8 @@ class Weights:
         return True
 
 
-def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[Any, Weights]:
-    """A model ready to run, and the places of its tensors."""
+def build(model: LoadableModel, auto_class: str, device: torch.device, packed: bool = True) -> tuple[Any, Weights]:
+    """A model ready to run, and the places of its tensors; not `packed` for one that is changed."""
     if isinstance(model, Model):
         _check_memory(model)
     tensors = network_tensors(model)
@@ -91,7 +91,7 @@ def build(model: LoadableModel, auto_class: str, device: torch.device) -> tuple[
     weights = Weights(module, tensors)
     del tensors
     module = module.to(device).eval().requires_grad_(False)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if packed and device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         _pack(module, weights)
     weights.settle()
     return module, weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -24,13 +24,14 @@ from mergebench.networks.tokenizer import no_token
 class Network:
     """A candidate's model, ready to run."""
 
-    def __init__(self, model: LoadableModel, auto_class: str, device: torch.device) -> None:
+    def __init__(self, model: LoadableModel, auto_class: str, device: torch.device, *, packed: bool = True) -> None:
+        """packed: linear layers run by oneDNN; False where weights are trained or changed."""
         self.auto_class, self.device = auto_class, device
         self._first, self._ran = threading.Lock(), False
         self.remarks: list[str] = []  # notes for the user, about the tokenizer
         self._config = config_of(model)
         with one_thread():  # in many small steps, threads would only wait for one another
-            self.module, self._weights = build(model, auto_class, device)
+            self.module, self._weights = build(model, auto_class, device, packed)
         self._take_name(model)
 
     def take(self, model: LoadableModel) -> bool:
@@ -66,13 +67,19 @@ class Network:
         """The module whose `weight` is this tensor of the model's files; `ModelError` if there is none."""
         if name not in self._weights.shapes:
             raise ModelError(f"model '{self.name}': it has no tensor '{name}'")
-        if self._weights.places is None:
-            what = f"model '{self.name}': '{name}' is not in memory as it is in the files"
-            raise ModelError(what, "transformers converts the tensors of this architecture, such as experts it fuses")
-        for module, attribute in self._weights.places[name]:
+        for module, attribute in self.places[name]:
             if attribute == "weight":
                 return module
         raise ModelError(f"model '{self.name}': '{name}' is no module's weight")
+
+    @property
+    def places(self) -> Mapping[str, list[tuple[Any, str]]]:
+        """The modules and attributes that hold each tensor of the model's files; `ModelError` if transformers
+        converts them."""
+        if self._weights.places is None:
+            what = f"model '{self.name}': its tensors are not in memory as they are in the files"
+            raise ModelError(what, "transformers converts those of this architecture, such as experts it fuses")
+        return self._weights.places
 
     def encode(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last states [batch, tokens, hidden] and mask [batch, tokens] of texts padded to the longest of them."""

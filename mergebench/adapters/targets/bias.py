@@ -13,9 +13,10 @@ from typing import Any
 
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading
-from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Shapes, Target
+from mergebench.adapters.target import Answers, Fit, Settings, Shapes, Target
 from mergebench.checkpoint.content import identity
 from mergebench.deltas.formats import native
+from mergebench.deltas.formats.native import DELTAS
 from mergebench.deltas.peft.directory import PREFIX, WEIGHTS
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading, tiles
 from mergebench.adapters.smallest import Keys, Ranking, check_length, magnitude_keys, smallest
-from mergebench.adapters.target import DELTAS, Answers, Fit, Settings, Shapes, Target
+from mergebench.adapters.target import Answers, Fit, Settings, Shapes, Target
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files, whole
 from mergebench.deltas.formats import masked, native
+from mergebench.deltas.formats.native import DELTAS
 from mergebench.deltas.peft.directory import PREFIX, WEIGHTS
 from mergebench.engine import noise
 from mergebench.engine.span import Span

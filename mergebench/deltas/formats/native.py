@@ -35,6 +35,7 @@ from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.errors import MergebenchError, ModelError
 
 METADATA, BEFORE = "delta", "patch"
+DELTAS = "delta.safetensors"  # the file's name in a directory that was extracted or trained
 ANOTHER = "the patch belongs to another model"
 WHAT = "deltas: a file of deltas ends in .safetensors"  # in errors about another name
 
@@ -124,7 +125,8 @@ def tells_of_deltas(metadata: Mapping[str, str]) -> bool:
 
 
 def is_delta_file(place: Path) -> bool:
-    """Whether a file's header marks a delta file."""
+    """Whether a file's header marks a delta file; a directory stands for its `DELTAS`."""
+    place = place / DELTAS if place.is_dir() else place
     if place.suffix != ".safetensors" or not place.is_file():
         return False
     try:
@@ -142,7 +144,8 @@ def native(file: Path, base: Base) -> Deltas:
 
 def read_file(file: str | Path) -> DeltaFile:
     """Read the header of a delta file; `ModelError` if it is missing or no delta file, `RunError` if damaged."""
-    header = read_header(Path(file))
+    file = Path(file)
+    header = read_header(file / DELTAS if file.is_dir() else file)
     if not tells_of_deltas(header.metadata):
         raise ModelError(f"{file}: not a patch", "a patch is what `mergebench edit` writes beside the model")
     stored = {info.name: info for info in header.tensors}

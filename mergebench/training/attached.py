@@ -1,0 +1,238 @@
+"""What is trained on a network: changes to its tensors, made by the formulas of `deltas/`.
+
+A `Put` is one tensor's change, with the parameters that it is made of. `on_tensors` puts them on a network: each time a
+layer reads its weight W it gets W + change(W), with gradients to the parameters alone. The same function folds the
+saved delta into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.utils import parametrize
+
+from mergebench.checkpoint.content import identity
+from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.kind import DeltaKind
+from mergebench.checkpoint.model import Model
+from mergebench.deltas.formats.native import DELTAS, Writing, write_file
+from mergebench.errors import ModelError, RecipeError
+from mergebench.networks.network import Network
+
+
+class Weight(NamedTuple):
+    """A tensor of a network that can be changed."""
+
+    name: str  # in the model's files
+    values: Tensor  # as stored, float32
+    linear: bool  # the weight of a linear layer in the blocks
+    in_out: bool  # stored [in, out], as GPT-2's layers are
+    bias: bool  # a bias of a linear layer in the blocks
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that something is put on."""
+
+    model: Model
+    network: Network
+    generator: Generator  # for what starts at random
+    steps: int = 0  # of the optimiser, in all
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Every float tensor that is in memory, by its name in the files; of tied ones the first."""
+        places, inside = self.network.places, _inside_blocks(self.network)
+        seen: set[int] = set()
+        found = {}
+        for name, several in places.items():
+            if not several or not (values := getattr(*several[0])).is_floating_point() or id(values) in seen:
+                continue
+            module, attribute = several[0]
+            seen.add(id(values))
+            conv1d = type(module).__name__ == "Conv1D"  # of transformers, [in, out]
+            layer = (isinstance(module, nn.Linear) or conv1d) and id(module) in inside
+            found[name] = Weight(
+                name, values.detach(), layer and attribute == "weight", conv1d, layer and attribute == "bias"
+            )
+        return found
+
+    def chosen(self, targets: Sequence[str], default: Callable[[Weight], bool]) -> dict[str, Weight]:
+        """The weights that globs name; without globs those of `default`. `RecipeError` if a glob names none."""
+        weights = self.weights
+        for glob in targets:
+            if not any(fnmatchcase(name, glob) for name in weights):
+                some = ", ".join(list(weights)[:3])
+                raise RecipeError(
+                    f"targets: '{glob}' names no tensor of {self.model.reference}",
+                    f"its tensors are called {some}, ...",
+                )
+        if targets:
+            found = {n: one for n, one in weights.items() if any(fnmatchcase(n, glob) for glob in targets)}
+        else:
+            found = {name: one for name, one in weights.items() if default(one)}
+        if not found:
+            raise ModelError(
+                f"{self.model.reference}: it has no tensor that this kind changes", "name them: targets: [GLOB]"
+            )
+        return found
+
+    def matrices(self, targets: Sequence[str], rank: int | None = None) -> dict[str, Weight]:
+        """The weights that globs name, by default of linear layers; `RecipeError` if one is no matrix, or if a rank is
+        above its smaller side."""
+        found = self.chosen(targets, lambda weight: weight.linear)
+        for name, one in found.items():
+            if one.values.dim() != 2:
+                raise RecipeError(f"targets: {name}: {list(one.values.shape)} is no matrix", "name matrices alone")
+            if rank is not None and rank > min(one.values.shape):
+                shape = list(one.values.shape)
+                raise RecipeError(f"rank: {rank}: {name} is {shape}", f"at most {min(shape)}")
+        return found
+
+
+def _inside_blocks(network: Network) -> set[int]:
+    """The modules in the network's blocks."""
+    return {id(module) for block in network.blocks.values() for module in block.modules()}
+
+
+@dataclass(frozen=True)
+class Put:
+    """A change to one tensor: change(W) of its shape, the parameters it is made of, and how it is saved."""
+
+    change: Callable[[Tensor], Tensor]
+    parameters: Mapping[str, nn.Parameter]  # by the names of the kind's parts
+    kind: str
+    settings: Callable[[], Mapping[str, Any]] = dict  # of the saved delta
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)  # parts that are saved and not trained
+    saved: Callable[[], Mapping[str, Tensor]] | None = None  # parts saved in place of the parameters
+
+
+def put(kind: DeltaKind, parts: Any, *fixed: str, **settings: Any) -> Put:
+    """A change by a kind of delta: the parts that are `nn.Parameter` are trained.
+
+    parts: the kind's dataclass, as its function takes it. fixed: names of other parts to save.
+    """
+    values = {one.name: getattr(parts, one.name) for one in fields(parts)}
+    parameters = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
+
+    def change(weight: Tensor) -> Tensor:
+        rows, columns = matrix_shape(weight.shape)
+        return kind(parts, slice(0, rows), weight.view(rows, columns)).view(weight.shape)
+
+    return Put(change, parameters, kind.name, lambda: settings, {name: values[name] for name in fixed})
+
+
+class Attached:
+    """What is on a network, and its trained parameters by name."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+
+    @property
+    def count(self) -> int:
+        """Trained numbers."""
+        return sum(one.numel() for one in {id(one): one for one in self.parameters.values()}.values())
+
+    def save(self, directory: Path) -> None:
+        """Write what is trained, so that `BASE+directory` is the model."""
+        raise NotImplementedError
+
+    def reference(self, base: str, directory: Path) -> str:
+        """The model that it makes of `base`, saved in `directory`."""
+        return f"{base}+{directory}"
+
+    def penalty(self) -> Tensor | None:
+        """A term added to the loss of every step."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after each step of the optimiser, with its number from 1, while the gradients are there."""
+
+    def about(self) -> Mapping[str, Any]:
+        """What results say of it when training is over."""
+        return {}
+
+    def held(self) -> AbstractContextManager[Any]:
+        """A context in which the parameters do not change, for measuring."""
+        return nullcontext()
+
+
+class OnTensors(Attached):
+    """Changes to tensors."""
+
+    def __init__(self, base: Base, puts: Mapping[str, Put]) -> None:
+        named = {f"{name}.{part}": one for name, put in puts.items() for part, one in put.parameters.items()}
+        first = {id(one): name for name, one in reversed(named.items())}
+        super().__init__({name: one for name, one in named.items() if first[id(one)] == name})
+        self._puts, self._base = dict(puts), base
+        for name, put in puts.items():
+            change = _Changed(put)
+            for module, attribute in base.network.places[name]:
+                parametrize.register_parametrization(module, attribute, change, unsafe=True)
+
+    def save(self, directory: Path) -> None:
+        """One file of deltas; parameters that several tensors use are in it once."""
+        uses = Counter(id(one) for put in self._puts.values() for one in put.parameters.values())
+        names: dict[int, str] = {}
+        shared: dict[str, Tensor] = {}
+        writings = {}
+        for name, put in self._puts.items():
+            own: dict[str, Tensor] = {part: value.cpu() for part, value in put.fixed.items()}
+            common = {}
+            trained = put.parameters
+            if put.saved is not None:
+                with torch.no_grad():
+                    own |= {part: value.cpu().contiguous() for part, value in put.saved().items()}
+                trained = {}
+            for part, value in trained.items():
+                if uses[id(value)] == 1:
+                    own[part] = value.detach().cpu().contiguous()
+                    continue
+                if id(value) not in names:
+                    names[id(value)] = f"shared.{len(names)}"
+                    shared[names[id(value)]] = value.detach().cpu().contiguous()
+                common[part] = names[id(value)]
+            writings[name] = Writing(put.kind, put.settings(), own, common)
+        write_file(directory / DELTAS, writings, shared, {"command": "train"}, identity(self._base.model))
+
+    def held(self) -> AbstractContextManager[Any]:
+        """Changes are computed once."""
+        return parametrize.cached()
+
+
+class _Changed(nn.Module):
+    """W' of W, whenever the module's weight is read."""
+
+    def __init__(self, put: Put) -> None:
+        super().__init__()
+        self._change = put.change
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self._change(weight)
+
+
+def start(shape: Sequence[int], generator: Generator, deviation: float) -> nn.Parameter:
+    """A parameter of normal numbers; of zeros for a deviation of 0."""
+    if deviation == 0:
+        return nn.Parameter(torch.zeros(*shape))
+    return nn.Parameter(torch.randn(*shape, generator=generator) * deviation)
+
+
+def uniform(shape: tuple[int, int], generator: Generator) -> nn.Parameter:
+    """A factor A [r, in] as PEFT starts it: uniform within 1 / sqrt(in), which is Kaiming's bound with a = sqrt 5."""
+    bound = 1 / math.sqrt(shape[1])
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+
+def each(weights: Mapping[str, Weight], make: Callable[[Weight], Put]) -> Iterator[tuple[str, Put]]:
+    """A put of every weight."""
+    return ((name, make(weight)) for name, weight in weights.items())

@@ -1,0 +1,390 @@
+"""The training loop: `transformers.Trainer` on a network with something attached.
+
+The trainer sees one small module, `Student`, whose parameters are the trained ones alone: checkpoints hold nothing
+else, and several processes exchange nothing else. The network itself is not a part of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+from mergebench.checkpoint.model import Model
+from mergebench.errors import ModelError, RunError
+from mergebench.networks.network import Network
+from mergebench.training.attached import Attached
+from mergebench.training.config import Settings
+from mergebench.training.memory import saved_by_autograd
+from mergebench.training.task import Measured, Rows, TrainingTask
+
+Progress = Callable[[str, int, int], None]  # what, steps done, of how many
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of a step: its rows by the student, and which items they are."""
+
+    rows: Rows
+    items: Sequence[int]  # of the train part
+    student: Student
+    part: str = "train"
+
+
+class Loss:
+    """The loss of a batch."""
+
+    def __call__(self, asked: Asked) -> Tensor:
+        """A number, with gradients to the trained parameters alone."""
+        raise NotImplementedError
+
+    def before(self, student: Student) -> None:
+        """Called before each forward pass of the student, for what listens to it."""
+
+    def about(self) -> Mapping[str, Any]:
+        """What results say of it."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an objective may use: the model and its network, the task, and other models."""
+
+    model: Model
+    network: Network
+    task: TrainingTask
+    open: Callable[[str], Network]  # another model, frozen, on the same device
+
+    def teacher(self, reference: str, tokens: bool = True) -> Network:
+        """Another model; `ModelError` if its tokenizer gives other tokens."""
+        other = self.open(reference)
+        if tokens and other.tokenizer_key.split()[1:] != self.network.tokenizer_key.split()[1:]:
+            raise ModelError(
+                f"{reference}: it has another tokenizer than {self.model.reference}",
+                "the losses compare token by token",
+            )
+        return other
+
+
+class Procedure:
+    """An objective that is more than a loss: it trains several times."""
+
+    def __call__(self, sessions: Sessions) -> Fit:
+        """Train, and return the last fit."""
+        raise NotImplementedError
+
+    def about(self) -> Mapping[str, Any]:
+        """What results say of it."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """What a procedure trains with."""
+
+    settings: Settings
+    new: Callable[[], Student]  # as it starts, on a network of its own
+    fit: Callable[[Student, Loss, Settings, str], Fit]  # train once; the name is unique to this training
+
+
+class Student(nn.Module):
+    """A network with something attached and a head; its parameters are the trained ones."""
+
+    def __init__(self, network: Network, attached: Attached, task: TrainingTask) -> None:
+        super().__init__()
+        head = {name: nn.Parameter(one.to(network.device)) for name, one in task.head(network).items()}
+        named = {f"head/{name}": one for name, one in head.items()}
+        named |= {name.replace(".", "/"): one for name, one in attached.parameters.items()}
+        if not named:
+            raise ModelError(f"{network.name}: there is nothing to train", "name a kind of delta")
+        self.trained = nn.ParameterDict(named)
+        # a tuple, so that they are no parts of this module
+        self._parts = (network, attached, task, head)
+
+    @property
+    def network(self) -> Network:
+        """The network, with what is attached in its place."""
+        return self._parts[0]
+
+    @property
+    def attached(self) -> Attached:
+        """What is trained."""
+        return self._parts[1]
+
+    @property
+    def task(self) -> TrainingTask:
+        """What it is trained on."""
+        return self._parts[2]
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """The task's head."""
+        return self._parts[3]
+
+    def forward(self, items: Tensor, part: str = "train") -> Rows:
+        """The rows of some items."""
+        return self.task.rows(self.network, self.head, part, items.tolist())
+
+    def train(self, mode: bool = True) -> Student:
+        """Dropout on or off, in the network too."""
+        super().train(mode)
+        self.network.module.train(mode)
+        return self
+
+    def measure(self, part: str, tick: Callable[[int], None] = lambda items: None) -> Measured:
+        """Loss and score on a part of the data, without dropout."""
+        was = self.training
+        self.eval()
+        with torch.inference_mode(), self.attached.held():
+            measured = self.task.measure(self.network, self.head, part, tick)
+        self.train(was)
+        return measured
+
+
+@dataclass
+class Fit:
+    """One training, done."""
+
+    student: Student
+    history: list[dict[str, float]] = field(default_factory=list)  # step, loss, and what was measured
+    seconds: float = 0.0
+    steps: int = 0
+    saved: int = 0  # bytes that autograd keeps of one step's forward pass
+    best: float | None = None  # the chosen measurement on validation
+
+
+class _Items(Dataset[int]):
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class _ByLength(LengthGroupedSampler):
+    """Items of like length together, in an order that seed and epoch decide."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+    _seed = 0
+
+
+class _Trainer(transformers.Trainer):
+    """The library's loop, with this project's losses and measurements."""
+
+    def __init__(
+        self, student: Student, loss: Loss, settings: Settings, fit: Fit, seed: int, progress: Progress, **more: Any
+    ):
+        self._student, self._loss, self._settings, self._fit = student, loss, settings, fit
+        self._seed, self._progress = seed, progress
+        super().__init__(model=student, **more)
+        self.model_accepts_loss_kwargs = False
+        for one in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
+            self.remove_callback(one)
+        self.add_callback(_Steps(self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        lengths = list(self._student.task.lengths(self._student.network, "train"))
+        generator = torch.Generator()
+        sampler = _ByLength(self._settings.batch * self._settings.accumulate, lengths=lengths, generator=generator)
+        sampler._seed = 1_000_003 * self._seed
+        sampler.set_epoch(0)
+        return sampler
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW; the head has a learning rate of its own."""
+        if self.optimizer is None:
+            named = self._student.trained
+            head = [one for name, one in named.items() if name.startswith("head/")]
+            others = [one for name, one in named.items() if not name.startswith("head/")]
+            groups = [{"params": others, "lr": self.args.learning_rate}, {"params": head, "lr": self._settings.head_lr}]
+            groups = [group for group in groups if group["params"]]
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.args.learning_rate, weight_decay=self._settings.weight_decay
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss, and what the attached adds; `RunError` if it is not finite."""
+        items = inputs["items"]
+        self._loss.before(self._student)
+        counted = saved_by_autograd(self._student) if not self._fit.saved else nullcontext()
+        with counted as count:
+            rows = model(items)
+            if isinstance(rows, tuple) and not isinstance(rows, Rows):
+                rows = Rows(*rows)
+            loss = self._loss(Asked(rows, items.tolist(), self._student))
+        if count is not None:
+            self._fit.saved = count.bytes
+        extra = self._student.attached.penalty()
+        loss = loss if extra is None else loss + extra
+        if not torch.isfinite(loss):
+            ids = self._student.task.parts["train"]
+            some = ", ".join(ids[i] for i in items.tolist()[:8])
+            step = self.state.global_step + 1
+            raise RunError(
+                f"step {step}: the loss is not finite; the batch's items: {some}{', ...' * (len(items) > 8)}",
+                f"give a smaller lr than {self.args.learning_rate:g}, or look at these items",
+            )
+        return loss
+
+    def evaluate(self, *args: Any, **more: Any) -> dict[str, float]:
+        """Loss and score on the validation items."""
+        measured = self._student.measure("validation")
+        metrics = {"eval_loss": measured.loss, "eval_score": measured.score.value}
+        self._fit.history.append(
+            {"step": self.state.global_step, "validation_loss": measured.loss, "validation": measured.score.value}
+        )
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Steps(transformers.TrainerCallback):
+    def __init__(self, trainer: _Trainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """While the gradients are still there."""
+        self._trainer._student.attached.after_step(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._trainer._progress("training", state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        if logs and "loss" in logs:
+            self._trainer._fit.history.append({"step": state.global_step, "loss": float(logs["loss"])})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps a training has."""
+
+    items: int
+    settings: Settings
+    processes: int = 1
+
+    @cached_property
+    def of_epoch(self) -> int:
+        """Steps in which every item is read once."""
+        batches = math.ceil(self.items / (self.settings.batch * self.processes))
+        return max(math.ceil(batches / self.settings.accumulate), 1)
+
+    @property
+    def steps(self) -> int:
+        """In all."""
+        return self.settings.max_steps or math.ceil(self.settings.epochs * self.of_epoch)
+
+    @property
+    def every(self) -> int:
+        """Steps between two measurements."""
+        return min(self.settings.every or self.of_epoch, self.steps)
+
+
+def fit(
+    student: Student,
+    loss: Loss,
+    settings: Settings,
+    *,
+    lr: float,
+    seed: int,
+    directory: Path,
+    progress: Progress = lambda what, done, total: None,
+    saved: Callable[[], None] = lambda: None,
+) -> Fit:
+    """Train a student once; its checkpoints are in `directory`, the last of which is gone on from.
+
+    With validation items it ends with the parameters of the best measurement. saved: called after each checkpoint.
+    Raises `RunError` with the step and the batch's items if the loss is not finite.
+    """
+    task = student.task
+    chooses = "validation" in task.parts
+    schedule = Schedule(len(task.parts["train"]), settings, _processes())
+    found = Fit(student)
+    how = "steps" if chooses else "no"
+    arguments = transformers.TrainingArguments(
+        output_dir=str(directory),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=lr,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(settings.warmup * schedule.steps),
+        max_grad_norm=settings.clip,
+        eval_strategy=how,
+        eval_steps=schedule.every,
+        save_strategy="steps",
+        save_steps=schedule.every,
+        save_total_limit=2,
+        load_best_model_at_end=chooses,
+        metric_for_best_model=f"eval_{task.choose_by}",
+        greater_is_better=task.choose_by == "score",
+        logging_steps=max(schedule.every // 10, 1),
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=student.network.device.type == "cuda",
+        use_cpu=student.network.device.type == "cpu",
+        bf16=settings.bf16,
+        seed=seed,
+        log_level="error",
+    )
+    trainer = _Trainer(
+        student,
+        loss,
+        settings,
+        found,
+        seed,
+        progress,
+        args=arguments,
+        train_dataset=_Items(len(task.parts["train"])),
+        eval_dataset=_Items(1) if chooses else None,
+        data_collator=lambda items: {"items": torch.tensor(items)},
+        callbacks=[_Saved(saved)],
+    )
+    started = time.perf_counter()
+    last = get_last_checkpoint(str(directory)) if directory.is_dir() else None  # type: ignore[no-untyped-call]
+    trainer.train(resume_from_checkpoint=last)
+    found.seconds, found.steps = time.perf_counter() - started, trainer.state.global_step
+    found.best = trainer.state.best_metric
+    if last is not None:
+        found.history = [*_before(trainer.state.log_history, found.history), *found.history]
+    return found
+
+
+class _Saved(transformers.TrainerCallback):
+    def __init__(self, saved: Callable[[], None]) -> None:
+        self._saved = saved
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """After each checkpoint."""
+        self._saved()
+
+
+def _before(log: Sequence[Mapping[str, float]], history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """What was logged before a training was gone on with."""
+    first = min((one["step"] for one in history), default=math.inf)
+    return [{"step": one["step"], "loss": one["loss"]} for one in log if "loss" in one and one["step"] < first]
+
+
+def _processes() -> int:
+    from accelerate import PartialState
+
+    return int(PartialState().num_processes)

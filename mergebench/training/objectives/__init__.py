@@ -1,0 +1,1 @@
+"""Objectives that belong to no system: one file an objective."""

@@ -1,0 +1,140 @@
+"""What training shows: a table with standard errors over seeds, a plot of the curves, a card."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint import card as markdown
+from mergebench.checkpoint.card import code, listed
+
+Run = Mapping[str, Any]
+
+# Okabe and Ito's colours ("Color universal design", 2008)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8200")
+HEADER = ("", "validation", "test", "trained", "on disk", "lr", "ms a step", "saved", "peak")
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over seeds and its standard error; None of one seed."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), spread
+
+
+def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each row, in order."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run["row"], []).append(run)
+    return found
+
+
+def lines(runs: Sequence[Run]) -> list[list[str]]:
+    """The cells of the table below `HEADER`, a line a row."""
+    out = []
+    for name, several in by_row(runs).items():
+        seconds = statistics.fmean(1000 * run["seconds"] / max(run["steps"], 1) for run in several)
+        out.append(
+            [
+                name,
+                *(_cell(several, part) for part in ("validation", "test")),
+                f"{several[0]['parameters']:,}",
+                _size(several[0]["bytes"]),
+                " ".join(dict.fromkeys(f"{run['lr']:g}" for run in several)),
+                f"{seconds:.0f}",
+                _size(several[0]["saved_by_autograd"]),
+                _size(max(run["peak_memory"] for run in several)),
+            ]
+        )
+    return out
+
+
+def legend(runs: Sequence[Run]) -> str:
+    """What the table's columns are."""
+    seeds = len({run["seed"] for run in runs})
+    errors = f"mean of {seeds} seeds ± its standard error" if seeds > 1 else "one seed"
+    metrics = ", ".join(dict.fromkeys(_metric(run) for run in runs if _metric(run)))
+    return (
+        f"{metrics or 'no metric'}: {errors}; trained: numbers that are trained, without the task's head; saved: what "
+        "autograd keeps of the first batch; peak: of the whole process"
+    )
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The table as Markdown."""
+    rows = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *lines(runs)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _metric(run: Run) -> str:
+    return next((run[part]["metric"] for part in ("test", "validation") if part in run), "")
+
+
+def _cell(several: Sequence[Run], part: str) -> str:
+    if any(part not in run for run in several):
+        return "–"
+    mean, error = mean_and_error([100 * run[part]["value"] for run in several])
+    return f"{mean:.1f}" + (f" ± {error:.1f}" if error is not None else "")
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def curves(runs: Sequence[Run], file: Path) -> None:
+    """A PNG: the loss of the steps and, where there are validation items, the score on them; a line a run, a colour a
+    row."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide its messages about the font cache
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    plots = [("loss", "loss, training")]
+    if any("validation" in point for run in runs for point in run["history"]):
+        plots += [("validation_loss", "loss, validation"), ("validation", f"{_metric(runs[0])}, validation")]
+    canvas = Figure(figsize=(4.6 * len(plots), 4), layout="constrained")
+    FigureCanvasAgg(canvas)
+    for axes, (key, title) in zip(canvas.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+        for number, (name, several) in enumerate(by_row(runs).items()):
+            for place, run in enumerate(several):
+                points = [(point["step"], point[key]) for point in run["history"] if key in point]
+                axes.plot(
+                    [step for step, _ in points],
+                    [value for _, value in points],
+                    color=COLOURS[number % len(COLOURS)],
+                    linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
+                    marker="o" if key != "loss" else None,
+                    markersize=3,
+                    linewidth=1.2,
+                    alpha=1 if len(several) == 1 else 0.7,
+                    label=name if not place else None,
+                )
+        axes.set_xlabel("step")
+        axes.set_ylabel(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(by_row(runs)) > 1:
+        canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    canvas.savefig(file, dpi=120)
+
+
+def card(out: Path, provenance: Mapping[str, Any]) -> str:
+    """README.md of the directory."""
+    runs = provenance["runs"]
+    how = listed(
+        f"{code(run['model'])} with {code(out.name + '/' + run['directory'])}: {run['kind']}" for run in runs[:12]
+    )
+    parts = [
+        "Trained by `mergebench train`. Each directory is one run: name it after its model and a plus.",
+        how,
+        table(runs),
+        legend(runs) + ".",
+        "![curves](curves.png)",
+    ]
+    return markdown.card(out.name, parts, tags=["mergebench", "peft"])
