@@ -23,7 +23,7 @@ from mergebench.plugins import Scanned
 
 if TYPE_CHECKING:
     from mergebench.training.attached import Attached, Base
-    from mergebench.training.loop import Loss, Procedure, Setup
+    from mergebench.training.objective import Loss, Procedure, Setup
 
 
 @dataclass(frozen=True)

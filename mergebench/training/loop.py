@@ -10,159 +10,25 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from mergebench.checkpoint.model import Model
-from mergebench.errors import ModelError, RunError
-from mergebench.networks.network import Network
-from mergebench.training.attached import Attached
-from mergebench.training.config import Settings
+from mergebench.errors import RunError
 from mergebench.training.memory import saved_by_autograd
-from mergebench.training.task import Measured, Rows, TrainingTask
+from mergebench.training.objective import Asked, Loss
+from mergebench.training.settings import Settings
+from mergebench.training.student import Fit, Student
+from mergebench.training.task import Rows
 
 Progress = Callable[[str, int, int], None]  # what, steps done, of how many
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A batch of a step: its rows by the student, and which items they are."""
-
-    rows: Rows
-    items: Sequence[int]  # of the train part
-    student: Student
-    part: str = "train"
-
-
-class Loss:
-    """The loss of a batch."""
-
-    def __call__(self, asked: Asked) -> Tensor:
-        """A number, with gradients to the trained parameters alone."""
-        raise NotImplementedError
-
-    def before(self, student: Student) -> None:
-        """Called before each forward pass of the student, for what listens to it."""
-
-    def about(self) -> Mapping[str, Any]:
-        """What results say of it."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What an objective may use: the model and its network, the task, and other models."""
-
-    model: Model
-    network: Network
-    task: TrainingTask
-    open: Callable[[str], Network]  # another model, frozen, on the same device
-
-    def teacher(self, reference: str, tokens: bool = True) -> Network:
-        """Another model; `ModelError` if its tokenizer gives other tokens."""
-        other = self.open(reference)
-        if tokens and other.tokenizer_key.split()[1:] != self.network.tokenizer_key.split()[1:]:
-            raise ModelError(
-                f"{reference}: it has another tokenizer than {self.model.reference}",
-                "the losses compare token by token",
-            )
-        return other
-
-
-class Procedure:
-    """An objective that is more than a loss: it trains several times."""
-
-    def __call__(self, sessions: Sessions) -> Fit:
-        """Train, and return the last fit."""
-        raise NotImplementedError
-
-    def about(self) -> Mapping[str, Any]:
-        """What results say of it."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Sessions:
-    """What a procedure trains with."""
-
-    settings: Settings
-    new: Callable[[], Student]  # as it starts, on a network of its own
-    fit: Callable[[Student, Loss, Settings, str], Fit]  # train once; the name is unique to this training
-
-
-class Student(nn.Module):
-    """A network with something attached and a head; its parameters are the trained ones."""
-
-    def __init__(self, network: Network, attached: Attached, task: TrainingTask) -> None:
-        super().__init__()
-        head = {name: nn.Parameter(one.to(network.device)) for name, one in task.head(network).items()}
-        named = {f"head/{name}": one for name, one in head.items()}
-        named |= {name.replace(".", "/"): one for name, one in attached.parameters.items()}
-        if not named:
-            raise ModelError(f"{network.name}: there is nothing to train", "name a kind of delta")
-        self.trained = nn.ParameterDict(named)
-        # a tuple, so that they are no parts of this module
-        self._parts = (network, attached, task, head)
-
-    @property
-    def network(self) -> Network:
-        """The network, with what is attached in its place."""
-        return self._parts[0]
-
-    @property
-    def attached(self) -> Attached:
-        """What is trained."""
-        return self._parts[1]
-
-    @property
-    def task(self) -> TrainingTask:
-        """What it is trained on."""
-        return self._parts[2]
-
-    @property
-    def head(self) -> dict[str, nn.Parameter]:
-        """The task's head."""
-        return self._parts[3]
-
-    def forward(self, items: Tensor, part: str = "train") -> Rows:
-        """The rows of some items."""
-        return self.task.rows(self.network, self.head, part, items.tolist())
-
-    def train(self, mode: bool = True) -> Student:
-        """Dropout on or off, in the network too."""
-        super().train(mode)
-        self.network.module.train(mode)
-        return self
-
-    def measure(self, part: str, tick: Callable[[int], None] = lambda items: None) -> Measured:
-        """Loss and score on a part of the data, without dropout."""
-        was = self.training
-        self.eval()
-        with torch.inference_mode(), self.attached.held():
-            measured = self.task.measure(self.network, self.head, part, tick)
-        self.train(was)
-        return measured
-
-
-@dataclass
-class Fit:
-    """One training, done."""
-
-    student: Student
-    history: list[dict[str, float]] = field(default_factory=list)  # step, loss, and what was measured
-    seconds: float = 0.0
-    steps: int = 0
-    saved: int = 0  # bytes that autograd keeps of one step's forward pass
-    best: float | None = None  # the chosen measurement on validation
 
 
 class _Items(Dataset[int]):

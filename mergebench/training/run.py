@@ -33,10 +33,13 @@ from mergebench.networks.network import Network
 from mergebench.plugins import need
 from mergebench.training import report
 from mergebench.training.attached import Attached, Base
-from mergebench.training.config import Config, Row, Settings
-from mergebench.training.loop import Fit, Loss, Procedure, Progress, Schedule, Sessions, Setup, Student, fit
+from mergebench.training.config import Config, Row
+from mergebench.training.loop import Progress, Schedule, fit
 from mergebench.training.memory import peak, reset_peak
+from mergebench.training.objective import Loss, Procedure, Sessions, Setup
 from mergebench.training.peft_adapters import peft_adapter
+from mergebench.training.settings import Settings
+from mergebench.training.student import Fit, Student
 
 RUNS = ".training"  # checkpoints of a run that is not done
 

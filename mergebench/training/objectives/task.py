@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mergebench.training.declared import Nothing, objective
-from mergebench.training.loop import Asked, Loss, Setup
+from mergebench.training.objective import Asked, Loss, Setup
 
 
 class _Task(Loss):
