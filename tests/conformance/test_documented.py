@@ -22,9 +22,12 @@ from mergebench.cli.declared import DeclaredCommand, option_of
 from mergebench.deltas import formats
 from mergebench.editing import edits
 from mergebench.evaluation import scorers, tasks
+from mergebench.training import config
+from mergebench.training import declared as trained
+from mergebench.training import tasks as training_tasks
 from tests.conftest import Cli
 from tests.editing.conftest import CONFIG, WIDTH, gated, write_probe
-from tests.evaluation.conftest import write_encoder
+from tests.encoders import write_encoder
 from tests.models import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +176,7 @@ def test_links_lead_to_headings(page: str) -> None:
 
 GROUPS = {  # of entry points
     "mergebench.edits", "mergebench.scorers", "mergebench.tasks", "mergebench.formats", "mergebench.targets",
+    "mergebench.trained", "mergebench.objectives", "mergebench.training_tasks",
 }  # fmt: skip
 
 
@@ -225,6 +229,7 @@ ELSEWHERE = {
     "adapters fold": "tests/adapters/test_fold.py::test_it_is_the_engines_work",
     "adapters convert": "tests/adapters/test_convert.py::test_from_the_command_line",
     "adapters truncate": "tests/adapters/test_truncate.py::test_from_the_command_line",
+    "train": "tests/training/test_run.py::test_the_command_prints_the_table_and_what_to_name",
     "compress": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "compress expand": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "mask magnitude": "tests/systems/test_pafi.py::test_the_command",
@@ -273,3 +278,25 @@ def test_one_document_on_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ran = cli(*typed.split(), "--json")
         assert (ran.code, ran.err) == (0, ""), words
         assert ran.out.count("\n") == 1 and key in json.loads(ran.out), words
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+SORTS = {"kind": trained.kinds, "objective": trained.objectives, "task": training_tasks}
+TRAINED = {f"{sort}: {name}": (room, name) for sort, room in SORTS.items() for name in room.names()}
+
+
+@pytest.mark.parametrize("label", TRAINED)
+def test_what_can_be_trained_has_help_and_is_named(label: str) -> None:
+    room, name = TRAINED[label]
+    declared, page = room.get(name), code(TEXT["training.md"])
+    assert declared.summary
+    assert named(name, page)
+    for key, parameter in declared.parameters.items():
+        assert parameter.help, key
+        assert named(key, page), key
+
+
+def test_every_key_of_a_training_config_is_named() -> None:
+    for key in (*config.SPECIAL, *config.PARAMETERS):
+        assert named(key, code(TEXT["training.md"])), key

@@ -10,7 +10,7 @@ import pytest
 from mergebench.evaluation import Candidate, evaluate_models, load_suite, scorers
 from mergebench.evaluation.scorer import Continuation
 from tests.evaluation.conftest import Files
-from tests.evaluation.language import write_decoder
+from tests.language import write_decoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 

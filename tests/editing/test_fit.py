@@ -24,7 +24,7 @@ from mergebench.editing.probes.probe import Probe, read_probe
 from mergebench.errors import RunError
 from mergebench.networks.network import Network
 from tests.conftest import Cli
-from tests.evaluation.language import WORDS, some_text, write_decoder, write_rows
+from tests.language import WORDS, some_text, write_decoder, write_rows
 from tests.processes import Server
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.networks.features import Texts
 from mergebench.networks.network import Network
 from tests.evaluation.conftest import write_encoder
-from tests.evaluation.language import write_decoder
+from tests.language import write_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,8 @@ from mergebench.errors import ModelError
 from mergebench.evaluation import Results
 from mergebench.evaluation.compare.comparison import compare
 from tests.conftest import Cli
-from tests.evaluation.language import write_rows, write_texts
 from tests.evaluation.test_firing import write_family
+from tests.language import write_rows, write_texts
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from mergebench.editing.patches import open_patch, write_patch
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
 from tests.evaluation.conftest import Files, write_encoder
-from tests.evaluation.language import write_decoder, write_texts
+from tests.language import write_decoder, write_texts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

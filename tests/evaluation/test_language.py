@@ -23,7 +23,7 @@ from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, harness, harness_tasks, load_suite
 from mergebench.evaluation.tasks.perplexity import stderr
 from tests.evaluation.conftest import Files
-from tests.evaluation.language import TEMPLATE, write_decoder, write_prompts, write_questions, write_rows, write_texts
+from tests.language import TEMPLATE, write_decoder, write_prompts, write_questions, write_rows, write_texts
 
 KINDS = {"multiple-choice": "questions", "perplexity": "texts", "generation": "prompts"}
 

@@ -13,7 +13,7 @@ import pytest
 import mergebench
 from mergebench.errors import RunError
 from mergebench.evaluation import harness
-from tests.evaluation.language import write_rows
+from tests.language import write_rows
 
 
 def lm_eval_run(folder: Path, seed: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from mergebench.editing.probes.probe import Probe
 from mergebench.errors import MergebenchError, ModelError, RecipeError, RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
 from tests.evaluation.conftest import Files
-from tests.evaluation.language import some_text, write_decoder, write_rows
+from tests.language import some_text, write_decoder, write_rows
 
 FITTED = {"layer": 1, "norm": "post", "pool": "last", "max_length": 30}
 

@@ -15,7 +15,7 @@ from mergebench.evaluation import load_suite
 from mergebench.evaluation.scorer import Continuation, Scorer
 from mergebench.evaluation.store import Store
 from tests.evaluation.conftest import WORDS, write_encoder
-from tests.evaluation.language import write_prompts
+from tests.language import write_prompts
 
 TEXTS = [" w1 w2", "w3 " * 30, "", "w5 w6 w7", "unknown"]
 

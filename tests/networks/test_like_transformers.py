@@ -15,7 +15,7 @@ from mergebench.evaluation import Candidate, evaluate_models, load_suite
 from mergebench.networks.network import Network
 from mergebench.networks.onednn import PackedLinear
 from tests.evaluation.conftest import Files
-from tests.evaluation.language import write_decoder, write_rows
+from tests.language import write_decoder, write_rows
 
 CPU = torch.device("cpu")
 TEXT = "the bird eats under water"

@@ -16,7 +16,7 @@ from mergebench.evaluation import Candidate, evaluate_models, load_suite
 from mergebench.networks.network import Network
 from mergebench.networks.tokenizer import load
 from tests.evaluation.conftest import Files
-from tests.evaluation.language import write_rows
+from tests.language import write_rows
 
 TEXT = "hello world 2023 650841823 merge"
 SPECIAL = ["<unk>", "<s>", "</s>"]
