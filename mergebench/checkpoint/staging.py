@@ -24,7 +24,7 @@ from mergebench.checkpoint.header import read_header
 from mergebench.errors import MergebenchError, RecipeError, RunError
 
 PROVENANCE = "mergebench.json"
-_JOURNAL = ".journal.json"
+JOURNAL = ".journal.json"
 _KINDS: dict[str, type | tuple[type, ...]] = {  # of what the provenance holds, where it holds it
     "mergebench": str, "command": str, "fingerprint": str, "recipe": dict, "method": dict, "versions": dict,
     "answers": dict, "kept": dict, "lines": dict, "tasks": dict, "stages": dict, "notes": list, "inputs": list,
@@ -128,6 +128,11 @@ def _beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{what}") if target.name else target
 
 
+def partial(target: Path) -> Path:
+    """Where a result is built; target: its path without links."""
+    return _beside(target, "partial")
+
+
 def _is_foreign(old: Path) -> bool:
     """Whether a directory in the place of a replaced result is something else, which must not be deleted."""
     if old.is_symlink() or not old.is_dir():
@@ -177,7 +182,7 @@ class Staging:
     def __init__(self, out: Path, fingerprint: str, resume: bool) -> None:
         self.out, self.resumable = out, bool(fingerprint)
         self._target = Path(os.path.realpath(out))  # a link is resolved, so that the rename replaces its target
-        self.directory = _beside(self._target, "partial")
+        self.directory = partial(self._target)
         # shards: the complete files, each with its sample
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "shards": {}, "answers": {}}
         if self.directory.is_symlink():
@@ -210,18 +215,18 @@ class Staging:
     def _check_ours(self) -> None:
         """Check that the directory is from an interrupted run, because it will be deleted."""
         found = {path.name for path in self.directory.iterdir()}
-        if found and found.isdisjoint({_JOURNAL, part_of(_JOURNAL), PROVENANCE}):
+        if found and found.isdisjoint({JOURNAL, part_of(JOURNAL), PROVENANCE}):
             raise RecipeError(f"{self.directory}: it exists and mergebench did not make it", "choose another --out")
 
     def _clear(self) -> None:
         try:
-            _delete(self.directory, [self.directory / name for name in [_JOURNAL, *self.journal["shards"]]])
+            _delete(self.directory, [self.directory / name for name in [JOURNAL, *self.journal["shards"]]])
         except OSError as error:
             raise write_error(self.directory, error) from None
 
     def _read_journal(self, fingerprint: str) -> None:
         try:
-            journal = read_json(self.directory / _JOURNAL, dict[str, Any])
+            journal = read_json(self.directory / JOURNAL, dict[str, Any])
         except (OSError, ValueError):
             return  # nothing to resume: start afresh
         if journal.get("fingerprint") != fingerprint:
@@ -238,7 +243,7 @@ class Staging:
 
     def save(self) -> None:
         """Write the journal of complete shards."""
-        write_atomically(self.directory / _JOURNAL, sealed(self.journal))
+        write_atomically(self.directory / JOURNAL, sealed(self.journal))
 
     def complete(self, *files: str) -> None:
         """Note that files, named from the directory, are complete: a resumed run keeps them as they are."""
@@ -261,7 +266,7 @@ class Staging:
 
     def publish(self, overwrite: bool, sync: bool) -> None:
         """Rename the partial directory to its target: the only moment at which a result appears."""
-        (self.directory / _JOURNAL).unlink()
+        (self.directory / JOURNAL).unlink()
         if sync:
             for path in [*self.directory.rglob("*"), self.directory]:
                 fsync(path)

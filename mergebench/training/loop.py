@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mergebench.errors import RunError
 from mergebench.training.memory import saved_by_autograd
 from mergebench.training.objective import Asked, Loss
+from mergebench.training.processes import count
 from mergebench.training.settings import Settings
 from mergebench.training.student import Fit, Student
 from mergebench.training.task import Rows
@@ -182,7 +183,7 @@ def fit(
     """
     task = student.task
     chooses = "validation" in task.parts
-    schedule = Schedule(len(task.parts["train"]), settings, _processes())
+    schedule = Schedule(len(task.parts["train"]), settings, count())
     found = Fit(student)
     how = "steps" if chooses else "no"
     arguments = transformers.TrainingArguments(
@@ -248,9 +249,3 @@ def _before(log: Sequence[Mapping[str, float]], history: Sequence[Mapping[str, f
     """What was logged before a training was gone on with."""
     first = min((one["step"] for one in history), default=math.inf)
     return [{"step": one["step"], "loss": one["loss"]} for one in log if "loss" in one and one["step"] < first]
-
-
-def _processes() -> int:
-    from accelerate import PartialState
-
-    return int(PartialState().num_processes)

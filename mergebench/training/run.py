@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Generator
-
 from mergebench import __version__
 from mergebench.checkpoint.content import identity, sha256_of
 from mergebench.checkpoint.files import write_atomically
@@ -27,21 +24,13 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
 from mergebench.deltas.open import open_model
 from mergebench.engine.provenance import places_of
-from mergebench.errors import RecipeError
 from mergebench.networks.device import device_of
-from mergebench.networks.network import Network
 from mergebench.plugins import need
 from mergebench.training import report
-from mergebench.training.attached import Attached, Base
 from mergebench.training.config import Config, Row
-from mergebench.training.loop import Progress, Schedule, fit
-from mergebench.training.memory import peak, reset_peak
-from mergebench.training.objective import Loss, Procedure, Sessions, Setup
-from mergebench.training.peft_adapters import peft_adapter
-from mergebench.training.settings import Settings
-from mergebench.training.student import Fit, Student
-
-RUNS = ".training"  # checkpoints of a run that is not done
+from mergebench.training.loop import Progress
+from mergebench.training.once import RUNS, Once, files_in, note_files, train_once
+from mergebench.training.processes import Guest, is_main, staged, wait
 
 
 @dataclass(frozen=True)
@@ -86,12 +75,13 @@ def train(
     done = finished(out)
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Trained(out, done, already_done=True)
-    check_target(out, places_of(list(models.values())), overwrite)
+    if is_main():
+        check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, _at_most(config, models))
     chosen = device_of(device)
     for row in config.rows:  # what fits no model is said before the first step of any row
-        _Run(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
-    with Staging(out, fingerprint, resume) as staging:
+        Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
+    with staged(out, fingerprint, resume) as staging:
         runs: dict[str, Any] = staging.journal["answers"]
         for row in config.rows:
             lr = row.lrs[0] if len(row.lrs) == 1 else None
@@ -100,190 +90,73 @@ def train(
                 for rate in tried:
                     name = f"{row.name}/seed-{seed}" + f"/lr-{rate:g}" * (len(tried) > 1)
                     if not _complete(runs.get(name), staging):
-                        runs[name] = _one(row, models[row.model], config, chosen, seed, rate, name, staging, progress)
+                        once = Once(row, models[row.model], config, chosen, seed, rate)
+                        runs[name] = train_once(once, name, staging, progress)
                         staging.save()
                 if lr is None:
-                    lr = _choose(row, seed, runs, staging)
-        shutil.rmtree(staging.directory / RUNS, ignore_errors=True)
-        kept = [run for run in runs.values() if not run.get("discarded")]
-        provenance = {
-            "mergebench": __version__,
-            "command": "train",
-            "config": dict(config.data),
-            "identities": {name: identity(model) for name, model in models.items()},
-            "runs": kept,
-            "tried": [run for run in runs.values() if run.get("discarded")],
-            "fingerprint": fingerprint,
-        }
-        write_atomically(staging.directory / "results.json", json.dumps({"runs": kept}, indent=1) + "\n")
-        report.curves(kept, staging.directory / "curves.png")
-        provenance = staging.finish(provenance, started, overwrite, report.card(out, provenance))
-    return Trained(out, provenance)
+                    lr = _choose(row, seed, staging)
+        if isinstance(staging, Staging):
+            _publish(config, models, fingerprint, staging, started, overwrite)
+    wait()
+    return Trained(out, finished(out) or {})
 
 
-def _complete(run: Mapping[str, Any] | None, staging: Staging) -> bool:
+def _publish(
+    config: Config, models: Mapping[str, Model], fingerprint: str, staging: Staging, started: float, overwrite: bool
+) -> None:
+    """Write what all runs together say."""
+    shutil.rmtree(staging.directory / RUNS, ignore_errors=True)
+    runs = staging.journal["answers"].values()
+    kept = [run for run in runs if not run.get("discarded")]
+    provenance = {
+        "mergebench": __version__,
+        "command": "train",
+        "config": dict(config.data),
+        "identities": {name: identity(model) for name, model in models.items()},
+        "runs": kept,
+        "tried": [run for run in runs if run.get("discarded")],
+        "fingerprint": fingerprint,
+    }
+    write_atomically(staging.directory / "results.json", json.dumps({"runs": kept}, indent=1) + "\n")
+    report.curves(kept, staging.directory / "curves.png")
+    staging.finish(provenance, started, overwrite, report.card(staging.out, provenance))
+
+
+def _complete(run: Mapping[str, Any] | None, staging: Staging | Guest) -> bool:
     """Whether an earlier process made this run, and its files are as they were."""
     if run is None:
         return False
     return bool(run.get("discarded")) or all(file in staging.journal["shards"] for file in run["files"])
 
 
-def _choose(row: Row, seed: int, runs: dict[str, Any], staging: Staging) -> float:
+def _choose(row: Row, seed: int, staging: Staging | Guest) -> float:
     """The learning rate whose run was best on validation; the others' directories go."""
+    runs = staging.journal["answers"]
     names = {rate: f"{row.name}/seed-{seed}/lr-{rate:g}" for rate in row.lrs}
+    chosen = next((rate for rate, name in names.items() if "chosen_of" in runs[name]), None)
+    if chosen is not None:  # by an earlier process
+        return chosen
     better = max if row.task.choose_by == "score" else min
     best = better(row.lrs, key=lambda rate: runs[names[rate]]["chosen_by"])
     kept = f"{row.name}/seed-{seed}"
+    place, run = staging.directory / kept, runs[names[best]]
+    if isinstance(staging, Staging):
+        for file in (staging.directory / names[best]).iterdir():
+            file.rename(place / file.name)
+        for name in names.values():
+            shutil.rmtree(staging.directory / name)
+    wait()
     for rate, name in names.items():
         if rate != best:
-            shutil.rmtree(staging.directory / name)
             runs[name]["discarded"] = True
-    place = staging.directory / kept
-    for file in (staging.directory / names[best]).iterdir():
-        file.rename(place / file.name)
-    (staging.directory / names[best]).rmdir()
-    _note_files(staging, kept)
-    runs[names[best]] |= {
+    run |= {
         "directory": kept,
-        "reference": runs[names[best]]["reference"].replace(names[best], kept),
-        "files": _files(staging, place),
-        "learning_rates_tried": list(row.lrs),
+        "reference": run["reference"].replace(names[best], kept),
+        "files": files_in(staging, place),
+        "chosen_of": list(row.lrs),
     }
+    note_files(staging, kept)
     return best
-
-
-class _Run:
-    """One row with one seed and learning rate."""
-
-    def __init__(self, row: Row, model: Model, config: Config, device: torch.device, seed: int, lr: float) -> None:
-        self.row, self.model, self.config, self.device, self.seed, self.lr = row, model, config, device, seed, lr
-
-    def attach(self) -> Student:
-        """A new student; raises what is wrong about the row and its model."""
-        row = self.row
-        network = Network(self.model, row.task.auto_class, self.device, packed=False)
-        steps = Schedule(len(row.task.parts["train"]), row.settings).steps
-        base = Base(self.model, network, Generator().manual_seed(self.seed), steps)
-        attached: Attached
-        try:
-            if row.kind is not None:
-                attached = row.kind(base, row.params)
-            else:
-                assert row.peft is not None
-                attached = peft_adapter(base, row.peft)
-        except RecipeError as error:
-            where = str(self.config.path or "config")
-            raise RecipeError(f"{where}: {row.name}: {error.message}", error.hint) from None
-        network.module.to(self.device)
-        return Student(network, attached, row.task)
-
-    def objective(self, student: Student) -> Loss | Procedure:
-        """The row's objective, its other models loaded."""
-
-        def open_other(reference: str) -> Network:
-            other = open_model(reference, folders=self.config.folders)
-            return Network(other, self.row.task.auto_class, self.device)
-
-        setup = Setup(self.model, student.network, self.row.task, open_other)
-        return self.row.objective(setup, self.row.objective_params)
-
-
-def _one(
-    row: Row,
-    model: Model,
-    config: Config,
-    device: torch.device,
-    seed: int,
-    lr: float,
-    name: str,
-    staging: Staging,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Train once; write what came out."""
-    run = _Run(row, model, config, device, seed, lr)
-    reset_peak()
-    student = run.attach()
-    begun = run.objective(student)
-    checkpoints = staging.directory / RUNS / name
-
-    def saved() -> None:
-        staging.complete(*_files(staging, checkpoints))
-
-    def told(what: str, done: int, total: int) -> None:
-        progress(f"{what} {name}", done, total)
-
-    def fitted(student: Student, loss: Loss, settings: Settings, part: str) -> Fit:
-        return fit(student, loss, settings, lr=lr, seed=seed, directory=checkpoints / part, progress=told, saved=saved)
-
-    if isinstance(begun, Procedure):
-        found = begun(Sessions(row.settings, run.attach, fitted))
-    else:
-        found = fitted(student, begun, row.settings, "fit")
-    directory = staging.directory / name
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    found.student.attached.save(directory)
-    row.task.save(found.student.head, directory)
-    result = _measured(row, found, directory)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    _note_files(staging, name)
-    return {
-        "row": row.name,
-        "seed": seed,
-        "directory": name,
-        "reference": found.student.attached.reference(row.model, Path("OUT") / name),
-        "files": _files(staging, directory),
-        "model": row.model,
-        "kind": row.label,
-        "objective": row.objective.name,
-        "lr": lr,
-        **result,
-        "peak_memory": peak(),
-        "about": {**found.student.attached.about(), **begun.about()},
-    }
-
-
-def _measured(row: Row, found: Fit, directory: Path) -> dict[str, Any]:
-    """What a fit says of itself and on every part but train; predictions go into files."""
-    student, task = found.student, row.task
-    out: dict[str, Any] = {}
-    for part in task.parts:
-        if part == "train":
-            continue
-        measured = student.measure(part)
-        score = measured.score
-        out[part] = {
-            "loss": measured.loss, "metric": score.metric, "value": score.value, "stderr": score.stderr, "n": score.n,
-        }  # fmt: skip
-        gold = dict(zip(task.parts[part], task.gold(part), strict=True))
-        lines = (
-            json.dumps({"id": one, "gold": gold[one], "pred": answer.output}, ensure_ascii=False)
-            for one, answer in score.predictions.items()
-        )
-        write_atomically(directory / f"{part}-predictions.jsonl", "\n".join(lines) + "\n")
-    chosen = out.get("validation")
-    return {
-        **out,
-        "chosen_by": None if chosen is None else chosen["value" if task.choose_by == "score" else "loss"],
-        "parameters": student.attached.count,
-        "bytes": sum(file.stat().st_size for file in directory.iterdir() if file.suffix == ".safetensors"),
-        "steps": found.steps,
-        "seconds": round(found.seconds, 3),
-        "saved_by_autograd": found.saved,
-        "history": found.history,
-    }
-
-
-def _files(staging: Staging, place: Path) -> list[str]:
-    return [str(file.relative_to(staging.directory)) for file in sorted(place.rglob("*")) if file.is_file()]
-
-
-def _note_files(staging: Staging, name: str) -> None:
-    """Note what a run wrote, so that a resumed one keeps it; what is gone is forgotten."""
-    kept = staging.journal["shards"]
-    for file in [file for file in kept if not (staging.directory / file).is_file()]:
-        del kept[file]
-    staging.complete(*_files(staging, staging.directory / name))
 
 
 def _fingerprint(config: Config, models: Mapping[str, Model]) -> str:

@@ -11,7 +11,7 @@ from trainable import classify, complete
 
 from mergebench.deltas.open import open_model
 from mergebench.networks.network import Network
-from mergebench.training import load_config, run, train
+from mergebench.training import load_config, once, train
 from mergebench.training.declared import kinds
 
 PEFT = {
@@ -26,9 +26,9 @@ KINDS = [name for name in kinds.names() if name not in WITHOUT]
 @pytest.mark.parametrize("name", [*KINDS, *PEFT])
 def test_trained_is_folded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     students = []
-    kept = run.fit
+    kept = once.fit
     monkeypatch.setattr(
-        run, "fit", lambda student, *args, **more: students.append(student) or kept(student, *args, **more)
+        once, "fit", lambda student, *args, **more: students.append(student) or kept(student, *args, **more)
     )
     what = {"peft": PEFT[name]} if name in PEFT else {"delta": {"kind": name}}
     config = load_config(classify(tmp_path, **what))

@@ -139,3 +139,23 @@ def test_the_command_prints_the_table_and_what_to_name(tmp_path: Path, cli, monk
     assert cli("train", "hut.yaml", "--device", "cpu").code == 2
     document = json.loads(cli("train", "hut.yaml", "--resume", "--json").out)
     assert document["runs"][0]["directory"] == "hut/seed-0"
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(tmp_path: Path) -> None:
+    """Half a batch each, its gradients averaged: the loss curve of one process with whole batches, up to dropout."""
+    config = classify(tmp_path, delta="hut", epochs=2, batch=16)
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**config, "batch": 8}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    found = []
+    for name, command in (("one", [sys.executable, "-m"]), ("two", launch)):
+        done = subprocess.run(
+            [*command, "mergebench", "train", f"{name}.yaml", "--out", name, "--device", "cpu", "--quiet"],
+            cwd=tmp_path, env=ONE, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / name / "results.json").read_text())["runs"][0])
+    assert found[0]["steps"] == found[1]["steps"] == 12
+    losses = [[point["loss"] for point in run["history"] if "loss" in point] for run in found]
+    assert np.allclose(*losses, atol=0.1)

@@ -1,0 +1,61 @@
+"""Several processes that train one thing, as `accelerate launch` starts them: one of them writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint.documents import read_json
+from mergebench.checkpoint.staging import JOURNAL, Staging, partial
+
+
+def is_main() -> bool:
+    """Whether this process writes."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def count() -> int:
+    """How many processes there are."""
+    from accelerate import PartialState
+
+    return int(PartialState().num_processes)
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+@dataclass
+class Guest:
+    """What another process stages, to be read."""
+
+    directory: Path
+    journal: dict[str, Any]
+
+    def save(self) -> None:
+        """Nothing."""
+
+    def complete(self, *files: str) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def staged(out: Path, fingerprint: str, resume: bool) -> Iterator[Staging | Guest]:
+    """The staging directory of `out`: the main process makes it, the others read it."""
+    if is_main():
+        with Staging(out, fingerprint, resume) as staging:
+            wait()
+            yield staging
+    else:
+        wait()
+        directory = partial(Path(os.path.realpath(out)))
+        yield Guest(directory, read_json(directory / JOURNAL, dict[str, Any]))
