@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.staging import JOURNAL, Staging, partial
+
+
+def join(device: torch.device) -> torch.device:
+    """Find the other processes, before anything else here is asked; the device of this one, of several GPUs its own."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device if device.type == "cuda" and state.num_processes > 1 else device
 
 
 def is_main() -> bool:

@@ -30,7 +30,7 @@ from mergebench.training import report
 from mergebench.training.config import Config, Row
 from mergebench.training.loop import Progress
 from mergebench.training.once import RUNS, Once, files_in, note_files, train_once
-from mergebench.training.processes import Guest, is_main, staged, wait
+from mergebench.training.processes import Guest, is_main, join, staged, wait
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def train(
     """
     need("accelerate", "training")
     started, out = time.perf_counter(), Path(out)
+    chosen = join(device_of(device))
     models = {row.model: open_model(row.model, folders=config.folders) for row in config.rows}
     fingerprint = _fingerprint(config, models)
     done = finished(out)
@@ -78,7 +79,6 @@ def train(
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, _at_most(config, models))
-    chosen = device_of(device)
     for row in config.rows:  # what fits no model is said before the first step of any row
         Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
     with staged(out, fingerprint, resume) as staging:
