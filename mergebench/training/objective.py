@@ -48,6 +48,7 @@ class Setup:
     model: Model
     network: Network
     task: TrainingTask
+    seed: int
     open: Callable[[str], Network]  # another model, frozen, on the same device
 
     def teacher(self, reference: str, tokens: bool = True) -> Network:

@@ -34,12 +34,13 @@ class Once:
 
     def __init__(self, row: Row, model: Model, config: Config, device: torch.device, seed: int, lr: float) -> None:
         self.row, self.model, self.config, self.device, self.seed, self.lr = row, model, config, device, seed, lr
+        self.task = row.task.drawn(seed)
 
     def attach(self) -> Student:
         """A new student; raises what is wrong about the row and its model."""
         row = self.row
         network = Network(self.model, row.task.auto_class, self.device, packed=False)
-        steps = Schedule(len(row.task.parts["train"]), row.settings).steps
+        steps = Schedule(len(self.task.parts["train"]), row.settings).steps
         base = Base(self.model, network, Generator().manual_seed(self.seed), steps)
         attached: Attached
         try:
@@ -52,7 +53,7 @@ class Once:
             where = str(self.config.path or "config")
             raise RecipeError(f"{where}: {row.name}: {error.message}", error.hint) from None
         network.module.to(self.device)
-        return Student(network, attached, row.task)
+        return Student(network, attached, self.task)
 
     def objective(self, student: Student) -> Loss | Procedure:
         """The row's objective, its other models loaded."""
@@ -61,7 +62,7 @@ class Once:
             other = open_model(reference, folders=self.config.folders)
             return Network(other, self.row.task.auto_class, self.device)
 
-        setup = Setup(self.model, student.network, self.row.task, open_other)
+        setup = Setup(self.model, student.network, self.task, self.seed, open_other)
         return self.row.objective(setup, self.row.objective_params)
 
 

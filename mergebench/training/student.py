@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from mergebench.errors import ModelError
 from mergebench.networks.network import Network
 from mergebench.training.attached import Attached
-from mergebench.training.task import Measured, Rows, TrainingTask
+from mergebench.training.task import Head, Measured, Rows, TrainingTask
 
 
 class Student(nn.Module):
     """A network with something attached and a head; its parameters are the trained ones."""
 
-    def __init__(self, network: Network, attached: Attached, task: TrainingTask) -> None:
+    def __init__(self, network: Network, attached: Attached, task: TrainingTask, head: Head | None = None) -> None:
+        """head: another student's, to train it further."""
         super().__init__()
-        head = {name: nn.Parameter(one.to(network.device)) for name, one in task.head(network).items()}
+        if head is None:
+            head = {name: nn.Parameter(one.to(network.device)) for name, one in task.head(network).items()}
         named = {f"head/{name}": one for name, one in head.items()}
         named |= {name.replace(".", "/"): one for name, one in attached.parameters.items()}
         if not named:
@@ -44,7 +46,7 @@ class Student(nn.Module):
         return self._parts[2]
 
     @property
-    def head(self) -> dict[str, nn.Parameter]:
+    def head(self) -> Head:
         """The task's head."""
         return self._parts[3]
 

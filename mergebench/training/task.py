@@ -36,7 +36,7 @@ class Common:
     train: Path = param(help="the items to train on, JSON lines")
     validation: Path | None = param(None, "the items to choose on, in the same form")
     test: Path | None = param(None, "the items to report on, in the same form")
-    limit: int | None = param(None, "how many items to train on, drawn at random, the same ones for every seed", low=1)
+    limit: int | None = param(None, "how many items to train on, drawn with the run's seed", low=1)
     id: str = param("id", "the column with the item's id")
 
 
@@ -67,6 +67,8 @@ class TrainingTask(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]: ...
+
+    def drawn(self, seed: int) -> TrainingTask: ...  # with the train items of a run with this seed
 
     def gold(self, part: str) -> Sequence[str]: ...  # what the items' answers should be
 

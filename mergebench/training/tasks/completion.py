@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from mergebench.errors import RunError
 from mergebench.evaluation.task import Prediction, accuracy
 from mergebench.networks.batch import batches
-from mergebench.networks.items import Row, contents, read_rows
+from mergebench.networks.items import Row, contents, read_rows, some
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
 from mergebench.parameters import param
@@ -37,7 +38,7 @@ class _Items:
     """The items of one part, and their tokens with each tokenizer."""
 
     def __init__(self, rows: Sequence[Row], max_length: int) -> None:
-        self.rows, self._max_length = rows, max_length
+        self.rows, self.max_length = rows, max_length
         self._tokens: dict[str, list[tuple[list[int], list[int]]]] = {}
 
     def tokens(self, network: Network) -> list[tuple[list[int], list[int]]]:
@@ -53,12 +54,12 @@ class _Items:
                 first = tokenizer(prompt)["input_ids"] if prompt else []
                 first = first[:-1] if first[-1:] == end and end else first
                 last = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
-                if len(last) >= self._max_length:
+                if len(last) >= self.max_length:
                     raise RunError(
-                        f"{row.where}: its completion has {len(last)} tokens, max_length is {self._max_length}",
+                        f"{row.where}: its completion has {len(last)} tokens, max_length is {self.max_length}",
                         "give a larger max_length",
                     )
-                found.append(((first or start)[-(self._max_length - len(last)) :], last))
+                found.append(((first or start)[-(self.max_length - len(last)) :], last))
             self._tokens[key] = found
         return self._tokens[key]
 
@@ -68,9 +69,17 @@ class _Completion:
 
     auto_class, metric, choose_by = "AutoModelForCausalLM", "accuracy", "loss"
 
-    def __init__(self, data: Mapping[str, _Items], files: Sequence[Path]) -> None:
-        self._data, self.files = dict(data), tuple(files)
+    def __init__(self, data: Mapping[str, _Items], files: Sequence[Path], limit: int | None) -> None:
+        self._data, self.files, self._limit = dict(data), tuple(files), limit
         keep_apart({part: contents(items.rows) for part, items in data.items()})
+
+    def drawn(self, seed: int) -> _Completion:
+        """With `limit` of the train items."""
+        if self._limit is None:
+            return self
+        other, train = copy.copy(self), self._data["train"]
+        other._data = {**self._data, "train": _Items(some(list(train.rows), self._limit, seed), train.max_length)}
+        return other
 
     @property
     def parts(self) -> Mapping[str, Sequence[str]]:
@@ -132,10 +141,10 @@ def completion(p: Params) -> TrainingTask:
     data: dict[str, Any] = {}
     files = {part: file for part in PARTS if (file := getattr(p, part)) is not None}
     for part, file in files.items():
-        rows = read_rows(file, p.id, (p.prompt, p.completion), p.limit if part == "train" else None, 0)
+        rows = read_rows(file, p.id, (p.prompt, p.completion))
         for row in rows:
             for name, value in zip((p.prompt, p.completion), row.values, strict=True):
                 if not isinstance(value, str) or not (value or name == p.prompt):
                     raise RunError(f"{row.where}: {name} must be text, got {value!r:.60}")
         data[part] = _Items(rows, p.max_length)
-    return _Completion(data, list(files.values()))
+    return _Completion(data, list(files.values()), p.limit)
