@@ -47,6 +47,7 @@ class Base:
     network: Network
     generator: Generator  # for what starts at random
     steps: int = 0  # of the optimiser, in all
+    head: Mapping[str, Tensor] = field(default_factory=dict)  # of the task, as it starts
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -109,7 +110,7 @@ class Put:
     """A change to one tensor: change(W) of its shape, the parameters it is made of, and how it is saved."""
 
     change: Callable[[Tensor], Tensor]
-    parameters: Mapping[str, nn.Parameter]  # by the names of the kind's parts
+    parameters: Mapping[str, nn.Parameter]  # by the names of the kind's parts; under that of a setting: saved as one
     kind: str
     settings: Callable[[], Mapping[str, Any]] = dict  # of the saved delta
     fixed: Mapping[str, Tensor] = field(default_factory=dict)  # parts that are saved and not trained
@@ -133,6 +134,8 @@ def put(kind: DeltaKind, parts: Any, *fixed: str, **settings: Any) -> Put:
 
 class Attached:
     """What is on a network, and its trained parameters by name."""
+
+    head: Callable[[], Mapping[str, Tensor]] | None = None  # the task's head, where it is made of these parameters
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -193,7 +196,10 @@ class OnTensors(Attached):
                 with torch.no_grad():
                     own |= {part: value.cpu().contiguous() for part, value in put.saved().items()}
                 trained = {}
+            settings = put.settings()
             for part, value in trained.items():
+                if part in settings:
+                    continue
                 if uses[id(value)] == 1:
                     own[part] = value.detach().cpu().contiguous()
                     continue
@@ -201,7 +207,7 @@ class OnTensors(Attached):
                     names[id(value)] = f"shared.{len(names)}"
                     shared[names[id(value)]] = value.detach().cpu().contiguous()
                 common[part] = names[id(value)]
-            writings[name] = Writing(put.kind, put.settings(), own, common)
+            writings[name] = Writing(put.kind, settings, own, common)
         write_file(directory / DELTAS, writings, shared, {"command": "train"}, identity(self._base.model))
 
     def held(self) -> AbstractContextManager[Any]:

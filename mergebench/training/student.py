@@ -20,7 +20,9 @@ class Student(nn.Module):
     def __init__(self, network: Network, attached: Attached, task: TrainingTask, head: Head | None = None) -> None:
         """head: another student's, to train it further."""
         super().__init__()
-        if head is None:
+        if attached.head is not None:
+            head = {}
+        elif head is None:
             head = {name: nn.Parameter(one.to(network.device)) for name, one in task.head(network).items()}
         named = {f"head/{name}": one for name, one in head.items()}
         named |= {name.replace(".", "/"): one for name, one in attached.parameters.items()}
@@ -48,7 +50,7 @@ class Student(nn.Module):
     @property
     def head(self) -> Head:
         """The task's head."""
-        return self._parts[3]
+        return self._parts[3] if self.attached.head is None else self.attached.head()
 
     def forward(self, items: Tensor, part: str = "train") -> Rows:
         """The rows of some items."""

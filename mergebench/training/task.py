@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergebench.errors import RecipeError
 from mergebench.evaluation.task import Score
@@ -26,7 +26,7 @@ from mergebench.networks.network import Network
 from mergebench.parameters import Parameter, param, parameters_of, params_of
 
 PARTS = ("train", "validation", "test")
-Head = Mapping[str, nn.Parameter]  # by name; empty for a model that has its own
+Head = Mapping[str, Tensor]  # by name; empty for a model that has its own
 
 
 @dataclass(frozen=True, kw_only=True)
