@@ -12,6 +12,7 @@ from mergebench.cli import (
     cil,
     compare,
     compress,
+    dimension,
     doctor,
     edit,
     evaluate,
@@ -67,6 +68,7 @@ app.add_typer(mask.app, name="mask")
 app.add_typer(cil.app, name="cil")
 app.command("compress", cls=compress.Compress)(compress.compress)
 app.command("train")(train.train)
+app.command("dimension")(dimension.dimension)
 app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)

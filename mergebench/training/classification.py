@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from mergebench.checkpoint.files import write_atomically
-from mergebench.errors import RunError
+from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.head import Head as SavedHead
+from mergebench.evaluation.head import read_head
 from mergebench.evaluation.labelled import Labelled
 from mergebench.networks.features import Inputs, Pooling, features
 from mergebench.networks.loadable import Tick
@@ -31,6 +32,8 @@ class Params(Common):
     label: str = param("label", "the column with the label")
     per_class: int | None = param(None, "how many items of each label to train on, drawn with the run's seed", low=1)
     normalize: bool = param(False, "features scaled to length one")
+
+HEAD = "head.safetensors"
 
 
 class Classification:
@@ -130,8 +133,21 @@ class Classification:
     def save(self, head: Head, directory: Path) -> None:
         """head.safetensors, which suites name."""
         weight, bias = head["weight"].detach(), head["bias"].detach()
-        saved = SavedHead(directory / "head.safetensors", weight, bias, self.labels, self._pooling, self._max_length)
+        saved = SavedHead(directory / HEAD, weight, bias, self.labels, self._pooling, self._max_length)
         write_atomically(saved.file, saved.dump())
+
+    def read(self, directory: Path) -> Head:
+        """The head in a directory; `ModelError` if it has other labels, or reads other features."""
+        saved = read_head(directory / HEAD)
+        if saved.labels != self.labels:
+            theirs, ours = (", ".join(labels) for labels in (saved.labels, self.labels))
+            raise ModelError(f"{saved.file}: its labels are {theirs}; the task's are {ours}", "name a model of this task")
+        if (saved.pooling, saved.max_length) != (self._pooling, self._max_length):
+            raise ModelError(
+                f"{saved.file}: it was trained on other features than the task's",
+                "give the task the same pooling, normalize and max_length",
+            )
+        return {"weight": saved.weight, "bias": saved.bias}
 
     def _inputs(self, network: Network, part: str) -> Inputs:
         """The items prepared for repeated reading, images decoded once."""

@@ -13,7 +13,7 @@ from mergebench.errors import ModelError
 from mergebench.networks.network import Network
 from mergebench.training.settings import Settings
 from mergebench.training.student import Fit, Student
-from mergebench.training.task import Rows, TrainingTask
+from mergebench.training.task import Head, Rows, TrainingTask
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Setup:
     task: TrainingTask
     seed: int
     open: Callable[[str], Network]  # another model, frozen, on the same device
+    head: Callable[[str], Head]  # the task's head that was trained with it, on the same device
 
     def teacher(self, reference: str, tokens: bool = True) -> Network:
         """Another model; `ModelError` if its tokenizer gives other tokens."""

@@ -9,6 +9,7 @@ so it is here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ class _InSubspace(OnTensors):
             return Put(lambda weight: changes()[place], trained, "subspace", settings)
 
         super().__init__(base, {name: of(place) for place, name in enumerate(names[: len(names) - len(head)])})
+        self._elements = changes.elements
         if head:
             first = len(names) - len(head)
             start = {name: one.detach() for name, one in head.items()}
@@ -84,6 +86,10 @@ class _InSubspace(OnTensors):
                 name: one.to(changes.theta.device) + changes()[first + place]
                 for place, (name, one) in enumerate(start.items())
             }
+
+    def about(self) -> Mapping[str, object]:
+        """D: how many numbers move."""
+        return {"elements": self._elements}
 
 
 class _Changes:
@@ -106,6 +112,7 @@ class _Changes:
             (Fastfood([drawn[place] for place in places], len(theta), places), 1 / n if gradient == "fairseq" else 1.0)
             for n, places in groups.items()
         ]
+        self.elements = sum(math.prod(shape) for shape in shapes)
         self._key: tuple[object, ...] = ()
         self._made_of: tuple[Tensor, Tensor] | None = None
         self._found: list[Tensor] = []

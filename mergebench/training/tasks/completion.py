@@ -134,6 +134,10 @@ class _Completion:
     def save(self, head: Head, directory: Path) -> None:
         """Nothing beside the model."""
 
+    def read(self, directory: Path) -> Head:
+        """Nothing beside the model."""
+        return {}
+
 
 @training_task
 def completion(p: Params) -> TrainingTask:

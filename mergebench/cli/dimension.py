@@ -1,0 +1,49 @@
+"""`mergebench dimension`: search the intrinsic dimension of a fine-tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergebench.cli import options as opt
+from mergebench.cli.output import note, say, say_json, work_bar
+
+
+def dimension(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file with delta: {kind: subspace}.")],
+    out: Annotated[Path | None, typer.Option(help="Output directory. Default: trained/<config stem>.")] = None,
+    share: Annotated[float, typer.Option(help="Of full fine-tuning's metric that is to be reached.")] = 0.9,
+    device: opt.Device = "auto",
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Search the smallest random subspace in which training reaches 90 % of full fine-tuning's metric."""
+    from mergebench.systems.intrinsic_dimension.search import search
+    from mergebench.training import load_config
+
+    quiet = quiet or json_
+    loaded = load_config(config)
+    place = out or Path("trained") / config.stem
+    with work_bar(quiet) as progress:
+        found = search(
+            loaded,
+            place,
+            share=share,
+            device=opt.check_device(device),
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if found.already_done:
+        note(f"{place}: already finished, nothing to resume", quiet)
+    else:
+        note(f"wrote {place} in {found.provenance['seconds']:.0f} s", quiet)
+    if json_:
+        say_json({"out": str(place), **found.provenance})
+        return
+    for answer in found.answers:
+        say(answer.sentence())

@@ -1,0 +1,249 @@
+"""The intrinsic dimension d90: the smallest subspace in which training reaches 90 % of full fine-tuning's metric.
+
+The full fine-tune is trained first. Then d runs through the powers of ten until one reaches the line, and log d is
+halved between the last that did not and the first that did. Every d is trained with all of the config's seeds; their
+mean decides. A directory holds every run; a killed search goes on with `resume`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergebench.checkpoint import card as markdown
+from mergebench.checkpoint.card import listed
+from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.deltas.open import open_model
+from mergebench.engine.provenance import places_of
+from mergebench.errors import ModelError, RecipeError
+from mergebench.networks.device import device_of
+from mergebench.plugins import need
+from mergebench.systems.intrinsic_dimension.kind import Params, subspace
+from mergebench.systems.intrinsic_dimension.plot import plot
+from mergebench.training import report
+from mergebench.training.config import Config, Row
+from mergebench.training.declared import Targets, kinds
+from mergebench.training.loop import Progress
+from mergebench.training.record import at_most, fingerprint_of, provenance_of
+from mergebench.training.run import check_row, train_row
+
+CLOSE = 1.3  # the search ends when neighbours are within this ratio
+MANY = 100_000  # more than a model has lambdas
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the search found of one row."""
+
+    row: str
+    metric: str
+    share: float
+    full: float  # mean over the seeds
+    elements: int  # D
+    tested: Mapping[int, Sequence[float]]  # by d, a value a seed
+
+    @property
+    def line(self) -> float:
+        """What is to be reached."""
+        return line_of(self.share, self.full)
+
+    @property
+    def dimension(self) -> int | None:
+        """The smallest d whose mean reaches the line."""
+        return min((d for d, values in self.tested.items() if statistics.fmean(values) >= self.line), default=None)
+
+    @property
+    def below(self) -> int | None:
+        """The largest smaller d that was tried, which does not."""
+        found = self.dimension
+        return max((d for d in self.tested if found is None or d < found), default=None)
+
+    @property
+    def by_seed(self) -> list[int | None]:
+        """The smallest d at which each seed's run reaches the line; None: at none that was tried."""
+        seeds = range(len(next(iter(self.tested.values()))))
+        return [min((d for d, found in self.tested.items() if found[n] >= self.line), default=None) for n in seeds]
+
+    def sentence(self) -> str:
+        """The answer, for a reader."""
+        what = f"{100 * self.share:g} % of full fine-tuning's {self.metric} ({100 * self.line:.1f} of {100 * self.full:.1f} %)"  # noqa: E501
+        if self.dimension is None:
+            return f"{self.row}: none of up to {self.below:,} dimensions reaches {what}"
+        seeds, known = self.by_seed, [d for d in self.by_seed if d is not None]
+        lines = f"{self.row}: {self.dimension:,} of {self.elements:,} dimensions reach {what}"
+        if self.below is not None:
+            lines += f", {self.below:,} do not"
+        if len(seeds) > 1:
+            most = f"{max(known):,}" if len(known) == len(seeds) else f"more than {max(self.tested):,}"
+            lines += f"; over {len(seeds)} seeds {min(known):,} to {most}"
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, ready for JSON."""
+        return {
+            **vars(self),
+            "tested": {str(d): list(values) for d, values in sorted(self.tested.items())},
+            "line": self.line,
+            "dimension": self.dimension,
+            "below": self.below,
+            "by_seed": self.by_seed,
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    out: Path
+    provenance: Mapping[str, Any]
+    already_done: bool = False
+
+    @property
+    def answers(self) -> list[Answer]:
+        """One for each row that was searched."""
+        names = Answer.__dataclass_fields__
+        return [
+            Answer(**{k: one[k] for k in names} | {"tested": {int(d): v for d, v in one["tested"].items()}})
+            for one in self.provenance["answers"].values()
+        ]
+
+
+def search(
+    config: Config,
+    out: str | Path,
+    *,
+    share: float = 0.9,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Found:
+    """Search the intrinsic dimension of every subspace row of a config; write all runs to the directory `out`.
+
+    A row of another kind is what they are compared with; without one, full fine-tuning with the first row's settings.
+
+    Raises `RecipeError` if the config has nothing to search or to compare with, and what `train` raises.
+    """
+    need("accelerate", "training")
+    started, out = time.perf_counter(), Path(out)
+    if not 0 < share <= 1:
+        raise RecipeError(f"--share: must be above 0, at most 1, got {share:g}", "such as 0.9")
+    full, searched = _rows(config)
+    config = replace(config, rows=(full, *searched))
+    models = {row.model: open_model(row.model, folders=config.folders) for row in config.rows}
+    made_of = f"dimension {share} {CLOSE} {fingerprint_of(config, models)}"
+    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
+    done = finished(out)
+    if resume and done is not None and done.get("fingerprint") == fingerprint:
+        return Found(out, done, already_done=True)
+    check_target(out, places_of(list(models.values())), overwrite)
+    check_room(out, at_most(config, models))
+    chosen = device_of(device)
+    check_row(full, models[full.model], config, chosen)
+    ranges = {}
+    for row in searched:
+        attached = check_row(_at(row, MANY), models[row.model], config, chosen).attached
+        lambdas = sum(one.numel() for name, one in attached.parameters.items() if name.endswith(".scale"))
+        ranges[row.name] = lambdas + 1, int(attached.about()["elements"])
+    part = next(part for part in ("test", "validation") if part in full.task.parts)
+    with Staging(out, fingerprint, resume) as staging:
+        runs = train_row(full, models[full.model], config, chosen, staging, progress)
+        mean = statistics.fmean(run[part]["value"] for run in runs)
+        if not mean > 0:
+            raise ModelError(f"{full.name}: its {full.task.metric} is 0", "train it longer, or with another lr")
+        answers = []
+        for row in searched:
+            tested: dict[int, list[float]] = {}
+
+            def reaches(d: int, row: Row = row, tested: dict[int, list[float]] = tested) -> bool:
+                runs = train_row(_at(row, d), models[row.model], config, chosen, staging, progress)
+                tested[d] = [run[part]["value"] for run in runs]
+                return statistics.fmean(tested[d]) >= line_of(share, mean)
+
+            narrow(reaches, *ranges[row.name])
+            answers.append(Answer(row.name, full.task.metric, share, mean, ranges[row.name][1], tested))
+        found = {
+            "command": "dimension",
+            "share": share,
+            "part": part,
+            "answers": {one.row: one.to_dict() for one in answers},
+            **provenance_of(config, models, staging),
+            "fingerprint": fingerprint,
+        }
+        written = {key: found[key] for key in ("share", "part", "answers", "runs")}
+        write_atomically(staging.directory / "results.json", json.dumps(written, indent=1) + "\n")
+        values = [run[part]["value"] for run in runs]
+        plot(answers, values, staging.directory / "dimension.png")
+        parts = [
+            "Found by `mergebench dimension`.",
+            listed(one.sentence() for one in answers),
+            "![the metric against d](dimension.png)",
+            report.table(found["runs"]),
+        ]
+        card = markdown.card(out.name, parts, tags=["mergebench"])
+        written = staging.finish(found, started, overwrite, card)
+    return Found(out, written)
+
+
+def line_of(share: float, full: float) -> float:
+    """What is to be reached, but for rounding."""
+    return share * full * (1 - 1e-9)
+
+
+def narrow(reaches: Callable[[int], bool], least: int, most: int) -> None:
+    """Ask of powers of ten in [least, most] until one reaches, then between it and the one before, halving log d until
+    two neighbours are within `CLOSE`."""
+    below, above = least, None
+    for d in [10**k for k in range(1, 19) if least < 10**k < most] + [most]:
+        if reaches(d):
+            above = d
+            break
+        below = d
+    while above is not None and above / below > CLOSE:
+        middle = math.sqrt(below * above)
+        unit = 10 ** max(int(math.log10(middle)) - 1, 0)
+        d = round(middle / unit) * unit  # two digits
+        if not below < d < above:
+            break
+        if reaches(d):
+            above = d
+        else:
+            below = d
+
+
+def _at(row: Row, d: int) -> Row:
+    name = row.name if d == MANY else f"{row.name}/d-{d}"
+    return replace(row, name=name, params=replace(row.params, d=d))
+
+
+def _rows(config: Config) -> tuple[Row, list[Row]]:
+    """What the subspaces are compared with, and the rows whose d is searched."""
+    where = str(config.path or "config")
+    searched = [row for row in config.rows if row.kind is subspace]
+    others = [row for row in config.rows if row.kind is not subspace]
+    if not searched:
+        raise RecipeError(f"{where}: no row trains in a subspace", "delta: {kind: subspace, said: true}")
+    if len(others) > 1:
+        names = ", ".join(row.name for row in others)
+        raise RecipeError(f"{where}: rows: {names}: subspaces are compared with one", "full: {delta: full}")
+    for row in searched:
+        written = row.written["delta"]
+        if isinstance(written, dict) and "d" in written:
+            raise RecipeError(f"{where}: {row.name}: delta: d: it is what is searched", "leave it out")
+    first = searched[0]
+    full = others[0] if others else replace(first, name="full", kind=kinds.get("full"), params=Targets())
+    for row in searched:
+        if row.task is not full.task:
+            raise RecipeError(f"{where}: {row.name}: task: another than {full.name}'s", "write task: beside rows:")
+    if not {"test", "validation"} & full.task.parts.keys():
+        raise RecipeError(f"{where}: task: no test items, and none to choose on", "task: {test: FILE}")
+    assert all(isinstance(row.params, Params) for row in searched)
+    return full, searched
