@@ -46,7 +46,7 @@ class Params:
 @objective(paper="arXiv:2407.09435")
 def compatible(setup: Setup, p: Params) -> Loss:
     """Like the new model where the student is right, like the old one where it is wrong: MUSCLE."""
-    return _Compatible(setup.task, *(_Teacher(setup, one) for one in (p.old, p.new)), p)
+    return _Compatible(setup.task, _Teacher(setup, p.old), _Teacher(setup, p.new), p)
 
 
 class _Teacher:

@@ -22,11 +22,14 @@ from torch.nn.utils import parametrize
 
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.delta import matrix_shape
+from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.kind import DeltaKind
 from mergebench.checkpoint.model import Model
-from mergebench.deltas.formats.native import DELTAS, Writing, write_file
+from mergebench.deltas.formats.native import DELTAS, Writing, read_file, write_file
 from mergebench.errors import ModelError, RecipeError
 from mergebench.networks.network import Network
+
+SAME = "go on with the kind and settings that the run was trained with"
 
 
 class Weight(NamedTuple):
@@ -153,6 +156,10 @@ class Attached:
         """The model that it makes of `base`, saved in `directory`."""
         return f"{base}+{directory}"
 
+    def load(self, directory: Path) -> None:
+        """Start as what an earlier run saved; `RecipeError` if it trained something else."""
+        raise RecipeError("from: this kind starts as its base is", "name what the run made as the model")
+
     def penalty(self) -> Tensor | None:
         """A term added to the loss of every step."""
         return None
@@ -209,6 +216,20 @@ class OnTensors(Attached):
                 common[part] = names[id(value)]
             writings[name] = Writing(put.kind, settings, own, common)
         write_file(directory / DELTAS, writings, shared, {"command": "train"}, identity(self._base.model))
+
+    def load(self, directory: Path) -> None:
+        """The values of the same parts of the same tensors."""
+        entries = read_file(directory).entries
+        other = next((name for name in (entries.keys() ^ self._puts.keys())), None)
+        if other is not None:
+            raise RecipeError(f"from: {directory}: {other} is changed there or here, not in both", SAME)
+        with Files() as files, torch.no_grad():
+            for name, put in self._puts.items():
+                for part, value in put.parameters.items():
+                    info = entries[name].parts.get(part)
+                    if entries[name].kind != put.kind or info is None or info.shape != tuple(value.shape):
+                        raise RecipeError(f"from: {directory}: {name}: it holds no such {put.kind}.{part}", SAME)
+                    value.copy_(whole(files, info))
 
     def held(self) -> AbstractContextManager[Any]:
         """Changes are computed once."""

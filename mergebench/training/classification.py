@@ -141,7 +141,8 @@ class Classification:
         saved = read_head(directory / HEAD)
         if saved.labels != self.labels:
             theirs, ours = (", ".join(labels) for labels in (saved.labels, self.labels))
-            raise ModelError(f"{saved.file}: its labels are {theirs}; the task's are {ours}", "name a model of this task")
+            what = f"{saved.file}: its labels are {theirs}; the task's are {ours}"
+            raise ModelError(what, "name a model of this task")
         if (saved.pooling, saved.max_length) != (self._pooling, self._max_length):
             raise ModelError(
                 f"{saved.file}: it was trained on other features than the task's",

@@ -26,9 +26,9 @@ from typing import Any
 
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.parameters import Parameter, parameters_of
-from mergebench.recipe.declared import Reader
+from mergebench.recipe.declared import Reader, looked_in
 from mergebench.recipe.positions import Loc, Places, show
-from mergebench.recipe.yaml import parse, plain, text_of
+from mergebench.recipe.yaml import find, parse, plain, text_of
 from mergebench.training import tasks
 from mergebench.training.declared import Kind, Objective, kinds, objectives
 from mergebench.training.settings import Settings
@@ -50,6 +50,7 @@ class Row:
     lrs: tuple[float, ...]
     settings: Settings
     written: Mapping[str, Any]  # its keys as the config has them
+    start: Path | None = None  # the directory of a run that it goes on from
 
     @property
     def label(self) -> str:
@@ -77,6 +78,7 @@ SPECIAL = {
     "delta": "what is trained: {kind: hut, rank: 8}",
     "peft": "instead, an adapter of PEFT's: {peft_type: LORA, r: 8}",
     "task": "what it is trained on: {kind: text-classification, train: FILE}",
+    "from": "the directory of a run whose adapter and head this starts as",
     "objective": "task, or another with its parameters: {distil: {teacher: MODEL}}",
     "lr": "learning rate of AdamW; of several, the first seed's best on validation",
     "seeds": "a run each: [0, 1, 2]",
@@ -173,13 +175,14 @@ class _Reader(Reader):
         objective, objective_params = self._objective(data.get("objective", "task"), at("objective"))
         task = self._task(data["task"], at("task"))
         lrs = self.numbers(_LR, data["lr"], at("lr"))
+        start = self._start(data["from"], at("from")) if "from" in data else None
         if len(lrs) > 1 and "validation" not in task.parts:
             raise self.places.error(
                 at("lr"), "several, and no validation items to choose on", "task: {validation: FILE}"
             )
         settings = Settings(**values)
         return Row(
-            name, data["model"], kind, params, peft, task, objective, objective_params, lrs, settings, dict(data)
+            name, data["model"], kind, params, peft, task, objective, objective_params, lrs, settings, dict(data), start
         )
 
     def numbers(self, parameter: Parameter, value: Any, loc: Loc) -> tuple[Any, ...]:
@@ -203,6 +206,14 @@ class _Reader(Reader):
         if not isinstance(given, dict) or not isinstance(given.get("peft_type"), str):
             raise self.places.error(loc, "names no peft_type", "such as {peft_type: LORA, r: 8, lora_alpha: 16}")
         return dict(given)
+
+    def _start(self, given: Any, loc: Loc) -> Path:
+        if not isinstance(given, str):
+            raise self.places.error(loc, f"must be a directory, got {show(given)}", SPECIAL["from"])
+        found = find(given, self.folders, True)
+        if found is None:
+            raise self.places.error(loc, f"no directory {given}{looked_in(self.folders)}", SPECIAL["from"])
+        return found
 
     def _objective(self, given: Any, loc: Loc) -> tuple[Objective, Any]:
         if isinstance(given, dict) and len(given) == 1:

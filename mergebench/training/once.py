@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, nn
 
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.reference import locate
 from mergebench.checkpoint.staging import Staging
 from mergebench.deltas.open import open_model
 from mergebench.errors import RecipeError
@@ -25,6 +26,7 @@ from mergebench.training.peft_adapters import peft_adapter
 from mergebench.training.processes import Guest, is_main, wait
 from mergebench.training.settings import Settings
 from mergebench.training.student import Fit, Student
+from mergebench.training.task import Head
 
 RUNS = ".training"  # checkpoints of a run that is not done
 
@@ -41,7 +43,7 @@ class Once:
         row = self.row
         network = Network(self.model, row.task.auto_class, self.device, packed=False)
         steps = Schedule(len(self.task.parts["train"]), row.settings).steps
-        base = Base(self.model, network, Generator().manual_seed(self.seed), steps)
+        base = Base(self.model, network, Generator().manual_seed(self.seed), steps, self.task.head(network))
         attached: Attached
         try:
             if row.kind is not None:
@@ -49,11 +51,16 @@ class Once:
             else:
                 assert row.peft is not None
                 attached = peft_adapter(base, row.peft)
+            if row.start is not None:
+                attached.load(row.start)
         except RecipeError as error:
             where = str(self.config.path or "config")
             raise RecipeError(f"{where}: {row.name}: {error.message}", error.hint) from None
         network.module.to(self.device)
-        return Student(network, attached, self.task)
+        head = None
+        if row.start is not None:
+            head = {name: nn.Parameter(one.to(self.device)) for name, one in self.task.read(row.start).items()}
+        return Student(network, attached, self.task, head)
 
     def objective(self, student: Student) -> Loss | Procedure:
         """The row's objective, its other models loaded."""
@@ -62,7 +69,13 @@ class Once:
             other = open_model(reference, folders=self.config.folders)
             return Network(other, self.row.task.auto_class, self.device)
 
-        setup = Setup(self.model, student.network, self.task, self.seed, open_other)
+        def head_of(reference: str) -> Head:
+            place = locate(reference, self.config.folders)
+            last = [place.checkpoint, *place.adapters][-1]
+            head = self.task.read(last if last.is_dir() else last.parent)
+            return {name: one.to(self.device) for name, one in head.items()}
+
+        setup = Setup(self.model, student.network, self.task, self.seed, open_other, head_of)
         return self.row.objective(setup, self.row.objective_params)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.files import read_tensors
 from mergebench.deltas import formats
+from mergebench.deltas.peft.directory import read_directory
 from mergebench.errors import ModelError, RecipeError, did_you_mean, first_line
 from mergebench.plugins import need
-from mergebench.training.attached import Attached, Base
+from mergebench.training.attached import SAME, Attached, Base
 
+ELSEWHERE = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 FEATURES, COMPLETION = "FEATURE_EXTRACTION", "CAUSAL_LM"
 
 
@@ -53,9 +57,32 @@ class _Adapter(Attached):
             raise RecipeError(f"peft: {name}: it has no trained parameter", "take inference_mode out")
         self._reference = base.model.reference
 
+    def load(self, directory: Path) -> None:
+        """The values of an adapter of the same configuration."""
+        import peft
+
+        config, tensors = read_directory(directory)
+        ours = _plain(self.model.peft_config["default"].to_dict())
+        theirs = _plain({**ours, **config})
+        other = next((key for key in ours if key not in ELSEWHERE and theirs[key] != ours[key]), None)
+        if other is not None:
+            what = f"from: {directory}: its {other} is {theirs[other]}, here it is {ours[other]}"
+            raise RecipeError(what, SAME)
+        loaded: Any = peft.set_peft_model_state_dict(self.model, read_tensors(tensors))
+        missing = [name for name in loaded.missing_keys if name in self.parameters]
+        if missing or loaded.unexpected_keys:
+            name = [*missing, *loaded.unexpected_keys][0]
+            raise RecipeError(f"from: {directory}: {name} is trained there or here, not in both", SAME)
+
     def save(self, directory: Path) -> None:
         """PEFT's directory."""
         self.model.peft_config["default"].base_model_name_or_path = self._reference
         with warnings.catch_warnings(action="ignore"):
             self.model.save_pretrained(str(directory), save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as its file has it; sets in order."""
+    found: dict[str, Any] = json.loads(json.dumps(config, default=lambda one: sorted(map(str, one))))
+    return {key: sorted(one, key=str) if isinstance(one, list) else one for key, one in found.items()}

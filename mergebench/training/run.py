@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergebench import __version__
 from mergebench.checkpoint.content import identity, sha256_of
@@ -31,6 +31,9 @@ from mergebench.training.config import Config, Row
 from mergebench.training.loop import Progress
 from mergebench.training.once import RUNS, Once, files_in, note_files, train_once
 from mergebench.training.processes import Guest, is_main, join, staged, wait
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -72,51 +75,61 @@ def train(
     started, out = time.perf_counter(), Path(out)
     chosen = join(device_of(device))
     models = {row.model: open_model(row.model, folders=config.folders) for row in config.rows}
-    fingerprint = _fingerprint(config, models)
+    fingerprint = fingerprint_of(config, models)
     done = finished(out)
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Trained(out, done, already_done=True)
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
-    check_room(out, _at_most(config, models))
+    check_room(out, at_most(config, models))
     for row in config.rows:  # what fits no model is said before the first step of any row
         Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
     with staged(out, fingerprint, resume) as staging:
-        runs: dict[str, Any] = staging.journal["answers"]
         for row in config.rows:
-            lr = row.lrs[0] if len(row.lrs) == 1 else None
-            for seed in config.seeds:
-                tried = row.lrs if lr is None else (lr,)
-                for rate in tried:
-                    name = f"{row.name}/seed-{seed}" + f"/lr-{rate:g}" * (len(tried) > 1)
-                    if not _complete(runs.get(name), staging):
-                        once = Once(row, models[row.model], config, chosen, seed, rate)
-                        runs[name] = train_once(once, name, staging, progress)
-                        staging.save()
-                if lr is None:
-                    lr = _choose(row, seed, staging)
+            train_row(row, models[row.model], config, chosen, staging, progress)
         if isinstance(staging, Staging):
             _publish(config, models, fingerprint, staging, started, overwrite)
     wait()
     return Trained(out, finished(out) or {})
 
 
+def train_row(
+    row: Row, model: Model, config: Config, device: torch.device, staging: Staging | Guest, progress: Progress
+) -> list[Mapping[str, Any]]:
+    """Train one row with every seed, except what the journal has; returns the runs."""
+    runs: dict[str, Any] = staging.journal["answers"]
+    lr = row.lrs[0] if len(row.lrs) == 1 else None
+    for seed in config.seeds:
+        tried = row.lrs if lr is None else (lr,)
+        for rate in tried:
+            name = f"{row.name}/seed-{seed}" + f"/lr-{rate:g}" * (len(tried) > 1)
+            if not _complete(runs.get(name), staging):
+                runs[name] = train_once(Once(row, model, config, device, seed, rate), name, staging, progress)
+                staging.save()
+        if lr is None:
+            lr = _choose(row, seed, staging)
+    return [run for run in runs.values() if run["row"] == row.name and not run.get("discarded")]
+
+
+def provenance_of(config: Config, models: Mapping[str, Model], staging: Staging) -> dict[str, Any]:
+    """What is written of all runs when they are done; their checkpoints go."""
+    shutil.rmtree(staging.directory / RUNS, ignore_errors=True)
+    runs = staging.journal["answers"].values()
+    return {
+        "mergebench": __version__,
+        "config": dict(config.data),
+        "identities": {name: identity(model) for name, model in models.items()},
+        "runs": [run for run in runs if not run.get("discarded")],
+        "tried": [run for run in runs if run.get("discarded")],
+    }
+
+
 def _publish(
     config: Config, models: Mapping[str, Model], fingerprint: str, staging: Staging, started: float, overwrite: bool
 ) -> None:
     """Write what all runs together say."""
-    shutil.rmtree(staging.directory / RUNS, ignore_errors=True)
-    runs = staging.journal["answers"].values()
-    kept = [run for run in runs if not run.get("discarded")]
-    provenance = {
-        "mergebench": __version__,
-        "command": "train",
-        "config": dict(config.data),
-        "identities": {name: identity(model) for name, model in models.items()},
-        "runs": kept,
-        "tried": [run for run in runs if run.get("discarded")],
-        "fingerprint": fingerprint,
-    }
+    provenance = {"command": "train", **provenance_of(config, models, staging), "fingerprint": fingerprint}
+    kept = provenance["runs"]
     write_atomically(staging.directory / "results.json", json.dumps({"runs": kept}, indent=1) + "\n")
     report.curves(kept, staging.directory / "curves.png")
     staging.finish(provenance, started, overwrite, report.card(staging.out, provenance))
@@ -159,19 +172,21 @@ def _choose(row: Row, seed: int, staging: Staging | Guest) -> float:
     return best
 
 
-def _fingerprint(config: Config, models: Mapping[str, Model]) -> str:
-    files = sorted({file for row in config.rows for file in row.task.files})
+def fingerprint_of(config: Config, models: Mapping[str, Model]) -> str:
+    """What the result depends on."""
+    files = {file for row in config.rows for file in row.task.files}
+    files |= {file for row in config.rows if row.start for file in row.start.glob("*.safetensors")}
     made_of = [
         dict(config.data),
         list(config.seeds),
         {name: identity(model) for name, model in models.items()},
-        {str(file): sha256_of(file) for file in files},
+        {str(file): sha256_of(file) for file in sorted(files)},
         __version__,
     ]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _at_most(config: Config, models: Mapping[str, Model]) -> int:
+def at_most(config: Config, models: Mapping[str, Model]) -> int:
     """Bytes on disk at the end, and of one run's checkpoints: of full fine-tunes, in float32 with AdamW's moments."""
     full = [
         4 * sum(info.numel for info in models[row.model].tensors.values()) for row in config.rows if row.label == "full"

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from mergebench.errors import MergebenchError
+from mergebench.systems.intrinsic_dimension import search as module
 from mergebench.systems.intrinsic_dimension.search import Answer, narrow, search
-from mergebench.training import load_config, run
+from mergebench.training import load_config, once, run
 from tests.conftest import Cli
 from tests.training.trainable import classify, complete
 
@@ -57,33 +58,34 @@ def config(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(module, "CLOSE", 9)
     loaded = load_config(config(tmp_path))
-    whole = search(loaded, tmp_path / "whole", share=0.98, device="cpu")
+    whole = search(loaded, tmp_path / "whole", share=0.8, device="cpu")
     names = {one["row"]: one for one in whole.provenance["runs"]}
     assert [one["row"] for one in whole.provenance["runs"]][:4] == ["full", "full", "did/d-10", "did/d-10"]
 
     done: list[str] = []
-    kept = run._one
+    kept = run.train_once
 
-    def killed(row: Any, *more: Any) -> Any:
+    def killed(one: once.Once, *more: Any) -> Any:
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append(row.name)
-        return kept(row, *more)
+        done.append(one.row.name)
+        return kept(one, *more)
 
-    monkeypatch.setattr(run, "_one", killed)
+    monkeypatch.setattr(run, "train_once", killed)
     with pytest.raises(KeyboardInterrupt):
-        search(loaded, tmp_path / "out", share=0.98, device="cpu")
+        search(loaded, tmp_path / "out", share=0.8, device="cpu")
     assert not (tmp_path / "out").exists()
     again: list[str] = []
-    monkeypatch.setattr(run, "_one", lambda row, *more: again.append(row.name) or kept(row, *more))
-    found = search(loaded, tmp_path / "out", share=0.98, device="cpu", resume=True)
+    monkeypatch.setattr(run, "train_once", lambda one, *more: again.append(one.row.name) or kept(one, *more))
+    found = search(loaded, tmp_path / "out", share=0.8, device="cpu", resume=True)
     assert len(again) == 2 * len(names) - 3
     assert found.answers == whole.answers
     assert found.answers[0].tested[10] == [
         one["test"]["value"] for one in found.provenance["runs"] if one["row"] == "did/d-10"
     ]
-    assert search(loaded, tmp_path / "out", share=0.98, device="cpu", resume=True).already_done
+    assert search(loaded, tmp_path / "out", share=0.8, device="cpu", resume=True).already_done
     assert (tmp_path / "out/dimension.png").stat().st_size > 1000
     assert json.loads((tmp_path / "out/results.json").read_text())["answers"]["did"]["full"] > 0
     assert (tmp_path / "out/did/d-10/seed-1/delta.safetensors").is_file()

@@ -32,8 +32,9 @@ from mergebench.training import report
 from mergebench.training.config import Config, Row
 from mergebench.training.declared import Targets, kinds
 from mergebench.training.loop import Progress
-from mergebench.training.record import at_most, fingerprint_of, provenance_of
-from mergebench.training.run import check_row, train_row
+from mergebench.training.once import Once
+from mergebench.training.processes import is_main, staged, wait
+from mergebench.training.run import at_most, fingerprint_of, provenance_of, train_row
 
 CLOSE = 1.3  # the search ends when neighbours are within this ratio
 MANY = 100_000  # more than a model has lambdas
@@ -144,19 +145,25 @@ def search(
     done = finished(out)
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Found(out, done, already_done=True)
-    check_target(out, places_of(list(models.values())), overwrite)
+    if is_main():
+        check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, at_most(config, models))
     chosen = device_of(device)
-    check_row(full, models[full.model], config, chosen)
+    Once(full, models[full.model], config, chosen, 0, full.lrs[0]).attach()
     ranges = {}
     for row in searched:
-        attached = check_row(_at(row, MANY), models[row.model], config, chosen).attached
+        attached = Once(_at(row, MANY), models[row.model], config, chosen, 0, row.lrs[0]).attach().attached
         lambdas = sum(one.numel() for name, one in attached.parameters.items() if name.endswith(".scale"))
         ranges[row.name] = lambdas + 1, int(attached.about()["elements"])
     part = next(part for part in ("test", "validation") if part in full.task.parts)
-    with Staging(out, fingerprint, resume) as staging:
-        runs = train_row(full, models[full.model], config, chosen, staging, progress)
-        mean = statistics.fmean(run[part]["value"] for run in runs)
+    with staged(out, fingerprint, resume) as staging:
+
+        def values(row: Row) -> list[float]:
+            runs = train_row(row, models[row.model], config, chosen, staging, progress)
+            return [run[part]["value"] for run in runs]
+
+        whole = values(full)
+        mean = statistics.fmean(whole)
         if not mean > 0:
             raise ModelError(f"{full.name}: its {full.task.metric} is 0", "train it longer, or with another lr")
         answers = []
@@ -164,33 +171,32 @@ def search(
             tested: dict[int, list[float]] = {}
 
             def reaches(d: int, row: Row = row, tested: dict[int, list[float]] = tested) -> bool:
-                runs = train_row(_at(row, d), models[row.model], config, chosen, staging, progress)
-                tested[d] = [run[part]["value"] for run in runs]
+                tested[d] = values(_at(row, d))
                 return statistics.fmean(tested[d]) >= line_of(share, mean)
 
             narrow(reaches, *ranges[row.name])
             answers.append(Answer(row.name, full.task.metric, share, mean, ranges[row.name][1], tested))
-        found = {
-            "command": "dimension",
-            "share": share,
-            "part": part,
-            "answers": {one.row: one.to_dict() for one in answers},
-            **provenance_of(config, models, staging),
-            "fingerprint": fingerprint,
-        }
-        written = {key: found[key] for key in ("share", "part", "answers", "runs")}
-        write_atomically(staging.directory / "results.json", json.dumps(written, indent=1) + "\n")
-        values = [run[part]["value"] for run in runs]
-        plot(answers, values, staging.directory / "dimension.png")
-        parts = [
-            "Found by `mergebench dimension`.",
-            listed(one.sentence() for one in answers),
-            "![the metric against d](dimension.png)",
-            report.table(found["runs"]),
-        ]
-        card = markdown.card(out.name, parts, tags=["mergebench"])
-        written = staging.finish(found, started, overwrite, card)
-    return Found(out, written)
+        if isinstance(staging, Staging):
+            plot(answers, whole, staging.directory / "dimension.png")
+            about = {"share": share, "part": part, "answers": {one.row: one.to_dict() for one in answers}}
+            made = {"command": "dimension", **about, **provenance_of(config, models, staging)}
+            results = json.dumps(about | {"runs": made["runs"]}, indent=1) + "\n"
+            write_atomically(staging.directory / "results.json", results)
+            card = _card(out.name, answers, made["runs"])
+            staging.finish(made | {"fingerprint": fingerprint}, started, overwrite, card)
+    wait()
+    return Found(out, finished(out) or {})
+
+
+def _card(name: str, answers: Sequence[Answer], runs: Sequence[Mapping[str, Any]]) -> str:
+    """README.md of the directory."""
+    parts = [
+        "Found by `mergebench dimension`.",
+        listed(one.sentence() for one in answers),
+        "![the metric against d](dimension.png)",
+        report.table(runs),
+    ]
+    return markdown.card(name, parts, tags=["mergebench"])
 
 
 def line_of(share: float, full: float) -> float:

@@ -10,6 +10,9 @@ class _Head(Attached):
     def save(self, directory: Path) -> None:
         """Nothing: the task saves its head."""
 
+    def load(self, directory: Path) -> None:
+        """Nothing: the task reads its head."""
+
     def reference(self, base: str, directory: Path) -> str:
         """The base."""
         return base
