@@ -11,7 +11,8 @@ import yaml
 
 from mergebench.errors import MergebenchError
 from mergebench.systems.intrinsic_dimension import search as module
-from mergebench.systems.intrinsic_dimension.search import Answer, narrow, search
+from mergebench.systems.intrinsic_dimension.answer import Answer
+from mergebench.systems.intrinsic_dimension.search import narrow, search
 from mergebench.training import load_config, once, run
 from tests.conftest import Cli
 from tests.training.trainable import classify, complete
@@ -54,7 +55,7 @@ def config(folder: Path, **more: Any) -> dict[str, Any]:
         "full": {"delta": "full", "lr": 3e-3},
         "did": {"delta": {"kind": "subspace", "head": True}, "lr": 0.03},
     }
-    return classify(folder, max_steps=4, seeds=[0, 1], **({"rows": rows} | more))
+    return classify(folder, max_steps=2, seeds=[0, 1], **({"rows": rows} | more))
 
 
 def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:

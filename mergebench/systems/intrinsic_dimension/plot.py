@@ -6,12 +6,9 @@ import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mergebench.systems.intrinsic_dimension.answer import Answer
 from mergebench.training.report import COLOURS
-
-if TYPE_CHECKING:
-    from mergebench.systems.intrinsic_dimension.search import Answer
 
 
 def plot(answers: Sequence[Answer], full: Sequence[float], file: Path) -> None:
