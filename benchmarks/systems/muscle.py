@@ -79,8 +79,8 @@ def seed_of(out: Path, number: int, task: str, other: str, masks: tuple[str, ...
         run(config(task, model=model, peft=LORA, epochs=epochs, seeds=seeds), place / name)
     runs = {name: place / f"{name}/lora/seed-{number}" for name in bases}
     models = {name: f"{bases[name]}+{runs[name]}" for name in bases}
-    rows: dict[str, Any] = {mask: {"objective": {"compatible": {**models, "mask": mask}}} for mask in masks}
-    rows["task alone"] = {"objective": "task"}
+    rows: dict[str, Any] = {f"mask-{mask}": {"objective": {"compatible": {**models, "mask": mask}}} for mask in masks}
+    rows["task-alone"] = {"objective": "task"}
     written = config(task, model=bases["new"], peft=LORA, epochs=epochs, lr=5e-4, seeds=seeds, rows=rows)
     trained = run({**written, "from": str(runs["new"])}, place / "compatible")
 

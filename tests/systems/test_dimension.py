@@ -55,41 +55,40 @@ def config(folder: Path, **more: Any) -> dict[str, Any]:
         "full": {"delta": "full", "lr": 3e-3},
         "did": {"delta": {"kind": "subspace", "head": True}, "lr": 0.03},
     }
-    return classify(folder, max_steps=2, seeds=[0, 1], **({"rows": rows} | more))
+    return classify(folder, **({"max_steps": 2} | {"rows": rows} | more))
 
 
 def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(module, "CLOSE", 9)
-    loaded = load_config(config(tmp_path))
-    whole = search(loaded, tmp_path / "whole", share=0.8, device="cpu")
-    names = {one["row"]: one for one in whole.provenance["runs"]}
-    assert [one["row"] for one in whole.provenance["runs"]][:4] == ["full", "full", "did/d-10", "did/d-10"]
+    loaded = load_config(config(tmp_path, seeds=[3]))
+    whole = search(loaded, tmp_path / "whole", share=0.5, device="cpu")
+    assert [one["row"] for one in whole.provenance["runs"]] == ["full", "did/d-10", "did/d-3"]
 
     done: list[str] = []
     kept = run.train_once
 
     def killed(one: once.Once, *more: Any) -> Any:
-        if len(done) == 3:
+        if len(done) == 2:
             raise KeyboardInterrupt
         done.append(one.row.name)
         return kept(one, *more)
 
     monkeypatch.setattr(run, "train_once", killed)
     with pytest.raises(KeyboardInterrupt):
-        search(loaded, tmp_path / "out", share=0.8, device="cpu")
+        search(loaded, tmp_path / "out", share=0.5, device="cpu")
     assert not (tmp_path / "out").exists()
     again: list[str] = []
     monkeypatch.setattr(run, "train_once", lambda one, *more: again.append(one.row.name) or kept(one, *more))
-    found = search(loaded, tmp_path / "out", share=0.8, device="cpu", resume=True)
-    assert len(again) == 2 * len(names) - 3
+    found = search(loaded, tmp_path / "out", share=0.5, device="cpu", resume=True)
+    assert again == ["did/d-3"]
     assert found.answers == whole.answers
     assert found.answers[0].tested[10] == [
         one["test"]["value"] for one in found.provenance["runs"] if one["row"] == "did/d-10"
     ]
-    assert search(loaded, tmp_path / "out", share=0.8, device="cpu", resume=True).already_done
+    assert search(loaded, tmp_path / "out", share=0.5, device="cpu", resume=True).already_done
     assert (tmp_path / "out/dimension.png").stat().st_size > 1000
     assert json.loads((tmp_path / "out/results.json").read_text())["answers"]["did"]["full"] > 0
-    assert (tmp_path / "out/did/d-10/seed-1/delta.safetensors").is_file()
+    assert (tmp_path / "out/did/d-10/seed-3/delta.safetensors").is_file()
 
 
 def test_the_command(tmp_path: Path, cli: Cli, one_thread: None) -> None:
@@ -100,6 +99,11 @@ def test_the_command(tmp_path: Path, cli: Cli, one_thread: None) -> None:
     assert ran.code == 0, ran.err
     assert ran.out.startswith("subspace: ") and " of full fine-tuning's accuracy" in ran.out
     assert (tmp_path / "out/full/seed-0/model.safetensors").is_file()
+    again = cli(
+        "dimension", tmp_path / "config.yaml", "--out", tmp_path / "out", "--share", "0.01", "--resume", "--json"
+    )
+    answer = json.loads(again.out)["answers"]["subspace"]
+    assert (again.code, again.err, answer["dimension"]) == (0, "", min(map(int, answer["tested"])))
 
 
 @pytest.mark.parametrize(
