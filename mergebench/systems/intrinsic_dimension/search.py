@@ -34,7 +34,7 @@ from mergebench.training.config import Config, Row
 from mergebench.training.declared import Targets, kinds
 from mergebench.training.loop import Progress
 from mergebench.training.once import Once
-from mergebench.training.processes import is_main, staged, wait
+from mergebench.training.processes import is_main, join, staged, wait
 from mergebench.training.run import at_most, fingerprint_of, provenance_of, train_row
 
 CLOSE = 1.3  # the search ends when neighbours are within this ratio
@@ -79,6 +79,7 @@ def search(
     started, out = time.perf_counter(), Path(out)
     if not 0 < share <= 1:
         raise RecipeError(f"--share: must be above 0, at most 1, got {share:g}", "such as 0.9")
+    chosen = join(device_of(device))
     full, searched = _rows(config)
     config = replace(config, rows=(full, *searched))
     models = {row.model: open_model(row.model, folders=config.folders) for row in config.rows}
@@ -90,7 +91,6 @@ def search(
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, at_most(config, models))
-    chosen = device_of(device)
     Once(full, models[full.model], config, chosen, 0, full.lrs[0]).attach()
     ranges = {}
     for row in searched:
