@@ -94,7 +94,8 @@ def search(
     Once(full, models[full.model], config, chosen, 0, full.lrs[0]).attach()
     ranges = {}
     for row in searched:
-        attached = Once(_at(row, MANY), models[row.model], config, chosen, 0, row.lrs[0]).attach().attached
+        widest = replace(_at(row, MANY), name=row.name)
+        attached = Once(widest, models[row.model], config, chosen, 0, row.lrs[0]).attach().attached
         lambdas = sum(one.numel() for name, one in attached.parameters.items() if name.endswith(".scale"))
         ranges[row.name] = lambdas + 1, int(attached.about()["elements"])
     part = next(part for part in ("test", "validation") if part in full.task.parts)
@@ -163,8 +164,7 @@ def narrow(reaches: Callable[[int], bool], least: int, most: int) -> None:
 
 
 def _at(row: Row, d: int) -> Row:
-    name = row.name if d == MANY else f"{row.name}/d-{d}"
-    return replace(row, name=name, params=replace(row.params, d=d))
+    return replace(row, name=f"{row.name}/d-{d}", params=replace(row.params, d=d))
 
 
 def _rows(config: Config) -> tuple[Row, list[Row]]:
