@@ -57,7 +57,7 @@ def between(old: str, new: str, share: float, task: Any) -> Answers:
     """The answers of weights and heads between two models: (1 - share) old + share new."""
     first, second = (open_model(one) for one in (old, new))
     network = Network(first, task.auto_class, torch.device("cpu"), packed=False)
-    heads = [task.read(Path(one.rpartition("+")[2])) for one in (old, new)]
+    heads = [task.head_in(Path(one.rpartition("+")[2])) for one in (old, new)]
     values = first.state_dict(), second.state_dict()
     with torch.no_grad():
         for name, places in network.places.items():

@@ -33,6 +33,7 @@ class Params(Common):
     per_class: int | None = param(None, "how many items of each label to train on, drawn with the run's seed", low=1)
     normalize: bool = param(False, "features scaled to length one")
 
+
 HEAD = "head.safetensors"
 
 
@@ -136,7 +137,7 @@ class Classification:
         saved = SavedHead(directory / HEAD, weight, bias, self.labels, self._pooling, self._max_length)
         write_atomically(saved.file, saved.dump())
 
-    def read(self, directory: Path) -> Head:
+    def head_in(self, directory: Path) -> Head:
         """The head in a directory; `ModelError` if it has other labels, or reads other features."""
         saved = read_head(directory / HEAD)
         if saved.labels != self.labels:

@@ -59,7 +59,7 @@ class Once:
         network.module.to(self.device)
         head = None
         if row.start is not None:
-            head = {name: nn.Parameter(one.to(self.device)) for name, one in self.task.read(row.start).items()}
+            head = {name: nn.Parameter(one.to(self.device)) for name, one in self.task.head_in(row.start).items()}
         return Student(network, attached, self.task, head)
 
     def objective(self, student: Student) -> Loss | Procedure:
@@ -72,7 +72,7 @@ class Once:
         def head_of(reference: str) -> Head:
             place = locate(reference, self.config.folders)
             last = [place.checkpoint, *place.adapters][-1]
-            head = self.task.read(last if last.is_dir() else last.parent)
+            head = self.task.head_in(last if last.is_dir() else last.parent)
             return {name: one.to(self.device) for name, one in head.items()}
 
         setup = Setup(self.model, student.network, self.task, self.seed, open_other, head_of)

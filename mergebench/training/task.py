@@ -82,7 +82,7 @@ class TrainingTask(Protocol):
 
     def save(self, head: Head, directory: Path) -> None: ...
 
-    def read(self, directory: Path) -> Head: ...  # what `save` wrote; `ModelError` if it is of another task
+    def head_in(self, directory: Path) -> Head: ...  # what `save` wrote; `ModelError` if it is of another task
 
 
 @dataclass(frozen=True)

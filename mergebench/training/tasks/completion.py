@@ -134,7 +134,7 @@ class _Completion:
     def save(self, head: Head, directory: Path) -> None:
         """Nothing beside the model."""
 
-    def read(self, directory: Path) -> Head:
+    def head_in(self, directory: Path) -> Head:
         """Nothing beside the model."""
         return {}
 
