@@ -27,7 +27,7 @@ def peft_adapter(base: Base, given: Mapping[str, Any]) -> Attached:
         raise RecipeError(f"peft: peft_type: '{name}' cannot be folded later", did_you_mean(name, known))
     if name == "ADALORA":
         raise RecipeError(
-            "peft: peft_type: nothing would call its allocator, and it would stay a LoRA of its first rank",
+            "peft: ADALORA: nothing would call its allocator: it would stay a LoRA of its first rank",
             "delta: {kind: adalora, init_rank: 12, target_rank: 8}",
         )
     return PeftAdapter(base, name, {key: value for key, value in given.items() if key != "peft_type"})
