@@ -150,13 +150,13 @@ def trained(folder: Path, out: str, *, resume: bool = False, stop: int | None = 
             raise KeyboardInterrupt
 
     delta = {"kind": "adalora", "targets": ["*query.weight", "*value.weight"], "init_rank": 4, "target_rank": 2}
-    config = classify(folder, **{"delta": delta, "max_steps": 12, "every": 3, **more})
+    config = classify(folder, **{"delta": delta, "max_steps": 8, "every": 2, **more})
     return train(load_config(config), folder / out, device="cpu", resume=resume, progress=progress)
 
 
 def test_killed_and_resumed_gives_the_same_adapter(tmp_path: Path) -> None:
     whole = trained(tmp_path, "whole").runs[0]
-    for stop in (5, 11):  # while the budget falls, and after
+    for stop in (3, 7):  # while the budget falls, and after
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path, f"killed-{stop}", stop=stop)
         again = trained(tmp_path, f"killed-{stop}", resume=True).runs[0]
