@@ -4,8 +4,10 @@
     pure        W' = W * (B A)             B = [1, 0 ...] and A = [1; random]: the product starts as ones
 
 No code was published, and the paper's equations were not to be had; both forms follow from its abstract. The pure form
-of rank r + 1 contains the residual one of rank r. W' is made once a step, in 2 d k r + d k products whatever the
-number n of tokens, where a LoRA takes 2 n r (d + k): HUT's own products are fewer from n = d k / (d + k) on.
+of rank r + 1 contains the residual one of rank r. W' is made once a step, in 2 d k r products whatever the number n of
+tokens, where a LoRA takes 2 n r (d + k): forward, HUT's own products are fewer from n = d k / (d + k) on. Backward it
+needs the gradient of all of W', 2 n d k products, which a LoRA never makes: a whole step costs what one of full
+fine-tuning does, and 6 d k r more. benchmarks/hut_steps.py counts both.
 """
 
 from __future__ import annotations

@@ -148,6 +148,15 @@ class Attached:
         """Trained numbers."""
         return sum(one.numel() for one in {id(one): one for one in self.parameters.values()}.values())
 
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What else a checkpoint holds, changed in place alone; asked for once, when all is on its device."""
+        return {}
+
+    def settled(self, step: int) -> bool:
+        """Whether it has its last form after this step: validation chooses among these."""
+        return True
+
     def save(self, directory: Path) -> None:
         """Write what is trained, so that `BASE+directory` is the model."""
         raise NotImplementedError

@@ -123,6 +123,10 @@ class _Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        settled = self._student.attached.settled(self.state.global_step)
+        return settled and bool(super()._determine_best_metric(metrics, trial))
+
 
 class _Steps(transformers.TrainerCallback):
     def __init__(self, trainer: _Trainer) -> None:

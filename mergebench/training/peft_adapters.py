@@ -25,31 +25,37 @@ def peft_adapter(base: Base, given: Mapping[str, Any]) -> Attached:
     `RecipeError` if PEFT has no such type or setting, `ModelError` if the adapter does not fit the model.
     """
     need("peft", "peft adapters")
-    import peft
-
     name = str(given["peft_type"]).upper()
     known = [kind.strip() for kind in formats.peft_types().split(",")]
     if name not in known:
         raise RecipeError(f"peft: peft_type: '{name}' cannot be folded later", did_you_mean(name, known))
-    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
-    causal = base.network.auto_class == "AutoModelForCausalLM"
-    settings = {"task_type": COMPLETION if causal else FEATURES, **{k: v for k, v in given.items() if k != "peft_type"}}
-    unknown = [key for key in settings if key not in kind.__dataclass_fields__]
-    if unknown:
-        raise RecipeError(f"peft: {name} has no '{unknown[0]}'", did_you_mean(unknown[0], kind.__dataclass_fields__))
-    return _Adapter(base, kind, settings, name)
+    if name == "ADALORA":
+        raise RecipeError(
+            "peft: ADALORA: nothing would call its allocator: it would stay a LoRA of its first rank",
+            "delta: {kind: adalora, init_rank: 12, target_rank: 8}",
+        )
+    return PeftAdapter(base, name, {key: value for key, value in given.items() if key != "peft_type"})
 
 
-class _Adapter(Attached):
-    def __init__(self, base: Base, kind: Any, settings: Mapping[str, Any], name: str) -> None:
+class PeftAdapter(Attached):
+    """An adapter of PEFT's on a network."""
+
+    def __init__(self, base: Base, name: str, settings: Mapping[str, Any]) -> None:
         import peft
         import torch
 
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+        unknown = [key for key in settings if key not in kind.__dataclass_fields__]
+        if unknown:
+            raise RecipeError(
+                f"peft: {name} has no '{unknown[0]}'", did_you_mean(unknown[0], kind.__dataclass_fields__)
+            )
+        causal = base.network.auto_class == "AutoModelForCausalLM"
         try:
             with warnings.catch_warnings(action="ignore"):
                 torch.manual_seed(base.generator.initial_seed())  # PEFT draws from torch's own generator
-                self._config = kind(**settings)
-                self.model: Any = peft.get_peft_model(base.network.module, self._config)
+                config = kind(**{"task_type": COMPLETION if causal else FEATURES, **settings})
+                self.model: Any = peft.get_peft_model(base.network.module, config)
         except (TypeError, ValueError) as error:
             raise ModelError(f"peft: {name} on {base.model.reference}: {first_line(error)}") from None
         super().__init__({n: one for n, one in self.model.named_parameters() if one.requires_grad})

@@ -29,6 +29,8 @@ class Student(nn.Module):
         if not named:
             raise ModelError(f"{network.name}: there is nothing to train", "name a kind of delta")
         self.trained = nn.ParameterDict(named)
+        for name, one in attached.state.items():
+            self.register_buffer(name.replace(".", "/"), one)
         # a tuple, so that they are no parts of this module
         self._parts = (network, attached, task, head)
 
