@@ -24,6 +24,7 @@ from mergebench.cli import (
     probe,
     report,
     search,
+    side,
     task_vector,
     train,
 )
@@ -66,6 +67,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(mask.app, name="mask")
 app.add_typer(cil.app, name="cil")
 app.command("compress", cls=compress.Compress)(compress.compress)
+app.add_typer(side.app, name="side")
 app.command("train")(train.train)
 app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)

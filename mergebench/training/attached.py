@@ -27,6 +27,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.deltas.formats.native import DELTAS, Writing, write_file
 from mergebench.errors import ModelError, RecipeError
 from mergebench.networks.network import Network
+from mergebench.training.task import Head, TrainingTask
 
 
 class Weight(NamedTuple):
@@ -149,6 +150,17 @@ class Attached:
     def reference(self, base: str, directory: Path) -> str:
         """The model that it makes of `base`, saved in `directory`."""
         return f"{base}+{directory}"
+
+    def scratch(self, task: TrainingTask) -> int:
+        """Bytes on disk that training needs for a while."""
+        return 0
+
+    def begin(self, task: TrainingTask, head: Head, directory: Path, progress: Callable[[str, int, int], None]) -> None:
+        """Called before the first step; directory: of what training needs for a while."""
+
+    def set_mode(self, network: Network, training: bool) -> None:
+        """Dropout on or off."""
+        network.module.train(training)
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss of every step."""

@@ -182,6 +182,7 @@ def fit(
     Raises `RunError` with the step and the batch's items if the loss is not finite.
     """
     task = student.task
+    student.attached.begin(task, student.head, directory, progress)
     chooses = "validation" in task.parts
     schedule = Schedule(len(task.parts["train"]), settings, count())
     found = Fit(student)
