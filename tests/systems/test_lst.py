@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encoders import write_encoder
-from language import write_decoder
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from trainable import classify, complete
 
 from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, ModelError, RecipeError
-from mergebench.evaluation import evaluate, load_suite
+from mergebench.evaluation.measure import measure
 from mergebench.networks.network import Network
 from mergebench.systems.lst import side_init
 from mergebench.systems.lst.choose import choose
@@ -30,6 +27,9 @@ from mergebench.training import load_config, run, train
 from mergebench.training.attached import Base
 from mergebench.training.declared import kinds
 from mergebench.training.memory import saved_by_autograd
+from tests.encoders import write_encoder
+from tests.language import write_decoder
+from tests.training.trainable import classify, complete
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,7 +291,10 @@ def test_trained_is_what_its_directory_makes_of_the_base(
     students = []
     kept = run.fit
     monkeypatch.setattr(run, "fit", lambda student, *a, **more: students.append(student) or kept(student, *a, **more))
-    rows = {"ladder": {"kind": "ladder", "reduction": 2}, "random": {"kind": "ladder", "start": "random"}}
+    rows = {
+        "ladder": {"kind": "ladder", "reduction": 2},
+        "random": {"kind": "ladder", "start": "random", "reduction": 2},
+    }
     loaded = load_config(config(tmp_path, epochs=2, rows={name: {"delta": delta} for name, delta in rows.items()}))
 
     made = train(loaded, tmp_path / "out", device="cpu")
@@ -319,34 +322,35 @@ def test_trained_is_what_its_directory_makes_of_the_base(
 def test_eval_measures_what_training_did(tmp_path: Path) -> None:
     config = classify(tmp_path, delta={"kind": "ladder", "reduction": 2}, epochs=2)
     made = train(load_config(config), tmp_path / "out", device="cpu")
-    suite = {
-        "tasks": {
-            "words": {
-                "kind": "text-classification",
-                "head": str(tmp_path / "out/ladder/seed-0/head.safetensors"),
-                "data": {"test": str(tmp_path / "test.jsonl")},
-            }
-        }
+    place = tmp_path / "out/ladder/seed-0"
+    task = {"name": "words", "kind": "text-classification", "data": "test.jsonl", "head": f"{place}/head.safetensors"}
+    (tmp_path / "suite.yaml").write_text(json.dumps({"tasks": [task]}))
+
+    found = measure(tmp_path / "suite.yaml", [str(tmp_path / "base"), f"{tmp_path / 'base'}+{place}"])
+
+    record = found.records[1]
+    assert record.value == made.runs[0]["test"]["value"]
+    lines = (place / "test-predictions.jsonl").read_text().splitlines()
+    assert {name: one.output for name, one in record.predictions.items()} == {
+        (line := json.loads(text))["id"]: line["pred"] for text in lines
     }
-    reference = f"{tmp_path / 'base'}+{tmp_path / 'out/ladder/seed-0'}"
-
-    found = evaluate([reference], load_suite(suite), results=None)
-
-    assert found.records[0].value == made.runs[0]["test"]["value"]
 
 
 def test_the_cache_of_a_language_model_has_the_side_networks_too(tmp_path: Path) -> None:
     network, _ = ladder_on(write_decoder(tmp_path / "base"), "AutoModelForCausalLM", reduction=2.0)
     ids = torch.tensor([[3, 4, 5, 6]])
 
-    written = [network.module.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (1, 0)]
+    written = [
+        network.module.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)
+    ]
 
     assert torch.equal(*written)
 
 
 def test_bytes_that_autograd_keeps_are_counted(tmp_path: Path) -> None:
     """The states that samplers read, once each, whatever the backbone needed to make them."""
-    config = classify(tmp_path, rows={"full": {"delta": "full"}, "ladder": {"delta": {"kind": "ladder", "reduction": 2}}})
+    rows = {"full": {"delta": "full"}, "ladder": {"delta": {"kind": "ladder", "reduction": 2}}}
+    config = classify(tmp_path, rows=rows)
 
     made = train(load_config(config), tmp_path / "out", device="cpu")
 
@@ -405,7 +409,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     ("delta", "message"),
     [
         ({"side": "side", "reduction": 2}, "reduction: the side network in"),
-        ({"side": "nowhere"}, "no readable side.json"),
+        ({"side": "base"}, "no readable side.json"),
         ({"side": "other"}, "it was made from"),
         ({"keep_layers": [7]}, "keep_layers: 7: there is no such layer"),
         ({"start": "random", "basis": "shared"}, "basis: a start at random has none"),

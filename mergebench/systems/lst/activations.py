@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,9 +30,10 @@ class Activations:
         self._end, self._lock = 0, threading.Lock()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = file.open("w+b", buffering=0)  # closed with this object
+            self._open = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
         except OSError as error:
             raise write_error(file, error) from None
+        weakref.finalize(self, os.close, self._open)
 
     def keep(self, keys: Sequence[bytes], states: Sequence[Tensor], lengths: Sequence[int]) -> None:
         """Write the items that are not there yet; states: of each block [items, tokens, width]."""
@@ -43,7 +45,7 @@ class Activations:
                 self._places[key] = self._end, length
                 place, self._end = self._end, self._end + values.nbytes
             try:
-                put(self._stream.fileno(), values.view(-1).view(torch.uint8).numpy().data, place)
+                put(self._open, values.view(-1).view(torch.uint8).numpy().data, place)
             except OSError as error:
                 raise write_error(self.file, error) from None
 
@@ -55,7 +57,7 @@ class Activations:
         for number, key in enumerate(keys):
             place, tokens = self._places[key]
             held = torch.empty(self._blocks, tokens, self._width)
-            if os.preadv(self._stream.fileno(), [held.view(-1).view(torch.uint8).numpy().data], place) != held.nbytes:
+            if os.preadv(self._open, [held.view(-1).view(torch.uint8).numpy().data], place) != held.nbytes:
                 raise RunError(f"{self.file}: it is shorter than it was", "run it again")
             out[:, number, :tokens] = held
         return out

@@ -37,7 +37,7 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_d
 class Params:
     """The settings of a ladder."""
 
-    side: Path | None = param(None, "the side network, which `mergebench side init` wrote; else it is made in memory")
+    side: Path | None = param(None, "what `mergebench side init` wrote; without it, it is made in memory", folder=True)
     reduction: float | None = param(None, "without `side`: how many times narrower it is; 8 where not given", low=1)
     start: str | None = param(
         None, "without `side`: its blocks by magnitude (where not given), or at random", choices=STARTS
