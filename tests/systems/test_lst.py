@@ -27,6 +27,7 @@ from mergebench.training import load_config, run, train
 from mergebench.training.attached import Base
 from mergebench.training.declared import kinds
 from mergebench.training.memory import saved_by_autograd
+from tests.conftest import Cli
 from tests.encoders import write_encoder
 from tests.language import write_decoder
 from tests.training.trainable import classify, complete
@@ -438,3 +439,17 @@ def test_a_ladder_begins_as_its_side_directory(tmp_path: Path) -> None:
     one, other = of_directory.state_dict(), of_memory.state_dict()
     assert of_directory.layers == of_memory.layers == (1,)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_command(tmp_path: Path, cli: Cli) -> None:
+    base, side = write_encoder(tmp_path / "base"), tmp_path / "side"
+    ran = cli("side", "init", "--base", base, "--reduction", "2", "--keep-layers", "1", "--out", side)
+    assert (ran.code, ran.out) == (0, f"{side}\n") and "width 16 -> 8, heads 2 x 8 -> 2 x 4" in ran.err
+    code, _, err = cli("side", "init", "--base", base, "--out", side)
+    assert code == 2 and "replace it with --overwrite" in err
+    ran = cli("side", "init", "--base", base, "--basis", "shared", "--out", side, "--overwrite", "--json")
+    assert (ran.code, ran.err) == (0, "") and json.loads(ran.out)["heads"] == "2 x 8 -> 2 x 1"
+    again = cli("side", "init", "--base", base, "--basis", "shared", "--out", side, "--resume")
+    assert again.code == 0 and "already finished" in again.err
+    code, _, err = cli("inspect", f"{base}+{side}")
+    assert code == 3

@@ -24,6 +24,7 @@ from mergebench.systems.lst.choose import BASES
 from mergebench.systems.lst.init import choose_of, pruned, read_side
 from mergebench.systems.lst.ladder import Ladder
 from mergebench.systems.lst.layout import Layout, config_of, left_of, smaller
+from mergebench.training import processes
 from mergebench.training.attached import Attached, Base
 from mergebench.training.declared import trained
 from mergebench.training.task import Head, TrainingTask
@@ -97,19 +98,17 @@ class _Ladder(Attached):
         """The backbone's states."""
         network = self._base.network
         tokens = sum(sum(task.lengths(network, part)) for part in PARTS if part in task.parts)
-        return bytes_of(tokens, len(self.ladder.layers), network.hidden)
+        return processes.count() * bytes_of(tokens, len(self.ladder.layers), network.hidden)
 
     def begin(self, task: TrainingTask, head: Head, directory: Path, progress: Callable[[str, int, int], None]) -> None:
         """Run the backbone once on every item that is read more than once.
 
         In batches that depend on the items' lengths alone: a run that goes on finds the same bits.
         """
-        from accelerate import PartialState
-
         if self.ladder.states is not None:
             return
         network, made = self._base.network, self.ladder
-        file = directory / f"states-{PartialState().process_index}"
+        file = directory / f"states-{processes.number()}"
         kept = Activations(file, len(made.layers), network.hidden)
         parts = {part: task.lengths(network, part) for part in PARTS if part in task.parts}
         done, total = 0, sum(map(len, parts.values()))
