@@ -182,7 +182,6 @@ def fit(
     Raises `RunError` with the step and the batch's items if the loss is not finite.
     """
     task = student.task
-    student.attached.begin(task, student.head, directory, progress)
     chooses = "validation" in task.parts
     schedule = Schedule(len(task.parts["train"]), settings, count())
     found = Fit(student)
@@ -228,6 +227,7 @@ def fit(
         callbacks=[_Saved(saved)],
     )
     started = time.perf_counter()
+    student.attached.begin(task, student.head, directory, progress)
     last = get_last_checkpoint(str(directory)) if directory.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
     found.seconds, found.steps = time.perf_counter() - started, trainer.state.global_step

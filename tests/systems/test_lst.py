@@ -23,7 +23,7 @@ from mergebench.systems.lst.choose import choose
 from mergebench.systems.lst.importance import fisher, of_values
 from mergebench.systems.lst.ladder import Ladder
 from mergebench.systems.lst.layout import Layout
-from mergebench.training import load_config, run, train
+from mergebench.training import load_config, once, train
 from mergebench.training.attached import Base
 from mergebench.training.declared import kinds
 from mergebench.training.memory import saved_by_autograd
@@ -217,6 +217,10 @@ def test_a_ladder_as_wide_as_its_base_with_closed_gates_is_the_base(family: str,
     plain = Network(open_model(str(base)), "AutoModel", CPU)
     network, ladder = ladder_on(base, reduction=1.0)
     ladder.gates.data.fill_(10.0)
+    with torch.no_grad():
+        for layer in (ladder.first, ladder.up):
+            layer.weight.copy_(torch.eye(16))
+            layer.bias.zero_()
 
     ids, mask = network.padded(TOKENS)
     with torch.no_grad():
@@ -290,8 +294,8 @@ def test_trained_is_what_its_directory_makes_of_the_base(
     config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     students = []
-    kept = run.fit
-    monkeypatch.setattr(run, "fit", lambda student, *a, **more: students.append(student) or kept(student, *a, **more))
+    kept = once.fit
+    monkeypatch.setattr(once, "fit", lambda student, *a, **more: students.append(student) or kept(student, *a, **more))
     rows = {
         "ladder": {"kind": "ladder", "reduction": 2},
         "random": {"kind": "ladder", "start": "random", "reduction": 2},
@@ -453,3 +457,59 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     assert again.code == 0 and "already finished" in again.err
     code, _, err = cli("inspect", f"{base}+{side}")
     assert code == 3
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    config = classify(tmp_path, delta={"kind": "ladder", "reduction": 2, "dropout": 0.1}, epochs=2)
+    train(load_config(config), tmp_path / "whole", device="cpu")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("training") and done == 8:  # of 12; there is a checkpoint after 6
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(config), tmp_path / "out", device="cpu", progress=stop)
+    train(load_config(config), tmp_path / "out", device="cpu", resume=True)
+
+    one, other = (tmp_path / name / "ladder/seed-0/module.safetensors" for name in ("whole", "out"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_damaged_files_are_told_in_one_line(tmp_path: Path) -> None:
+    config = classify(tmp_path)
+    base, side = tmp_path / "base", tmp_path / "side"
+    side_init(str(base), side, reduction=2)
+    about = json.loads((side / "config.json").read_text())
+    (side / "config.json").write_text(json.dumps({**about, "intermediate_size": 7}))
+    delta = {"kind": "ladder", "side": str(side)}
+    with pytest.raises(ModelError, match="its files do not belong together"):
+        train(load_config({**config, "delta": delta}), tmp_path / "out", device="cpu")
+    _, made = ladder_on(base, reduction=2.0)
+    made.save(tmp_path, "0" * 16)
+    module = tmp_path / "module.safetensors"
+    opened = open_model(f"{base}+{module}", to_run=True)
+    assert "was made on another model" in opened.remarks[0]
+    metadata = {"holds": "module", "module": "ladder", "about": "{}"}
+    save_file({"first.weight": torch.ones(2, 16)}, module, metadata)
+    with pytest.raises(ModelError, match="it is no ladder, or a damaged one"):
+        Network(open_model(f"{base}+{module}", to_run=True), "AutoModel", CPU)
+    save_file({"first.weight": torch.ones(2, 16)}, module, {**metadata, "module": "rope"})
+    with pytest.raises(RecipeError, match="no module of a network is called 'rope'"):
+        Network(open_model(f"{base}+{module}", to_run=True), "AutoModel", CPU)
+
+
+def test_no_room_for_the_states_is_told_before_the_first_step(tmp_path: Path) -> None:
+    """What is asked of the disk: the states of every token of train and validation, 4 bytes a number."""
+    config = load_config(classify(tmp_path, delta="ladder"))
+    model = open_model(str(tmp_path / "base"))
+    network = Network(model, "AutoModel", CPU, packed=False)
+    kind = kinds.get("ladder")
+    attached = kind(Base(model, network, Generator().manual_seed(0)), kind.params(keep_layers=[1]))
+
+    task = config.rows[0].task
+    tokens = sum(len(network.tokenize([text], 16)[0]) for text in texts(tmp_path, "train", "validation"))
+    assert attached.scratch(task) == tokens * 16 * 4
+
+
+def texts(folder: Path, *parts: str) -> list[str]:
+    return [json.loads(line)["text"] for part in parts for line in (folder / f"{part}.jsonl").read_text().splitlines()]

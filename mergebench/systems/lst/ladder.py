@@ -31,6 +31,7 @@ from mergebench.checkpoint.shards import as_file
 from mergebench.errors import ModelError
 from mergebench.networks.beside import network_module
 from mergebench.networks.network import Network
+from mergebench.systems.lst.layout import FAMILIES
 
 Key = bytes
 
@@ -155,8 +156,6 @@ def _own_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _side_parts(config: Mapping[str, Any]) -> tuple[nn.ModuleList, nn.Module]:
     """The blocks, and the norm after them, of a new model of this config; the norm does nothing where there is none."""
     import transformers
-
-    from mergebench.systems.lst.layout import FAMILIES
 
     with quiet():
         settings = transformers.AutoConfig.for_model(**config)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files
 from mergebench.deltas.open import open_model
-from mergebench.errors import ModelError, RecipeError
+from mergebench.errors import ModelError, RecipeError, first_line
 from mergebench.networks.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
 from mergebench.networks.module import NOISE
 from mergebench.networks.network import Network
@@ -23,7 +23,7 @@ from mergebench.systems.lst.activations import Activations, bytes_of
 from mergebench.systems.lst.choose import BASES
 from mergebench.systems.lst.init import choose_of, pruned, read_side
 from mergebench.systems.lst.ladder import Ladder
-from mergebench.systems.lst.layout import Layout, config_of, left_of, smaller
+from mergebench.systems.lst.layout import FAMILIES, Layout, config_of, left_of, smaller
 from mergebench.training import processes
 from mergebench.training.attached import Attached, Base
 from mergebench.training.declared import trained
@@ -58,7 +58,6 @@ class _Start:
     config: Mapping[str, Any]
     layers: list[int]
     tensors: Mapping[str, Tensor]  # of the side network's files; none: at random
-    residual: list[list[int]]  # the base's dimensions that each block reads, and that the last writes
 
 
 @trained(paper="arXiv:2206.06522")
@@ -70,12 +69,18 @@ def ladder(base: Base, p: Params) -> Attached:
             if getattr(p, name):
                 raise RecipeError(f"{name}: the side network in {p.side} has its own", "give one of them")
     kept = {key: value for key, value in start.config.items() if key not in NOISE}
-    config = kept | {key: p.dropout for key in _DROPOUTS if key in kept or p.dropout}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(base.generator.initial_seed())  # transformers draws from torch's own generator
-        made = Ladder(base.network.hidden, config, start.layers, p.temperature, p.dropout)
-    if start.tensors:
-        _copy(made, start, Layout(base.model).family.prefix)
+    config = kept | dict.fromkeys(_DROPOUTS, p.dropout)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(base.generator.initial_seed())  # transformers draws from torch's own generator
+            made = Ladder(base.network.hidden, config, start.layers, p.temperature, p.dropout)
+        if start.tensors:
+            _copy(made, start)
+    except (KeyError, StopIteration, TypeError, ValueError, RuntimeError) as error:
+        if p.side is None:
+            raise
+        what = f"side: {p.side}: its files do not belong together: {first_line(error)}"
+        raise ModelError(what, "write it again: mergebench side init") from None
     made.put_on(base.network)
     return _Ladder(base, made)
 
@@ -144,8 +149,12 @@ def _from_side(base: Base, place: Path) -> _Start:
             f"side: {place}: it was made from {about.get('base')}, not from {base.model.reference}",
             f"mergebench side init --base {base.model.reference} --out DIR",
         )
-    side = open_model(str(place))
-    return _Start(side.config, list(about["layers"]), side.state_dict(), list(about["residual"]))
+    side, layers = open_model(str(place)), about.get("layers")
+    if side.config.get("model_type") != base.model.config.get("model_type") or not isinstance(layers, list):
+        raise ModelError(
+            f"side: {place}: its files are not those of a side network", "write it again: mergebench side init"
+        )
+    return _Start(side.config, layers, side.state_dict())
 
 
 def _in_memory(base: Base, p: Params) -> _Start:
@@ -158,7 +167,7 @@ def _in_memory(base: Base, p: Params) -> _Start:
         width, heads = smaller(layout, reduction)
         feed = left_of(int(base.model.config["intermediate_size"]), reduction)
         changes = config_of(layout, width, heads, feed, layers)
-        return _Start({**base.model.config, **changes}, layers, {}, [])
+        return _Start({**base.model.config, **changes}, layers, {})
     with Files() as files:
         base.model.settle(files)
         choice = choose_of(layout, files, reduction, layers, "magnitude", p.basis or "chain", None)
@@ -170,32 +179,16 @@ def _in_memory(base: Base, p: Params) -> _Start:
                 for chosen, size in zip((cut.rows, cut.columns), values.tensors[cut.source].shape, strict=False)
             ]
             tensors[new] = torch.cat(list(pruned(values, cut.source, cut))).float().view(shape)
-    return _Start({**base.model.config, **choice.config}, layers, tensors, [one.tolist() for one in choice.residual])
+    return _Start({**base.model.config, **choice.config}, layers, tensors)
 
 
-def _copy(made: Ladder, start: _Start, prefix: str) -> None:
-    """Blocks and norm from the side network; samplers that take its dimensions of the base's states, Up that gives
-    them back."""
-    from mergebench.systems.lst.layout import FAMILIES
-
+def _copy(made: Ladder, start: _Start) -> None:
+    """Blocks and norm from the side network; samplers and Up begin at random, as published."""
     family = next(one for one in FAMILIES if start.config["model_type"] in one.model_types)
-    named = {re.sub(f"^{prefix}", "", name): values for name, values in start.tensors.items()}
+    named = {re.sub(f"^{family.prefix}", "", name): values for name, values in start.tensors.items()}
     inside = f"{family.blocks}."
     made.blocks.load_state_dict({n.removeprefix(inside): one for n, one in named.items() if n.startswith(inside)})
     if family.norm is not None:
         made.norm.load_state_dict(
             {n.removeprefix(f"{family.norm}."): one for n, one in named.items() if n.startswith(f"{family.norm}.")}
         )
-    with torch.no_grad():
-        for sampler, chosen in zip((made.first, *made.down), (start.residual[0], *start.residual), strict=False):
-            _select(sampler, chosen)
-        made.up.weight.zero_()
-        made.up.bias.zero_()
-        made.up.weight[start.residual[-1], torch.arange(made.up.in_features)] = 1
-
-
-def _select(sampler: nn.Module, chosen: list[int]) -> None:
-    assert isinstance(sampler, nn.Linear)
-    sampler.weight.zero_()
-    sampler.bias.zero_()
-    sampler.weight[torch.arange(sampler.out_features), chosen] = 1
