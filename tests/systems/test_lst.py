@@ -310,10 +310,13 @@ def test_trained_is_what_its_directory_makes_of_the_base(
         network = Network(open_model(reference, to_run=True), task.auto_class, CPU)
         with torch.no_grad():
             student.eval()
-            for part in ("validation", "test"):  # of disk, and of the backbone
+            for part, error in (
+                ("validation", 1e-4),
+                ("test", 1e-5),
+            ):  # states of disk, from other batches; computed now
                 trained = task.rows(student.network, student.head, part, list(range(12))).logits
                 again = task.rows(network, student.head, part, list(range(12))).logits
-                assert torch.allclose(trained, again, atol=1e-5, rtol=1e-5)
+                assert torch.allclose(trained, again, atol=error, rtol=error)
         assert one["about"]["gates"] != [0.5, 0.5]
         assert not list((tmp_path / "out").rglob("states-*"))
     with pytest.raises(ModelError, match="no weights can hold"):
