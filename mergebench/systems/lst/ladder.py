@@ -159,7 +159,7 @@ def _side_parts(config: Mapping[str, Any]) -> tuple[nn.ModuleList, nn.Module]:
 
     with quiet():
         settings = transformers.AutoConfig.for_model(**config)
-        model: Any = transformers.AutoModel.from_config(settings)  # type: ignore[no-untyped-call]
+        model: Any = transformers.AutoModel.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
     family = next(one for one in FAMILIES if config["model_type"] in one.model_types)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
