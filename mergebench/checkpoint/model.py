@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VECTOR = {"holds": "task vector"}  # metadata of a file whose tensors are differences
 FACTORS = {"holds": "factors of weights"}  # of a file whose linear layers are products of two
+MODULE = {"holds": "module"}  # of a file of what runs beside a model: no weights of it can hold that
+MODULE_FILE = "module.safetensors"
 
 
 class Config(TypedDict, total=False):
@@ -54,6 +56,7 @@ class Model:
     naming: Naming = USUAL  # of its files, and of those written in its place
     deltas: dict[str, tuple[Delta, ...]] = field(default_factory=dict)  # by the base's names, folded left to right
     adapters: tuple[Path, ...] = ()  # where the deltas come from
+    modules: tuple[Path, ...] = ()  # files of what runs beside it; only of a model that is opened to be run
     is_task_vector: bool = False  # its tensors already are differences to the base
     config_changes: Mapping[str, Any] | None = None  # for a model composed of others, or with another vocabulary
     sliced: bool = False  # composed of layers of other models: no file has its order of tensors
@@ -153,6 +156,15 @@ def holds_vector(headers: Iterable[Header]) -> bool:
 def holds_factors(headers: Iterable[Header]) -> bool:
     """Whether the files are marked as those of a compressed model."""
     return any(header.metadata.items() >= FACTORS.items() for header in headers)
+
+
+def module_at(place: Path) -> Header | None:
+    """The header of the module that a directory holds, or that a file is; None if it is none."""
+    file = place / MODULE_FILE if place.is_dir() else place
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    header = read_header(file)
+    return header if header.metadata.items() >= MODULE.items() else None
 
 
 def open_directory(reference: str, directory: Path) -> list[Header]:

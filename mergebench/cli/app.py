@@ -25,6 +25,7 @@ from mergebench.cli import (
     probe,
     report,
     search,
+    side,
     task_vector,
     train,
 )
@@ -67,6 +68,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(mask.app, name="mask")
 app.add_typer(cil.app, name="cil")
 app.command("compress", cls=compress.Compress)(compress.compress)
+app.add_typer(side.app, name="side")
 app.command("train")(train.train)
 app.command("dimension")(dimension.dimension)
 app.command("port")(port.port)

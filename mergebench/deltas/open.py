@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.format import Base
-from mergebench.checkpoint.header import read_header
-from mergebench.checkpoint.model import Model, holds_factors, open_checkpoint
+from mergebench.checkpoint.header import Header, read_header
+from mergebench.checkpoint.model import Model, holds_factors, module_at, open_checkpoint
 from mergebench.checkpoint.naming import find_weights
 from mergebench.checkpoint.reference import locate
 from mergebench.deltas.peft.directory import OTHER_MODEL, holds_no_model, is_adapter, read_directory
@@ -19,10 +19,13 @@ from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 
 
-def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False) -> Model:
+def open_model(
+    reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False, to_run: bool = False
+) -> Model:
     """Open the model a reference names, `BASE[+DELTA ...]`: reads headers only and checks them all.
 
     folders: where relative paths are looked up after the working directory. task_vector: its tensors are differences.
+    to_run: it is for a `Network`, so that modules may be named after a plus too: no weights hold what they do.
     Raises `ModelError` if it is missing or no checkpoint, or if a delta does not fit; `RunError` if a file is damaged.
     """
     place = locate(reference, folders)
@@ -37,11 +40,26 @@ def open_model(reference: str, *, folders: Sequence[Path] = (), task_vector: boo
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
     refuse_foreign(f"model '{reference}'", model.tensors)
-    for adapter in place.adapters:
-        model = put_on(model, adapter)
+    for added in place.adapters:
+        header = module_at(added)
+        if header is None:
+            model = put_on(model, added)
+        elif to_run:
+            model = _with_module(model, added, header)
+        else:
+            what = f"{added}: it is a module that runs beside the model, which no weights can hold"
+            raise ModelError(what, "name it where a model is run: mergebench eval BASE+MODULE --suite SUITE")
     if task_vector and not model.adapters:
         model = replace(model, is_task_vector=True)
     return model
+
+
+def _with_module(model: Model, place: Path, header: Header) -> Model:
+    made_on, remarks = header.metadata.get("base"), model.remarks
+    if made_on is not None and made_on != (this := identity(model)):
+        remarks += (f"{place} was made on another model: its base is {made_on}, this is {this}",)
+    headers, modules = [*model.headers, header], (*model.modules, header.file)
+    return replace(model, headers=headers, modules=modules, adapters=(*model.adapters, place), remarks=remarks)
 
 
 def put_on(model: Model, place: Path) -> Model:
@@ -93,6 +111,9 @@ def _refuse_delta(reference: str, place: Path) -> None:
     """Refuse a delta in the place of a model."""
     from mergebench.deltas import formats
 
+    if module_at(place) is not None:
+        beside = f"model '{reference}': it is a module that runs beside a model, not a model"
+        raise ModelError(beside, f"name its base, where a model is run: BASE+{reference}")
     known = formats.format_of(place)
     what = known.what if known is not None and known.alone(place) else None
     if known is None and is_adapter(place) and holds_no_model(place):

@@ -175,7 +175,7 @@ def _store(folder: str | Path | None) -> Store | None:
 def _try_open(model: str) -> Model | MergebenchError:
     """Open a model, or return the error: one missing model must not stop the others."""
     try:
-        return open_model(model)
+        return open_model(model, to_run=True)
     except MergebenchError as error:
         return error
 

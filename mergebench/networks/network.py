@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mergebench.checkpoint.content import tokenizer_hash
 from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
+from mergebench.networks.beside import put_beside
 from mergebench.networks.loadable import LoadableModel, network_tensors
 from mergebench.networks.module import build, config_of
 from mergebench.networks.tokenizer import load as load_tokenizer
@@ -32,11 +34,14 @@ class Network:
         self._config = config_of(model)
         with one_thread():  # in many small steps, threads would only wait for one another
             self.module, self._weights = build(model, auto_class, device, packed)
+        self.modules: tuple[Path, ...] = getattr(model, "modules", ())
+        for file in self.modules:
+            put_beside(self, file)
         self._take_name(model)
 
     def take(self, model: LoadableModel) -> bool:
         """Replace the weights by those of another model of this architecture; returns whether that was possible."""
-        if config_of(model) != self._config:
+        if config_of(model) != self._config or self.modules or getattr(model, "modules", ()):
             return False
         with one_thread():
             if not self._weights.put(network_tensors(model)):

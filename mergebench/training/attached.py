@@ -28,6 +28,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.deltas.formats.native import DELTAS, Writing, read_file, write_file
 from mergebench.errors import ModelError, RecipeError
 from mergebench.networks.network import Network
+from mergebench.training.task import Head, TrainingTask
 
 SAME = "go on with the kind and settings that the run was trained with"
 
@@ -168,6 +169,16 @@ class Attached:
     def load(self, directory: Path) -> None:
         """Start as what an earlier run saved; `RecipeError` if it trained something else."""
         raise RecipeError("from: this kind starts as its base is", "name what the run made as the model")
+    def scratch(self, task: TrainingTask) -> int:
+        """Bytes on disk that training needs for a while."""
+        return 0
+
+    def begin(self, task: TrainingTask, head: Head, directory: Path, progress: Callable[[str, int, int], None]) -> None:
+        """Called before the first step; directory: of what training needs for a while."""
+
+    def set_mode(self, network: Network, training: bool) -> None:
+        """Dropout on or off."""
+        network.module.train(training)
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss of every step."""

@@ -231,6 +231,7 @@ def fit(
         callbacks=[_Saved(saved)],
     )
     started = time.perf_counter()
+    student.attached.begin(task, student.head, directory, progress)
     last = get_last_checkpoint(str(directory)) if directory.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
     found.seconds, found.steps = time.perf_counter() - started, trainer.state.global_step

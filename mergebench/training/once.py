@@ -66,7 +66,7 @@ class Once:
         """The row's objective, its other models loaded."""
 
         def open_other(reference: str) -> Network:
-            other = open_model(reference, folders=self.config.folders)
+            other = open_model(reference, folders=self.config.folders, to_run=True)
             return Network(other, self.row.task.auto_class, self.device)
 
         def head_of(reference: str) -> Head:

@@ -37,6 +37,13 @@ def count() -> int:
     return int(PartialState().num_processes)
 
 
+def number() -> int:
+    """This process's, from 0."""
+    from accelerate import PartialState
+
+    return int(PartialState().process_index)
+
+
 def wait() -> None:
     """Until all processes are here."""
     from accelerate import PartialState

@@ -82,8 +82,12 @@ def train(
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, at_most(config, models))
+    scratch = 0
     for row in config.rows:  # what fits no model is said before the first step of any row
-        Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
+        student = Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
+        scratch = max(scratch, student.attached.scratch(row.task))
+        del student
+    check_room(out, _at_most(config, models) + scratch)
     with staged(out, fingerprint, resume) as staging:
         for row in config.rows:
             train_row(row, models[row.model], config, chosen, staging, progress)

@@ -61,7 +61,7 @@ class Student(nn.Module):
     def train(self, mode: bool = True) -> Student:
         """Dropout on or off, in the network too."""
         super().train(mode)
-        self.network.module.train(mode)
+        self.attached.set_mode(self.network, mode)
         return self
 
     def measure(self, part: str, tick: Callable[[int], None] = lambda items: None) -> Measured:

@@ -177,6 +177,7 @@ def test_links_lead_to_headings(page: str) -> None:
 GROUPS = {  # of entry points
     "mergebench.edits", "mergebench.scorers", "mergebench.tasks", "mergebench.formats", "mergebench.targets",
     "mergebench.trained", "mergebench.objectives", "mergebench.training_tasks",
+    "mergebench.modules",
 }  # fmt: skip
 
 
@@ -231,6 +232,7 @@ ELSEWHERE = {
     "adapters truncate": "tests/adapters/test_truncate.py::test_from_the_command_line",
     "dimension": "tests/systems/test_dimension.py::test_the_command",
     "train": "tests/training/test_run.py::test_the_command_prints_the_table_and_what_to_name",
+    "side init": "tests/systems/test_lst.py::test_the_command",
     "compress": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "compress expand": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "mask magnitude": "tests/systems/test_pafi.py::test_the_command",
