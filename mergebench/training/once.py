@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +45,12 @@ class Once:
         steps = Schedule(len(self.task.parts["train"]), row.settings).steps
         base = Base(self.model, network, Generator().manual_seed(self.seed), steps)
         attached: Attached
-        try:
+        with self._named():
             if row.kind is not None:
                 attached = row.kind(base, row.params)
             else:
                 assert row.peft is not None
                 attached = peft_adapter(base, row.peft)
-        except RecipeError as error:
-            where = str(self.config.path or "config")
-            raise RecipeError(f"{where}: {row.name}: {error.message}", error.hint) from None
         network.module.to(self.device)
         return Student(network, attached, self.task)
 
@@ -62,8 +61,18 @@ class Once:
             other = open_model(reference, folders=self.config.folders)
             return Network(other, self.row.task.auto_class, self.device)
 
-        setup = Setup(self.model, student.network, self.task, self.seed, open_other)
-        return self.row.objective(setup, self.row.objective_params)
+        setup = Setup(self.model, student.network, self.task, self.seed, open_other, student.attached)
+        with self._named():
+            return self.row.objective(setup, self.row.objective_params)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name the config and the row."""
+        try:
+            yield
+        except RecipeError as error:
+            where = str(self.config.path or "config")
+            raise RecipeError(f"{where}: {self.row.name}: {error.message}", error.hint) from None
 
 
 def train_once(run: Once, name: str, staging: Staging | Guest, progress: Progress) -> dict[str, Any]:

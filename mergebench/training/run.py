@@ -80,7 +80,8 @@ def train(
         check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, _at_most(config, models))
     for row in config.rows:  # what fits no model is said before the first step of any row
-        Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
+        first = Once(row, models[row.model], config, chosen, 0, row.lrs[0])
+        first.objective(first.attach())
     with staged(out, fingerprint, resume) as staging:
         runs: dict[str, Any] = staging.journal["answers"]
         for row in config.rows:
