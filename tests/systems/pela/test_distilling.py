@@ -202,7 +202,7 @@ def test_each_term(tmp_path: Path) -> None:
         count += ids.numel() * 16
     attached = student.attached
     assert isinstance(attached, Factored)
-    largest = [float((one.outer @ one.inner - one.dense).abs().max()) for one in attached.factors.values()]
+    largest = [float((one.outer @ one.inner - one.dense).detach().abs().max()) for one in attached.factors.values()]
     expected = {
         "features": float(squares.mean()) / count,
         "perturbation": sum((one - 0.001) ** 2 for one in largest) / len(largest),
