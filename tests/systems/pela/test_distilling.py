@@ -211,7 +211,7 @@ def test_each_term(tmp_path: Path) -> None:
     off = {"features": 0.0, "perturbation": 0.0, "task": 0.0}
     for name, value in expected.items():
         student, loss, _ = student_of(tmp_path, **{**off, name: 2.0})
-        assert float(value_of(student, loss, items)) == pytest.approx(2 * value, rel=1e-4), name
+        assert value_of(student, loss, items).item() == pytest.approx(2 * value, rel=1e-4), name
 
 
 def test_the_teacher_gets_no_gradient(tmp_path: Path) -> None:
