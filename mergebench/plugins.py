@@ -83,7 +83,7 @@ class Registry(Generic[T]):
 
 
 class Scanned(Registry[T]):
-    """All declared objects of one sort in several packages, by the names they declare.
+    """All declared objects of one sort in several packages and the folders in them, by the names they declare.
 
     Their modules are imported when the first name is asked for. A module may hold several objects, and others beside.
     """
@@ -96,8 +96,8 @@ class Scanned(Registry[T]):
     def _objects(self) -> dict[str, T]:
         found: dict[str, T] = {}
         for room in self._rooms:
-            for about in pkgutil.iter_modules(importlib.import_module(room).__path__):
-                values = vars(importlib.import_module(f"{room}.{about.name}")).values()
+            for about in pkgutil.walk_packages(importlib.import_module(room).__path__, f"{room}."):
+                values = vars(importlib.import_module(about.name)).values()
                 found |= {str(vars(one)["name"]): one for one in values if type(one) is self._kind}
         return found
 

@@ -36,7 +36,8 @@ def open_model(
         raise
     if holds_factors(model.headers):
         what = f"model '{reference}': its linear layers are compressed to factors"
-        raise ModelError(what, f"multiply them back: mergebench compress expand {place.checkpoint} --out DIR")
+        back = f"mergebench compress expand {place.checkpoint} --out DIR"
+        raise ModelError(what, f"name its base, BASE+{place.checkpoint}, or multiply them back: {back}")
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
     refuse_foreign(f"model '{reference}'", model.tensors)

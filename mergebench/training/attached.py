@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +65,10 @@ class Base:
                 continue
             module, attribute = several[0]
             seen.add(id(values))
-            conv1d = type(module).__name__ == "Conv1D"  # of transformers, [in, out]
-            layer = (isinstance(module, nn.Linear) or conv1d) and id(module) in inside
+            in_out = _is_conv1d(module)
+            layer = (isinstance(module, nn.Linear) or in_out) and id(module) in inside
             found[name] = Weight(
-                name, values.detach(), layer and attribute == "weight", conv1d, layer and attribute == "bias"
+                name, values.detach(), layer and attribute == "weight", in_out, layer and attribute == "bias"
             )
         return found
 
@@ -119,6 +120,11 @@ class Put:
     settings: Callable[[], Mapping[str, Any]] = dict  # of the saved delta
     fixed: Mapping[str, Tensor] = field(default_factory=dict)  # parts that are saved and not trained
     saved: Callable[[], Mapping[str, Tensor]] | None = None  # parts saved in place of the parameters
+    folds: bool = False  # change(W) is W' itself
+    layer: Layer | None = None  # how a linear layer runs with it, where that is cheaper than by W'
+
+
+Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # from inputs [..., in], W as it was, and the bias
 
 
 def put(kind: DeltaKind, parts: Any, *fixed: str, **settings: Any) -> Put:
@@ -169,6 +175,7 @@ class Attached:
     def load(self, directory: Path) -> None:
         """Start as what an earlier run saved; `RecipeError` if it trained something else."""
         raise RecipeError("from: this kind starts as its base is", "name what the run made as the model")
+
     def scratch(self, task: TrainingTask) -> int:
         """Bytes on disk that training needs for a while."""
         return 0
@@ -208,6 +215,8 @@ class OnTensors(Attached):
             change = _Changed(put)
             for module, attribute in base.network.places[name]:
                 parametrize.register_parametrization(module, attribute, change, unsafe=True)
+                if put.layer is not None and (isinstance(module, nn.Linear) or _is_conv1d(module)):
+                    module.forward = partial(_run, module, put.layer)
 
     def save(self, directory: Path) -> None:
         """One file of deltas; parameters that several tensors use are in it once."""
@@ -261,10 +270,21 @@ class _Changed(nn.Module):
 
     def __init__(self, put: Put) -> None:
         super().__init__()
-        self._change = put.change
+        self._change, self._folds = put.change, put.folds
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self._change(weight)
+        changed = self._change(weight)
+        return changed if self._folds else weight + changed
+
+
+def _run(module: Any, layer: Layer, x: Tensor) -> Tensor:
+    """The forward pass of a linear layer whose weight is not made; its bias may be changed too."""
+    return layer(x, module.parametrizations.weight.original, module.bias)
+
+
+def _is_conv1d(module: Any) -> bool:
+    """Whether a module is transformers' linear layer whose weight is stored [in, out]."""
+    return type(module).__name__.removeprefix("Parametrized") == "Conv1D"
 
 
 def start(shape: Sequence[int], generator: Generator, deviation: float) -> nn.Parameter:

@@ -224,7 +224,7 @@ class _Reader(Reader):
         if not isinstance(name, str) or not isinstance(own, dict):
             raise self.places.error(loc, f"must be an objective's name, got {show(given)}", SPECIAL["objective"])
         found = self.at(loc, lambda: objectives.get(name))
-        return found, self.params(found, own, (*loc, name) if own else loc)
+        return found, self.params(found, own, (*loc, name) if isinstance(given, dict) else loc)
 
     def _task(self, given: Any, loc: Loc) -> TrainingTask:
         if not isinstance(given, dict):

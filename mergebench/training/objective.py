@@ -11,6 +11,7 @@ from torch import Tensor
 from mergebench.checkpoint.model import Model
 from mergebench.errors import ModelError
 from mergebench.networks.network import Network
+from mergebench.training.attached import Attached
 from mergebench.training.settings import Settings
 from mergebench.training.student import Fit, Student
 from mergebench.training.task import Head, Rows, TrainingTask
@@ -51,6 +52,7 @@ class Setup:
     seed: int
     open: Callable[[str], Network]  # another model, frozen, on the same device
     head: Callable[[str], Head]  # the task's head that was trained with it, on the same device
+    attached: Attached  # what is on the network
 
     def teacher(self, reference: str, tokens: bool = True) -> Network:
         """Another model; `ModelError` if its tokenizer gives other tokens."""

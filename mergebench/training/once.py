@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class Once:
         steps = Schedule(len(self.task.parts["train"]), row.settings).steps
         base = Base(self.model, network, Generator().manual_seed(self.seed), steps, self.task.head(network))
         attached: Attached
-        try:
+        with self._named():
             if row.kind is not None:
                 attached = row.kind(base, row.params)
             else:
@@ -53,9 +55,6 @@ class Once:
                 attached = peft_adapter(base, row.peft)
             if row.start is not None:
                 attached.load(row.start)
-        except RecipeError as error:
-            where = str(self.config.path or "config")
-            raise RecipeError(f"{where}: {row.name}: {error.message}", error.hint) from None
         network.module.to(self.device)
         head = None
         if row.start is not None:
@@ -75,8 +74,18 @@ class Once:
             head = self.task.head_in(last if last.is_dir() else last.parent)
             return {name: one.to(self.device) for name, one in head.items()}
 
-        setup = Setup(self.model, student.network, self.task, self.seed, open_other, head_of)
-        return self.row.objective(setup, self.row.objective_params)
+        setup = Setup(self.model, student.network, self.task, self.seed, open_other, head_of, student.attached)
+        with self._named():
+            return self.row.objective(setup, self.row.objective_params)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name the config and the row."""
+        try:
+            yield
+        except RecipeError as error:
+            where = str(self.config.path or "config")
+            raise RecipeError(f"{where}: {self.row.name}: {error.message}", error.hint) from None
 
 
 def train_once(run: Once, name: str, staging: Staging | Guest, progress: Progress) -> dict[str, Any]:

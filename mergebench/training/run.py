@@ -81,13 +81,14 @@ def train(
         return Trained(out, done, already_done=True)
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
-    check_room(out, at_most(config, models))
     scratch = 0
     for row in config.rows:  # what fits no model is said before the first step of any row
-        student = Once(row, models[row.model], config, chosen, 0, row.lrs[0]).attach()
+        first = Once(row, models[row.model], config, chosen, 0, row.lrs[0])
+        student = first.attach()
+        first.objective(student)
         scratch = max(scratch, student.attached.scratch(row.task))
         del student
-    check_room(out, _at_most(config, models) + scratch)
+    check_room(out, at_most(config, models) + scratch)
     with staged(out, fingerprint, resume) as staging:
         for row in config.rows:
             train_row(row, models[row.model], config, chosen, staging, progress)

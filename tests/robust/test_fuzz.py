@@ -27,6 +27,7 @@ from mergebench.checkpoint.side_files import copy_side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, finished
 from mergebench.cli.inspect import _architecture
 from mergebench.cli.patch import _title
+from mergebench.deltas.formats.compressed import read_record
 from mergebench.deltas.formats.masked import metadata_of, write_mask
 from mergebench.deltas.formats.native import Writing, write_file
 from mergebench.deltas.open import open_model
@@ -53,7 +54,6 @@ from mergebench.recipe import tokenizers
 from mergebench.systems.mos.bank import read_bank
 from mergebench.systems.mos.config import load_config
 from mergebench.systems.pela.multiply import _pairs
-from mergebench.systems.pela.record import read_record
 from tests.evaluation.conftest import write_data, write_encoder, write_head
 from tests.evaluation.page import documents
 from tests.systems.mos.conftest import write_bank

@@ -7,8 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from encoders import WORDS, write_encoder
 from language import write_decoder
+
+from mergebench.deltas.open import open_model
+from mergebench.networks.network import Network
+from mergebench.training.attached import Base
 
 
 def write_labelled(path: Path, count: int, seed: int, name: str = "item") -> Path:
@@ -67,3 +72,10 @@ def complete(folder: Path, **more: Any) -> dict[str, Any]:
         "lr": 3e-3,
         **more,
     }
+
+
+def base_of(directory: Path, auto_class: str = "AutoModel", seed: int = 0) -> Base:
+    """A model in memory, to put something on."""
+    model = open_model(str(directory))
+    network = Network(model, auto_class, torch.device("cpu"), packed=False)
+    return Base(model, network, torch.Generator().manual_seed(seed))

@@ -151,12 +151,7 @@ class _OnMask(_Fitting):
         super().__init__(reading, settings)
         self._mask = Path(settings["mask"])
         self.beside = (self._mask,)
-        mask, base = masked.read_mask(self._mask), self._found.base
-        self._identity = identity(base)
-        if mask.base != self._identity:
-            raise ModelError(
-                f"{self._mask}: it was made on another model than {base.reference}", "make a mask of the base"
-            )
+        mask = masked.read_mask_of(self._mask, self._found.base)
         lost = [name for name in mask.positions if name not in self._shapes]
         if lost:
             raise ModelError(f"{self._mask}: {lost[0]}: the fine-tune has no change of this tensor")
@@ -170,7 +165,7 @@ class _OnMask(_Fitting):
         return {name: values}
 
     def metadata(self, answers: Answers) -> Mapping[str, str]:
-        return masked.metadata_of(self._mask, self._identity, {"model": self._found.model})
+        return masked.metadata_of(self._mask, identity(self._found.base), {"model": self._found.model})
 
 
 def peft_count(numel: int, share: float) -> int:

@@ -19,11 +19,12 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.content import identity, sha256_of
 from mergebench.checkpoint.documents import parse_json
 from mergebench.checkpoint.files import part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.deltas.formats.native import DeltaFile, Entry
 from mergebench.errors import MergebenchError, ModelError
@@ -77,6 +78,14 @@ def read_mask(file: Path) -> MaskFile:
     ):
         raise damaged(file, "its tensors are not those of a mask")
     return MaskFile(header, about["base"], sizes, about["made"])
+
+
+def read_mask_of(file: Path, base: Model) -> MaskFile:
+    """Read the header of a mask that was made on this model; `ModelError` if it was made on another one."""
+    mask = read_mask(file)
+    if mask.base != identity(base):
+        raise ModelError(f"{file}: it was made on another model than {base.reference}", "make a mask of the base")
+    return mask
 
 
 def write_mask(

@@ -29,6 +29,7 @@ from mergebench.checkpoint.shards import Shard, ShardFiles, described, lay_out, 
 from mergebench.checkpoint.side_files import CONFIG_DTYPE, copy_side_files
 from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
 from mergebench.checkpoint.values import Values
+from mergebench.deltas.formats.compressed import RECORD, names
 from mergebench.deltas.open import open_model
 from mergebench.deltas.svd import Product, keep_energy, truncate
 from mergebench.engine.plan import SHARD_SIZE
@@ -36,7 +37,7 @@ from mergebench.engine.provenance import inputs_of, places_of
 from mergebench.engine.run import Result
 from mergebench.errors import RecipeError, RunError
 from mergebench.systems.pela import record
-from mergebench.systems.pela.layers import Layers, find, names, rank_of, saves, written_as
+from mergebench.systems.pela.layers import Layers, find, rank_of, saves, written_as
 from mergebench.systems.pela.writing import cast, copy, write_shards
 
 ROWS = 256  # of the product compared with the matrix at a time
@@ -276,4 +277,4 @@ def _write_record(job: _Job, staging: Staging, entries: Mapping[str, Any], about
     every = {**shapes, **entries}
     ordered = {name: every[name] for name in job.model.tensors if name in every}
     written = {**about, "stored": "[in, out]" if job.layers.in_out else "[out, in]", "tensors": ordered}
-    write_atomically(staging.directory / record.RECORD, json.dumps(written, indent=1) + "\n")
+    write_atomically(staging.directory / RECORD, json.dumps(written, indent=1) + "\n")

@@ -9,17 +9,10 @@ from typing import NamedTuple
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.peft_names import stored_in_out
 from mergebench.checkpoint.model import Model
+from mergebench.deltas.formats.compressed import names
 from mergebench.errors import RecipeError, did_you_mean
 
 LEAST_OUT = 10  # narrower layers stay dense
-
-
-class Names(NamedTuple):
-    """What a factored layer's tensors are called, as in `Sequential(Linear(in, r, bias=False), Linear(r, out))`."""
-
-    inner: str  # [r, in]
-    outer: str  # [out, r]
-    bias: str  # of the outer one
 
 
 class Layers(NamedTuple):
@@ -28,12 +21,6 @@ class Layers(NamedTuple):
     factored: dict[str, tuple[int, int]]  # [out, in]
     left: dict[str, str]
     in_out: bool  # the weights are stored [in, out], as GPT-2's are
-
-
-def names(weight: str) -> Names:
-    """`NAME.0.weight`, `NAME.1.weight` and `NAME.1.bias` of `NAME.weight`, as the authors' code writes them."""
-    module = weight.removesuffix(".weight")
-    return Names(f"{module}.0.weight", f"{module}.1.weight", f"{module}.1.bias")
 
 
 def written_as(name: str, factored: Container[str]) -> tuple[str, ...]:

@@ -19,12 +19,12 @@ from mergebench.checkpoint.model import VECTOR, Model, open_checkpoint
 from mergebench.checkpoint.shards import ShardFiles, lay_out
 from mergebench.checkpoint.side_files import copy_side_files
 from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.deltas.formats.compressed import RECORD, names, read_record
 from mergebench.engine.plan import SHARD_SIZE
 from mergebench.engine.provenance import inputs_of, places_of
 from mergebench.engine.run import Result
 from mergebench.errors import ModelError
 from mergebench.systems.pela import record
-from mergebench.systems.pela.layers import names
 from mergebench.systems.pela.writing import cast, copy, write_shards
 
 
@@ -53,7 +53,7 @@ def expand(
     """
     started = time.perf_counter()
     out, place = Path(out), Path(compressed)
-    made = record.read_record(place)
+    made = read_record(place)
     model = open_checkpoint(str(compressed), place)
     in_out = made.get("stored") == "[in, out]"
     pairs = _pairs(model, made["tensors"], in_out)
@@ -115,7 +115,7 @@ def _pairs(model: Model, entries: Mapping[str, Mapping[str, Any]], in_out: bool)
         inner, outer = (model.tensors.get(part) for part in names(name)[:2])
         if inner is None or outer is None:
             missing = names(name).inner if inner is None else names(name).outer
-            raise ModelError(f"{model.reference}: '{missing}' is missing, which {record.RECORD} names")
+            raise ModelError(f"{model.reference}: '{missing}' is missing, which {RECORD} names")
         rows, columns = reversed(entry["shape"]) if in_out else entry["shape"]
         fits = inner.shape[1:] == (columns,) and outer.shape == (rows, *inner.shape[:1])
         if not fits or inner.dtype != outer.dtype or inner.dtype not in FLOATS:

@@ -5,39 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from mergebench.adapters.share import module_kind
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, listed
-from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.shards import Shard
-from mergebench.errors import ModelError
+from mergebench.deltas.formats.compressed import RECORD
 from mergebench.systems.pela.layers import written_as
 
-RECORD = "compress.json"
 Entries = Mapping[str, Mapping[str, Any]]  # by tensor: rank and errors, or under `left` why it is dense
-
-
-class Record(TypedDict):
-    """What is read of compress.json."""
-
-    tensors: dict[str, Entry]
-
-
-class Entry(TypedDict, total=False):
-    """A layer: its shape, and its rank if it is factored."""
-
-    shape: list[int]
-    rank: int
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """compress.json of a compressed model; `ModelError` if the directory holds none."""
-    what = f"{directory}: no compressed model: it has no {RECORD}"
-    missing = ModelError(what, "name a directory that `mergebench compress` wrote")
-    record: dict[str, Any] = document(directory / RECORD, Record, missing=missing)
-    return record
 
 
 def summary(tensors: Mapping[str, int], entries: Entries, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:

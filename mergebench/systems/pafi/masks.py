@@ -79,7 +79,9 @@ def make_mask(
                 yield magnitude_keys(piece)
 
         groups = [list(sizes)] if scope == "model" else [[name] for name in sizes]
-        counts, positions = _ranked(groups, sizes, keys, share)
+        counts, positions = ranked_in(groups, sizes, keys, share)
+        if not counts:
+            raise RecipeError(f"--smallest: {share:g} of the elements is less than one")
         made = {
             "share": share,
             "scope": scope,
@@ -94,18 +96,19 @@ def make_mask(
     return Made(out, sum(counts.values()), sum(sizes.values()), counts, seconds)
 
 
-def _ranked(
+def ranked_in(
     groups: Sequence[Sequence[str]], sizes: Mapping[str, int], keys: Callable[[str], Iterator[Keys]], share: float
 ) -> tuple[dict[str, int], Callable[[str], Tensor]]:
-    """How many positions each tensor has (none: it is left out), and a function that gives them."""
+    """How many positions each tensor has (none: it is left out), and a function that gives them.
+
+    groups: names of tensors that are ranked together; each group gets round(share * its elements) positions.
+    """
     rankings: dict[str, Ranking] = {}
     for group in groups:
         count = round(share * sum(sizes[name] for name in group))
         if count:
             ranking = Ranking(group, keys, count)
             rankings |= {name: ranking for name in group if ranking.counts[name]}
-    if not rankings:
-        raise RecipeError(f"--smallest: {share:g} of the elements is less than one")
     return {name: one.counts[name] for name, one in rankings.items()}, lambda name: rankings[name].positions(name)
 
 
