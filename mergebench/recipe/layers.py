@@ -46,7 +46,9 @@ _GOVERNS = {  # lists that say what the rule says: where both are written, the l
     "moe_layers": {"interleave_moe_layer_step"},
     "no_rope_layers": {"no_rope_layer_interval"},
 }  # fmt: skip
-_NO_LIST = ("token", "architectures", "section", "labels")  # in the names of lists that are not of layers
+_NO_LIST = ("token", "architectures", "section", "labels", "mtp")  # in the names of lists that are not of layers
+_ITSELF = "layers_block_type"  # the list whose length is the number of layers where nothing else says it (Nemotron-H)
+_HINT = "choose layer_ranges that leave every kind of layer in its place"
 
 
 class Layer(NamedTuple):
@@ -118,15 +120,16 @@ def _check_the_untold(layers: Sequence[Layer], known: Sequence[Layer], own: Sequ
     if all(layer.names == told.setdefault(json.dumps(kind_of(layer), sort_keys=True), layer.names) for layer in known):
         return
     late = own[-1] if len({*own[1:]}) == 1 else None
-    for at, layer in enumerate(layers):
-        same_number = len(layers) == len(own)
-        if layer.names != (own[at] if at < len(own) else late) or (late is None and not same_number):
+    for at, layer in enumerate(layers[: len(own)] if late is None else layers):
+        if layer.names != (own[at] if at < len(own) else late):
             raise _moved(layer, at, "and nothing known in config.json says which layers are of its kind")
+    if late is None and len(layers) != len(own):
+        what = f"slices: {len(layers)} layers in place of {len(own)}, and nothing known in config.json says which"
+        raise ModelError(f"{what} are of which kind", _HINT)
 
 
 def _moved(layer: Layer, at: int, why: str) -> ModelError:
-    hint = "choose layer_ranges that leave every kind of layer in its place"
-    return ModelError(f"slices: {layer} would be layer {at}, {why}", hint)
+    return ModelError(f"slices: {layer} would be layer {at}, {why}", _HINT)
 
 
 def _counting(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
@@ -138,7 +141,11 @@ def _counting(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]
 
 
 def _length(part: Mapping[str, Any]) -> int | None:
-    return next((part[key] for key in COUNTS if isinstance(part.get(key), int)), None)
+    listed = part.get(_ITSELF)
+    return next(
+        (part[key] for key in COUNTS if isinstance(part.get(key), int)),
+        len(listed) if isinstance(listed, list) else None,
+    )
 
 
 def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:

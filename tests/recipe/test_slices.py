@@ -163,6 +163,12 @@ def test_a_config_that_cannot_describe_the_layers(
     assert message in caught.value.message
 
 
+def test_fewer_layers_of_kinds_that_no_config_tells(folder: Path) -> None:
+    write_mixed(folder / "a", 0, NO_KEY, [DENSE, SPARSE] * 2)
+    with pytest.raises(MergebenchError, match=r"slices: 2 layers in place of 4, and nothing known in config\.json"):
+        mergebench.plan(mergebench.load(stacked(("a", 0, 2))))
+
+
 def test_a_config_without_a_number_of_layers_is_noted(folder: Path) -> None:
     write_mixed(folder / "a", 0, {"model_type": "new", "levels": 4}, [DENSE] * 4)
     notes = mergebench.plan(mergebench.load(stacked(("a", 0, 2)))).merge.notes
@@ -179,6 +185,17 @@ def test_lists_of_layers_are_those_of_the_layers_models(folder: Path) -> None:
     assert written["eos_token_id"] == [1, 2, 3, 4]
     with pytest.raises(MergebenchError, match="layer 0 of a and layer 1 of b are of different kinds, by layer_types"):
         mergebench.plan(mergebench.load(recipe("linear", [source("a", 0, 3), source("b", 1, 4)])))
+
+
+def test_a_list_of_layers_is_their_number_where_nothing_else_is(folder: Path) -> None:
+    """Nemotron-H, as transformers 5 writes it."""
+    config = {"model_type": "nemotron_h", "layers_block_type": ["moe", "mlp"], "mtp_layers_block_type": ["x", "y"]}
+    write_mixed(folder / "a", 0, config, [SPARSE, DENSE])
+    merged(stacked(("a", 0, 2), ("a", 1, 2)))
+    written = json.loads((folder / "out" / "config.json").read_text())
+    assert written["layers_block_type"] == ["moe", "mlp", "mlp"]
+    assert written["mtp_layers_block_type"] == ["x", "y"]
+    assert "num_hidden_layers" not in written
 
 
 def test_sources_of_one_slice_have_equal_kinds_of_layers(folder: Path) -> None:
