@@ -14,7 +14,7 @@ from torch import Tensor
 import mergebench
 from mergebench.adapters.extract import extract_adapter
 from mergebench.deltas.open import open_model
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RunError
 from mergebench.networks.module import build
 from mergebench.networks.verify import verify
 from mergebench.systems import pela
@@ -87,6 +87,7 @@ READ = {  # what lies there, in the order of its writing: stem, which tensors, s
     "open_clip beside transformers": [("open_clip_model", TUNED, 1, ""), ("model", BASE, 1, "")],
     "a file beside transformers' shards": [("model", BASE, 1, ""), ("model", TUNED, 2, "")],
     "a file beside diffusers' shards": [(DIFFUSERS, TUNED, 1, ""), (DIFFUSERS, BASE, 2, "")],
+    "Mistral's file beside transformers' shards": [("consolidated", TUNED, 1, ""), ("model", BASE, 2, "")],
     "another name": [("pytorch_model", BASE, 1, "")],
     "one of one": [("model-00001-of-00001", BASE, 1, "")],
 }
@@ -103,11 +104,39 @@ def test_which_files_are_the_model(tmp_path: Path, case: str) -> None:
     assert opened.naming.stem == (DIFFUSERS if diffusers else "model")
 
 
-def test_two_models_in_one_directory(tmp_path: Path) -> None:
-    under(tmp_path, "one", BASE)
-    under(tmp_path, "other", BASE)
-    with pytest.raises(ModelError, match=r"2 \.safetensors files and no model\.safetensors\.index\.json"):
+NO_MODEL = {  # files, and what is said of them
+    "two models": (["one.safetensors", "other.safetensors"], "2 .safetensors files and no", "name the file that is"),
+    "a pipeline": (
+        ["model_index.json", "vae/model.safetensors", "unet/x.safetensors"],
+        "no .safet",
+        "{0}/unet, {0}/vae",
+    ),
+    "an encoder in a folder": (["modules.json", "0_Transformer/model.safetensors"], "no .safet", "{0}/0_Transformer"),
+    "FSDP": (["pytorch_model_fsdp_0/__0_0.distcp"], "no .safet", "accelerate merge-weights"),
+    "DeepSpeed": (["latest", "global_step5/mp_rank_00_model_states.pt"], "no .safet", "zero_to_fp32.py"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODEL)
+def test_a_directory_that_is_no_model_is_told_the_way_out(tmp_path: Path, case: str) -> None:
+    files, says, hint = NO_MODEL[case]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("[]")
+    with pytest.raises(ModelError) as caught:
         open_model(str(tmp_path))
+    assert says in caught.value.message and hint.format(tmp_path) in (caught.value.hint or "")
+
+
+def test_shards_in_another_folder_than_their_index(tmp_path: Path) -> None:
+    under(tmp_path / "weights", "model", BASE, 2)
+    index = json.loads((tmp_path / "weights" / INDEX).read_text())
+    placed = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(RunError) as caught:
+        open_model(str(tmp_path))
+    assert "'weights/model-00001-of-00002.safetensors', which is outside" in caught.value.message
+    assert caught.value.hint == "put the shards beside the index, and their bare names into it"
 
 
 def test_the_index_is_the_list_of_tensors(tmp_path: Path) -> None:
