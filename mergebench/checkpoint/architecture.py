@@ -70,7 +70,7 @@ class Facts:
         if known is None or own is None or own not in known.ties:
             return None
         target = known.ties[own]
-        return next((one for one in tensors if one != name and known.find(one) == target), None)
+        return next((one for one in tensors if known.find(one) == target), None)
 
 
 def _is_mask(info: TensorInfo) -> bool:

@@ -89,7 +89,7 @@ def check_file(out: Path, inputs: Iterable[Path], overwrite: bool, what: str, hi
     """The same for an output that is one .safetensors file; what, hint: what it is, for messages."""
     if out.suffix != ".safetensors":
         raise RecipeError(f"--out: '{out}' is no place for {what}", hint)
-    target = out.resolve()
+    target = Path(os.path.realpath(out))  # of a link in a circle `resolve` makes an error
     for place in inputs:
         if place.resolve() in (target, *target.parents):
             what = "is an input" if place.resolve() == target else f"lies in an input, {place}"

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mergebench.checkpoint.documents import complaint
 from mergebench.errors import ModelError
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
@@ -46,9 +47,11 @@ _GOVERNS = {  # lists that say what the rule says: where both are written, the l
     "moe_layers": {"interleave_moe_layer_step"},
     "no_rope_layers": {"no_rope_layer_interval"},
 }  # fmt: skip
+_MANY = 100_000  # layers that no model has: such a number is no count of them
 _NO_LIST = ("token", "architectures", "section", "labels", "mtp")  # in the names of lists that are not of layers
 _ITSELF = "layers_block_type"  # the list whose length is the number of layers where nothing else says it (Nemotron-H)
 _HINT = "choose layer_ranges that leave every kind of layer in its place"
+_TIMES = list[tuple[list[str], int]]  # of attention_types
 
 
 class Layer(NamedTuple):
@@ -143,7 +146,7 @@ def _counting(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]
 def _length(part: Mapping[str, Any]) -> int | None:
     listed = part.get(_ITSELF)
     return next(
-        (part[key] for key in COUNTS if isinstance(part.get(key), int)),
+        (part[key] for key in COUNTS if type(part.get(key)) is int and 0 <= part[key] < _MANY),
         len(listed) if isinstance(listed, list) else None,
     )
 
@@ -159,8 +162,8 @@ def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:
             told[key] = [at in value for at in range(length)]
         elif key == "block_types" and isinstance(value, list) and value:  # repeated over the layers
             told[key] = [value[at % len(value)] for at in range(length)]
-        elif key == "attention_types" and isinstance(value, list):  # [[[kind, ...], times], ...]
-            told[key] = [one for kinds, times in value for one in kinds * times]
+        elif key == "attention_types" and complaint(value, _TIMES) is None:  # [[[kind, ...], times], ...]
+            told[key] = [one for kinds, times in value for one in kinds * min(times, length)]
         elif isinstance(value, list) or (isinstance(value, str) and key.endswith("pattern")):
             if len(value) == length and not any(word in key for word in _NO_LIST):
                 told[key] = list(value)
@@ -170,8 +173,8 @@ def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:
             told[key] = [at >= length - value for at in range(length)]
         elif counts and key in _EVERY and value:
             shift = _EVERY[key]
-            add = -int(part.get(shift, 0)) if isinstance(shift, str) else shift
-            told[key] = [(at + add) % value == 0 for at in range(length)]
+            off = part.get(shift) if isinstance(shift, str) else -shift
+            told[key] = [(at - (off if type(off) is int else 0)) % value == 0 for at in range(length)]
     return told
 
 
@@ -183,7 +186,7 @@ def _as_written(key: str, value: Any, wanted: list[Any]) -> Any:
     if key == "attention_types":
         return [[wanted, 1]]
     if isinstance(value, str):
-        return "".join(wanted)
+        return "".join(map(str, wanted))
     if isinstance(value, list):
         return wanted
     if key in _FIRST:

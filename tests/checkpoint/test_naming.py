@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mergebench
 from mergebench.adapters.extract import extract_adapter
+from mergebench.checkpoint.naming import index_of, module_folders
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError, RunError
 from mergebench.networks.module import build
@@ -137,6 +138,32 @@ def test_shards_in_another_folder_than_their_index(tmp_path: Path) -> None:
         open_model(str(tmp_path))
     assert "'weights/model-00001-of-00002.safetensors', which is outside" in caught.value.message
     assert caught.value.hint == "put the shards beside the index, and their bare names into it"
+
+
+def test_variants_in_shards_beside_each_other(tmp_path: Path) -> None:
+    """Neither index is the model's; the files are too many to be one."""
+    for variant in ("fp16", "bf16"):
+        under(tmp_path, f"{DIFFUSERS}.{variant}", BASE, 2, f"{DIFFUSERS}.safetensors.index.{variant}.json")
+    with pytest.raises(ModelError, match=r"4 \.safetensors files and no model\.safetensors\.index\.json"):
+        open_model(str(tmp_path))
+
+
+def test_which_index_belongs_to_a_shard() -> None:
+    assert index_of("model-00001-of-00002.safetensors") == "model.safetensors.index.json"
+    assert index_of(f"{DIFFUSERS}-100000-of-100001.safetensors") == f"{DIFFUSERS}.safetensors.index.json"
+    assert index_of("other.safetensors") == "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("listed", ["not JSON", "{}", '[{"path": 1}]', '["a"]'])
+def test_a_damaged_list_of_modules_names_none(tmp_path: Path, listed: str) -> None:
+    (tmp_path / "modules.json").write_text(listed)
+    assert module_folders(tmp_path) == ()
+
+
+def test_modules_lie_in_the_models_directory(tmp_path: Path) -> None:
+    paths = ["", "1_Dense", "a/2_Dense", "1_Dense/", "../other", "a/../../other", "/etc"]
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    assert module_folders(tmp_path) == ("1_Dense", "a/2_Dense")
 
 
 def test_the_index_is_the_list_of_tensors(tmp_path: Path) -> None:

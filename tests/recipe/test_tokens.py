@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergebench
+from mergebench.checkpoint.side_files import needs_sentencepiece
 from mergebench.errors import MergebenchError, ModelError
 from mergebench.recipe.tokenizers import load
 
@@ -327,6 +328,12 @@ def test_a_sentencepiece_model_without_its_package(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.model is a SentencePiece model") as error:
         load(tmp_path, "one")
     assert error.value.hint == "pip install sentencepiece, or put a tokenizer.json beside it"
+
+
+def test_a_tokenizer_model_that_is_not_sentencepieces(tmp_path: Path) -> None:
+    """tiktoken's files have the same name, and are text."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert needs_sentencepiece(tmp_path) is None
 
 
 def test_a_chat_template_comes_with_what_ends_a_turn(make: Make, models: Path) -> None:

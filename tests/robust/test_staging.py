@@ -182,6 +182,15 @@ def test_a_delta_file_is_no_directory(place: Path, cli: Cli) -> None:
         assert done.code == 2 and "it is, holds or lies in the input" in done.err
 
 
+def test_a_file_in_the_place_of_a_link_that_leads_nowhere(place: Path, cli: Cli) -> None:
+    """To itself, or to what is not there: the file takes the link's place."""
+    for out, target in (("a.safetensors", "a.safetensors"), ("b.safetensors", "nowhere")):
+        Path(out).symlink_to(target)
+        assert cli("mask", "magnitude", "base", "--smallest", "50%", "--out", out, "-q") == (0, f"{out}\n", "")
+        assert Path(out).is_file() and not Path(out).is_symlink()
+    assert not Path("nowhere").exists()
+
+
 SHAPES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a list": lambda found: [found],
     "version": lambda found: found | {"mergebench": 1},
