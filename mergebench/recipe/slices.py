@@ -183,13 +183,15 @@ def put_together(
     )
 
 
-def check_ranges(slices: Sequence[Slice]) -> tuple[Loc, str] | None:
-    """The first error in the layer ranges, and its place."""
+def check_ranges(slices: Sequence[Slice]) -> tuple[Loc, str, str | None] | None:
+    """The first error in the layer ranges: its place, what is wrong, and a hint."""
     most = max(len(one.sources) for one in slices)
     for number, one in enumerate(slices):
         lengths = {source.stop - source.start for source in one.sources}
         if len(lengths) > 1:
-            return ("slices", number), "its sources have different numbers of layers"
+            return ("slices", number), "its sources have different numbers of layers", None
         if len(one.sources) not in (1, most):
-            return ("slices", number), f"has {len(one.sources)} sources, another slice has {most}: give it {most}, or 1"
+            what = f"has {len(one.sources)} sources, another slice has {most}: the slices of one merge have as many, or 1"
+            hint = "merge it in a document of its own, with a name, and take its layers from there by a slice of 1 source"
+            return ("slices", number), what, hint
     return None

@@ -272,11 +272,28 @@ UNEQUAL = [
 ]
 
 
+def test_a_slice_with_fewer_sources_is_merged_in_a_document_of_its_own(folder: Path) -> None:
+    """As the hint says; by hand, every layer is the mean of its own sources."""
+    with pytest.raises(MergebenchError) as caught:
+        mergebench.load(recipe("linear", *UNEQUAL))
+    assert "in a document of its own" in str(caught.value.hint)
+    pair = recipe("linear", UNEQUAL[2]) | {"name": "pair"}
+    last = recipe("linear", *UNEQUAL[:2], [source("pair", 0, 2)])
+    Path("recipe.yaml").write_text(f"{json.dumps(pair)}\n---\n{json.dumps(last)}\n")
+    for stage in mergebench.load_stages("recipe.yaml", "out"):
+        found = read_model(mergebench.run(mergebench.plan(stage.recipe), stage.out).out)
+    base, first, second = (read_model(folder / name) for name in ("base", "ft1", "ft2"))
+    for name, value in found.items():
+        before = "embed" in name or ".0." in name
+        expected = (base[name] + first[name] + second[name]) / 3 if before else (first[name] + second[name]) / 2
+        torch.testing.assert_close(value, first[name] if ".1." in name else expected)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (recipe("linear", [source("ft1", 0, 9)]), "recipe: slices.0.sources.0.layer_range: ft1 has no layer 4"),
-        (recipe("linear", *UNEQUAL), "slices.2: has 2 sources, another slice has 3: give it 3, or 1"),
+        (recipe("linear", *UNEQUAL), "slices.2: has 2 sources, another slice has 3: the slices of one merge have as"),
         (recipe("ties", [source("ft1", 0, 2)], base_model="base"), "the base_model must be one of the sources"),
         (recipe("linear", [source("heap", 0, 2)]), "it has 'decoder', 'encoder'"),
         (recipe("linear", [source("nowhere", 0, 2)]), "nowhere"),
