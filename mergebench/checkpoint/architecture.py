@@ -72,6 +72,11 @@ class Facts:
         target = known.ties[own]
         return next((one for one in tensors if one != name and known.find(one) == target), None)
 
+    def apart(self, name: str) -> bool:
+        """Whether the architecture is known, and shares this tensor's values with no other."""
+        known, tied = self._architecture, {*self.aliases, *self.aliases.values()}
+        return known is not None and known.find(name) is not None and name not in tied
+
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Every name that shares its values with a tensor of the file, stored or not, and that tensor."""

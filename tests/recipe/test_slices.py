@@ -131,6 +131,36 @@ def test_a_tied_head_is_not_taken_from_another_model_than_its_embedding(folder: 
     assert "lm_head.weight" not in merged(stacked(("a", 0, 1), ("b", 1, 2)))
 
 
+@pytest.mark.parametrize("apart", [False, None], ids=["config says it", "by default"])
+@pytest.mark.parametrize("twice", [False, True], ids=["stored once", "stored twice"])
+@pytest.mark.parametrize("first", ["tied", "apart"])
+def test_a_tied_model_beside_one_with_its_head_apart(folder: Path, first: str, twice: bool, apart: bool | None) -> None:
+    """The head is the last model's, which is the embedding where that ties them; config.json says that it is apart."""
+    about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4}
+    settings = json.loads((folder / "base" / "config.json").read_text()) | about
+    base = read_model(folder / "base")
+    tied = {name: value + 1 for name, value in base.items() if name != "lm_head.weight"}
+    more = {"lm_head.weight": tied["model.embed_tokens.weight"].clone()} if twice else {}
+    write_model(folder / "tied", tied | more, config=settings | {"tie_word_embeddings": True})
+    said = {} if apart is None else {"tie_word_embeddings": apart}
+    own = {"lm_head.weight": base["model.embed_tokens.weight"] * 2}
+    write_model(folder / "apart", base | own, config={k: v for k, v in settings.items() if k[:4] != "tie_"} | said)
+    models = {"tied": tied | {"lm_head.weight": tied["model.embed_tokens.weight"]}, "apart": base | own}
+    second = "apart" if first == "tied" else "tied"
+
+    found = merged(stacked((first, 0, 2), (second, 2, 4)))
+    assert torch.equal(found["lm_head.weight"], models[second]["lm_head.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], models[first]["model.embed_tokens.weight"])
+    written = json.loads((folder / "out" / "config.json").read_text())
+    assert written.get("tie_word_embeddings", apart) is (False if first == "tied" else apart)
+
+    plan = mergebench.plan(mergebench.load(recipe("linear", [source(first, 0, 4), source(second, 0, 4)])))
+    found = read_model(mergebench.run(plan, "out", overwrite=True).out)
+    for name, value in found.items():
+        torch.testing.assert_close(value, (models["tied"][name] + models["apart"][name]) / 2)
+    assert "lm_head.weight" in found and not any("tie_word" in note for note in plan.merge.notes if apart is False)
+
+
 def test_a_name_that_does_not_tell_is_noted(folder: Path) -> None:
     for seed, name in enumerate("ab"):
         tensors = {"strange": torch.full((2,), float(seed))} | {f"layers.{at}.w": torch.ones(2) for at in range(2)}
