@@ -307,6 +307,8 @@ def test_the_union_of_equal_tokenizers_is_that_tokenizer(make: Make, models: Pat
     assert (out / "tokenizer.json").read_bytes() == (models / "base" / "tokenizer.json").read_bytes()
     tokens = 1 + len(mergekit_tokens.WORDS["base"]) + len(mergekit_tokens.ADDED["base"])
     assert len(load_file(out / "model.safetensors")[EMBEDDING]) == tokens
+    card = (out / "README.md").read_text()
+    assert all(f"{name}: transformers' Qwen2Tokenizer gives other tokens" in card for name in ("base", "left"))
 
 
 def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models: Path) -> None:
