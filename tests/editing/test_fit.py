@@ -190,7 +190,7 @@ def test_a_model_runs_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_features_belong_to_tokens(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same files read by another tokenizer are other texts to the model; a note says whose tokens they are."""
     with open("d.jsonl", "a") as file:
-        file.write(json.dumps({"text": "cafe\u0301 dog", "label": 0}) + "\n")  # that class joins the accent to its letter
+        file.write(json.dumps({"text": "cafe\u0301 dog", "label": 0}) + "\n")  # whose accent that class joins to the e
     named = Path("m/tokenizer_config.json")
     named.write_text(json.dumps(json.loads(named.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
     fit = ["probe", "fit", "--model", "m", "--data", "d.jsonl", "--out", "p.safetensors", "--overwrite"]
