@@ -138,16 +138,25 @@ def part_of(name: str) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file atomically: readers see the old file or the new one."""
-    part = path.with_name(part_of(path.name))
+    """Write a whole file atomically: readers see the old file or the new one. `RunError` if it cannot be written."""
     try:
-        # a path that is not UTF-8 comes with halves of characters, which are written as JSON writes them
-        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
-        part.replace(path)
+        replace_file(path, content, part_of(path.name))
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise write_error(path, error) from None
+
+
+def replace_file(path: Path, content: str | bytes, part: str) -> None:
+    """The same; part: the file's name until it is complete. Raises `OSError`."""
+    unfinished = path.with_name(part)
+    try:
+        unfinished.unlink(missing_ok=True)  # a link there would be followed
+        # a path that is not UTF-8 comes with halves of characters, which are written as JSON writes them
+        unfinished.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
 def copy_file(source: Path, target: Path) -> None:
