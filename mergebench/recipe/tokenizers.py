@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.documents import document, parse_json, read_bytes
-from mergebench.checkpoint.side_files import tokenizer_files
+from mergebench.checkpoint.side_files import check_link, tokenizer_files
 from mergebench.errors import ModelError, RunError
 
 _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -122,8 +122,17 @@ def saved(tokenizer: Any, source: Path | None) -> dict[str, bytes]:
 
 
 def stored(directory: Path) -> dict[str, bytes]:
-    """The tokenizer files in a directory."""
-    return {path.name: read_bytes(path) for path in tokenizer_files(directory)}
+    """The tokenizer files in a directory, to be copied."""
+    return taken(directory, tokenizer_files(directory))
+
+
+def taken(directory: Path, files: Iterable[Path]) -> dict[str, bytes]:
+    """Files of a model's directory, by name, to be copied; `ModelError` for a link out of it."""
+    found = {}
+    for file in files:
+        check_link(file, directory, directory.glob("*.safetensors"))
+        found[file.name] = read_bytes(file)
+    return found
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.chosen_rows import choose
-from mergebench.checkpoint.documents import read_bytes
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.names import is_vocabulary, layer_of
 from mergebench.checkpoint.side_files import GENERATION
@@ -69,7 +68,7 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
     if template is not None and models[0].directory is not None:
         files = tokenizers.with_template(files or tokenizers.stored(models[0].directory), template)
         if source is not models[0] and source.directory is not None:  # turns end by the tokens named there
-            ends = {one.name: read_bytes(one) for one in source.directory.glob(GENERATION)}
+            ends = tokenizers.taken(source.directory, source.directory.glob(GENERATION))
             files |= ends
             remark = f"{' and '.join(['the chat template', *ends])}: those of {source.reference}"
             changed[0] = replace(changed[0], remarks=(*changed[0].remarks, remark))

@@ -322,6 +322,15 @@ def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
 
 
+@pytest.mark.parametrize("source", ["left", "base"])
+def test_a_link_among_the_files_of_a_tokenizer_is_not_copied(make: Make, models: Path, source: str) -> None:
+    (models / "secret").write_text("a secret")
+    (models / source / "vocab_notes").symlink_to(models / "secret")
+    with pytest.raises(MergebenchError, match="vocab_notes: a link out of the model's directory"):
+        make(f"base_model: base\nmodels: [{{model: base}}, {{model: left}}]\nmerge_method: linear\n"
+             f"parameters: {{weight: 0.5}}\ntokenizer_source: {source}\n")  # fmt: skip
+
+
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="reads it")
 def test_a_sentencepiece_model_without_its_package(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
