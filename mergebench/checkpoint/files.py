@@ -56,7 +56,7 @@ class Files:
                 opened = self._open[file]
         number, stamp = opened
         if tensor.stamp is not None and tensor.stamp != stamp:
-            raise changed(file)
+            raise changed(file, tensor.stamp, stamp)
         return number
 
     def close(self) -> None:
@@ -70,10 +70,11 @@ class Files:
 
     def __exit__(self, kind: object, *_: object) -> None:
         opened = dict(self._open) if kind is None else {}
-        other = [file for file, (number, stamp) in opened.items() if Stamp.of(os.fstat(number)) != stamp]
+        now = {file: Stamp.of(os.fstat(descriptor)) for file, (descriptor, _) in opened.items()}
         self.close()
-        if other:
-            raise changed(other[0])
+        for file, (_, stamp) in opened.items():
+            if now[file] != stamp:
+                raise changed(file, stamp, now[file])
 
     def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of a tensor at `offset`."""
