@@ -70,11 +70,11 @@ class Files:
 
     def __exit__(self, kind: object, *_: object) -> None:
         opened = dict(self._open) if kind is None else {}
-        now = {file: Stamp.of(os.fstat(descriptor)) for file, (descriptor, _) in opened.items()}
+        stamps = [(file, stamp, Stamp.of(os.fstat(number))) for file, (number, stamp) in opened.items()]
         self.close()
-        for file, (_, stamp) in opened.items():
-            if now[file] != stamp:
-                raise changed(file, stamp, now[file])
+        for file, before, now in stamps:
+            if before != now:
+                raise changed(file, before, now)
 
     def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of a tensor at `offset`."""
