@@ -116,9 +116,10 @@ def run(
     if verify and plan.merge.method.gives == "deltas":
         what = f"--verify: '{plan.merge.method.name}' writes no model that transformers loads"
         raise RecipeError(what, "leave it out; BASE+OUT/tasks/NAME with merge_method: passthrough is one")
-    if verify and not plan.merge.reference.config:
-        what = f"--verify needs a config.json, and none goes along with '{plan.merge.reference.reference}'"
-        raise RecipeError(what, "leave it out, or name a directory that has one")
+    if verify:
+        from mergebench.networks.verify import check_known  # this import loads transformers
+
+        check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
         write_atomically(directory / "README.md", card.text(target, provenance))

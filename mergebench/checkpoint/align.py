@@ -38,6 +38,7 @@ _TIED = {
     "lm_head.decoder.weight": ("word_embeddings.weight",),
     "lm_head.decoder.bias": ("lm_head.bias",),
 }
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|predictions\.decoder|lm_head\.decoder)\.weight$")
 
 
 class Problem(NamedTuple):
@@ -151,8 +152,11 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _separate_head(model: Model | Base) -> bool:
-    """Whether its config says that a head is not tied to the embedding."""
-    return not model.config.get("tie_word_embeddings", True)
+    """Whether a head is not tied to the embedding: its config says it, or means it by saying nothing."""
+    said = model.config.get("tie_word_embeddings")
+    heads = [name for name in model.tensors if _HEADS.search(name)] if said is None else []
+    facts = Facts(model.config, model.tensors)
+    return said is False or any(facts.apart(name) for name in heads)
 
 
 def is_derived(info: TensorInfo) -> bool:

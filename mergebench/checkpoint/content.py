@@ -6,6 +6,7 @@ used on another. A sample of a file keeps a result from being continued with ano
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.documents import open_file, read_bytes, read_json
+from mergebench.checkpoint.documents import fault_of, open_file, read_bytes, read_json
 from mergebench.checkpoint.header import ITEM_SIZE, Header, Stamp, TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
@@ -125,15 +126,15 @@ def sha256_of(file: Path) -> str:
 
 
 def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: several programs may keep their results in one folder."""
+    """Write a JSON file into a folder that several programs may share."""
+    from mergebench.checkpoint.files import replace_file  # this import loads torch
+
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    part = folder / f".{name}.{os.getpid()}.part"
     try:
+        if (fault := fault_of(folder)) is not None:
+            raise OSError(errno.EINVAL, fault)
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode(errors="backslashreplace"))  # as `write_atomically` does
-        part.replace(folder / name)
+        replace_file(folder / name, text, f".{name}.{os.getpid()}.part")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         what = f"{folder}: no result can be kept there: {error.strerror}"
         raise RunError(what, "choose another folder: --results DIR") from None

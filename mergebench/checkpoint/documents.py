@@ -46,8 +46,8 @@ class NotJSON(ValueError):
 
 def descriptor(file: Path) -> int:
     """Open a file to be read. Pipes and devices are refused, because they may never end."""
-    if not is_utf8(file):
-        raise OSError(errno.EINVAL, "its path is not UTF-8: rename it", os.fspath(file))
+    if (fault := fault_of(file)) is not None:
+        raise OSError(errno.EINVAL, f"{fault}: give it another name", os.fspath(file))
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
@@ -58,12 +58,12 @@ def descriptor(file: Path) -> int:
     return number
 
 
-def is_utf8(path: Path) -> bool:
-    """Whether a path can be written in a text: file names may be any bytes."""
+def fault_of(path: Path) -> str | None:
+    """Why a path is none that files here have: file names may be any bytes, and a caller's text have any characters."""
     try:
-        return bool(os.fspath(path).encode())
+        return "its path has a NUL character" if b"\0" in os.fspath(path).encode() else None
     except UnicodeEncodeError:
-        return False
+        return "its path is not UTF-8"
 
 
 def open_file(file: Path) -> BufferedReader:

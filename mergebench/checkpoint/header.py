@@ -125,11 +125,11 @@ class Header:
     def check(self) -> None:
         """`RunError` if the file is not the one that was read any more."""
         try:
-            same = Stamp.of(self.file.stat()) == self.stamp
+            now = Stamp.of(self.file.stat())
         except OSError:
-            same = False
-        if not same:
-            raise changed(self.file)
+            now = None
+        if now != self.stamp:
+            raise changed(self.file, self.stamp, now)
 
 
 def read_header(file: Path) -> Header:
@@ -178,9 +178,14 @@ def damaged(file: Path, what: str) -> RunError:
     return RunError(f"{file}: {what}", "the file is damaged or incomplete: copy or download it again")
 
 
-def changed(file: Path) -> RunError:
+def changed(file: Path, before: Stamp, now: Stamp | None) -> RunError:
+    """The error for a file that is not as it was when its header was read; now: None if it is gone."""
     what = "it was changed, replaced or taken away after its header was read"
-    return RunError(f"{file}: {what}", "run it again while no other program writes the inputs")
+    hint = "run it again while no other program writes the inputs"
+    if now is not None and now[:2] == before[:2]:  # writing, then setting the time back, leaves the same trace
+        what = "its rights or links were changed after its header was read, or data behind its date"
+        hint = "if nothing wrote to it, go on with --resume; else run it again"
+    return RunError(f"{file}: {what}", hint)
 
 
 def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp) -> TensorInfo:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.content import sample_of
-from mergebench.checkpoint.documents import is_utf8, read_json
+from mergebench.checkpoint.documents import fault_of, read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.checkpoint.header import read_header
 from mergebench.errors import MergebenchError, RecipeError, RunError
@@ -54,9 +54,7 @@ def is_provenance(found: object) -> bool:
 
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuse an output that is an input (or holds one, or lies in one), is a mount point, or is not empty."""
-    target = Path(os.path.realpath(out))
-    if not is_utf8(target):
-        raise RecipeError(f"{out}: its path is not UTF-8", "choose another --out")
+    target = target_of(out)
     written = {target, _beside(target, "partial"), _beside(target, "old")}
     for place in inputs:
         directory = place.resolve()
@@ -89,13 +87,21 @@ def check_file(out: Path, inputs: Iterable[Path], overwrite: bool, what: str, hi
     """The same for an output that is one .safetensors file; what, hint: what it is, for messages."""
     if out.suffix != ".safetensors":
         raise RecipeError(f"--out: '{out}' is no place for {what}", hint)
-    target = Path(os.path.realpath(out))  # of a link in a circle `resolve` makes an error
+    target = target_of(out)
     for place in inputs:
         if place.resolve() in (target, *target.parents):
             what = "is an input" if place.resolve() == target else f"lies in an input, {place}"
             raise RecipeError(f"{out}: it {what}", "choose another --out")
     if out.is_dir() or (out.exists() and not overwrite):
         raise RecipeError(f"{out}: it exists", "replace it with --overwrite, or choose another --out")
+
+
+def target_of(out: Path) -> Path:
+    """Where an output really lies; `RecipeError` for a path that no file can have."""
+    fault = fault_of(out) or fault_of(target := Path(os.path.realpath(out)))
+    if fault is not None:
+        raise RecipeError(f"{out}: {fault}", "choose another --out")
+    return target
 
 
 def check_room(out: Path, needed: int) -> None:

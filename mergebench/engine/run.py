@@ -66,6 +66,7 @@ def run_plan(
         return Result(out, done, already_done=True)
     check_target(out, places(plan), overwrite)
     check_room(out, plan.bytes_written)
+    beside = side_files(plan.merge.reference)
     check_inputs(plan)
     # workers start first, so that none inherits the lock, which must end with this process
     with (
@@ -85,14 +86,14 @@ def run_plan(
         write_index(staging.directory, plan.shards)
         tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "deltas" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
-        beside: dict[str, list[str]] = {"side_files": []}
+        files_beside: dict[str, list[str]] = {"side_files": []}
         if not tasks:  # a task vector with a config beside it would load as a model
             kind = kinds.pop() if len(kinds) == 1 else None
-            beside = copy_side_files(plan.merge.reference, staging.directory, kind)
+            files_beside = copy_side_files(plan.merge.reference, staging.directory, kind, beside)
         changed = change(staging)
         provenance = record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs) | {
             **changed,
-            **beside,
+            **files_beside,
             **({"tasks": tasks} if tasks else {}),
             "extra_sweeps": sweeper.extra_sweeps,
             "seconds": round(time.perf_counter() - started, 3),
@@ -128,7 +129,6 @@ class _Notes:
 
 def check_inputs(plan: Plan) -> None:
     """Before the first sweep, check what headers do not show, and compute what all workers need."""
-    side_files(plan.merge.reference)
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)

@@ -8,6 +8,7 @@ layers of another kind than they are is an error.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ _GOVERNS = {  # lists that say what the rule says: where both are written, the l
     "moe_layers": {"interleave_moe_layer_step"},
     "no_rope_layers": {"no_rope_layer_interval"},
 }  # fmt: skip
+_MORE = re.compile(r"nextn_predict_layers$|(^|_)mtp_(.*_)?layers$")  # how many layers predict tokens after the next
 _MANY = 100_000  # layers that no model has: such a number is no count of them
 _NO_LIST = ("token", "architectures", "section", "labels", "mtp")  # in the names of lists that are not of layers
 _ITSELF = "layers_block_type"  # the list whose length is the number of layers where nothing else says it (Nemotron-H)
@@ -64,6 +66,26 @@ class Layer(NamedTuple):
 
     def __str__(self) -> str:
         return f"layer {self.number} of {self.reference}"
+
+
+def first_predictor(config: Mapping[str, Any]) -> int | None:
+    """The first layer of a stack that predicts tokens after the next one; None if the config counts no such layers."""
+    part, _ = _counting(config)
+    return _length(part) if any(part[key] for key in _predictors(part)) else None
+
+
+def without_predictors(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of a config for a model without the layers that predict tokens after the next one."""
+    part, under = _counting(config)
+    length, more = _length(part) or 0, _predictors(part)
+    longer = [length + part[key] for key in more if part[key]]
+    lists = {key: value for key, value in part.items() if isinstance(value, list) and not _is_no_list(key)}
+    changes = {key: value[:length] for key, value in lists.items() if len(value) in longer} | dict.fromkeys(more, 0)
+    return changes if under is None else {under: {**part, **changes}}
+
+
+def _predictors(part: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in part.items() if _MORE.search(key) and type(value) is int and value >= 0]
 
 
 def kind_of(layer: Layer) -> dict[str, Any]:
@@ -99,6 +121,10 @@ def follow(layers: Sequence[Layer], known: Sequence[Layer]) -> dict[str, Any]:
     if any(part.get(key) for key in _APART):
         what = f"slices: {layers[0].reference} has tensors with a part for each layer, in its place"
         raise ModelError(what, "merge whole models: list them under models")
+    for at, layer in enumerate(layers):
+        end = first_predictor(layer.config)
+        if end is not None and layer.number >= end:
+            raise _moved(layer, at, "and it predicts more tokens: its place is after all layers")
     kinds = [kind_of(layer._replace(config=own)) | kind_of(layer) for layer in layers]
     changes: dict[str, Any] = {key: count for key in COUNTS if length is not None and part.get(key) == length}
     for key in _told(part):
@@ -143,6 +169,10 @@ def _counting(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]
     return config, None
 
 
+def _is_no_list(key: str) -> bool:
+    return any(word in key for word in _NO_LIST)
+
+
 def _length(part: Mapping[str, Any]) -> int | None:
     listed = part.get(_ITSELF)
     return next(
@@ -165,7 +195,7 @@ def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:
         elif key == "attention_types" and complaint(value, _TIMES) is None:  # [[[kind, ...], times], ...]
             told[key] = [one for kinds, times in value for one in kinds * min(times, length)]
         elif isinstance(value, list) or (isinstance(value, str) and key.endswith("pattern")):
-            if len(value) == length and not any(word in key for word in _NO_LIST):
+            if len(value) == length and not _is_no_list(key):
                 told[key] = list(value)
         elif counts and key in _FIRST and (key != "max_window_layers" or part.get("use_sliding_window")):
             told[key] = [at < value + _FIRST[key] for at in range(length)]

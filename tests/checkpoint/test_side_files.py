@@ -15,7 +15,7 @@ import torch
 import mergebench
 from mergebench.checkpoint.content import Contents, identity, tokenizer_hash
 from mergebench.checkpoint.reference import HUB_FILES
-from mergebench.checkpoint.side_files import copy_side_files, decisive_files, tokenizer_files
+from mergebench.checkpoint.side_files import copy_side_files, decisive_files, side_files, tokenizer_files
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
 from tests.conftest import Cli
@@ -196,6 +196,30 @@ def test_links(model: Path, tmp_path: Path) -> None:
         copy_side_files(open_model(str(snapshot)), tmp_path / "out", None)
 
 
+def test_a_directory_of_links(model: Path, tmp_path: Path) -> None:
+    """`ln -s DIR/* .`: what stands beside the weights under the same name may be copied, nothing else."""
+    (model / ".env").write_text("a secret")
+    farm, out = tmp_path / "farm", tmp_path / "out"
+    for place in (farm, out):
+        place.mkdir()
+    for file in model.iterdir():
+        (farm / file.name).symlink_to(file)
+    (farm / ".env").unlink()
+    assert copy_side_files(open_model(str(farm)), out, None)["side_files"] == side_files(open_model(str(model))).copied
+    assert all((out / name).read_bytes() == (model / name).read_bytes() for name in TOKENIZER)
+    (tmp_path / "elsewhere/model").mkdir(parents=True)
+    (tmp_path / "elsewhere/config.json").write_text('{"auths": "a secret"}')
+    secrets = {"vocab.txt": ".env", "merges.txt": "notes.txt", "config.json": "../elsewhere/config.json"}
+    for name, secret in secrets.items():
+        (farm / name).unlink()
+        (farm / name).symlink_to(model / secret)
+        with pytest.raises(ModelError, match=rf"{name}: a link out of the model's directory") as caught:
+            side_files(open_model(str(farm)))
+        assert caught.value.hint == f"put the file itself there, or link to the {name} beside the weights"
+        (farm / name).unlink()
+        (farm / name).symlink_to(model / name)
+
+
 def test_a_link_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.txt").write_text("a secret")
     (model / "vocab.txt").unlink()
@@ -203,4 +227,10 @@ def test_a_link_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
     planned = mergebench.plan(mergebench.load({"merge_method": "linear", "models": [{"model": str(model)}]}))
     with pytest.raises(ModelError, match=r"vocab.txt: a link out of"):
         mergebench.run(planned, tmp_path / "out")
+    large = write_model(tmp_path / "large", {"layers.0.weight": torch.randn(16, 16)})
+    (large / "vocab.txt").symlink_to("../elsewhere.txt")
+    work: list[int] = []
+    with pytest.raises(ModelError, match=r"vocab.txt: a link out of"):
+        mergebench.compress(str(large), tmp_path / "out", ratio=2, progress=lambda *done: work.append(1))
+    assert not work
     assert not (tmp_path / ".out.partial").exists()

@@ -308,6 +308,8 @@ def test_the_union_of_equal_tokenizers_is_that_tokenizer(make: Make, models: Pat
     assert (out / "tokenizer.json").read_bytes() == (models / "base" / "tokenizer.json").read_bytes()
     tokens = 1 + len(mergekit_tokens.WORDS["base"]) + len(mergekit_tokens.ADDED["base"])
     assert len(load_file(out / "model.safetensors")[EMBEDDING]) == tokens
+    card = (out / "README.md").read_text()
+    assert all(f"{name}: transformers' Qwen2Tokenizer gives other tokens" in card for name in ("base", "left"))
 
 
 def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models: Path) -> None:
@@ -319,6 +321,15 @@ def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models
     before, after = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (models / "base", out))
     assert before.encode("all2 b1 all0").ids == after.encode("all2 b1 all0").ids != []
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+@pytest.mark.parametrize("source", ["left", "base"])
+def test_a_link_among_the_files_of_a_tokenizer_is_not_copied(make: Make, models: Path, source: str) -> None:
+    (models / "secret").write_text("a secret")
+    (models / source / "vocab_notes").symlink_to(models / "secret")
+    with pytest.raises(MergebenchError, match="vocab_notes: a link out of the model's directory"):
+        make(f"base_model: base\nmodels: [{{model: base}}, {{model: left}}]\nmerge_method: linear\n"
+             f"parameters: {{weight: 0.5}}\ntokenizer_source: {source}\n")  # fmt: skip
 
 
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="reads it")

@@ -90,6 +90,8 @@ def run_sequence(
                 raise
             what = f"model '{model.reference}': out of memory at {work.what}"
             raise RunError(what, "a smaller batch takes less; what is learnt is kept for --resume") from None
+        for remark in work.encoder.network.remarks:
+            say(f"note: {remark}")
         found = {
             "mergebench": mergebench.__version__,
             "config": asdict(config),

@@ -98,7 +98,7 @@ def _copy_directory(patch: Path, place: Path, new: str) -> list[str]:
     """The files of a PEFT directory, a head beside it too; the config with the new base's name."""
     for file in sorted(patch.iterdir()):
         if file.is_file() and file.name not in {*_OURS, CONFIG}:
-            check_link(file, patch)
+            check_link(file, patch, patch.glob("*.safetensors"))
             copy_file(file, place / file.name)
     config = document(patch / CONFIG) | {"base_model_name_or_path": new}
     config |= {"revision": None} if "revision" in config else {}  # the old base's
