@@ -17,7 +17,7 @@ from mergebench.checkpoint.shards import create, write_index
 from mergebench.checkpoint.side_files import copy_side_files, side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.deltas.formats import emr
-from mergebench.engine.answers import Known, answers_of, ask_of_all
+from mergebench.engine.answers import Known, answers_of, ask_of_all, keep
 from mergebench.engine.executors import Progress
 from mergebench.engine.groups import Group
 from mergebench.engine.inmemory import InMemory
@@ -112,7 +112,8 @@ def run_in_memory(plan: Plan, target: InMemory, known: Known, progress: Progress
     with Files() as files, closing(Sweeper(plan, files, progress, target)) as sweeper:
         of_all = ask_of_all(plan, notes, sweeper) if plan.asked_of_all else None
         for group in plan.groups:
-            sweeper.apply(group, answers_of(plan, notes, sweeper, group, of_all), group.written)
+            answers = answers_of(plan, notes, sweeper, group, of_all)
+            keep(plan, notes, group, answers, sweeper.apply(group, answers, group.written))
     known.remember(plan, notes.journal["answers"])
 
 
@@ -156,7 +157,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
         for file in shard.files:
             if not (staging.directory / file.file).exists():
                 create(staging.directory / file.file, file)
-        sweeper.apply(group, known, names, staging.directory)
+        keep(plan, staging, group, known, sweeper.apply(group, known, names, staging.directory))
         if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups are in the order of the shards
             for file in shard.files:
                 if sync:
