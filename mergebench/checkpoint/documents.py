@@ -123,12 +123,12 @@ def _whole(digits: str) -> int:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
+    containers = [value] if type(value) in (dict, list) else []
     for _ in range(DEEPEST):
-        containers = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
         if not containers:
             return
-        level = [part for one in containers for part in one]
+        levels = (one.values() if type(one) is dict else one for one in containers)
+        containers = [part for one in levels for part in one if type(part) is dict or type(part) is list]
     raise RecursionError
 
 

@@ -71,7 +71,8 @@ class Plan:
 
     def sweeps_to_ask(self, name: str) -> int:
         """Sweeps over a tensor before the one that applies; what is of one tile is asked about where it is merged."""
-        return min(self.asked[name], int(self.asked_of_all)) if self.is_one_tile(name) else self.asked[name]
+        asked = self.asked[name]
+        return min(asked, int(self.asked_of_all)) if asked and self.is_one_tile(name) else asked
 
     @property
     def elements(self) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.files import Files, write_atomically
-from mergebench.checkpoint.header import TensorInfo, read_header
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.shards import create, write_index
+from mergebench.checkpoint.shards import create, is_as_planned, write_index
 from mergebench.checkpoint.side_files import copy_side_files, side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.deltas.formats import emr
@@ -179,8 +179,7 @@ def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) ->
 def _check_written(plan: Plan, directory: Path) -> None:
     """Read every header back, to check that all files, also those of an interrupted run, are as planned."""
     for shard in [file for written in plan.shards for file in written.files]:
-        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
-        if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.inside]:
+        if not is_as_planned(directory / shard.file, shard):
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
 
 
