@@ -94,6 +94,16 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _settled() -> Iterator[None]:
+    """No garbage is looked for among the objects that live now: those of a plan."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run(
     plan: Plan,
     out: str | Path,
@@ -134,17 +144,18 @@ def run(
         source = plan.merge.reference if plan.merge.copies else None
         return {"edits": carry_out(plan.merge.edits, staging, source)} if plan.merge.edits else {}
 
-    return run_plan(
-        plan,
-        target,
-        resume=resume,
-        overwrite=overwrite,
-        sync=sync,
-        hash_inputs=hash_inputs,
-        progress=progress,
-        finish=finish,
-        change=change,
-    )
+    with _settled():
+        return run_plan(
+            plan,
+            target,
+            resume=resume,
+            overwrite=overwrite,
+            sync=sync,
+            hash_inputs=hash_inputs,
+            progress=progress,
+            finish=finish,
+            change=change,
+        )
 
 
 def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:

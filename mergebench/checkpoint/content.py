@@ -23,6 +23,7 @@ from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
 from mergebench.errors import RunError
 
 PIECES, ELEMENTS = 8, 256  # sampled from a tensor: 4 KiB at 16 bits
+AT_ONCE = 1 << 16  # bytes of small neighbours that are read at once
 
 
 def identity(model: Model) -> str:
@@ -52,14 +53,22 @@ def _samples(tensors: tuple[TensorInfo, ...]) -> list[str]:
     from mergebench.checkpoint.files import Files  # this import loads torch
 
     found = []
+    block, first, end = memoryview(b""), 0, max((one.offset + one.nbytes for one in tensors), default=0)
     with Files() as files:
         for tensor in tensors:
-            size, item = min(tensor.numel, PIECES * ELEMENTS), ITEM_SIZE[tensor.dtype]
-            pieces = 1 if size == tensor.numel else PIECES
-            length, sample = size // pieces, memoryview(bytearray(size * item))
-            for number in range(pieces if size else 0):
-                start = number * (tensor.numel - length) // max(pieces - 1, 1)
-                files.read_into(tensor, start * item, sample[number * length * item : (number + 1) * length * item])
+            numel, item, size = tensor.numel, ITEM_SIZE[tensor.dtype], ELEMENTS * ITEM_SIZE[tensor.dtype]
+            if numel <= PIECES * ELEMENTS:  # with its neighbours
+                at = tensor.offset - first
+                if not 0 <= at <= len(block) - tensor.nbytes:
+                    first, at = tensor.offset, 0
+                    block = memoryview(bytearray(min(max(AT_ONCE, tensor.nbytes), end - first)))
+                    files.read_into(tensor, 0, block)
+                sample = block[at : at + tensor.nbytes]
+            else:
+                sample = memoryview(bytearray(PIECES * size))
+                for number in range(PIECES):
+                    start = number * (numel - ELEMENTS) // (PIECES - 1)
+                    files.read_into(tensor, start * item, sample[number * size : (number + 1) * size])
             found.append(hashlib.sha256(sample).hexdigest())
     return found
 

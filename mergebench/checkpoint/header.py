@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST = 2**63  # elements
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8,
@@ -195,10 +196,10 @@ def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp)
             raise ValueError
         numel = 1
         for side in shape:
-            if type(side) is not int or not 0 <= side < 2**63:
+            if type(side) is not int or side < 0:
                 raise ValueError
             numel *= side
-            if numel >= 2**63:
+            if side >= _MOST or numel >= _MOST:
                 raise ValueError
         if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
             raise ValueError
@@ -209,7 +210,7 @@ def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp)
         raise ModelError(f"{file}: {name}: dtype {dtype} is not supported")
     if stop - start != numel * item:
         raise damaged(file, f"'{name}' has {stop - start} bytes, {dtype} {list(shape)} needs {numel * item}")
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start, stamp=stamp)
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start, None, None, stamp)
 
 
 def _check_layout(file: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:

@@ -167,11 +167,12 @@ def _sample(file: Path) -> str | None:
 
 def sealed(journal: Mapping[str, Any]) -> str:
     """A journal as JSON, with a hash of itself."""
-    return f'{json.dumps(journal)[:-1]}, "sha256": "{_seal(journal)}"}}'
+    text = json.dumps(journal)
+    return f'{text[:-1]}, "sha256": "{_seal(text)}"}}'
 
 
-def _seal(journal: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(journal).encode()).hexdigest()
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Staging:
@@ -235,7 +236,7 @@ class Staging:
                 f"{self.directory}: it was begun with another recipe or other inputs",
                 "run without --resume to start afresh",
             )
-        if journal.pop("sha256", None) != _seal(journal):
+        if journal.pop("sha256", None) != _seal(json.dumps(journal)):
             return  # damaged
         noted = journal["shards"].items()
         journal["shards"] = {name: sample for name, sample in noted if _sample(self.directory / name) == sample}

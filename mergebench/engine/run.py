@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.files import Files, write_atomically
-from mergebench.checkpoint.header import TensorInfo, read_header
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.shards import create, write_index
+from mergebench.checkpoint.shards import create, is_as_planned, write_index
 from mergebench.checkpoint.side_files import copy_side_files, side_files
 from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
 from mergebench.deltas.formats import emr
-from mergebench.engine.answers import Known, answers_of, ask_of_all
+from mergebench.engine.answers import Known, answers_of, ask_of_all, keep
 from mergebench.engine.executors import Progress
 from mergebench.engine.groups import Group
 from mergebench.engine.inmemory import InMemory
@@ -113,7 +113,8 @@ def run_in_memory(plan: Plan, target: InMemory, known: Known, progress: Progress
     with Files() as files, closing(Sweeper(plan, files, progress, target)) as sweeper:
         of_all = ask_of_all(plan, notes, sweeper) if plan.asked_of_all else None
         for group in plan.groups:
-            sweeper.apply(group, answers_of(plan, notes, sweeper, group, of_all), group.written)
+            answers = answers_of(plan, notes, sweeper, group, of_all)
+            keep(plan, notes, group, answers, sweeper.apply(group, answers, group.written))
     known.remember(plan, notes.journal["answers"])
 
 
@@ -156,7 +157,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
         for file in shard.files:
             if not (staging.directory / file.file).exists():
                 create(staging.directory / file.file, file)
-        sweeper.apply(group, known, names, staging.directory)
+        keep(plan, staging, group, known, sweeper.apply(group, known, names, staging.directory))
         if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups are in the order of the shards
             for file in shard.files:
                 if sync:
@@ -178,8 +179,7 @@ def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) ->
 def _check_written(plan: Plan, directory: Path) -> None:
     """Read every header back, to check that all files, also those of an interrupted run, are as planned."""
     for shard in [file for written in plan.shards for file in written.files]:
-        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
-        if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.inside]:
+        if not is_as_planned(directory / shard.file, shard):
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
 
 
