@@ -72,9 +72,7 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise write_error(out, error) from None
     if not empty:
         if _is_foreign(old := _beside(target, "old")) and overwrite:
-            raise RecipeError(
-                f"{old}: it exists and mergebench did not make it", "move it away, or choose another --out"
-            )
+            raise RecipeError(f"{old}: it exists and mergebench did not make it", "move it away, or choose another")
         if finished(out) is None:
             raise RecipeError(f"{out}: it exists and mergebench did not make it", "choose another --out")
         if not overwrite:
@@ -106,7 +104,7 @@ def target_of(out: Path) -> Path:
 
 def check_room(out: Path, needed: int) -> None:
     """Refuse to start if `needed` bytes do not fit; leftovers of an interrupted run are deleted or reused."""
-    target = Path(os.path.realpath(out))
+    target = target_of(out)
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
     partial = _beside(target, "partial")
     held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
@@ -295,8 +293,8 @@ class Staging:
 
 def _discard(old: Path) -> None:
     """Delete a replaced result, as far as possible; anything else in its place stays."""
-    if not _is_foreign(old):
-        with suppress(OSError):
+    with suppress(OSError):
+        if not _is_foreign(old):
             _delete(old)
             old.rmdir()
 
@@ -304,7 +302,7 @@ def _discard(old: Path) -> None:
 @contextmanager
 def scratch(out: Path) -> Iterator[Path]:
     """A directory beside `out` for models that are needed for a while. What a killed run left goes with the next."""
-    target = Path(os.path.realpath(out))
+    target = target_of(out)
     with Staging(target.with_name(f"{target.name}.scratch"), "", resume=False) as staging:
         try:
             yield staging.directory
