@@ -39,7 +39,7 @@ def main() -> None:
         mergekit_cases.write_models(folder)
         for case in wanted:
             text = mergekit_cases.CASES[case]
-            for model in mergekit_cases.MODELS:
+            for model in mergekit_cases.MODELS + mergekit_cases.HYBRIDS:
                 text = text.replace(f"model: {model}", f"model: {folder / model}")
             config = MergeConfiguration.model_validate(yaml.safe_load(text))
             try:

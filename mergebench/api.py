@@ -19,7 +19,8 @@ from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR
-from mergebench.checkpoint.staging import Staging, check_target, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_target, finished
 from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.foreign import refuse_foreign_file
@@ -94,6 +95,16 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _settled() -> Iterator[None]:
+    """No garbage is looked for among the objects that live now: those of a plan."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run(
     plan: Plan,
     out: str | Path,
@@ -116,9 +127,10 @@ def run(
     if verify and plan.merge.method.gives == "deltas":
         what = f"--verify: '{plan.merge.method.name}' writes no model that transformers loads"
         raise RecipeError(what, "leave it out; BASE+OUT/tasks/NAME with merge_method: passthrough is one")
-    if verify and not plan.merge.reference.config:
-        what = f"--verify needs a config.json, and none goes along with '{plan.merge.reference.reference}'"
-        raise RecipeError(what, "leave it out, or name a directory that has one")
+    if verify:
+        from mergebench.networks.verify import check_known  # this import loads transformers
+
+        check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
         write_atomically(directory / "README.md", card.text(target, provenance))
@@ -133,17 +145,18 @@ def run(
         source = plan.merge.reference if plan.merge.copies else None
         return {"edits": carry_out(plan.merge.edits, staging, source)} if plan.merge.edits else {}
 
-    return run_plan(
-        plan,
-        target,
-        resume=resume,
-        overwrite=overwrite,
-        sync=sync,
-        hash_inputs=hash_inputs,
-        progress=progress,
-        finish=finish,
-        change=change,
-    )
+    with _settled():
+        return run_plan(
+            plan,
+            target,
+            resume=resume,
+            overwrite=overwrite,
+            sync=sync,
+            hash_inputs=hash_inputs,
+            progress=progress,
+            finish=finish,
+            change=change,
+        )
 
 
 def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:

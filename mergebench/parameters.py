@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 PerModel = tuple[float, ...]  # one value for each model
 REQUIRED: Any = object()
+_MOST = (2 - 2**-23) * 2.0**127  # of float32, which all is computed in
 WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -87,8 +88,8 @@ class Parameter:
         return self._out_of_range(value) if isinstance(value, int | float) and self.is_number else None
 
     def _out_of_range(self, value: float) -> str | None:
-        if not abs(value) <= sys.float_info.max:
-            return "must be finite"
+        if not abs(value) <= _MOST:
+            return "must be within ±3.4e38, float32's range" if abs(value) <= sys.float_info.max else "must be finite"
         too_low = (self.low is not None and value < self.low) or (self.above is not None and value <= self.above)
         too_high = (self.high is not None and value > self.high) or (self.below is not None and value >= self.below)
         if too_low or too_high:

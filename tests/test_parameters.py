@@ -57,6 +57,7 @@ def test_what_a_declaration_says() -> None:
         ("share", None, "must be a number, above 0, at most 1"),
         ("share", float("nan"), "must be finite"),
         ("lambda", 10**400, "must be finite"),
+        ("lambda", -1e39, "must be within ±3.4e38, float32's range"),
         ("dropout", 0, None),
         ("dropout", 1, "must be at least 0, below 1"),
         ("count", 3.0, None),

@@ -12,17 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
-from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
+from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type, without_layer
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.staging import Staging, check_target
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_target
 from mergebench.checkpoint.values import chain, split
 from mergebench.deltas.open import open_model, put_on
 from mergebench.deltas.peft.directory import CONFIG, PREFIX
@@ -69,10 +71,13 @@ def convert_adapter(
                 products[module] = peft_directory.product_of(found, adapted.in_out)
                 progress(number + 1, len(adapted.modules))
             saved = adapted.saved(files)
-        ranks = {module: len(product.a) for module, product in products.items()}
+        apart = adapted.without_layer()
+        ranks = peft_directory.one_rank({module: len(product.a) for module, product in products.items()}, apart)
+        products = {name: _padded(products.get(name), rank, *adapted.out_in(name)) for name, rank in ranks.items()}
+        usual = next((ranks[module] for module in ranks if module in apart), None)
         peft_directory.write_factors(staging.directory, out, products, saved=saved)
         about = {"base_model_name_or_path": base, "task_type": task_type(plain), **adapted.config}
-        config = peft_directory.config(ranks, adapted.in_out, **about)
+        config = peft_directory.config(ranks, adapted.in_out, usual, **about)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         total = sum(product.total for product in products.values())
         provenance = {
@@ -93,6 +98,15 @@ def convert_adapter(
     return Result(out, provenance)
 
 
+def _padded(product: Product | None, rank: int, rows: int, columns: int) -> Product:
+    """The product with zeros up to a rank; None: of a module that was not changed."""
+    if product is None:
+        return Product(torch.zeros(rows, rank), torch.zeros(rank, columns), 0.0, 0.0)
+    more = rank - len(product.a)
+    a, b = (torch.nn.functional.pad(one, (0, *by)) for one, by in ((product.a, (0, 0, more)), (product.b, (more,))))
+    return product._replace(a=a, b=b) if more else product
+
+
 class _Adapted:
     """A base with an adapter, and what becomes of each changed tensor in a LoRA: factors, a bias, or saved whole."""
 
@@ -100,10 +114,12 @@ class _Adapted:
         self._plain, self._model = plain, model
         below = plain.deltas
         changed = {n: deltas[-1] for n, deltas in model.deltas.items() if len(deltas) > len(below.get(n, ()))}
-        linear = {n: plain.tensors[n].shape for n in plain.tensors if is_linear(n, plain.tensors[n].shape)}
+        self._linear = linear = {n: t.shape for n, t in plain.tensors.items() if is_linear(n, t.shape)}
         self.in_out = stored_in_out(plain, linear)  # from all layers, because square ones do not show it
         weights = {f"{n.rpartition('.')[0]}.weight" for n in changed} & plain.tensors.keys()
-        names = modules_of(plain, {n: plain.tensors[n].shape for n in weights})
+        names = {name: name.removesuffix(".weight") for name in linear}  # experts apart have the files' names
+        names |= modules_of(plain, linear.keys() | weights)
+        self._stored = {names[name]: name for name in linear}  # the weight's name by PEFT's module
         self._deltas: dict[str, Delta] = changed
         self.modules: dict[str, str] = {}  # PEFT's module by the weight's name
         self._biases = False
@@ -130,6 +146,15 @@ class _Adapted:
         """Settings of PEFT beside those of the factors."""
         whole = {"modules_to_save": sorted(set(self._whole.values()))} if self._whole else {}
         return whole | ({"bias": "lora_only"} if self._biases else {})
+
+    def without_layer(self) -> set[str]:
+        """The modules that are no linear layers in the class, such as experts, changed or not."""
+        return without_layer(self._plain, self._stored)
+
+    def out_in(self, module: str) -> tuple[int, int]:
+        """The shape of a module's weight as PEFT has it."""
+        rows, columns = self._linear[self._stored[module]]
+        return (columns, rows) if self.in_out else (rows, columns)
 
     def low_rank(self, files: Files, name: str, **how: Any) -> Converted:
         """The factors of one matrix; `ModelError` if there are none that are exact, and nothing else is asked for."""

@@ -24,7 +24,8 @@ from mergebench.adapters.target import Fitting
 from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.header import ITEM_SIZE, read_header
 from mergebench.checkpoint.shards import OutTensor, Shard, described, write_shard
-from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target, finished
 from mergebench.deltas.peft.directory import CONFIG
 from mergebench.engine.provenance import inputs, places
 from mergebench.engine.run import Result

@@ -18,7 +18,8 @@ from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.staging import Staging, check_target
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_target
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG
 from mergebench.deltas.svd import Product

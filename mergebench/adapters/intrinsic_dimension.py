@@ -29,7 +29,7 @@ from mergebench import __version__
 from mergebench.adapters.fine_tune import Differences, Reading
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.files import Files
-from mergebench.checkpoint.staging import check_file
+from mergebench.checkpoint.target import check_file
 from mergebench.deltas.formats.native import WHAT, Writing, write_file
 from mergebench.deltas.subspace import GRADIENTS, LARGEST, Subspace, length, prepared, subspace
 from mergebench.engine.machine import one_thread

@@ -23,7 +23,8 @@ from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import ShardFiles, create
-from mergebench.checkpoint.staging import Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target
 from mergebench.deltas.formats.lora import Adapter, lora, read_adapter, shapes_of
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS

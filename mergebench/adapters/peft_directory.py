@@ -19,7 +19,7 @@ from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.files import Files, copy_file
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create, described
-from mergebench.checkpoint.staging import check_room
+from mergebench.checkpoint.target import check_room
 from mergebench.deltas.formats.lora import Adapter
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS
 from mergebench.deltas.svd import Product

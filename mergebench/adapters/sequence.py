@@ -24,7 +24,8 @@ from mergebench.adapters import peft_directory
 from mergebench.adapters.stored import Stored, check_alike, read_stored, together
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, copy_file, write_error
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
-from mergebench.checkpoint.staging import Staging, check_room, check_target
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target
 from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.engine.run import Result
 from mergebench.errors import RecipeError, RunError

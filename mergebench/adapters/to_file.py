@@ -17,7 +17,7 @@ from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, whole
 from mergebench.checkpoint.kind import Part, StoredDelta
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.staging import check_file
+from mergebench.checkpoint.target import check_file
 from mergebench.checkpoint.values import Values
 from mergebench.deltas.formats.native import WHAT, Later, Writing, write_file
 from mergebench.deltas.open import open_model, put_on

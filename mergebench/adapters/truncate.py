@@ -16,7 +16,8 @@ import torch
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.checkpoint.files import Files, whole, write_atomically
-from mergebench.checkpoint.staging import Staging, check_target
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_target
 from mergebench.deltas.formats.lora import Adapter, read_adapter
 from mergebench.deltas.peft.directory import CONFIG, WEIGHTS
 from mergebench.deltas.svd import Product, compress

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mergebench.checkpoint.format import Base
     from mergebench.checkpoint.model import Model
 
-_DERIVED = re.compile(
-    r"(^|\.)(inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias|relative_position_index)$"
-)
+_DERIVED = frozenset({
+    "inv_freq", "original_inv_freq", "position_ids", "token_type_ids", "masked_bias", "relative_position_index",
+})  # fmt: skip
 _CAUSAL_MASK = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's [1, 1, n, n]; a real bias has one dimension
 
 # An alias and the tensor it is tied to, by the ends of their names (transformers' `_tied_weights_keys`).
@@ -38,6 +38,10 @@ _TIED = {
     "lm_head.decoder.weight": ("word_embeddings.weight",),
     "lm_head.decoder.bias": ("lm_head.bias",),
 }
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|predictions\.decoder|lm_head\.decoder)\.weight$")
+
+
+_ALIASES = tuple(_TIED)
 
 
 class Problem(NamedTuple):
@@ -151,13 +155,16 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _separate_head(model: Model | Base) -> bool:
-    """Whether its config says that a head is not tied to the embedding."""
-    return not model.config.get("tie_word_embeddings", True)
+    """Whether a head is not tied to the embedding: its config says it, or means it by saying nothing."""
+    said = model.config.get("tie_word_embeddings")
+    heads = [name for name in model.tensors if _HEADS.search(name)] if said is None else []
+    facts = Facts(model.config, model.tensors)
+    return said is False or any(facts.apart(name) for name in heads)
 
 
 def is_derived(info: TensorInfo) -> bool:
     """A buffer that every model computes from its config, whether or not it is stored."""
-    return bool(_DERIVED.search(info.name)) or (len(info.shape) == 4 and bool(_CAUSAL_MASK.search(info.name)))
+    return info.name.rpartition(".")[2] in _DERIVED or (len(info.shape) == 4 and bool(_CAUSAL_MASK.search(info.name)))
 
 
 class Ties:
@@ -170,7 +177,9 @@ class Ties:
 
     def target(self, name: str) -> str | None:
         """The tensor that `name` is an alias of in this model, if any."""
-        ends = [] if self._apart else [end for end in _TIED if _ends(name, end)]
+        if self._apart or not name.endswith(_ALIASES):
+            return None
+        ends = [end for end in _TIED if _ends(name, end)]
         found = (self._only(target) for end in ends for target in _TIED[end])
         return next((target for target in found if target not in (None, name)), None)
 

@@ -70,7 +70,28 @@ class Facts:
         if known is None or own is None or own not in known.ties:
             return None
         target = known.ties[own]
-        return next((one for one in tensors if one != name and known.find(one) == target), None)
+        return next((one for one in tensors if known.find(one) == target), None)
+
+    def apart(self, name: str) -> bool:
+        """Whether the architecture is known, and shares this tensor's values with no other."""
+        known, tied = self._architecture, {*self.aliases, *self.aliases.values()}
+        return known is not None and known.find(name) is not None and name not in tied
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Every name that shares its values with a tensor of the file, stored or not, and that tensor."""
+        known = self._architecture
+        if known is None:
+            return {}
+        stored = {known.find(name): name for name in self._tensors}
+        shared: dict[str, list[str]] = {}  # the tied one first
+        for alias, target in known.ties.items():
+            shared.setdefault(target, [target]).append(alias)
+        found: dict[str, str] = {}
+        for names in shared.values():
+            first = next((name for name in names if name in stored), None)
+            found |= {stored.get(name, name): stored[first] for name in names if first is not None and name != first}
+        return found
 
 
 def _is_mask(info: TensorInfo) -> bool:

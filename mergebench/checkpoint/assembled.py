@@ -100,7 +100,7 @@ class Assembled:
 
     def _span(self, files: Reader, box: Box) -> Tensor:
         """All elements of the source from a box's first to its last."""
-        key = box.source.place, box.start, box.span, self.dtype
+        key = box.source.place, box.start, box.span
         if getattr(_last, "key", None) != key:
             _last.key = _last.values = None
             span = torch.empty(box.span, dtype=TORCH_DTYPE[self.dtype])

@@ -102,7 +102,8 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str
 def _said(config: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
     """What a config says about its numbers, by keys that mean the same in older and in newer files."""
     unused = ("sliding_window", "max_window_layers") if config.get("use_sliding_window") is False else ()
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    parts = (config.get("rope_scaling"), config.get("rope_parameters"))
+    rope = {key: value for part in parts if isinstance(part, Mapping) for key, value in part.items()}
     for key, value in config.items():
         if key in ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor") or key in unused:
             continue

@@ -6,6 +6,7 @@ used on another. A sample of a file keeps a result from being continued with ano
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,13 +16,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.documents import open_file, read_bytes, read_json
+from mergebench.checkpoint.documents import fault_of, open_file, read_bytes, read_json
 from mergebench.checkpoint.header import ITEM_SIZE, Header, Stamp, TensorInfo
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
 from mergebench.errors import RunError
 
 PIECES, ELEMENTS = 8, 256  # sampled from a tensor: 4 KiB at 16 bits
+AT_ONCE = 1 << 16  # bytes of small neighbours that are read at once
 
 
 def identity(model: Model) -> str:
@@ -51,14 +53,22 @@ def _samples(tensors: tuple[TensorInfo, ...]) -> list[str]:
     from mergebench.checkpoint.files import Files  # this import loads torch
 
     found = []
+    block, first, end = memoryview(b""), 0, max((one.offset + one.nbytes for one in tensors), default=0)
     with Files() as files:
         for tensor in tensors:
-            size, item = min(tensor.numel, PIECES * ELEMENTS), ITEM_SIZE[tensor.dtype]
-            pieces = 1 if size == tensor.numel else PIECES
-            length, sample = size // pieces, memoryview(bytearray(size * item))
-            for number in range(pieces if size else 0):
-                start = number * (tensor.numel - length) // max(pieces - 1, 1)
-                files.read_into(tensor, start * item, sample[number * length * item : (number + 1) * length * item])
+            numel, item, size = tensor.numel, ITEM_SIZE[tensor.dtype], ELEMENTS * ITEM_SIZE[tensor.dtype]
+            if numel <= PIECES * ELEMENTS:  # with its neighbours
+                at = tensor.offset - first
+                if not 0 <= at <= len(block) - tensor.nbytes:
+                    first, at = tensor.offset, 0
+                    block = memoryview(bytearray(min(max(AT_ONCE, tensor.nbytes), end - first)))
+                    files.read_into(tensor, 0, block)
+                sample = block[at : at + tensor.nbytes]
+            else:
+                sample = memoryview(bytearray(PIECES * size))
+                for number in range(PIECES):
+                    start = number * (numel - ELEMENTS) // (PIECES - 1)
+                    files.read_into(tensor, start * item, sample[number * size : (number + 1) * size])
             found.append(hashlib.sha256(sample).hexdigest())
     return found
 
@@ -125,15 +135,15 @@ def sha256_of(file: Path) -> str:
 
 
 def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: several programs may keep their results in one folder."""
+    """Write a JSON file into a folder that several programs may share."""
+    from mergebench.checkpoint.files import replace_file  # this import loads torch
+
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    part = folder / f".{name}.{os.getpid()}.part"
     try:
+        if (fault := fault_of(folder)) is not None:
+            raise OSError(errno.EINVAL, fault)
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode(errors="backslashreplace"))  # as `write_atomically` does
-        part.replace(folder / name)
+        replace_file(folder / name, text, f".{name}.{os.getpid()}.part")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         what = f"{folder}: no result can be kept there: {error.strerror}"
         raise RunError(what, "choose another folder: --results DIR") from None

@@ -23,6 +23,7 @@ from mergebench.errors import MergebenchError, RunError
 Object = dict[str, Any]
 DEEPEST = 100  # levels of a document: deeper ones end the recursion of whatever walks over them
 _DIGITS = 300  # of a whole number that float64 surely holds
+_ZEROS = str.maketrans("123456789", "000000000")
 _SORTS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("text", lambda value: isinstance(value, str)),
     bool: ("true or false", lambda value: isinstance(value, bool)),
@@ -46,8 +47,8 @@ class NotJSON(ValueError):
 
 def descriptor(file: Path) -> int:
     """Open a file to be read. Pipes and devices are refused, because they may never end."""
-    if not is_utf8(file):
-        raise OSError(errno.EINVAL, "its path is not UTF-8: rename it", os.fspath(file))
+    if (fault := fault_of(file)) is not None:
+        raise OSError(errno.EINVAL, f"{fault}: give it another name", os.fspath(file))
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
@@ -58,12 +59,12 @@ def descriptor(file: Path) -> int:
     return number
 
 
-def is_utf8(path: Path) -> bool:
-    """Whether a path can be written in a text: file names may be any bytes."""
+def fault_of(path: Path) -> str | None:
+    """Why a path is none that files here have: file names may be any bytes, and a caller's text have any characters."""
     try:
-        return bool(os.fspath(path).encode())
+        return "its path has a NUL character" if b"\0" in os.fspath(path).encode() else None
     except UnicodeEncodeError:
-        return False
+        return "its path is not UTF-8"
 
 
 def open_file(file: Path) -> BufferedReader:
@@ -98,7 +99,8 @@ def parse_json(text: str | bytes, kind: Any = Object) -> Any:
     """The value of a JSON text, of this type. NaN and Infinity pass only where the type leaves them open."""
     try:
         text = text if isinstance(text, str) else text.decode()
-        value = json.loads(text, parse_int=_whole)
+        long = "0" * _DIGITS in text.translate(_ZEROS)
+        value = json.loads(text, parse_int=_whole if long else None)
         _check_depth(value)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
@@ -123,12 +125,15 @@ def _whole(digits: str) -> int:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
+    containers = [value] if type(value) in (dict, list) else []
     for _ in range(DEEPEST):
-        containers = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
         if not containers:
             return
-        level = [part for one in containers for part in one]
+        level, containers = containers, []
+        for one in level:
+            for part in one.values() if type(one) is dict else one:
+                if type(part) is dict or type(part) is list:
+                    containers.append(part)
     raise RecursionError
 
 

@@ -56,7 +56,7 @@ class Files:
                 opened = self._open[file]
         number, stamp = opened
         if tensor.stamp is not None and tensor.stamp != stamp:
-            raise changed(file)
+            raise changed(file, tensor.stamp, stamp)
         return number
 
     def close(self) -> None:
@@ -70,10 +70,11 @@ class Files:
 
     def __exit__(self, kind: object, *_: object) -> None:
         opened = dict(self._open) if kind is None else {}
-        other = [file for file, (number, stamp) in opened.items() if Stamp.of(os.fstat(number)) != stamp]
+        stamps = [(file, stamp, Stamp.of(os.fstat(number))) for file, (number, stamp) in opened.items()]
         self.close()
-        if other:
-            raise changed(other[0])
+        for file, before, now in stamps:
+            if before != now:
+                raise changed(file, before, now)
 
     def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of a tensor at `offset`."""
@@ -138,16 +139,25 @@ def part_of(name: str) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file atomically: readers see the old file or the new one."""
-    part = path.with_name(part_of(path.name))
+    """Write a whole file atomically: readers see the old file or the new one. `RunError` if it cannot be written."""
     try:
-        # a path that is not UTF-8 comes with halves of characters, which are written as JSON writes them
-        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
-        part.replace(path)
+        replace_file(path, content, part_of(path.name))
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise write_error(path, error) from None
+
+
+def replace_file(path: Path, content: str | bytes, part: str) -> None:
+    """The same; part: the file's name until it is complete. Raises `OSError`."""
+    unfinished = path.with_name(part)
+    try:
+        unfinished.unlink(missing_ok=True)  # a link there would be followed
+        # a path that is not UTF-8 comes with halves of characters, which are written as JSON writes them
+        unfinished.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST = 2**63  # elements
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8,
@@ -125,11 +126,11 @@ class Header:
     def check(self) -> None:
         """`RunError` if the file is not the one that was read any more."""
         try:
-            same = Stamp.of(self.file.stat()) == self.stamp
+            now = Stamp.of(self.file.stat())
         except OSError:
-            same = False
-        if not same:
-            raise changed(self.file)
+            now = None
+        if now != self.stamp:
+            raise changed(self.file, self.stamp, now)
 
 
 def read_header(file: Path) -> Header:
@@ -178,9 +179,14 @@ def damaged(file: Path, what: str) -> RunError:
     return RunError(f"{file}: {what}", "the file is damaged or incomplete: copy or download it again")
 
 
-def changed(file: Path) -> RunError:
+def changed(file: Path, before: Stamp, now: Stamp | None) -> RunError:
+    """The error for a file that is not as it was when its header was read; now: None if it is gone."""
     what = "it was changed, replaced or taken away after its header was read"
-    return RunError(f"{file}: {what}", "run it again while no other program writes the inputs")
+    hint = "run it again while no other program writes the inputs"
+    if now is not None and now[:2] == before[:2]:  # writing, then setting the time back, leaves the same trace
+        what = "its rights or links were changed after its header was read, or data behind its date"
+        hint = "if nothing wrote to it, go on with --resume; else run it again"
+    return RunError(f"{file}: {what}", hint)
 
 
 def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp) -> TensorInfo:
@@ -190,10 +196,10 @@ def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp)
             raise ValueError
         numel = 1
         for side in shape:
-            if type(side) is not int or not 0 <= side < 2**63:
+            if type(side) is not int or side < 0:
                 raise ValueError
             numel *= side
-            if numel >= 2**63:
+            if side >= _MOST or numel >= _MOST:
                 raise ValueError
         if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
             raise ValueError
@@ -204,7 +210,7 @@ def _tensor(file: Path, name: str, entry: object, data_start: int, stamp: Stamp)
         raise ModelError(f"{file}: {name}: dtype {dtype} is not supported")
     if stop - start != numel * item:
         raise damaged(file, f"'{name}' has {stop - start} bytes, {dtype} {list(shape)} needs {numel * item}")
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start, stamp=stamp)
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, stop - start, None, None, stamp)
 
 
 def _check_layout(file: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:

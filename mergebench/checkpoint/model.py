@@ -173,7 +173,8 @@ def open_directory(reference: str, directory: Path) -> list[Header]:
     if weights is None:
         files = find_other_weights(directory)
         if len(files) > 1:
-            raise ModelError(f"model '{reference}': {len(files)} .safetensors files and no {INDEX}")
+            hint = f"name the file that is the model; of a model in shards, copy {INDEX} too"
+            raise ModelError(f"model '{reference}': {len(files)} .safetensors files and no {INDEX}", hint)
         if not files:
             raise _no_weights(reference, directory)
         weights = files[0]
@@ -190,6 +191,7 @@ def _no_weights(reference: str, directory: Path) -> ModelError:
         return ModelError(f"model '{reference}': no safetensors file, only GGUF: {gguf[0]}", GGUF_HINT)
     parts = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
     hint = f"name one of its parts: {', '.join(f'{reference}/{part}' for part in parts[:4])}" if parts else None
+    hint = hint or next((way for pattern, way in _STATES.items() if any(directory.glob(pattern))), None)
     return ModelError(f"model '{reference}': the directory holds no .safetensors file", hint)
 
 
@@ -207,7 +209,9 @@ def _open_shards(index: Path) -> list[Header]:
     for file in sorted(names):
         # An index may name only files in its own directory; hub snapshots are links, so only names are checked.
         if Path(file).name != file or file in ("", ".", ".."):
-            raise RunError(f"{index}: it names '{file}', which is outside its directory")
+            inside = Path(file).parts and not Path(file).is_absolute() and ".." not in Path(file).parts
+            hint = "put the shards beside the index, and their bare names into it" if inside else None
+            raise RunError(f"{index}: it names '{file}', which is outside its directory", hint)
         if file not in present:  # asked for by name, a name may be impossible
             raise damaged(index, f"it names '{file}', which is missing")
         header = read_header(directory / file)
@@ -237,6 +241,12 @@ def _open_modules(reference: str, directory: Path) -> list[Header]:
     return headers
 
 
+_FSDP = "FSDP's state of a run: `accelerate merge-weights` makes a model of it"
+_STATES = {  # what a run leaves that is no model yet
+    "*.distcp": _FSDP,
+    "*/*.distcp": _FSDP,
+    "global_step*/*.pt": "DeepSpeed's state of a run: zero_to_fp32.py --safe_serialization makes a model of it",
+}
 _VECTOR_HINT = "name a task with its base, BASE+DIR/tasks/NAME; in a recipe, the vector as task_vector: DIR"
 _PICKLE_HINT = (
     "pickle files are never loaded, they can run code: save the model as safetensors "

@@ -54,7 +54,7 @@ def _splits(text: str) -> list[tuple[str, str]]:
 
 def _existing(text: str, folders: Sequence[Path]) -> Path | None:
     try:
-        path = Path(text).expanduser()
+        path = Path(text).expanduser() if text.startswith("~") else Path(text)  # not of './~'
         return next((place for place in [path, *(folder / path for folder in folders)] if place.exists()), None)
     except PermissionError as error:
         raise ModelError(f"model '{text}': {error.filename}: permission denied") from None

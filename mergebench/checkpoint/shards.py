@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from mergebench.checkpoint.files import DTYPE_NAME, put, write_atomically, write_error
 from mergebench.checkpoint.header import ITEM_SIZE, SINGLE, TensorInfo
 from mergebench.checkpoint.naming import USUAL, Naming, index_of
+from mergebench.errors import RunError
 
 ALIGN = 64  # the data of a shard start at a multiple of this many bytes
 
@@ -52,8 +54,11 @@ class Shard:
     def inside(self) -> list[OutTensor]:
         """The tensors under their names in the file: those of a module in a folder are without its name."""
         folder = self.file.rpartition("/")[0]
+        if not folder:
+            return list(self.tensors)
         return [tensor._replace(name=tensor.name.removeprefix(f"{folder}/")) for tensor in self.tensors]
 
+    @cached_property
     def header(self) -> bytes:
         """The file's first bytes: length and JSON, padded to `ALIGN`."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt", **self.metadata}}
@@ -101,7 +106,7 @@ def lay_out(
 
 def create(path: Path, shard: Shard) -> None:
     """Make a shard's file: its header, and room for its tensors, all zero."""
-    header = shard.header()
+    header = shard.header
     size = len(header) + shard.nbytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +123,16 @@ def create(path: Path, shard: Shard) -> None:
         raise write_error(path, error) from None
 
 
+def is_as_planned(path: Path, shard: Shard) -> bool:
+    """Whether a file has a shard's header, and its length."""
+    try:
+        with path.open("rb") as file:
+            same = file.read(len(shard.header)) == shard.header
+            return same and os.fstat(file.fileno()).st_size == len(shard.header) + shard.nbytes
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 class ShardFiles:
     """The shards of a directory, created before; `write` puts elements in place, in any order.
 
@@ -128,7 +143,7 @@ class ShardFiles:
         self._place: dict[str, tuple[Path, int]] = {}
         self._open: dict[Path, int] = {}
         for shard in shards:
-            path, at = directory / shard.file, len(shard.header())
+            path, at = directory / shard.file, len(shard.header)
             for tensor in shard.tensors:
                 self._place[tensor.name] = (path, at)
                 at += tensor.nbytes
@@ -183,7 +198,7 @@ def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
     out = [described(name, one) for name, one in ordered]
     data = [one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for _, one in ordered]
-    return b"".join([Shard("", tuple(out), metadata).header(), *data])
+    return b"".join([Shard("", tuple(out), metadata).header, *data])
 
 
 def write_index(directory: Path, shards: Iterable[Shard]) -> None:

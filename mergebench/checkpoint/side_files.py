@@ -11,10 +11,11 @@ weights of its own is another model, or another format of this one, and stays.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from mergebench.checkpoint.documents import open_file
 from mergebench.checkpoint.fp8 import without_scales
@@ -70,25 +71,36 @@ def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
-def check_link(file: Path, directory: Path) -> None:
+def check_link(file: Path, directory: Path, weights: Iterable[Path]) -> None:
     """`ModelError` if a file of a model is a link out of its directory: a copy would publish what another place holds.
 
-    The blobs of the hub cache, which snapshots and older `local_dir` downloads link to, may be followed.
+    A link may lead to the file of its name beside the weights, wherever these really lie, and to the blobs of the hub
+    cache, which snapshots and older `local_dir` downloads link to.
     """
-    real = file.resolve()
+    real, name = file.resolve(), file.relative_to(directory)
     blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if not blob and not real.is_relative_to(directory.resolve()):
-        raise ModelError(f"{file}: a link out of the model's directory, to {real}", "put the file itself there")
+    if blob or real.is_relative_to(directory.resolve()):
+        return
+    if real not in {one.resolve().parent / name for one in weights}:
+        what = f"{file}: a link out of the model's directory, to {real}"
+        raise ModelError(what, f"put the file itself there, or link to the {name} beside the weights")
 
 
-def side_files(source: Model) -> tuple[list[str], list[str]]:
-    """The names of the files of a model that are copied along with its weights, and of what stays behind.
+class Beside(NamedTuple):
+    """The names of a model's files other than its weights. Of a folder that stays as a whole, the name with a slash.
+    Replaced tokenizers are in neither list."""
 
-    Of a folder that stays as a whole, the name with a slash. Replaced tokenizers are in neither list. `ModelError` for
-    a link out of the model's directory among those copied.
+    copied: list[str]
+    left: list[str]
+
+
+def side_files(source: Model) -> Beside:
+    """What is copied along with a model's weights, and what stays behind.
+
+    `ModelError` for a link out of the model's directory among those copied. To be asked before the work.
     """
     if source.directory is None:
-        return [], []
+        return Beside([], [])
     stale = [] if source.tokenizer_files is None else [path.name for path in tokenizer_files(source.directory)]
     if any(info.dtype in FP8 for info in source.tensors.values()):
         stale.append("hf_quant_config.json")
@@ -99,20 +111,24 @@ def side_files(source: Model) -> tuple[list[str], list[str]]:
         if name not in stale and source.directory / name not in read:
             (copied if wanted else left).append(name)
     for name in copied:
-        check_link(source.directory / name, source.directory)
-    return copied, left
+        check_link(source.directory / name, source.directory, read)
+    return Beside(copied, left)
 
 
-def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) -> dict[str, list[str]]:
+def copy_side_files(
+    source: Model, directory: Path, stored_dtype: str | None, beside: Beside | None = None
+) -> dict[str, list[str]]:
     """Copy what goes along with `source`, byte by byte; config.json names the stored type.
 
+    beside: as `side_files` told it before the work.
     Returns for the provenance what was copied, `side_files`, and what stayed, `left_behind`.
     """
     from mergebench.checkpoint.files import copy_file, write_atomically  # this import loads torch
 
     if source.directory is None:
         return {"side_files": [], "left_behind": []}
-    copied, left = side_files(source)
+    beside = side_files(source) if beside is None else beside
+    copied = list(beside.copied)
     for name in copied:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(source.directory / name, directory / name)
@@ -132,7 +148,7 @@ def copy_side_files(source: Model, directory: Path, stored_dtype: str | None) ->
         config[key] = CONFIG_DTYPE[stored_dtype]
     if config and changed:
         write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    return {"side_files": copied, "left_behind": left}
+    return {"side_files": copied, "left_behind": beside.left}
 
 
 def _beside(directory: Path) -> Iterator[tuple[str, bool]]:

@@ -62,7 +62,7 @@ def _put_in(
     quiet: bool,
 ) -> None:
     from mergebench import api
-    from mergebench.checkpoint.staging import check_target
+    from mergebench.checkpoint.target import check_target
 
     quiet = quiet or json_
     size = opt.parse_size(shard_size, "--shard-size")

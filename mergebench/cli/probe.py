@@ -54,6 +54,8 @@ def fit(
             model, data, out, device=device, results=results, overwrite=overwrite, progress=progress, **ctx.obj
         )
     plot = plot_of(out) if "layers" in probe.about else None
+    for line in probe.about["notes"]:
+        note(f"note: {line}", quiet)
     doubt = probe.doubt()
     if doubt is not None:
         note(f"warning: {doubt}", quiet)

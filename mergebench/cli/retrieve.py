@@ -38,6 +38,8 @@ def retrieve(
         found = infer(bank, data, stage=stage, backbone=backbone, device=opt.check_device(device), progress=progress)
     if found.bank.about.semantics == "reference":
         note("the bank was learnt as the published code does it; its adapters are used as stored, and stay so", quiet)
+    for line in found.notes:
+        note(f"note: {line}", quiet)
     items, about = found.items(), found.summary()
     if json_:
         say_json({"bank": str(bank), **about, "items": items})

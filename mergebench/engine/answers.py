@@ -9,7 +9,7 @@ from mergebench.engine import trace
 from mergebench.engine.groups import Group, Unit
 from mergebench.engine.plan import Plan
 from mergebench.engine.statistics import Norms, decode, encode
-from mergebench.engine.sweep import Sweeper
+from mergebench.engine.sweep import Missing, Sweeper
 
 
 class Keeper(Protocol):
@@ -33,7 +33,8 @@ def ask_of_all(plan: Plan, keeper: Keeper, sweeper: Sweeper) -> Any:
 def answers_of(
     plan: Plan, keeper: Keeper, sweeper: Sweeper, group: Group, of_all: Any = None
 ) -> list[list[dict[str, Any]]]:
-    """The answers about each unit of a group, encoded; missing answers are computed.
+    """The answers about each unit of a group, encoded; missing answers are computed, but those about units of one tile
+    only if the last question is about all groups together: else they are found where the unit is merged (`keep`).
 
     of_all: replaces the last answer if that is about all groups together. Answers are kept by tensor, or once for the
     model, because the grouping depends on the memory.
@@ -41,21 +42,27 @@ def answers_of(
     kept: dict[str, list[Any]] = keeper.journal["answers"]
     if not any(unit.passes for unit in group.units):
         return [[] for _ in group.units]
-    keys = [key_of(plan, unit) for unit in group.units]
-    known = [kept.get(key, [])[: unit.passes] for key, unit in zip(keys, group.units, strict=True)]
-    open_units = [number for number, unit in enumerate(group.units) if len(known[number]) < unit.passes]
-    small = [number for number in open_units if sweeper.is_one_tile(group.units[number])]
-    for number, answers in sweeper.answer_at_once(group, known, small):
-        kept[keys[number]] = known[number] = [*known[number], *answers]
-    for question in range(max((unit.passes for unit in group.units), default=0)):
-        asked = [n for n, unit in enumerate(group.units) if len(known[n]) == question < unit.passes]
+    known = [kept.get(key_of(plan, unit), [])[: unit.passes] for unit in group.units]
+    missing = [number for number, unit in enumerate(group.units) if len(known[number]) < unit.passes]
+    small = [number for number in missing if plan.is_one_tile(group.units[number].tensors[0])]
+    if plan.asked_of_all:
+        keep(plan, keeper, group, known, sweeper.answer_at_once(group, known, small))
+    large = sorted({*missing}.difference(small))
+    for question in range(plan.passes):
+        asked = [number for number in large if len(known[number]) == question < group.units[number].passes]
         if not asked:
             continue
-        for number, answer in sweeper.answer(group, known, asked).items():
-            kept[keys[number]] = known[number] = [*known[number], answer]
+        found = sweeper.answer(group, known, asked)
+        keep(plan, keeper, group, known, {number: [answer] for number, answer in found.items()})
         if plan.merge.scope == "model":
             keeper.save()  # do not lose a sweep over the whole model
     return known if of_all is None else [[*answers[:-1], encode(of_all)] for answers in known]
+
+
+def keep(plan: Plan, keeper: Keeper, group: Group, known: list[list[dict[str, Any]]], found: Missing) -> None:
+    """Add answers that were missing, by the number of their unit, to those known and to the journal."""
+    for number, answers in found.items():
+        known[number] = keeper.journal["answers"][key_of(plan, group.units[number])] = [*known[number], *answers]
 
 
 def decoded(plan: Plan, kept: dict[str, list[Any]]) -> list[list[Any]]:

@@ -26,6 +26,7 @@ from mergebench.engine.brackets import BYTES
 from mergebench.engine.groups import Group, grouped
 from mergebench.engine.job import Merge, Operand, operands_of, stored_type
 from mergebench.engine.machine import check_descriptors, cores
+from mergebench.engine.noise import TILE
 from mergebench.engine.sizes import buffer_bytes, chunk_size, least_chunk, temporary_bytes
 from mergebench.errors import ModelError, RecipeError
 
@@ -59,10 +60,19 @@ class Plan:
         """Questions the method asks, at most."""
         return max(self.asked.values(), default=0)
 
-    @property
+    @cached_property
     def sweeps(self) -> int:
-        """Times every chunk is read: once for each question, and once to apply."""
-        return self.passes + 1
+        """Times a chunk is read, at most: once for each question, and once to apply."""
+        return max((self.sweeps_to_ask(name) for name in self.asked), default=0) + 1
+
+    def is_one_tile(self, name: str) -> bool:
+        """Whether a tensor is a unit of one tile, in one chunk: all questions about it are answered in one visit."""
+        return self.merge.scope == "tensor" and self.merge.reference.tensors[name].numel <= min(TILE, self.chunk)
+
+    def sweeps_to_ask(self, name: str) -> int:
+        """Sweeps over a tensor before the one that applies; what is of one tile is asked about where it is merged."""
+        asked = self.asked[name]
+        return min(asked, int(self.asked_of_all)) if asked and self.is_one_tile(name) else asked
 
     @property
     def elements(self) -> int:
@@ -83,9 +93,8 @@ class Plan:
         """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
         copied = sum(self.merge.reference.tensors[name].nbytes for name in self.copied)
         return copied + sum(
-            (self.asked[name] and self.asked[name] * self.sweep_bytes(name, apply=False))
-            + self.sweep_bytes(name, apply=True)
-            for name in self.alignment.merged
+            (sweeps and sweeps * self.sweep_bytes(name, apply=False)) + self.sweep_bytes(name, apply=True)
+            for name, sweeps in zip(self.asked, map(self.sweeps_to_ask, self.asked), strict=True)
         )
 
     def sweep_bytes(self, name: str, apply: bool) -> int:

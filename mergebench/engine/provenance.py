@@ -130,9 +130,7 @@ def fingerprint_of(plan: Plan) -> str:
             {name: info.made.digest() for name, info in model.tensors.items() if info.made is not None}
             for model in [plan.merge.reference, *plan.merge.models]
         ],
-        "shards": {
-            file.file: hashlib.sha256(file.header()).hexdigest() for shard in plan.shards for file in shard.files
-        },
+        "shards": {file.file: hashlib.sha256(file.header).hexdigest() for shard in plan.shards for file in shard.files},
         "edits": [edit.digest for edit in plan.merge.edits],
         "mergebench": __version__,
     }

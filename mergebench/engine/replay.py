@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.method import Method, Tasks
 from mergebench.engine.noise import TILE
 from mergebench.engine.span import Span
-from mergebench.engine.statistics import OrderStatistics, Statistic, decode, pick
+from mergebench.engine.statistics import OrderStatistics, Statistic, pick
 
 CHUNK = 2 * TILE  # elements that stay in a core's cache
 
@@ -27,31 +27,9 @@ def run_at_once(
 
     For a method with a model per task: the shared vector.
     """
-    answers: list[Any] = []
-    while True:
-        result = replay(method, values, params, context, answers)
-        if isinstance(result, Statistic):
-            answers.append(answer(result))
-        else:
-            return result.vector if isinstance(result, Tasks) else result
-
-
-def ask_at_once(
-    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Mapping[str, Any]], questions: int
-) -> list[dict[str, Any]]:
-    """The answers after `answers` to the first `questions` questions of a method about the tensor `values`, of one
-    tile at most: encoded, with remarks."""
-    running: Any = method(values, params, context)
-    statistic, found = next(running), []
-    for number in range(questions):
-        if number < len(answers):
-            answer = answers[number]
-        else:
-            found.append(statistic.at_once())
-            answer = found[-1]
-        if number + 1 < questions:
-            statistic = running.send(decode(answer, values.device))
-    return found
+    result = replay(method, values, params, context, (), answer)
+    assert not isinstance(result, Statistic)
+    return result.vector if isinstance(result, Tasks) else result
 
 
 def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context, chunk: int = CHUNK) -> Tensor:
@@ -87,17 +65,24 @@ def run_in_chunks(method: Method, values: Tensor, params: Any, context: Context,
 
 
 def replay(
-    method: Method, values: Tensor, params: Any, context: Context, answers: Sequence[Any]
+    method: Method,
+    values: Tensor,
+    params: Any,
+    context: Context,
+    answers: Sequence[Any],
+    answer: Callable[[Statistic], Any] | None = None,
 ) -> Statistic | Tensor | Tasks:
-    """The method's next question after these answers, or its result."""
+    """The method's next question after these answers, or its result; `answer` answers the questions after them."""
     running: Any = method(values, params, context)
     if not inspect.isgenerator(running):
         return cast("Tensor | Tasks", running)
     steps = cast("Generator[Statistic, Any, Tensor]", running)
     try:
         statistic = next(steps)
-        for answer in answers:
-            statistic = steps.send(answer)
+        for known in answers:
+            statistic = steps.send(known)
+        while answer is not None:
+            statistic = steps.send(answer(statistic))
         return statistic
     except StopIteration as end:
         return cast("Tensor | Tasks", end.value)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.files import Files, write_atomically
-from mergebench.checkpoint.header import TensorInfo, read_header
+from mergebench.checkpoint.header import TensorInfo
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.shards import create, write_index
+from mergebench.checkpoint.shards import create, is_as_planned, write_index
 from mergebench.checkpoint.side_files import copy_side_files, side_files
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_room, check_target, finished, fsync
+from mergebench.checkpoint.staging import Staging, fsync
+from mergebench.checkpoint.target import PROVENANCE, check_room, check_target, finished
 from mergebench.deltas.formats import emr
-from mergebench.engine.answers import Known, answers_of, ask_of_all
+from mergebench.engine.answers import Known, answers_of, ask_of_all, keep
 from mergebench.engine.executors import Progress
 from mergebench.engine.groups import Group
 from mergebench.engine.inmemory import InMemory
@@ -66,6 +67,7 @@ def run_plan(
         return Result(out, done, already_done=True)
     check_target(out, places(plan), overwrite)
     check_room(out, plan.bytes_written)
+    beside = side_files(plan.merge.reference)
     check_inputs(plan)
     # workers start first, so that none inherits the lock, which must end with this process
     with (
@@ -85,14 +87,14 @@ def run_plan(
         write_index(staging.directory, plan.shards)
         tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "deltas" else {}
         kinds = {plan.dtypes[name] for name in plan.alignment.merged}
-        beside: dict[str, list[str]] = {"side_files": []}
+        files_beside: dict[str, list[str]] = {"side_files": []}
         if not tasks:  # a task vector with a config beside it would load as a model
             kind = kinds.pop() if len(kinds) == 1 else None
-            beside = copy_side_files(plan.merge.reference, staging.directory, kind)
+            files_beside = copy_side_files(plan.merge.reference, staging.directory, kind, beside)
         changed = change(staging)
         provenance = record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs) | {
             **changed,
-            **beside,
+            **files_beside,
             **({"tasks": tasks} if tasks else {}),
             "extra_sweeps": sweeper.extra_sweeps,
             "seconds": round(time.perf_counter() - started, 3),
@@ -112,7 +114,8 @@ def run_in_memory(plan: Plan, target: InMemory, known: Known, progress: Progress
     with Files() as files, closing(Sweeper(plan, files, progress, target)) as sweeper:
         of_all = ask_of_all(plan, notes, sweeper) if plan.asked_of_all else None
         for group in plan.groups:
-            sweeper.apply(group, answers_of(plan, notes, sweeper, group, of_all), group.written)
+            answers = answers_of(plan, notes, sweeper, group, of_all)
+            keep(plan, notes, group, answers, sweeper.apply(group, answers, group.written))
     known.remember(plan, notes.journal["answers"])
 
 
@@ -128,7 +131,6 @@ class _Notes:
 
 def check_inputs(plan: Plan) -> None:
     """Before the first sweep, check what headers do not show, and compute what all workers need."""
-    side_files(plan.merge.reference)
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)
@@ -156,7 +158,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
         for file in shard.files:
             if not (staging.directory / file.file).exists():
                 create(staging.directory / file.file, file)
-        sweeper.apply(group, known, names, staging.directory)
+        keep(plan, staging, group, known, sweeper.apply(group, known, names, staging.directory))
         if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups are in the order of the shards
             for file in shard.files:
                 if sync:
@@ -178,8 +180,7 @@ def _write_tasks(plan: Plan, staging: Staging, sweeper: Sweeper, of_all: Any) ->
 def _check_written(plan: Plan, directory: Path) -> None:
     """Read every header back, to check that all files, also those of an interrupted run, are as planned."""
     for shard in [file for written in plan.shards for file in written.files]:
-        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(directory / shard.file).tensors]
-        if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.inside]:
+        if not is_as_planned(directory / shard.file, shard):
             raise RunError(f"{directory / shard.file}: it does not hold what was planned", "run without --resume")
 
 

@@ -30,6 +30,7 @@ from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic, encode
 from mergebench.engine.worker import Known, context_of, replay_chunk
 
+Missing = dict[int, list[dict[str, Any]]]  # the missing answers, by the number of the unit
 SMALL = BATCH  # a unit of at most this many chunks may be gathered whole, by one worker
 WIDE = 1 / 12  # share of a small unit in brackets above which gathering it whole is faster: its values are not sorted
 LEAST_PIECES = 16
@@ -50,19 +51,13 @@ class Sweeper:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def is_one_tile(self, unit: Unit) -> bool:
-        """Whether a unit is one tensor of one tile, in one chunk: all questions about it are answered in one visit."""
-        return self.plan.merge.scope == "tensor" and unit.numel <= min(TILE, self.plan.chunk)
-
-    def answer_at_once(
-        self, group: Group, known: Known, numbers: Sequence[int]
-    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """The number and all missing answers of each of these units of one tile, encoded, with remarks."""
-        if numbers:
-            started = time.perf_counter()
-            items = items_of(self.plan, [(group.units[number].tensors[0], number) for number in numbers])
-            yield from itertools.chain.from_iterable(self.workers.run("answer", items, group.units, known))
-            self.seconds["questions"] += time.perf_counter() - started
+    def answer_at_once(self, group: Group, known: Known, numbers: Sequence[int]) -> Missing:
+        """All missing answers about each of these units of one tile, encoded, with remarks."""
+        started = time.perf_counter()
+        items = items_of(self.plan, [(group.units[number].tensors[0], number) for number in numbers])
+        found = self.workers.run("answer", items, group.units, known) if numbers else []
+        self.seconds["questions"] += time.perf_counter() - started
+        return dict(itertools.chain.from_iterable(found))
 
     def answer(self, group: Group, known: Known, asked: Sequence[int]) -> dict[int, dict[str, Any]]:
         """The answer to the method's next question about each of the units numbered `asked`, encoded, with remarks."""
@@ -188,13 +183,15 @@ class Sweeper:
 
     # -- the result ------------------------------------------------------------------------------
 
-    def apply(self, group: Group, known: Known, written: Sequence[str], directory: Path | None = None) -> None:
-        """Merge (or copy) the tensors `written` into the shards in `directory`, or the target; known: all answers."""
+    def apply(self, group: Group, known: Known, written: Sequence[str], directory: Path | None = None) -> Missing:
+        """Merge (or copy) the tensors `written` into the shards in `directory`, or the target; known: all answers but
+        those about units of one tile, which are found on the way and returned."""
         number_of = {name: number for number, unit in enumerate(group.units) for name in unit.tensors}
         items = items_of(self.plan, ((name, number_of.get(name, -1)) for name in written), apply=True)
         started = time.perf_counter()
-        self.workers.run("apply", items, group.units, known, directory)
+        found = self.workers.run("apply", items, group.units, known, directory)
         self.seconds["apply"] += time.perf_counter() - started
+        return dict(itertools.chain.from_iterable(found))
 
     def _piece(self, unit: Unit) -> int:
         """Length of a sampled piece: many short pieces over several tensors, fewer reads within one tensor."""

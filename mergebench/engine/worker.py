@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,26 @@ from mergebench.engine.method import Tasks
 from mergebench.engine.plan import Plan
 from mergebench.engine.profile import Counts, counts
 from mergebench.engine.read import ChunkReader
-from mergebench.engine.replay import ask_at_once, replay
+from mergebench.engine.replay import replay
 from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic, decode
 from mergebench.errors import RunError
 
 Known = Sequence[Sequence[Mapping[str, Any]]]  # the answers so far, [unit][question], encoded
+Found = list[tuple[int, list[dict[str, Any]]]]  # the number of a unit, and the answers that were missing
 
 
 def replay_chunk(
-    plan: Plan, values: Tensor, ctx: Context, answers: Sequence[Mapping[str, Any]]
+    plan: Plan,
+    values: Tensor,
+    ctx: Context,
+    answers: Sequence[Mapping[str, Any]],
+    answer: Callable[[Statistic], Any] | None = None,
 ) -> Statistic | Tensor | Tasks:
-    """Run the method with the answers known so far; returns the next question, or the merged chunk."""
-    known = [decode(answer, plan.device) for answer in answers]
-    return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, known)
+    """Run the method with the answers known so far; returns the next question, or the merged chunk. `answer` answers
+    further questions."""
+    known = [decode(one, plan.device) for one in answers]
+    return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, known, answer)
 
 
 def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
@@ -91,24 +97,18 @@ class Worker:
             statistic.reduce(states[item.unit], item.tile, [span.numel for span in item.spans] if several else ())
         return states
 
-    def answer(
-        self, items: Iterable[Item], units: Sequence[Unit], known: Known
-    ) -> list[tuple[int, list[dict[str, Any]]]]:
-        """The number and the missing answers of each unit; a unit is one tensor of one tile."""
-        found = []
+    def answer(self, items: Iterable[Item], units: Sequence[Unit], known: Known) -> Found:
+        """The missing answers about each unit; a unit is one tensor of one tile."""
+        found: Found = []
         for item in items:
             values, _ = self.reader.load(item.spans, apply=False, alike=True)
-            if any(not known[item.unit + at] for at in range(len(item.spans))):
-                self._check_finite(item, values)
-            params = self.plan.merge.params_for(item.spans[0].tensor)
-            for number, (span, part) in enumerate(self._parts(item, values), item.unit):
-                context = context_of(self.plan, units[number], (span,))
-                method, asked = self.plan.merge.method, units[number].passes
-                found.append((number, ask_at_once(method, part, params, context, known[number], asked)))
+            self._finish(item, values, units, known, found)
         return found
 
-    def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> None:
-        """Merge or copy, and write into the shards in `directory`, or into the target."""
+    def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> Found:
+        """Merge or copy, and write into the shards in `directory`, or into the target; returns the missing answers, of
+        units of one tile."""
+        found: Found = []
         if directory is not None and not self._outputs:
             columns = zip(*(shard.files for shard in self.plan.shards), strict=True)
             self._outputs = [ShardFiles(directory, column) for column in columns]
@@ -119,13 +119,14 @@ class Worker:
             if item.unit < 0:
                 stored = self._copied(span)
             else:
-                stored, masks = self._merged(item, units, known)
+                stored, masks = self._merged(item, units, known, found)
             if len(item.spans) > 1:
                 output.write_all([(one.tensor, one.numel) for one in item.spans], stored)
                 continue
             output.write(span.tensor, span.start, stored)
             for task, mask in zip(tasks, masks, strict=item.unit >= 0):
                 task.write(span.tensor, span.start // 8, mask)
+        return found
 
     def profile(
         self, items: Iterable[Item], units: Sequence[Unit], known: Known, replayed: bool
@@ -142,19 +143,12 @@ class Worker:
             found.append((span.tensor, span.start, counts(method, values, params, context, answers)))
         return found
 
-    def _merged(self, item: Item, units: Sequence[Unit], known: Known) -> tuple[Tensor, Sequence[Tensor]]:
+    def _merged(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> tuple[Tensor, Sequence[Tensor]]:
         """The merged chunk in its stored type; for tasks, the vector, and the masks as bits."""
         values, base = self.reader.load(item.spans, apply=True, alike=True)
-        if not units[item.unit].passes:
-            self._check_finite(item, values)
         masks: Sequence[Tensor] = ()
-        if len(item.spans) == 1 or self.plan.blind:
-            merged = self._replayed(values, units[item.unit], item.spans, known[item.unit])
-        else:
-            merged = torch.cat([
-                self._replayed(part, units[number], (span,), known[number])
-                for number, (span, part) in enumerate(self._parts(item, values), item.unit)
-            ])  # fmt: skip
+        parts = self._finish(item, values, units, known, found)
+        merged = parts[0] if len(parts) == 1 else torch.cat(parts)
         if isinstance(merged, Tasks):
             bits = np.packbits(merged.masks.cpu().numpy(), axis=1, bitorder="little")
             merged, masks = merged.vector, torch.from_numpy(bits).unbind()
@@ -166,21 +160,35 @@ class Worker:
             self._check_stored(item, stored, dtype)
         return stored.cpu(), masks
 
-    def _parts(self, item: Item, values: Tensor) -> Iterator[tuple[Span, Tensor]]:
-        """Each tensor of a chunk and its values [models, elements]."""
-        if len(item.spans) == 1:
-            yield item.spans[0], values
+    def _finish(self, item: Item, values: Tensor, units: Sequence[Unit], known: Known, found: Found) -> list[Any]:
+        """The method's result on a chunk, part by part if it sees the tensors apart; adds the missing answers."""
+        if len(item.spans) == 1 or self.plan.blind:
+            parts = [(item.spans, values)]
         else:
-            parts = torch.split(values, [one.numel for one in item.spans], dim=1)
-            for span, part in zip(item.spans, parts, strict=True):
-                yield span, part.contiguous()
+            pieces = torch.split(values, [span.numel for span in item.spans], dim=1)
+            parts = [((span,), piece.contiguous()) for span, piece in zip(item.spans, pieces, strict=True)]
+        if not all(known[item.unit : item.unit + len(parts)]):
+            self._check_finite(item, values)
+        return [
+            self._result(number, *part, units[number], known[number], found)
+            for number, part in enumerate(parts, item.unit)
+        ]
 
-    def _replayed(
-        self, values: Tensor, unit: Unit, spans: tuple[Span, ...], answers: Sequence[Mapping[str, Any]]
-    ) -> Any:
-        """The method's result on a chunk, float32 [elements] or `Tasks`."""
-        merged = replay_chunk(self.plan, values, context_of(self.plan, unit, spans), answers)
-        assert not isinstance(merged, Statistic), "the method asked more questions than it did on the toy chunk"
+    def _result(
+        self, number: int, spans: tuple[Span, ...], values: Tensor, unit: Unit, known: Sequence[Any], found: Found
+    ) -> Tensor | Tasks:
+        """The method's result, float32 [elements] or `Tasks`; what is not known, it is told here."""
+        told: list[dict[str, Any]] = []
+
+        def answer(statistic: Statistic) -> Any:
+            assert len(known) + len(told) < unit.passes, "the method asked more questions than it did on the toy chunk"
+            told.append(statistic.at_once())
+            return decode(told[-1], self.plan.device)
+
+        merged = replay_chunk(self.plan, values, context_of(self.plan, unit, spans), known, answer)
+        if told:
+            found.append((number, told))
+        assert not isinstance(merged, Statistic)
         vector, numel = merged.vector if isinstance(merged, Tasks) else merged, values.shape[1]
         if vector.shape != (numel,) or vector.dtype != torch.float32:
             raise RunError(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.staging import finished, scratch
+from mergebench.checkpoint.staging import scratch
+from mergebench.checkpoint.target import finished
 from mergebench.deltas.formats.emr import FOLDER as TASKS
 from mergebench.deltas.open import open_model
 from mergebench.editing.patches import open_patch

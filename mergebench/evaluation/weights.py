@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import Files
 from mergebench.deltas.open import open_model
+from mergebench.engine.items import items_of
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import keep_freed_memory, one_thread
-from mergebench.engine.noise import TILE
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.profile import sign_conflicts
 from mergebench.engine.read import ChunkReader
-from mergebench.engine.span import Span
 from mergebench.methods import get
 
 
@@ -48,27 +49,34 @@ def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
         Merge(method=linear, params=params, base=None, models=models, names=names), workers=1, device="cpu"
     )
     keep_freed_memory()
+    sums: dict[str, Sequence[float]] = {}
     with Files() as files, torch.inference_mode(), one_thread():  # the dot products are short
         reader = ChunkReader(plan, files)
-        return [_difference(reader, name, models[0].tensors[name].numel) for name in plan.alignment.merged]
+        for item in items_of(plan, ((name, number) for number, name in enumerate(plan.alignment.merged))):
+            values, _ = reader.load(item.spans, apply=False, alike=True)
+            for span, found in zip(item.spans, _sums(values, [span.numel for span in item.spans]), strict=True):
+                before = sums.get(span.tensor, (0.0,) * len(found))
+                sums[span.tensor] = [one + more for one, more in zip(before, found, strict=True)]
+    return [_difference(name, first.tensors[name].numel, *found) for name, found in sums.items()]
 
 
-def _difference(reader: ChunkReader, name: str, numel: int) -> Difference:
-    squares_a = squares_b = dot = squares_d = 0.0
-    changed = conflicts = both = 0
-    for start in range(0, numel, TILE):
-        values, _ = reader.load([Span(name, start, min(start + TILE, numel))], apply=False)
-        if len(values) == 3:
-            values = values[:2] - values[2]
-        left, right = (row.double() for row in values)
-        distance = right - left
-        squares_a += float(left.dot(left))
-        squares_b += float(right.dot(right))
-        dot += float(left.dot(right))
-        squares_d += float(distance.dot(distance))
-        changed += int(distance.count_nonzero())
-        opposed, shared = sign_conflicts(values)
-        conflicts, both = conflicts + opposed, both + shared
+def _sums(values: Tensor, sizes: list[int]) -> Iterator[tuple[float, ...]]:
+    """For each of the tensors in a chunk [models, elements]: |A|^2, |B|^2, A B, |B - A|^2, and the numbers of elements
+    that differ, that have opposite signs, and that both changed."""
+    based = len(values) == 3
+    if based:
+        values = values[:2] - values[2]
+    left, right = (row.double() for row in values)
+    parts = (torch.split(row, sizes) for row in (left, right, right - left))
+    for a, b, d, both in zip(*parts, torch.split(values, sizes, dim=1), strict=True):
+        products = torch.stack((a.dot(a), b.dot(b), a.dot(b), d.dot(d))).tolist()
+        yield (*products, int(d.count_nonzero()), *(sign_conflicts(both) if based else (0, 0)))
+
+
+def _difference(
+    name: str, numel: int, squares_a: float, squares_b: float, dot: float, squares_d: float, *counts: float
+) -> Difference:
+    changed, conflicts, both = counts
     norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
     return Difference(
         tensor=name,
@@ -76,5 +84,5 @@ def _difference(reader: ChunkReader, name: str, numel: int) -> Difference:
         cosine=dot / (norm_a * norm_b) if norm_a and norm_b else (1.0 if norm_a == norm_b else 0.0),
         relative_distance=math.sqrt(squares_d) / norm_a if norm_a else (0.0 if norm_b == 0 else math.inf),
         changed=changed / max(numel, 1),
-        sign_conflict=conflicts / both if both and len(reader.plan.merge.models) == 3 else 0.0,
+        sign_conflict=conflicts / both if both else 0.0,
     )

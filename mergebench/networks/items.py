@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +36,7 @@ def read_rows(
     """
     rows: list[Row] = []
     places: dict[str, str] = {}
-    for where, record in records(file):
-        if seed is None and len(rows) == limit:
-            break
+    for where, record in islice(records(file), limit if seed is None else None):
         item = word(record, id_column, where)
         if item in places:
             raise RunError(f"{where}: id '{item}' stands in {places[item]} already", ID_HINT)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.content import tokenizer_hash
-from mergebench.checkpoint.layouts import quiet
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError
 from mergebench.networks.beside import put_beside
 from mergebench.networks.loadable import LoadableModel, network_tensors
 from mergebench.networks.module import build, config_of
 from mergebench.networks.tokenizer import load as load_tokenizer
-from mergebench.networks.tokenizer import no_token
+from mergebench.networks.tokenizer import tokenize
 
 
 class Network:
@@ -131,17 +130,8 @@ class Network:
         return ids, mask
 
     def tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """Token ids of each text with special tokens, cut to `max_length` or to the model's maximum.
-
-        `RunError` if a text has none.
-        """
-        limit = min(max_length, self.tokenizer.model_max_length)
-        with quiet():
-            ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        for text, one in zip(texts, ids, strict=True):
-            if not one:
-                raise no_token(self.name, text)
-        return ids
+        """Token ids of each text, as `networks.tokenizer.tokenize` gives them."""
+        return tokenize(self.tokenizer, self.name, texts, max_length)
 
     @cached_property
     def tokenizer_key(self) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 
 from mergebench.checkpoint.layouts import quiet
 from mergebench.checkpoint.side_files import SENTENCEPIECE, needs_sentencepiece, tokenizer_files
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RunError, first_line
 from mergebench.networks.module import failed
 
 FILE = "tokenizer.json"
 _BESIDE = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template")  # files without a vocabulary
+_OTHER = f"check that {FILE} belongs to the model"
 _TEXTS = (  # where pipelines differ: digits, spaces, capitals, accents, contractions, code, other scripts
     "In 2023, 650841823 of them didn't pay £12.50; I'LL ask  twice.\n\n\tdef f(x):\r\n    return x_1 != 'é'\n",
     " Hello world!hello  ÀÉÎ naïve e\u0301 straße 東京タワー मुझे שלום 👩‍🚀 ½ ﬁ <s> A-B_c/d",
@@ -55,16 +56,41 @@ def load(directory: Path | None, reference: str) -> tuple[Any, str | None]:
     for role, token in tokenizer.special_tokens_map.items():  # a class may know some that no file names
         if getattr(own, role, None) is None and str(token) in known:
             setattr(own, role, token)
-    with quiet():
-        first, second = (one(list(_TEXTS), add_special_tokens=False)["input_ids"] for one in (tokenizer, own))
     name = type(tokenizer).__name__
-    return own, None if first == second else f"transformers' {name} gives other tokens than {FILE}; the file is used"
+    same = _tokens(tokenizer) == _tokens(own)
+    return own, None if same else f"transformers' {name} gives other tokens than {FILE}; the file is used"
+
+
+def tokenize(tokenizer: Any, model: str, texts: list[str], max_length: int) -> list[list[int]]:
+    """Token ids of each text with special tokens, cut to `max_length` or to the tokenizer's maximum.
+
+    model: its name. `RunError` if a text has none, `ModelError` if the tokenizer fails.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    try:
+        with quiet():
+            ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    except Exception as error:  # tokenizers raises bare ones, such as for a letter that no token stands for
+        raise ModelError(f"model '{model}': its tokenizer: {first_line(error)}", _OTHER) from None
+    for text, one in zip(texts, ids, strict=True):
+        if not one:
+            raise no_token(model, text)
+    return ids
 
 
 def no_token(model: str, text: str) -> RunError:
     """The error for a text that a model's tokenizer makes nothing of."""
     what = f"model '{model}': its tokenizer gives no token for {text!r:.60}"
-    return RunError(what, f"check that {FILE} belongs to the model, and take out texts of blanks alone")
+    return RunError(what, f"{_OTHER}, and take out texts of blanks alone")
+
+
+def _tokens(tokenizer: Any) -> Any:
+    """The tokens of the texts; None if it fails: a class may know no token for what is unknown."""
+    try:
+        with quiet():
+            return tokenizer(list(_TEXTS), add_special_tokens=False)["input_ids"]
+    except Exception:  # tokenizers raises bare ones
+        return None
 
 
 def _pipeline(tokenizer: Any) -> Any:

@@ -6,7 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.layouts import quiet
-from mergebench.errors import RunError, first_line
+from mergebench.checkpoint.model import Model
+from mergebench.errors import RecipeError, RunError, first_line
+
+
+def check_known(model: Model) -> None:
+    """`RecipeError` if transformers has no models of this kind, so that their merges cannot be verified."""
+    config, name = model.config, f"'{model.reference}'"
+    if not config:
+        what = f"--verify needs a config.json, and none goes along with {name}"
+        raise RecipeError(what, "leave it out, or name a directory that has one")
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING:
+        return
+    why = f"it knows no model_type '{kind}', and code beside a model is never run"
+    if kind is None:
+        class_ = config.get("_class_name")
+        why = "config.json has no model_type" if class_ is None else f"it is a {class_} of diffusers"
+    raise RecipeError(f"--verify: transformers cannot load {name}: {why}", "leave it out")
 
 
 def verify(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Parameter values that vary over a model, as in mergekit's configs.
 
     t: 0.3                                     one value
-    t: [0, 0.5, 1]                             a gradient: from the first layer to the last, linear between
+    t: [0, 0.5, 1]                             a gradient: from the first layer to the last, linear between (or rounded)
     t: [{filter: mlp, value: 0.2}, {value: 1}] the first entry whose filter fits the tensor's name
 
 A filter is a part of the name, a glob (with `*`, `?` or `[`) or a regular expression between slashes. An

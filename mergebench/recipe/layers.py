@@ -8,9 +8,11 @@ layers of another kind than they are is an error.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mergebench.checkpoint.documents import complaint
 from mergebench.errors import ModelError
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
@@ -46,7 +48,12 @@ _GOVERNS = {  # lists that say what the rule says: where both are written, the l
     "moe_layers": {"interleave_moe_layer_step"},
     "no_rope_layers": {"no_rope_layer_interval"},
 }  # fmt: skip
-_NO_LIST = ("token", "architectures", "section", "labels")  # in the names of lists that are not of layers
+_MORE = re.compile(r"nextn_predict_layers$|(^|_)mtp_(.*_)?layers$")  # how many layers predict tokens after the next
+_MANY = 100_000  # layers that no model has: such a number is no count of them
+_NO_LIST = ("token", "architectures", "section", "labels", "mtp")  # in the names of lists that are not of layers
+_ITSELF = "layers_block_type"  # the list whose length is the number of layers where nothing else says it (Nemotron-H)
+_HINT = "choose layer_ranges that leave every kind of layer in its place"
+_TIMES = list[tuple[list[str], int]]  # of attention_types
 
 
 class Layer(NamedTuple):
@@ -59,6 +66,26 @@ class Layer(NamedTuple):
 
     def __str__(self) -> str:
         return f"layer {self.number} of {self.reference}"
+
+
+def first_predictor(config: Mapping[str, Any]) -> int | None:
+    """The first layer of a stack that predicts tokens after the next one; None if the config counts no such layers."""
+    part, _ = _counting(config)
+    return _length(part) if any(part[key] for key in _predictors(part)) else None
+
+
+def without_predictors(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of a config for a model without the layers that predict tokens after the next one."""
+    part, under = _counting(config)
+    length, more = _length(part) or 0, _predictors(part)
+    longer = [length + part[key] for key in more if part[key]]
+    lists = {key: value for key, value in part.items() if isinstance(value, list) and not _is_no_list(key)}
+    changes = {key: value[:length] for key, value in lists.items() if len(value) in longer} | dict.fromkeys(more, 0)
+    return changes if under is None else {under: {**part, **changes}}
+
+
+def _predictors(part: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in part.items() if _MORE.search(key) and type(value) is int and value >= 0]
 
 
 def kind_of(layer: Layer) -> dict[str, Any]:
@@ -94,6 +121,10 @@ def follow(layers: Sequence[Layer], known: Sequence[Layer]) -> dict[str, Any]:
     if any(part.get(key) for key in _APART):
         what = f"slices: {layers[0].reference} has tensors with a part for each layer, in its place"
         raise ModelError(what, "merge whole models: list them under models")
+    for at, layer in enumerate(layers):
+        end = first_predictor(layer.config)
+        if end is not None and layer.number >= end:
+            raise _moved(layer, at, "and it predicts more tokens: its place is after all layers")
     kinds = [kind_of(layer._replace(config=own)) | kind_of(layer) for layer in layers]
     changes: dict[str, Any] = {key: count for key in COUNTS if length is not None and part.get(key) == length}
     for key in _told(part):
@@ -118,15 +149,16 @@ def _check_the_untold(layers: Sequence[Layer], known: Sequence[Layer], own: Sequ
     if all(layer.names == told.setdefault(json.dumps(kind_of(layer), sort_keys=True), layer.names) for layer in known):
         return
     late = own[-1] if len({*own[1:]}) == 1 else None
-    for at, layer in enumerate(layers):
-        same_number = len(layers) == len(own)
-        if layer.names != (own[at] if at < len(own) else late) or (late is None and not same_number):
+    for at, layer in enumerate(layers[: len(own)] if late is None else layers):
+        if layer.names != (own[at] if at < len(own) else late):
             raise _moved(layer, at, "and nothing known in config.json says which layers are of its kind")
+    if late is None and len(layers) != len(own):
+        what = f"slices: {len(layers)} layers in place of {len(own)}, and nothing known in config.json says which"
+        raise ModelError(f"{what} are of which kind", _HINT)
 
 
 def _moved(layer: Layer, at: int, why: str) -> ModelError:
-    hint = "choose layer_ranges that leave every kind of layer in its place"
-    return ModelError(f"slices: {layer} would be layer {at}, {why}", hint)
+    return ModelError(f"slices: {layer} would be layer {at}, {why}", _HINT)
 
 
 def _counting(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
@@ -137,8 +169,16 @@ def _counting(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]
     return config, None
 
 
+def _is_no_list(key: str) -> bool:
+    return any(word in key for word in _NO_LIST)
+
+
 def _length(part: Mapping[str, Any]) -> int | None:
-    return next((part[key] for key in COUNTS if isinstance(part.get(key), int)), None)
+    listed = part.get(_ITSELF)
+    return next(
+        (part[key] for key in COUNTS if type(part.get(key)) is int and 0 <= part[key] < _MANY),
+        len(listed) if isinstance(listed, list) else None,
+    )
 
 
 def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -152,10 +192,10 @@ def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:
             told[key] = [at in value for at in range(length)]
         elif key == "block_types" and isinstance(value, list) and value:  # repeated over the layers
             told[key] = [value[at % len(value)] for at in range(length)]
-        elif key == "attention_types" and isinstance(value, list):  # [[[kind, ...], times], ...]
-            told[key] = [one for kinds, times in value for one in kinds * times]
+        elif key == "attention_types" and complaint(value, _TIMES) is None:  # [[[kind, ...], times], ...]
+            told[key] = [one for kinds, times in value for one in kinds * min(times, length)]
         elif isinstance(value, list) or (isinstance(value, str) and key.endswith("pattern")):
-            if len(value) == length and not any(word in key for word in _NO_LIST):
+            if len(value) == length and not _is_no_list(key):
                 told[key] = list(value)
         elif counts and key in _FIRST and (key != "max_window_layers" or part.get("use_sliding_window")):
             told[key] = [at < value + _FIRST[key] for at in range(length)]
@@ -163,8 +203,8 @@ def _told(part: Mapping[str, Any]) -> dict[str, list[Any]]:
             told[key] = [at >= length - value for at in range(length)]
         elif counts and key in _EVERY and value:
             shift = _EVERY[key]
-            add = -int(part.get(shift, 0)) if isinstance(shift, str) else shift
-            told[key] = [(at + add) % value == 0 for at in range(length)]
+            off = part.get(shift) if isinstance(shift, str) else -shift
+            told[key] = [(at - (off if type(off) is int else 0)) % value == 0 for at in range(length)]
     return told
 
 
@@ -176,7 +216,7 @@ def _as_written(key: str, value: Any, wanted: list[Any]) -> Any:
     if key == "attention_types":
         return [[wanted, 1]]
     if isinstance(value, str):
-        return "".join(wanted)
+        return "".join(map(str, wanted))
     if isinstance(value, list):
         return wanted
     if key in _FIRST:

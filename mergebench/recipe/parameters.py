@@ -82,7 +82,7 @@ def resolve(
                 written = True
                 value = value_at(given[parameter.name], name, depth)
                 if value is not None:
-                    return value
+                    return round(value) if isinstance(value, float) and parameter.type is int else value
         if parameter.required:
             if written and not name:  # no particular tensor: any written value
                 return scalars(next(given[parameter.name] for given in sources if parameter.name in given))[0]

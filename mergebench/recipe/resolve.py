@@ -99,7 +99,9 @@ def _under_one_name(
 ) -> tuple[Model | None, list[tuple[Entry, Model]]]:
     """The models with their tensors under the base's names; a head that only some tie to the embedding is apart."""
     if recipe.slices:  # slices name layers, numbered as in each model
-        return base, entries
+        named = {source.model for one in (recipe.slices[0], recipe.slices[-1]) for source in one.sources}
+        ends = [model for entry, model in entries if entry.model in named]
+        return base and with_head(base, ends), [(entry, with_head(model, ends)) for entry, model in entries]
     reference = base if base is not None else entries[0][1]
     adopted = [(entry, adopt(reference, model)) for entry, model in entries]
     headed = with_head(reference, [model for _, model in adopted])

@@ -11,6 +11,7 @@ the layers (final norm, head) from the last slice's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +23,10 @@ from mergebench.checkpoint.header import Header, TensorInfo
 from mergebench.checkpoint.names import layer_of
 from mergebench.errors import ModelError, RecipeError
 from mergebench.recipe.ends import comes_before
-from mergebench.recipe.layers import Layer, follow, unlike
+from mergebench.recipe.layers import Layer, first_predictor, follow, unlike, without_predictors
 from mergebench.recipe.positions import Loc
 
+_PREDICTOR = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _WHOLE = "merge whole models: list them under models"
 
 
@@ -77,18 +79,31 @@ class Stack:
     outside: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: Model) -> Stack:
+    def of(cls, model: Model, stop: int) -> Stack:
+        """stop: where the layers end that slices name. Layers for multi-token prediction are left out if they lie
+        beyond."""
+        end = first_predictor(model.config)
         starts: dict[str, dict[int, dict[str, TensorInfo]]] = {}
-        outside = []
+        outside: list[str] = []
+        beyond: dict[str, None] = {}
         for name, info in model.tensors.items():
             found = layer_of(name)
-            if found is None:
+            predictor = _PREDICTOR.search(name)
+            if predictor is not None:
+                beyond[name[: predictor.end() - 1]] = None
+            elif found is not None and end is not None and found[1] >= max(end, stop):
+                beyond[f"{found[0]}.{found[1]}"] = None
+            elif found is None:
                 outside.append(name)
             else:
                 starts.setdefault(found[0], {}).setdefault(found[1], {})[found[2]] = info
         if len(starts) != 1:
             listed = ", ".join(f"'{one}'" for one in sorted(starts)) or "none"
             raise RecipeError(f"slices: '{model.reference}' must have one stack of layers, it has {listed}", _WHOLE)
+        if beyond:
+            remark = f"{', '.join(beyond)}: multi-token prediction, after the layers that slices name: left out"
+            changes = {**(model.config_changes or {}), **without_predictors(model.config)}
+            model = replace(model, config_changes=changes, remarks=(*model.remarks, remark))
         ((start, layers),) = starts.items()
         return cls(model, f"{start}." if start else "", layers, tuple(outside))
 
@@ -100,7 +115,8 @@ class Stack:
 def take_apart(slices: Sequence[Slice], opened: Mapping[str, Model], where: Callable[..., str]) -> dict[str, Stack]:
     """The models' layers, checked: all that the slices name are there, and the sources of a slice have layers of the
     same kinds. `where` gives the place of a part of the recipe."""
-    stacks = {name: Stack.of(model) for name, model in opened.items()}
+    stop = max(source.stop for one in slices for source in one.sources)
+    stacks = {name: Stack.of(model, stop) for name, model in opened.items()}
     for number, one in enumerate(slices):
         for place, source in enumerate(one.sources):
             layers = stacks[source.model].layers
@@ -168,7 +184,7 @@ def put_together(
     headers: dict[Any, Header] = {header.file: header for model in models for header in model.headers}
     layers = [stacks[source.model].layer(at) for source in sources for at in range(source.start, source.stop)]
     known = [stack.layer(number) for stack in used for number in sorted(stack.layers)]
-    changes, remarks = follow(layers, known), list(models[0].remarks)
+    changes, remarks = follow(layers, known), list(dict.fromkeys(one for model in models for one in model.remarks))
     if models[0].config and not changes and len(layers) != len(used[0].layers):
         remarks.append(f"no known key of config.json is the number of layers: it does not say {len(layers)}")
     return replace(
@@ -183,13 +199,15 @@ def put_together(
     )
 
 
-def check_ranges(slices: Sequence[Slice]) -> tuple[Loc, str] | None:
-    """The first error in the layer ranges, and its place."""
+def check_ranges(slices: Sequence[Slice]) -> tuple[Loc, str, str | None] | None:
+    """The first error in the layer ranges: its place, what is wrong, and a hint."""
     most = max(len(one.sources) for one in slices)
     for number, one in enumerate(slices):
         lengths = {source.stop - source.start for source in one.sources}
         if len(lengths) > 1:
-            return ("slices", number), "its sources have different numbers of layers"
+            return ("slices", number), "its sources have different numbers of layers", None
         if len(one.sources) not in (1, most):
-            return ("slices", number), f"has {len(one.sources)} sources, another slice has {most}: give it {most}, or 1"
+            what = f"has {len(one.sources)} sources, another slice has {most}: the slices of a merge have as many or 1"
+            hint = "merge it in a document of its own, with a name, and take its layers by a slice of 1 source"
+            return ("slices", number), what, hint
     return None

@@ -42,7 +42,7 @@ class Stage:
     @property
     def waits_for(self) -> list[str]:
         """The stages that must be merged before this one can be planned."""
-        from mergebench.checkpoint.staging import finished  # torch comes with it
+        from mergebench.checkpoint.target import finished  # torch comes with it
 
         return [place.name for place in self.needs if finished(place) is None]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.documents import document, parse_json, read_bytes
-from mergebench.checkpoint.side_files import tokenizer_files
+from mergebench.checkpoint.side_files import check_link, tokenizer_files
 from mergebench.errors import ModelError, RunError
 
 _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -34,11 +34,11 @@ def with_vocab_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {"text_config": {**config["text_config"], "vocab_size": size}}
 
 
-def load(directory: Path | None, reference: str) -> Any:
-    """The tokenizer in a directory."""
+def load(directory: Path | None, reference: str) -> tuple[Any, str | None]:
+    """The tokenizer in a directory, and a remark if its class is not used."""
     from mergebench.networks.tokenizer import load  # this import loads torch
 
-    return load(directory, reference)[0]
+    return load(directory, reference)
 
 
 def tokens_of(tokenizer: Any) -> dict[str, int]:
@@ -65,7 +65,7 @@ def without_unused(tokenizer: Any, size: int | None, reference: str) -> Any:
             pairs = ((one, one.split(" ") if isinstance(one, str) else one) for one in model["merges"])
             model["merges"] = [one for one, pair in pairs if unused.isdisjoint((*pair, "".join(pair)))]
         path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
-        return load(Path(folder), reference)
+        return load(Path(folder), reference)[0]
 
 
 def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> Any:
@@ -92,7 +92,7 @@ def union(base: Any, tokenizers: Sequence[Any], sizes: Sequence[int | None]) -> 
         return base
     with tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
         _save(base, folder)
-        result = load(Path(folder), "base")
+        result, _ = load(Path(folder), "base")
     result.add_tokens(new)
     result.add_tokens(special)
     return result
@@ -122,8 +122,17 @@ def saved(tokenizer: Any, source: Path | None) -> dict[str, bytes]:
 
 
 def stored(directory: Path) -> dict[str, bytes]:
-    """The tokenizer files in a directory."""
-    return {path.name: read_bytes(path) for path in tokenizer_files(directory)}
+    """The tokenizer files in a directory, to be copied."""
+    return taken(directory, tokenizer_files(directory))
+
+
+def taken(directory: Path, files: Iterable[Path]) -> dict[str, bytes]:
+    """Files of a model's directory, by name, to be copied; `ModelError` for a link out of it."""
+    found = {}
+    for file in files:
+        check_link(file, directory, directory.glob("*.safetensors"))
+        found[file.name] = read_bytes(file)
+    return found
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.chosen_rows import choose
-from mergebench.checkpoint.documents import read_bytes
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.names import is_vocabulary, layer_of
 from mergebench.checkpoint.side_files import GENERATION
@@ -52,8 +52,12 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
                     f"tokenizer: task vector '{model.reference}' has no tokens of its own",
                     "name the model it belongs to with model:",
                 )
-        tokens, files = _tokens(recipe, wanted, models)
-        changed = _remap(models, tokens)
+        loaded = [tokenizers.load(model.directory, model.reference) for model in models]
+        tokens, files = _tokens(recipe, wanted, models, [tokenizer for tokenizer, _ in loaded])
+        changed = [
+            model if remark is None else replace(model, remarks=(*model.remarks, remark))
+            for model, (_, remark) in zip(_remap(models, tokens), loaded, strict=True)
+        ]
         size = tokens.count + tokens.padding
         changes = tokenizers.with_vocab_size(models[0].config, size)
         if changes:
@@ -64,7 +68,7 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
     if template is not None and models[0].directory is not None:
         files = tokenizers.with_template(files or tokenizers.stored(models[0].directory), template)
         if source is not models[0] and source.directory is not None:  # turns end by the tokens named there
-            ends = {one.name: read_bytes(one) for one in source.directory.glob(GENERATION)}
+            ends = tokenizers.taken(source.directory, source.directory.glob(GENERATION))
             files |= ends
             remark = f"{' and '.join(['the chat template', *ends])}: those of {source.reference}"
             changed[0] = replace(changed[0], remarks=(*changed[0].remarks, remark))
@@ -72,11 +76,14 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
     return changed
 
 
-def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tuple[Tokens, dict[str, bytes] | None]:
-    """The output's tokens, and its tokenizer's files if they are not the first model's."""
+def _tokens(
+    recipe: Recipe, wanted: Vocabulary, models: Sequence[Model], loaded: Sequence[Any]
+) -> tuple[Tokens, dict[str, bytes] | None]:
+    """The output's tokens, and its tokenizer's files if they are not the first model's; loaded: the models'
+    tokenizers."""
     sizes = [_rows(model) for model in models]
-    each = [tokenizers.load(model.directory, model.reference) for model in models]
-    each[0] = base = tokenizers.without_unused(original := each[0], sizes[0], models[0].reference)
+    base = tokenizers.without_unused(original := loaded[0], sizes[0], models[0].reference)
+    each = [base, *loaded[1:]]
     vocabularies = [tokenizers.tokens_of(tokenizer) for tokenizer in each]
     place = models[0].directory
     if wanted.source == "base":
@@ -87,7 +94,7 @@ def _tokens(recipe: Recipe, wanted: Vocabulary, models: Sequence[Model]) -> tupl
         files = None if out is original else tokenizers.saved(out, place)
     else:
         place = _find(recipe, wanted.source)
-        out = tokenizers.load(place if place.is_dir() else None, wanted.source)
+        out, _ = tokenizers.load(place if place.is_dir() else None, wanted.source)
         files = tokenizers.stored(place)
     known = out.get_vocab()
     new = [token for token in wanted.tokens if token not in known]

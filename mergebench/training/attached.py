@@ -210,6 +210,8 @@ class OnTensors(Attached):
         named = {f"{name}.{part}": one for name, put in puts.items() for part, one in put.parameters.items()}
         first = {id(one): name for name, one in reversed(named.items())}
         super().__init__({name: one for name, one in named.items() if first[id(one)] == name})
+        for one in self.parameters.values():
+            one.data = one.data.to(base.network.device)
         self._puts, self._base = dict(puts), base
         for name, put in puts.items():
             change = _Changed(put)

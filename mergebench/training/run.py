@@ -21,7 +21,8 @@ from mergebench import __version__
 from mergebench.checkpoint.content import identity, sha256_of
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target, finished
 from mergebench.deltas.open import open_model
 from mergebench.engine.provenance import places_of
 from mergebench.networks.device import device_of

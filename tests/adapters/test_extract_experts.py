@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import read_model
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
-from mergebench import extract_adapter
+from mergebench import convert_adapter, extract_adapter
+from mergebench.deltas.open import open_model
 from tests.deltas.lora_models import CONFIGS
 
 
@@ -48,6 +51,23 @@ def test_experts_apart(place: Path, tmp_path: Path, size: dict[str, Any]) -> Non
         assert lost <= change and torch.equal(found[name][1], value[1]) if "experts" in name else True
         if size.get("rank") == 16 or size.get("energy") == 1.0:
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_of_a_converted_adapter(place: Path, tmp_path: Path) -> None:
+    """Each expert needs another rank; an unchanged one has none."""
+    extract_adapter(str(place / "base"), str(place / "tuned"), tmp_path / "lora", energy=1.0)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if ".experts.1." not in name}
+    save_file(kept, file)
+    convert_adapter(str(place / "base"), tmp_path / "lora", tmp_path / "out", energy=0.6)
+    ours = open_model(f"{place / 'base'}+{tmp_path / 'out'}").state_dict()
+    with warnings.catch_warnings(record=True) as said:
+        base = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
+        PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert not any("missing" in str(one.message).lower() for one in said)
+    for name, value in read_model(tmp_path / "merged").items():
+        torch.testing.assert_close(value, ours[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

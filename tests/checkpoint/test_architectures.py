@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,27 @@ def merged(out: Path, *models: Path) -> None:
     mergebench.run(mergebench.plan(mergebench.load(recipe), device="cpu", workers=1), out, overwrite=True)
 
 
+def fold(out: Path, base: Path, adapter: Path) -> None:
+    mergebench.run(mergebench.plan_fold(str(base), adapter, workers=1), out, overwrite=True)
+
+
+def outcome(
+    make: Callable[[], None], kind: Any, out: Path, wanted: dict[str, Tensor], what: str, exactly: bool
+) -> str | None:
+    """How a result that `make` writes into `out` is refused, or wrong; None if it has the wanted tensors."""
+    try:
+        make()
+    except MergebenchError as error:
+        return f"refused: {what}: {error.message} / {error.hint}"
+    except Exception as error:
+        return f"WRONG, {type(error).__name__}: {error}"
+    try:
+        wrong = differs(loaded(kind, out), wanted, exactly)
+    except ValueError as error:
+        wrong = str(error)
+    return None if wrong is None else f"WRONG, {what}: {wrong}"
+
+
 def judged(model: Any, folder: Path) -> str:
     """What becomes of an average of two models, each in one of the layouts."""
     kind = type(model)
@@ -75,18 +98,9 @@ def judged(model: Any, folder: Path) -> str:
     average = {n: (value + two[n]) / 2 if value.is_floating_point() else value for n, value in one.items()}
     names = [{*open_model(str(folder / "b" / which)).tensors} for which in (HUB, MEMORY)]
     for first, second in ((f"a/{HUB}", f"b/{MEMORY}"), (f"b/{MEMORY}", f"a/{HUB}")):
-        try:
-            merged(folder / "out", folder / first, folder / second)
-        except MergebenchError as error:
-            return f"refused: {error.message} / {error.hint}"
-        except Exception as error:
-            return f"WRONG, {type(error).__name__}: {error}"
-        try:
-            wrong = differs(loaded(kind, folder / "out"), average, exactly=True)
-        except ValueError as error:
-            wrong = str(error)
-        if wrong is not None:
-            return f"WRONG, {first} first: {wrong}"
+        make = partial(merged, folder / "out", folder / first, folder / second)
+        if (wrong := outcome(make, kind, folder / "out", average, f"{first} first", exactly=True)) is not None:
+            return wrong
     return "right, two layouts" if names[0] != names[1] else "right, one layout"
 
 
@@ -142,19 +156,9 @@ def folded(model: Any, folder: Path, **settings: Any) -> str:
         return f"PEFT does not adapt it: {type(error).__name__}: {error}"
     names = [{*open_model(str(folder / which)).tensors} for which in (HUB, MEMORY)]
     for which in (HUB, MEMORY):
-        try:
-            plan = mergebench.plan_fold(str(folder / which), folder / "lora", workers=1)
-            mergebench.run(plan, folder / "out", overwrite=True)
-        except MergebenchError as error:
-            return f"refused: {which}: {error.message} / {error.hint}"
-        except Exception as error:
-            return f"WRONG, {type(error).__name__}: {error}"
-        try:
-            wrong = differs(loaded(kind, folder / "out"), wanted, exactly=False)
-        except ValueError as error:
-            wrong = str(error)
-        if wrong is not None:
-            return f"WRONG, {which}: {wrong}"
+        make = partial(fold, folder / "out", folder / which, folder / "lora")
+        if (wrong := outcome(make, kind, folder / "out", wanted, which, exactly=False)) is not None:
+            return wrong
     return "right, two layouts" if names[0] != names[1] else "right, one layout"
 
 

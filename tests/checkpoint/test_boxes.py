@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,14 +76,23 @@ def test_random_changes(seed: int) -> None:
     part = values(Laid((value.numel(),), tuple(cut_flat(fewer.boxes, first, stop))), sources)
     assert torch.equal(part[first:stop], value.reshape(-1)[first:stop])
     assert (part[:first] == -1).all() and (part[stop:] == -1).all()
-    # the same tensor, stored whole but permuted: its sources are boxes of that
-    dims = chance.sample(range(value.ndim), value.ndim)
-    other = value.permute(dims).contiguous()
-    same = Laid(tuple(other.shape), tuple(whole(0, other.shape))).permuted([dims.index(k) for k in range(len(dims))])
+    # the same tensor in parts, each stored permuted: its sources are boxes of those
+    dim, others, parts = chance.randrange(value.ndim), dict[int, Tensor](), []
+    size = value.shape[dim]
+    ends = sorted(chance.sample(range(1, size), min(chance.choice([0, 1, 2]), size - 1)))
+    for number, (start, end) in enumerate(pairwise([0, *ends, size])):
+        dims = chance.sample(range(value.ndim), value.ndim)
+        others[number] = value.narrow(dim, start, end - start).permute(dims).contiguous()
+        stored_whole = Laid(tuple(others[number].shape), tuple(whole(number, others[number].shape)))
+        parts.append(stored_whole.permuted([dims.index(k) for k in range(len(dims))]))
     boxes: dict[int, list[Box]] = {}
-    for source, box in through(same, laid):
+    for source, box in through(joined(parts, dim), laid):
         boxes.setdefault(source, []).append(box)
     assert sum(box.numel for several in boxes.values() for box in several) == value.numel()
     for source, several in boxes.items():
-        found = values(Laid(tuple(sources[source].shape), tuple(several)), {0: other})
+        found = values(Laid(tuple(sources[source].shape), tuple(several)), others)
         assert torch.equal(found[found != -1], sources[source][found != -1])
+
+
+def test_of_no_elements_there_is_no_box() -> None:
+    assert whole(0, (0, 3)) == []

@@ -39,6 +39,7 @@ UNSAID = [
     {"hidden_act": "swish", "sliding_window": 131072, "head_dim": 2},
     {"torch_dtype": "float16", "dtype": "bfloat16", "use_cache": False, "_name_or_path": "x", "pad_token_id": 7},
     {"transformers_version": "4", "architectures": ["X"], "attention_dropout": 0.1, "max_position_embeddings": 9},
+    {"rope_parameters": "damaged", "rope_scaling": [1]},
     {"id2label": {"0": "a"}, "initializer_range": 0.1, "attention_bias": True, "quantization_config": {"bits": 4}},
 ]
 
@@ -96,6 +97,23 @@ def test_other_heads_over_the_same_matrices_are_refused(folder: Path, changes: d
     with pytest.raises(ModelError, match=f"b cuts the same matrices into other heads than a: .*{next(iter(changes))}"):
         planned()
     assert len(planned(exclude=["*attn*"]).alignment.merged) == 2  # the way out
+
+
+def test_parts_of_models_of_other_types_are_compared(folder: Path) -> None:
+    """Their language models, not what stands around them."""
+    for name, heads in (("a", 4), ("b", 2)):
+        part = {**CONFIG, "model_type": f"text_{name}", "num_attention_heads": heads}
+        config = {"model_type": f"vision_{name}", "text_config": part, "num_attention_heads": 4}
+        (folder / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"same matrices into other heads .*: num_attention_heads 2 against 4"):
+        planned()
+
+
+def test_a_task_vectors_config_says_nothing_of_its_numbers(folder: Path) -> None:
+    mergebench.task_vector("b", "a", folder / "vector")
+    changes = {"hidden_act": "relu", "num_attention_heads": 2}
+    (folder / "vector" / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert planned(merge_method="task_arithmetic", base_model="a", models=[{"task_vector": "vector"}]).merge.notes == ()
 
 
 def test_slices_compare_every_model_with_the_first(folder: Path) -> None:

@@ -111,7 +111,7 @@ OWN = {  # what reads no file that another program may have written
     "cli/streams.py": "/dev/null",
     "engine/machine.py": "the kernel's files",
     "engine/worker.py": "the kernel's files",
-    "checkpoint/staging.py": "the kernel's list of mounts",
+    "checkpoint/target.py": "the kernel's list of mounts",
     "checkpoint/shards.py": "files being written",
     "editing/neurons.py": "files being written",
     "editing/probes/feature_cache.py": "files being written",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import mergebench
 from mergebench.adapters.extract import extract_adapter
+from mergebench.checkpoint.naming import index_of, module_folders
 from mergebench.deltas.open import open_model
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RunError
 from mergebench.networks.module import build
 from mergebench.networks.verify import verify
 from mergebench.systems import pela
@@ -87,6 +88,7 @@ READ = {  # what lies there, in the order of its writing: stem, which tensors, s
     "open_clip beside transformers": [("open_clip_model", TUNED, 1, ""), ("model", BASE, 1, "")],
     "a file beside transformers' shards": [("model", BASE, 1, ""), ("model", TUNED, 2, "")],
     "a file beside diffusers' shards": [(DIFFUSERS, TUNED, 1, ""), (DIFFUSERS, BASE, 2, "")],
+    "Mistral's file beside transformers' shards": [("consolidated", TUNED, 1, ""), ("model", BASE, 2, "")],
     "another name": [("pytorch_model", BASE, 1, "")],
     "one of one": [("model-00001-of-00001", BASE, 1, "")],
 }
@@ -103,11 +105,65 @@ def test_which_files_are_the_model(tmp_path: Path, case: str) -> None:
     assert opened.naming.stem == (DIFFUSERS if diffusers else "model")
 
 
-def test_two_models_in_one_directory(tmp_path: Path) -> None:
-    under(tmp_path, "one", BASE)
-    under(tmp_path, "other", BASE)
-    with pytest.raises(ModelError, match=r"2 \.safetensors files and no model\.safetensors\.index\.json"):
+NO_MODEL = {  # files, and what is said of them
+    "two models": (["one.safetensors", "other.safetensors"], "2 .safetensors files and no", "name the file that is"),
+    "a pipeline": (
+        ["model_index.json", "vae/model.safetensors", "unet/x.safetensors"],
+        "no .safet",
+        "{0}/unet, {0}/vae",
+    ),
+    "an encoder in a folder": (["modules.json", "0_Transformer/model.safetensors"], "no .safet", "{0}/0_Transformer"),
+    "FSDP": (["pytorch_model_fsdp_0/__0_0.distcp"], "no .safet", "accelerate merge-weights"),
+    "DeepSpeed": (["latest", "global_step5/mp_rank_00_model_states.pt"], "no .safet", "zero_to_fp32.py"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODEL)
+def test_a_directory_that_is_no_model_is_told_the_way_out(tmp_path: Path, case: str) -> None:
+    files, says, hint = NO_MODEL[case]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("[]")
+    with pytest.raises(ModelError) as caught:
         open_model(str(tmp_path))
+    assert says in caught.value.message and hint.format(tmp_path) in (caught.value.hint or "")
+
+
+def test_shards_in_another_folder_than_their_index(tmp_path: Path) -> None:
+    under(tmp_path / "weights", "model", BASE, 2)
+    index = json.loads((tmp_path / "weights" / INDEX).read_text())
+    placed = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(RunError) as caught:
+        open_model(str(tmp_path))
+    assert "'weights/model-00001-of-00002.safetensors', which is outside" in caught.value.message
+    assert caught.value.hint == "put the shards beside the index, and their bare names into it"
+
+
+def test_variants_in_shards_beside_each_other(tmp_path: Path) -> None:
+    """Neither index is the model's; the files are too many to be one."""
+    for variant in ("fp16", "bf16"):
+        under(tmp_path, f"{DIFFUSERS}.{variant}", BASE, 2, f"{DIFFUSERS}.safetensors.index.{variant}.json")
+    with pytest.raises(ModelError, match=r"4 \.safetensors files and no model\.safetensors\.index\.json"):
+        open_model(str(tmp_path))
+
+
+def test_which_index_belongs_to_a_shard() -> None:
+    assert index_of("model-00001-of-00002.safetensors") == "model.safetensors.index.json"
+    assert index_of(f"{DIFFUSERS}-100000-of-100001.safetensors") == f"{DIFFUSERS}.safetensors.index.json"
+    assert index_of("other.safetensors") == "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("listed", ["not JSON", "{}", '[{"path": 1}]', '["a"]'])
+def test_a_damaged_list_of_modules_names_none(tmp_path: Path, listed: str) -> None:
+    (tmp_path / "modules.json").write_text(listed)
+    assert module_folders(tmp_path) == ()
+
+
+def test_modules_lie_in_the_models_directory(tmp_path: Path) -> None:
+    paths = ["", "1_Dense", "a/2_Dense", "1_Dense/", "../other", "a/../../other", "/etc"]
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    assert module_folders(tmp_path) == ("1_Dense", "a/2_Dense")
 
 
 def test_the_index_is_the_list_of_tensors(tmp_path: Path) -> None:

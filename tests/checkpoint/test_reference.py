@@ -23,3 +23,11 @@ def test_a_pattern_is_no_reference_and_not_looked_up_on_the_hub(
         locate("org/model-?")
     assert caught.value.hint == "a reference names one model, no pattern"
     assert locate("out/[x]*").checkpoint == Path("out/[x]*")
+
+
+def test_a_directory_called_tilde_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("~", "home"):
+        Path(name).mkdir()
+    assert [locate(text).checkpoint.resolve() for text in ("./~", "~")] == [tmp_path / "~", tmp_path / "home"]

@@ -119,7 +119,7 @@ def test_the_file_has_its_size_from_the_start(tmp_path: Path) -> None:
     """A full disk shows when a shard is begun; the bytes not written yet are zeros."""
     shard = Shard("x", (OutTensor("a", "F32", (1000,), 4000),))
     create(tmp_path / "x", shard)
-    assert (tmp_path / "x").stat().st_size == len(shard.header()) + 4000
+    assert (tmp_path / "x").stat().st_size == len(shard.header) + 4000
     assert (tmp_path / "x").stat().st_blocks * 512 >= 4000
     assert torch.equal(load_file(tmp_path / "x")["a"], torch.zeros(1000))
 

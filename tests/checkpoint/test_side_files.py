@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import mergebench
 from mergebench.checkpoint.content import Contents, identity, tokenizer_hash
 from mergebench.checkpoint.reference import HUB_FILES
-from mergebench.checkpoint.side_files import copy_side_files, decisive_files, tokenizer_files
+from mergebench.checkpoint.side_files import copy_side_files, decisive_files, side_files, tokenizer_files
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
 from tests.conftest import Cli
@@ -78,7 +79,7 @@ STAY = {
     "whole folders": ["checkpoint-5/", "eval/", "onnx/", "original/"],
 }
 INSIDE = ["checkpoint-5/model.safetensors", "checkpoint-5/modeling_x.py", "eval/scores.json", "onnx/model.onnx"]
-INSIDE += ["onnx/config.json", "original/consolidated.00.pth", "original/params.json"]
+INSIDE += ["onnx/config.json", "original/consolidated.00.pth", "original/params.json", "original/code/model.py"]
 UNSAID = ["README.md", "mergebench.json", "evaluation.json", ".cache/x.json", "__pycache__/x.py"]
 UNSAID += ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
 LIST = [{"path": ""}, {"path": "1_Pooling"}, {"path": "sub/2_Dense"}, {"path": "3_Normalize"}, {"path": "../other"}]
@@ -94,11 +95,13 @@ def test_what_goes_along(model: Path, tmp_path: Path) -> None:
     write_model(model / "sub/2_Dense", {"linear.weight": torch.ones(2, 2)}, config=None)
     write_model(tmp_path / "other", {"linear.weight": torch.ones(2, 2)})
     (model / "linked").symlink_to(tmp_path / "other")
+    (model / "linked_code").symlink_to(model / "layers")
+    os.mkfifo(model / "pipe.json")
     (tmp_path / "out").mkdir()
     done = copy_side_files(open_model(str(model)), tmp_path / "out", None)
     along = sorted([*ALONG, *TOKENIZER, *DECISIVE, *OTHERS])
     assert sorted(done["side_files"]) == along
-    assert sorted(done["left_behind"]) == sorted([*stays, "linked/"])
+    assert sorted(done["left_behind"]) == sorted([*stays, "linked/", "linked_code/", "pipe.json"])
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in written) == along
     assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in along)
@@ -132,6 +135,21 @@ def test_a_config_of_transformers_names_the_type(tmp_path: Path, config: dict[st
     (tmp_path / "out").mkdir()
     copy_side_files(model, tmp_path / "out", "BF16")
     assert ("dtype" in json.loads((tmp_path / "out/config.json").read_text())) == names
+
+
+@pytest.mark.parametrize(
+    ("keys", "written"),
+    [(["torch_dtype"], "torch_dtype"), (["torch_dtype", "dtype"], "dtype"), (["dtype"], "dtype"), ([], "dtype")],
+)
+def test_the_key_that_names_the_type(tmp_path: Path, keys: list[str], written: str) -> None:
+    """Older programs read torch_dtype, and newer ones either."""
+    config = {"model_type": "llama", **dict.fromkeys(keys, "float32")}
+    model = open_model(str(write_model(tmp_path / "model", tiny_tensors(), config=config)))
+    (tmp_path / "out").mkdir()
+    copy_side_files(model, tmp_path / "out", "BF16")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert [key for key, value in found.items() if value == "bfloat16"] == [written]
+    assert found.keys() == {"model_type", *keys, written}
 
 
 def test_what_counts(model: Path) -> None:
@@ -171,9 +189,35 @@ def test_links(model: Path, tmp_path: Path) -> None:
     blob.write_text("word")
     (snapshot / "vocab.txt").symlink_to("../../blobs/abc")
     assert "vocab.txt" in copy_side_files(open_model(str(snapshot)), tmp_path / "out", None)["side_files"]
-    (snapshot / "notes.txt").symlink_to("../../../../elsewhere.txt")
+    (tmp_path / "blobs").mkdir()
+    elsewhere = elsewhere.rename(tmp_path / "blobs/elsewhere.txt")  # of no hub cache
+    (snapshot / "notes.txt").symlink_to("../../../../blobs/elsewhere.txt")
     with pytest.raises(ModelError, match=r"notes.txt: a link out of"):
         copy_side_files(open_model(str(snapshot)), tmp_path / "out", None)
+
+
+def test_a_directory_of_links(model: Path, tmp_path: Path) -> None:
+    """`ln -s DIR/* .`: what stands beside the weights under the same name may be copied, nothing else."""
+    (model / ".env").write_text("a secret")
+    farm, out = tmp_path / "farm", tmp_path / "out"
+    for place in (farm, out):
+        place.mkdir()
+    for file in model.iterdir():
+        (farm / file.name).symlink_to(file)
+    (farm / ".env").unlink()
+    assert copy_side_files(open_model(str(farm)), out, None)["side_files"] == side_files(open_model(str(model))).copied
+    assert all((out / name).read_bytes() == (model / name).read_bytes() for name in TOKENIZER)
+    (tmp_path / "elsewhere/model").mkdir(parents=True)
+    (tmp_path / "elsewhere/config.json").write_text('{"auths": "a secret"}')
+    secrets = {"vocab.txt": ".env", "merges.txt": "notes.txt", "config.json": "../elsewhere/config.json"}
+    for name, secret in secrets.items():
+        (farm / name).unlink()
+        (farm / name).symlink_to(model / secret)
+        with pytest.raises(ModelError, match=rf"{name}: a link out of the model's directory") as caught:
+            side_files(open_model(str(farm)))
+        assert caught.value.hint == f"put the file itself there, or link to the {name} beside the weights"
+        (farm / name).unlink()
+        (farm / name).symlink_to(model / name)
 
 
 def test_a_link_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
@@ -183,4 +227,10 @@ def test_a_link_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
     planned = mergebench.plan(mergebench.load({"merge_method": "linear", "models": [{"model": str(model)}]}))
     with pytest.raises(ModelError, match=r"vocab.txt: a link out of"):
         mergebench.run(planned, tmp_path / "out")
+    large = write_model(tmp_path / "large", {"layers.0.weight": torch.randn(16, 16)})
+    (large / "vocab.txt").symlink_to("../elsewhere.txt")
+    work: list[int] = []
+    with pytest.raises(ModelError, match=r"vocab.txt: a link out of"):
+        mergebench.compress(str(large), tmp_path / "out", ratio=2, progress=lambda *done: work.append(1))
+    assert not work
     assert not (tmp_path / ".out.partial").exists()

@@ -131,7 +131,7 @@ def test_stdout_is_the_result(base: Tensors, cli: Cli) -> None:
     code, out, err = cli("merge", "recipe.yaml", "--out", "out")
     assert (code, out) == (0, "out\n")
     assert re.fullmatch(
-        r"ties: 2 models, 0\.0 M elements, 2 sweeps, [\d.]+ kB to read\n"
+        r"ties: 2 models, 0\.0 M elements, 1 sweep, [\d.]+ kB to read\n"
         r"kept at or above the thresholds: ft1 4\d\.\d\d%, ft2 4\d\.\d\d%\n"
         r"wrote out in \d+\.\d s, peak memory \d+ MB\n",
         err,
@@ -282,24 +282,24 @@ LORA = 2 * 16 * 4  # bytes of an adapter's factors
 
 
 @pytest.mark.parametrize(
-    "method, more, sweeps, read",
+    "method, more, passes, sweeps, read",
     [
-        ("linear", {"base": None}, 1, FT1 + FT2 + STEPS),
-        ("linear", {}, 1, FT1 + FT2 + STEPS),  # a base that is not listed is not read
-        ("linear", {"models": ["base", "ft1"]}, 1, BASE + FT1 + STEPS),
-        ("slerp", {"base": None, "parameters": {"t": 0.5}}, 2, 2 * (FT1 + FT2) + STEPS),
-        ("task_arithmetic", {}, 1, BASE + FT1 + FT2 + STEPS),
-        ("ties", {"parameters": {"density": 0.5}}, 2, 2 * (BASE + FT1 + FT2) + STEPS),
-        ("ties", {"parameters": {"density": 1}}, 1, BASE + FT1 + FT2 + STEPS),
-        ("pcb", {}, 3, 3 * (BASE + FT1 + FT2) + STEPS),
-        ("pcb", {"models": ["base+lora", "ft1"]}, 3, 3 * (BASE + FT1 + LORA) + STEPS),
-        ("task_arithmetic", {"models": ["base+lora"]}, 1, BASE + LORA + STEPS),
-        ("pcb", {"models": ["base+lora"]}, 3, BASE + 3 * LORA + STEPS),  # of a low-rank difference, its factors
-        ("task_arithmetic", {"exclude": ["layers.*"]}, 1, BASE + (FT1 + FT2) * 91 // FLOATS + STEPS),
+        ("linear", {"base": None}, 0, 1, FT1 + FT2 + STEPS),
+        ("linear", {}, 0, 1, FT1 + FT2 + STEPS),  # a base that is not listed is not read
+        ("linear", {"models": ["base", "ft1"]}, 0, 1, BASE + FT1 + STEPS),
+        ("slerp", {"base": None, "parameters": {"t": 0.5}}, 1, 1, FT1 + FT2 + STEPS),  # of one tile: asked in passing
+        ("task_arithmetic", {}, 0, 1, BASE + FT1 + FT2 + STEPS),
+        ("ties", {"parameters": {"density": 0.5}}, 1, 1, BASE + FT1 + FT2 + STEPS),
+        ("ties", {"parameters": {"density": 1}}, 0, 1, BASE + FT1 + FT2 + STEPS),
+        ("pcb", {}, 2, 3, 3 * (BASE + FT1 + FT2) + STEPS),
+        ("pcb", {"models": ["base+lora", "ft1"]}, 2, 3, 3 * (BASE + FT1 + LORA) + STEPS),
+        ("task_arithmetic", {"models": ["base+lora"]}, 0, 1, BASE + LORA + STEPS),
+        ("pcb", {"models": ["base+lora"]}, 2, 3, BASE + 3 * LORA + STEPS),  # of a low-rank difference, its factors
+        ("task_arithmetic", {"exclude": ["layers.*"]}, 0, 1, BASE + (FT1 + FT2) * 91 // FLOATS + STEPS),
     ],
 )
 def test_the_numbers_of_a_plan(
-    base: Tensors, cli: Cli, method: str, more: dict[str, Any], sweeps: int, read: int
+    base: Tensors, cli: Cli, method: str, more: dict[str, Any], passes: int, sweeps: int, read: int
 ) -> None:
     adapter(Path("lora"))
     recipe(method, **more)
@@ -309,7 +309,7 @@ def test_the_numbers_of_a_plan(
     excluded = "exclude" in more
     size = FLOATS * (2 if method in ("linear", "slerp") and "models" not in more and "base" in more else 4) + STEPS
     assert found["method"] == method
-    assert (found["sweeps"], found["passes"]) == (sweeps, sweeps - 1)
+    assert (found["sweeps"], found["passes"]) == (sweeps, passes)
     assert (found["merged_tensors"], found["copied_tensors"]) == ((2, 5) if excluded else (6, 1))
     assert found["elements"] == (91 if excluded else FLOATS)
     assert found["bytes_read"] == read
@@ -349,8 +349,8 @@ def test_plan_in_words(base: Tensors, cli: Cli) -> None:
     assert words["base"] == "base" and words["model"] == "ft2"
     assert words["merged"] == "6 tensors, 0.00 M elements"
     assert words["copied"] == "1 tensors from the base"
-    assert words["passes"] == "1 question, 2 sweeps"
-    assert words["read"] == f"{(2 * (BASE + FT1 + FT2) + STEPS) / 1000:.3g} kB"
+    assert words["passes"] == "1 question, 1 sweeps"
+    assert words["read"] == f"{(BASE + FT1 + FT2 + STEPS) / 1000:.3g} kB"
     assert words["write"] == f"{BASE + STEPS} B in 1 file to merged/recipe"
     assert words["disk"].endswith("GB free")
     assert re.fullmatch(r"\d+ MiB of 400 MiB, beside about 300 MB for torch", words["memory"])

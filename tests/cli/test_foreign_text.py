@@ -142,14 +142,14 @@ def lines() -> dict[tuple[str, ...], list[list[str]]]:
         ("probe", "fit"): [["--model", f"no{CODES}", "--data", "items.jsonl", "--out", f"{CODES}.safetensors"]],
         ("cil", "run"): [["cil.yaml"]],
         ("cil", "eval"): [[f"bank{CODES}"]],
-        ("methods",): [[CODES]],
+        ("methods",): [[CODES], []],
         ("doctor",): [[CODES]],
     }  # fmt: skip
 
 
-# these need a bank, a search or texts that a model was run on; what they print goes through the same functions
+# these need a bank, a search, texts that a model was run on, or time; what they print goes through the same functions
 ONLY_ERRORS = {
-    ("adapters", "retrieve"), ("search",), ("probe", "fit"), ("cil", "run"), ("cil", "eval"), ("methods",), ("doctor",),
+    ("adapters", "retrieve"), ("search",), ("probe", "fit"), ("cil", "run"), ("cil", "eval"), ("doctor",),
 }  # fmt: skip
 
 

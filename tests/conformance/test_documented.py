@@ -231,7 +231,7 @@ ELSEWHERE = {
     "adapters convert": "tests/adapters/test_convert.py::test_from_the_command_line",
     "adapters truncate": "tests/adapters/test_truncate.py::test_from_the_command_line",
     "dimension": "tests/systems/test_dimension.py::test_the_command",
-    "train": "tests/training/test_run.py::test_the_command_prints_the_table_and_what_to_name",
+    "train": "tests/training/test_training_run.py::test_the_command_prints_the_table_and_what_to_name",
     "side init": "tests/systems/test_lst.py::test_the_command",
     "compress": "tests/systems/pela/test_factoring.py::test_from_the_command_line",
     "compress expand": "tests/systems/pela/test_factoring.py::test_from_the_command_line",

@@ -187,6 +187,26 @@ def test_a_model_runs_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(built) == 7
 
 
+def test_features_belong_to_tokens(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files read by another tokenizer are other texts to the model; a note says whose tokens they are."""
+    with open("d.jsonl", "a") as file:
+        file.write(json.dumps({"text": "cafe\u0301 dog", "label": 0}) + "\n")  # whose accent that class joins to the e
+    named = Path("m/tokenizer_config.json")
+    named.write_text(json.dumps(json.loads(named.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    fit = ["probe", "fit", "--model", "m", "--data", "d.jsonl", "--out", "p.safetensors", "--overwrite"]
+    with monkeypatch.context() as patched:
+        its_class = transformers.AutoTokenizer.from_pretrained
+        patched.setattr("mergebench.networks.tokenizer.load", lambda place, name: (its_class(place), None))
+        patched.setattr("mergebench.networks.network.load_tokenizer", lambda place, name: (its_class(place), None))
+        assert "note:" not in cli(*fit).err
+    done = cli(*fit)
+    kept = cli(*fit)  # from the folder
+    note = "note: m: transformers' Qwen2Tokenizer gives other tokens than tokenizer.json; the file is used\n"
+    assert done.err.startswith(note) and kept.err.startswith(note)
+    assert len(list(Path("results/features").iterdir())) == 2
+    assert read_probe("p.safetensors").sha256 == mergebench.fit_probe("m", "d.jsonl", "q.safetensors").sha256
+
+
 def test_threads_and_batches_do_not_matter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = mergebench.fit_probe("m", "d.jsonl", "a.safetensors")
     torch.set_num_threads(3)
@@ -200,7 +220,7 @@ def test_killed_and_run_again(place: Path, server: Server) -> None:
     """After kill -9 in the middle nothing half is taken for whole, and the next run gives what one run gives."""
     fit = ["probe", "fit", "--model", "m", "--data", "d.jsonl", "--out", "p.safetensors", "--json"]
     wanted = mergebench.fit_probe("m", "d.jsonl", "wanted.safetensors")
-    assert server.run(*fit, folder=place, die_at=28)[0] < 0
+    assert server.run(*fit, folder=place, die_at=31)[0] < 0
     (left,) = Path("results/features").iterdir()
     assert left.name.endswith(".partial")
     assert len(list(left.glob("*.npy"))) > 1

@@ -147,6 +147,8 @@ DATA = [
     ("", "data.jsonl: it holds no items", "one JSON object a line"),
     ("\n \n", "data.jsonl: it holds no items", None),
     (GOOD + "{", "data.jsonl:2:2: not valid JSON", None),
+    ('id,text,label\r\n1,"a, ""b""",good\r\n', "data.jsonl:1:1: not valid JSON", "one JSON object a line"),
+    ('\ufeff"id","text"\n"1","a\nb"\n', "data.jsonl:1:5: not valid JSON", "one JSON object a line"),
     (
         GOOD + '{"id": "2", "text": "a \\ud83d b", "label": "x"}',
         "data.jsonl:2: not valid JSON: '\\ud83d' is half",
@@ -179,6 +181,8 @@ def test_strict_data(text: str, message: str, hint: str | None, place: Path, ent
 def test_lines_end_at_newlines_alone(place: Path, entry: Entry) -> None:
     """A line separator within a text is a character like any other, and a byte order mark is none."""
     Path("data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("w1", "w1 \u2028 \x85 w2").encode())
+    assert load_suite({"tasks": [entry()]}).items == 1
+    Path("data.jsonl").write_bytes(GOOD.replace("\n", "\r\n").encode() + b"\r\n")
     assert load_suite({"tasks": [entry()]}).items == 1
     Path("data.jsonl").write_bytes(GOOD.encode() + b'{"id": "\xff"}\n')
     fails(RunError, {"tasks": [entry()]}, "data.jsonl:2: not valid JSON: not UTF-8 text")

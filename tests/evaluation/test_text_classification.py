@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergebench.errors import RunError
 from mergebench.evaluation import Candidate, Record, evaluate_models, load_suite
+from mergebench.evaluation.labelled import read_texts
 from mergebench.networks.batch import batches, run_batches
 from mergebench.networks.network import Network
 from tests.evaluation.conftest import LABELS, Files, write_data, write_encoder, write_head
@@ -228,3 +230,10 @@ def test_batches(lengths: list[int], tokens: int) -> None:
     assert widths == sorted(widths, reverse=True)
     if tokens >= 50 and lengths:  # never more than twice as many batches as full ones would be
         assert len(found) <= 1 + 2 * sum(lengths) // tokens + sum(1 for _ in set(lengths))
+
+
+def test_labels_are_words_or_whole_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a", "label": 3}\n{"id": 2, "text": "b", "label": true}\n')
+    assert read_texts(tmp_path / "a.jsonl", "id", "text", "label", 8, limit=1).labels == ["3"]
+    with pytest.raises(RunError, match=r"a\.jsonl:2: label must be text, got True"):
+        read_texts(tmp_path / "a.jsonl", "id", "text", "label", 8)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 WIDTH, INNER, LAYERS, WORDS = 16, 24, 4, 40
 MODELS = ("base", "ft1", "ft2", "ft3")
+HYBRIDS = ("hybrid1", "hybrid2")  # convolutions and attention in turn
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -27,6 +28,16 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
+}
+
+HYBRID = CONFIG | {
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
+    "block_auto_adjust_ff_dim": False,
+    "conv_L_cache": 3,
+    "norm_eps": 1e-6,
+    "tie_word_embeddings": True,
 }
 
 
@@ -47,11 +58,30 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (WORDS, WIDTH)}
 
 
+def hybrid_shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of a tiny LFM2, by name."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (WORDS, WIDTH)}
+    for layer in range(LAYERS):
+        start = f"model.layers.{layer}."
+        if layer % 2:
+            for name, rows in (("q", 16), ("k", 8), ("v", 8), ("out", WIDTH)):
+                found[f"{start}self_attn.{name}_proj.weight"] = (rows, WIDTH)
+            found |= {f"{start}self_attn.{name}_layernorm.weight": (8,) for name in "qk"}
+        else:
+            found[start + "conv.conv.weight"] = (WIDTH, 1, 3)
+            found[start + "conv.in_proj.weight"] = (3 * WIDTH, WIDTH)
+            found[start + "conv.out_proj.weight"] = (WIDTH, WIDTH)
+        found |= {f"{start}feed_forward.{name}.weight": (INNER, WIDTH) for name in ("w1", "w3")}
+        found[start + "feed_forward.w2.weight"] = (WIDTH, INNER)
+        found |= {f"{start}{name}_norm.weight": (WIDTH,) for name in ("operator", "ffn")}
+    return found | {"model.embedding_norm.weight": (WIDTH,)}
+
+
 def tensors(model: str) -> dict[str, NDArray[np.float32]]:
     """A model's tensors: the base's from one seed, a fine-tune's a tenth as large a step away from it."""
-    number = MODELS.index(model)
+    number = (MODELS + HYBRIDS).index(model)
     made = {}
-    for place, (name, shape) in enumerate(shapes().items()):
+    for place, (name, shape) in enumerate((hybrid_shapes() if model in HYBRIDS else shapes()).items()):
         base = np.random.Generator(np.random.PCG64([0, place])).standard_normal(shape).astype(np.float32)
         if number:
             step = np.random.Generator(np.random.PCG64([number, place])).standard_normal(shape).astype(np.float32)
@@ -64,10 +94,12 @@ def write_models(folder: Path) -> None:
     """Put every model into `folder`, each in a directory of its own."""
     from safetensors.numpy import save_file
 
-    for model in MODELS:
+    for model in MODELS + HYBRIDS:
         (folder / model).mkdir(parents=True)
         save_file(tensors(model), folder / model / "model.safetensors", metadata={"format": "pt"})
-        (folder / model / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        (folder / model / "config.json").write_text(
+            json.dumps(HYBRID if model in HYBRIDS else CONFIG), encoding="utf-8"
+        )
 
 
 def _models(*entries: str) -> str:
@@ -159,5 +191,19 @@ CASES = {
         "linear",
         more="slices:\n- sources:\n  - {model: ft1, layer_range: [0, 2], parameters: {weight: 0.7}}\n"
         "  - {model: ft2, layer_range: [2, 4], parameters: {weight: 0.3}}\n",
+    ),
+    # layers of two kinds
+    "hybrid": _case(
+        "slerp",
+        base="hybrid1",
+        parameters="t: [{filter: feed_forward, value: [0, 0.3, 1]}, {value: 0.5}]",
+        more="slices:\n- sources: [{model: hybrid1, layer_range: [0, 4]}, {model: hybrid2, layer_range: [0, 4]}]\n",
+    ),
+    "hybrid-halves": _case(
+        "linear",
+        more="slices:\n- sources:\n  - {model: hybrid1, layer_range: [0, 2], parameters: {weight: 0.7}}\n"
+        "  - {model: hybrid2, layer_range: [0, 2], parameters: {weight: 0.3}}\n"
+        "- sources:\n  - {model: hybrid1, layer_range: [2, 4], parameters: {weight: 0.7}}\n"
+        "  - {model: hybrid2, layer_range: [2, 4], parameters: {weight: 0.3}}\n",
     ),
 }  # fmt: skip

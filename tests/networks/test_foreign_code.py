@@ -13,7 +13,7 @@ from models import tiny_tensors, write_model
 
 import mergebench
 from mergebench.deltas.open import open_model
-from mergebench.errors import MergebenchError
+from mergebench.errors import MergebenchError, RecipeError
 from mergebench.networks.network import Network
 from mergebench.networks.verify import verify
 
@@ -74,3 +74,23 @@ def test_architectures_of_any_shape(tmp_path: Path, names: object) -> None:
     place = write_model(tmp_path / "model", tiny_tensors(), config=config)
     with pytest.raises(MergebenchError):
         verify(place)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (None, "needs a config.json"),
+        ({"_class_name": "UNet2DConditionModel"}, "cannot load 'model': it is a UNet2DConditionModel of diffusers"),
+        ({"hidden_size": 2}, "cannot load 'model': config.json has no model_type"),
+        ({"model_type": "own"}, "cannot load 'model': it knows no model_type 'own'"),
+    ],
+)
+def test_what_cannot_be_verified_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str] | None, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model", tiny_tensors(), config=config)
+    plan = mergebench.plan(mergebench.load({"merge_method": "linear", "models": [{"model": "model"}]}))
+    with pytest.raises(RecipeError, match=f"^--verify:? .*{why}"):
+        mergebench.run(plan, "out", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

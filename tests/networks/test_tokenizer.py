@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation import Candidate, evaluate_models, load_suite
 from mergebench.networks.network import Network
-from mergebench.networks.tokenizer import load
+from mergebench.networks.tokenizer import load, tokenize
 from tests.evaluation.conftest import Files
 from tests.language import write_rows
 
@@ -63,22 +63,24 @@ def write(directory: Path, tokenizer: Tokenizer, declared: str) -> Path:
         (words, "Qwen2Tokenizer", True),
         (words, "PreTrainedTokenizerFast", False),
         (digit_groups, "Qwen2Tokenizer", True),
+        (digit_groups, "BertTokenizer", None),  # fails, without a token for what is unknown
         (digit_groups, "GPT2Tokenizer", False),
         (digit_groups, "LlamaTokenizerFast", False),  # transformers itself knows that this class is often wrong
     ],
 )
-def test_the_file_decides(made: Any, declared: str, differs: bool, tmp_path: Path) -> None:
+def test_the_file_decides(made: Any, declared: str, differs: bool | None, tmp_path: Path) -> None:
     import transformers
 
     tokenizer = made()
     found, remark = load(write(tmp_path / "a", tokenizer, declared), "a")
     assert found(TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXT, add_special_tokens=False).ids
     built = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")  # by its class
-    assert differs == (built(TEXT, add_special_tokens=False)["input_ids"] != tokenizer.encode(TEXT).ids)
+    if differs is not None:
+        assert differs == (built(TEXT, add_special_tokens=False)["input_ids"] != tokenizer.encode(TEXT).ids)
     assert found.get_vocab() == tokenizer.get_vocab()
     assert (found.bos_token_id, found.eos_token_id) == (1, 2)
     assert found.chat_template == "{{ messages }}"
-    assert (remark is not None and declared in remark) if differs else remark is None
+    assert (remark is not None and declared in remark) if differs is not False else remark is None
 
 
 def test_what_is_measured(tmp_path: Path, one_thread: None) -> None:
@@ -108,6 +110,13 @@ def test_a_text_without_tokens(tmp_path: Path) -> None:
     network = Network(Files(directory), "AutoModel", torch.device("cpu"))
     with pytest.raises(RunError, match=r"gives no token for '42'"):
         network.tokenize([TEXT, "42"], 10)
+
+
+def test_a_tokenizer_that_fails(tmp_path: Path) -> None:
+    made = Tokenizer(models.WordPiece({word: number for number, word in enumerate([*SPECIAL, "hello"])}, unk_token="?"))
+    directory = write(tmp_path / "a", made, "PreTrainedTokenizerFast")
+    with pytest.raises(ModelError, match="model 'a': its tokenizer: WordPiece error: Missing"):
+        tokenize(load(directory, "a")[0], "a", ["other"], 10)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -139,6 +139,12 @@ def test_an_excluded_tensor_needs_no_value(folder: Path) -> None:
     assert set(mergebench.plan(mergebench.load("recipe.yaml")).alignment.copied) == {"emb.weight", "norm.weight"}
 
 
+def test_whole_numbers_of_a_gradient_are_rounded(folder: Path) -> None:
+    write_recipe(Path("recipe.yaml"), "karcher", ["ft1", "ft2"], parameters={"max_iter": [0, 7]})
+    merge = mergebench.plan(mergebench.load("recipe.yaml")).merge
+    assert [merge.params_for(f"layers.{layer}.mlp.weight").max_iter for layer in range(3)] == [0, 4, 7]
+
+
 def test_explain_says_what_holds_where(folder: Path) -> None:
     weight = [{"filter": "layers", "value": [0.25, 1]}, {"value": 0.5}]
     write_recipe(Path("recipe.yaml"), "linear", ["ft1", "ft2"], parameters={"weight": weight}, exclude=["emb*"])

@@ -14,6 +14,7 @@ from models import hashes, read_model, write_model
 import mergebench
 from mergebench.errors import MergebenchError
 from mergebench.recipe.ends import comes_before
+from tests.recipe.slices import merged, recipe, source, stacked
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 import mergekit_cases
@@ -24,18 +25,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mergekit_cases.write_models(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def source(model: str, first: int, end: int, **more: Any) -> dict[str, Any]:
-    return {"model": model, "layer_range": [first, end], **more}
-
-
-def recipe(method: str, *slices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"merge_method": method, "slices": [{"sources": sources} for sources in slices], **more}
-
-
-def merged(data: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return read_model(mergebench.run(mergebench.plan(mergebench.load(data)), "out").out)
 
 
 def test_layers_are_stacked_and_the_config_says_how_many(folder: Path) -> None:
@@ -86,107 +75,6 @@ def test_a_slice_of_one_layer_takes_a_gradients_last_value(folder: Path) -> None
     name = "model.layers.2.mlp.up_proj.weight"
     assert torch.equal(read_model(folder / "ft1")[name], found[name])
     assert torch.equal(read_model(folder / "base")["model.norm.weight"], found["model.norm.weight"])
-
-
-LLAMA = ["embed_tokens.weight", "norm.weight"]
-MOE = {"model_type": "deepseek_v3", "num_hidden_layers": 4, "first_k_dense_replace": 1}
-DENSE, SPARSE = ["mlp.up_proj.weight"], ["mlp.gate.weight", "mlp.experts.0.up_proj.weight"]
-MIXED = [DENSE, SPARSE, SPARSE, SPARSE]
-
-
-def write_mixed(directory: Path, seed: int, config: dict[str, Any], kinds: list[list[str]] = MIXED) -> Path:
-    """A model with layers of more than one kind."""
-    random = torch.Generator().manual_seed(seed)
-    names = [f"model.layers.{at}.{name}" for at, kind in enumerate(kinds) for name in ["self_attn.q.weight", *kind]]
-    tensors = {name: torch.randn(4, 4, generator=random) for name in [*(f"model.{one}" for one in LLAMA), *names]}
-    return write_model(directory, tensors, config=config)
-
-
-def stacked(*ranges: tuple[str, int, int]) -> dict[str, Any]:
-    return recipe("passthrough", *([source(*one)] for one in ranges))
-
-
-def test_slices_over_all_layers_of_several_kinds_are_the_models_whole(folder: Path) -> None:
-    for seed, name in enumerate("ab"):
-        write_mixed(folder / name, seed, MOE)
-    parameters = {"t": [{"filter": "mlp", "value": [0, 0.3, 1]}, {"value": 0.5}]}
-    more = {"base_model": "a", "parameters": parameters}
-    found = merged(recipe("slerp", [source("a", 0, 4), source("b", 0, 4)], **more))
-    data = {"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}], **more}
-    whole = read_model(mergebench.run(mergebench.plan(mergebench.load(data)), "whole").out)
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in found.items())
-
-
-def test_a_count_in_the_config_follows_the_layers(folder: Path) -> None:
-    write_mixed(folder / "a", 0, MOE | {"moe_layers": [1, 2, 3]})
-    write_mixed(
-        folder / "b", 1, MOE | {"first_k_dense_replace": 2, "moe_layers": [2, 3]}, [DENSE, DENSE, SPARSE, SPARSE]
-    )
-    found = merged(stacked(("a", 0, 1), ("b", 1, 2), ("a", 1, 4)))
-    config = json.loads((folder / "out" / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["first_k_dense_replace"], config["moe_layers"]) == (5, 2, [2, 3, 4])
-    assert "model.layers.1.mlp.up_proj.weight" in found and "model.layers.2.mlp.gate.weight" in found
-
-
-JAMBA = {"model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
-NO_KEY = {"model_type": "new", "num_hidden_layers": 4}
-
-
-@pytest.mark.parametrize(
-    ("config", "ranges", "message"),
-    [
-        (MOE, [("a", 0, 4), ("a", 0, 4)], "layer 0 of a would be layer 4, another kind of layer by first_k_dense_re"),
-        (
-            JAMBA,
-            [("a", 0, 2), ("a", 1, 4)],
-            "layer 1 of a would be layer 2, another kind of layer by attn_layer_period",
-        ),
-        (JAMBA, [("a", 0, 4), ("a", 2, 4)], None),
-        (NO_KEY, [("a", 1, 4)], "layer 1 of a would be layer 0, and nothing known in config.json says"),
-        (NO_KEY, [("a", 0, 4), ("a", 2, 4)], None),
-        ({"model_type": "gemma2", "num_hidden_layers": 4}, [("a", 0, 2), ("a", 1, 4)], "by model_type: gemma2"),
-        ({"model_type": "new", "levels": 4}, [("a", 1, 3)], "nothing known in config.json says"),
-        (MOE | {"hidden_size_per_layer_input": 2}, [("a", 0, 2)], "tensors with a part for each layer"),
-    ],
-)
-def test_a_config_that_cannot_describe_the_layers(
-    folder: Path, config: dict[str, Any], ranges: list[tuple[str, int, int]], message: str | None
-) -> None:
-    kinds = [DENSE, SPARSE] * 2 if config is JAMBA else [DENSE] * 4 if "gemma2" in str(config) else MIXED
-    write_mixed(folder / "a", 0, config, kinds)
-    if message is None:
-        merged(stacked(*ranges))
-        return
-    with pytest.raises(MergebenchError) as caught:
-        mergebench.plan(mergebench.load(stacked(*ranges)))
-    assert message in caught.value.message
-
-
-def test_a_config_without_a_number_of_layers_is_noted(folder: Path) -> None:
-    write_mixed(folder / "a", 0, {"model_type": "new", "levels": 4}, [DENSE] * 4)
-    notes = mergebench.plan(mergebench.load(stacked(("a", 0, 2)))).merge.notes
-    assert notes == ("a: no known key of config.json is the number of layers: it does not say 2",)
-
-
-def test_lists_of_layers_are_those_of_the_layers_models(folder: Path) -> None:
-    config = {"model_type": "x", "num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4]}
-    write_mixed(folder / "a", 0, config | {"layer_types": ["f", "s", "s", "f"]}, [DENSE] * 4)
-    write_mixed(folder / "b", 1, config | {"layer_types": ["s", "s", "f", "f"]}, [DENSE] * 4)
-    merged(stacked(("a", 0, 2), ("b", 1, 4)))
-    written = json.loads((folder / "out" / "config.json").read_text())
-    assert written["layer_types"] == ["f", "s", "s", "f", "f"]
-    assert written["eos_token_id"] == [1, 2, 3, 4]
-    with pytest.raises(MergebenchError, match="layer 0 of a and layer 1 of b are of different kinds, by layer_types"):
-        mergebench.plan(mergebench.load(recipe("linear", [source("a", 0, 3), source("b", 1, 4)])))
-
-
-def test_sources_of_one_slice_have_equal_kinds_of_layers(folder: Path) -> None:
-    for seed, name in enumerate("ab"):
-        write_mixed(folder / name, seed, MOE)
-    what = "recipe: slices.0: layer 0 of a and layer 1 of b are of different kinds: only layer 0 of a has mlp.up_proj"
-    with pytest.raises(MergebenchError, match=what):
-        mergebench.plan(mergebench.load(recipe("linear", [source("a", 0, 3), source("b", 1, 4)])))
 
 
 @pytest.mark.parametrize("method", ["slerp", "linear", "task_arithmetic"])
@@ -243,6 +131,36 @@ def test_a_tied_head_is_not_taken_from_another_model_than_its_embedding(folder: 
     assert "lm_head.weight" not in merged(stacked(("a", 0, 1), ("b", 1, 2)))
 
 
+@pytest.mark.parametrize("apart", [False, None], ids=["config says it", "by default"])
+@pytest.mark.parametrize("twice", [False, True], ids=["stored once", "stored twice"])
+@pytest.mark.parametrize("first", ["tied", "apart"])
+def test_a_tied_model_beside_one_with_its_head_apart(folder: Path, first: str, twice: bool, apart: bool | None) -> None:
+    """The head is the last model's, which is the embedding where that ties them; config.json says that it is apart."""
+    about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4}
+    settings = json.loads((folder / "base" / "config.json").read_text()) | about
+    base = read_model(folder / "base")
+    tied = {name: value + 1 for name, value in base.items() if name != "lm_head.weight"}
+    more = {"lm_head.weight": tied["model.embed_tokens.weight"].clone()} if twice else {}
+    write_model(folder / "tied", tied | more, config=settings | {"tie_word_embeddings": True})
+    said = {} if apart is None else {"tie_word_embeddings": apart}
+    own = {"lm_head.weight": base["model.embed_tokens.weight"] * 2}
+    write_model(folder / "apart", base | own, config={k: v for k, v in settings.items() if k[:4] != "tie_"} | said)
+    models = {"tied": tied | {"lm_head.weight": tied["model.embed_tokens.weight"]}, "apart": base | own}
+    second = "apart" if first == "tied" else "tied"
+
+    found = merged(stacked((first, 0, 2), (second, 2, 4)))
+    assert torch.equal(found["lm_head.weight"], models[second]["lm_head.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], models[first]["model.embed_tokens.weight"])
+    written = json.loads((folder / "out" / "config.json").read_text())
+    assert written.get("tie_word_embeddings", apart) is (False if first == "tied" else apart)
+
+    plan = mergebench.plan(mergebench.load(recipe("linear", [source(first, 0, 4), source(second, 0, 4)])))
+    found = read_model(mergebench.run(plan, "out", overwrite=True).out)
+    for name, value in found.items():
+        torch.testing.assert_close(value, (models["tied"][name] + models["apart"][name]) / 2)
+    assert "lm_head.weight" in found and not any("tie_word" in note for note in plan.merge.notes if apart is False)
+
+
 def test_a_name_that_does_not_tell_is_noted(folder: Path) -> None:
     for seed, name in enumerate("ab"):
         tensors = {"strange": torch.full((2,), float(seed))} | {f"layers.{at}.w": torch.ones(2) for at in range(2)}
@@ -272,11 +190,28 @@ UNEQUAL = [
 ]
 
 
+def test_a_slice_with_fewer_sources_is_merged_in_a_document_of_its_own(folder: Path) -> None:
+    """As the hint says; by hand, every layer is the mean of its own sources."""
+    with pytest.raises(MergebenchError) as caught:
+        mergebench.load(recipe("linear", *UNEQUAL))
+    assert "in a document of its own" in str(caught.value.hint)
+    pair = recipe("linear", UNEQUAL[2]) | {"name": "pair"}
+    last = recipe("linear", *UNEQUAL[:2], [source("pair", 0, 2)])
+    Path("recipe.yaml").write_text(f"{json.dumps(pair)}\n---\n{json.dumps(last)}\n")
+    for stage in mergebench.load_stages("recipe.yaml", "out"):
+        found = read_model(mergebench.run(mergebench.plan(stage.recipe), stage.out).out)
+    base, first, second = (read_model(folder / name) for name in ("base", "ft1", "ft2"))
+    for name, value in found.items():
+        before = "embed" in name or ".0." in name
+        expected = (base[name] + first[name] + second[name]) / 3 if before else (first[name] + second[name]) / 2
+        torch.testing.assert_close(value, first[name] if ".1." in name else expected)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (recipe("linear", [source("ft1", 0, 9)]), "recipe: slices.0.sources.0.layer_range: ft1 has no layer 4"),
-        (recipe("linear", *UNEQUAL), "slices.2: has 2 sources, another slice has 3: give it 3, or 1"),
+        (recipe("linear", *UNEQUAL), "slices.2: has 2 sources, another slice has 3: the slices of a merge have as"),
         (recipe("ties", [source("ft1", 0, 2)], base_model="base"), "the base_model must be one of the sources"),
         (recipe("linear", [source("heap", 0, 2)]), "it has 'decoder', 'encoder'"),
         (recipe("linear", [source("nowhere", 0, 2)]), "nowhere"),

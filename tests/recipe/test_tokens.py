@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergebench
+from mergebench.checkpoint.side_files import needs_sentencepiece
 from mergebench.errors import MergebenchError, ModelError
 from mergebench.recipe.tokenizers import load
 
@@ -307,6 +308,8 @@ def test_the_union_of_equal_tokenizers_is_that_tokenizer(make: Make, models: Pat
     assert (out / "tokenizer.json").read_bytes() == (models / "base" / "tokenizer.json").read_bytes()
     tokens = 1 + len(mergekit_tokens.WORDS["base"]) + len(mergekit_tokens.ADDED["base"])
     assert len(load_file(out / "model.safetensors")[EMBEDDING]) == tokens
+    card = (out / "README.md").read_text()
+    assert all(f"{name}: transformers' Qwen2Tokenizer gives other tokens" in card for name in ("base", "left"))
 
 
 def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models: Path) -> None:
@@ -320,6 +323,15 @@ def test_a_union_keeps_the_pipeline_and_the_class_of_the_base(make: Make, models
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
 
 
+@pytest.mark.parametrize("source", ["left", "base"])
+def test_a_link_among_the_files_of_a_tokenizer_is_not_copied(make: Make, models: Path, source: str) -> None:
+    (models / "secret").write_text("a secret")
+    (models / source / "vocab_notes").symlink_to(models / "secret")
+    with pytest.raises(MergebenchError, match="vocab_notes: a link out of the model's directory"):
+        make(f"base_model: base\nmodels: [{{model: base}}, {{model: left}}]\nmerge_method: linear\n"
+             f"parameters: {{weight: 0.5}}\ntokenizer_source: {source}\n")  # fmt: skip
+
+
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="reads it")
 def test_a_sentencepiece_model_without_its_package(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
@@ -327,6 +339,12 @@ def test_a_sentencepiece_model_without_its_package(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.model is a SentencePiece model") as error:
         load(tmp_path, "one")
     assert error.value.hint == "pip install sentencepiece, or put a tokenizer.json beside it"
+
+
+def test_a_tokenizer_model_that_is_not_sentencepieces(tmp_path: Path) -> None:
+    """tiktoken's files have the same name, and are text."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert needs_sentencepiece(tmp_path) is None
 
 
 def test_a_chat_template_comes_with_what_ends_a_turn(make: Make, models: Path) -> None:

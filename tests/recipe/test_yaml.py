@@ -79,7 +79,7 @@ def test_missing_file_directory_and_text(write: Write) -> None:
         "nowhere/recipe.yaml": "nowhere/recipe.yaml: no such file",
         "folder.yaml": "folder.yaml: a directory, not a YAML file",
         "recipe.yaml/x": "recipe.yaml/x: Not a directory",
-        "a\0b": r"a\x00b: embedded null byte",
+        "a\0b": r"a\x00b: its path has a NUL character: give it another name",
         "utf8.yaml": "utf8.yaml:2:5: not UTF-8 text",
         "merge_method: linear\n": "a recipe is given as a path or a mapping, got text",
     }

@@ -7,11 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import SINGLE, fine_tuned, hashes, read_model, write_model, write_recipe
 
+import mergebench
 from mergebench import api, load, plan
 from mergebench.checkpoint.content import Contents
 from mergebench.deltas.open import open_model
@@ -60,7 +62,7 @@ CHANGES: list[Change] = [overwrite, overwrite_and_set_back, replace, take_away]
 
 
 def check_refused(planned: Plan, **how: object) -> None:
-    what = "ft/model.safetensors: (it was changed, replaced or taken away|cannot be read: No such file)"
+    what = "ft/model.safetensors: (it was changed, replaced or|its rights or links|cannot be read: No such file)"
     with pytest.raises(RunError, match=what) as error:
         api.run(planned, "out", **how)  # type: ignore[arg-type]
     assert "\n" not in error.value.message
@@ -87,6 +89,35 @@ def test_changed_while_merging(place: Path, change: Change, forked: bool, monkey
 
     check_refused(plan(load("recipe.yaml"), workers=2 if forked else 1, chunk=1024), progress=progress)
     assert not changes
+
+
+def link(file: Path) -> None:
+    os.link(file, "linked")
+
+
+def protect(file: Path) -> None:
+    file.chmod(0o444)
+
+
+@pytest.mark.parametrize("touch", [link, protect])
+def test_touched_while_merging(place: Path, touch: Change) -> None:
+    """Not to be told from other data under an old date; what is done is kept, and the result is the same."""
+    mergebench.run(plan(load("recipe.yaml")), "whole")
+    changes = [touch]
+
+    def progress(_: int) -> None:
+        journal = json.loads(Path(".out.partial/.journal.json").read_text())
+        if changes and len(journal["shards"]) == 2:
+            changes.pop()(Path("ft", SINGLE))
+
+    def merge(**how: Any) -> Path:
+        return api.run(plan(load("recipe.yaml"), workers=1, chunk=1024, shard_size=17_000), "out", **how).out
+
+    with pytest.raises(RunError, match="its rights or links were changed after its header was read, or") as error:
+        merge(progress=progress)
+    assert "--resume" in str(error.value.hint)
+    out = merge(resume=True)
+    assert all(torch.equal(value, read_model(Path("whole"))[name]) for name, value in read_model(out).items())
 
 
 def test_a_reader_notices(place: Path) -> None:

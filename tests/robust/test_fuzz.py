@@ -24,7 +24,8 @@ from mergebench.checkpoint.align import align
 from mergebench.checkpoint.content import Contents
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.side_files import copy_side_files
-from mergebench.checkpoint.staging import PROVENANCE, Staging, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import PROVENANCE, finished
 from mergebench.cli.inspect import _architecture
 from mergebench.cli.patch import _title
 from mergebench.deltas.formats.compressed import read_record

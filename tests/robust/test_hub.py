@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,10 @@ def test_snapshots_of_links(tmp_path: Path, hub: Hub, base: dict[str, torch.Tens
 
 
 def test_not_in_the_cache(tmp_path: Path, hub: Hub, shell: Cli) -> None:
-    started = time.monotonic()
     code, out, err = shell("inspect", "org/name", cwd=tmp_path, **hub.environment)
     assert (code, out) == (3, "")
     assert err.startswith("error: model 'org/name': neither a local path nor in the hub cache")
     assert len(err.splitlines()) == 2
-    assert time.monotonic() - started < 10
 
 
 def test_part_of_it_is_in_the_cache(tmp_path: Path, hub: Hub, base: dict[str, torch.Tensor], shell: Cli) -> None:

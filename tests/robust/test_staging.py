@@ -15,10 +15,13 @@ import pytest
 import torch
 from models import SINGLE, fine_tuned, hashes, write_model, write_recipe
 
+import mergebench
 from mergebench import api, load, plan
 from mergebench.adapters import extract_adapter
+from mergebench.checkpoint.content import put
 from mergebench.checkpoint.files import copy_file, write_atomically
-from mergebench.checkpoint.staging import finished, scratch, sealed
+from mergebench.checkpoint.staging import scratch, sealed
+from mergebench.checkpoint.target import finished
 from mergebench.errors import DiskFull, MergebenchError, RecipeError, RunError
 from mergebench.evaluation.search.history import held
 from mergebench.recipe import tokenizers
@@ -182,6 +185,15 @@ def test_a_delta_file_is_no_directory(place: Path, cli: Cli) -> None:
         assert done.code == 2 and "it is, holds or lies in the input" in done.err
 
 
+def test_a_file_in_the_place_of_a_link_that_leads_nowhere(place: Path, cli: Cli) -> None:
+    """To itself, or to what is not there: the file takes the link's place."""
+    for out, target in (("a.safetensors", "a.safetensors"), ("b.safetensors", "nowhere")):
+        Path(out).symlink_to(target)
+        assert cli("mask", "magnitude", "base", "--smallest", "50%", "--out", out, "-q") == (0, f"{out}\n", "")
+        assert Path(out).is_file() and not Path(out).is_symlink()
+    assert not Path("nowhere").exists()
+
+
 SHAPES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a list": lambda found: [found],
     "version": lambda found: found | {"mergebench": 1},
@@ -223,6 +235,42 @@ def test_a_search_that_was_killed_before_its_first_point(place: Path) -> None:
     (folder / "mine.txt").write_text("years of work")
     with pytest.raises(RecipeError, match="holds no search"), held(folder, resume=True, overwrite=False):
         pass
+
+
+# -- paths that no file has, and links where a file will be ------------------------------------------
+
+NUL = "a\0b"
+PATHS: dict[str, Callable[[], Any]] = {
+    "recipe": lambda: load(NUL),
+    "model": lambda: plan(load({"merge_method": "passthrough", "models": [{"model": NUL}]})),
+    "delta": lambda: plan(load({"merge_method": "passthrough", "models": [{"model": f"base+{NUL}"}]})),
+    "patch": lambda: api.plan_patch("base", NUL),
+    "probe": lambda: mergebench.read_probe(NUL),
+    "suite": lambda: mergebench.measure(NUL, ["base"]),
+    "data": lambda: mergebench.fit_probe("base", NUL, "p.safetensors"),
+    "out": lambda: merge("recipe.yaml", NUL),
+    "out, a file": lambda: mergebench.fit_probe("base", "d.jsonl", f"{NUL}.safetensors"),
+    "out, a vector": lambda: api.task_vector("ft", "base", NUL),
+    "out, an adapter": lambda: extract_adapter("base", "ft", NUL, rank=2),
+    "out, a search": lambda: held(Path(NUL), resume=False, overwrite=False).__enter__(),
+    "results": lambda: put(Path(NUL), "x.json", {}),
+}
+
+
+@pytest.mark.parametrize("what", PATHS)
+def test_a_nul_character_in_a_path(place: Path, what: str) -> None:
+    with pytest.raises(MergebenchError, match=r"a\\x00b"):
+        PATHS[what]()
+
+
+def test_a_link_at_an_unfinished_file_is_not_followed(place: Path) -> None:
+    Path("mine.txt").write_text("years of work")
+    for part in (".x.json.part", f".y.json.{os.getpid()}.part"):
+        Path(part).symlink_to("mine.txt")
+    write_atomically(place / "x.json", "new")
+    put(place, "y.json", {})
+    assert Path("mine.txt").read_text() == "years of work"
+    assert not Path("x.json").is_symlink() and not Path("y.json").is_symlink()
 
 
 # -- what there is not enough of ---------------------------------------------------------------------

@@ -20,13 +20,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
 
 from mergebench import deltas as kinds
-from mergebench.checkpoint.documents import parse_json
+from mergebench.checkpoint.documents import complaint, parse_json
 from mergebench.checkpoint.files import DTYPE_NAME, Files, part_of
 from mergebench.checkpoint.format import Base, Deltas, delta_format
 from mergebench.checkpoint.header import Header, TensorInfo, damaged, read_header
@@ -93,6 +93,12 @@ class DeltaFile:
         if name in self.turned and info.shape:
             settings["columns"] = info.shape[-1]
         kind = kinds.get(entry.kind)
+        for setting, sort in get_type_hints(kind.parts).items():
+            if setting in settings and sort in (bool, int, float, str):
+                fault = complaint(settings[setting], sort, f"{name}: {setting}")
+                if fault is not None:
+                    raise damaged(self.file, fault)
+                settings[setting] = sort(settings[setting])  # of whole numbers, torch takes small ones alone
         try:
             if not info.is_float:
                 raise Misfit(f"{entry.kind} changes floats")

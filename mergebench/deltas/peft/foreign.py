@@ -16,11 +16,15 @@ _FORMATS = (
     ("LoRA factors of an older diffusers", re.compile(r"[._]lora(_linear_layer)?\.(down|up)\.weight$")),
     ("LyCORIS factors", re.compile(r"\.(hada_w[12]_[ab]|hada_t[12]|lokr_(w[12](_[ab])?|t2)|oft_(blocks|diag)|glora)")),
 )
+_WORDS = ("base_model.model.", "lora", "hada_", "lokr_", "oft_")  # one of them is in whatever a pattern finds
 _BESIDE = re.compile(r"\.(alpha|dora_scale|diff|diff_b|scale|rescale|bias)$")  # in such files, but of any
 
 
 def foreign_format(names: Collection[str]) -> str | None:
     """What a file with tensors of these names holds, if it is an adapter: most of them are an adapter's."""
+    listed = "\n".join(names)
+    if not any(word in listed for word in _WORDS):
+        return None
     for what, pattern in _FORMATS:
         own = sum(bool(pattern.search(name)) for name in names)
         if own and 2 * (own + sum(bool(_BESIDE.search(name)) for name in names)) > len(names):

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.align import Ties, untied
+from mergebench.checkpoint.architecture import Facts
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.names import layer_of
 from mergebench.deltas.peft.directory import CONFIG
 from mergebench.deltas.peft.names import Placing
 from mergebench.deltas.replaced_rows import replaced_rows
@@ -56,11 +58,12 @@ def _rows(module: str, wanted: Any) -> list[int] | None:
 
 def with_aliases(base: Base, names: Iterable[str]) -> Base:
     """The base with the heads that an adapter changes, where the base has them only as aliases of its embedding."""
-    added, ties = {}, Ties(base)
+    added: dict[str, TensorInfo] = {}
+    ties, facts = Ties(base), Facts(base.config, base.tensors)
     for name in names:
-        tensor = None if name in base.tensors else ties.tensor(name)
-        if tensor is not None:
-            added[name] = tensor._replace(name=name)
+        if name not in base.tensors and _is_tied(base) and layer_of(name) is None:
+            target = ties.target(name) or facts.aliases.get(name)
+            added |= {} if target is None else {name: base.tensors[target]._replace(name=name)}
     return base._replace(tensors={**base.tensors, **added}) if added else base
 
 
@@ -76,6 +79,9 @@ def untie(
         return {}, {}
     added = {name: info for name, info in with_heads.tensors.items() if name not in base.tensors}
     pairs, apart = _ties(with_heads), False
+    facts = Facts(base.config, base.tensors)
+    if any(layer_of(name) is None and delta.replacement is None for name, delta in deltas.items()):
+        pairs |= {name: of for name, of in facts.aliases.items() if len(base.tensors[of].shape) == 2}
     for name in deltas:
         if _EMBEDDING.search(name) and name not in pairs.values():  # the head is not stored
             head = _head(directory, base, name)
@@ -95,7 +101,8 @@ def untie(
         apart = True
     if not apart:
         return added, {}
-    ties = Ties(base)
+    ties, others = Ties(base), {name: of for name, of in facts.aliases.items() if name not in base.tensors}
+    added = {name: base.tensors[of]._replace(name=name) for name, of in others.items()} | added  # none is tied any more
     for head in pairs:  # its bias may be an alias as well
         bias = f"{head.removesuffix('weight')}bias"
         tensor = None if bias in base.tensors else ties.tensor(bias)

@@ -1,8 +1,8 @@
 """Features of texts at every layer of a model, cached on disk, so that the model runs once for all layers.
 
-One `.npy` file a layer, [texts, width] float32, in a folder named by a hash of everything they depend on: the model and
-its tokenizer, the texts, the pooling, the sort of device, the versions of the libraries. The folder gets its name when
-all files are complete.
+One `.npy` file a layer, [texts, width] float32, in a folder named by a hash of everything they depend on: the model,
+the texts' tokens, the pooling, the sort of device, the versions of the libraries. The folder gets its name when all
+files are complete.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from mergebench.checkpoint.content import Contents
 from mergebench.checkpoint.files import write_error
 from mergebench.checkpoint.staging import Staging
 from mergebench.editing.probes.layers import PRE, Reading, State, every_state, pooling, stream
+from mergebench.networks import tokenizer
 from mergebench.networks.device import versions
-from mergebench.networks.features import Texts, scatter
+from mergebench.networks.features import scatter
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
 
@@ -60,26 +61,28 @@ class Keeper:
 
     def __init__(self, model: Model, reading: Reading, device: torch.device, results: Path) -> None:
         self.model, self.reading, self.device, self.results = model, reading, device, results
+        self._tokenizer, self.remark = tokenizer.load(model.side_directory, model.reference)
 
-    def features(self, texts: Texts, tick: Tick) -> Features:
-        """The features of these texts, already cut as `reading` says; `RecipeError` if the model has no such layer."""
+    def features(self, texts: list[str], tick: Tick) -> Features:
+        """The features of these texts; `RecipeError` if the model has no such layer."""
         content = Contents(self.results).of_model(self.model)
-        made_of = [content, texts.key, self.reading.pool, self.device.type, versions()]
+        tokens = tokenizer.tokenize(self._tokenizer, self.model.reference, texts, self.reading.max_length)
+        made_of = [content, tokens, self.reading.pool, self.device.type, versions()]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:40]
         found = Features(self.results / "features" / key)
         if found.whole(len(texts)):
             tick(len(texts))
         else:
-            self._make(texts, found.folder, tick)
+            self._make(tokens, found.folder, tick)
         self.reading.state(found.depth)
         return found
 
-    def _make(self, texts: Texts, folder: Path, tick: Tick) -> None:
+    def _make(self, tokens: list[list[int]], folder: Path, tick: Tick) -> None:
         network = Network(self.model, "AutoModel", self.device)
         self.reading.state(len(network.blocks))  # fails before hours of work
-        tokens, states = texts.tokens(network), every_state(network)
+        states = every_state(network)
         with Staging(folder, "", resume=False) as staging:
-            shape = (len(texts), network.hidden)
+            shape = (len(tokens), network.hidden)
             arrays = [_create(staging.directory / f"{state}.npy", shape) for state in states]
 
             def keep(group: list[int], part: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from mergebench.checkpoint.content import identity, sha256_of, tokenizer_hash
 from mergebench.checkpoint.files import write_error
-from mergebench.checkpoint.staging import check_file
+from mergebench.checkpoint.target import check_file
 from mergebench.deltas.open import open_model
 from mergebench.editing.probes import classifier
 from mergebench.editing.probes.classifier import Array, Validated
@@ -26,7 +26,6 @@ from mergebench.editing.probes.probe import Probe
 from mergebench.editing.probes.settings import Settings
 from mergebench.errors import RecipeError, RunError, out_of_memory
 from mergebench.networks.device import device_of, versions
-from mergebench.networks.features import Texts
 from mergebench.parameters import parameters_of
 from mergebench.plugins import need
 
@@ -77,7 +76,8 @@ def fit_probe(
     except OSError as error:
         raise write_error(target, error) from None
     with tempfile.TemporaryDirectory(prefix="mergebench-") if results is None else nullcontext(results) as folder:
-        features = _features(Keeper(opened, reading, device_of(device), Path(folder)), texts, progress)
+        keeper = Keeper(opened, reading, device_of(device), Path(folder))
+        features = _features(keeper, texts, progress)
         depth = features.depth
         wanted = range(depth + 1) if layer == "all" else [reading.layer % (depth + 1)]
         states = {number: replace(reading, layer=number).state(depth) for number in wanted}
@@ -113,6 +113,7 @@ def fit_probe(
         "cv_majority": _majority(y),
         "C": found[best].strength,
         "versions": {**versions(), "scikit-learn": sklearn},
+        "notes": [] if keeper.remark is None else [f"{opened.reference}: {keeper.remark}"],
     }
     if layer == "all":
         about["layers"] = [
@@ -184,7 +185,7 @@ def _apart(learnt: Labelled, tested: Labelled) -> tuple[Array, Array]:
     return both[: len(learnt.texts)], both[len(learnt.texts) :]
 
 
-def _features(keeper: Keeper, texts: Sequence[str], progress: Progress) -> Features:
+def _features(keeper: Keeper, texts: list[str], progress: Progress) -> Features:
     done = 0
 
     def tick(items: int) -> None:
@@ -193,7 +194,7 @@ def _features(keeper: Keeper, texts: Sequence[str], progress: Progress) -> Featu
         progress("reading texts", done, len(texts))
 
     try:
-        return keeper.features(Texts(texts, keeper.reading.max_length), tick)
+        return keeper.features(texts, tick)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergebench.checkpoint.documents import document
-from mergebench.checkpoint.staging import PROVENANCE, is_provenance
+from mergebench.checkpoint.target import PROVENANCE, is_provenance
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.page import profile
 from mergebench.evaluation.page.profile import Profile

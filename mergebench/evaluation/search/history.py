@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict
 
 from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
+from mergebench.checkpoint.target import target_of
 from mergebench.errors import RecipeError, RunError
 
 FAILED = 1e300
@@ -139,6 +140,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 @contextmanager
 def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Lock the folder of a search for this process; files of an earlier search are kept or deleted."""
+    target_of(folder)
     try:
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"{folder}: it exists and is not a directory", "choose another --out")

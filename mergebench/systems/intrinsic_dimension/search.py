@@ -20,7 +20,8 @@ from typing import Any
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import listed
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target, finished
 from mergebench.deltas.open import open_model
 from mergebench.engine.provenance import places_of
 from mergebench.errors import ModelError, RecipeError

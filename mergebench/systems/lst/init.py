@@ -24,7 +24,8 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import ShardFiles, lay_out
 from mergebench.checkpoint.side_files import CONFIG_DTYPE, copy_side_files
-from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target, finished
 from mergebench.checkpoint.values import Values
 from mergebench.deltas.open import open_model
 from mergebench.engine.plan import SHARD_SIZE

@@ -37,6 +37,7 @@ class Inferred:
     answers: Answers
     retrieval: Retrieval
     encodings: int  # runs of the encoder over one item
+    notes: list[str]  # for the user, about the tokenizer
 
     def items(self) -> list[dict[str, Any]]:
         """For each: id, the label answered, the adapter it was answered with, and the path there.
@@ -123,7 +124,7 @@ def infer(
     seen = Seen(found, encoder, data.inputs, tick)
     answers = mos(found, last, seen, torch.arange(len(data.rows)))
     assert answers.retrieval is not None
-    return Inferred(found, last, data, answers, answers.retrieval, seen.asked)
+    return Inferred(found, last, data, answers, answers.retrieval, seen.asked, encoder.network.remarks)
 
 
 def open_encoder(bank: Bank, device: torch.device, backbone: str | None = None) -> Encoder:

@@ -21,7 +21,8 @@ import mergebench
 from mergebench.checkpoint.content import Contents, sha256_of
 from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.staging import Staging, check_target, finished
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_target, finished
 from mergebench.deltas.open import open_model
 from mergebench.errors import RunError, out_of_memory
 from mergebench.networks.device import device_of, versions
@@ -90,6 +91,8 @@ def run_sequence(
                 raise
             what = f"model '{model.reference}': out of memory at {work.what}"
             raise RunError(what, "a smaller batch takes less; what is learnt is kept for --resume") from None
+        for remark in work.encoder.network.remarks:
+            say(f"note: {remark}")
         found = {
             "mergebench": mergebench.__version__,
             "config": asdict(config),

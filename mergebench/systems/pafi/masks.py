@@ -7,6 +7,7 @@ mask serves every task, so that tasks keep their values alone (`adapters extract
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -137,7 +138,7 @@ def _fisher(file: str, base: Model) -> Model:
 
 
 def _check_out(out: Path, headers: Sequence[Any], overwrite: bool) -> None:
-    if out.resolve() in {header.file.resolve() for header in headers}:
+    if os.path.realpath(out) in {os.path.realpath(header.file) for header in headers}:
         raise RecipeError(f"{out}: it is an input", "choose another --out")
     if out.exists():
         try:

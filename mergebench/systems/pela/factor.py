@@ -26,8 +26,9 @@ from mergebench.checkpoint.header import ITEM_SIZE, read_header
 from mergebench.checkpoint.model import FACTORS, Model
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, ShardFiles, described, lay_out, write_shard
-from mergebench.checkpoint.side_files import CONFIG_DTYPE, copy_side_files
-from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.checkpoint.side_files import CONFIG_DTYPE, copy_side_files, side_files
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target, finished
 from mergebench.checkpoint.values import Values
 from mergebench.deltas.formats.compressed import RECORD, names
 from mergebench.deltas.open import open_model
@@ -107,6 +108,7 @@ def compress(
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Result(out, done, already_done=True)
     check_target(out, places_of([source]), overwrite)
+    beside = side_files(source)
     check_room(out, _at_most(job))
     with Staging(out, fingerprint, resume) as staging, Files() as files, torch.inference_mode():
         source.settle(files)
@@ -116,7 +118,7 @@ def compress(
             staging.resumable = False
             raise _nothing(job)
         shards = _gather(job, values, staging, entries)
-        beside = _side_files(job, shards, staging)
+        copied = copy_side_files(source, staging.directory, _only_type(shards), beside)
         before = {name: info.numel * ITEM_SIZE[info.stored_dtype] for name, info in source.tensors.items()}
         about = {
             "mergebench": __version__,
@@ -130,7 +132,7 @@ def compress(
             **about,
             "command": "compress",
             "kinds": record.summary(before, entries, shards),
-            **beside,
+            **copied,
             "inputs": inputs_of([source], hash_inputs=False),
             "fingerprint": fingerprint,
         }
@@ -262,12 +264,13 @@ def _gather(job: _Job, values: Values, staging: Staging, entries: Mapping[str, A
     return shards
 
 
-def _side_files(job: _Job, shards: Sequence[Shard], staging: Staging) -> dict[str, list[str]]:
+def _only_type(shards: Sequence[Shard]) -> str | None:
+    """The type of all floats, if they have one that a config names."""
     floats = {
         tensor.dtype for shard in shards for tensor in shard.tensors if TORCH_DTYPE[tensor.dtype].is_floating_point
     }
     kind = floats.pop() if len(floats) == 1 else None
-    return copy_side_files(job.model, staging.directory, kind if kind in CONFIG_DTYPE else None)
+    return kind if kind in CONFIG_DTYPE else None
 
 
 def _write_record(job: _Job, staging: Staging, entries: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -17,8 +17,9 @@ from mergebench.checkpoint.files import Files, whole, write_error
 from mergebench.checkpoint.header import FLOATS, TensorInfo
 from mergebench.checkpoint.model import VECTOR, Model, open_checkpoint
 from mergebench.checkpoint.shards import ShardFiles, lay_out
-from mergebench.checkpoint.side_files import copy_side_files
-from mergebench.checkpoint.staging import Staging, check_room, check_target, finished
+from mergebench.checkpoint.side_files import copy_side_files, side_files
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import check_room, check_target, finished
 from mergebench.deltas.formats.compressed import RECORD, names, read_record
 from mergebench.engine.plan import SHARD_SIZE
 from mergebench.engine.provenance import inputs_of, places_of
@@ -63,6 +64,7 @@ def expand(
     if resume and done is not None and done.get("fingerprint") == fingerprint:
         return Result(out, done, already_done=True)
     check_target(out, places_of([model]), overwrite)
+    beside = side_files(model)
     infos, source = _dense(model, pairs, in_out)
     shards = lay_out(infos, {info.name: info.dtype for info in infos}, SHARD_SIZE, naming=model.naming)
     if made.get("task_vector"):
@@ -87,7 +89,7 @@ def expand(
 
         write_shards(staging, shards, put)
         try:
-            beside = copy_side_files(model, staging.directory, None)
+            copied = copy_side_files(model, staging.directory, None, beside)
         except OSError as error:
             raise write_error(staging.directory, error) from None
         provenance: dict[str, Any] = {
@@ -98,7 +100,7 @@ def expand(
             "task_vector": bool(made.get("task_vector")),
             "multiplied": len(pairs),
             "copied": len(infos) - len(pairs),
-            **beside,
+            **copied,
             "inputs": inputs_of([model], hash_inputs=False),
             "fingerprint": fingerprint,
         }

@@ -16,7 +16,8 @@ from mergebench.checkpoint.files import Files, copy_file, whole, write_atomicall
 from mergebench.checkpoint.mismatch import few
 from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.checkpoint.side_files import check_link
-from mergebench.checkpoint.staging import PROVENANCE, Staging, check_target
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import PROVENANCE, check_target
 from mergebench.deltas.formats.native import METADATA, is_delta_file, read_file
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import CONFIG, is_adapter
@@ -98,7 +99,7 @@ def _copy_directory(patch: Path, place: Path, new: str) -> list[str]:
     """The files of a PEFT directory, a head beside it too; the config with the new base's name."""
     for file in sorted(patch.iterdir()):
         if file.is_file() and file.name not in {*_OURS, CONFIG}:
-            check_link(file, patch)
+            check_link(file, patch, patch.glob("*.safetensors"))
             copy_file(file, place / file.name)
     config = document(patch / CONFIG) | {"base_model_name_or_path": new}
     config |= {"revision": None} if "revision" in config else {}  # the old base's

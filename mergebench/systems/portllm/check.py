@@ -232,7 +232,7 @@ def _tokens(opened: Opened) -> str:
     if tokenizer_hash(new) == tokenizer_hash(old):
         return "the same tokenizer files"
     try:
-        before, after = (tokenizers.tokens_of(tokenizers.load(place, str(place))) for place in (old, new))
+        before, after = (tokenizers.tokens_of(tokenizers.load(place, str(place))[0]) for place in (old, new))
     except ModelError as error:
         return f"not compared: {error.message}"
     same = sum(after.get(token) == row for token, row in before.items())

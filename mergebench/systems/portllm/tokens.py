@@ -37,7 +37,7 @@ def under_new_tokens(
     if not resized and (None in places or len({tokenizer_hash(place) for place in places if place is not None}) == 1):
         return list(models), []
     try:
-        vocabularies = [tokenizers.tokens_of(tokenizers.load(model.directory, model.reference)) for model in every]
+        vocabularies = [tokenizers.tokens_of(tokenizers.load(model.directory, model.reference)[0]) for model in every]
     except ModelError as error:
         if not resized:
             return list(models), []  # nothing to compare, and nothing that shows a difference
