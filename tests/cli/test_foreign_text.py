@@ -98,6 +98,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "head": f"enc{CODES}/head.safetensors",
     }
     Path("suite.yaml").write_text(json.dumps({"tasks": [task]}))
+    rows = [row | {"label": (CODES, HTML)[number % 2]} for number, row in enumerate(rows)]
+    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {"kind": "text-classification", "train": "some.jsonl"}
+    Path("train.yaml").write_text(json.dumps({"model": f"enc{CODES}", "delta": "head", "task": training, "lr": 0.1}))
     Path("cil.yaml").write_text(json.dumps({"backbone": CODES, CODES: 1}))
     save_file({name: one.abs() for name, one in base.items()}, Path("fisher.safetensors"))
     return tmp_path
@@ -136,6 +140,9 @@ def lines() -> dict[tuple[str, ...], list[list[str]]]:
         ("compress", "expand"): [[f"small{CODES}", "--out", f"large{CODES}"]],
         ("port",): [[LORA, "--old", BASE, "--new", ONE, "--out", f"ported{CODES}"], [LORA, *CHECK]],
         ("eval",): [["suite.yaml", f"enc{CODES}", "--out", f"scores{CODES}"], ["suite.yaml", f"no{CODES}"]],
+        ("train",): [["train.yaml", "--out", f"trained{CODES}"], ["strange.yaml"], [f"no{CODES}"]],
+        ("dimension",): [["train.yaml", "--out", f"trained{CODES}"], [f"no{CODES}"]],
+        ("side", "init"): [["--base", f"no{CODES}", "--out", f"side{CODES}"], ["--base", BASE, "--out", "side"]],
         ("compare",): [[old, new], [old, f"no{CODES}"]],
         ("search",): [["recipe.yaml", "--over", CODES]],
         ("report",): [[f"scores{CODES}"], [f"merged{CODES}"]],
@@ -150,6 +157,7 @@ def lines() -> dict[tuple[str, ...], list[list[str]]]:
 # these need a bank, a search, texts that a model was run on, or time; what they print goes through the same functions
 ONLY_ERRORS = {
     ("adapters", "retrieve"), ("search",), ("probe", "fit"), ("cil", "run"), ("cil", "eval"), ("doctor",),
+    ("dimension",), ("side", "init"),
 }  # fmt: skip
 
 

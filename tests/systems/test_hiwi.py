@@ -35,7 +35,8 @@ def roberta_base() -> Base:
         ).requires_grad_(False)
     places = {f"{path}.{name}": [(child, name)] for path, child in module.named_modules() for name in child._parameters}
     places = {name: place for name, place in places.items() if getattr(*place[0]) is not None}
-    network: Any = SimpleNamespace(module=module, backbone=module, places=places, name="roberta-base")
+    about = {"name": "roberta-base", "device": torch.device("cpu")}
+    network: Any = SimpleNamespace(module=module, backbone=module, places=places, **about)
     network.blocks = Network.blocks.fget(network)  # type: ignore[attr-defined]
     return Base(SimpleNamespace(reference="roberta-base"), network, torch.Generator())  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ from mergebench import __version__
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, listed
 from mergebench.checkpoint.content import identity, sha256_of
-from mergebench.checkpoint.documents import NotJSON, parse_json
+from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import DTYPE_NAME, Files, write_atomically
 from mergebench.checkpoint.header import ITEM_SIZE
 from mergebench.checkpoint.model import Model
@@ -143,8 +143,8 @@ def pruned(values: Values, name: str, cut: Cut) -> Iterator[Tensor]:
 def read_side(place: Path) -> dict[str, Any]:
     """side.json of what `side_init` wrote; `ModelError` if there is none."""
     try:
-        found: dict[str, Any] = parse_json((place / SIDE).read_bytes(), dict[str, Any])
-    except (OSError, NotJSON):
+        found: dict[str, Any] = read_json(place / SIDE, dict[str, Any])
+    except (OSError, ValueError):
         raise ModelError(
             f"{place}: no readable {SIDE} in it", "a side network is what `mergebench side init` wrote"
         ) from None

@@ -173,7 +173,7 @@ def student_of(folder: Path, **terms: Any) -> tuple[Student, Loss, Network]:
         teachers.append(Network(open_model(reference), "AutoModel", torch.device("cpu")))
         return teachers[-1]
 
-    setup = Setup(base.model, base.network, student.task, 0, open_other, student.attached)
+    setup = Setup(base.model, base.network, student.task, 0, open_other, lambda _: {}, student.attached)
     loss = distil(setup, Terms(teacher=str(folder / "base"), **terms))
     assert isinstance(loss, Loss)
     return student.eval(), loss, teachers[0]
