@@ -66,7 +66,8 @@ def legend(runs: Sequence[Run]) -> str:
 
 def table(runs: Sequence[Run]) -> str:
     """The table as Markdown."""
-    rows = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *lines(runs)]
+    named = [[markdown.escape(first), *cells] for first, *cells in lines(runs)]
+    rows = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *named]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
