@@ -82,6 +82,7 @@ class Method:
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
     optional_base: bool  # without a base, the weights themselves are the task vectors
     base_counts: bool  # a base counts as a model even if it is not listed
+    keeps_base: bool  # what no model changed stays the base's
     params: type
     parameters: Mapping[str, Parameter]
     bases: Bases | None  # for a method on matrices that may run in the models' own bases
@@ -142,6 +143,7 @@ def merge_method(
     models: int | None = None,
     optional_base: bool = False,
     base_counts: bool = False,
+    keeps_base: bool = False,
     bases: Bases | None = None,
     exempt: Mapping[Identity, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
@@ -154,9 +156,11 @@ def merge_method(
     element by element. `workspace`: the most bytes the method needs beside a whole chunk, by shape, number of models
     and parameters. `scope`: the default scope of its statistics. `models`: the number of models it takes.
     `optional_base`: without a base, the weights themselves are merged. `base_counts`: a base that is not listed counts
-    as one more model. `bases`: with cut "tensor", the method may run in the models' own bases. `exempt`: identities
-    that do not hold by definition, and why: `one model` (a single model comes out unchanged), `equal models` (so do
-    equal models with weights that add up to one), `order` (of the models, with their weights).
+    as one more model. `keeps_base`: a chunk of zero task vectors gives zeros, of either sign, whatever the parameters
+    and the answers; so the engine copies what no model changed. `bases`: with cut "tensor", the method may run in the
+    models' own bases. `exempt`: identities that do not hold by definition, and why: `one model` (a single model comes
+    out unchanged), `equal models` (so do equal models with weights that add up to one), `order` (of the models, with
+    their weights).
     """
 
     def declare(function: Callable[..., Any]) -> Method:
@@ -177,6 +181,7 @@ def merge_method(
             models=models,
             optional_base=optional_base,
             base_counts=base_counts,
+            keeps_base=keeps_base,
             params=params,
             parameters=parameters_of(params),
             bases=bases,

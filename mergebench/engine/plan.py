@@ -120,15 +120,27 @@ class Plan:
         return {}
 
     def _way(self, name: str) -> tuple[Any, ...] | None:
-        merge, operands = self.merge, self.operands[name]
-        base = merge.reference.tensors[name]
-        stored = [base, *(one.stored for one in operands if one.stored is not None)]
+        merge = self.merge
         apart = merge.method.gives == "deltas" or (merge.scope == "model" and not self.blind)
-        apart = apart or name in merge.reference.deltas or any(one.deltas for one in operands)
-        if apart or any(info.made is not None or info.dtype in FP8 for info in stored):
+        if apart or not self._is_plain(name):
             return None
-        rows = [(one.stored and one.stored.dtype, one.base) for one in operands]
-        return (merge.params_for(name), self.dtypes[name], base.dtype, *rows)
+        rows = [(one.stored and one.stored.dtype, one.base) for one in self.operands[name]]
+        return (merge.params_for(name), self.dtypes[name], merge.reference.tensors[name].dtype, *rows)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether base and models hold a merged tensor in files as it is: no deltas, no scales, no other layout."""
+        reference, operands = self.merge.reference, self.operands[name]
+        stored = [reference.tensors[name], *(one.stored for one in operands if one.stored is not None)]
+        folded = name in reference.deltas or any(one.deltas for one in operands)
+        return not folded and all(info.made is None and info.dtype not in FP8 for info in stored)
+
+    def keeps(self, name: str) -> bool:
+        """Whether elements of a merged tensor that models and base store as the same bytes come out as the base's;
+        not where the method still has to be asked, since its answers are recorded."""
+        own, merge = self.merge.reference.tensors[name].dtype, self.merge
+        alike = own != "F64" and self._is_plain(name) and self.sweeps_to_ask(name) == self.asked[name]
+        ways = {(one.stored.dtype, one.base) for one in self.operands[name] if one.stored is not None}
+        return merge.onto_base and merge.method.keeps_base and alike and ways <= {(own, -1)}
 
     def base_of(self, name: str) -> tuple[TensorInfo, tuple[Delta, ...]]:
         """The tensor that the base's values are read from, and the deltas on top."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from mergebench.engine.plan import Plan
 from mergebench.engine.span import Span
 
 BASE = -1  # the base's number among the models
+PROBE = 1 << 11  # elements compared before the whole chunk: nearly all chunks with a change have one here
 
 
 class ChunkReader:
@@ -52,6 +54,23 @@ class ChunkReader:
             self._fill(pieces, values[:, at:stop], base[at:stop], at, apply)
             at = stop
         return values, base
+
+    def unchanged(self, spans: Sequence[Span]) -> Tensor | None:
+        """The chunk as the base stores it, until the next chunk is read, if all models store the same bytes; None if a
+        model changed something, or if there is a -0, which may become +0 when zero is added. For `Plan.keeps`."""
+        infos = self.plan.merge.reference.tensors
+        dtype = TORCH_DTYPE[infos[spans[0].tensor].dtype]
+        raw = self._raw.numpy().view(f"i{dtype.itemsize}")
+        for pieces in ([spans[0]._replace(stop=min(spans[0].start + PROBE, spans[0].stop))], spans):
+            end = self._read([infos[one.tensor] for one in pieces], pieces, 0, dtype)
+            base, model = raw[: end // dtype.itemsize], raw[end // dtype.itemsize : 2 * end // dtype.itemsize]
+            for operands in zip(*(self.plan.operands[one.tensor] for one in pieces), strict=True):
+                tensors = [one.stored for one in operands if one.stored is not None]
+                if tensors:
+                    self._read(tensors, pieces, end, dtype)
+                    if not np.array_equal(base, model):
+                        return None
+        return None if (base == np.iinfo(base.dtype).min).any() else self._raw[:end].view(dtype)
 
     def _fill(self, pieces: Sequence[Span], values: Tensor, base: Tensor, column: int, apply: bool) -> None:
         """Pieces of tensors that are alike, `column` of the chunk onwards. Models stored in the same way share the

@@ -145,16 +145,19 @@ class Worker:
 
     def _merged(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> tuple[Tensor, Sequence[Tensor]]:
         """The merged chunk in its stored type; for tasks, the vector, and the masks as bits."""
-        values, base = self.reader.load(item.spans, apply=True, alike=True)
         masks: Sequence[Tensor] = ()
-        parts = self._finish(item, values, units, known, found)
-        merged = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if isinstance(merged, Tasks):
-            bits = np.packbits(merged.masks.cpu().numpy(), axis=1, bitorder="little")
-            merged, masks = merged.vector, torch.from_numpy(bits).unbind()
-        if self.plan.merge.onto_base:
-            merged = merged + base
-        dtype = self.plan.dtypes[item.spans[0].tensor]
+        name = item.spans[0].tensor
+        merged = self.reader.unchanged(item.spans) if self.plan.keeps(name) else None
+        if merged is None:
+            values, base = self.reader.load(item.spans, apply=True, alike=True)
+            parts = self._finish(item, values, units, known, found)
+            merged = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if isinstance(merged, Tasks):
+                bits = np.packbits(merged.masks.cpu().numpy(), axis=1, bitorder="little")
+                merged, masks = merged.vector, torch.from_numpy(bits).unbind()
+            if self.plan.merge.onto_base:
+                merged = merged + base
+        dtype = self.plan.dtypes[name]
         stored = merged.to(TORCH_DTYPE[dtype])
         if not math.isfinite(stored.sum(dtype=torch.float32)):
             self._check_stored(item, stored, dtype)

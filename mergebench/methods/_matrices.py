@@ -35,4 +35,4 @@ def mean(tvs: Tensor) -> Tensor:
     return total(tvs) / len(tvs)
 
 
-matrix_method = partial(merge_method, takes="task_vectors", cut="tensor", whole=is_matrix)
+matrix_method = partial(merge_method, takes="task_vectors", keeps_base=True, cut="tensor", whole=is_matrix)

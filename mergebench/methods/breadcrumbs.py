@@ -27,7 +27,7 @@ class Params:
     normalize: bool = param(False, "divide by the sum of the weights")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2312.06795")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2312.06795")
 def breadcrumbs(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop the largest elements, then the smallest until `density` is kept; add up the rest.
 

@@ -8,7 +8,7 @@ from mergebench.methods.breadcrumbs import Params, between_outliers_and_noise
 from mergebench.methods.ties import elect_and_merge
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2312.06795")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2312.06795")
 def breadcrumbs_ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop the largest elements, then the smallest until `density` is kept; elect signs, add up those that agree.
 

@@ -23,6 +23,7 @@ class Params:
 
 @merge_method(
     takes="task_vectors",
+    keeps_base=True,
     paper="arXiv:2405.07813",
     exempt={"equal models": "it gives the sum of the task vectors, not their mean"},
 )

@@ -22,7 +22,7 @@ class Params:
     rescale: bool = param(True, "divide what is kept by the density")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2311.03099")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2311.03099")
 def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, rescale the rest by 1/density, add them up.
 

@@ -9,7 +9,7 @@ from mergebench.methods.dare_linear import Params, drop_and_rescale
 from mergebench.methods.ties import elect_and_merge
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2311.03099")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2311.03099")
 def dare_ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, rescale the rest by 1/density, elect signs, add up those that agree.
 

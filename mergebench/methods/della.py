@@ -16,7 +16,7 @@ class Params(della_linear.Params):
     normalize: bool = param(True, "divide by the sum of the weights that agree")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2406.11617", cut="row")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2406.11617", cut="row")
 def della(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, the smallest of a row most often, rescale, elect signs, average those that agree.
 

@@ -27,7 +27,7 @@ class Params:
     rescale: bool = param(True, "divide what is kept by its probability to be")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2406.11617", cut="row")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2406.11617", cut="row")
 def della_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, the smallest of a row most often, rescale the rest, add them up.
 

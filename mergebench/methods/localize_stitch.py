@@ -18,7 +18,7 @@ class Params:
     density: PerModel = param(0.05, "share of elements kept", above=0, high=1, per_model=True)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2408.13656", scope="model")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2408.13656", scope="model")
 def localize_stitch(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Keep each model's largest elements, average them where several models have some: sum m_i tau_i / sum m_i.
 

@@ -18,7 +18,7 @@ class Params:
     lambda_: float = param(1.0, "factor on the merged task vector")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2407.06322")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2407.06322")
 def magmax(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """For each element the change of largest magnitude among the models: theta_0 + lambda tau.
 

@@ -21,7 +21,9 @@ class Params:
     filter_wise: bool = param(False, "an angle for each row instead of each tensor")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2403.19522", cut=lambda p: "row" if p.filter_wise else "element")
+@merge_method(
+    takes="task_vectors", keeps_base=True, paper="arXiv:2403.19522", cut=lambda p: "row" if p.filter_wise else "element"
+)
 def model_stock(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Base plus t times the mean task vector, t = N cos / (1 + (N-1) cos), cos the mean over all pairs.
 

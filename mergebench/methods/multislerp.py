@@ -24,7 +24,12 @@ class Params:
     eps: float = param(1e-8, "added to lengths before dividing by them", above=0)
 
 
-@merge_method(takes="task_vectors", paper="goddard.blog/posts/multislerp-wow-what-a-cool-idea", optional_base=True)
+@merge_method(
+    takes="task_vectors",
+    keeps_base=True,
+    paper="goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    optional_base=True,
+)
 def multislerp(values: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Average the models' directions, at their average length: sum w_i |x_i| m, m along sum w_i x_i / |x_i|.
 

@@ -16,6 +16,7 @@ class Params:
 
 @merge_method(
     takes="task_vectors",
+    keeps_base=True,
     paper="huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
     models=1,
     exempt={"one model": "an element moves by t at most"},

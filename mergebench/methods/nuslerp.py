@@ -28,7 +28,9 @@ def piece(p: Params) -> Cut:
     return "element" if p.nuslerp_flatten else "tensor" if p.nuslerp_row_wise else "row"
 
 
-@merge_method(takes="task_vectors", paper="doi:10.1145/325334.325242", cut=piece, models=2, optional_base=True)
+@merge_method(
+    takes="task_vectors", keeps_base=True, paper="doi:10.1145/325334.325242", cut=piece, models=2, optional_base=True
+)
 def nuslerp(values: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Interpolate along the arc between two models (with a base: between their task vectors).
 

@@ -27,7 +27,9 @@ class Params:
     clip: float | None = param(None, "share winsorised at each end (default: the variant's own)", low=0, high=0.49)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2410.02396", scope="model", exempt={"equal models": FACTORS})
+@merge_method(
+    takes="task_vectors", keeps_base=True, paper="arXiv:2410.02396", scope="model", exempt={"equal models": FACTORS}
+)
 def pcb(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Let parameters compete within and across tasks, drop the losers, average the rest by their scores.
 

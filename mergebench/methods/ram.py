@@ -18,7 +18,7 @@ class Params:
     epsilon: float = param(1e-5, "magnitude above which a model has touched an element", low=0)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2601.13572")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2601.13572")
 def ram(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Average each element over the models that touched it: sum m_i tau_i / sum m_i, m_i = |tau_i| > epsilon.
 

@@ -22,7 +22,7 @@ class Params:
     alpha: float = param(0.2, "the largest ratio that counts", low=0)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2601.13572")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2601.13572")
 def ramplus_tl(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Average the elements that several models touched, scale up those that one did.
 

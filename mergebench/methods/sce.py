@@ -22,7 +22,7 @@ class Params:
     select_topk: float = param(1.0, "share of the elements that differ between models kept", above=0, high=1)
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2408.07990")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2408.07990")
 def sce(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Select where models vary most, weigh each model by its mean square there, erase the minority signs.
 

@@ -18,7 +18,7 @@ class Params:
     normalize: bool = param(False, "divide by the sum of the weights")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2212.04089")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2212.04089")
 def task_arithmetic(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Base plus the weighted sum of task vectors: theta_0 + lambda sum w_i tau_i.
 

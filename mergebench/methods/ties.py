@@ -24,7 +24,7 @@ class Params:
     normalize: bool = param(True, "divide by the sum of the weights that agree")
 
 
-@merge_method(takes="task_vectors", paper="arXiv:2306.01708")
+@merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2306.01708")
 def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Keep the largest elements, elect a sign for each, average those that agree with it.
 
