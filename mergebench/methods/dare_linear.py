@@ -12,6 +12,8 @@ from mergebench.engine.method import Passes, TaskVectors, merge_method
 from mergebench.methods.linear import normalized
 from mergebench.parameters import PerModel, param
 
+NEVER = 2.0**-33  # a share that no draw reaches; one above a smaller share may lie beyond float32
+
 
 @dataclass(frozen=True)
 class Params:
@@ -36,4 +38,4 @@ def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
 def drop_and_rescale(tvs: Tensor, density: PerModel, rescale: bool, ctx: Context) -> Tensor:
     """m * tau / density with m ~ Bernoulli(density) (section 3.1)."""
     kept = keep(tvs, ctx.bernoulli(density))
-    return kept.mul_(column(kept, [1 / (share or 1.0) for share in density])) if rescale else kept
+    return kept.mul_(column(kept, [1 / max(share, NEVER) for share in density])) if rescale else kept

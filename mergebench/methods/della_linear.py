@@ -54,7 +54,7 @@ def drop_by_magnitude(tvs: Tensor, p: Params, ctx: Context) -> Tensor:
                 "density - epsilon must be above 0, density + epsilon at most 1",
             )
         spread = 0.0 if columns == 1 else epsilon
-        line = torch.linspace(density - spread, density + spread, columns).to(tvs.device)
+        line = torch.linspace(density - spread, density + spread, columns).clamp_(min=NEVER).to(tvs.device)
         share.copy_(by_rank(row.reshape(-1, columns), line).reshape(-1))
     kept = keep(tvs, ctx.bernoulli(shares))
     return kept.div_(shares) if p.rescale else kept

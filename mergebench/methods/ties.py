@@ -60,6 +60,6 @@ def merge_agreeing(tvs: Tensor, elected: Tensor, weights: Sequence[float], norma
     if not normalize:
         return merged
     mass = total(agreeing.sign_(), weights)
-    if min(weights) > 0:
+    if min(weights) >= torch.finfo(torch.float32).tiny:
         return merged.div_(mass.clamp_(min=min(weights)))  # where nothing agrees, 0 by any number
     return merged.div_(mass.masked_fill_(mass == 0, 1))

@@ -128,6 +128,8 @@ def check_cuts(
     for name, shapes, chunks in (("small", SMALL, (7, TILE)), ("large", large, cuts)):
         base, models = _sample(shapes, method.models or 3)
         bench = Bench(method, params, base, models, place / name)
+        if method.keeps_base and shapes is SMALL:
+            bench.check_kept()
         # sums are taken over whole tiles, so only methods without them can be cut anywhere
         sums = any(isinstance(kind, type) for kind in trace.asked(bench.merge(bench.opened), params))
         bench.check_streaming([max(chunk, TILE) for chunk in chunks] if sums else chunks)
@@ -136,7 +138,8 @@ def check_cuts(
 
 def variants(method: Method) -> list[Method]:
     """The method, and if the base is optional also its variant without a base, which gets weights."""
-    return [method, dataclasses.replace(method, takes="weights")] if method.optional_base else [method]
+    without = dataclasses.replace(method, takes="weights", keeps_base=False)
+    return [method, without] if method.optional_base else [method]
 
 
 def _params(method: Method, values: Mapping[str, Any]) -> Any:
@@ -151,7 +154,7 @@ def _params(method: Method, values: Mapping[str, Any]) -> Any:
 
 
 def _sample(shapes: Shapes, count: int) -> tuple[Tensors, list[Tensors]]:
-    """A base and models that differ from it in half of the elements."""
+    """A base and models that differ from it in half of the elements, but for a stretch of the long tensor."""
     generator = torch.Generator().manual_seed(len(shapes))
 
     def noise(shape: tuple[int, ...]) -> Tensor:
@@ -161,6 +164,8 @@ def _sample(shapes: Shapes, count: int) -> tuple[Tensors, list[Tensors]]:
     models: list[Tensors] = []
     for _ in range(count):
         deltas = {key: noise(shape) * (noise(shape) > 0) * 0.01 for key, shape in shapes.items()}
+        if "long" in deltas:
+            deltas["long"][TILE : 3 * TILE] = 0  # whole chunks
         models.append({key: (base[key].float() + deltas[key]).to(_DTYPES[key]) for key in shapes})
     return base, models
 
@@ -206,6 +211,17 @@ class Bench:
                         "the result must not depend on where a chunk ends"
                     )
         assert before == self._hashes(), f"{name}: an input file changed"
+
+    def check_kept(self) -> None:
+        """What `keeps_base` says: where no model changed an element, or the whole tensor if it comes whole, zeros."""
+        merge, zeros = self.merge(self.opened), {name: torch.zeros(value.shape) for name, value in self.base.items()}
+        changes = [{name: one[name].float() - self.base[name].float() for name in self.base} for one in self.tensors]
+        changes = [{**one, "matrix": zeros["matrix"]} for one in changes]
+        for name, value in in_memory(self.method, zeros, changes, self.params).items():
+            still = ~torch.stack([one[name] for one in changes]).any(0)
+            assert not value[still].any() or (merge.whole(self.origin.tensors[name]) and not still.all()), (
+                f"{self.method.name}: keeps_base: it changes elements of {name} that no model changed"
+            )
 
     def check_zero(self) -> None:
         """Models equal to the base: a finite result, or an error that says so."""

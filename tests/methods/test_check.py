@@ -109,6 +109,18 @@ def test_a_method_that_writes_into_its_input_is_caught() -> None:
         check_method(careless)
 
 
+@pytest.mark.parametrize("cut", ["element", "row", "tensor"])
+def test_a_method_that_does_not_keep_the_base_as_it_says_is_caught(cut: Any) -> None:
+    @merge_method(takes="task_vectors", paper="none", cut=cut, keeps_base=True)
+    def restless(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
+        """Adds a little to every element."""
+        return total(tvs) + 0.01
+
+    with pytest.raises(AssertionError, match="restless: keeps_base: it changes elements of matrix that no model"):
+        check_method(restless)
+    check_method(dataclasses.replace(restless, keeps_base=False))
+
+
 def test_a_method_without_a_source_is_caught() -> None:
     @merge_method(takes="task_vectors", paper="")
     def nameless(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
