@@ -20,7 +20,7 @@ from mergebench.engine.plan import Plan
 from mergebench.engine.span import Span
 
 BASE = -1  # the base's number among the models
-PROBE = 1 << 11  # elements compared before the whole chunk: nearly all chunks with a change have one here
+PROBE = 1 << 9  # elements compared before the whole chunk: nearly all chunks with a change have one here
 
 
 class ChunkReader:
@@ -35,6 +35,7 @@ class ChunkReader:
         self._bytes = self._raw.numpy().data  # the same memory: slicing it is quicker than slicing a tensor
         self._chains: dict[tuple[str, int], Chain] = {}
         self._scales = Scales(files)
+        self._changed = ""  # the tensor of the last chunk with a change: its other chunks are not compared
 
     def load(self, spans: Sequence[Span], apply: bool, alike: bool = False) -> tuple[Tensor, Tensor]:
         """(values [models, elements], base [elements]); the base is only filled if it is needed.
@@ -58,6 +59,8 @@ class ChunkReader:
     def unchanged(self, spans: Sequence[Span]) -> Tensor | None:
         """The chunk as the base stores it, until the next chunk is read, if all models store the same bytes; None if a
         model changed something, or if there is a -0, which may become +0 when zero is added. For `Plan.keeps`."""
+        if spans[0].tensor == self._changed:
+            return None
         infos = self.plan.merge.reference.tensors
         dtype = TORCH_DTYPE[infos[spans[0].tensor].dtype]
         raw = self._raw.numpy().view(f"i{dtype.itemsize}")
@@ -69,6 +72,7 @@ class ChunkReader:
                 if tensors:
                     self._read(tensors, pieces, end, dtype)
                     if not np.array_equal(base, model):
+                        self._changed = spans[0].tensor
                         return None
         return None if (base == np.iinfo(base.dtype).min).any() else self._raw[:end].view(dtype)
 

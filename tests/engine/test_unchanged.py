@@ -5,6 +5,7 @@ That a method may be treated so is checked by `check_method` (tests/methods/test
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,17 @@ def test_what_is_no_number_or_does_not_fit_is_refused(tmp_path: Path, value: flo
         write_model(tmp_path / name, tensors)
     with pytest.raises(RunError, match=what):
         run_plan(planned(tmp_path, "task_arithmetic", {}, dtype="float16"), tmp_path / "out")
+
+
+def test_bytes_of_another_type_or_of_a_difference_are_not_compared(tmp_path: Path) -> None:
+    """Zeros in float32, half of them, have the bytes of zeros in float16; a task vector may equal its base."""
+    half = torch.cat([torch.zeros(TILE), torch.ones(TILE)])
+    write_model(tmp_path / "base", {"zeros": torch.zeros(2 * TILE).half(), "ones": torch.ones(TILE).half()})
+    for name in NAMES[:2]:
+        write_model(tmp_path / name, {"zeros": half, "ones": torch.ones(TILE).half()})
+    plan = planned(tmp_path, "task_arithmetic", {})
+    assert copied(plan) == {"ones"}
+    run_plan(plan, tmp_path / "out")
+    assert torch.equal(read_model(tmp_path / "out")["zeros"], 2 * half.half())
+    vectors = [dataclasses.replace(model, is_task_vector=True) for model in plan.merge.models]
+    assert not copied(plan_merge(dataclasses.replace(plan.merge, models=(*vectors[:2], plan.merge.models[2]))))
