@@ -10,8 +10,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def identity(model: Model) -> str:
     """
     found = []
     for header in model.headers:
-        for tensor, digest in zip(header.tensors, _samples(tuple(header.tensors)), strict=True):
+        for tensor, digest in zip(header.tensors, samples_of(header), strict=True):
             found.append((tensor.name, tensor.dtype, tensor.shape, digest))
     if model.delta_digest is not None:
         found.append(("deltas", "", (), model.delta_digest))
@@ -44,14 +45,29 @@ def identity(model: Model) -> str:
 
 def sample_of(header: Header) -> str:
     """A hash of a file's header and of some elements of each of its tensors, wherever the file lies."""
-    return hashlib.sha256(json.dumps([header.sha256, _samples(tuple(header.tensors))]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([header.sha256, samples_of(header)]).encode()).hexdigest()
 
 
-@lru_cache(maxsize=256)  # a search plans the same merge again and again; the key holds the files' stamps
-def _samples(tensors: tuple[TensorInfo, ...]) -> list[str]:
+def samples_of(header: Header) -> list[str]:
     """A hash of some elements of each tensor: all of a small one, else pieces from its first to its last."""
+    return _samples(_Sampled(header.file, header.sha256, header.stamp, header.tensors))
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A file, known again by its header's hash and its stamp: comparing its tensors would take longer than the rest."""
+
+    file: Path
+    sha256: str
+    stamp: Stamp
+    tensors: Sequence[TensorInfo] = field(compare=False)
+
+
+@lru_cache(maxsize=256)  # a search plans the same merge again and again
+def _samples(of: _Sampled) -> list[str]:
     from mergebench.checkpoint.files import Files  # this import loads torch
 
+    tensors = of.tensors
     found = []
     block, first, end = memoryview(b""), 0, max((one.offset + one.nbytes for one in tensors), default=0)
     with Files() as files:

@@ -22,6 +22,7 @@ from mergebench.errors import MergebenchError, RunError
 
 Object = dict[str, Any]
 DEEPEST = 100  # levels of a document: deeper ones end the recursion of whatever walks over them
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DIGITS = 300  # of a whole number that float64 surely holds
 _ZEROS = str.maketrans("123456789", "000000000")
 _SORTS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -101,7 +102,8 @@ def parse_json(text: str | bytes, kind: Any = Object) -> Any:
         text = text if isinstance(text, str) else text.decode()
         long = "0" * _DIGITS in text.translate(_ZEROS)
         value = json.loads(text, parse_int=_whole if long else None)
-        _check_depth(value)
+        if not _is_shallow(text):
+            _check_depth(value)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -122,6 +124,16 @@ def _whole(digits: str) -> int:
     if len(digits) > _DIGITS and math.isinf(float(digits)):
         raise NotJSON("a number is too large")
     return int(digits)
+
+
+def _is_shallow(text: str) -> bool:
+    """Whether the brackets of a JSON text close within few levels; False too where some stand in its words."""
+    left = text.encode().translate(None, _NO_BRACKETS)
+    for _ in range(DEEPEST // 2):  # each takes one level away, or two
+        if not left:
+            return True
+        left = left.replace(b"[]", b"").replace(b"{}", b"")
+    return False
 
 
 def _check_depth(value: Any) -> None:
