@@ -212,7 +212,7 @@ class _Reader(Reader):
             raise self.places.error(loc, f"must be a directory, got {show(given)}", SPECIAL["from"])
         found = find(given, self.folders, True)
         if found is None:
-            raise self.places.error(loc, f"no directory {given}{looked_in(self.folders)}", SPECIAL["from"])
+            raise self.places.error(loc, f"no directory {given}", looked_in(self.folders))
         return found
 
     def _objective(self, given: Any, loc: Loc) -> tuple[Objective, Any]:
