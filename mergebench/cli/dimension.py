@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say, say_json, work_bar
+from mergebench.cli.output import say, say_done, say_out, work_bar
 
 
 def dimension(
@@ -38,12 +38,9 @@ def dimension(
             overwrite=overwrite,
             progress=progress,
         )
-    if found.already_done:
-        note(f"{place}: already finished, nothing to resume", quiet)
-    else:
-        note(f"wrote {place} in {found.provenance['seconds']:.0f} s", quiet)
+    say_done(found.already_done, place, found.provenance, quiet)
     if json_:
-        say_json({"out": str(place), **found.provenance})
+        say_out(place, found.provenance, json_)
         return
     for answer in found.answers:
         say(answer.sentence())

@@ -49,6 +49,12 @@ def say_out(out: Any, made: Any, json_: bool) -> None:
     say_json({"out": str(out), **made}) if json_ else say(str(out))
 
 
+def say_done(already: bool, out: Any, made: Mapping[str, Any], quiet: bool) -> None:
+    """That a training or a search of trainings is there."""
+    what = f"{out}: already finished, nothing to resume" if already else f"wrote {out} in {made['seconds']:.0f} s"
+    note(what, quiet)
+
+
 def say_left(provenance: Mapping[str, Any], quiet: bool) -> None:
     """What lay beside the base's weights and is not in the result."""
     left = provenance.get("left_behind", [])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, print_table, say, say_json, work_bar
+from mergebench.cli.output import note, print_table, say, say_done, say_out, work_bar
 
 
 def train(
@@ -38,12 +38,9 @@ def train(
             overwrite=overwrite,
             progress=progress,
         )
-    if made.already_done:
-        note(f"{place}: already finished, nothing to resume", quiet)
-    else:
-        note(f"wrote {place} in {made.provenance['seconds']:.0f} s", quiet)
+    say_done(made.already_done, place, made.provenance, quiet)
     if json_:
-        say_json({"out": str(place), **made.provenance})
+        say_out(place, made.provenance, json_)
         return
     first, *others = report.HEADER
     table = Table(first, *[Column(title, justify="right") for title in others], box=None, header_style="bold")
