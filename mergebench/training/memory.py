@@ -36,8 +36,12 @@ def saved_by_autograd(student: nn.Module) -> Iterator[Count]:
             count.bytes += tensor.untyped_storage().nbytes()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield count
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield count
+    finally:
+        # A node that no backward pass reaches (a pooler's) holds what it saved, and `pack`, for ever.
+        seen.clear()
 
 
 def reset_peak() -> None:

@@ -5,8 +5,8 @@
 
 95 MB for the quickstart, if it is not there, and 12 MB of texts into `recipes/systems/cache`; with --all 5 MB more, and
 Debian's package of WordNet (6 MB). The train texts share no text and no group (a film, a customer's review, an article)
-with the validation and test texts. Of the four tasks that the quickstart has, its own are those; the nouns have 2,000 more
-texts to test on, enough to tell half a point.
+with the validation and test texts. Of the four tasks that the quickstart has, its own are those. The nouns have 2,000
+more texts to test on.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 import yaml
 from models import names
 from safetensors.torch import load_file
+from torch import nn
 from trainable import classify
 
 import mergebench
 from mergebench.errors import RunError
 from mergebench.training import load_config, train
+from mergebench.training.memory import saved_by_autograd
 
 ONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -54,6 +57,34 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     error = np.std(values, ddof=1) / np.sqrt(2)
     assert f"| hut | {''}" in made.table()
     assert f"{np.mean(values):.1f} ± {error:.1f}" in made.table()
+
+
+def test_all_weights_of_a_base_named_from_the_configs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = classify(tmp_path, delta="full") | {"model": "base"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    train(load_config(tmp_path / "train.yaml"), tmp_path / "out", device="cpu")
+
+    assert (
+        load_file(tmp_path / "out/full/seed-0/model.safetensors").keys()
+        == load_file(tmp_path / "base/model.safetensors").keys()
+    )
+
+
+def test_what_no_backward_pass_reaches_keeps_nothing_alive() -> None:
+    module = nn.Linear(3, 3)
+    with saved_by_autograd(module) as count:
+        hidden = module(torch.ones(2, 3)).exp()
+        hidden.tanh()  # as a pooler that no loss reads
+        loss = hidden.sum()
+    loss.backward()
+
+    kept = weakref.ref(hidden)
+    del hidden, loss
+    assert kept() is None
+    assert count.bytes == 2 * 3 * 4 * 3  # the input, exp's output, tanh's
 
 
 def test_a_suite_measures_what_training_measured(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ class _Full(Attached):
             new = {name: one.detach().cpu().contiguous() for name, one in self.parameters.items()}
             writings = {name: Writing("dense", {"replace": True}, {"values": values}) for name, values in new.items()}
             write_file(place / "trained.safetensors", writings)
-            model = f"{self._base.model.reference}+{place / 'trained.safetensors'}"
+            base = self._base.model
+            files = [base.directory or base.headers[0].file, *base.adapters, place / "trained.safetensors"]
+            model = "+".join(str(one.absolute()) for one in files)  # its reference may be relative to the config
             recipe = {"merge_method": "passthrough", "models": [{"model": model}], "out_dtype": "float32"}
             plan = plan_merge(resolve(load(recipe)))
             run_plan(plan, place / "model")
