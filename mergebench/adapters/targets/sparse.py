@@ -1,5 +1,5 @@
 """Single elements of the difference: chosen by the base's magnitudes (PaFi, arXiv:2305.16742: the smallest;
-Super-Tuning, arXiv:2607.09287: the largest), by the difference's, at random, or by a mask file.
+PEFT's default for Super-Tuning, arXiv:2607.09287: the largest), by the difference's, at random, or by a mask file.
 
 A share of each linear layer is a Super-Tuning directory that PEFT loads. No PEFT type holds one ranking over the whole
 model, which has another number in each tensor: it is a delta file. On a mask file, only the values are stored.

@@ -30,7 +30,7 @@ class Params(Targets):
 
     d: int = param(1000, "trained numbers in all", low=1)
     said: bool = param(False, "SAID: a lambda for each tensor is trained, and counted; else DID")
-    head: bool = param(False, "the task's head is in the subspace too, as in the paper; else trained by itself")
+    head: bool = param(False, "the task's head is in the subspace too; else trained by itself")
     gradient: str = param("exact", "of theta; fairseq: 1 / n of it, as in the authors' code", choices=GRADIENTS)
     seed: int | None = param(None, "of the subspace; the run's own where not given", low=0)
 

@@ -1,9 +1,9 @@
-"""PaFi's sparse fine-tune (Liao, Meng, Monz, arXiv:2305.16742), and Super-Tuning's (arXiv:2607.09287).
+"""PaFi's sparse fine-tune (Liao, Meng, Monz, arXiv:2305.16742), and other choices of the same number of weights.
 
     W' = W + S        (S: values at the chosen positions, zeros elsewhere)
 
-PaFi trains the elements whose magnitudes are smallest in the base, Super-Tuning those whose magnitudes are largest. The
-values are the parameters, so that no optimiser can move another element; weight decay draws W' to W.
+PaFi trains the elements whose magnitudes are smallest in the base; the largest and random ones are what it is compared
+with (PEFT's Super-Tuning, arXiv:2607.09287, takes the largest by default). The values are the parameters, so that no optimiser can move another element; weight decay draws W' to W.
 
 A step writes the values into W in place. The gradient is computed at the chosen positions alone: of a linear layer with
 few of them by as many scalar products, which is less work than the matrix W' has. W' is never copied.
@@ -51,7 +51,7 @@ class Params(Targets):
 
 @trained(paper="arXiv:2305.16742")
 def pafi(base: Base, p: Params) -> Attached:
-    """Single elements of the weights, those of smallest magnitude: PaFi; of the largest: Super-Tuning."""
+    """Single elements of the weights, those of smallest magnitude: PaFi; of the largest, or random ones."""
     weights = base.weights if p.mask else base.chosen(p.targets, lambda weight: weight.linear)
     positions = _chosen(base, weights, p) if p.mask is None else _masked(base, weights, p.mask, p.targets)
     puts = {name: _put(weights[name], indices) for name, indices in positions.items()}
