@@ -3,7 +3,8 @@
     W' = W + S        (S: values at the chosen positions, zeros elsewhere)
 
 PaFi trains the elements whose magnitudes are smallest in the base; the largest and random ones are what it is compared
-with (PEFT's Super-Tuning, arXiv:2607.09287, takes the largest by default). The values are the parameters, so that no optimiser can move another element; weight decay draws W' to W.
+with (PEFT's Super-Tuning, arXiv:2607.09287, takes the largest by default). The values are the parameters, so that no
+optimiser can move another element; weight decay draws W' to W.
 
 A step writes the values into W in place. The gradient is computed at the chosen positions alone: of a linear layer with
 few of them by as many scalar products, which is less work than the matrix W' has. W' is never copied.
