@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,6 @@ from mergebench.checkpoint.card import code, listed
 
 Run = Mapping[str, Any]
 
-# Okabe and Ito's colours ("Color universal design", 2008)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8200")
 HEADER = ("", "validation", "test", "trained", "on disk", "lr", "ms a step", "saved", "peak")
 
 
@@ -57,7 +54,7 @@ def legend(runs: Sequence[Run]) -> str:
     """What the table's columns are."""
     seeds = len({run["seed"] for run in runs})
     errors = f"mean of {seeds} seeds ± its standard error" if seeds > 1 else "one seed"
-    metrics = ", ".join(dict.fromkeys(_metric(run) for run in runs if _metric(run)))
+    metrics = ", ".join(dict.fromkeys(metric_of(run) for run in runs if metric_of(run)))
     return (
         f"{metrics or 'no metric'}: {errors}; trained: numbers that are trained, without the task's head; saved: what "
         "autograd keeps of the first batch; peak: of the whole process"
@@ -71,7 +68,7 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def _metric(run: Run) -> str:
+def metric_of(run: Run) -> str:
     return next((run[part]["metric"] for part in ("test", "validation") if part in run), "")
 
 
@@ -90,41 +87,6 @@ def _size(size: float) -> str:
     return f"{size:.3g} GB"
 
 
-def curves(runs: Sequence[Run], file: Path) -> None:
-    """A PNG: the loss of the steps and, where there are validation items, the score on them; a line a run, a colour a
-    row."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide its messages about the font cache
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    plots = [("loss", "loss, training")]
-    if any("validation" in point for run in runs for point in run["history"]):
-        plots += [("validation_loss", "loss, validation"), ("validation", f"{_metric(runs[0])}, validation")]
-    canvas = Figure(figsize=(4.6 * len(plots), 4), layout="constrained")
-    FigureCanvasAgg(canvas)
-    for axes, (key, title) in zip(canvas.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
-        for number, (name, several) in enumerate(by_row(runs).items()):
-            for place, run in enumerate(several):
-                points = [(point["step"], point[key]) for point in run["history"] if key in point]
-                axes.plot(
-                    [step for step, _ in points],
-                    [value for _, value in points],
-                    color=COLOURS[number % len(COLOURS)],
-                    linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
-                    marker="o" if key != "loss" else None,
-                    markersize=3,
-                    linewidth=1.2,
-                    alpha=1 if len(several) == 1 else 0.7,
-                    label=name if not place else None,
-                )
-        axes.set_xlabel("step")
-        axes.set_ylabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-    if len(by_row(runs)) > 1:
-        canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    canvas.savefig(file, dpi=120)
-
-
 def card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of the directory."""
     runs = provenance["runs"]
@@ -136,6 +98,6 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         how,
         table(runs),
         legend(runs) + ".",
-        "![curves](curves.png)",
+        "![scores](scores.png)\n\n![curves](curves.png)",
     ]
     return markdown.card(out.name, parts, tags=["mergebench", "peft"])

@@ -1,7 +1,7 @@
 """Train every row of a config with every seed, and write what came out.
 
     OUT/ROW/seed-0/     what was trained: `MODEL+OUT/ROW/seed-0` is the model; its head, its predictions
-    OUT/results.json    every run; OUT/curves.png, OUT/README.md
+    OUT/results.json    every run; OUT/scores.png, OUT/curves.png, OUT/README.md
 
 It is all made in a hidden directory beside OUT and published when it is complete; a killed run goes on with `resume`.
 """
@@ -27,7 +27,7 @@ from mergebench.deltas.open import open_model
 from mergebench.engine.provenance import places_of
 from mergebench.networks.device import device_of
 from mergebench.plugins import need
-from mergebench.training import report
+from mergebench.training import plot, report
 from mergebench.training.config import Config, Row
 from mergebench.training.loop import Progress
 from mergebench.training.once import RUNS, Once, files_in, note_files, train_once
@@ -137,7 +137,8 @@ def _publish(
     provenance = {"command": "train", **provenance_of(config, models, staging), "fingerprint": fingerprint}
     kept = provenance["runs"]
     write_atomically(staging.directory / "results.json", json.dumps({"runs": kept}, indent=1) + "\n")
-    report.curves(kept, staging.directory / "curves.png")
+    plot.curves(kept, staging.directory / "curves.png")
+    plot.scores(kept, staging.directory / "scores.png")
     staging.finish(provenance, started, overwrite, report.card(staging.out, provenance))
 
 

@@ -183,7 +183,9 @@ def check_markdown(text: str) -> None:
     body = text.partition("\n---\n")[2] or text
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     inner = [child for token in tokens for child in token.children or ()]
-    inner = [token for token in inner if token.type != "image" or token.attrs.get("src") != "curves.png"]  # our own
+    inner = [
+        token for token in inner if token.type != "image" or token.attrs.get("src") not in ("scores.png", "curves.png")
+    ]  # our own
     assert not {token.type for token in [*tokens, *inner]} & {"html_block", "html_inline", "image"}
     for opening, content in pairwise(tokens):
         if opening.type in ("heading_open", "th_open"):

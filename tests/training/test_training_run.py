@@ -41,7 +41,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     assert names(out) == [
-        "README.md", "curves.png", "hut", "lora", "mergebench.json", "results.json",
+        "README.md", "curves.png", "hut", "lora", "mergebench.json", "results.json", "scores.png",
     ]  # fmt: skip
     assert names(out / "hut/seed-1") == [
         "delta.safetensors", "head.safetensors", "test-predictions.jsonl", "validation-predictions.jsonl",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergebench.systems.intrinsic_dimension.answer import Answer
-from mergebench.training.report import COLOURS
+from mergebench.training.plot import COLOURS
 
 
 def plot(answers: Sequence[Answer], full: Sequence[float], file: Path) -> None:
