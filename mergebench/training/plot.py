@@ -48,7 +48,7 @@ def curves(runs: Sequence[Run], file: Path) -> None:
 
 
 def scores(runs: Sequence[Run], file: Path) -> None:
-    """A PNG: the test score of each row, a dot a seed, mean and standard error; on validation where there is no test."""
+    """A PNG: the score of each row on test, or else on validation: a dot a seed, mean and standard error."""
     part = "test" if all("test" in run for run in runs) else "validation"
     rows = {name: several for name, several in by_row(runs).items() if all(part in run for run in several)}
     figure = _figure(6.4, 1.1 + 0.34 * len(rows))
