@@ -1,6 +1,6 @@
 """Fetch seven tasks of images and an encoder to fine-tune on them.
 
-    pip install -e '.[eval,train]' onnx
+    pip install -e '.[eval]' onnx
     python recipes/systems/fetch_images.py
 
 The encoder and the handwritten digits are those of recipes/images, fetched by its script where they are not there
@@ -19,7 +19,7 @@ try:
     from PIL import Image
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as error:
-    sys.exit(f"fetch_images.py: {error.name} is not installed: pip install -e '.[eval,train]' onnx")
+    sys.exit(f"fetch_images.py: {error.name} is not installed: pip install -e '.[eval]' onnx")
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
