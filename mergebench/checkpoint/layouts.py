@@ -11,12 +11,18 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from mergebench.checkpoint.boxes import Box, Laid, through
-from mergebench.checkpoint.header import TensorInfo
 
 Layout = dict[str, Laid]  # tensors by name, as boxes of stored ones by name
+
+
+class Shaped(Protocol):
+    """A tensor, or what a header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @contextmanager
@@ -63,12 +69,12 @@ def _read(value: Any) -> Any:
     return [_read(one) for one in value] if isinstance(value, list) else value
 
 
-def in_memory(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: str | None = None) -> Layout:
+def in_memory(tensors: Mapping[str, Shaped], config: Mapping[str, Any], kind: str | None = None) -> Layout:
     """The tensors of memory that transformers makes of stored ones; {} if it does not know the model."""
     return _loaded(tensors, config, kind)[0]
 
 
-def as_published(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: str | None = None) -> Layout:
+def as_published(tensors: Mapping[str, Shaped], config: Mapping[str, Any], kind: str | None = None) -> Layout:
     """The tensors that transformers saves by default, made of stored ones in any layout."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
@@ -87,7 +93,7 @@ def as_published(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], k
     return {name: tensor.laid for name, tensor in saved.items()}
 
 
-def _loaded(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], kind: str | None) -> tuple[Layout, Any]:
+def _loaded(tensors: Mapping[str, Shaped], config: Mapping[str, Any], kind: str | None) -> tuple[Layout, Any]:
     model = build(config, kind)
     if model is None:
         return {}, None

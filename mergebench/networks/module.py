@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.documents import document
-from mergebench.checkpoint.layouts import quiet
+from mergebench.checkpoint.layouts import in_memory, quiet, renamed
 from mergebench.engine.machine import available_memory
 from mergebench.errors import ModelError, RunError, first_line
 from mergebench.networks.loadable import LoadableModel, network_tensors
@@ -25,7 +25,7 @@ NOISE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers
 class Weights:
     """The place in a module of each tensor of a model's files, so that another model's tensors can replace them.
 
-    Tensors that transformers converts (fused experts, names of older versions) have no such place.
+    Tensors that transformers converts, such as fused experts, have no such place; those it only renames have.
     """
 
     def __init__(self, module: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -38,8 +38,13 @@ class Weights:
                 owners[f"{path}.{name}".lstrip(".")] = same.setdefault(id(value), [])
                 same[id(value)].append((child, name))
         prefix = f"{module.base_model_prefix}."
+        names = {name: [name, prefix + name, name.removeprefix(prefix)] for name in tensors}
+        if any(owners.keys().isdisjoint(several) for several in names.values()):
+            layout = in_memory(tensors, module.config.to_dict(), type(module).__name__)
+            for stored, name in renamed(layout, self.shapes).items():
+                names[stored].append(name)
         for name, tensor in tensors.items():
-            found = next((owners[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in owners), [])
+            found = next((owners[n] for n in names[name] if n in owners), [])
             if any(not _same(getattr(*place), tensor) for place in found[:1]):
                 self.places = None
                 return

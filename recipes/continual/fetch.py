@@ -51,6 +51,7 @@ class Item(NamedTuple):
     label: str
     key: str
     content: Image.Image | str
+    group: str = ""  # items of one group are of one part
 
 
 def split(items: Iterable[Item], most: int, shares: tuple[float, float]) -> dict[str, list[Item]]:
@@ -64,11 +65,12 @@ def split(items: Iterable[Item], most: int, shares: tuple[float, float]) -> dict
             by_label[first.label].append(first)
     parts: dict[str, list[Item]] = {"test": [], "validation": [], "train": []}
     for found in by_label.values():
-        chosen = found[:most]
+        chosen = sorted(found, key=lambda item: digest(item.group or item.key))[:most]
         test, validation = (round(share * len(chosen)) for share in shares)
-        parts["test"] += chosen[:test]
-        parts["validation"] += chosen[test : test + validation]
-        parts["train"] += chosen[test + validation :]
+        sides: dict[str, str] = {}
+        for at, item in enumerate(chosen):
+            part = "test" if at < test else "validation" if at < test + validation else "train"
+            parts[sides.setdefault(item.group or item.key, part)].append(item)
     return {name: sorted(part, key=lambda item: digest(item.id)) for name, part in parts.items()}
 
 
@@ -76,12 +78,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_pictures(archive: tarfile.TarFile) -> Iterator[Item]:
-    """Clip art by its folder, whole on a white square; alike are two of one look at 16 x 16 in 16 shades of grey."""
-    start = "./usr/share/openclipart/png/"
+def read_pictures(archive: tarfile.TarFile, folders: Iterable[str] = FOLDERS.split()) -> Iterator[Item]:
+    """Clip art by the innermost of the folders it is in, whole on a white square.
+
+    Alike are two of one look at 16 x 16 points in 16 shades of grey.
+    """
+    start, inner_first = "./usr/share/openclipart/png/", sorted(folders, key=len, reverse=True)
     for member in archive:
         name = member.name.removeprefix(start).removesuffix(".png")
-        label = next((folder for folder in FOLDERS.split() if name.startswith(folder + "/")), None)
+        label = next((folder for folder in inner_first if name.startswith(folder + "/")), None)
         if label is None or not (member.isfile() and member.name.endswith(".png")):
             continue
         picture = read_picture((archive.extractfile(member) or io.BytesIO()).read())
@@ -108,11 +113,9 @@ def read_picture(file: bytes) -> Image.Image | None:
     return ImageOps.pad(on_white, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
 
 
-def write_pictures(directory: Path, package: Path) -> None:
-    """The pictures as PNG, and for each part a JSON-lines file: id, image, label."""
+def write_images(directory: Path, parts: dict[str, list[Item]]) -> None:
+    """The images as PNG, and for each part a JSON-lines file: id, image, label."""
     (directory / "images").mkdir(parents=True)
-    with open_debian(package) as archive:
-        parts = split(read_pictures(archive), MOST["pictures"], SHARES["pictures"])
     for part, items in parts.items():
         for item in items:
             item.content.save(directory / "images" / f"{item.id}.png")
@@ -158,7 +161,9 @@ def main() -> None:
         clipart = download_debian(*CLIPART, packages, CACHE)
         print("reading the pictures", flush=True)
         write_nouns(packages / "nouns", wordnet)
-        write_pictures(packages / "pictures", clipart)
+        with open_debian(clipart) as archive:
+            parts = split(read_pictures(archive), MOST["pictures"], SHARES["pictures"])
+        write_images(packages / "pictures", parts)
         write_encoder(packages / "base-112")
         for place in (encoder, pictures, nouns):
             if not place.exists():

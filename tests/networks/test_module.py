@@ -104,6 +104,25 @@ def test_what_transformers_converts_is_built_anew(tmp_path: Path) -> None:
     assert not Network(first, "AutoModel", CPU).take(second)
 
 
+def test_what_transformers_only_renames_is_put(tmp_path: Path) -> None:
+    """DINOv2's files say attention.attention.query where the module says attention.q_proj."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.Dinov2Model(transformers.Dinov2Config(**sizes, mlp_ratio=2)).save_pretrained(tmp_path / name)
+    first, second = (Files(tmp_path / name, name) for name in "ab")
+    network, anew = (Network(model, "AutoModel", CPU) for model in (first, second))
+    image = torch.linspace(-1, 1, 3 * 12 * 12).view(1, 3, 12, 12)
+    layer = "encoder.layer.0.attention"
+    assert f"{layer}.attention.query.weight" in first.state_dict()
+    assert network.holder(f"{layer}.attention.query.weight") is network.module.get_submodule(f"{layer}.q_proj")
+    assert network.take(second)
+    with torch.inference_mode():
+        assert torch.equal(*(one.module(image).last_hidden_state for one in (network, anew)))
+
+
 def test_another_tokenizer_is_read(tmp_path: Path) -> None:
     first, second = (write_encoder(tmp_path / name) for name in "ab")
     text = (second / "tokenizer.json").read_text()

@@ -74,6 +74,15 @@ def test_parts_share_nothing_and_keep_their_shares(fetch: Any) -> None:
     assert fetch.split(items[::-1], 10, (0.3, 0.2)) == parts
 
 
+def test_a_group_is_in_one_part(fetch: Any) -> None:
+    items = [fetch.Item(f"{n}", "a", f"{n}", "", f"g{n // 3}") for n in range(40)]
+    parts = fetch.split(items, 30, (0.3, 0.2))
+
+    groups = {name: {item.group for item in part} for name, part in parts.items()}
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
+    assert sum(map(len, parts.values())) == 30 and len(parts["test"]) in range(9, 12)
+
+
 def test_pictures_come_out_of_a_package_whole_and_once(
     fetch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
