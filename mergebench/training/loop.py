@@ -132,12 +132,23 @@ class _Steps(transformers.TrainerCallback):
     def __init__(self, trainer: _Trainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """What an earlier process measured, before it was stopped."""
+        fit = self._trainer._fit
+        for one in state.log_history:
+            if "seconds" in one:
+                fit.seconds, fit.saved = one["seconds"], int(one["saved"])
+        self._started = time.perf_counter() - fit.seconds
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """While the gradients are still there."""
         self._trainer._student.attached.after_step(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._trainer._progress("training", state.global_step, state.max_steps)
+        if control.should_save:
+            seconds = time.perf_counter() - self._started
+            state.log_history.append({"step": state.global_step, "seconds": seconds, "saved": self._trainer._fit.saved})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if logs and "loss" in logs:
@@ -234,7 +245,8 @@ def fit(
     student.attached.begin(task, student.head, directory, progress)
     last = get_last_checkpoint(str(directory)) if directory.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
-    found.seconds, found.steps = time.perf_counter() - started, trainer.state.global_step
+    found.seconds += time.perf_counter() - started
+    found.steps = trainer.state.global_step
     found.best = trainer.state.best_metric
     if last is not None:
         found.history = [*_before(trainer.state.log_history, found.history), *found.history]

@@ -154,6 +154,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     for seed in (0, 1):
         one, other = (load_file(tmp_path / name / f"hut/seed-{seed}/delta.safetensors") for name in ("whole", "killed"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+    saved = [
+        [run["saved_by_autograd"] for run in json.loads((tmp_path / name / "results.json").read_text())["runs"]]
+        for name in ("whole", "killed")
+    ]
+    assert saved[0] == saved[1] and min(saved[0]) > 0  # of the first step, which an earlier process made
     again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=ONE, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "already finished, nothing to resume" in again.stderr
 
