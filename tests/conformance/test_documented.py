@@ -107,16 +107,16 @@ def test_what_is_declared_has_help_and_is_named(label: str) -> None:
 
 
 def table(page: str, heading: str) -> dict[str, list[str]]:
-    """The rows of the table that has this first column: by each name there, the other cells."""
-    lines = iter(TEXT[page].split(f"| {heading} |")[1].splitlines()[2:])
+    """The rows of the tables that have this first column: by each name there, the other cells."""
     rows: dict[str, list[str]] = {}
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        first, *cells = (cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|"))
-        for name in spans(first):
-            assert name not in rows, name
-            rows[name] = cells
+    for text in TEXT[page].split(f"| {heading} |")[1:]:
+        for line in text.splitlines()[2:]:
+            if not line.startswith("|"):
+                break
+            first, *cells = (cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|"))
+            for name in spans(first):
+                assert name not in rows, name
+                rows[name] = cells
     return rows
 
 
@@ -126,8 +126,8 @@ def test_the_table_of_parameters_is_complete() -> None:
     assert listed == {name: set(methods.get(name).parameters) for name in methods.names()}
 
 
-def test_the_readme_has_every_method() -> None:
-    rows = table("README.md", "method")
+def test_the_page_of_methods_has_every_method() -> None:
+    rows = table("methods.md", "method")
     assert rows.keys() == set(methods.names())
     for name, (_, paper) in rows.items():
         assert set(re.findall(r"arXiv:[\d.]+", methods.get(name).paper)) <= set(re.findall(r"arXiv:[\d.]+", paper)), (
@@ -197,8 +197,8 @@ def test_python_names_are_there(page: str) -> None:
 
 
 def test_the_tree_has_every_room() -> None:
-    """The tree in the README: every room and top-level file of the package, and what it names in a room."""
-    package, (tree,) = ROOT / "mergebench", re.findall(r"```\nmergebench/\n(.*?)```", TEXT["README.md"], re.DOTALL)
+    """The tree in docs/architecture.md: every room and top-level file of the package, and what it names in a room."""
+    package, (tree,) = ROOT / "mergebench", re.findall(r"```\nmergebench/\n(.*?)```", TEXT["architecture.md"], re.DOTALL)
     lines = dict(line.split(maxsplit=1) for line in tree.splitlines())
     wanted = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
     assert lines.keys() == wanted | {path.name for path in package.glob("[!_]*.py")}
