@@ -50,7 +50,7 @@ def plan(
 ) -> Plan:
     """Plan a recipe's merge from headers alone; raises if anything does not fit.
 
-    memory: bytes for buffers and statistics. workers: processes or threads (None: one a core). device: auto, cpu or
+    memory: bytes for buffers and statistics. workers: processes or threads (None: one per core). device: auto, cpu or
     cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do not depend on it.
     """
     with _no_collection():

@@ -75,7 +75,7 @@ def pack(
     """Write the change from `base` to `model`, projected on a random subspace, as the delta file `out`: BASE+OUT.
 
     dimension: d, how many numbers the file holds, lambdas included. seed: of the subspace. said: a lambda for each
-    tensor. gradient: recorded for training that goes on from here, `exact` or `fairseq`. progress: called with the
+    tensor. gradient: recorded for further training, `exact` or `fairseq`. progress: called with the
     elements read and the total.
 
     Raises `RecipeError` if the settings are invalid, `ModelError` if the models do not fit together or are equal,

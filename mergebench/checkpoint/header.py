@@ -185,7 +185,7 @@ def changed(file: Path, before: Stamp, now: Stamp | None) -> RunError:
     hint = "run it again while no other program writes the inputs"
     if now is not None and now[:2] == before[:2]:  # writing, then setting the time back, leaves the same trace
         what = "its rights or links were changed after its header was read, or data behind its date"
-        hint = "if nothing wrote to it, go on with --resume; else run it again"
+        hint = "if nothing wrote to it, continue with --resume; else run it again"
     return RunError(f"{file}: {what}", hint)
 
 

@@ -16,7 +16,7 @@ from mergebench.checkpoint.header import Reader, TensorInfo
 # Parts as large as the tensor itself: `p.values[tile]` reads only the rows of a tile.
 Indices = Annotated[Tensor, "indices"]  # integers, read whole as int64
 Rows = Annotated[Tensor, "rows"]  # has the tensor's shape
-Mask = Annotated[Tensor, "mask"]  # one bit an element, packed: bit i % 8 of byte i // 8 is element i's
+Mask = Annotated[Tensor, "mask"]  # one bit per element, packed: bit i % 8 of byte i // 8 is element i's
 
 
 def sort_of(hint: Any) -> str:

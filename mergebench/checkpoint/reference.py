@@ -95,7 +95,7 @@ def _from_hub(text: str, name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
-            f"model '{text}': neither a local path nor in the hub cache, and not to be had: {first_line(error)}",
+            f"model '{text}': not found locally, in the hub cache or on the hub: {first_line(error)}",
             "check the name and the network, or give the path of a directory",
         ) from None
 

@@ -74,7 +74,7 @@ def _run() -> None:
     try:
         app()
     except DiskFull as error:
-        _fail(error.message, f"{error.hint}, then {'go on with --resume' if _takes('--resume') else 'run it again'}", 1)
+        _fail(error.message, f"{error.hint}, then {'continue with --resume' if _takes('--resume') else 'run it again'}", 1)
     except MergebenchError as error:
         _fail(error.message, error.hint, error.exit_code)
     except SystemExit as end:
@@ -95,7 +95,7 @@ def _code() -> int:
 
 
 def _say_ended() -> None:
-    kept = ": what is complete is kept; go on with --resume" if _takes("--resume") else ": no result was written"
+    kept = ": what is complete is kept; continue with --resume" if _takes("--resume") else ": no result was written"
     print(f"interrupted{kept}", file=sys.stderr, flush=True)
 
 
@@ -104,7 +104,7 @@ def _smaller(starting: bool) -> str:
     ways = [f"{option} {less}" for option, less in (("--memory", "100MiB"), ("--workers", "1")) if _takes(option)]
     if starting or not ways:
         return "free some, or raise the limit (ulimit -v); torch alone takes 700 MB of addresses"
-    return f"ask for less: {' '.join(ways)}" + ", and go on with --resume" * _takes("--resume")
+    return f"ask for less: {' '.join(ways)}" + ", and continue with --resume" * _takes("--resume")
 
 
 def _takes(option: str) -> bool:

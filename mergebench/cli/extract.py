@@ -43,7 +43,7 @@ def extract(
     said: Annotated[bool, typer.Option("--said", help="subspace: a factor for each tensor, among them.")] = False,
     gradient: Annotated[
         str | None,
-        typer.Option(help="subspace: recorded for training that goes on from there: exact or fairseq. Default: exact."),
+        typer.Option(help="subspace: recorded for further training: exact or fairseq. Default: exact."),
     ] = None,
     include: opt.Include = None,
     seed: Annotated[

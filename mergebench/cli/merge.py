@@ -204,7 +204,7 @@ def _show(found: Plan, out: Path) -> None:
     files = f"{count} file{'s' * (count > 1)}"
     say(f"  write     {human(found.bytes_written)} in {files} to {out}")
     if facts["tasks"]:
-        say(f"  tasks     {', '.join(facts['tasks'])}: a mask of one bit an element each, beside one vector")
+        say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, beside one vector")
     say(f"  disk      {human(facts['disk_free'])} free")
     memory_text = f"{found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB"
     say(f"  memory    {memory_text}, beside about 300 MB for torch")

@@ -37,9 +37,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set parameters.density=0.2. Repeatable."),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of random masks; goes before the recipe's.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of random masks; overrides the recipe's.")]
 Memory = Annotated[str, typer.Option(help="Most memory for buffers and statistics.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads. Default: one a core.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes or threads. Default: one per core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]

@@ -45,7 +45,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the candidate rows, counted as two bytes an element."""
+        """Bytes of the candidate rows, counted as two bytes per element."""
         return 2 * self.count * self.probe.width
 
     @property

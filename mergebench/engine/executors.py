@@ -191,7 +191,7 @@ class Processes:
                 except (EOFError, ConnectionError):
                     raise RunError(
                         "a worker process was killed (is the machine out of memory?)",
-                        "use fewer --workers, and go on with --resume",
+                        "use fewer --workers, and continue with --resume",
                     ) from None
         return [results[connection] for connection in self._connections]
 

@@ -41,7 +41,7 @@ def own_task(task: Path | str) -> Any:
                 raise RecipeError(f"{task}: lm-eval cannot read the task: {first_line(error)}") from None
     else:
         raise RunError(
-            f"{task}: its data are neither on this machine nor to be had from the hub: "
+            f"{task}: its data are not on this machine, and the hub did not give them: "
             + first_line(missing).removesuffix(" (OfflineModeIsEnabled)"),
             "check the task's paths, the network and HF_HUB_OFFLINE",
         )

@@ -16,7 +16,7 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError("no CUDA device is to be had", "choose --device cpu")
+        raise RunError("no CUDA device was found", "choose --device cpu")
     return torch.device(name)
 
 

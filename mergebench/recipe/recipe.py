@@ -189,7 +189,7 @@ def load(
 ) -> Recipe:
     """Read and check a recipe: the path of a YAML file (or of a directory with mergekit's), or a mapping.
 
-    `overrides` are `--set` strings such as "parameters.density=0.2"; `seed` goes before the recipe's own.
+    `overrides` are `--set` strings such as "parameters.density=0.2"; `seed` overrides the recipe's own.
     """
     document, *more = read(source)
     if more:

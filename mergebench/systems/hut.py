@@ -3,7 +3,7 @@
     residual    W' = W + W * (B A)         B starts at zero: HiRA (Huang et al., ICLR 2025) is this form
     pure        W' = W * (B A)             B = [1, 0 ...] and A = [1; random]: the product starts as ones
 
-No code was published, and the paper's equations were not to be had; both forms follow from its abstract. The pure form
+No code was published, and the paper's equations could not be read; both forms follow from its abstract. The pure form
 of rank r + 1 contains the residual one of rank r. W' is made once a step, in 2 d k r products whatever the number n of
 tokens, where a LoRA takes 2 n r (d + k): forward, HUT's own products are fewer from n = d k / (d + k) on. Backward it
 needs the gradient of all of W', 2 n d k products, which a LoRA never makes: a whole step costs what one of full

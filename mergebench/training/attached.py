@@ -31,7 +31,7 @@ from mergebench.errors import ModelError, RecipeError
 from mergebench.networks.network import Network
 from mergebench.training.task import Head, TrainingTask
 
-SAME = "go on with the kind and settings that the run was trained with"
+SAME = "continue with the kind and settings that the run was trained with"
 
 
 class Weight(NamedTuple):

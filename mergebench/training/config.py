@@ -50,7 +50,7 @@ class Row:
     lrs: tuple[float, ...]
     settings: Settings
     written: Mapping[str, Any]  # its keys as the config has them
-    start: Path | None = None  # the directory of a run that it goes on from
+    start: Path | None = None  # the directory of a run that it continues
 
     @property
     def label(self) -> str:

@@ -191,7 +191,7 @@ def fit(
     progress: Progress = lambda what, done, total: None,
     saved: Callable[[], None] = lambda: None,
 ) -> Fit:
-    """Train a student once; its checkpoints are in `directory`, the last of which is gone on from.
+    """Train a student once; its checkpoints are in `directory`, the last of which is continued.
 
     With validation items it ends with the parameters of the best measurement. saved: called after each checkpoint.
     Raises `RunError` with the step and the batch's items if the loss is not finite.
@@ -263,6 +263,6 @@ class _Saved(transformers.TrainerCallback):
 
 
 def _before(log: Sequence[Mapping[str, float]], history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """What was logged before a training was gone on with."""
+    """What was logged before a training was resumed."""
     first = min((one["step"] for one in history), default=math.inf)
     return [{"step": one["step"], "loss": one["loss"]} for one in log if "loss" in one and one["step"] < first]

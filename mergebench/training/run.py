@@ -3,7 +3,7 @@
     OUT/ROW/seed-0/     what was trained: `MODEL+OUT/ROW/seed-0` is the model; its head, its predictions
     OUT/results.json    every run; OUT/scores.png, OUT/curves.png, OUT/README.md
 
-It is all made in a hidden directory beside OUT and published when it is complete; a killed run goes on with `resume`.
+It is all made in a hidden directory beside OUT and published when it is complete; a killed run continues with `resume`.
 """
 
 from __future__ import annotations

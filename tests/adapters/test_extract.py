@@ -373,7 +373,7 @@ def test_messages_promise_what_holds(server: Server, work: Path, tmp_path: Path)
     adapter = shutil.move(work / "out", tmp_path / "lora")
     merge = ["adapters", "merge", adapter, adapter, "--out", "out", "-q"]
     for args, keeps, said in (
-        (ARGS, True, "what is complete is kept; go on with --resume"),
+        (ARGS, True, "what is complete is kept; continue with --resume"),
         (merge, False, "no result was written"),
     ):
         ran = server.run(*args, folder=work, die_at=5, by=signal.SIGINT)
@@ -381,7 +381,7 @@ def test_messages_promise_what_holds(server: Server, work: Path, tmp_path: Path)
         assert (work / ".out.partial").exists() == keeps
         code, out, err = server.run(*args, folder=work, largest_file=400)
         assert (code, out) == (1, "") and "File too large" in err
-        hint = "free some space, then " + ("go on with --resume" if keeps else "run it again")
+        hint = "free some space, then " + ("continue with --resume" if keeps else "run it again")
         assert err.splitlines()[1] == f"hint: {hint}"
         shutil.rmtree(work / ".out.partial", ignore_errors=True)
         assert names(work) == ["base", "tuned"]

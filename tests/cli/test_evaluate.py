@@ -44,7 +44,7 @@ def test_a_table_of_models(place: Path, cli: Cli) -> None:
     assert [line.split()[:2] for line in done.out.splitlines() if line[1:2].isalpha()][1:4] == [
         ["base", "input"], ["x", "input"], ["y", "input"],
     ]  # fmt: skip
-    assert "12 test items a task" in done.out
+    assert "12 test items per task" in done.out
     assert done.err.splitlines() == [
         "evaluating: base",
         "evaluating: x",

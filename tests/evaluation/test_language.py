@@ -358,7 +358,7 @@ def test_wrong_task_files(here: Path, lm_eval_task: Callable[..., Any], monkeypa
     wrong("own.yaml: lm-eval cannot read the task: ", RecipeError, "a: [")
     wrong("has no metric 'acc'", RecipeError, json.dumps(plain), metric="acc")
     gone = plain | {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}
-    wrong("own.yaml: its data are neither on this machine nor to be had from the hub", RunError, json.dumps(gone))
+    wrong("own.yaml: its data are not on this machine, and the hub did not give them", RunError, json.dumps(gone))
     hub = plain | {"dataset_path": "allenai/ai2_arc", "dataset_name": "ARC-Easy", "dataset_kwargs": {}}
     wrong("own.yaml: its data are neither on this machine nor", RunError, json.dumps(hub))
     assert "huggingface_hub.constants" not in sys.modules or not sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE
@@ -370,7 +370,7 @@ def test_names_of_lm_evals_own_tasks(here: Path, monkeypatch: pytest.MonkeyPatch
     for name, what in (
         ("arc_eazy", "lm-eval has no task 'arc_eazy'"),
         ("mmlu", "lm-eval's 'mmlu' is a group of tasks"),
-        ("arc_easy", "arc_easy: its data are neither on this machine nor to be had from the hub"),
+        ("arc_easy", "arc_easy: its data are not on this machine, and the hub did not give them"),
     ):
         with pytest.raises(MergebenchError, match=what):
             suite_of("lm-eval", task=name)

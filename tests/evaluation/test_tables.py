@@ -68,7 +68,7 @@ TABLE = """\
 
  pcb       merged    89.0 ± 1.8  86.0 ± 2.0  75.0 ± 2.5  73.0 ± 2.6  80.8     93.3%
 
- Accuracy in % ± standard error, 300 test items a task; relative: mean share of
+ Accuracy in % ± standard error, 300 test items per task; relative: mean share of
  what each task's own fine-tune reaches."""
 
 MARKDOWN = """\
@@ -83,7 +83,7 @@ MARKDOWN = """\
 | ties | baseline | 88.0 ± 1.9 | **86.0 ± 2.0** | 74.0 ± 2.5 | 73.7 ± 2.5 | 80.4 | 92.9% |
 | pcb | merged | **89.0 ± 1.8** | **86.0 ± 2.0** | **75.0 ± 2.5** | 73.0 ± 2.6 | **80.8** | **93.3%** |
 
-Accuracy in % ± standard error, 300 test items a task; relative: mean share of what each task's own fine-tune reaches; \
+Accuracy in % ± standard error, 300 test items per task; relative: mean share of what each task's own fine-tune reaches; \
 bold: the best merge.
 """
 
@@ -146,7 +146,7 @@ def test_where_lower_is_better() -> None:
     assert "| linear | baseline | 12.35 |\n" in text
     assert "| pcb | merged | **11.2** |\n" in text
     assert text.endswith(
-        "\nPerplexity (lower is better) ± standard error, 300 test items a task; bold: the best merge.\n"
+        "\nPerplexity (lower is better) ± standard error, 300 test items per task; bold: the best merge.\n"
     )
 
 

@@ -51,8 +51,8 @@ def folder(tmp_path: Path) -> Path:
     "module, by, says",
     [
         ("typer", signal.SIGINT, "interrupted: no result was written\n"),
-        ("torch", signal.SIGINT, "interrupted: what is complete is kept; go on with --resume\n"),
-        ("torch", signal.SIGTERM, "interrupted: what is complete is kept; go on with --resume\n"),
+        ("torch", signal.SIGINT, "interrupted: what is complete is kept; continue with --resume\n"),
+        ("torch", signal.SIGTERM, "interrupted: what is complete is kept; continue with --resume\n"),
     ],
 )
 def test_a_signal_is_one_line(folder: Path, module: str, by: signal.Signals, says: str, again: str) -> None:
@@ -72,7 +72,7 @@ def test_a_merge_that_is_ended_goes_on(
 ) -> None:
     args = ["merge", "recipe.yaml", "--shard-size", "300B", "--workers", "2", "-q"]
     code, out, err = server.run(*args, "--out", "out", folder=folder, die_at=12, by=by, forked=forked)
-    assert (code, out, err) == (128 + by, "", f"{word}: what is complete is kept; go on with --resume\n")
+    assert (code, out, err) == (128 + by, "", f"{word}: what is complete is kept; continue with --resume\n")
     assert not (folder / "out").exists()
     assert server.run(*args, "--out", "out", "--resume", folder=folder) == (0, "out\n", "")
     assert server.run(*args, "--out", "whole", folder=folder) == (0, "whole\n", "")
@@ -121,7 +121,7 @@ def test_too_little_memory_is_one_line(folder: Path, how: str) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: mergebench merge: out of memory\n"
-        "hint: ask for less: --memory 100MiB --workers 1, and go on with --resume\n"
+        "hint: ask for less: --memory 100MiB --workers 1, and continue with --resume\n"
     )
     assert not (folder / "out").exists()
 

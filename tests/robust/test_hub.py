@@ -70,7 +70,7 @@ def test_snapshots_of_links(tmp_path: Path, hub: Hub, base: dict[str, torch.Tens
 def test_not_in_the_cache(tmp_path: Path, hub: Hub, shell: Cli) -> None:
     code, out, err = shell("inspect", "org/name", cwd=tmp_path, **hub.environment)
     assert (code, out) == (3, "")
-    assert err.startswith("error: model 'org/name': neither a local path nor in the hub cache")
+    assert err.startswith("error: model 'org/name': not found locally, in the hub cache or on the hub")
     assert len(err.splitlines()) == 2
 
 

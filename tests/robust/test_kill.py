@@ -378,7 +378,7 @@ def test_a_finished_result_says_so(server: Server, small: Path) -> None:
 
 
 def check_interrupted(ran: tuple[int, str, str], folder: Path) -> None:
-    assert ran == (130, "", "interrupted: what is complete is kept; go on with --resume\n")
+    assert ran == (130, "", "interrupted: what is complete is kept; continue with --resume\n")
     assert not (folder / "out").exists()
 
 

@@ -197,7 +197,7 @@ def _check(settings: Settings) -> Settings:
 
 
 def _within(reading: Reading, budget: int) -> list[Settings]:
-    """Every way to choose, in each linear layer, and the largest changes of all tensors: 8 bytes an element."""
+    """Every way to choose, in each linear layer, and the largest changes of all tensors: 8 bytes per element."""
     tensors = reading.found.base.tensors
     linear = sum(tensors[name].numel for name in reading.changed_layers)
     everything = sum(tensors[name].numel for name in reading.found.shapes if reading.included(name))

@@ -1,4 +1,4 @@
-"""One task of several that share a vector: a mask of one bit an element, and a factor.
+"""One task of several that share a vector: a one-bit mask per element, and a factor.
 
     OUT/model.safetensors               the vector: a difference to the base, for all tasks
     OUT/tasks/NAME/model.safetensors    the task's mask: uint8, bit i % 8 of byte i // 8 is element i's

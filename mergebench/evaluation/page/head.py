@@ -59,4 +59,4 @@ def _measured(results: Results) -> str:
     splits = " and ".join(dict.fromkeys(record.split for record in results.records))
     date = str(results.made.get("date", ""))[:10]
     size = f"{models} model{'s' * (models != 1)} on {tasks} task{'s' * (tasks != 1)}"
-    return f"{size}, {items} {splits} items a task" + (f", {date}" if date else "")
+    return f"{size}, {items} {splits} items per task" + (f", {date}" if date else "")

@@ -149,7 +149,7 @@ def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
             if read(folder) is None:
                 raise RecipeError(f"{folder}: it exists and holds no search", "choose another --out")
             if not (resume or overwrite):
-                hint = "go on with --resume, replace it with --overwrite, or choose another --out"
+                hint = "continue with --resume, replace it with --overwrite, or choose another --out"
                 raise RecipeError(f"{folder}: it holds a search", hint)
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)

@@ -111,7 +111,7 @@ def legend(results: Results, *, bold: bool = True) -> str:
     counts = sorted({record.n for record in results.records})
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "no"
     splits = ", ".join(dict.fromkeys(record.split for record in results.records))
-    text = f"{names}{',' if len(said) > 1 else ''} ± standard error, {items} {splits} items a task"
+    text = f"{names}{',' if len(said) > 1 else ''} ± standard error, {items} {splits} items per task"
     if any(value is not None for value in mean_relatives(results).values()):
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):

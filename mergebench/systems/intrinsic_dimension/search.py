@@ -2,7 +2,7 @@
 
 The full fine-tune is trained first. Then d runs through the powers of ten until one reaches the line, and log d is
 halved between the last that did not and the first that did. Every d is trained with all of the config's seeds; their
-mean decides. A directory holds every run; a killed search goes on with `resume`.
+mean decides. A directory holds every run; a killed search continues with `resume`.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class _Ladder(Attached):
     def begin(self, task: TrainingTask, head: Head, directory: Path, progress: Callable[[str, int, int], None]) -> None:
         """Run the backbone once on every item that is read more than once.
 
-        In batches that depend on the items' lengths alone: a run that goes on finds the same bits.
+        In batches that depend on the items' lengths alone: a resumed run finds the same bits.
         """
         if self.ladder.states is not None:
             return

@@ -1,7 +1,7 @@
 """Write a model's linear layers as products of two: PELA's low-rank model before its training (arXiv:2310.10700).
 
 One matrix is in memory at a time. Each layer's factors have a file of their own until all are known, so that a killed
-run goes on with the next layer.
+run continues with the next layer.
 """
 
 from __future__ import annotations

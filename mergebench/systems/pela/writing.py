@@ -1,4 +1,4 @@
-"""Tensors of a model written shard by shard, each complete shard kept for a run that goes on."""
+"""Tensors of a model written shard by shard, each complete shard kept for a run that is resumed."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_a_full_disk_is_no_point_that_failed(made: Path, tmp_path: Path, server:
     args = ["search", "recipe.yaml", "--over", "lambda", "--budget", "2", "-q"]
     code, out, err = server.run(*args, folder=folder, largest_file=250)
     assert (code, out) == (1, "") and err.startswith("error: searches/recipe/"), err
-    assert "File too large" in err and "go on with --resume" in err
+    assert "File too large" in err and "continue with --resume" in err
     assert not (folder / "searches/recipe/search.json").exists()
     assert server.run(*args, "--resume", folder=folder)[0] == 0
     assert document(folder / "searches/recipe")["points"][0]["error"] is None
