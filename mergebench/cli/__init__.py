@@ -74,7 +74,8 @@ def _run() -> None:
     try:
         app()
     except DiskFull as error:
-        _fail(error.message, f"{error.hint}, then {'continue with --resume' if _takes('--resume') else 'run it again'}", 1)
+        then = "continue with --resume" if _takes("--resume") else "run it again"
+        _fail(error.message, f"{error.hint}, then {then}", 1)
     except MergebenchError as error:
         _fail(error.message, error.hint, error.exit_code)
     except SystemExit as end:

@@ -198,7 +198,8 @@ def test_python_names_are_there(page: str) -> None:
 
 def test_the_tree_has_every_room() -> None:
     """The tree in docs/architecture.md: every room and top-level file of the package, and what it names in a room."""
-    package, (tree,) = ROOT / "mergebench", re.findall(r"```\nmergebench/\n(.*?)```", TEXT["architecture.md"], re.DOTALL)
+    package = ROOT / "mergebench"
+    (tree,) = re.findall(r"```\nmergebench/\n(.*?)```", TEXT["architecture.md"], re.DOTALL)
     lines = dict(line.split(maxsplit=1) for line in tree.splitlines())
     wanted = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
     assert lines.keys() == wanted | {path.name for path in package.glob("[!_]*.py")}

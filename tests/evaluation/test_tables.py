@@ -83,8 +83,8 @@ MARKDOWN = """\
 | ties | baseline | 88.0 ± 1.9 | **86.0 ± 2.0** | 74.0 ± 2.5 | 73.7 ± 2.5 | 80.4 | 92.9% |
 | pcb | merged | **89.0 ± 1.8** | **86.0 ± 2.0** | **75.0 ± 2.5** | 73.0 ± 2.6 | **80.8** | **93.3%** |
 
-Accuracy in % ± standard error, 300 test items per task; relative: mean share of what each task's own fine-tune reaches; \
-bold: the best merge.
+Accuracy in % ± standard error, 300 test items per task; relative: mean share of what each task's own fine-tune \
+reaches; bold: the best merge.
 """
 
 
