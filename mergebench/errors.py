@@ -56,6 +56,12 @@ class DiskFull(RunError):
     """The disk has no room left for the output."""
 
 
+class GateFailed(MergebenchError):
+    """The work is done, and what was measured breaks a limit that was set: for CI to tell from a crash."""
+
+    exit_code = 4
+
+
 class RecipeError(MergebenchError):
     """The recipe or the command is not valid."""
 

@@ -63,6 +63,9 @@ class Model:
     tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
     remarks: tuple[str, ...] = ()  # notes for the user
 
+    def __repr__(self) -> str:
+        return f"<Model {self.reference}: {len(self.tensors)} tensors>"
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, or {} if there is none."""

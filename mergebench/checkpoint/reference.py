@@ -6,7 +6,9 @@ on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's dir
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +78,23 @@ def _place(text: str, folders: Sequence[Path]) -> Path:
     name, _, revision = text.partition("@")
     parts = name.split("/")
     looks_like_hub = len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))
+    near = _neighbour(Path(text), folders)
     if not looks_like_hub or name.endswith(".safetensors"):
-        raise ModelError(f"model '{text}': no such file or directory", "a hub model is written org/name")
-    return _from_hub(text, name, revision or None)
+        raise ModelError(f"model '{text}': no such file or directory", near or "a hub model is written org/name")
+    return _from_hub(text, name, revision or None, near)
 
 
-def _from_hub(text: str, name: str, revision: str | None) -> Path:
+def _neighbour(path: Path, folders: Sequence[Path]) -> str | None:
+    """A hint that names the entry of the same directory that is spelt most like the path; None if none is alike."""
+    for folder in [Path(), *folders]:
+        with suppress(OSError, ValueError, RuntimeError):
+            there = [one.name for one in (folder / path.parent).iterdir()]
+            if close := difflib.get_close_matches(path.name, there, n=1, cutoff=0.75):
+                return f"did you mean '{path.parent / close[0]}'?"
+    return None
+
+
+def _from_hub(text: str, name: str, revision: str | None, near: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -96,7 +109,7 @@ def _from_hub(text: str, name: str, revision: str | None) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
             f"model '{text}': not found locally, in the hub cache or on the hub: {first_line(error)}",
-            "check the name and the network, or give the path of a directory",
+            near or "check the name and the network, or give the path of a directory",
         ) from None
 
 

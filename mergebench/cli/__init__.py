@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 from typing import Any, NoReturn
@@ -81,6 +82,9 @@ def _run() -> None:
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt from None
+        if end.code == 2 and "--json" in sys.argv:  # typer has said what is wrong with the options, on stderr
+            said = getattr(end.__context__, "format_message", lambda: "the command line is not valid")()
+            _say_error(said, None, 2)
         raise
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
         if out_of_memory(error):
@@ -96,7 +100,8 @@ def _code() -> int:
 
 
 def _say_ended() -> None:
-    kept = ": what is complete is kept; continue with --resume" if _takes("--resume") else ": no result was written"
+    again = "--resume" + " --overwrite" * ("--overwrite" in sys.argv)
+    kept = f": what is complete is kept; continue with {again}" if _takes("--resume") else ": no result was written"
     print(f"interrupted{kept}", file=sys.stderr, flush=True)
 
 
@@ -134,4 +139,15 @@ def _fail(message: str, hint: str | None, code: int) -> NoReturn:
 
     note(f"error: {message}")
     note(f"hint: {hint}", hint is None)
+    if "--json" in sys.argv and code != 4:  # a gate's document has been printed
+        _say_error(message, hint, code)
     sys.exit(code)
+
+
+def _say_error(message: str, hint: str | None, code: int) -> None:
+    """The document of a command that failed: what is wrong, where it stands in a file, what to do."""
+    from mergebench.cli.output import say_json
+
+    place = re.match(r"(.+?):(\d+):(\d+): ", message)
+    where = None if place is None else {"file": place[1], "line": int(place[2]), "column": int(place[3])}
+    say_json({"error": {"message": message, "hint": hint, "place": where, "exit_code": code}})

@@ -22,7 +22,10 @@ def drift(
     ],
     json_: opt.Json = False,
 ) -> None:
-    """Compare the adapters of a sequence: distance from the mean of those before, and cosines, by their tensors."""
+    """Compare the adapters of a sequence: distance from the mean of those before, and cosines, by their tensors.
+
+    Example: mergebench adapters drift TASK1 TASK2 TASK3
+    """
     from mergebench.adapters import adapter_drift
 
     found = adapter_drift(adapters)
@@ -61,7 +64,10 @@ def inspect(
     ] = None,
     json_: opt.Json = False,
 ) -> None:
-    """Show what adapters are, side by side: type, base, ranks, targets, sizes, norms by layer."""
+    """Show what adapters are, side by side: type, base, ranks, targets, sizes, norms by layer.
+
+    Example: mergebench adapters inspect LORA1 LORA2
+    """
     from rich.text import Text
 
     from mergebench.adapters import describe_adapter

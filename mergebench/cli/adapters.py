@@ -9,6 +9,7 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
+from mergebench.cli.command import App
 from mergebench.cli.extract import extract
 from mergebench.cli.merge import say_changes, say_notes
 from mergebench.cli.output import byte_bar, count_bar, human, note, say_left, say_out
@@ -17,7 +18,7 @@ from mergebench.errors import RecipeError
 
 Seed = Annotated[int, typer.Option(help="Seed of the search in large matrices.")]
 
-app = typer.Typer(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
+app = App(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
 app.command("drift")(adapter_tables.drift)
 app.command("inspect")(adapter_tables.inspect)
 app.command("extract")(extract)
@@ -59,7 +60,10 @@ def merge(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Merge adapters into one that PEFT loads: what LoRAs do, or by ema the tensors of any type."""
+    """Merge adapters into one that PEFT loads: what LoRAs do, or by ema the tensors of any type.
+
+    Example: mergebench adapters merge LORA1 LORA2 --method ties --rank 16 --out merged/both
+    """
     given = {"--weights": weights, "--density": density, "--rank": rank, "--base": base, "--seed": seed}
     given = given if method == "ema" else {"--alpha": alpha, "--all": all_ or None}
     for option, value in given.items():
@@ -107,7 +111,10 @@ def fold(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Fold an adapter into its base: a checkpoint that needs no adapter."""
+    """Fold an adapter into its base: a checkpoint that needs no adapter.
+
+    Example: mergebench adapters fold LORA --base BASE --out folded
+    """
     from mergebench import api
 
     quiet = quiet or json_
@@ -149,7 +156,10 @@ def convert(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write an adapter of any type as a LoRA that PEFT loads, exactly or truncated; or as a file of deltas."""
+    """Write an adapter of any type as a LoRA that PEFT loads, exactly or truncated; or as a file of deltas.
+
+    Example: mergebench adapters convert OFT --base BASE --rank 32 --out lora
+    """
     from mergebench.adapters import convert_adapter, convert_to_file
     from mergebench.adapters.peft_directory import kept_text
 
@@ -184,7 +194,10 @@ def truncate(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Cut a LoRA to its largest singular values over all modules, so that each gets the rank that it is worth."""
+    """Cut a LoRA to its largest singular values over all modules, so that each gets the rank that it is worth.
+
+    Example: mergebench adapters truncate LORA --budget 50% --out smaller
+    """
     from mergebench.adapters import truncate_adapter
     from mergebench.adapters.peft_directory import kept_text
 

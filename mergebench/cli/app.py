@@ -29,9 +29,10 @@ from mergebench.cli import (
     task_vector,
     train,
 )
+from mergebench.cli.command import App
 from mergebench.cli.output import say
 
-app = typer.Typer(
+app = App(
     name="mergebench",
     help="Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
     no_args_is_help=True,

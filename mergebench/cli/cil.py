@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.command import App
 from mergebench.cli.output import note, say_json, say_text, work_bar
 
-app = typer.Typer(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
+app = App(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
 
 
 @app.command("run")
@@ -24,7 +25,10 @@ def run(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Learn the tasks of CONFIG with an adapter each (MOS), seed by seed, and print how it and its rivals did."""
+    """Learn the tasks of CONFIG with an adapter each (MOS), seed by seed, and print how it and its rivals did.
+
+    Example: mergebench cil run config.yaml --out banks/mine
+    """
     from mergebench.systems.mos.config import load_config
     from mergebench.systems.mos.run import run_sequence
 
@@ -62,7 +66,10 @@ def evaluate(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Score banks at every stage, MOS whole and without each of its parts. Banks are only read."""
+    """Score banks at every stage, MOS whole and without each of its parts. Banks are only read.
+
+    Example: mergebench cil eval banks/mine
+    """
     from mergebench.systems.mos.evaluate import evaluate_banks
 
     with work_bar(quiet or json_) as progress:

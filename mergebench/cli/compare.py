@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import item_bar, say_json, say_text
-from mergebench.errors import RecipeError, RunError
+from mergebench.cli.output import item_bar, note, say_json, say_text
+from mergebench.errors import GateFailed, RecipeError
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Comparison
@@ -29,13 +29,15 @@ def compare(
     results: opt.Results = Path("results"),
     device: opt.Device = "auto",
     max_nfr: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 1 where a task's NFR is above this, such as 0.02.")
+        float | None, typer.Option(min=0, max=1, help="Exit with 4 if a task's NFR is above this, such as 0.02.")
     ] = None,
     flips: Annotated[int, typer.Option(min=0, help="How many flipped items are shown.")] = 10,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Say what a new model does better and what worse than an old one, item by item: negative flips and a paired test.
+
+    Example: mergebench compare BASE merged/mine --suite suite.yaml --max-nfr 0.02
 
     OLD and NEW are files of predictions ({"id": 1, "pred": "a", "gold": "b"} a line, or a "score"), logs of lm-eval
     (--log_samples) or inspect, or folders of them, rows of an evaluation (--in merged/mine), or models
@@ -52,13 +54,17 @@ def compare(
         found = compare_answers(old, new, in_)
     else:
         found = _measured(suite, old, new, split, opt.check_device(device), results, quiet or json_)
+    above = [] if max_nfr is None else found.above(max_nfr)
     if json_:
-        say_json(found.to_dict())
+        gate = {"max_nfr": max_nfr, "passed": not above, "above": [pair.task for pair in above]}
+        say_json(found.to_dict() | ({} if max_nfr is None else {"gate": gate}))
     else:
         say_text(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
-    if max_nfr is not None and (above := found.above(max_nfr)):
+    if max_nfr is not None and above:
         named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
-        raise RunError(f"NFR above {100 * max_nfr:g} %: {named}", "--flips N shows more of the lost items, --json all")
+        more = "--flips N shows more of the lost items, --json all"
+        raise GateFailed(f"NFR above {100 * max_nfr:g} %: {named}", more)
+    note(f"passed: no task's NFR is above {100 * (max_nfr or 0):g} %", max_nfr is None or quiet or json_)
 
 
 def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:

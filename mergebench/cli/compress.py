@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from mergebench.cli import options as opt
+from mergebench.cli.command import App, Command
 from mergebench.cli.output import count_bar, human, note, print_table, say, say_json, say_left, say_out
 
 
@@ -21,7 +21,10 @@ def expand(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Multiply the factors back: a dense checkpoint with the names of the model that was compressed."""
+    """Multiply the factors back: a dense checkpoint with the names of the model that was compressed.
+
+    Example: mergebench compress expand smaller --out dense
+    """
     from mergebench.systems import pela
 
     quiet = quiet or json_
@@ -37,11 +40,11 @@ def expand(
     say_out(result.out, made, json_)
 
 
-_alone = typer.Typer(add_completion=False)
+_alone = App(add_completion=False)
 _alone.command("expand")(expand)
 
 
-class Compress(TyperCommand):
+class Compress(Command):
     """A command that takes a model, with a command below it: a group cannot have an argument of its own."""
 
     @property
@@ -78,7 +81,10 @@ def compress(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write MODEL's linear layers as products of two (PELA); `mergebench compress expand DIR` makes it dense again."""
+    """Write MODEL's linear layers as products of two (PELA); `mergebench compress expand DIR` makes it dense again.
+
+    Example: mergebench compress MODEL --ratio 2 --out smaller
+    """
     from mergebench.systems import pela
 
     quiet = quiet or json_

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
 
+from mergebench.cli.command import App, Command
 from mergebench.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ OF = "Options of "  # headings of the help
 METAVARS = {int: "<int>", float: "<float>", Path: "FILE"}
 
 
-class DeclaredCommand(TyperCommand):
+class DeclaredCommand(Command):
     """A command whose function finds the declared parameters that were given, checked, in `ctx.obj`."""
 
     ignore_unknown_options = allow_extra_args = True  # unknown options are refused here, in one line
@@ -86,7 +86,7 @@ def _options(heading: str, parameters: Mapping[str, Parameter]) -> list[Any]:
         arguments.append(inspect.Parameter(_python(option), by_name, default=default, annotation=kind | None))
     nothing.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
     nothing.__annotations__ = {argument.name: argument.annotation for argument in arguments}
-    app = typer.Typer(add_completion=False)
+    app = App(add_completion=False)
     app.command()(nothing)
     return list(typer.main.get_command(app).params)
 

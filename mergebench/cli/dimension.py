@@ -21,7 +21,10 @@ def dimension(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Search the smallest random subspace in which training reaches 90 % of full fine-tuning's metric."""
+    """Search the smallest random subspace in which training reaches 90 % of full fine-tuning's metric.
+
+    Example: mergebench dimension config.yaml --out dimension
+    """
     from mergebench.systems.intrinsic_dimension.search import search
     from mergebench.training import load_config
 

@@ -21,6 +21,8 @@ def doctor(
 ) -> None:
     """Try the identities that any merge must keep on the installed methods, with small checkpoints.
 
+    Example: mergebench doctor ties
+
     One model, or several equal ones, come out as they went in. The order of the models, chunks and workers
     change nothing. Sign ties and negative weights give numbers. What is written is read back. A `-`: the check
     does not apply, and --json says why. Then (without METHOD) the same for merged adapters of every kind of LoRA:

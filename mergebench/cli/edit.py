@@ -67,6 +67,8 @@ def edit(
 ) -> None:
     """Edit a MODEL's behaviour: add a probe's direction to the few rows that point away from it (model surgery).
 
+    Example: mergebench edit --model M --probe probe.safetensors --rows 1% --dry-run
+
     With --edit NAME another edit, and the options it declares: mergebench edit --edit NAME --help shows them.
     """
     from mergebench import api

@@ -30,7 +30,10 @@ def evaluate(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure MODELs side by side on the tasks of a SUITE."""
+    """Measure MODELs side by side on the tasks of a SUITE.
+
+    Example: mergebench eval suite.yaml BASE merged/mine
+    """
     from mergebench.evaluation import page, save
     from mergebench.evaluation.measure import measure
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def explain(recipe: Recipe, set_: opt.Set = None, seed: opt.Seed = None, json_: opt.Json = False) -> None:
-    """Print where each tensor of the result comes from and the parameters that hold for it, from headers alone."""
+    """Print where each tensor of the result comes from and the parameters that hold for it, from headers alone.
+
+    Example: mergebench explain recipes/quickstart.yaml
+    """
     each_stage(load(recipe, set_, seed), json_, _facts, _show)
 
 
@@ -49,8 +52,9 @@ def _show(stage: Stage) -> None:
     for one in tensors:
         own = {key: value for key, value in one.get("parameters", {}).items() if key not in same}
         said = "copied from the base" if "parameters" not in one else _written(own)
-        renamed = [source for source in one.get("sources", ()) if not source.endswith(f":{one['tensor']}")]
-        origin = f"  from {', '.join(one['sources'])}" if renamed else ""
+        sources = one.get("sources", ())
+        told = plan.merge.reference.sliced or any(not source.endswith(f":{one['tensor']}") for source in sources)
+        origin = f"  from {', '.join(sources)}" if told else ""
         say(f"{one['tensor']:{width}}  {said}{origin}".rstrip())
 
 

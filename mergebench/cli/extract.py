@@ -58,7 +58,10 @@ def extract(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Take what a fine-tune adds to its base as a LoRA that PEFT loads, or as another kind of adapter."""
+    """Take what a fine-tune adds to its base as a LoRA that PEFT loads, or as another kind of adapter.
+
+    Example: mergebench adapters extract --base BASE --model TUNED --rank 16 --out lora
+    """
     from mergebench.adapters import extract_adapter
 
     quiet = quiet or json_

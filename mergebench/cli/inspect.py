@@ -27,7 +27,10 @@ def inspect(
     ],
     json_: opt.Json = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards; and how much adapters change."""
+    """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards; and how much adapters change.
+
+    Example: mergebench inspect BASE+LORA
+    """
     from mergebench.deltas.formats.native import is_delta_file
     from mergebench.deltas.open import open_model
     from mergebench.deltas.peft.directory import holds_no_model, is_adapter
@@ -91,7 +94,10 @@ def diff(
     top: Annotated[int, typer.Option(min=0, help="Show the most changed tensors; 0 for all.")] = 20,
     json_: opt.Json = False,
 ) -> None:
-    """Compare two models tensor by tensor: norm ratio, cosine, changed share, sign conflict of task vectors."""
+    """Compare two models tensor by tensor: norm ratio, cosine, changed share, sign conflict of task vectors.
+
+    Example: mergebench diff A B --base BASE
+    """
     from mergebench.evaluation.weights import differences
 
     rows = differences(a, b, base)
@@ -119,7 +125,10 @@ def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its parameters.")] = None,
     json_: opt.Json = False,
 ) -> None:
-    """List the merge methods and edits, or show one: formula, paper, parameters, defaults."""
+    """List the merge methods and edits, or show one: formula, paper, parameters, defaults.
+
+    Example: mergebench methods ties
+    """
     from mergebench import methods as registry
     from mergebench.editing import edits
 

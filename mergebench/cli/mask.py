@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.command import App
 from mergebench.cli.output import human, note, say_json, say_out
 
-app = typer.Typer(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
+app = App(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The base: a directory, BASE+ADAPTER or org/name.")]
 Smallest = Annotated[str, typer.Option(help="The share of elements with the smallest values: .5%, or 0.005.")]
@@ -29,7 +30,10 @@ def magnitude(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write the mask of the elements with the smallest magnitudes."""
+    """Write the mask of the elements with the smallest magnitudes.
+
+    Example: mergebench mask magnitude BASE --smallest 0.5% --out mask.safetensors
+    """
     _make(model, smallest, out, None, scope, include, overwrite, json_, quiet)
 
 
@@ -45,7 +49,10 @@ def fisher(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write the mask of the elements with the smallest Fisher values, mean squared gradients from a file."""
+    """Write the mask of the elements with the smallest Fisher values, mean squared gradients from a file.
+
+    Example: mergebench mask fisher BASE --from items.jsonl --smallest 0.5% --out mask.safetensors
+    """
     _make(model, smallest, out, from_, scope, include, overwrite, json_, quiet)
 
 
@@ -77,7 +84,10 @@ def overlap(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another mask of the same model.")],
     json_: opt.Json = False,
 ) -> None:
-    """Show how many positions two masks share, beside what random masks of these sizes would."""
+    """Show how many positions two masks share, beside what random masks of these sizes would.
+
+    Example: mergebench mask overlap one.safetensors other.safetensors
+    """
     from mergebench.systems.pafi import overlap
 
     everything, by_tensor = overlap(a, b)

@@ -10,7 +10,8 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, human, item_bar, note, say, say_json, say_left
+from mergebench.cli.output import byte_bar, counted, human, item_bar, note, say, say_json, say_left
+from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -49,6 +50,7 @@ def say_changes(plan: Plan, quiet: bool) -> None:
 
 def merge(
     recipe: Recipe,
+    place: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="The same as --out, as in mergekit.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output directory. Default: merged/<recipe stem>.")] = None,
     device: opt.Device = "auto",
     memory: opt.Memory = "400MiB",
@@ -68,12 +70,17 @@ def merge(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how."""
+    """Merge the models of a RECIPE into one checkpoint, and evaluate it where the recipe says how.
+
+    Example: mergebench merge recipes/quickstart.yaml --out merged/quickstart
+    """
     from mergebench import api
     from mergebench.evaluation import Results, document_of, measure, save
 
     quiet = quiet or json_
-    stages = load(recipe, set_, seed, out)
+    if place is not None and out is not None:
+        raise RecipeError(f"'{place}' and --out {out}: two output directories", "leave one out")
+    stages = load(recipe, set_, seed, out or place)
     *earlier, last = stages
     loaded, target = last.recipe, last.out
     limits: dict[str, Any] = {
@@ -119,6 +126,7 @@ def merge(
 
 def plan(
     recipe: Recipe,
+    out: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
     device: opt.Device = "auto",
     memory: opt.Memory = "400MiB",
     workers: opt.Workers = None,
@@ -127,7 +135,12 @@ def plan(
     shard_size: opt.ShardSize = "4GB",
     json_: opt.Json = False,
 ) -> None:
-    """Show what a merge would read, ask, write and need, from headers alone."""
+    """Show what a merge would read, ask, write and need, from headers alone.
+
+    Example: mergebench plan recipes/quickstart.yaml
+    """
+    from mergebench.checkpoint.target import check_room
+
     limits: dict[str, Any] = {
         "memory": opt.parse_size(memory, "--memory"),
         "workers": workers,
@@ -135,15 +148,21 @@ def plan(
         "shard_size": opt.parse_size(shard_size, "--shard-size"),
     }
 
+    def planned(stage: Stage) -> Plan:
+        found = _plan(stage, limits)
+        if out is not None:
+            check_room(stage.out, found.bytes_written)
+        return found
+
     def facts(stage: Stage) -> dict[str, Any]:
-        return _facts(_plan(stage, limits), stage.out)
+        return _facts(planned(stage), stage.out)
 
     def show(stage: Stage) -> None:
-        found = _plan(stage, limits)
+        found = planned(stage)
         say_notes(found, json_)
         _show(found, stage.out)
 
-    each_stage(load(recipe, set_, seed), json_, facts, show)
+    each_stage(load(recipe, set_, seed, out), json_, facts, show)
 
 
 def each_stage(
@@ -188,26 +207,23 @@ def _show(found: Plan, out: Path) -> None:
     say(f"  base      {found.merge.base.reference if found.merge.base else 'none'}")
     for number, model in enumerate(found.merge.models):
         zeros = found.zero_share(number)
-        extra = f"  task vector exactly zero on {zeros:.1%} of the elements" if zeros else ""
+        extra = f"  {zeros:.1%} of the elements are unchanged" if zeros else ""
         say(f"  model     {model.reference}{extra}")
-    say(f"  merged    {facts['merged_tensors']} tensors, {found.elements / 1e6:.2f} M elements")
-    say(f"  copied    {facts['copied_tensors']} tensors from the base")
+    say(f"  merged    {counted(facts['merged_tensors'], 'tensor')}, {found.elements / 1e6:.2f} M elements")
+    say(f"  copied    {counted(facts['copied_tensors'], 'tensor')} from the base")
     if found.merge.lines is not None:
         alpha = found.merge.lines.alpha
         asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
         say(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
     for one in found.merge.edits:
         say(f"  edit      {one.wanted.edit} of {one.count} rows of {one.wanted.target}, by {one.probe.file}")
-    say(f"  passes    {found.passes} question{'s' * (found.passes != 1)}, {found.sweeps} sweeps")
+    say(f"  passes    {counted(found.passes, 'question')}, {counted(found.sweeps, 'sweep')}")
     say(f"  read      {human(found.bytes_read)}")
-    count = len(facts["files"])
-    files = f"{count} file{'s' * (count > 1)}"
-    say(f"  write     {human(found.bytes_written)} in {files} to {out}")
+    say(f"  write     {human(found.bytes_written)} in {counted(len(facts['files']), 'file')} to {out}")
     if facts["tasks"]:
         say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, beside one vector")
     say(f"  disk      {human(facts['disk_free'])} free")
-    memory_text = f"{found.peak_memory / 2**20:.0f} MiB of {found.memory / 2**20:.0f} MiB"
-    say(f"  memory    {memory_text}, beside about 300 MB for torch")
+    say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch")
     say(f"  workers   {found.workers} on {found.device}")
 
 
@@ -219,7 +235,10 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "method": plan.merge.method.name,
         "scope": plan.merge.scope,
         "notes": list(plan.merge.notes),
+        "out": str(out),
+        "base": plan.merge.base.reference if plan.merge.base else None,
         "models": [model.reference for model in plan.merge.models],
+        "dtypes": sorted(set(plan.dtypes.values())),
         "merged_tensors": len(plan.alignment.merged),
         "copied_tensors": len(plan.copied),
         "elements": plan.elements,

@@ -71,6 +71,11 @@ def human(size: float) -> str:
     return f"{size:.3g} GB" if size < 999.5 else f"{size:.0f} GB"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 @contextmanager
 def byte_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress display over `total` bytes; yields a function to call with bytes done, from any thread."""
@@ -119,19 +124,25 @@ def _lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
-    """A progress display over an evaluation's steps: a bar on a terminal, a line a model otherwise."""
+    """A progress display over an evaluation's steps: a bar on a terminal, a line per model and every 10 s otherwise."""
     if quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with _item_bar() as update:
-            yield lambda step: update(f"{label} {step.model} on {step.task}", step.done, step.total)
+        with _item_bar(label) as update:
+            yield lambda step: update(f"{label} {step.model}, task {step.task}", step.done, step.total)
     else:
-        named: set[str] = set()
+        named, last = set[str](), time.monotonic()
 
         def line(step: Step) -> None:
+            nonlocal last
             if step.model not in named:
                 named.add(step.model)
                 note(f"{label}: {step.model}")
+            elif time.monotonic() - last < EVERY:
+                return
+            else:
+                note(f"{label}: {step.model}, task {step.task}: {step.done} of {step.total} in all")
+            last = time.monotonic()
 
         yield line
 
@@ -150,13 +161,13 @@ def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, Hist
         with item_bar("evaluating", quiet) as step:
             yield (lambda point, history: None) if quiet else line, step
         return
-    with _item_bar() as update:
+    with _item_bar("searching") as update:
 
         def searched(point: Point, history: History) -> None:
             best = "" if history.best is None else f": best {history.best.objective:.4g}"
             update(f"searching{best}", point.number + 1, budget)
 
-        yield searched, lambda step: update(f"evaluating {step.model} on {step.task}", step.done, step.total)
+        yield searched, lambda step: update(f"evaluating {step.model}, task {step.task}", step.done, step.total)
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def check_bar(label: str, quiet: bool) -> Iterator[Callable[[str, str, int, int]
     if quiet or not sys.stderr.isatty():
         yield lambda method, check, done, total: None
     else:
-        with _item_bar() as update:
+        with _item_bar(label) as update:
             yield lambda method, check, done, total: update(f"{label} {method}: {check}", done, total)
 
 
@@ -175,7 +186,7 @@ def work_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     if quiet:
         yield lambda what, done, total: None
     elif sys.stderr.isatty():
-        with _item_bar() as update:
+        with _item_bar("starting") as update:
             yield update
     else:
         last = time.monotonic()
@@ -197,14 +208,14 @@ def count_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def _item_bar() -> Iterator[Callable[[str, int, int], None]]:
+def _item_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mergebench.cli import terminal
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=terminal.err(), transient=True) as progress:
-        bar = progress.add_task("", total=None)
+        bar = progress.add_task(label, total=None)
         yield lambda text, done, total: progress.update(bar, description=shown(text), completed=done, total=total)
 
 

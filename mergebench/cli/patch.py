@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.command import App
 from mergebench.cli.output import byte_bar, human, note, say, say_json, say_left, say_out
 
-app = typer.Typer(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
+app = App(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="A directory, BASE+ADAPTER or org/name. Only read.")]
 File = Annotated[Path, typer.Option(metavar="FILE", help="A patch, as `mergebench edit` writes it beside the model.")]
@@ -29,7 +30,10 @@ def apply(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write MODEL with the patch: bit for bit what the edit gave."""
+    """Write MODEL with the patch: bit for bit what the edit gave.
+
+    Example: mergebench patch apply --model M --patch edited/patch.safetensors --out again
+    """
     _put_in(False, model, patch, out, workers, resume, overwrite, shard_size, json_, quiet)
 
 
@@ -45,7 +49,10 @@ def revert(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write MODEL without the patch: bit for bit what was edited."""
+    """Write MODEL without the patch: bit for bit what was edited.
+
+    Example: mergebench patch revert --model edited --patch edited/patch.safetensors --out M-again
+    """
     _put_in(True, model, patch, out, workers, resume, overwrite, shard_size, json_, quiet)
 
 
@@ -85,7 +92,10 @@ def show(
     patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")],
     json_: opt.Json = False,
 ) -> None:
-    """Show what a patch changes, and what made it."""
+    """Show what a patch changes, and what made it.
+
+    Example: mergebench patch show edited/patch.safetensors
+    """
     from mergebench.editing.patches import open_patch
 
     read = open_patch(patch)
@@ -140,7 +150,10 @@ def to_lora(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write the patch as a LoRA of rank 1 that PEFT loads: the edit as a switch of a running model."""
+    """Write the patch as a LoRA of rank 1 that PEFT loads: the edit as a switch of a running model.
+
+    Example: mergebench patch to-lora edited/patch.safetensors --model M --out lora
+    """
     from mergebench.adapters.from_patch import patch_to_lora
 
     result = patch_to_lora(model, patch, out, overwrite=overwrite)

@@ -48,7 +48,10 @@ def port(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Carry a fine-tune or an adapter from the base it was made on to an updated base, without training."""
+    """Carry a fine-tune or an adapter from the base it was made on to an updated base, without training.
+
+    Example: mergebench port LORA --old BASE --new NEWER_BASE --out lora-2
+    """
     quiet, excluded = quiet or json_, tuple(exclude or ())
     if check and (out is not None or suite is not None):
         raise RecipeError("--check goes alone: it writes and measures nothing", "leave out --out and --suite")

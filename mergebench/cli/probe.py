@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.command import App
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
 from mergebench.cli.output import note, say, say_json, work_bar
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from mergebench.cli.declared import Declared
     from mergebench.editing.probes.probe import Probe
 
-app = typer.Typer(help="Fit a linear probe of a behaviour, for an edit to use.", no_args_is_help=True)
+app = App(help="Fit a linear probe of a behaviour, for an edit to use.", no_args_is_help=True)
 
 
 @app.callback()
@@ -44,7 +45,10 @@ def fit(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart."""
+    """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart.
+
+    Example: mergebench probe fit --model M --data behaviour.jsonl --layer all --out probe.safetensors
+    """
     from mergebench.editing.probes.fit import fit_probe, plot_of
 
     quiet = quiet or json_

@@ -17,7 +17,10 @@ def report(
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
-    """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance."""
+    """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance.
+
+    Example: mergebench report merged/mine --open
+    """
     from mergebench.evaluation import page
 
     written = page.write(directory, out)

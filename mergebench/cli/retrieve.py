@@ -28,6 +28,8 @@ def retrieve(
 ) -> None:
     """Answer items with a bank, finding the adapter for each (MOS): id, label and adapter a line.
 
+    Example: mergebench adapters retrieve banks/mine/seed-0/merged items.jsonl
+
     With --trace also the path (02>04>04: under adapter 02 the head named task 04, under 04 again), how many adapters
     were evaluated, and how it ended: settled, cycle (it would go round for ever) or stopped (after four).
     """

@@ -42,7 +42,10 @@ def search(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Search parameters of a RECIPE on the validation tasks of a suite, and report the best on its test tasks."""
+    """Search parameters of a RECIPE on the validation tasks of a suite, and report the best on its test tasks.
+
+    Example: mergebench search recipe.yaml --over lambda,density --budget 20
+    """
     from mergebench.evaluation.search import search as searching
     from mergebench.recipe import load
 

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
+from mergebench.cli.command import App
 from mergebench.cli.output import count_bar, note, say_left, say_out
 
-app = typer.Typer(help="Side networks (LST): a base's most important rows and columns.", no_args_is_help=True)
+app = App(help="Side networks (LST): a base's most important rows and columns.", no_args_is_help=True)
 
 
 @app.callback()
@@ -38,7 +39,10 @@ def init(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write a narrow sub-network of a base as a checkpoint: where a ladder (LST) begins."""
+    """Write a narrow sub-network of a base as a checkpoint: where a ladder (LST) begins.
+
+    Example: mergebench side init --base BASE --reduction 8 --out side
+    """
     from mergebench.systems import lst
 
     quiet = quiet or json_

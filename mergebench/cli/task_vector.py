@@ -22,7 +22,10 @@ def task_vector(
     overwrite: opt.Overwrite = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
 ) -> None:
-    """Write MODEL minus its base as a checkpoint; recipes name it with `task_vector:`."""
+    """Write MODEL minus its base as a checkpoint; recipes name it with `task_vector:`.
+
+    Example: mergebench task-vector TUNED --base BASE --out vector
+    """
     from mergebench import api
 
     if dtype not in DTYPES:

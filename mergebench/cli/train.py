@@ -20,7 +20,10 @@ def train(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Train a delta, an adapter or all weights on a base, with every seed, and measure what came out."""
+    """Train a delta, an adapter or all weights on a base, with every seed, and measure what came out.
+
+    Example: mergebench train config.yaml --out trained/mine
+    """
     from rich.table import Column, Table
 
     from mergebench.training import load_config, report

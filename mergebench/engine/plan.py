@@ -55,6 +55,10 @@ class Plan:
     memory: int  # bytes for buffers and statistics
     device: torch.device
 
+    def __repr__(self) -> str:
+        models = f"{len(self.merge.models)} model{'s' * (len(self.merge.models) != 1)}"
+        return f"<Plan: {self.merge.method.name} of {models}, {self.elements:,} elements, {self.sweeps} sweeps>"
+
     @cached_property
     def passes(self) -> int:
         """Questions the method asks, at most."""

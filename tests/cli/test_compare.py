@@ -54,7 +54,7 @@ def test_files_and_rows_say_the_same(cli: Cli, tmp_path: Path) -> None:
     assert (by_row["lost_items"], by_row["nfr"], by_row["nfr_mc"], by_row["btc"]) == (["2"], 0.2, 0.4, 2 / 3)
 
 
-@pytest.mark.parametrize(("bound", "code"), [("0.2", 0), ("0.19", 1), ("1", 0), ("0", 1)])
+@pytest.mark.parametrize(("bound", "code"), [("0.2", 0), ("0.19", 4), ("1", 0), ("0", 4)])
 def test_the_gate(cli: Cli, bound: str, code: int) -> None:
     """The table comes first, then one line says why; at the bound is within it."""
     ran = cli("compare", "old.jsonl", "new.jsonl", "--max-nfr", bound)
@@ -62,8 +62,12 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
     assert " items  5  60.0  40.0 " in ran.out
     if code:
         assert ran.err.splitlines()[0] == f"error: NFR above {100 * float(bound):g} %: items 20.0 % (1 of 5)"
+    else:
+        assert ran.err == f"passed: no task's NFR is above {100 * float(bound):g} %\n"
     as_json = cli("compare", "old.jsonl", "new.jsonl", "--max-nfr", bound, "--json")
-    assert (as_json.code, json.loads(as_json.out)["tasks"][0]["lost"]) == (code, 1)
+    document = json.loads(as_json.out)
+    assert (as_json.code, document["tasks"][0]["lost"]) == (code, 1)
+    assert document["gate"] == {"max_nfr": float(bound), "passed": not code, "above": ["items"] * bool(code)}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,12 @@ def test_mistakes(cli: Cli, tmp_path: Path, arguments: list[str], code: int, mes
     ran = cli("compare", *arguments)
     assert (ran.code, ran.out) == (code, "")
     assert message in " ".join(ran.err.split())
+
+
+def test_a_row_is_named_by_how_it_begins(cli: Cli, tmp_path: Path) -> None:
+    place = evaluation(tmp_path / "e")
+    whole = cli("compare", "old", "new", "--in", place, "--json").out
+    assert cli("compare", "ol", "n", "--in", place, "--json").out == whole
 
 
 def test_how_many_flips(cli: Cli) -> None:

@@ -18,6 +18,7 @@ import typer
 import mergebench
 from mergebench import deltas, methods
 from mergebench.cli.app import app
+from mergebench.cli.command import Group
 from mergebench.cli.declared import DeclaredCommand, option_of
 from mergebench.deltas import formats
 from mergebench.editing import edits
@@ -77,6 +78,25 @@ def test_options_are_named_and_have_help(words: str) -> None:
         assert parameter.help, parameter.opts
         if parameter.param_type_name == "option" and HELP_ONLY.isdisjoint(parameter.opts):
             assert any(named(option, GUIDE) for option in parameter.opts), parameter.opts
+
+
+RUN = {words: one for words, one in COMMANDS.items() if not isinstance(one, Group)}
+
+
+@pytest.mark.parametrize("words", RUN)
+def test_help_opens_with_an_example_that_parses(words: str) -> None:
+    example = (RUN[words].help or "").split("\n\n")[1]
+    assert example.startswith(f"Example: {words} ") and "\n" not in example
+    typed = example.removeprefix(f"Example: {words} ").split()
+    assert RUN[words].make_context(words, typed).params
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_flags_do_not_look_as_if_they_took_a_value(words: str) -> None:
+    flags = [
+        one for one in COMMANDS[words].get_params(typer.Context(COMMANDS[words])) if getattr(one, "is_flag", False)
+    ]
+    assert flags and all(one.metavar == "" for one in flags)
 
 
 @pytest.mark.parametrize(

@@ -180,9 +180,16 @@ def _row(results: Results, name: str) -> str:
     if failed is not None and name not in results.models:
         raise RunError(failed["error"], failed["hint"])
     short = {shown: model for model, shown in short_names(results.models).items()}
-    if name not in results.models and name not in short:
-        raise RecipeError(f"no model in the evaluation is called '{name}'", did_you_mean(name, [*short]))
-    return name if name in results.models else short[name]
+    if name in results.models:
+        return name
+    if name in short:
+        return short[name]
+    begin = [shown for shown in short if shown.startswith(name)]
+    if len(begin) == 1:
+        return short[begin[0]]
+    if begin:
+        raise RecipeError(f"several models in the evaluation begin with '{name}'", f"name one: {', '.join(begin)}")
+    raise RecipeError(f"no model in the evaluation is called '{name}'", did_you_mean(name, [*short]))
 
 
 def _failed(results: Results, model: str) -> dict[str, Any] | None:

@@ -22,14 +22,15 @@ FILE = "report.html"
 Writer = Callable[[Sources], Iterator[Section]]
 
 
-def write(directory: Path, out: Path | None = None) -> Path:
+def write(directory: str | Path, out: str | Path | None = None) -> Path:
     """Write the page, by default as `report.html` in the directory; returns its path.
 
     Raises `RecipeError` if there is nothing to show, `RunError` if a document is damaged or the disk is full.
     """
     from mergebench.checkpoint.files import write_atomically, write_error
 
-    target = out if out is not None else directory / FILE
+    directory = Path(directory)
+    target = directory / FILE if out is None else Path(out)
     text = render(read(directory)).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

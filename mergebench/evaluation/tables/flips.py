@@ -197,6 +197,8 @@ def difference_of(found: Flips, unit: str) -> str:
 
 def _signed(value: float, unit: str) -> str:
     text = number(value, unit) if unit in SHARES else f"{value:.3g}"
+    if text.strip("-0.") == "":  # what rounds to zero has no sign
+        return text.lstrip("-")
     return text.replace("-", "−") if value < 0 else f"+{text}"
 
 

@@ -1,0 +1,79 @@
+"""What programs read: errors as JSON, where a plan would write; and what a Python prompt shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import mergebench
+from tests.conftest import Cli
+from tests.models import tiny_tensors, write_model, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("first", "second")):
+        write_model(Path(name), tiny_tensors(number))
+    write_recipe(Path("recipe.yaml"), "linear", ["first", "second"])
+
+
+def test_an_error_is_a_document_with_its_place(cli: Cli) -> None:
+    Path("wrong.yaml").write_text("merge_method: linear\nmodels:\n  - modl: first\n")
+    ran = cli("plan", "wrong.yaml", "--json")
+    (error,) = json.loads(ran.out).values()
+    assert (ran.code, error["exit_code"]) == (2, 2)
+    assert error["place"] == {"file": "wrong.yaml", "line": 3, "column": 5}
+    assert ran.err == f"error: {error['message']}\nhint: {error['hint']}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plan", "--json"], 2, "Missing argument"),
+        (["plan", "recipe.yaml", "--jsn", "--json"], 2, "No such option"),
+        (["plan", "none.yaml", "--json"], 2, "none.yaml"),
+        (["inspect", "none", "--json"], 3, "model 'none': no such file or directory"),
+    ],
+)
+def test_every_kind_of_error_is_a_document(cli: Cli, arguments: list[str], code: int, message: str) -> None:
+    ran = cli(*arguments)
+    error = json.loads(ran.out)["error"]
+    assert (ran.code, error["exit_code"], error["place"]) == (code, code, None)
+    assert message in error["message"]
+
+
+def test_without_json_an_error_leaves_stdout_empty(cli: Cli) -> None:
+    assert cli("inspect", "none").out == ""
+
+
+def test_a_plan_says_where_it_would_write_and_what(cli: Cli) -> None:
+    found = json.loads(cli("plan", "recipe.yaml", "--out", "there", "--json").out)
+    assert (found["out"], found["base"], found["dtypes"]) == ("there", None, ["F32", "I64"])
+    assert not Path("there").exists()
+
+
+def test_the_output_may_stand_where_mergekit_has_it(cli: Cli) -> None:
+    assert cli("merge", "recipe.yaml", "merged/mine", "-q").out == "merged/mine\n"
+    assert Path("merged/mine/mergebench.json").is_file()
+    ran = cli("merge", "recipe.yaml", "one", "--out", "other")
+    assert (ran.code, ran.err.splitlines()[0]) == (2, "error: 'one' and --out other: two output directories")
+
+
+def test_a_misspelt_model_is_answered_by_its_neighbour(cli: Cli) -> None:
+    Path("models").mkdir()
+    Path("first").rename("models/first")
+    for typed, hint in (("models/frist", "models/first"), ("secnd", "second")):
+        ran = cli("inspect", typed)
+        assert (ran.code, ran.err.splitlines()[1]) == (3, f"hint: did you mean '{hint}'?")
+    assert cli("inspect", "nothing").err.splitlines()[1] == "hint: a hub model is written org/name"
+
+
+def test_a_prompt_shows_names_and_short_values() -> None:
+    assert {"load", "plan", "run", "evaluate", "compare"} <= set(dir(mergebench))
+    plan = mergebench.plan(mergebench.load("recipe.yaml"))
+    assert repr(plan) == f"<Plan: linear of 2 models, {plan.elements:,} elements, 1 sweeps>"
+    assert repr(plan.merge.models[0]) == f"<Model first: {len(plan.merge.models[0].tensors)} tensors>"
+    assert Path(mergebench.__file__).with_name("py.typed").is_file()
