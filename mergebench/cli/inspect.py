@@ -11,8 +11,9 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, note, print_table, say, say_json, say_text
+from mergebench.cli.output import note, print_table, say, say_json, say_text
 from mergebench.cli.patch import show
+from mergebench.errors import human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.delta import Delta

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, note, say_json, say_out
+from mergebench.cli.output import note, say_json, say_out
+from mergebench.errors import human
 
 app = typer.Typer(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
 

@@ -146,6 +146,7 @@ class Attached:
     """What is on a network, and its trained parameters by name."""
 
     head: Callable[[], Mapping[str, Tensor]] | None = None  # the task's head, where it is made of these parameters
+    one_training = False  # whether it is made for the steps of one training, so that it cannot be trained in sessions
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -188,7 +189,7 @@ class Attached:
         network.module.train(training)
 
     def penalty(self) -> Tensor | None:
-        """A term added to the loss of every step."""
+        """A term whose gradient is added to that of every step's loss."""
         return None
 
     def after_step(self, step: int) -> None:

@@ -102,7 +102,8 @@ class _Trainer(transformers.Trainer):
         if count is not None:
             self._fit.saved = count.bytes
         extra = self._student.attached.penalty()
-        loss = loss if extra is None else loss + extra
+        if extra is not None:  # for its gradient alone, so that curves of all kinds show the task's loss
+            loss = loss + (extra - extra.detach())
         if not torch.isfinite(loss):
             ids = self._student.task.parts["train"]
             some = ", ".join(ids[i] for i in items.tolist()[:8])

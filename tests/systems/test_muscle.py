@@ -109,7 +109,7 @@ def test_a_run(updated: dict[str, Any], home: Path, tmp_path: Path) -> None:
     new = home / "new/lora/seed-0"
     config = load_config({**updated, "peft": PEFT, "from": str(new)})
     (start,) = config.rows
-    student = once.Once(start, once.open_model(start.model), config, torch.device("cpu"), 0, 0.02).attach()
+    student = once.Once(start, once.open_model(start.model), config, torch.device("cpu"), 0, 0.02).student()
     begun = load_file(new / "head.safetensors")
     assert torch.equal(student.head["weight"], begun["weight"])
     test = new / "test-predictions.jsonl"
@@ -147,8 +147,8 @@ def test_a_kind_of_ours_goes_on_from_a_run(tmp_path: Path, one_thread: None) -> 
         ({"peft": {**PEFT, "lora_alpha": 3}}, "its lora_alpha is 8, here it is 3"),
         ({"delta": "full"}, "this kind starts as its base is"),
         ({"delta": "hut"}, "not a patch|no file|no such|missing"),
-        ({"peft": PEFT, "from": "nowhere"}, "no directory nowhere"),
-        ({"peft": PEFT, "from": 3}, "must be a directory, got 3"),
+        ({"peft": PEFT, "from": "nowhere"}, "no such folder: nowhere"),
+        ({"peft": PEFT, "from": 3}, "must be a path, got 3"),
     ],
 )
 def test_what_cannot_be_gone_on_from(
