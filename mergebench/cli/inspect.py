@@ -29,15 +29,19 @@ def inspect(
     json_: opt.Json = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards; and how much adapters change."""
+    from mergebench.checkpoint.model import module_at
     from mergebench.deltas.formats.native import is_delta_file
     from mergebench.deltas.open import open_model
     from mergebench.deltas.peft.directory import holds_no_model, is_adapter
+    from mergebench.editing.patches import is_patch
 
-    if is_delta_file(Path(model)):
-        show(Path(model), json_)
+    place = Path(model)
+    deltas = is_delta_file(place)
+    if deltas and is_patch(place):
+        show(place, json_)
         return
-    if is_adapter(Path(model)) and holds_no_model(Path(model)):
-        adapter_tables.inspect([Path(model)], json_=json_)
+    if deltas or module_at(place) is not None or (is_adapter(place) and holds_no_model(place)):
+        adapter_tables.inspect([place], json_=json_)
         return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
