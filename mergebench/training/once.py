@@ -39,7 +39,7 @@ class Once:
     def __init__(self, row: Row, model: Model, config: Config, device: torch.device, seed: int, lr: float) -> None:
         self.row, self.model, self.config, self.device, self.seed, self.lr = row, model, config, device, seed, lr
         self.task = row.task.drawn(seed)
-        self.scratch = 0  # bytes on disk that training needs for a while; known when it has begun
+        self.scratch = 0  # bytes on disk that training needs for a while, at most; known when it has begun
         self._begun: Loss | Procedure | None = None
         self._first: Student | None = None
 
@@ -48,7 +48,7 @@ class Once:
         if self._begun is None:
             student = self._attach()
             self._begun = self._objective(student)
-            self._first, self.scratch = student, student.attached.scratch(self.task)
+            self._first, self.scratch = student, student.attached.scratch(self.row.task)
         return self._begun
 
     def student(self) -> Student:
