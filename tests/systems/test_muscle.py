@@ -140,7 +140,7 @@ def test_a_kind_of_ours_goes_on_from_a_run(tmp_path: Path, one_thread: None) -> 
     assert all(torch.allclose(second[name], values, atol=1e-6) for name, values in first.items())
     for change, message in (
         ({"rank": 3}, "it holds no such multiplicative"),
-        ({"targets": ["*query*"]}, "not in both"),
+        ({"targets": ["*query.weight"]}, "not in both"),
     ):
         other = {**written, "delta": {"kind": "hut", "rank": 2, **change}, "from": str(place)}
         with pytest.raises(MergebenchError, match=message) as error:
