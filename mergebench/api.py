@@ -18,11 +18,11 @@ from typing import Any
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
-from mergebench.checkpoint.model import VECTOR
+from mergebench.checkpoint.model import VECTOR, module_at
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_target, finished
 from mergebench.deltas.formats import format_of, peft_types
-from mergebench.deltas.open import open_model
+from mergebench.deltas.open import no_format, open_model
 from mergebench.deltas.peft.foreign import refuse_foreign_file
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
@@ -211,6 +211,8 @@ def plan_fold(
     """
     if format_of(Path(adapter)) is None:
         refuse_foreign_file(Path(adapter))
+        if module_at(Path(adapter)) is not None:
+            raise no_format(Path(adapter))
         read = read_stored(adapter)
         why = why_refused(read.kind) if read.is_directory else None
         if why is not None:

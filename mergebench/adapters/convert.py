@@ -26,7 +26,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_target
 from mergebench.checkpoint.values import chain, split
-from mergebench.deltas.open import open_model, put_on
+from mergebench.deltas.open import is_tied, open_model, put_on
 from mergebench.deltas.peft.directory import CONFIG, PREFIX
 from mergebench.deltas.svd import Product
 from mergebench.deltas.verbs import Converted, as_low_rank
@@ -35,6 +35,7 @@ from mergebench.engine.run import Result
 from mergebench.errors import ModelError
 
 _FOLD = "fold it into the base instead: mergebench adapters fold"
+_PART = f"{_FOLD}; or take what a LoRA holds: mergebench adapters extract --model BASE+ADAPTER"
 
 
 def convert_adapter(
@@ -127,19 +128,19 @@ class _Adapted:
         for name, delta in changed.items():
             module, _, part = name.rpartition(".")
             found = names.get(f"{module}.weight")
-            if found is not None and delta.replacement is not None:
+            if found is not None and delta.replacement is not None and not is_tied(plain, name):
                 self._whole[name] = found
             elif found is not None and part == "weight" and name in linear:
                 self.modules[name] = found
             elif found is not None and part == "bias":
                 self._biases = True
             else:
-                raise ModelError(f"{name}: {delta.describe()}: a LoRA cannot hold this change", _FOLD)
+                raise ModelError(f"{name}: {delta.describe()}: a LoRA cannot hold this change", _PART)
         if not self.modules:
             raise ModelError("the adapter changes no matrix of a linear layer: there is nothing for a LoRA", _FOLD)
         alone = [n for n in changed if n.endswith(".bias") and f"{n[:-5]}.weight" not in self.modules]
         if self._biases and any(n not in self._whole for n in alone):
-            raise ModelError(f"{alone[0]}: PEFT saves the bias of a module that has factors, this one has none", _FOLD)
+            raise ModelError(f"{alone[0]}: PEFT saves the bias of a module that has factors, this one has none", _PART)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Any
 from mergebench.adapters.adalora import Allocation, allocation
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.files import Files, whole
+from mergebench.checkpoint.names import layer_of
 from mergebench.deltas import low_rank
 from mergebench.deltas.formats.lora import Adapter, read_adapter
+from mergebench.deltas.formats.native import DeltaFile, is_delta_file, read_file
 from mergebench.deltas.peft.factors import Factors
 from mergebench.engine.machine import one_thread
 from mergebench.errors import ModelError, RunError
@@ -47,14 +49,16 @@ class Description:
 
 
 def describe_adapter(path: str | Path) -> Description:
-    """Describe a PEFT directory of any type, or a single .safetensors file.
+    """Describe a PEFT directory of any type, a file of deltas, a module, or a single .safetensors file.
 
     For a plain LoRA the norms are those of the differences scale B A, else those of the stored tensors. Raises
     `ModelError` if it is no adapter, `RunError` if it is damaged or not finite.
     """
-    read = read_stored(path)
+    deltas = read_file(path) if is_delta_file(Path(path)) else None
+    read = read_stored(path) if deltas is None else _as_stored(Path(path), deltas)
     adapter = _lora(read)
     modules = {} if adapter is None else adapter.modules
+    ranks = {module: one.rank for module, one in modules.items()} if deltas is None else _ranks(deltas)
     plain = adapter is not None and adapter.beside is None
     factors = {one.a.name: one for one in modules.values()} if plain else {}
     differences = bool(factors) and not read.settings.get("use_dora")
@@ -68,7 +72,7 @@ def describe_adapter(path: str | Path) -> Description:
         variants=[name for key, name in _VARIANTS.items() if read.settings.get(key)]
         + ([] if allocated is None else [allocated.variant]),
         base=read.base,
-        ranks=sorted({one.rank for one in factors.values()} or _widths(read, allocated)),
+        ranks=sorted({one.rank for one in factors.values()} or _widths(read, allocated) or set(ranks.values())),
         scales=sorted({one.scale for one in factors.values()} or _scale(read)),
         targets=_names(read, "target_modules"),
         saved_whole=_names(read, "modules_to_save"),
@@ -79,9 +83,26 @@ def describe_adapter(path: str | Path) -> Description:
         norm_of="differences" if differences else "tensors",
         norm=math.sqrt(sum(squares.values())),
         norms={layer: math.sqrt(square) for layer, square in squares.items()},
-        rank_map={module: one.rank for module, one in modules.items()} if allocated is None else allocated.ranks,
+        rank_map=ranks if allocated is None else allocated.ranks,
         orthogonality=None if allocated is None else allocated.orthogonality,
     )
+
+
+def _as_stored(path: Path, deltas: DeltaFile) -> Stored:
+    """A file of deltas as an adapter: its kinds are the type, the tensors that it changes the targets."""
+    layers = {name: layer_of(name) for name in deltas.entries}
+    settings = {
+        "kind": ", ".join(sorted({entry.kind for entry in deltas.entries.values()})),
+        "base_model_name_or_path": deltas.made.get("base", deltas.base),
+        "target_modules": sorted({name if layer is None else layer[2] for name, layer in layers.items()}),
+    }
+    return Stored(path, settings, deltas.header)
+
+
+def _ranks(deltas: DeltaFile) -> dict[str, int]:
+    """Of the deltas that are made of two factors, by module."""
+    factors = {name: entry.parts["b"] for name, entry in deltas.entries.items() if entry.parts.keys() >= {"a", "b"}}
+    return {name.removesuffix(".weight"): min(b.shape) for name, b in factors.items()}
 
 
 def _names(read: Stored, key: str) -> list[str]:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
+from mergebench.checkpoint.model import module_at
 from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.naming import HEAD, find_weights
+from mergebench.deltas.formats import format_of
 from mergebench.deltas.formats.lora import residual
-from mergebench.deltas.formats.native import tells_of_deltas
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS, is_adapter, read_directory
 from mergebench.engine.noise import TILE
 from mergebench.errors import ModelError, RunError
@@ -57,12 +59,13 @@ class Stored:
 
     @property
     def files(self) -> list[Path]:
-        return [self.path / CONFIG, self.path / WEIGHTS] if self.is_directory else [self.path]
+        return [*([self.path / CONFIG] if is_adapter(self.path) else []), self.header.file]
 
     @property
     def kind(self) -> str:
-        """PEFT's type, such as LORA; for a single file the type it names, such as bottleneck."""
-        return str(self.settings.get("peft_type" if self.is_directory else "kind", "untyped"))
+        """PEFT's type, such as LORA; of a single file or a module the type it names, such as bottleneck or ladder."""
+        named = (self.settings.get(key) for key in ("peft_type", "kind", "module"))
+        return str(next((kind for kind in named if kind is not None), "untyped"))
 
     @property
     def base(self) -> str | None:
@@ -76,7 +79,8 @@ class Stored:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.numel for tensor in self.header.tensors)
+        """Floats: positions are none."""
+        return sum(tensor.numel for tensor in self.header.tensors if tensor.is_float)
 
     @property
     def layers(self) -> dict[str, list[str]]:
@@ -92,11 +96,18 @@ class Stored:
 
 
 def read_stored(path: str | Path) -> Stored:
-    """Read a PEFT directory or a single .safetensors file; `ModelError` if it is no adapter."""
+    """Read a PEFT directory, a module or a single .safetensors file; `ModelError` if it is no adapter."""
     path = Path(path)
-    if path.is_dir():
+    module = module_at(path)
+    if module is not None:
+        settings, header = dict(module.metadata), module
+    elif not is_adapter(path) and (other := format_of(path)) is not None:
+        shown = f"mergebench inspect BASE+{path} shows what it changes"
+        raise ModelError(f"{path}: it is {other.what}, not an adapter as PEFT saves it", shown)
+    elif path.is_dir():
         inside = [*path.glob("*.safetensors"), *(config.parent for config in path.glob(f"*/{CONFIG}"))]
-        if inside and not is_adapter(path) and not (path / "config.json").exists():
+        told = find_weights(path) or inside == [path / HEAD]  # read_directory does
+        if inside and not is_adapter(path) and not told:
             raise ModelError(f"{path}: not an adapter: no {CONFIG}", f"name what it holds, such as {min(inside)}")
         settings, header = read_directory(path)
         if not isinstance(settings.get("peft_type"), str):
@@ -106,8 +117,6 @@ def read_stored(path: str | Path) -> Stored:
             raise ModelError(f"{path}: its settings are in {CONFIG} beside it", f"name the directory: {path.parent}")
         header = read_header(path)
         settings = dict(header.metadata)
-        if tells_of_deltas(settings):
-            raise ModelError(f"{path}: it is a patch, not an adapter", "mergebench patch show tells what it holds")
     elif path.exists():
         raise ModelError(f"{path}: not an adapter", "a directory as PEFT saves it, or a .safetensors file")
     else:

@@ -37,7 +37,7 @@ class Format:
     """A format and how it is recognised."""
 
     name: str
-    what: str  # the word for it in messages: an adapter, a patch
+    what: str  # the word for it in messages: an adapter, a file of deltas
     claims: Callable[[Path], bool]
     read: Callable[[Path, Base], Deltas]
     alone: Callable[[Path], bool]  # whether such a path cannot also be a model

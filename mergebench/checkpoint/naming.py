@@ -16,6 +16,7 @@ from mergebench.checkpoint.documents import read_json
 DIFFUSERS = "diffusion_pytorch_model"
 STEMS = ("model", DIFFUSERS, "open_clip_model", "consolidated")  # where several lie side by side, the first is read
 MODULES = "modules.json"
+HEAD = "head.safetensors"  # of a task, beside a model or what was trained
 _SINGLE, _INDEX = ".safetensors", ".safetensors.index.json"
 _NUMBERED = re.compile(r"(.+)-\d{5,}-of-\d{5,}\.safetensors")
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, say, say_json
-from mergebench.errors import RecipeError, shown
+from mergebench.cli.output import say, say_json
+from mergebench.errors import RecipeError, human, shown
 
 _ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
 MOST = 8  # adapters with a column each: more do not fit a terminal

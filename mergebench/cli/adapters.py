@@ -12,9 +12,9 @@ from mergebench.cli import options as opt
 from mergebench.cli.command import App
 from mergebench.cli.extract import extract
 from mergebench.cli.merge import say_changes, say_notes
-from mergebench.cli.output import byte_bar, count_bar, human, note, say_left, say_out
+from mergebench.cli.output import byte_bar, count_bar, note, say_left, say_out, was_there
 from mergebench.cli.retrieve import retrieve
-from mergebench.errors import RecipeError
+from mergebench.errors import RecipeError, human
 
 Seed = Annotated[int, typer.Option(help="Seed of the search in large matrices.")]
 
@@ -126,9 +126,7 @@ def fold(
     say_changes(plan, quiet)
     with byte_bar("folding", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
-    if result.already_done:
-        note(f"{out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, out, quiet):
         added = (delta for deltas in plan.merge.reference.deltas.values() for delta in deltas if delta.kind != "nf4")
         adapted, state = sum(1 for _ in added), "as it is" if as_trained is None else "rounded to NF4"
         seconds = result.provenance["seconds"]

@@ -10,7 +10,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
-from mergebench.cli.output import note, say_json, say_text, work_bar
+from mergebench.cli.output import note, say_json, say_text, was_there, work_bar
 
 app = App(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
 
@@ -45,9 +45,7 @@ def run(
             progress=progress,
             say=lambda line: note(line, quiet),
         )
-    if done.already_done:
-        note(f"{done.out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(done.already_done, done.out, quiet):
         note(f"wrote {done.out}: banks, results.json, results.md and results.png", quiet)
     if json_:
         say_json({"out": str(done.out), **done.results})

@@ -10,7 +10,8 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App, Command
-from mergebench.cli.output import count_bar, human, note, print_table, say, say_json, say_left, say_out
+from mergebench.cli.output import count_bar, note, print_table, say, say_json, say_left, say_out, was_there
+from mergebench.errors import human
 
 
 def expand(
@@ -31,9 +32,7 @@ def expand(
     with count_bar("expanding", quiet) as progress:
         result = pela.expand(compressed, out, resume=resume, overwrite=overwrite, progress=progress)
     made = result.provenance
-    if result.already_done:
-        note(f"{out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, out, quiet):
         what = f"{made['multiplied']} layers multiplied back, {made['copied']} tensors copied"
         say_left(made, quiet)
         note(f"{what}: wrote {out} in {made['seconds']:.1f} s", quiet)
@@ -101,9 +100,7 @@ def compress(
             progress=progress,
         )
     made = result.provenance
-    if result.already_done:
-        note(f"{out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, out, quiet):
         say_left(made, quiet)
         note(f"wrote {out} in {made['seconds']:.1f} s; each tensor's errors: {out / 'compress.json'}", quiet)
     if json_:

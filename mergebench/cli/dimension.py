@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import say, say_done, say_out, work_bar
+from mergebench.cli.output import note, say, say_out, was_there, work_bar
 
 
 def dimension(
@@ -41,7 +41,8 @@ def dimension(
             overwrite=overwrite,
             progress=progress,
         )
-    say_done(found.already_done, place, found.provenance, quiet)
+    if not was_there(found.already_done, place, quiet):
+        note(f"wrote {place} in {found.provenance['seconds']:.0f} s", quiet)
     if json_:
         say_out(place, found.provenance, json_)
         return

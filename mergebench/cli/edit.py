@@ -11,7 +11,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
-from mergebench.cli.output import byte_bar, note, say, say_json, say_left, say_out
+from mergebench.cli.output import byte_bar, note, say, say_json, say_left, say_out, was_there
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -97,9 +97,7 @@ def edit(
         return
     with byte_bar("copying", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, sync=sync, verify=verify, progress=progress)
-    if result.already_done:
-        note(f"{out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, out, quiet):
         say_edits(result.provenance, out, quiet)
         say_left(result.provenance, quiet)
         note(f"wrote {out} in {result.provenance['seconds']:.1f} s", quiet)

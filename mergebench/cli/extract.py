@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import count_bar, human, note, say_json, say_out
-from mergebench.errors import RecipeError
+from mergebench.cli.output import count_bar, note, say_json, say_out, was_there
+from mergebench.errors import RecipeError, human
 
 if TYPE_CHECKING:
     from mergebench.adapters.kinds import Kept, Kinds
@@ -91,9 +91,7 @@ def extract(
     with count_bar("extracting", quiet) as progress:
         result = extract_adapter(base, model, out, progress=progress, **how, **given)
     made = result.provenance
-    if result.already_done:
-        note(f"{result.out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, result.out, quiet):
         from mergebench.adapters.peft_directory import kept_text
 
         worst, entry = min(made["modules"].items(), key=lambda item: item[1]["energy_kept"])

@@ -11,8 +11,9 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.output import human, note, print_table, say, say_json, say_text
+from mergebench.cli.output import note, print_table, say, say_json, say_text
 from mergebench.cli.patch import show
+from mergebench.errors import human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.delta import Delta
@@ -31,15 +32,19 @@ def inspect(
 
     Example: mergebench inspect BASE+LORA
     """
+    from mergebench.checkpoint.model import module_at
     from mergebench.deltas.formats.native import is_delta_file
     from mergebench.deltas.open import open_model
     from mergebench.deltas.peft.directory import holds_no_model, is_adapter
+    from mergebench.editing.patches import is_patch
 
-    if is_delta_file(Path(model)):
-        show(Path(model), json_)
+    place = Path(model)
+    deltas = is_delta_file(place)
+    if deltas and is_patch(place):
+        show(place, json_)
         return
-    if is_adapter(Path(model)) and holds_no_model(Path(model)):
-        adapter_tables.inspect([Path(model)], json_=json_)
+    if deltas or module_at(place) is not None or (is_adapter(place) and holds_no_model(place)):
+        adapter_tables.inspect([place], json_=json_)
         return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [

@@ -9,7 +9,8 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
-from mergebench.cli.output import human, note, say_json, say_out
+from mergebench.cli.output import note, say_json, say_out
+from mergebench.errors import human
 
 app = App(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
 

@@ -10,8 +10,8 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, counted, human, item_bar, note, say, say_json, say_left
-from mergebench.errors import RecipeError
+from mergebench.cli.output import byte_bar, counted, item_bar, note, say, say_json, say_left, was_there
+from mergebench.errors import RecipeError, human
 
 if TYPE_CHECKING:
     from mergebench.engine.plan import Plan
@@ -279,8 +279,7 @@ def _summary(plan: Plan) -> str:
 
 
 def _say_done(result: Result, quiet: bool) -> None:
-    if result.already_done:
-        note(f"{result.out}: already finished, nothing to resume", quiet)
+    if was_there(result.already_done, result.out, quiet):
         return
     kept = ", ".join(f"{model} {share:.2%}" for model, share in result.provenance["kept"].items())
     note(f"kept at or above the thresholds: {kept}", quiet or not kept)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mergebench.errors import escaped, shown
+from mergebench.errors import escaped, human, shown
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Step
@@ -49,10 +49,10 @@ def say_out(out: Any, made: Any, json_: bool) -> None:
     say_json({"out": str(out), **made}) if json_ else say(str(out))
 
 
-def say_done(already: bool, out: Any, made: Mapping[str, Any], quiet: bool) -> None:
-    """That a training or a search of trainings is there."""
-    what = f"{out}: already finished, nothing to resume" if already else f"wrote {out} in {made['seconds']:.0f} s"
-    note(what, quiet)
+def was_there(already: bool, out: Any, quiet: bool) -> bool:
+    """Whether a result was complete before the command began, which is said."""
+    note(f"{out}: already finished, nothing to resume", quiet or not already)
+    return already
 
 
 def say_left(provenance: Mapping[str, Any], quiet: bool) -> None:
@@ -60,15 +60,6 @@ def say_left(provenance: Mapping[str, Any], quiet: bool) -> None:
     left = provenance.get("left_behind", [])
     more = f" and {len(left) - 6} more" if len(left) > 6 else ""
     note(f"not copied from the base: {', '.join(left[:6])}{more}", quiet or not left)
-
-
-def human(size: float) -> str:
-    """Bytes in words: `91 kB`, `4.41 GB`."""
-    for unit in ("B", "kB", "MB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB" if size < 999.5 else f"{size:.0f} GB"
 
 
 def counted(number: int, what: str) -> str:

@@ -9,7 +9,8 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
-from mergebench.cli.output import byte_bar, human, note, say, say_json, say_left, say_out
+from mergebench.cli.output import byte_bar, note, say, say_json, say_left, say_out, was_there
+from mergebench.errors import human
 
 app = App(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
 
@@ -77,9 +78,7 @@ def _put_in(
     check_target(out, [patch], overwrite or resume)  # the output to be replaced may hold the patch
     with byte_bar("copying", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
-    if result.already_done:
-        note(f"{out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, out, quiet):
         (done,) = result.provenance["edits"]
         what = "taken out of" if revert else "put into"
         say_left(result.provenance, quiet)

@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
-from mergebench.cli.output import count_bar, note, say_left, say_out
+from mergebench.cli.output import count_bar, note, say_left, say_out, was_there
 
 app = App(help="Side networks (LST): a base's most important rows and columns.", no_args_is_help=True)
 
@@ -60,9 +60,7 @@ def init(
             progress=progress,
         )
     made = result.provenance
-    if result.already_done:
-        note(f"{out}: already finished, nothing to resume", quiet)
-    else:
+    if not was_there(result.already_done, out, quiet):
         say_left(made, quiet)
         width = " -> ".join(map(str, made["width"]))
         what = f"{made['parameters']:,} of {made['of']:,} numbers, width {width}, heads {made['heads']}"

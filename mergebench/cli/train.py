@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, print_table, say, say_done, say_out, work_bar
+from mergebench.cli.output import note, print_table, say, say_out, was_there, work_bar
 
 
 def train(
@@ -41,7 +41,8 @@ def train(
             overwrite=overwrite,
             progress=progress,
         )
-    say_done(made.already_done, place, made.provenance, quiet)
+    if not was_there(made.already_done, place, quiet):
+        note(f"wrote {place} in {made.provenance['seconds']:.0f} s", quiet)
     if json_:
         say_out(place, made.provenance, json_)
         return

@@ -42,14 +42,8 @@ def open_model(
         _refuse_delta(reference, place.checkpoint)
     refuse_foreign(f"model '{reference}'", model.tensors)
     for added in place.adapters:
-        header = module_at(added)
-        if header is None:
-            model = put_on(model, added)
-        elif to_run:
-            model = _with_module(model, added, header)
-        else:
-            what = f"{added}: it is a module that runs beside the model, which no weights can hold"
-            raise ModelError(what, "name it where a model is run: mergebench eval BASE+MODULE --suite SUITE")
+        header = module_at(added) if to_run else None
+        model = put_on(model, added) if header is None else _with_module(model, added, header)
     if task_vector and not model.adapters:
         model = replace(model, is_task_vector=True)
     return model
@@ -69,7 +63,7 @@ def put_on(model: Model, place: Path) -> Model:
 
     known = formats.format_of(place)
     if known is None:
-        raise _no_format(place)
+        raise no_format(place)
     try:
         read = known.read(place, Base(model.reference, model.tensors, model.config, model.deltas.keys()))
     except ModelError as error:
@@ -123,10 +117,13 @@ def _refuse_delta(reference: str, place: Path) -> None:
         raise ModelError(f"model '{reference}': it is {what}, not a model", f"name its base: BASE+{reference}")
 
 
-def _no_format(place: Path) -> ModelError:
+def no_format(place: Path) -> ModelError:
     """The error for a path after a `+` that no format accepts."""
     from mergebench.deltas import formats
 
+    if module_at(place) is not None:
+        what = f"{place}: it is a module that runs beside the model, which no weights can hold"
+        return ModelError(what, f"name it where a model is run: mergebench eval SUITE BASE+{place}")
     if is_adapter(place):
         config, _ = read_directory(place)
         kind = config.get("peft_type")
@@ -145,18 +142,20 @@ def _check_tied(model: Model, place: Path) -> None:
     """Refuse to change half of a tied pair: the files do not say how PEFT treats the other half."""
     from mergebench.checkpoint.values import split
 
-    if not model.config.get("tie_word_embeddings", True):
-        return
     for name, deltas in model.deltas.items():
-        if (
-            len(model.tensors[name].shape) == 2
-            and _TIED.search(name)
-            and split(model.tensors[name], deltas)[0].file != (model.tensors[name].file)
-        ):
+        if split(model.tensors[name], deltas)[0].file != model.tensors[name].file and is_tied(model, name):
             raise ModelError(
                 f"{place}: '{name}' is saved whole, the base ties input and output embeddings",
                 "fold it with PEFT's merge_and_unload() and name the model that gives",
             )
+
+
+def is_tied(model: Model, name: str) -> bool:
+    """Whether a tensor is one of a pair, embeddings of input and output; so too where nothing says that it is not."""
+    from mergebench.checkpoint.architecture import Facts
+
+    pair = len(model.tensors[name].shape) == 2 and _TIED.search(name) and model.config.get("tie_word_embeddings", True)
+    return bool(pair) and not Facts(model.config, model.tensors).apart(name)
 
 
 _TIED = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|shared|word_embeddings|lm_head|embed_out|decoder)\.weight$")

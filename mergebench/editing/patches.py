@@ -103,14 +103,25 @@ class Patch:
             return whole(files, self.deltas.entries[name].parts[part])
 
 
+def is_patch(file: str | Path) -> bool:
+    """Whether a file of deltas is the patch of one edit; raises as `read_file` does."""
+    return _direction(read_file(file)) is not None
+
+
+def _direction(read: DeltaFile) -> TensorInfo | None:
+    """The direction that all deltas share; None if they are not those of one edit."""
+    shared = {entry.parts["direction"].name for entry in read.entries.values() if "direction" in entry.parts}
+    plain = all(entry.kind == "row_patch" and entry.orig is not None for entry in read.entries.values())
+    named = (info for info in read.header.tensors if info.name == "direction")
+    return next(named, None) if plain and shared <= {"direction"} else None
+
+
 def open_patch(file: str | Path) -> Patch:
     """Read a patch's header and direction; `ModelError` if it is missing or no patch, `RunError` if damaged."""
     read = read_file(file)
-    direction = next((info for info in read.header.tensors if info.name == "direction"), None)
-    shared = {entry.parts["direction"].name for entry in read.entries.values() if "direction" in entry.parts}
-    plain = all(entry.kind == "row_patch" and entry.orig is not None for entry in read.entries.values())
-    if direction is None or not plain or shared - {"direction"}:
-        hint = "put it on a model as MODEL+FILE; a patch is what `mergebench edit` writes beside the model"
+    direction = _direction(read)
+    if direction is None:
+        hint = "mergebench inspect tells what it holds; a patch is what `mergebench edit` writes beside the model"
         raise ModelError(f"{file}: its deltas are not those of one edit", hint)
     fault = complaint(read.made, Edit)
     if fault is not None:

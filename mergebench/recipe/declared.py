@@ -46,7 +46,10 @@ class Reader:
         if name not in kind.parameters:
             hint = did_you_mean(name, [*beside, *kind.parameters])
             raise self.places.error(loc, f"'{kind.name}' has no such key", hint)
-        parameter = kind.parameters[name]
+        return self.of(kind.parameters[name], value, loc)
+
+    def of(self, parameter: Parameter, value: Any, loc: Loc) -> Any:
+        """A declared parameter's value, a path as it was found."""
         complaint = parameter.complaint(value)
         if complaint:
             raise self.places.error(loc, f"{complaint}, got {show(value)}", parameter.help)

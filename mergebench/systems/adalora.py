@@ -89,6 +89,8 @@ def adalora(base: Base, p: Params) -> Attached:
 class AdaLora(PeftAdapter):
     """PEFT's AdaLoRA with its allocator."""
 
+    one_training = True  # its budget falls by the number of the step
+
     def __init__(self, base: Base, p: Params, schedule: Schedule) -> None:
         names = {id(module): name for name, module in base.network.module.named_modules()}
         weights = base.matrices(p.targets, p.init_rank)

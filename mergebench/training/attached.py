@@ -26,7 +26,7 @@ from mergebench.checkpoint.delta import matrix_shape
 from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.kind import DeltaKind
 from mergebench.checkpoint.model import Model
-from mergebench.deltas.formats.native import DELTAS, Writing, read_file, write_file
+from mergebench.deltas.formats.native import DELTAS, Writing, is_delta_file, read_file, write_file
 from mergebench.errors import ModelError, RecipeError
 from mergebench.networks.network import Network
 from mergebench.training.task import Head, TrainingTask
@@ -146,6 +146,7 @@ class Attached:
     """What is on a network, and its trained parameters by name."""
 
     head: Callable[[], Mapping[str, Tensor]] | None = None  # the task's head, where it is made of these parameters
+    one_training = False  # whether it is made for the steps of one training, so that it cannot be trained in sessions
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -188,7 +189,7 @@ class Attached:
         network.module.train(training)
 
     def penalty(self) -> Tensor | None:
-        """A term added to the loss of every step."""
+        """A term whose gradient is added to that of every step's loss."""
         return None
 
     def after_step(self, step: int) -> None:
@@ -246,10 +247,13 @@ class OnTensors(Attached):
                     shared[names[id(value)]] = value.detach().cpu().contiguous()
                 common[part] = names[id(value)]
             writings[name] = Writing(put.kind, settings, own, common)
-        write_file(directory / DELTAS, writings, shared, {"command": "train"}, identity(self._base.model))
+        made = {"command": "train", "base": self._base.model.reference}
+        write_file(directory / DELTAS, writings, shared, made, identity(self._base.model))
 
     def load(self, directory: Path) -> None:
         """The values of the same parts of the same tensors."""
+        if not is_delta_file(directory):
+            raise RecipeError(f"from: {directory}: what was trained there is no file of deltas", SAME)
         entries = read_file(directory).entries
         other = next((name for name in (entries.keys() ^ self._puts.keys())), None)
         if other is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint.naming import HEAD
 from mergebench.errors import ModelError, RunError
 from mergebench.evaluation.head import Head as SavedHead
 from mergebench.evaluation.head import read_head
@@ -32,9 +33,6 @@ class Params(Common):
     label: str = param("label", "the column with the label")
     per_class: int | None = param(None, "how many items of each label to train on, drawn with the run's seed", low=1)
     normalize: bool = param(False, "features scaled to length one")
-
-
-HEAD = "head.safetensors"
 
 
 class Classification:

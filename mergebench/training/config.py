@@ -26,9 +26,9 @@ from typing import Any
 
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.parameters import Parameter, parameters_of
-from mergebench.recipe.declared import Reader, looked_in
+from mergebench.recipe.declared import Reader
 from mergebench.recipe.positions import Loc, Places, show
-from mergebench.recipe.yaml import find, parse, plain, text_of
+from mergebench.recipe.yaml import parse, plain, text_of
 from mergebench.training import tasks
 from mergebench.training.declared import Kind, Objective, kinds, objectives
 from mergebench.training.settings import Settings
@@ -87,15 +87,7 @@ SPECIAL = {
 PARAMETERS: Mapping[str, Parameter] = parameters_of(Settings)
 _LR = Parameter("lr", float, None, SPECIAL["lr"], above=0)
 _SEED = Parameter("seeds", int, None, SPECIAL["seeds"], low=0)
-
-
-@dataclass(frozen=True)
-class _Declares:
-    """What `Reader` asks of the settings."""
-
-    name: str = "a training config"
-    params: type = Settings
-    parameters: Mapping[str, Parameter] = None  # type: ignore[assignment]
+_FROM = Parameter("from", Path, None, SPECIAL["from"], folder=True)
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
@@ -155,11 +147,10 @@ class _Reader(Reader):
         def at(key: str) -> Loc:
             return (*where.get(key, ()), key)
 
-        declares = _Declares(parameters=PARAMETERS)
         for key in data:
             if key not in SPECIAL and key not in PARAMETERS:
                 raise self.places.error(at(key), "no such key", did_you_mean(key, [*SPECIAL, *PARAMETERS]))
-        values = {k: self.value(declares, k, v, at(k)) for k, v in data.items() if k in PARAMETERS}
+        values = {k: self.of(PARAMETERS[k], v, at(k)) for k, v in data.items() if k in PARAMETERS}
         for key in ("model", "task", "lr"):
             if key not in data:
                 raise self.places.error(at(key), "missing", SPECIAL[key])
@@ -175,7 +166,7 @@ class _Reader(Reader):
         objective, objective_params = self._objective(data.get("objective", "task"), at("objective"))
         task = self._task(data["task"], at("task"))
         lrs = self.numbers(_LR, data["lr"], at("lr"))
-        start = self._start(data["from"], at("from")) if "from" in data else None
+        start = self.of(_FROM, data["from"], at("from")) if "from" in data else None
         if len(lrs) > 1 and "validation" not in task.parts:
             raise self.places.error(
                 at("lr"), "several, and no validation items to choose on", "task: {validation: FILE}"
@@ -206,14 +197,6 @@ class _Reader(Reader):
         if not isinstance(given, dict) or not isinstance(given.get("peft_type"), str):
             raise self.places.error(loc, "names no peft_type", "such as {peft_type: LORA, r: 8, lora_alpha: 16}")
         return dict(given)
-
-    def _start(self, given: Any, loc: Loc) -> Path:
-        if not isinstance(given, str):
-            raise self.places.error(loc, f"must be a directory, got {show(given)}", SPECIAL["from"])
-        found = find(given, self.folders, True)
-        if found is None:
-            raise self.places.error(loc, f"no directory {given}", looked_in(self.folders))
-        return found
 
     def _objective(self, given: Any, loc: Loc) -> tuple[Objective, Any]:
         if isinstance(given, dict) and len(given) == 1:

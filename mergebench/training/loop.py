@@ -102,7 +102,8 @@ class _Trainer(transformers.Trainer):
         if count is not None:
             self._fit.saved = count.bytes
         extra = self._student.attached.penalty()
-        loss = loss if extra is None else loss + extra
+        if extra is not None:  # for its gradient alone, so that curves of all kinds show the task's loss
+            loss = loss + (extra - extra.detach())
         if not torch.isfinite(loss):
             ids = self._student.task.parts["train"]
             some = ", ".join(ids[i] for i in items.tolist()[:8])
@@ -117,9 +118,7 @@ class _Trainer(transformers.Trainer):
         """Loss and score on the validation items."""
         measured = self._student.measure("validation")
         metrics = {"eval_loss": measured.loss, "eval_score": measured.score.value}
-        self._fit.history.append(
-            {"step": self.state.global_step, "validation_loss": measured.loss, "validation": measured.score.value}
-        )
+        self.log(dict(metrics))  # into the checkpoint too
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -151,8 +150,7 @@ class _Steps(transformers.TrainerCallback):
             state.log_history.append({"step": state.global_step, "seconds": seconds, "saved": self._trainer._fit.saved})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        if logs and "loss" in logs:
-            self._trainer._fit.history.append({"step": state.global_step, "loss": float(logs["loss"])})
+        self._trainer._fit.history += _history([{**(logs or {}), "step": state.global_step}])
 
 
 @dataclass(frozen=True)
@@ -262,7 +260,16 @@ class _Saved(transformers.TrainerCallback):
         self._saved()
 
 
+_CURVES = {"loss": "loss", "eval_loss": "validation_loss", "eval_score": "validation"}  # by the library's names
+
+
+def _history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The points of the curves that were logged."""
+    points = ({ours: float(one[key]) for key, ours in _CURVES.items() if key in one} for one in log)
+    return [{"step": one["step"], **point} for one, point in zip(log, points, strict=True) if point]
+
+
 def _before(log: Sequence[Mapping[str, float]], history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """What was logged before a training was resumed."""
     first = min((one["step"] for one in history), default=math.inf)
-    return [{"step": one["step"], "loss": one["loss"]} for one in log if "loss" in one and one["step"] < first]
+    return [one for one in _history(log) if one["step"] < first]

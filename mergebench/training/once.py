@@ -39,9 +39,24 @@ class Once:
     def __init__(self, row: Row, model: Model, config: Config, device: torch.device, seed: int, lr: float) -> None:
         self.row, self.model, self.config, self.device, self.seed, self.lr = row, model, config, device, seed, lr
         self.task = row.task.drawn(seed)
+        self.scratch = 0  # bytes on disk that training needs for a while, at most; known when it has begun
+        self._begun: Loss | Procedure | None = None
+        self._first: Student | None = None
 
-    def attach(self) -> Student:
-        """A new student; raises what is wrong about the row and its model."""
+    def begin(self) -> Loss | Procedure:
+        """The row's objective, its models loaded, and the first student made; raises what is wrong about them."""
+        if self._begun is None:
+            student = self._attach()
+            self._begun = self._objective(student)
+            self._first, self.scratch = student, student.attached.scratch(self.row.task)
+        return self._begun
+
+    def student(self) -> Student:
+        """A student as it starts, on a network of its own: first that of `begin`, then new ones."""
+        student, self._first = self._first, None
+        return self._attach() if student is None else student
+
+    def _attach(self) -> Student:
         row = self.row
         network = Network(self.model, row.task.auto_class, self.device, packed=False)
         steps = Schedule(len(self.task.parts["train"]), row.settings).steps
@@ -61,9 +76,7 @@ class Once:
             head = {name: nn.Parameter(one.to(self.device)) for name, one in self.task.head_in(row.start).items()}
         return Student(network, attached, self.task, head)
 
-    def objective(self, student: Student) -> Loss | Procedure:
-        """The row's objective, its other models loaded."""
-
+    def _objective(self, student: Student) -> Loss | Procedure:
         def open_other(reference: str) -> Network:
             other = open_model(reference, folders=self.config.folders, to_run=True)
             return Network(other, self.row.task.auto_class, self.device)
@@ -76,7 +89,11 @@ class Once:
 
         setup = Setup(self.model, student.network, self.task, self.seed, open_other, head_of, student.attached)
         with self._named():
-            return self.row.objective(setup, self.row.objective_params)
+            begun = self.row.objective(setup, self.row.objective_params)
+            if isinstance(begun, Procedure) and student.attached.one_training:
+                several = f"objective: {self.row.objective.name} trains several times, and {self.row.label} counts the"
+                raise RecipeError(f"{several} steps of one training", "another kind, such as delta: {kind: list}")
+            return begun
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -92,8 +109,7 @@ def train_once(run: Once, name: str, staging: Staging | Guest, progress: Progres
     """Train; write what came out into the directory `name`."""
     row, lr, seed = run.row, run.lr, run.seed
     reset_peak()
-    student = run.attach()
-    begun = run.objective(student)
+    begun = run.begin()
     checkpoints = staging.directory / RUNS / name
 
     def saved() -> None:
@@ -106,9 +122,9 @@ def train_once(run: Once, name: str, staging: Staging | Guest, progress: Progres
         return fit(student, loss, settings, lr=lr, seed=seed, directory=checkpoints / part, progress=told, saved=saved)
 
     if isinstance(begun, Procedure):
-        found = begun(Sessions(row.settings, run.attach, fitted))
+        found = begun(Sessions(row.settings, run.student, fitted))
     else:
-        found = fitted(student, begun, row.settings, "fit")
+        found = fitted(run.student(), begun, row.settings, "fit")
     directory = staging.directory / name
     if is_main():
         shutil.rmtree(directory, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, listed
+from mergebench.errors import human
 
 Run = Mapping[str, Any]
 
@@ -40,11 +41,11 @@ def lines(runs: Sequence[Run]) -> list[list[str]]:
                 name,
                 *(_cell(several, part) for part in ("validation", "test")),
                 f"{several[0]['parameters']:,}",
-                _size(several[0]["bytes"]),
+                human(several[0]["bytes"]),
                 " ".join(dict.fromkeys(f"{run['lr']:g}" for run in several)),
                 f"{seconds:.0f}",
-                _size(several[0]["saved_by_autograd"]),
-                _size(max(run["peak_memory"] for run in several)),
+                human(several[0]["saved_by_autograd"]),
+                human(max(run["peak_memory"] for run in several)),
             ]
         )
     return out
@@ -77,14 +78,6 @@ def _cell(several: Sequence[Run], part: str) -> str:
         return "–"
     mean, error = mean_and_error([100 * run[part]["value"] for run in several])
     return f"{mean:.1f}" + (f" ± {error:.1f}" if error is not None else "")
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
 
 
 def card(out: Path, provenance: Mapping[str, Any]) -> str:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     import torch
 
 
+Begun = dict[tuple[str, int, float], Once]  # by row, seed and learning rate
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training made."""
@@ -82,35 +85,53 @@ def train(
         return Trained(out, done, already_done=True)
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
-    scratch = 0
-    for row in config.rows:  # what fits no model is said before the first step of any row
-        first = Once(row, models[row.model], config, chosen, 0, row.lrs[0])
-        student = first.attach()
-        first.objective(student)
-        scratch = max(scratch, student.attached.scratch(row.task))
-        del student
+    begun, scratch = check_rows(config, models, chosen)
     check_room(out, at_most(config, models) + scratch)
     with staged(out, fingerprint, resume) as staging:
         for row in config.rows:
-            train_row(row, models[row.model], config, chosen, staging, progress)
+            train_row(row, models[row.model], config, chosen, staging, progress, begun)
         if isinstance(staging, Staging):
             _publish(config, models, fingerprint, staging, started, overwrite)
     wait()
     return Trained(out, finished(out) or {})
 
 
+def check_rows(config: Config, models: Mapping[str, Model], device: torch.device) -> tuple[Begun, int]:
+    """Begin every row, so that what fits no model is said before the first step; the bytes of disk they need.
+
+    One row's models are in memory at a time, at last those of the first row: it is trained with them.
+    """
+    scratch, begun = 0, Begun()
+    for row in reversed(config.rows):
+        begun.clear()
+        run = Once(row, models[row.model], config, device, config.seeds[0], row.lrs[0])
+        run.begin()
+        scratch = max(scratch, run.scratch)
+        begun[row.name, run.seed, run.lr] = run
+        del run
+    return begun, scratch
+
+
 def train_row(
-    row: Row, model: Model, config: Config, device: torch.device, staging: Staging | Guest, progress: Progress
+    row: Row,
+    model: Model,
+    config: Config,
+    device: torch.device,
+    staging: Staging | Guest,
+    progress: Progress,
+    begun: Begun,
 ) -> list[Mapping[str, Any]]:
-    """Train one row with every seed, except what the journal has; returns the runs."""
+    """Train one row with every seed, except what the journal has; returns the runs. begun: runs to go on with."""
     runs: dict[str, Any] = staging.journal["answers"]
     lr = row.lrs[0] if len(row.lrs) == 1 else None
     for seed in config.seeds:
         tried = row.lrs if lr is None else (lr,)
         for rate in tried:
             name = f"{row.name}/seed-{seed}" + f"/lr-{rate:g}" * (len(tried) > 1)
+            run = begun.pop((row.name, seed, rate), None)
             if not _complete(runs.get(name), staging):
-                runs[name] = train_once(Once(row, model, config, device, seed, rate), name, staging, progress)
+                run = run or Once(row, model, config, device, seed, rate)
+                runs[name] = train_once(run, name, staging, progress)
                 staging.save()
         if lr is None:
             lr = _choose(row, seed, staging)

@@ -298,7 +298,7 @@ def test_errors(cli: Cli, base: Path, sequence: list[Path], tmp_path: Path) -> N
         ([one, tmp_path / "none"], 3, f"{tmp_path / 'none'}: no such file or directory", ""),
         ([one, lora / WEIGHTS], 3, "its settings are in adapter_config.json beside it", f"the directory: {lora}"),
         ([one, tmp_path / "other"], 3, "not an adapter: no adapter_config.json", f"such as {same_name}"),
-        ([one, base / "base"], 3, "not an adapter: no adapter_config.json", "LoRA directory as PEFT saves it"),
+        ([one, base / "base"], 3, "not an adapter: it is a model", "name it alone"),
         ([lora, rank], 3, f"r: {lora} has 2, {rank} has 4", "LoRAs of any rank: --method linear"),
         ([lora, alpha], 3, f"lora_alpha: {lora} has 8, {alpha} has 3", ""),
         ([lora, scaling], 3, f"use_rslora: {lora} has false, {scaling} has true", ""),

@@ -22,8 +22,8 @@ import mergebench
 from mergebench.checkpoint import read_header
 from mergebench.cli import output
 from mergebench.cli.options import parse_size
-from mergebench.cli.output import byte_bar, human
-from mergebench.errors import RecipeError
+from mergebench.cli.output import byte_bar
+from mergebench.errors import RecipeError, human
 from tests.conftest import Cli
 
 Tensors = dict[str, Tensor]

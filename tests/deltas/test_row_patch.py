@@ -89,7 +89,7 @@ def parts(**changed: Tensor | None) -> Parts:
 
 def test_a_patch_is_no_model(base: Path, tmp_path: Path) -> None:
     patch = put(tmp_path / "p.safetensors", parts(), [])
-    with pytest.raises(ModelError, match="it is a patch, not a model") as caught:
+    with pytest.raises(ModelError, match="it is a file of deltas, not a model") as caught:
         open_model(str(patch))
     assert caught.value.hint == f"name its base: BASE+{patch}"
     assert open_model(f"{base}+{patch}").deltas.keys() == {"layers.0.a.weight"}

@@ -327,7 +327,7 @@ def test_the_wrong_thing_in_the_wrong_place(two: list[Path], model: Path, tmp_pa
     for command, code, said in (
         (("patch", "show", tmp_path / "x.safetensors"), 3, "not a patch"),
         (("patch", "show", tmp_path / "y.safetensors"), 3, "no such file"),
-        (("patch", "apply", "--model", two[0], "--patch", two[0], *out), 3, "it is a patch, not a model"),
+        (("patch", "apply", "--model", two[0], "--patch", two[0], *out), 3, "it is a file of deltas, not a model"),
         (("patch", "apply", "--model", f"{model}+{two[0]}", "--patch", two[0], *out), 3, "already edited"),
         (("patch", "revert", "--model", model, "--patch", two[0], *out), 3, "does not have this edit"),
         (("patch", "to-lora", two[0], "--model", tmp_path / "none", *out), 3, "none"),

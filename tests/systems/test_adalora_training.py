@@ -22,7 +22,7 @@ from mergebench.deltas.open import open_model
 from mergebench.errors import RecipeError
 from mergebench.networks.network import Network
 from mergebench.systems.adalora import AdaLora, Params, adalora
-from mergebench.training import load_config, train
+from mergebench.training import load_config, once, train
 from mergebench.training.attached import Base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,13 +154,18 @@ def trained(folder: Path, out: str, *, resume: bool = False, stop: int | None = 
     return train(load_config(config), folder / out, device="cpu", resume=resume, progress=progress)
 
 
-def test_killed_and_resumed_gives_the_same_adapter(tmp_path: Path) -> None:
+def test_killed_and_resumed_gives_the_same_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    students, kept = [], once.fit
+    monkeypatch.setattr(once, "fit", lambda student, *a, **more: students.append(student) or kept(student, *a, **more))
     whole = trained(tmp_path, "whole").runs[0]
     for stop in (3, 7):  # while the budget falls, and after
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path, f"killed-{stop}", stop=stop)
         again = trained(tmp_path, f"killed-{stop}", resume=True).runs[0]
-        assert again["about"] == whole["about"]
+        assert again["about"] == whole["about"] and again["history"] == whole["history"]
+        states = [student.attached.state for student in (students[0], students[-1])]
+        assert all(torch.equal(one, states[1][name]) for name, one in states[0].items())
+        assert any(one.any() for name, one in states[0].items() if name.startswith("mean."))
         a, b = (
             load_file(tmp_path / out / "adalora/seed-0/adapter_model.safetensors")
             for out in ("whole", f"killed-{stop}")
@@ -211,6 +216,32 @@ def test_what_can_never_allocate_is_refused(
     with pytest.raises(RecipeError) as error:
         put_on(write_encoder(tmp_path / "base"), steps, **params)
     assert (error.value.message, error.value.hint) == (message, hint)
+
+
+def test_the_scale(tmp_path: Path) -> None:
+    """alpha / init_rank, of which alpha is twice the rank where it is not given."""
+    base = write_encoder(tmp_path / "base")
+    for alpha, scale in ((None, 2.0), (3.0, 0.75)):
+        attached = put_on(base, 100, targets=TWO, init_rank=4, target_rank=2, alpha=alpha)
+        with torch.no_grad():
+            for name, one in attached.parameters.items():
+                if ".lora_E" in name:
+                    one.fill_(1)
+        attached.save(tmp_path / f"{alpha}")
+        before, after = (open_model(f"{base}{more}").state_dict() for more in ("", f"+{tmp_path / str(alpha)}"))
+        for target in TWO:
+            module = f"base_model.model.{target.removesuffix('.weight')}"
+            a, b = (attached.parameters[f"{module}.lora_{side}.default"].detach() for side in "AB")
+            torch.testing.assert_close(after[target] - before[target], scale * b @ a, rtol=1e-4, atol=1e-5)
+
+
+def test_sessions_have_no_common_schedule(tmp_path: Path) -> None:
+    config = classify(tmp_path, delta={"kind": "adalora", "init_rank": 4, "target_rank": 2})
+    config["objective"] = {"self-training": {"unlabelled": config["task"]["train"]}}
+    with pytest.raises(RecipeError) as error:
+        train(load_config(config), tmp_path / "out", device="cpu")
+    assert "objective: self-training trains several times, and adalora counts the steps of one" in error.value.message
+    assert "delta: {kind: list}" in str(error.value.hint) and not (tmp_path / "out").exists()
 
 
 def test_pefts_own_type_is_sent_to_the_kind(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mergebench.networks.network import Network
 from mergebench.systems.hiwi import Params, hiwi
 from mergebench.training import load_config, train
 from mergebench.training.attached import Base
+from tests.systems.test_pafi_training import write_gpt2
 from tests.training.trainable import base_of, classify
 
 IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 7, 7, 30, 3]])
@@ -102,6 +103,20 @@ def test_weights_are_the_papers_formula(tmp_path: Path, one_thread: None) -> Non
         torch.testing.assert_close(after[name].T, w + torch.relu(w @ down) @ up, rtol=1e-5, atol=1e-6)
         values = torch.linalg.svdvals((after[name] - before[name]).double())
         assert float(values[0]) > 1e-3 and float(values[3]) < 1e-4 * float(values[0])
+
+
+def test_weights_that_are_stored_the_other_way(tmp_path: Path) -> None:
+    """GPT-2's layers are W [in, out] as they are: A reads along the outputs, B writes along them."""
+    write_gpt2(tmp_path / "base")
+    base = base_of(tmp_path / "base")
+    attached = hiwi(base, Params(on="weights", rank=3, targets=["h.0.mlp.c_fc.weight"]))
+    place = base.network.places["h.0.mlp.c_fc.weight"][0]
+    b, a = (attached.parameters[f"h.0.mlp.c_fc.weight.{part}"] for part in "ba")
+    assert b.shape == (64, 3) and a.shape == (3, 64)
+    with torch.no_grad():
+        w = getattr(*place).clone()
+        b.normal_()
+        torch.testing.assert_close(getattr(*place), w + torch.relu(w @ a.T) @ b.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_run(updated: dict[str, Any], home: Path, tmp_path: Path) -> None:
     new = home / "new/lora/seed-0"
     config = load_config({**updated, "peft": PEFT, "from": str(new)})
     (start,) = config.rows
-    student = once.Once(start, once.open_model(start.model), config, torch.device("cpu"), 0, 0.02).attach()
+    student = once.Once(start, once.open_model(start.model), config, torch.device("cpu"), 0, 0.02).student()
     begun = load_file(new / "head.safetensors")
     assert torch.equal(student.head["weight"], begun["weight"])
     test = new / "test-predictions.jsonl"
@@ -138,6 +138,17 @@ def test_a_kind_of_ours_goes_on_from_a_run(tmp_path: Path, one_thread: None) -> 
         read_tensors(read_header(one / "delta.safetensors")) for one in (place, tmp_path / "second/hut/seed-0")
     )
     assert all(torch.allclose(second[name], values, atol=1e-6) for name, values in first.items())
+    for change, message in (
+        ({"rank": 3}, "it holds no such multiplicative"),
+        ({"targets": ["*query.weight"]}, "not in both"),
+    ):
+        other = {**written, "delta": {"kind": "hut", "rank": 2, **change}, "from": str(place)}
+        with pytest.raises(MergebenchError, match=message) as error:
+            train(load_config(other), tmp_path / "third", device="cpu")
+        assert error.value.hint == "go on with the kind and settings that the run was trained with"
+    (place / "delta.safetensors").write_bytes((tmp_path / "second/hut/seed-0/delta.safetensors").read_bytes())
+    with pytest.raises(MergebenchError, match="second"):  # it went on from other values: it is not finished
+        train(config, tmp_path / "second", device="cpu", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +157,9 @@ def test_a_kind_of_ours_goes_on_from_a_run(tmp_path: Path, one_thread: None) -> 
         ({"peft": {**PEFT, "r": 2}}, "its r is 4, here it is 2"),
         ({"peft": {**PEFT, "lora_alpha": 3}}, "its lora_alpha is 8, here it is 3"),
         ({"delta": "full"}, "this kind starts as its base is"),
-        ({"delta": "hut"}, "not a patch|no file|no such|missing"),
-        ({"peft": PEFT, "from": "nowhere"}, "no directory nowhere"),
-        ({"peft": PEFT, "from": 3}, "must be a directory, got 3"),
+        ({"delta": "hut"}, "what was trained there is no file of deltas"),
+        ({"peft": PEFT, "from": "nowhere"}, "no such folder: nowhere"),
+        ({"peft": PEFT, "from": 3}, "must be a path, got 3"),
     ],
 )
 def test_what_cannot_be_gone_on_from(

@@ -58,6 +58,18 @@ def test_golden(choose: str, share: float, expected: list[int], scope: str) -> N
     assert found["theta"].tolist() == expected
 
 
+@pytest.mark.parametrize("choose", ["smallest", "largest", "random"])
+def test_what_has_no_rank(choose: str) -> None:
+    base: Any = SimpleNamespace(generator=torch.Generator(), model=SimpleNamespace(reference="base"))
+    theta = THETA.index_fill(0, torch.tensor(1), torch.nan)
+    weights = {"theta": Weight("theta", theta, True, False, False)}
+    if choose == "random":
+        assert len(_chosen(base, weights, Params(share=0.5, choose=choose))["theta"]) == 3
+        return
+    with pytest.raises(MergebenchError, match="base: theta: it holds NaN or infinity, which has no rank"):
+        _chosen(base, weights, Params(share=0.5, choose=choose))
+
+
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("choose", ["smallest", "largest", "random"])
 def test_the_count_is_exact(tmp_path: Path, scope: str, choose: str) -> None:

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from mergebench.errors import MergebenchError
+from mergebench.systems import list_
 from mergebench.systems.list_ import divergence, meta_weights
-from mergebench.training import load_config, train
-from tests.training.trainable import classify, write_labelled
+from mergebench.training import load_config, once, train
+from mergebench.training.student import Student
+from tests.encoders import write_encoder
+from tests.training.trainable import base_of, classify, write_labelled
 
 ADAPTER = {"kind": "list", "bottleneck": 4}
 
@@ -100,6 +103,51 @@ def test_sessions(weights: str, tmp_path: Path) -> None:
     assert [one["session"] for one in sessions] == [0, 1, 2]
     assert run["validation"]["value"] == sessions[-1]["validation"]
     assert ("weight_of_replaced" in sessions[1]) == (weights == "meta")
+
+
+def test_what_each_session_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new student on the last one's soft labels, then on the labels; items are weighed after .6 of the steps."""
+    fits: list[dict[str, Any]] = []
+    kept = once.fit
+
+    def noted(student: Student, loss: Any, *more: Any, **named: Any) -> Any:
+        start = {name: one.detach().clone() for name, one in student.trained.items()}
+        made = kept(student, loss, *more, **named)
+        task: Any = student.task
+        with torch.no_grad():  # on the unlabelled items, after this training
+            student.eval()
+            rows = [unlabelled.rows(student.network, student.head, "train", [at]).logits for at in range(64)]
+        fits.append({"network": student.network, "start": start, "loss": loss, "task": task, "made": made})
+        fits[-1]["says"] = torch.cat(rows).softmax(1)
+        return made
+
+    monkeypatch.setattr(once, "fit", noted)
+    loaded = load_config(config(tmp_path))
+    unlabelled = list_._Unlabelled(loaded.rows[0].task, tmp_path / "more.jsonl")  # type: ignore[arg-type]
+    train(loaded, tmp_path / "out", device="cpu")
+
+    labels, *sessions = fits
+    assert len(sessions) == 4 and labels["made"].steps == 2  # of 16 items in batches of 8
+    teacher, orders = labels, []
+    for soft, last in (sessions[:2], sessions[2:]):
+        torch.testing.assert_close(soft["loss"]._soft, teacher["says"], rtol=1e-4, atol=1e-5)
+        assert soft["network"] is last["network"] is not teacher["network"]
+        assert all(torch.equal(one, labels["start"][name]) for name, one in soft["start"].items())
+        assert any(not torch.equal(one, labels["start"][name]) for name, one in last["start"].items())
+        assert soft["made"].steps == 6 and last["made"].steps == 2
+        assert len(soft["task"].parts["train"]) == 64 and len(last["task"].parts["train"]) == 16
+        assert len(soft["loss"].seen) == 3 * 8
+        orders.append(soft["loss"]._random.random())
+        teacher = last
+    assert orders[0] != orders[1]
+
+
+def test_the_adapters_begin_small(tmp_path: Path) -> None:
+    base = base_of(write_encoder(tmp_path / "base"))
+    values = torch.cat(
+        [one.detach().flatten() for one in list_.list_adapters(base, list_.Params()).parameters.values()]
+    )
+    assert float(values.std()) == pytest.approx(0.02, rel=0.05)
 
 
 def test_the_labelled_items_are_drawn_with_the_seed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from trainable import classify
 
 import mergebench
-from mergebench.errors import RunError
+from mergebench.errors import MergebenchError, RunError
 from mergebench.training import load_config, train
 from mergebench.training.memory import saved_by_autograd
 
@@ -108,6 +108,29 @@ def test_one_seed_gives_one_result(tmp_path: Path) -> None:
 
     files = [tmp_path / name / "lora/seed-0/adapter_model.safetensors" for name in ("one", "other")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_run_that_is_damaged_is_trained_again(tmp_path: Path) -> None:
+    config = load_config(classify(tmp_path, delta="bias", seeds=[0, 1], max_steps=2))
+    whole = train(config, tmp_path / "whole", device="cpu")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.endswith("seed-1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "out", device="cpu", progress=stop)
+    (tmp_path / ".out.partial/bias/seed-0/delta.safetensors").unlink()
+    again = train(config, tmp_path / "out", device="cpu", resume=True)
+
+    for run in again.runs:
+        one, other = (tmp_path / name / run["directory"] / "delta.safetensors" for name in ("whole", "out"))
+        assert one.read_bytes() == other.read_bytes()
+    assert [run["test"] for run in again.runs] == [run["test"] for run in whole.runs]
+    assert train(config, tmp_path / "out", device="cpu", resume=True).already_done
+    Path(config.data["task"]["test"]).write_text('{"id": "new", "text": "w1 w2", "label": "first"}\n')
+    with pytest.raises(MergebenchError, match="out"):  # the data are others: this is not what is there
+        train(load_config(config.data), tmp_path / "out", device="cpu", resume=True)
 
 
 def test_of_several_learning_rates_the_best_on_validation_is_kept(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def is_delta_file(place: Path) -> bool:
         return False
 
 
-@delta_format(what="a patch", claims=is_delta_file)
+@delta_format(what="a file of deltas", claims=is_delta_file)
 def native(file: Path, base: Base) -> Deltas:
     """The deltas of a file of ours."""
     read = read_file(file)

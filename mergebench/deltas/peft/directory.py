@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.names import is_vocabulary
-from mergebench.checkpoint.naming import find_weights
+from mergebench.checkpoint.naming import HEAD, find_weights
 from mergebench.deltas.peft.settings import check_settings
 from mergebench.errors import ModelError
 
@@ -61,16 +61,22 @@ def peft_type(directory: Path) -> str | None:
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], Header]:
     """Config and header of a PEFT directory of any type; `ModelError` if it is no adapter."""
-    missing = ModelError(
-        f"{directory}: not an adapter: no {CONFIG}",
-        "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER",
-    )
-    config: dict[str, Any] = document(directory / CONFIG, Config, missing=missing)
+    config: dict[str, Any] = document(directory / CONFIG, Config, missing=_no_adapter(directory))
     check_settings(directory / CONFIG, config)
     if not (directory / WEIGHTS).is_file():
         found = "a pickle, which is never loaded" if (directory / "adapter_model.bin").exists() else "nothing"
         raise ModelError(f"{directory}: no {WEIGHTS} (found {found})", "save the adapter as safetensors")
     return config, read_header(directory / WEIGHTS)
+
+
+def _no_adapter(directory: Path) -> ModelError:
+    """What a directory without a config is."""
+    what, hint = f"no {CONFIG}", "name a LoRA directory as PEFT saves it; on a model: BASE+ADAPTER"
+    if find_weights(directory) is not None:
+        what, hint = "it is a model", f"name it alone, {directory}, or an adapter on it, BASE+ADAPTER"
+    elif [file.name for file in directory.glob("*.safetensors")] == [HEAD]:
+        what, hint = "a head alone, which changes no weights", f"name the base; suites name {directory / HEAD}"
+    return ModelError(f"{directory}: not an adapter: {what}", hint)
 
 
 def by_module(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mergebench.errors import human
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Section, Table, Verbatim, cells
 from mergebench.evaluation.page.sources import Sources
 
@@ -73,8 +74,7 @@ def _extra(count: object) -> str:
 def _size(count: object) -> str:
     if not isinstance(count, (int, float)):
         return "unknown"
-    unit = next((unit for unit in ("B", "kB", "MB") if count < 1000 ** ("B", "kB", "MB").index(unit) * 1000), "GB")
-    return f"{count / 1000 ** ('B', 'kB', 'MB', 'GB').index(unit):.4g} {unit}"
+    return human(count)
 
 
 def _versions(found: Mapping[str, Any]) -> str:

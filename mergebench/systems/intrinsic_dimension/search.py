@@ -36,7 +36,7 @@ from mergebench.training.declared import Targets, kinds
 from mergebench.training.loop import Progress
 from mergebench.training.once import Once
 from mergebench.training.processes import is_main, join, staged, wait
-from mergebench.training.run import at_most, fingerprint_of, provenance_of, train_row
+from mergebench.training.run import at_most, check_rows, fingerprint_of, provenance_of, train_row
 
 CLOSE = 1.3  # the search ends when neighbours are within this ratio
 MANY = 100_000  # more than a model has lambdas
@@ -92,18 +92,19 @@ def search(
     if is_main():
         check_target(out, places_of(list(models.values())), overwrite)
     check_room(out, at_most(config, models))
-    Once(full, models[full.model], config, chosen, 0, full.lrs[0]).attach()
     ranges = {}
     for row in searched:
         widest = replace(_at(row, MANY), name=row.name)
-        attached = Once(widest, models[row.model], config, chosen, 0, row.lrs[0]).attach().attached
+        attached = Once(widest, models[row.model], config, chosen, 0, row.lrs[0]).student().attached
         lambdas = sum(one.numel() for name, one in attached.parameters.items() if name.endswith(".scale"))
         ranges[row.name] = lambdas + 1, int(attached.about()["elements"])
+        del attached
+    begun, _ = check_rows(replace(config, rows=(full,)), models, chosen)
     part = next(part for part in ("test", "validation") if part in full.task.parts)
     with staged(out, fingerprint, resume) as staging:
 
         def values(row: Row) -> list[float]:
-            runs = train_row(row, models[row.model], config, chosen, staging, progress)
+            runs = train_row(row, models[row.model], config, chosen, staging, progress, begun)
             return [run[part]["value"] for run in runs]
 
         whole = values(full)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from encoders import write_encoder
 from models import read_model, tiny_tensors, write_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergebench
@@ -239,6 +240,13 @@ def test_logits_of_a_teacher_with_a_head(tmp_path: Path, one_thread: None) -> No
         without = {key: value for key, value in terms.items() if key != "head"}
         small = {**config, "delta": "pela", "objective": {"distil": without}}
         train(load_config(small), tmp_path / "out", device="cpu")
+
+    head = tmp_path / "other.safetensors"
+    save_file(load_file(place / "head.safetensors"), head, {"labels": '["a", "b"]', "pooling": "mean"})
+    with pytest.raises(MergebenchError, match="its labels are a, b") as error:
+        small = {**config, "delta": "pela", "objective": {"distil": {**terms, "head": str(head)}}}
+        train(load_config(small), tmp_path / "out", device="cpu")
+    assert error.value.hint == "the task's: first, second"
 
     delta = {"kind": "pela", "ratio": 1.2}
     learnt = {**config, "model": str(place), "delta": delta, "objective": {"distil": terms}, "epochs": 6}
