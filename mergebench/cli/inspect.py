@@ -11,7 +11,7 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, print_table, say, say_json, say_text
+from mergebench.cli.output import counted, note, print_table, say, say_json, say_text
 from mergebench.cli.patch import show
 from mergebench.errors import human
 
@@ -26,9 +26,12 @@ def inspect(
         str,
         typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, org/name, any +ADAPTER, a patch."),
     ],
+    tensors_: Annotated[
+        bool, typer.Option("--tensors", help="A row for every tensor, not one for all layers.")
+    ] = False,
     json_: opt.Json = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers: tensors, types, sizes, shards; and how much adapters change.
+    """Show what a model is, from its headers: architecture, sizes, types, tensors; and how much adapters change.
 
     Example: mergebench inspect BASE+LORA
     """
@@ -60,31 +63,84 @@ def inspect(
 
         shares = share.changed_share(found)
     if json_:
-        about = {"model": model, "architecture": _architecture(found.config), "tensors": tensors}
+        about = {
+            "model": model,
+            "architecture": _architecture(found.config),
+            **_sizes(found.config),
+            "tensors": tensors,
+        }
         changed = {"changed": {group: one._asdict() for group, one in shares.items()}} if shares else {}
         say_json(about | changed)
         return
     from rich.table import Table
 
-    table = Table("tensor", "dtype", "shape", box=None, header_style="bold")
-    for tensor in tensors:
-        changes = "".join(f"  + {delta}" for delta in tensor.get("deltas", ()))
-        table.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + changes)
-    print_table(table)
     elements = sum(t.numel for t in found.tensors.values())
     size = sum(t.nbytes for t in found.tensors.values())
-    files = len({t.file for t in found.tensors.values()})
+    files = counted(len({t.file for t in found.tensors.values()}), "file")
     kind = _architecture(found.config) or "no config"
     places = ", ".join(map(str, found.adapters))
     adapted = f", {len(found.deltas)} changed by {places}" if found.deltas else ""
     say(
-        f"{kind}: {len(tensors)} tensors, {elements / 1e6:.2f} M elements, "
-        f"{human(size)} in {files} file{'s' * (files > 1)}{adapted}"
+        f"{kind}: {counted(len(tensors), 'tensor')}, {elements / 1e6:.2f} M elements, {human(size)} in {files}{adapted}"
     )
+    sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in _sizes(found.config).items())
+    if sizes:
+        say(sizes)
+    say()
+    table = Table("tensor", "dtype", "shape", box=None, header_style="bold")
+    for name, dtype, shape in _rows(tensors, every=tensors_):
+        table.add_row(name, dtype, shape)
+    print_table(table)
     if shares:
         say(share.say(shares))
         doubt = share.warning(shares)
         note(f"warning: {model} {doubt}", quiet=doubt is None)
+
+
+SIZES = {  # by what people call them, the config's names for them
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "key_value_heads": ("num_key_value_heads",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "vocabulary": ("vocab_size",),
+}
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, int]:
+    """The sizes that a config gives, of its language model where it has several parts."""
+    inner = config | (config.get("text_config") or {})
+    found = {
+        what: next((inner[key] for key in keys if isinstance(inner.get(key), int)), None)
+        for what, keys in SIZES.items()
+    }
+    return {what: value for what, value in found.items() if value is not None}
+
+
+def _rows(tensors: list[dict[str, Any]], every: bool) -> list[tuple[str, str, str]]:
+    """Name, type and shape; of tensors that are the same in several layers one row, `layers.[0-5].weight`."""
+    from mergebench.checkpoint.names import layer_of
+
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for tensor in tensors:
+        changes = "".join(f"  + {delta}" for delta in tensor.get("deltas", ()))
+        shape = " x ".join(map(str, tensor["shape"])) + changes
+        before, number, after = (None if every else layer_of(tensor["name"])) or (tensor["name"], -1, "")
+        rows.setdefault((before, after, tensor["dtype"], shape), []).append(number)
+    return [(_named(before, numbers, after), dtype, shape) for (before, after, dtype, shape), numbers in rows.items()]
+
+
+def _named(before: str, numbers: list[int], after: str) -> str:
+    if numbers == [-1]:
+        return before
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    text = ",".join("-".join(map(str, run)) for run in runs)
+    return ".".join(filter(None, [before, text if len(numbers) == 1 else f"[{text}]", after]))
 
 
 def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:
