@@ -144,10 +144,11 @@ def line(*cells: str) -> None:
 def kind_of(name: str, file: Path, out: Path, tasks: Sequence[str]) -> None:
     """Train, merge and print one kind."""
     written = config(file, name, tasks)
-    train(load_config(written), out / name, resume=True)
+    made = train(load_config(written), out / name, resume=True)
     benches = [Bench(written, out / name, out / f"{name}-merged", seed) for seed in written["seeds"]]
     names = list(written["rows"])
-    own = [{task: accuracy(one.model(one.models[task], "test")[task]) for task in names} for one in benches]
+    runs = made.runs
+    own = [{run["row"]: run["test"]["value"] for run in runs if run["seed"] == one.seed} for one in benches]
     base = [one.model(one.base, "test") for one in benches]
     print(f"\n{name}:\n")
     line("model", "parameters", *names, "mean", "of the fine-tunes'")
