@@ -67,7 +67,7 @@ def edit(
 ) -> None:
     """Edit a MODEL's behaviour: add a probe's direction to the few rows that point away from it (model surgery).
 
-    Example: mergebench edit --model M --probe probe.safetensors --rows 1% --dry-run
+    Example: mergebench edit --model M --probe probe.safetensors --dry-run
 
     With --edit NAME another edit, and the options it declares: mergebench edit --edit NAME --help shows them.
     """

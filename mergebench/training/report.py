@@ -91,6 +91,7 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         how,
         table(runs),
         legend(runs) + ".",
-        "![scores](scores.png)\n\n![curves](curves.png)",
+        "![scores](scores.png)" if any("test" in run or "validation" in run for run in runs) else "",
+        "![curves](curves.png)",
     ]
     return markdown.card(out.name, parts, tags=["mergebench", "peft"])

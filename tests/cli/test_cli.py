@@ -349,7 +349,7 @@ def test_plan_in_words(base: Tensors, cli: Cli) -> None:
     assert words["base"] == "base" and words["model"] == "ft2"
     assert words["merged"] == "6 tensors, 0.00 M elements"
     assert words["copied"] == "1 tensor from the base"
-    assert words["passes"] == "1 question, 1 sweeps"
+    assert words["passes"] == "1 question, 1 sweep"
     assert words["read"] == f"{(BASE + FT1 + FT2 + STEPS) / 1000:.3g} kB"
     assert words["write"] == f"{BASE + STEPS} B in 1 file to merged/recipe"
     assert words["disk"].endswith("GB free")

@@ -135,7 +135,7 @@ def test_plan_and_explain_show_it(folder: Path, cli: Cli) -> None:
     plain = write_recipe(Path("p.yaml"), "ties", ["ft1", "ft2"], "base")
     shown, before = (cli("plan", one).out for one in (path, plain))
     assert "  lines     alpha auto (asked about the whole model, last), beta 0.5\n" in shown
-    assert ("1 question, 2 sweeps" in shown, "0 questions, 1 sweeps" in before) == (True, True)
+    assert ("1 question, 2 sweeps" in shown, "0 questions, 1 sweep\n" in before) == (True, True)
 
     rows = dict(line.split(None, 1) for line in cli("explain", path).out.splitlines()[2:])
     assert (rows["shared.weight"], rows["encoder.block.1.layer.0.w"]) == ("lines auto + 0", "lines auto + 0.25")

@@ -59,5 +59,6 @@ def test_complete_layers_are_not_done_again(server: Server, work: Path) -> None:
     after = {path.name: path.stat().st_mtime_ns for path in (work / ".out.partial").glob("0*.safetensors")}
     assert {name: after[name] for name in list(before)[:2]} == {name: before[name] for name in list(before)[:2]}
     code, out, err = server.run(*ARGS[:3], "0.5", *ARGS[4:], "--resume", folder=work)
-    assert (code, out) == (2, "") and "begun with another recipe or other inputs" in err
+    assert code == 2 and "begun with another recipe or other inputs" in err
+    assert json.loads(out)["error"]["exit_code"] == 2
     shutil.rmtree(work / ".out.partial")
