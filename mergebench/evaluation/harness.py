@@ -212,7 +212,7 @@ def undisturbed(seed: int | None = None) -> Iterator[None]:
     import numpy
     from tqdm import tqdm
 
-    begin = tqdm.__init__
+    begin, stored = tqdm.__init__, vars(tqdm)["__init__"]  # another library may have put a descriptor there
 
     def silent(self: Any, *args: Any, **keys: Any) -> None:
         begin(self, *args, **(keys | {"disable": True}))
@@ -231,7 +231,7 @@ def undisturbed(seed: int | None = None) -> Iterator[None]:
                 torch.manual_seed(seed)
             yield
     finally:
-        tqdm.__init__ = begin
+        tqdm.__init__ = stored
         random.setstate(state)
         numpy.random.set_state(array_state)
         for name, level in levels.items():
