@@ -412,7 +412,7 @@ def test_inspect(base: Tensors, cli: Cli) -> None:
     }  # fmt: skip
 
 
-def test_layers_that_are_alike_are_one_row(cli: Cli) -> None:
+def test_layers_that_are_alike_are_one_row(base: Tensors, cli: Cli) -> None:
     like = {f"layers.{layer}.{what}.weight": torch.ones(2, 3) for layer in (0, 1, 2, 4) for what in ("a", "b")}
     odd = {"layers.3.a.weight": torch.ones(2, 4), "layers.2.c.weight": torch.ones(1), "norm.weight": torch.ones(3)}
     sizes = {"num_hidden_layers": 5, "text_config": {"hidden_size": 3}}
