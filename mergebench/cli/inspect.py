@@ -98,7 +98,6 @@ def inspect(
 
 
 SIZES = {  # by what people call them, the config's names for them
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "width": ("hidden_size", "n_embd", "d_model"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "key_value_heads": ("num_key_value_heads",),
@@ -109,10 +108,12 @@ SIZES = {  # by what people call them, the config's names for them
 
 def _sizes(config: dict[str, Any]) -> dict[str, int]:
     """The sizes that a config gives, of its language model where it has several parts."""
+    from mergebench.recipe.layers import COUNTS
+
     inner = config | (config.get("text_config") or {})
     found = {
         what: next((inner[key] for key in keys if isinstance(inner.get(key), int)), None)
-        for what, keys in SIZES.items()
+        for what, keys in {"layers": COUNTS, **SIZES}.items()
     }
     return {what: value for what, value in found.items() if value is not None}
 

@@ -271,10 +271,9 @@ def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet
 
 
 def _summary(plan: Plan) -> str:
-    models = len(plan.merge.models)
     return (
-        f"{models} model{'s' * (models > 1)}, {plan.elements / 1e6:.1f} M elements, "
-        f"{plan.sweeps} sweep{'s' * (plan.sweeps > 1)}, {human(plan.bytes_read)} to read"
+        f"{counted(len(plan.merge.models), 'model')}, {plan.elements / 1e6:.1f} M elements, "
+        f"{counted(plan.sweeps, 'sweep')}, {human(plan.bytes_read)} to read"
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergebench.errors import escaped
 from mergebench.training.report import Run, by_row, mean_and_error, metric_of
 
 if TYPE_CHECKING:
@@ -16,9 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours ("Color universal design", 2008)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8200")
-
-
-LONGEST = 28  # letters of a row's name
+LONGEST = 28  # letters of a row's name, which are letters, digits, - and _
 
 
 def curves(runs: Sequence[Run], file: Path) -> None:
@@ -69,7 +66,7 @@ def scores(runs: Sequence[Run], file: Path) -> None:
         where = axes.get_yaxis_transform()
         axes.text(1.02, number, f"{trained:,.0f}", transform=where, va="center", fontsize=8, color="#555555")
     axes.text(1.02, -0.9, "trained", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#555555")
-    axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+    axes.set_yticks(range(len(rows)), [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"{metric_of(runs[0])}, {part}: each seed, mean and standard error")
     axes.grid(axis="x", color="#e5e5e5")
@@ -77,12 +74,6 @@ def scores(runs: Sequence[Run], file: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(file, dpi=120)
-
-
-def _short(name: str) -> str:
-    """A row's name as matplotlib draws it: on one line, no mathematics."""
-    text = escaped(name).replace("$", r"\$")
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def _figure(width: float, height: float) -> Figure:
