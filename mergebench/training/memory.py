@@ -31,18 +31,17 @@ def saved_by_autograd(student: nn.Module) -> Iterator[Count]:
     count, seen = Count(), dict[int, Tensor]()
 
     def pack(tensor: Tensor) -> Tensor:
+        # Without its node: one that keeps its own output (tanh) would hold itself, and all before it, for ever, where
+        # no backward pass frees it, such as a pooler's.
+        tensor = tensor.detach()
         place = tensor.untyped_storage().data_ptr()
         if place not in known and place not in seen:
             seen[place] = tensor  # held, so that no other gets its place
             count.bytes += tensor.untyped_storage().nbytes()
         return tensor
 
-    try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield count
-    finally:
-        # A node that no backward pass reaches (a pooler's) holds what it saved, and `pack`, for ever.
-        seen.clear()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
 
 
 def reset_peak() -> None:
