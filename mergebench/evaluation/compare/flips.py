@@ -11,8 +11,7 @@ accuracies, and besides
 
     NFR_mc = mean 1[new wrong, and not with old's answer]     BTC = P(new right | old right) = 1 - NFR / accuracy of old
 
-The difference has a 95 % interval and a two-sided p. Right or wrong: Newcombe's interval for paired shares (1998,
-Statistics in Medicine 17:2635, method 10) and McNemar's exact test. Otherwise both by a paired bootstrap.
+The difference has a 95 % interval and a two-sided p, which come from one test (`inference`).
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from mergebench.errors import RunError
+from mergebench.evaluation.compare.inference import Interval, bootstrap, mcnemar, tango
 from mergebench.evaluation.task import Direction, Prediction
 
 Answers = Mapping[Any, Prediction]  # by the items' ids
-Interval = tuple[float, float]
-RESAMPLES, SEED = 9999, 0
 
 
 @dataclass(frozen=True)
@@ -118,9 +115,9 @@ def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
         quadrants["both_right"] = len(old) - len(lost) - len(won) - len(wrong)
         quadrants["both_wrong"] = len(wrong)
         quadrants["wrong_differently"] = sum(old[item].output != new[item].output for item in wrong)
-        interval, p = _newcombe(quadrants["both_right"], len(lost), len(won), len(wrong)), _mcnemar(len(lost), len(won))
+        interval, p = tango(len(lost), len(won), len(old)), mcnemar(len(lost), len(won))
     else:
-        interval, p = _bootstrap(tuple(change.values()))
+        interval, p = bootstrap(tuple(change.values()))
     return Flips(
         n=len(old),
         old=_mean([one.score for one in old.values()]),
@@ -138,54 +135,3 @@ def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p: if the models are equally good, each flipped item is lost or won with probability 1/2."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
-
-
-def _newcombe(both: int, lost: int, won: int, neither: int) -> Interval:
-    """Two Wilson intervals, of the accuracies p and q, combined with the correlation phi of the two models' answers."""
-    from scipy.stats import binomtest
-
-    n = both + lost + won + neither
-    p, q = (both + lost) / n, (both + won) / n
-    (p_low, p_high), (q_low, q_high) = (
-        binomtest(right, n).proportion_ci(method="wilson") for right in (both + lost, both + won)
-    )
-    product = float(both * neither - lost * won)
-    if product > 0:  # corrected for continuity
-        product = max(product - n / 2, 0.0)
-    margins = (both + lost) * (won + neither) * (both + won) * (lost + neither)
-    phi = product / math.sqrt(margins) if margins else 0.0
-
-    def reach(a: float, b: float) -> float:
-        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0))
-
-    return q - p - reach(q - q_low, p_high - p), q - p + reach(q_high - q, p - p_low)
-
-
-@lru_cache(maxsize=64)  # tables, document and page show the same comparison
-def _bootstrap(change: tuple[float, ...]) -> tuple[Interval | None, float | None]:
-    """Percentile interval of the mean change and twice the smaller tail beyond 0, by resampling items; a fixed seed."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    if len(change) == 1:
-        return None, None
-    batch = max(1, 4_000_000 // len(change))  # resamples at once: 32 MB
-    found = bootstrap(
-        (np.array(change),),
-        np.mean,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        batch=batch,
-        rng=np.random.default_rng(SEED),
-    )
-    low, high = found.confidence_interval
-    means = found.bootstrap_distribution
-    tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-    return (float(low), float(high)), float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1)))
