@@ -1,11 +1,18 @@
-"""Read a task's items from JSON lines or a JSON list, strictly: every message names the file and the place in it."""
+"""Read a task's items from JSON lines, a JSON list or CSV, strictly: every message names the file and the place in it.
+
+An item has an id in its own column, or is known by what it says.
+"""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
+import io
 import json
 import random
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,9 +21,11 @@ from typing import Any, NamedTuple
 from mergebench.checkpoint.documents import NotJSON, open_file, parse_json
 from mergebench.errors import RunError
 
-SHAPE = "write one JSON object a line, or one list of them"
+SHAPE = "write one JSON object a line, one list of them, or a table with heads in a file .csv"
+CSV_SHAPE = "a first line with the columns' names, then one line per item, with commas between"
 COLUMN_HINT = "name the columns in the suite's task, such as text: COLUMN"
 ID_HINT = "flips between models are counted item by item, so each needs an id of its own"
+ID = "id"  # the column that need not be there
 
 
 class Row(NamedTuple):
@@ -32,11 +41,26 @@ def read_rows(
 ) -> list[Row]:
     """The first `limit` rows of a file; with a seed, `limit` random rows in the file's order.
 
+    Where no row has a column `id`, and no other column is named for it, an item's id is a hash of the requested
+    columns, with #2, #3, … where they come again: the same item has the same id in another file too.
+
     `RunError` if a line is broken or an id appears twice.
     """
     rows: list[Row] = []
     places: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    nameless = False
     for where, record in islice(records(file), limit if seed is None else None):
+        if not rows:
+            nameless = id_column == ID and ID not in record
+        if nameless:
+            if ID in record:
+                raise RunError(f"{where}: it has an id, the rows before it have none", ID_HINT)
+            values = tuple(column(record, name, where) for name in columns)
+            item = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+            seen[item] += 1
+            rows.append(Row(where, item if seen[item] == 1 else f"{item}#{seen[item]}", values))
+            continue
         item = word(record, id_column, where)
         if item in places:
             raise RunError(f"{where}: id '{item}' stands in {places[item]} already", ID_HINT)
@@ -85,11 +109,15 @@ def word(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and JSON object of every item: `file:line` of lines that are not blank, `file: item 3` of a list.
+    """Place and columns of every item: `file:line` of lines that are not blank, `file: item 3` of a list.
 
-    Lines end at \\n alone, as in JSON.
+    A file whose name ends in .csv is a table with a line of heads, whose cells are texts. In others, lines end at \\n
+    alone, as in JSON.
     """
     try:
+        if file.suffix.lower() == ".csv":
+            yield from _table(file)
+            return
         with open_file(file) as stream:
             listed = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             stream.seek(0)
@@ -102,6 +130,33 @@ def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         yield f"{file}:{number}", _object(_parse(line, f"{file}:{number}"), f"{file}:{number}")
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of comma-separated values; a row that is longer or shorter than the heads is an error."""
+    csv.field_size_limit(sys.maxsize)  # of all programs' texts, 131,072 letters by default
+    with open_file(file) as stream:
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        where, heads = f"{file}:1", None
+        try:
+            for cells in reader:
+                if not any(cells):
+                    where = f"{file}:{reader.line_num + 1}"
+                    continue
+                if heads is None:
+                    heads = [head.strip() for head in cells]
+                    if "" in heads or len(set(heads)) < len(heads):
+                        raise RunError(f"{where}: two columns have one name, or one has none", CSV_SHAPE)
+                elif len(cells) != len(heads):
+                    count = f"{len(cells)} cell{'s' * (len(cells) != 1)}, the heads are {len(heads)}"
+                    raise RunError(f"{where}: {count}", "put quotes around a text that has commas or line ends")
+                else:
+                    yield where, dict(zip(heads, cells, strict=True))
+                where = f"{file}:{reader.line_num + 1}"
+        except UnicodeDecodeError:
+            raise RunError(f"{file}: not UTF-8 text", CSV_SHAPE) from None
+        except csv.Error as error:
+            raise RunError(f"{where}: not valid CSV: {error}", CSV_SHAPE) from None
 
 
 def _parse(text: bytes, where: str) -> Any:
