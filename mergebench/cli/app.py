@@ -24,6 +24,7 @@ from mergebench.cli import (
     port,
     probe,
     report,
+    results,
     search,
     side,
     task_vector,
@@ -62,6 +63,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("search")(search.search)
 app.command("report")(report.report)
+app.command("results")(results.results)
 app.add_typer(probe.app, name="probe")
 app.command("edit", cls=edit.EditCommand)(edit.edit)
 app.add_typer(patch.app, name="patch")

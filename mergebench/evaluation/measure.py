@@ -68,15 +68,15 @@ def evaluate(
     *,
     suite: Suite | None = None,
     device: str = "auto",
-    results: str | Path | None = None,
+    results: str | Path | None = "results",
     progress: Callable[[Step], None] | None = None,
 ) -> Results:
     """Measure the merged model of a recipe beside its inputs, on the recipe's suite.
 
     Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), the merge before its
     edits if the recipe has any (restored from the patches), the merged model. Writes `evaluation.json`,
-    `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. With a folder `results`, earlier
-    results are reused from there, and new results kept there.
+    `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. Earlier results are
+    reused from the folder `results`, and new ones kept there; None: nothing is reused or kept.
     """
     from mergebench.editing.summary import sentence
     from mergebench.evaluation import evaluate_models, save
@@ -118,14 +118,14 @@ def measure(
     split: str | None = None,
     against: str | None = None,
     device: str = "auto",
-    results: str | Path | None = None,
+    results: str | Path | None = "results",
     progress: Callable[[Step], None] | None = None,
 ) -> Results:
     """Measure models side by side on the tasks of a suite, one model in memory at a time.
 
     models: as a recipe names them. split: test or validation (default: test if the suite has it). against: the model
-    the others are compared with (default: the base, else the first). results: a folder; earlier results are reused from
-    there, and new results kept there.
+    the others are compared with (default: the base, else the first). results: the folder whose earlier results are
+    reused, and where new ones are kept; None: nothing is reused or kept.
     """
     from mergebench.evaluation import Candidate, evaluate_models, load_suite
 

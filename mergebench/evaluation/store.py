@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,19 +65,22 @@ class Store:
         """A stored result and the seconds it took; None if there is none, or its file is damaged."""
         if key is None:
             return None
+        path = self.folder / f"{key}.json"
         try:
-            found = read_json(self.folder / f"{key}.json", Stored)
+            found = read_json(path, Stored)
         except (OSError, ValueError):
             return None
         predictions = {item: Prediction(out, float(score)) for item, (out, score) in found["predictions"].items()}
         if len(predictions) != found["n"]:
             return None
+        with suppress(OSError):  # a folder that only others may write to
+            os.utime(path)  # used now
         stderr = None if found["stderr"] is None else float(found["stderr"])
         score = Score(float(found["value"]), stderr, found["n"], predictions, found["metric"], found["direction"])
         return score, float(found["seconds"])
 
     def keep(self, key: str | None, score: Score, seconds: float, about: Mapping[str, Any]) -> None:
-        """Write a result atomically. about: for people; no code reads it."""
+        """Write a result atomically. about: its origin, which `kept` shows."""
         if key is None:
             return
         put(self.folder, f"{key}.json", {**about, **vars(score), "seconds": seconds})

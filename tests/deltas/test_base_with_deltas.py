@@ -239,7 +239,7 @@ def encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_search_on_it(encoders: list[str]) -> None:
     points = []
     for name in encoders:
-        mergebench.search(f"{name}.yaml", over=["lambda"], budget=3, out=f"{name}-search", device="cpu")
+        mergebench.search(f"{name}.yaml", over=["lambda"], budget=3, out=f"{name}-search", device="cpu", results=None)
         points.append(json.loads(Path(f"{name}-search/search.json").read_text())["points"])
     measured = [[(point["values"], point["tasks"]) for point in one] for one in points]
     assert measured[0] == measured[1]
@@ -251,6 +251,6 @@ def test_measured_beside_it(encoders: list[str]) -> None:
     for name in encoders:
         recipe = mergebench.load(f"{name}.yaml")
         mergebench.run(mergebench.plan(recipe, device="cpu"), name)
-        results = mergebench.evaluate(recipe, name, device="cpu")
+        results = mergebench.evaluate(recipe, name, device="cpu", results=None)
         scores.append([(r.role, r.task, r.value, [p.output for p in r.predictions.values()]) for r in results.records])
     assert scores[0] == scores[1]

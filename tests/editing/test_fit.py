@@ -204,22 +204,24 @@ def test_features_belong_to_tokens(place: Path, cli: Cli, monkeypatch: pytest.Mo
     note = "note: m: transformers' Qwen2Tokenizer gives other tokens than tokenizer.json; the file is used\n"
     assert done.err.startswith(note) and kept.err.startswith(note)
     assert len(list(Path("results/features").iterdir())) == 2
-    assert read_probe("p.safetensors").sha256 == mergebench.fit_probe("m", "d.jsonl", "q.safetensors").sha256
+    assert (
+        read_probe("p.safetensors").sha256 == mergebench.fit_probe("m", "d.jsonl", "q.safetensors", results=None).sha256
+    )
 
 
 def test_threads_and_batches_do_not_matter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = mergebench.fit_probe("m", "d.jsonl", "a.safetensors")
+    first = mergebench.fit_probe("m", "d.jsonl", "a.safetensors", results=None)
     torch.set_num_threads(3)
-    assert mergebench.fit_probe("m", "d.jsonl", "b.safetensors").sha256 == first.sha256
+    assert mergebench.fit_probe("m", "d.jsonl", "b.safetensors", results=None).sha256 == first.sha256
     monkeypatch.setattr("mergebench.networks.features.CPU_TOKENS", 150)
-    other = mergebench.fit_probe("m", "d.jsonl", "c.safetensors")
+    other = mergebench.fit_probe("m", "d.jsonl", "c.safetensors", results=None)
     assert torch.allclose(other.weight, first.weight, rtol=1e-2, atol=1e-4)
 
 
 def test_killed_and_run_again(place: Path, server: Server) -> None:
     """After kill -9 in the middle nothing half is taken for whole, and the next run gives what one run gives."""
     fit = ["probe", "fit", "--model", "m", "--data", "d.jsonl", "--out", "p.safetensors", "--json"]
-    wanted = mergebench.fit_probe("m", "d.jsonl", "wanted.safetensors")
+    wanted = mergebench.fit_probe("m", "d.jsonl", "wanted.safetensors", results=None)
     assert server.run(*fit, folder=place, die_at=31)[0] < 0
     (left,) = Path("results/features").iterdir()
     assert left.name.endswith(".partial")

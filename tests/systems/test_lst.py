@@ -334,7 +334,7 @@ def test_eval_measures_what_training_did(tmp_path: Path) -> None:
     task = {"name": "words", "kind": "text-classification", "data": "test.jsonl", "head": f"{place}/head.safetensors"}
     (tmp_path / "suite.yaml").write_text(json.dumps({"tasks": [task]}))
 
-    found = measure(tmp_path / "suite.yaml", [str(tmp_path / "base"), f"{tmp_path / 'base'}+{place}"])
+    found = measure(tmp_path / "suite.yaml", [str(tmp_path / "base"), f"{tmp_path / 'base'}+{place}"], results=None)
 
     record = found.records[1]
     assert record.value == made.runs[0]["test"]["value"]

@@ -201,10 +201,11 @@ def test_four_models_on_a_suite(tmp_path: Path, cli: Cli, monkeypatch: pytest.Mo
     assert {(c["old"], c["new"]) for c in found["evaluation"]["comparisons"]} == {
         ("tuned", other) for other in ("old", "new", "ported")
     }
-    measured = mergebench.measure("suite.json", ["old", "tuned", "new", "out"], device="cpu")
+    measured = mergebench.measure("suite.json", ["old", "tuned", "new", "out"], device="cpu", results=None)
     values = [record.value for record in measured.records]
     assert [record["value"] for record in found["evaluation"]["records"]] == values and len(set(values)) > 1
-    again = mergebench.measure_port("old", "new", "tuned", "suite.json", device="cpu")  # written to a scratch folder
+    # written to a scratch folder
+    again = mergebench.measure_port("old", "new", "tuned", "suite.json", device="cpu", results=None)
     assert [record.value for record in again.records] == values
     code, out, _ = cli(*run, "-q")
     assert code == 0 and "ported" in out and "lost" in out and not list(tmp_path.glob("mergebench-*"))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class Keeper:
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:40]
         found = Features(self.results / "features" / key)
         if found.whole(len(texts)):
+            with suppress(OSError):
+                os.utime(found.folder)  # used now
             tick(len(texts))
         else:
             self._make(tokens, found.folder, tick)

@@ -41,7 +41,7 @@ def fit_probe(
     out: str | Path,
     *,
     device: str = "auto",
-    results: str | Path | None = None,
+    results: str | Path | None = "results",
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
     **how: Any,
@@ -51,7 +51,7 @@ def fit_probe(
     model: as a recipe names it. data: JSON lines of texts with labels. how: the fields of `Settings`. layer counts as
     transformers' `hidden_states`, from the end if negative; "all" takes the layer of the best cross-validated accuracy,
     the first of equals, and plots all layers beside the probe. Without `test` a fifth of the data, drawn by `seed`, is
-    for testing. results: a folder that keeps features, so that the model runs once.
+    for testing. results: the folder that keeps features, so that the model runs once; None: none.
 
     `RecipeError` for an invalid setting or an existing target, `RunError` for data that do not fit.
     """

@@ -30,7 +30,7 @@ def measure_port(
     exclude: tuple[str, ...] = (),
     split: str | None = None,
     device: str = "auto",
-    results: str | Path | None = None,
+    results: str | Path | None = "results",
     progress: Callable[[Step], None] | None = None,
 ) -> Results:
     """Measure old, tuned (a fine-tune, or old with the adapter), new and ported, one in memory at a time; compared with
