@@ -19,7 +19,8 @@ def evaluate(
     suite: Annotated[Path, typer.Argument(help="A YAML file of tasks.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Directories, BASE+ADAPTER, or org/name.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the tables go. Default: evaluations/<suite's name>.", file_okay=False)
+        Path | None,
+        typer.Option(help="Where the tables go. Default: evaluations/<folder and name of the suite>.", file_okay=False),
     ] = None,
     split: Annotated[str | None, typer.Option(help="validation or test. Default: test where the suite has it.")] = None,
     against: Annotated[
@@ -27,6 +28,8 @@ def evaluate(
     ] = None,
     device: opt.Device = "auto",
     results: opt.Results = Path("results"),
+    overwrite: opt.Overwrite = False,
+    format_: opt.Format = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -34,15 +37,18 @@ def evaluate(
 
     Example: mergebench eval suite.yaml BASE merged/mine
     """
-    from mergebench.evaluation import page, save
+    from mergebench.evaluation import load_suite, page, save
     from mergebench.evaluation.measure import measure
+    from mergebench.evaluation.place import check_place, place_of
 
     if split not in (None, "test", "validation"):
         raise opt.wrong("--split", split, "test or validation")
-    quiet = quiet or json_
+    quiet, form = quiet or json_, opt.check_format(format_, json_)
+    loaded, target = load_suite(suite), out or place_of(suite)
+    check_place(target, loaded.only(split), overwrite)
     with item_bar("evaluating", quiet) as step:
         found = measure(
-            suite,
+            loaded,
             models,
             split=split,
             against=against,
@@ -50,18 +56,17 @@ def evaluate(
             results=results,
             progress=step,
         )
-    target = out or Path("evaluations") / suite.stem
     target.mkdir(parents=True, exist_ok=True)
     save(found, target)
     page.attempt(target)
-    say_results(found, target, results, json_, quiet)
+    say_results(found, target, results, json_, quiet, form)
     check(found)
 
 
-def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bool) -> None:
-    """Print the table, or everything as JSON, on stdout, and notes for people on stderr."""
-
-    from mergebench.evaluation import document_of, report
+def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bool, form: str | None = None) -> None:
+    """Print the tables, or everything as JSON, on stdout, and notes for people on stderr."""
+    from mergebench.evaluation import document_of, report, sheets
+    from mergebench.evaluation.tables.sheet import written
 
     for line in found.made.get("notes", ()):
         note(f"note: {line}", quiet)
@@ -70,7 +75,12 @@ def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bo
     shown = (target / "report.html").is_file()
     note(f"warning: no report.html could be written: mergebench report {target} says why", quiet or shown)
     note(f"wrote {target}/evaluation.json, evaluation.md{' and report.html' * shown}", quiet)
-    say_json(document_of(found)) if json_ else say_text(report(found, styled=sys.stdout.isatty()))
+    if json_:
+        say_json(document_of(found))
+    elif form is not None:
+        say_text(written(sheets(found), form))
+    else:
+        say_text(report(found, styled=sys.stdout.isatty()))
 
 
 def check(found: Results) -> None:

@@ -57,6 +57,10 @@ Include = Annotated[
     list[str] | None,
     typer.Option("--include", metavar="GLOB", help="Only tensors whose names it matches. Repeatable. Default: all."),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="Print the tables as markdown, latex or csv."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 
@@ -65,6 +69,14 @@ def check_device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise wrong("--device", device, "auto, cpu or cuda")
     return device
+
+
+def check_format(form: str | None, json_: bool) -> str | None:
+    if form not in (None, "markdown", "latex", "csv"):
+        raise wrong("--format", form or "", "markdown, latex or csv")
+    if form is not None and json_:
+        raise RecipeError("--format and --json: two ways to print the results", "leave one out")
+    return form
 
 
 def wrong(option: str, value: str, allowed: str) -> RecipeError:

@@ -70,8 +70,12 @@ def port(
     document: dict[str, Any] = {}
     if suite is not None:
         from mergebench.evaluation import load_suite
+        from mergebench.evaluation.place import check_place, place_of
 
-        load_suite(suite)  # its errors come before the work
+        loaded = load_suite(suite).only(split)  # its errors come before the work
+        kept = out or place_of(suite, "port-")
+        if out is None:
+            check_place(kept, loaded, overwrite)
     if out is not None:
         ways = {"resume": resume, "overwrite": overwrite}
         document = _write(old, new, patch, out, difference, excluded, limits, ways, quiet)
@@ -89,11 +93,10 @@ def port(
     if json_ and out is not None:
         say_json({**document, "evaluation": document_of(found)})
     else:
-        target = out or Path("evaluations") / f"port-{suite.stem}"
-        target.mkdir(parents=True, exist_ok=True)
-        save(found, target)
-        page.attempt(target)
-        evaluate.say_results(found, target, results, json_, quiet)
+        kept.mkdir(parents=True, exist_ok=True)
+        save(found, kept)
+        page.attempt(kept)
+        evaluate.say_results(found, kept, results, json_, quiet)
     evaluate.check(found)
 
 

@@ -99,7 +99,84 @@ def test_from_python(place: Path) -> None:
     results = mergebench.measure("suite.yaml", ["x", "y"], against="x")
     assert results.models == ["x", "y"]
     assert results.made["baseline"] == "x"
-    assert not (place / "results").exists()
+    assert mergebench.measure("suite.yaml", ["x", "y"]).made["known"] == 4  # kept as the command line keeps them
+    assert mergebench.measure("suite.yaml", ["x"], results=None).made["known"] == 0
+
+
+def test_suites_of_one_name_keep_apart(place: Path, cli: Cli) -> None:
+    """By their folders; and where --out is one place, nothing of another suite or command is replaced unasked."""
+    tasks = json.loads(Path("suite.yaml").read_text())["tasks"]
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        task = tasks[0] | {name: str(place / tasks[0][name]) for name in ("data", "head")}
+        Path(folder, "suite.yaml").write_text(json.dumps({"tasks": [task | {"name": folder}]}))
+        assert cli("eval", f"{folder}/suite.yaml", "x", "-q").code == 0
+    assert cli("eval", "suite.yaml", "x", "-q").code == 0
+    found = {place.name: Results.load(place).tasks for place in Path("evaluations").iterdir()}
+    assert found == {"a-suite": ["a"], "b-suite": ["b"], "suite": ["x", "y"]}
+
+    before = Path("evaluations/a-suite/evaluation.json").read_bytes()
+    ran = cli("eval", "b/suite.yaml", "x", "--out", "evaluations/a-suite")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines() == [
+        "error: evaluations/a-suite: it holds the results of another suite, a/suite.yaml",
+        "hint: replace them with --overwrite, or choose another --out",
+    ]
+    assert Path("evaluations/a-suite/evaluation.json").read_bytes() == before
+    assert cli("eval", "a/suite.yaml", "x", "y", "-q").code == 0  # the same suite again
+    Path("c.yaml").write_text(Path("a/suite.yaml").read_text())
+    assert cli("eval", "c.yaml", "x", "--out", "evaluations/a-suite", "-q").code == 0  # the same under another name
+    assert cli("eval", "b/suite.yaml", "x", "--out", "evaluations/a-suite", "--overwrite", "-q").code == 0
+    assert Results.load(Path("evaluations/a-suite")).tasks == ["b"]
+
+    for name in ("mergebench.json", "search.json"):
+        Path("other").mkdir(exist_ok=True)
+        Path("other", name).write_text("{}")
+        ran = cli("eval", "suite.yaml", "x", "--out", "other", "--overwrite")
+        assert ran.code == 2 and "it holds the results of a " in ran.err
+        Path("other", name).unlink()
+    Path("other/evaluation.json").write_text("damaged")
+    assert cli("eval", "suite.yaml", "x", "--out", "other").code == 2
+    assert cli("eval", "suite.yaml", "x", "--out", "other", "--overwrite", "-q").code == 0
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv"])
+def test_other_formats(place: Path, cli: Cli, form: str) -> None:
+    ran = cli("eval", "suite.yaml", "base", "x", "--format", form, "-q")
+    assert ran.code == 0
+    begin = {
+        "markdown": "| model |",
+        "latex": "% Accuracy",
+        "csv": "model,role,x,x ±,y,y ±,mean\nbase,input,50.0,14.4,16.7,",
+    }
+    assert ran.out.startswith(begin[form])
+    if form == "markdown":
+        assert ran.out == Path("evaluations/suite/evaluation.md").read_text()
+    wrong = cli("eval", "suite.yaml", "x", "--format", form, "--json")
+    assert (wrong.code, wrong.err.splitlines()[0]) == (2, "error: --format and --json: two ways to print the results")
+    assert cli("eval", "suite.yaml", "x", "--format", "html").code == 2
+
+
+def test_flipped_items_are_in_the_document(place: Path, cli: Cli) -> None:
+    """With text and right answer, of a suite without ids."""
+    rows = [json.loads(line) for line in Path("x-test.jsonl").read_text().splitlines()]
+    tasks = json.loads(Path("suite.yaml").read_text())["tasks"][:1]
+    lines = [",".join(["label", "text"])] + [f"{row['label']},{row['text']}" for row in rows]
+    Path("x-test.csv").write_text("\n".join(lines) + "\n")
+    Path("table.yaml").write_text(json.dumps({"tasks": [tasks[0] | {"data": "x-test.csv"}]}))
+    assert cli("eval", "table.yaml", "base", "x", "-q").code == 0
+    results = Results.load(Path("evaluations/table"))
+    asked = results.items["x"]
+    assert sorted((item.text, item.gold) for item in asked.values()) == sorted((r["text"], r["label"]) for r in rows)
+    assert all(record.predictions.keys() == asked.keys() for record in results.records)
+    (task,) = json.loads(cli("compare", "base", "x", "--in", "evaluations/table", "--json").out)["tasks"]
+    assert task["flipped"] and {one["text"] for one in task["flipped"]} <= {row["text"] for row in rows}
+
+
+def test_what_is_known_is_not_said_to_be_evaluated(place: Path, cli: Cli) -> None:
+    assert cli("eval", "suite.yaml", "base", "-q").code == 0
+    ran = cli("eval", "suite.yaml", "base", "x")
+    assert [line for line in ran.err.splitlines() if line.startswith("evaluating")] == ["evaluating: x"]
 
 
 VIEWS = ("evaluation.md", "README.md", "statistics.json", "report.html")
