@@ -126,6 +126,8 @@ def item_bar(label: str, quiet: bool) -> Iterator[Callable[[Step], None]]:
 
         def line(step: Step) -> None:
             nonlocal last
+            if step.known:
+                return
             if step.model not in named:
                 named.add(step.model)
                 note(f"{label}: {step.model}")
@@ -144,9 +146,9 @@ def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, Hist
 
     def line(point: Point, history: History) -> None:
         values = ", ".join(f"{name} {value}" for name, value in point.values.items())
-        got = point.error if point.objective is None else f"{point.objective:.4g}"
-        best = "" if history.best is None else f" (best {history.best.objective:.4g})"
-        note(f"searching: {point.number + 1} of {budget}: {values}: {got}{best}")
+        got = point.error if point.objective is None else history.said(point)
+        best = "" if history.best is None else f" (best {history.said(history.best)}, point {history.best.number})"
+        note(f"searching: point {point.number} ({point.number + 1} of {budget}): {values}: {got}{best}")
 
     if quiet or not sys.stderr.isatty():
         with item_bar("evaluating", quiet) as step:
@@ -155,7 +157,7 @@ def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, Hist
     with _item_bar("searching") as update:
 
         def searched(point: Point, history: History) -> None:
-            best = "" if history.best is None else f": best {history.best.objective:.4g}"
+            best = "" if history.best is None else f": best {history.said(history.best)}"
             update(f"searching{best}", point.number + 1, budget)
 
         yield searched, lambda step: update(f"evaluating {step.model}, task {step.task}", step.done, step.total)

@@ -14,6 +14,7 @@ from mergebench.cli.output import note, say, say_json, say_text, search_bar
 
 if TYPE_CHECKING:
     from mergebench.evaluation.search.search import Found
+    from mergebench.evaluation.tables.sheet import Sheet
 
 SHOWN = 8  # points in the table, beside the recipe as given
 
@@ -39,6 +40,7 @@ def search(
     set_: opt.Set = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
+    format_: opt.Format = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -49,7 +51,7 @@ def search(
     from mergebench.evaluation.search import search as searching
     from mergebench.recipe import load
 
-    quiet = quiet or json_
+    quiet, form = quiet or json_, opt.check_format(format_, json_)
     loaded = load(recipe, set_ or ())
     for line in loaded.notes:
         note(f"note: {line}", quiet)
@@ -70,14 +72,15 @@ def search(
             searched=searched,
             progress=step,
         )
-    _say(found, results, json_, quiet)
+    _say(found, results, json_, quiet, form)
     if found.results is not None:
         evaluate.check(found.results)
 
 
-def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
+def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -> None:
     """The best points, the test table and whether it was worth it; or all of it as JSON."""
-    from mergebench.evaluation import report
+    from mergebench.evaluation import report, sheets
+    from mergebench.evaluation.tables.sheet import written
 
     points = found.history.points
     note(f"{found.resumed} of {len(points)} points were there already", quiet or not found.resumed)
@@ -89,7 +92,13 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     if json_:
         say_json(found.to_dict())
         return
-    say_text(_table(found))
+    if form is not None:
+        tables = [_sheet(found, None), *(sheets(found.results) if found.results is not None else ())]
+        say_text(written(tables, form))
+        note(found.verdict(), quiet)
+        return
+    lines = _sheet(found).terminal()
+    say_text("\n".join(["On validation, the best points:", *lines]).rstrip() + "\n")
     if found.results is not None:
         say_text(report(found.results, styled=sys.stdout.isatty()))
         say()
@@ -97,25 +106,23 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool) -> None:
     say(f"To merge it: mergebench merge {found.out / 'best.yaml'}")
 
 
-def _table(found: Found) -> str:
-    """The best points, and where among them the recipe as given stands."""
-    from rich import box
-    from rich.table import Table
-
-    from mergebench.evaluation.tables.layout import literal, number, render
+def _sheet(found: Found, shown: int | None = SHOWN) -> Sheet:
+    """The best points, and where among them the recipe as given stands; shown: None for all."""
+    from mergebench.evaluation.search.history import GIVEN_POINT
+    from mergebench.evaluation.tables.layout import number
+    from mergebench.evaluation.tables.sheet import Cell, Sheet
 
     history = found.history
     ranked, metrics = history.ranked, history.metrics
-    shares = history.made["objective"] != "mean"
-    metric = "accuracy" if shares else next(iter(metrics.values()))
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="On validation:", title_justify="left")
-    for name in ("", "", *ranked[0].values, *metrics, history.made["objective"]):
-        out.add_column(literal(name), justify="right", overflow="fold")
-    for place, point in enumerate(ranked, 1):
-        if place <= SHOWN or point.number == 0:
-            given = "as given" if point.number == 0 else ""
+    objective = history.made["objective"]
+    heads = ["point", "", *ranked[0].values, *metrics, objective]
+    rows = []
+    for place, point in enumerate(ranked):
+        if shown is None or place < shown or point.number == GIVEN_POINT:
+            given = "as given" if point.number == GIVEN_POINT else ""
             values = ["" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
                       for value in point.values.values()]  # fmt: skip
             tasks = [number(value, metrics[task]) for task, value in point.tasks.items()]
-            out.add_row(str(place), given, *map(literal, values), *tasks, number(point.objective or 0.0, metric))
-    return "\n".join(render(out, "")).strip("\n") + "\n"
+            reached = Cell(history.said(point), parts=tuple(history.said(point).split(" ± ")))
+            rows.append([*map(Cell, (str(point.number), given, *values, *tasks)), reached])
+    return Sheet(heads, rows, left=0, parts={1: ("given",), len(heads) - 1: (objective, f"{objective} ±")})

@@ -16,8 +16,10 @@ from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.checkpoint.target import target_of
 from mergebench.errors import RecipeError, RunError
+from mergebench.evaluation.tables.layout import number
 
 FAILED = 1e300
+GIVEN_POINT = 0  # the number of the recipe as given
 FILE, BEST, WORK = "search.json", "best.yaml", ".candidate"
 
 
@@ -31,17 +33,22 @@ class Point:
     objective: float | None  # None: it failed
     seconds: float
     error: str | None = None
+    stderr: float | None = None  # of the objective, where every task has one
 
 
-class PointEntry(TypedDict):
-    """A point in `search.json`."""
-
+class _PointEntry(TypedDict):
     number: int
     values: dict[str, str | float | bool | None]
     tasks: dict[str, float]
     objective: float | None
     seconds: float
     error: str | None
+
+
+class PointEntry(_PointEntry, total=False):
+    """A point in `search.json`."""
+
+    stderr: float | None
 
 
 class Made(TypedDict):
@@ -69,6 +76,18 @@ class History:
     direction: str = "higher"  # which objectives are better
     metrics: dict[str, str] = field(default_factory=dict)  # by task; known after the first measured point
     points: list[Point] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str:
+        """What the objective is counted in: as accuracies, where it is a share of what the fine-tunes reach."""
+        return next(iter(self.metrics.values()), "") if self.made["objective"] == "mean" else "accuracy"
+
+    def said(self, point: Point) -> str:
+        """A point's objective as tables show it, with its standard error; nothing if it failed."""
+        if point.objective is None:
+            return ""
+        error = "" if point.stderr is None else f" ± {number(point.stderr, self.metric)}"
+        return f"{number(point.objective, self.metric)}{error}"
 
     def cost(self, point: Point) -> float:
         """The objective, negated if higher is better; above all others if the point failed."""
@@ -112,7 +131,8 @@ class History:
                 what = f"{self.folder}: it holds a search with another {SETTINGS[name]}"
                 raise RecipeError(what, "run it as before, choose another --out, or start afresh with --overwrite")
         self.direction, self.metrics = found["made"]["direction"], found["made"]["metrics"]
-        self.points = [Point(**{name: point[name] for name in Point.__annotations__}) for point in found["points"]]
+        known = Point.__annotations__.keys()
+        self.points = [Point(**{name: point[name] for name in known & point.keys()}) for point in found["points"]]
 
 
 SETTINGS = {

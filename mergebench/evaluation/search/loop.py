@@ -86,18 +86,19 @@ class Search:
 
     def _measured(self, values: Mapping[str, Any]) -> Point:
         start, number = time.perf_counter(), len(self.history.points)
-        objective, error = None, None
+        objective, error, stderr = None, None, None
         records: list[Record] = []
         try:
             records = self._records(values, f"point {number}")
             objective, self.history.direction = self.objective.of(records)
+            stderr = self.objective.stderr(records)
             self.history.metrics |= {record.task: record.metric for record in records}
         except DiskFull:  # the point is as good as others
             raise
         except (RunError, ModelError) as failure:
             error = failure.message
         tasks = {record.task: record.value for record in records}
-        return Point(number, dict(values), tasks, objective, round(time.perf_counter() - start, 3), error)
+        return Point(number, dict(values), tasks, objective, round(time.perf_counter() - start, 3), error, stderr)
 
     def _records(self, values: Mapping[str, Any], name: str) -> list[Record]:
         """One on each task, in their order; raises what failed."""

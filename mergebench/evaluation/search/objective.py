@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,19 @@ class Objective:
             return sum(record.value for record in records) / len(records), records[0].direction
         shares = [self._share(record) for record in records]
         return (min(shares) if self.name == "worst" else sum(shares) / len(shares)), "higher"
+
+    def stderr(self, records: Sequence[Record]) -> float | None:
+        """The standard error of the objective: tasks have other items, so their errors are independent. The fine-tunes'
+        values, of `relative`, and which task is the worst, are taken as known. None where a task has no error."""
+        errors = []
+        for record in records:
+            if record.stderr is None:
+                return None
+            scale = 1.0 if self.name == "mean" else self._share(record) / record.value if record.value else 0.0
+            errors.append(scale * record.stderr)
+        if self.name == "worst":
+            return errors[min(range(len(records)), key=lambda place: self._share(records[place]))]
+        return math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
     def _share(self, record: Record) -> float:
         parts = (record.value, self.own[record.task])

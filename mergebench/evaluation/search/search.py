@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergebench import __version__
 from mergebench.errors import RecipeError
 from mergebench.evaluation.measure import inputs_of, read_suite
-from mergebench.evaluation.search.history import BEST, WORK, History, Point, held
+from mergebench.evaluation.search.history import BEST, GIVEN_POINT, WORK, History, Point, held
 from mergebench.recipe import Recipe, load
 from mergebench.recipe.open import folders
 from mergebench.recipe.stages import default_out
@@ -59,20 +59,23 @@ class Found:
 
     def verdict(self) -> str:
         """Whether the chosen parameters beat the given ones on test, in a sentence."""
-        if self.best.number == 0:
+        from mergebench.evaluation.tables.flips import p_of, signed, unit_of
+
+        if self.best.number == GIVEN_POINT:
             return "Nothing was better on validation than the recipe as given."
         if self.results is None:
             return "The suite has no test tasks: whether the chosen parameters beat the given ones is not known."
         if self.difference is None:
             return "The test results of the chosen and the given parameters cannot be compared item by item."
         by = self.difference
-        scale, unit = (1, "") if by.both_right is None else (100, " percentage points")
+        metric = unit_of(by, self.results.records[0].metric)
+        unit = " percentage points" if by.both_right is not None else ""
         every = sum(record.n for record in self.results.of(self.results.models[-1]).values())
         items = f"all {by.n} test items" if by.n == every else f"the {by.n} of {every} test items that count alike"
-        size = f"{scale * by.difference:+.3g}{unit} over {items}"
+        size = f"{signed(by.difference, metric)}{unit} over {items}"
         if by.interval is not None and by.p is not None:
-            low, high = (f"{scale * end:+.3g}" for end in by.interval)
-            size += f" (95 % interval {low} to {high}, p = {by.p:.2g})"
+            low, high = (signed(end, metric) for end in by.interval)
+            size += f" (95 % interval {low} to {high}, p {p_of(by.p)})"
         if by.p is not None and by.p < 0.05:
             return f"On test the chosen parameters {'beat' if by.difference > 0 else 'lose to'} the given ones: {size}."
         return f"On test the chosen parameters do not differ from the given ones beyond chance: {size}."
@@ -89,7 +92,7 @@ def search(
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "auto",
-    results: str | Path | None = None,
+    results: str | Path | None = "results",
     resume: bool = False,
     overwrite: bool = False,
     searched: Callable[[Point, History], None] = lambda point, history: None,
@@ -100,7 +103,7 @@ def search(
     suite: with validation tasks, on which parameters are chosen; the recipe as given and the chosen one are then
     measured on the test tasks (None: the recipe's own suite). over: parameters, such as "lambda", "density=0.1:0.5"
     or "weight.*". strategy: grid, random or cmaes (None: a grid over one or two parameters, else cmaes). objective:
-    mean, relative or worst. results: a folder; what was measured before is taken from there, and kept there.
+    mean, relative or worst. results: the folder that what was measured before is taken from, and kept in; None: none.
     searched: called after every point. progress: called while the test tasks are measured.
 
     Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
@@ -188,7 +191,9 @@ def _tell(searched: Callable[[Point, History], None], history: History, point: P
 
 def _comment(history: History, best: Point) -> str:
     made, values = history.made, ", ".join(f"{name} {value}" for name, value in best.values.items())
-    how = f"{made['objective']} {best.objective:.4g} on validation, point {best.number} of {len(history.points)}"
+    how = (
+        f"{made['objective']} {history.said(best)} on validation, point {best.number} of 0 to {len(history.points) - 1}"
+    )
     return f"mergebench merge {history.folder / BEST}\n\nChosen by mergebench search: {values} ({how})."
 
 
@@ -210,8 +215,8 @@ def _on_test(
         return None
     given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
     rows = inputs_of(recipe, (given, chosen))
-    points = [(given, "baseline", as_given(space))] if best.number else []
-    for name, role, values in [*points, (chosen if best.number else given, "merged", best.values)]:
+    points = [(given, "baseline", as_given(space))] if best.number != GIVEN_POINT else []
+    for name, role, values in [*points, (given if best.number == GIVEN_POINT else chosen, "merged", best.values)]:
         plan = candidates.plan(at_point(recipe, space, values))
         merged = partial(candidates.merge, plan, name)
         rows.append(Candidate(name, "merged" if role == "merged" else "baseline", merged, key=candidates.key(plan)))

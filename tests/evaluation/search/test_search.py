@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,8 +116,36 @@ def test_the_test_table_has_everything_and_says_who_wins(place: Path, cli: Cli) 
     given, chosen = (results.of(f"ties {word}") for word in ("as given", "chosen" if found["best"] else "as given"))
     changed = sum(chosen[task].value - given[task].value for task in given) / 2
     if found["best"]:
-        assert f"{100 * changed:+.3g} percentage points over all 122 test items" in found["verdict"]
+        said = f"{100 * changed:+.1f}".replace("-", "−")
+        assert f"{said} percentage points over all 122 test items" in found["verdict"]
     assert {point["number"] for point in found["points"]} == set(range(5))  # 2 x 2, and as given
+
+
+def test_a_point_has_one_number_and_one_unit(place: Path, cli: Cli) -> None:
+    """On the terminal, in search.json, best.yaml and the page: from 0, the recipe as given; percent, with an error."""
+    ran = cli("search", "recipe.yaml", *OVER, "--budget", "3")
+    found = document(place / "searches/recipe")
+    number, best = found["best"], found["points"][found["best"]]
+    assert best["number"] == number
+    errors = [entry["stderr"] for entry in json.loads(Path("searches/recipe/evaluation.json").read_text())["records"]]
+    assert all(errors)
+    tasks = best["tasks"].values()
+    assert best["stderr"] == pytest.approx(sum(p * (1 - p) / 61 for p in tasks) ** 0.5 / 2)  # of independent items
+    said = f"{100 * best['objective']:.1f} ± {100 * best['stderr']:.1f}"
+    first = (place / "searches/recipe/best.yaml").read_text()
+    assert f"(mean {said} on validation, point {number} of 0 to 2)" in first
+    rows = [line.split() for line in ran.out.splitlines() if line.endswith(said)]
+    assert rows and rows[0][0] == str(number)
+    assert f": point {number} ({number + 1} of 3): " in ran.err
+    assert f"(best {said}, point {number})" in ran.err
+    assert not any(re.search(r"\b0\.", line.rpartition(": ")[2]) for line in ran.err.splitlines())
+    assert f">{number} ★<" in (place / "searches/recipe/report.html").read_text()
+    ran = cli("search", "recipe.yaml", *OVER, "--budget", "3", "--resume", "--format", "csv", "-q")
+    table = list(csv.DictReader(io.StringIO(ran.out)))
+    assert {row["point"]: float(row["mean"]) for row in table} == {
+        str(point["number"]): pytest.approx(100 * point["objective"], abs=0.05) for point in found["points"]
+    }
+    assert all(float(row["mean ±"]) > 0 for row in table)
 
 
 def test_killed_and_resumed_is_the_same_search(made: Path, tmp_path: Path, server: Server) -> None:
