@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,7 +31,17 @@ def compare(
     max_nfr: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit with 4 if a task's NFR is above this, such as 0.02.")
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            min=0,
+            max=100,
+            help="Exit with 4 if a task's accuracy fell by more points, beyond chance.",
+        ),
+    ] = None,
     flips: Annotated[int, typer.Option(min=0, help="How many flipped items are shown.")] = 10,
+    format_: opt.Format = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -43,8 +53,10 @@ def compare(
     (--log_samples) or inspect, or folders of them, rows of an evaluation (--in merged/mine), or models
     (--suite suite.yaml).
     """
-    from mergebench.evaluation import comparison_report
     from mergebench.evaluation.compare.comparison import compare as compare_answers
+    from mergebench.evaluation.tables.flips import difference_of
+
+    form = opt.check_format(format_, json_)
 
     if in_ is not None and suite is not None:
         raise RecipeError("--in and --suite: rows of an evaluation, or models to be measured", "leave one out")
@@ -54,17 +66,40 @@ def compare(
         found = compare_answers(old, new, in_)
     else:
         found = _measured(suite, old, new, split, opt.check_device(device), results, quiet or json_)
-    above = [] if max_nfr is None else found.above(max_nfr)
+    gate: dict[str, Any] = {}
+    failures, passes = [], []
+    if max_nfr is not None:
+        above = found.above(max_nfr)
+        gate |= {"max_nfr": max_nfr, "above": [pair.task for pair in above]}
+        named = (f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
+        failures += [f"NFR above {100 * max_nfr:g} %: {', '.join(named)}"] if above else []
+        passes.append(f"no task's NFR is above {100 * max_nfr:g} %")
+    if max_drop is not None:
+        if all(pair.flips.both_right is None for pair in found.pairs):
+            raise RecipeError("--max-drop: no task has right and wrong answers", "bound what is lost: --max-nfr")
+        dropped, most = found.dropped(max_drop / 100), f"{max_drop:g} point{'s' * (max_drop != 1)}"
+        gate |= {"max_drop": max_drop, "dropped": [pair.task for pair in dropped]}
+        named = (f"{p.task} {difference_of(p.flips, 'accuracy')}" for p in dropped)
+        failures += [f"accuracy lower by more than {most}: {', '.join(named)}"] if dropped else []
+        passes.append(f"no task's accuracy is lower by more than {most} beyond chance")
     if json_:
-        gate = {"max_nfr": max_nfr, "passed": not above, "above": [pair.task for pair in above]}
-        say_json(found.to_dict() | ({} if max_nfr is None else {"gate": gate}))
+        say_json(found.to_dict() | ({"gate": {**gate, "passed": not failures}} if gate else {}))
     else:
-        say_text(comparison_report(found, items=flips, styled=sys.stdout.isatty()))
-    if max_nfr is not None and above:
-        named = ", ".join(f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
-        more = "--flips N shows more of the lost items, --json all"
-        raise GateFailed(f"NFR above {100 * max_nfr:g} %: {named}", more)
-    note(f"passed: no task's NFR is above {100 * (max_nfr or 0):g} %", max_nfr is None or quiet or json_)
+        say_text(_text(found, flips, form))
+    if failures:
+        raise GateFailed("; ".join(failures), "--flips N shows more of the lost items, --json all")
+    for line in passes:
+        note(f"passed: {line}", quiet or json_)
+
+
+def _text(found: Comparison, flips: int, form: str | None) -> str:
+    from mergebench.evaluation.tables import flips as views
+    from mergebench.evaluation.tables.sheet import written
+
+    if form is None:
+        return views.comparison_report(found, items=flips, styled=sys.stdout.isatty())
+    more = [views.items_sheet(found, flips)] if flips and any(pair.flipped for pair in found.pairs) else []
+    return written([*views.comparison_sheets(found), *more], form)
 
 
 def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:

@@ -14,7 +14,7 @@ from mergebench.evaluation.results import Record, Results, mean_relatives, mean_
 from mergebench.evaluation.run import Candidate, Step, evaluate_models
 from mergebench.evaluation.suite import Suite, Task, load_suite
 from mergebench.evaluation.tables.flips import comparison_report
-from mergebench.evaluation.tables.results import document_of, legend, markdown, report, save, table
+from mergebench.evaluation.tables.results import document_of, legend, markdown, report, save, sheets
 from mergebench.networks.loadable import LoadableModel
 
 __all__ = [
@@ -37,5 +37,5 @@ __all__ = [
     "mean_values",
     "report",
     "save",
-    "table",
+    "sheets",
 ]

@@ -52,7 +52,9 @@ class Head:
             return data.score([self.labels[i] for i in logits.argmax(1).tolist()])
 
         files, home = (file, self.file), self.file.parent
-        return Ready(len(data.rows), measure, files=files, items=data.items, versions=data.versions, home=home)
+        return Ready(
+            len(data.rows), measure, files=files, items=data.items, asked=data.asked, versions=data.versions, home=home
+        )
 
     def logits(self, rows: Tensor) -> Tensor:
         """[items, classes] from rows of features [items, width]."""

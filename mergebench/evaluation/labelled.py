@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mergebench.errors import RunError, did_you_mean
 from mergebench.evaluation.images import Images, check_image
-from mergebench.evaluation.task import Prediction, Score, accuracy
+from mergebench.evaluation.task import Item, Prediction, Score, accuracy, asked
 from mergebench.networks.features import Inputs, Texts
 from mergebench.networks.items import Row, contents, read_rows
 from mergebench.plugins import need
@@ -22,6 +22,7 @@ class Labelled:
     labels: Sequence[str]  # none if no column was requested
     inputs: Inputs
     items: Mapping[str, str]  # the place of each item, by its content
+    asked: Mapping[str, Item]  # each text or image's path, with its label, by id
     versions: Mapping[str, str] = field(default_factory=dict)  # of images and the library that reads them
 
     def known(self, labels: Collection[str], whose: object) -> None:
@@ -49,7 +50,8 @@ def read_texts(
     """Rows with these columns; the texts are cut to `max_length` tokens."""
     rows = read_rows(file, id, _columns(text, label), limit, seed)
     texts = [_word(row, row.values[0], text) for row in rows]
-    return Labelled(rows, _labels(rows, label), Texts(texts, max_length), contents(rows))
+    labels = _labels(rows, label)
+    return Labelled(rows, labels, Texts(texts, max_length), contents(rows), asked(rows, texts, labels))
 
 
 def read_images(
@@ -64,7 +66,10 @@ def read_images(
     hashes = [check_image(path, row.where) for path, row in zip(files, rows, strict=True)]
     seen = [row._replace(values=(one, *row.values[1:])) for row, one in zip(rows, hashes, strict=True)]
     images = Images(files, hashes)
-    return Labelled(rows, labels, images, contents(seen), {"pillow": pillow, "images": images.key})
+    paths = [str(row.values[0]) for row in rows]
+    return Labelled(
+        rows, labels, images, contents(seen), asked(rows, paths, labels), {"pillow": pillow, "images": images.key}
+    )
 
 
 def _columns(content: str, label: str | None) -> tuple[str, ...]:

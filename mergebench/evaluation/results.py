@@ -7,13 +7,13 @@ means are computed, never stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from mergebench.checkpoint.documents import read_json
 from mergebench.errors import RunError
-from mergebench.evaluation.task import Direction, Prediction
+from mergebench.evaluation.task import Direction, Item, Prediction
 
 Role = Literal["base", "input", "merged", "baseline"]
 FILE = "evaluation.json"
@@ -72,11 +72,15 @@ class Made(TypedDict, total=False):
     failed: list[Failed]
 
 
-class Document(TypedDict):
-    """evaluation.json."""
-
+class _Document(TypedDict):
     made: Made
     records: list[Entry]
+
+
+class Document(_Document, total=False):
+    """evaluation.json."""
+
+    items: dict[str, dict[str, tuple[str, str | None]]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Results:
 
     made: Mapping[str, Any]
     records: tuple[Record, ...]
+    items: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)  # by task and id; in JSON [text, gold]
 
     @property
     def models(self) -> list[str]:
@@ -110,7 +115,8 @@ class Results:
         except ValueError as error:
             hint = "evaluate again: mergebench writes evaluation.json"
             raise RunError(f"{path}: not an evaluation: {error}", hint) from None
-        return cls(found["made"], tuple(_record(entry) for entry in found["records"]))
+        items = {task: {item: Item(*one) for item, one in of.items()} for task, of in found.get("items", {}).items()}
+        return cls(found["made"], tuple(_record(entry) for entry in found["records"]), items)
 
 
 def mean_values(results: Results) -> dict[str, float | None]:
@@ -146,7 +152,7 @@ def with_relatives(records: list[Record], homes: Mapping[str, str]) -> tuple[Rec
     )
 
 
-_NAMES = frozenset(field.name for field in fields(Record))
+_NAMES = frozenset(one.name for one in fields(Record))
 
 
 def _record(entry: dict[str, Any]) -> Record:

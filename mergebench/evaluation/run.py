@@ -47,6 +47,7 @@ class Step:
     task: str
     done: int
     total: int
+    known: bool = False  # the result was in the store
 
 
 def evaluate_models(
@@ -80,7 +81,8 @@ def evaluate_models(
     made |= {"failed": batch.failed} if batch.failed else {}
     made |= {"notes": batch.notes} if batch.notes else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
-    return Results(made, with_relatives(batch.records, homes_of(candidates, suite)))
+    items = {task.name: task.ready.asked for task in suite.tasks if task.ready.asked}
+    return Results(made, with_relatives(batch.records, homes_of(candidates, suite)), items)
 
 
 class Batch:
@@ -128,7 +130,7 @@ class Batch:
                 open_.append((task, key))
             else:
                 self.known += 1
-                self.meter.of(candidate.name, task.name)(task.ready.n)
+                self.meter.of(candidate.name, task.name, known=True)(task.ready.n)
                 found[task.name] = _record(candidate, task, *kept)
         with self._failing(candidate, [task for task, _ in open_]):
             if open_:
@@ -142,10 +144,17 @@ class Batch:
                     notes = (f"{candidate.name}: {remark}" for remark in network.remarks)
                     self.notes += [note for note in notes if note not in self.notes]
                     if self.store is not None:
-                        self.store.keep(key, score, seconds, {"model": candidate.name, "task": task.name})
+                        self.store.keep(key, score, seconds, self._origin(candidate, task))
                     found[task.name] = _record(candidate, task, score, seconds)
         self._held = None
         return found
+
+    def _origin(self, candidate: Candidate, task: Task) -> dict[str, Any]:
+        """Where a result is from, by absolute paths."""
+        files = [*task.ready.files, *([candidate.directory] if candidate.directory is not None else [])]
+        suite = None if self.suite.path is None else str(self.suite.path.absolute())
+        listed = [str(file.absolute()) for file in files]
+        return {"model": candidate.name, "task": task.name, "suite": suite, "files": listed}
 
     def _hold(self, model: LoadableModel, auto_class: str) -> Network:
         """The model in memory, in the place of the one before it."""
@@ -207,11 +216,11 @@ class _Meter:
         self.progress, self.total = progress, total
         self.counts: Counter[tuple[str, str]] = Counter()
 
-    def of(self, model: str, task: str) -> Callable[[int], None]:
+    def of(self, model: str, task: str, known: bool = False) -> Callable[[int], None]:
         def tick(items: int) -> None:
             self.counts[model, task] += items
             if self.progress is not None:
-                self.progress(Step(model, task, self.counts.total(), self.total))
+                self.progress(Step(model, task, self.counts.total(), self.total, known))
 
         return tick
 

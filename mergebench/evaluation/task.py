@@ -26,6 +26,7 @@ from mergebench.networks.loadable import Tick
 from mergebench.parameters import Parameter, param, parameters_of, params_of
 
 if TYPE_CHECKING:
+    from mergebench.networks.items import Row
     from mergebench.networks.network import Network
 
 Direction = Literal["higher", "lower"]  # which values are better
@@ -45,6 +46,28 @@ class Prediction(NamedTuple):
 
     output: str
     score: float
+
+
+class Item(NamedTuple):
+    """What an item asks, cut, and its right answer if it has one; for people."""
+
+    text: str
+    gold: str | None = None
+
+
+LONGEST = 300  # letters of an item that are kept beside the results
+
+
+def cut(text: str) -> str:
+    """A text on one line, with an ellipsis where it was too long."""
+    line = " ".join(text[: 4 * LONGEST].split())
+    return line if len(line) <= LONGEST and len(text) <= 4 * LONGEST else line[: LONGEST - 1] + "…"
+
+
+def asked(rows: Sequence[Row], texts: Sequence[str], gold: Sequence[str] = ()) -> dict[str, Item]:
+    """The items of rows by their ids; gold: the right answers, where there are any."""
+    right: Sequence[str | None] = gold or [None] * len(rows)
+    return {row.id: Item(cut(text), one) for row, text, one in zip(rows, texts, right, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,7 @@ class Ready:
     measure: Callable[[Network, Tick], Score]
     files: tuple[Path, ...] = ()  # all files read; results depend on their content
     items: Mapping[str, str] = field(default_factory=dict)  # the place of each item, by its content: `items.contents`
+    asked: Mapping[str, Item] = field(default_factory=dict)  # each item by its id, for people
     versions: Mapping[str, str] = field(default_factory=dict)  # of libraries and images that the result depends on
     home: Path | None = None  # the directory of the task's own fine-tune, if it has one
     on_patches: Callable[[Sequence[Path]], Ready] | None = None  # for a task that waits for patches of edits

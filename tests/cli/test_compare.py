@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def test_files_and_rows_say_the_same(cli: Cli, tmp_path: Path) -> None:
         "",
         "test",
     )
+    assert (by_file["flipped"][0].pop("gold"), by_row["flipped"][0].pop("gold")) == ("a", None)
     assert by_file == by_row
     assert (by_row["lost_items"], by_row["nfr"], by_row["nfr_mc"], by_row["btc"]) == (["2"], 0.2, 0.4, 2 / 3)
 
@@ -70,12 +73,49 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
     assert document["gate"] == {"max_nfr": float(bound), "passed": not code, "above": ["items"] * bool(code)}
 
 
+@pytest.mark.parametrize(("lost", "bound", "code"), [(10, "9.9", 4), (10, "10", 0), (1, "0.5", 0), (0, "0", 0)])
+def test_the_gate_of_accuracy(cli: Cli, lost: int, bound: str, code: int) -> None:
+    """Of 100 items 10 lost are beyond chance, 1 is not; at the bound is within it."""
+    for name, wrong in (("old", 0), ("new", lost)):
+        rows = [{"id": i, "pred": "b" if i < wrong else "a", "gold": "a"} for i in range(100)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = cli("compare", "old.jsonl", "new.jsonl", "--max-drop", bound)
+    assert ran.code == code
+    if code:
+        assert ran.err.startswith("error: accuracy lower by more than 9.9 points: items −10.0 [−17.4, −5.5]\n")
+    else:
+        assert ran.err == f"passed: no task's accuracy is lower by more than {bound} points beyond chance\n"
+    document = json.loads(cli("compare", "old.jsonl", "new.jsonl", "--max-drop", bound, "--max-nfr", "1", "--json").out)
+    gate = {"max_nfr": 1.0, "above": [], "max_drop": float(bound), "dropped": ["items"] * bool(code)}
+    assert document["gate"] == gate | {"passed": not code}
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv"])
+def test_other_formats(cli: Cli, form: str) -> None:
+    ran = cli("compare", "old.jsonl", "new.jsonl", "--format", form)
+    assert (ran.code, ran.err) == (0, "")
+    if form == "csv":
+        (one,) = csv.DictReader(io.StringIO(ran.out))
+        assert [one[name] for name in ("task", "old", "new", "difference", "p")] == [
+            "items",
+            "60.0",
+            "40.0",
+            "-20",
+            "0.317",
+        ]
+        assert float(one["low"]) < -20 < float(one["high"]) and one["NFR"] == "20.0"
+    else:
+        assert "\\pm" not in ran.out and ran.out.count("both right") == 1
+        assert ran.out.count("\n| ---" if form == "markdown" else r"\begin{tabular}") == 3  # and the items
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["old.jsonl"], 2, "Missing argument"),
         (["old.jsonl", "new.jsonl", "--max-nfr", "2"], 2, "--max-nfr"),
         (["old.jsonl", "new.jsonl", "--max-nfr", "nan"], 2, "--max-nfr"),
+        (["old.jsonl", "new.jsonl", "--max-drop", "-1"], 2, "--max-drop"),
         (["old.jsonl", "new.jsonl", "--flips", "-1"], 2, "--flips"),
         (["old", "new"], 2, "error: old: no file of predictions"),
         (["old", "nwe", "--in", "e"], 2, "error: no model in the evaluation is called 'nwe'"),
@@ -99,7 +139,7 @@ def test_a_row_is_named_by_how_it_begins(cli: Cli, tmp_path: Path) -> None:
 
 def test_how_many_flips(cli: Cli) -> None:
     shown: Any = [cli("compare", "old.jsonl", "new.jsonl", "--flips", n).out for n in (0, 10)]
-    assert [" 2     lost  a    b    a" in text for text in shown] == [False, True]
+    assert [" items, 2: lost: a → b (right: a)" in text for text in shown] == [False, True]
 
 
 def test_models_are_measured_where_they_were_not(cli: Cli, tmp_path: Path) -> None:
@@ -118,9 +158,9 @@ def test_models_are_measured_where_they_were_not(cli: Cli, tmp_path: Path) -> No
     assert cli("eval", "suite.yaml", "x", "y", "--results", "other", "--out", "e2").code == 0
     assert json.loads(cli("compare", "x", "y", "--in", "e2", "--json").out)["tasks"] == [found]
     assert len(list(Path("kept").glob("[0-9a-f]*.json"))) == 2
-    times = {file: file.stat().st_mtime_ns for file in Path("kept").iterdir()}
+    written = {file: file.stat().st_ino for file in Path("kept").iterdir()}
     assert cli(*models).code == 0
-    assert times == {file: file.stat().st_mtime_ns for file in Path("kept").iterdir()}
+    assert written == {file: file.stat().st_ino for file in Path("kept").iterdir()}
 
     ran = cli("compare", "x", "z", "--suite", "suite.yaml", "--results", "kept")
     assert (ran.code, ran.out) == (3, "") and "z" in ran.err

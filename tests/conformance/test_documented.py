@@ -237,6 +237,7 @@ ELSEWHERE = {
     "explain": "tests/recipe/test_gradients.py::test_explain_names_the_sources_of_slices",
     "eval": "tests/cli/test_evaluate.py::test_what_a_merge_measured_is_known",
     "compare": "tests/cli/test_compare.py::test_files_and_rows_say_the_same",
+    "results": "tests/cli/test_results.py::test_a_look",
     "search": "tests/evaluation/search/test_search.py::test_the_test_table_has_everything_and_says_who_wins",
     "inspect": "tests/cli/test_cli.py::test_inspect",
     "diff": "tests/cli/test_cli.py::test_diff_by_hand",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from mergebench.errors import MergebenchError, RecipeError, RunError
 from mergebench.evaluation import Record, Results, comparison_report, markdown, report, save
 from mergebench.evaluation.compare.comparison import against
 from mergebench.evaluation.compare.flips import flips
-from mergebench.evaluation.task import Direction, Prediction
+from mergebench.evaluation.tables.flips import items_sheet
+from mergebench.evaluation.task import LONGEST, Direction, Item, Prediction, cut
 
 GOLD, OLD, NEW = "01201201", "01200111", "01121010"  # the golden example of test_flips.py
 
@@ -151,7 +153,7 @@ def test_rows(results: Results, tmp_path: Path) -> None:
     assert found.pooled is not None
     assert (found.pooled.n, len(found.pooled.lost), len(found.pooled.won)) == (14, 2, 5)
     assert (found.pooled.both_right, found.pooled.both_wrong) == (5, 2)
-    assert found.pooled.p == pytest.approx(2 * (1 + 7 + 21) / 2**7)  # two heads of seven, or fewer
+    assert found.pooled.p == pytest.approx(math.erfc(3 / 7**0.5 / 2**0.5))  # three more won than lost, of seven
     assert found.pooled.lost == (("a", "test", "a-1"), ("a", "test", "a-3"))
     assert [pair.task for pair in found.above(0.2)] == ["a"]
     assert found.above(0.25) == []  # at the bound is not above it
@@ -263,20 +265,20 @@ def test_the_document_has_the_comparisons(results: Results, tmp_path: Path) -> N
 
 
 AGAINST = """\
- against base                    difference      p        lost         won
- ──────────────────────────────────────────────────────────────────────────
- mine          merged  +21.4 [−13.5, +50.1]  0.453  2 (14.3 %)  5 (35.7 %)
+ against base            difference      p        lost         won
+ ──────────────────────────────────────────────────────────────────
+ mine          +21.4 [−16.6, +53.4]  0.257  2 (14.3 %)  5 (35.7 %)
 
- Difference: in the share of right answers, in %, over the 14 items [95%
- interval]; p: McNemar's exact test; lost: items right before and wrong
- now (NFR); won: the other way round (PFR)."""
+ Difference [95 % interval]: in the share of the 14 items answered
+ right, in %; above 0 is better. p: McNemar's test. lost, won: items
+ that became worse and better."""
 
 IN_MARKDOWN = """
-| against base |  | difference | p | lost | won |
-| --- | --- | ---: | ---: | ---: | ---: |
-| mine | merged | +21.4 \\[−13.5, +50.1\\] | 0.453 | 2 (14.3 %) | 5 (35.7 %) |
+| against base | difference | p | lost | won |
+| --- | ---: | ---: | ---: | ---: |
+| mine | +21.4 \\[−16.6, +53.4\\] | 0.257 | 2 (14.3 %) | 5 (35.7 %) |
 
-Difference: in the share"""
+Difference"""
 
 
 def test_the_second_table(results: Results) -> None:
@@ -291,7 +293,7 @@ def test_the_second_table_of_scores() -> None:
     )
     text = report(found)
     assert "against base" in text and "+3.33 [−1, +10]" in text and "1 (33.3 %)  2 (66.7 %)" in text
-    assert "above 0 is better" in text
+    assert "above 0 is" in text and "a paired bootstrap" in text
 
 
 REPORT = """\
@@ -300,14 +302,14 @@ REPORT = """\
 
  task     n   old    new            difference      p   NFR   PFR  NFR_mc    BTC  expected
  ──────────────────────────────────────────────────────────────────────────────────────────
- a        8  50.0   50.0    0.0 [−40.3, +40.3]  1.000  25.0  25.0    25.0   50.0      25.0
- b        6  50.0  100.0    +50.0 [0.0, +81.2]  0.250   0.0  50.0     0.0  100.0       0.0
+ a        8  50.0   50.0    0.0 [−46.3, +46.3]  1.000  25.0  25.0    25.0   50.0      25.0
+ b        6  50.0  100.0   +50.0 [−8.6, +81.2]  0.083   0.0  50.0     0.0  100.0       0.0
 
- pooled  14  50.0   71.4  +21.4 [−13.5, +50.1]  0.453  14.3  35.7    14.3   71.4      14.3
+ pooled  14  50.0   71.4  +21.4 [−16.6, +53.4]  0.257  14.3  35.7    14.3   71.4      14.3
 
- Shares in %. Difference [95% interval], p by McNemar's exact test; NFR, PFR: items the
- new model lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right
- of what was; expected: the NFR if the two erred independently.
+ Shares in %. Difference [95 % interval], p by McNemar's test; NFR, PFR: items the new
+ model lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of
+ what was; expected: the NFR if the two erred independently.
 
  task    both right  lost  won  both wrong  of them differently
  ───────────────────────────────────────────────────────────────
@@ -315,14 +317,11 @@ REPORT = """\
  b                3     0    3           0                    0
  pooled           5     2    5           2                    0
 
- task  item        old  new
- ───────────────────────────
- a     a-1   lost  yes  no
- a     a-3   lost  yes  no
- a     a-4   won   no   yes
- b     b-3   won   no   yes
-
- 4 of 7 items that flipped, those lost first"""
+ The first 4 of 7 items that flipped, those lost first:
+ a, a-1: lost: yes → no
+ a, a-3: lost: yes → no
+ a, a-4: won: no → yes
+ b, b-3: won: no → yes"""
 
 
 def test_the_report_of_two(results: Results) -> None:
@@ -332,7 +331,7 @@ def test_the_report_of_two(results: Results) -> None:
 def test_answers_are_shown_not_obeyed(files: Callable[..., None]) -> None:
     files([row("[red]i", "a\x1b[2Jb\n" + "w" * 90, gold="g")], [row("[red]i", "g", gold="g")])
     text = comparison_report(mergebench.compare("old.jsonl", "new.jsonl"))
-    assert "\x1b" not in text and "[red]i  won" in text and "every item that flipped" in text
+    assert "\x1b" not in text and " items, [red]i: won: a\\x1b[2Jb w" in text and "Every item that flipped" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -340,7 +339,7 @@ def test_scores_in_the_report(files: Callable[..., None]) -> None:
     files([row("x", "a", score=0.5), row("y", "b", score=1.5)], [row("x", "c", score=0.25), row("y", "b", score=2)])
     text = comparison_report(mergebench.compare("old.jsonl", "new.jsonl"))
     assert "+0.125 [−0.25, +0.5]" in text and "paired bootstrap" in text
-    assert "lost -0.25" in text and "won +0.5" in text
+    assert " items, x: lost by 0.25: a → c" in text and " items, y: won by 0.5: b → b" in text
     assert ["items", "–", "1", "1", "–", "–", "0.25", "0.5"] in [line.split() for line in text.splitlines()]
 
 
@@ -355,3 +354,46 @@ def test_the_identity_of_the_views(results: Results) -> None:
     old, new = results.of("org/base")["a"], results.of("org/mine")["a"]
     assert mergebench.compare("base", "mine", results).pairs[0].flips == flips(old.predictions, new.predictions)
     assert issubclass(RunError, MergebenchError)
+
+
+# -- the items themselves ----------------------------------------------------------------------------
+
+
+def test_flipped_items_say_what_they_ask(results: Results, tmp_path: Path) -> None:
+    """From the evaluation's file to the terminal, JSON and Markdown; a long text is cut before it is kept."""
+    texts = {f"a-{i}": Item(f"question {i}", "yes") for i in range(8)}
+    save(Results({}, results.records, {"a": texts}), tmp_path)
+    found = mergebench.compare("base", "mine", tmp_path)
+    first = found.to_dict()["tasks"][0]["flipped"][0]
+    assert first == {
+        "item": "a-1", "what": "lost", "old": "yes", "old_score": 1.0, "new": "no", "new_score": 0.0, "gold": "yes",
+        "text": "question 1",
+    }  # fmt: skip
+    assert [one["item"] for one in found.to_dict()["tasks"][0]["flipped"]] == ["a-1", "a-3", "a-4", "a-5"]
+    text = comparison_report(found, items=1).splitlines()
+    assert text[-2:] == [" a, a-1: lost: yes → no (right: yes)", "   question 1"]
+    assert "question" not in comparison_report(found, items=0)
+    assert "| a | a-1 | lost | yes | no | yes | question 1 |" in items_sheet(found, 3).markdown()
+
+
+def test_what_is_kept_of_a_text() -> None:
+    assert cut("a\n b") == "a b"
+    assert len(cut("x" * 1000)) == LONGEST and cut("y " * 100_000).endswith("y…")
+    assert cut(" " * 5000 + "z").endswith("…")
+
+
+def test_files_may_say_what_they_ask(files: Callable[..., None]) -> None:
+    files([row("x", "a", gold="a", text="why?")], [row("x", "b", gold="a")])
+    (pair,) = mergebench.compare("old.jsonl", "new.jsonl").pairs
+    assert (pair.flipped[0].text, pair.flipped[0].gold) == ("why?", "a")
+
+
+def test_predictions_in_a_table(tmp_path: Path) -> None:
+    """CSV's cells are texts: a score there is a number all the same."""
+    (tmp_path / "old.csv").write_text("id,pred,score\n007,yes,0.5\n8,no,1\n")
+    (tmp_path / "new.csv").write_text("score,id,pred\n0.25,007,yes\n1,8,no\n")
+    (pair,) = mergebench.compare(tmp_path / "old.csv", tmp_path / "new.csv").pairs
+    assert (pair.flips.lost, pair.flips.difference) == (("007",), -0.125)
+    (tmp_path / "new.csv").write_text("score,id,pred\nmuch,007,yes\n")
+    with pytest.raises(RunError, match=r"new.csv:2: score must be a finite number"):
+        mergebench.compare(tmp_path / "old.csv", tmp_path / "new.csv")

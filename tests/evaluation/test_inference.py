@@ -90,7 +90,9 @@ def test_equal_models_are_rarely_called_different(flipping: float, n: int) -> No
     wrongly = 0.0
     for flips in range(n + 1):
         weight = math.comb(n, flips) * flipping**flips * (1 - flipping) ** (n - flips)
-        wrongly += weight * sum(math.comb(flips, w) / 2**flips for w in range(flips + 1) if mcnemar(flips - w, w) < 0.05)
+        wrongly += weight * sum(
+            math.comb(flips, w) / 2**flips for w in range(flips + 1) if mcnemar(flips - w, w) < 0.05
+        )
     assert wrongly < 0.055
 
 

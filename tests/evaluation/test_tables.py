@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import re
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from mergebench.evaluation import Record, Results, markdown, report, table
-from mergebench.evaluation.tables.results import short_names
+from mergebench.evaluation import Record, Results, markdown, report
+from mergebench.evaluation.tables.layout import number
+from mergebench.evaluation.tables.results import sheets, short_names, value_of
+from mergebench.evaluation.tables.sheet import Cell, Sheet, written
 from mergebench.evaluation.task import Prediction, accuracy
 
 RIGHT = {  # of 300, by model; columns are the tasks
@@ -98,16 +101,12 @@ def test_in_markdown(results: Results) -> None:
 
 
 def test_bold_on_a_terminal(results: Results) -> None:
-    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard", _environ={})
-    with console.capture() as capture:
-        console.print(table(results))
-    assert (
-        report(results, styled=True).splitlines()[:14] == [line.rstrip() for line in capture.get().splitlines()][1:15]
-    )
-    assert "bold: the best merge" in report(results, styled=True)
-    lines = capture.get().splitlines()
-    (linear,) = (line for line in lines if " linear " in line)
-    (pcb,) = (line for line in lines if " pcb " in line)
+    text = report(results, styled=True)
+    plain = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    assert plain[:14] == TABLE.splitlines()[:14]
+    assert "bold: the best merge" in text
+    (linear,) = (line for line in text.splitlines() if " linear " in line)
+    (pcb,) = (line for line in text.splitlines() if " pcb " in line)
     assert "\x1b[1m75.0 ± 2.5\x1b[0m" in linear
     assert linear.count("\x1b[1m") == 1
     assert "\x1b[1m89.0 ± 1.8\x1b[0m" in pcb
@@ -182,6 +181,49 @@ def test_names_are_text_and_no_markup() -> None:
     assert "| m\\[bold\\]\\|\\*x | base |" in markdown(odd)
     assert "m[bold]|*x" in report(odd)
     assert "t[red]|_y" in report(odd)
+
+
+def test_csv_is_read_back(results: Results) -> None:
+    """Each error in a column of its own, the same numbers as in the table, names with commas whole."""
+    odd = Results({}, tuple(vars_of(r, model='a, "b"' if r.model == "pcb" else r.model) for r in results.records))
+    rows = list(csv.DictReader(io.StringIO(written(sheets(odd), "csv"))))
+    assert len(rows) == 8 and rows[-1]["model"] == 'a, "b"' and None not in rows[-1]
+    assert [rows[-1][name] for name in ("tweets", "tweets ±", "mean", "relative %")] == ["89.0", "1.8", "80.8", "93.3"]
+    for row in rows:
+        assert all(float(value) >= 0 for name, value in row.items() if name not in ("model", "role"))
+
+
+def test_latex_has_no_special_letters() -> None:
+    sheet = Sheet(["a_b", "50 %"], [[Cell("x & y", best=True), Cell("−1 ± 2 <3\\")]], "100 % {sure}")
+    assert sheet.latex().splitlines() == [
+        "% 100 % {sure}",
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"a\_b & 50 \% \\",
+        r"\midrule",
+        r"\textbf{x \& y} & $-$1 $\pm$ 2 \textless{}3\textbackslash{} \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "shown"),
+    [(300, 300, "100.0 ≥98.8"), (0, 300, "0.0 ≤1.2"), (1, 1, "100.0 ≥2.5"), (299, 300, "99.7 ± 0.3")],
+)
+def test_an_error_is_never_zero(right: int, n: int, shown: str) -> None:
+    """The rule of three, two-sided: 1 - 0.025^(1/300) is 1.2 %."""
+    score = accuracy({str(i): Prediction("x", float(i < right)) for i in range(n)})
+    record = Record(**{**vars(a_record("m", "base", "t", 1, None)), **vars(score)})
+    assert value_of(record) == shown
+    assert ("exact 95 % interval" in report(Results({}, (record,)))) == (right in (0, n))
+
+
+def test_zero_has_no_sign() -> None:
+    assert [number(-0.0001, "accuracy"), number(-0.0, "loss"), number(-1e-5, "loss")] == ["0.0", "0", "-1e-05"]
+    record = a_record("m", "base", "t", 1, None, metric="score", value=-0.004, stderr=0.05)
+    assert value_of(record) == "-0.004 ± 0.050"
+    assert value_of(vars_of(record, value=-0.0004)) == "0.000 ± 0.050"
 
 
 def test_nothing_measured() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,20 @@ from mergebench.evaluation.task import Direction
 
 
 @dataclass(frozen=True)
+class Flip:
+    """An item that the new model answers worse or better than the old one."""
+
+    item: str  # its id
+    what: str  # lost or won
+    old: str
+    old_score: float
+    new: str
+    new_score: float
+    gold: str | None  # the right answer
+    text: str | None  # what was asked, cut
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two models' answers to one task's items."""
 
@@ -28,15 +42,26 @@ class Pair:
     old: Answers
     new: Answers
     gold: Mapping[str, str] = field(default_factory=dict)  # the right answers, where they are known
+    texts: Mapping[str, str] = field(default_factory=dict)  # what the items ask, cut, where it is known
 
     @cached_property
     def flips(self) -> Flips:
         return flips(self.old, self.new, self.direction)
 
+    @property
+    def flipped(self) -> list[Flip]:
+        """Every item that flipped, the largest loss first, then the largest gain."""
+        sides = [("lost", item) for item in self.flips.lost] + [("won", item) for item in self.flips.won]
+        return [
+            Flip(item, what, *self.old[item], *self.new[item], self.gold.get(item), self.texts.get(item))
+            for what, item in sides
+        ]
+
     def to_dict(self, items: bool) -> dict[str, Any]:
         about = {"task": self.task, "split": self.split, "metric": self.metric, "direction": self.direction}
         listed = {"lost_items": list(self.flips.lost), "won_items": list(self.flips.won)} if items else {}
-        return about | self.flips.to_dict() | listed
+        flipped = {"flipped": [vars(flip) for flip in self.flipped]} if items else {}
+        return about | self.flips.to_dict() | listed | flipped
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,13 @@ class Comparison:
     def above(self, max_nfr: float) -> list[Pair]:
         """The tasks with a larger share of negative flips, the worst first."""
         return sorted((p for p in self.pairs if not p.flips.nfr <= max_nfr), key=lambda p: -p.flips.nfr)
+
+    def dropped(self, most: float) -> list[Pair]:
+        """The tasks of right and wrong answers whose accuracy fell by more than this share, and not by chance
+        (p < 0.05); the worst first."""
+        right_or_wrong = [p for p in self.pairs if p.flips.both_right is not None]
+        fell = [p for p in right_or_wrong if -p.flips.difference > most and p.flips.p is not None and p.flips.p < 0.05]
+        return sorted(fell, key=lambda p: p.flips.difference)
 
     def to_dict(self, items: bool = True) -> dict[str, Any]:
         """Every number by task and pooled, ready for JSON; the ids of flipped items where `items`."""
@@ -105,16 +137,17 @@ def against(results: Results) -> list[Comparison]:
     models = results.models
     bases = [record.model for record in results.records if record.role == "base"]
     named = [name for name in [results.made.get("baseline")] if name in models]
-    if not models:
-        return []
-    baseline = [*named, *bases, *models][0]
-    before = _by_task(results, baseline)
-    found = []
-    for model in models:
-        after = _by_task(results, model)
-        pairs = tuple(_pair(record, after[key]) for key, record in before.items() if _alike(record, after.get(key)))
-        if model != baseline and pairs:
-            found.append(Comparison(baseline, model, pairs))
+    return compared(results, [*named, *bases, *models][0], models) if models else []
+
+
+def compared(results: Results, old: str, models: Sequence[str]) -> list[Comparison]:
+    """Models against an old one, each on the tasks that both answered."""
+    before, found = _by_task(results, old), []
+    for new in models:
+        after = _by_task(results, new)
+        both = [(record, after[key]) for key, record in before.items() if _alike(record, after.get(key))]
+        if new != old and both:
+            found.append(Comparison(old, new, tuple(_pair(results, *one) for one in both)))
     return found
 
 
@@ -133,7 +166,7 @@ def _compare_rows(results: Results, old: str, new: str) -> Comparison:
         later = after[key]
         if (record.metric, record.direction) != (later.metric, later.direction):
             raise RunError(f"task '{record.task}': '{old}' has {record.metric}, '{new}' has {later.metric}")
-        pairs.append(_checked(_pair(record, later), f"task '{record.task}'"))
+        pairs.append(_checked(_pair(results, record, later), f"task '{record.task}'"))
     return Comparison(old, new, tuple(pairs))
 
 
@@ -148,7 +181,7 @@ def _compare_files(old: Path, new: Path) -> Comparison:
             what = f"item '{item}': gold is '{right}' in {old} and '{gold[item]}' in {new}"
             raise RunError(what, "compare answers to the same items")
     metric = "score" if before.scored else "accuracy"
-    pair = Pair("items", "", metric, "higher", before.answers, after.answers, gold)
+    pair = Pair("items", "", metric, "higher", before.answers, after.answers, gold, before.texts | after.texts)
     return Comparison(str(old), str(new), (_checked(pair, f"{old}, {new}"),))
 
 
@@ -169,7 +202,7 @@ def _compare_logs(old: str, new: str, before: Mapping[str, Log], after: Mapping[
             if changed is not None:
                 what = f"task '{task}': item '{changed}' is another one in {new} than in {old}"
                 raise RunError(what, "compare answers to the same items")
-        pair = Pair(task, "", one.metric, one.direction, one.answers, other.answers, one.gold)
+        pair = Pair(task, "", one.metric, one.direction, one.answers, other.answers, one.gold, one.texts)
         pairs.append(_checked(pair, f"task '{task}'"))
     return Comparison(old, new, tuple(pairs))
 
@@ -200,8 +233,11 @@ def _by_task(results: Results, model: str) -> dict[tuple[str, str], Record]:
     return {(record.task, record.split): record for record in results.records if record.model == model}
 
 
-def _pair(old: Record, new: Record) -> Pair:
-    return Pair(old.task, old.split, old.metric, old.direction, old.predictions, new.predictions)
+def _pair(results: Results, old: Record, new: Record) -> Pair:
+    items = results.items.get(old.task, {})
+    gold = {one: item.gold for one, item in items.items() if item.gold is not None}
+    texts = {one: item.text for one, item in items.items()}
+    return Pair(old.task, old.split, old.metric, old.direction, old.predictions, new.predictions, gold, texts)
 
 
 def _alike(old: Record, new: Record | None) -> bool:

@@ -23,7 +23,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def tango(lost: int, won: int, n: int) -> Interval:
-    """95 % interval of the difference of paired shares, (won - lost) / n (Tango 1998, Statistics in Medicine 17:891)."""
+    """95 % interval of the difference (won - lost) / n of paired shares (Tango 1998, Statistics in Medicine 17:891)."""
     between = (won - lost) / n
     low = _last(lambda difference: score(lost, won, n, difference) >= Z, -1.0, between)
     high = _last(lambda difference: score(lost, won, n, difference) >= -Z, between, 1.0)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mergebench.checkpoint.documents import parse_json, read_json
 from mergebench.errors import RunError
-from mergebench.evaluation.task import Direction, Prediction
+from mergebench.evaluation.task import Direction, Prediction, cut
 from mergebench.networks.items import records
 
 _SAMPLES = re.compile(r"samples_(.+?)(?:_(\d{4}-\d\d-\d\dT[\d.:-]+))?\.jsonl")
@@ -33,6 +33,7 @@ class Log(NamedTuple):
     answers: dict[str, Prediction]
     gold: dict[str, str]
     documents: dict[str, str]  # a hash of each item, if the log has them
+    texts: dict[str, str]  # what was asked, cut, if the log has it
 
 
 def read_logs(place: Path) -> dict[str, Log] | None:
@@ -92,7 +93,7 @@ def _lm_eval(file: Path) -> dict[str, Log]:
         name, item = str(record.get("filter", "none")), str(record["doc_id"])
         metric, score = _metric(record, where)
         if name not in found:
-            found[name] = Log(metric, _direction(file, metric), {}, {}, {})
+            found[name] = Log(metric, _direction(file, metric), {}, {}, {}, {})
         log = found[name]
         if metric != log.metric:
             raise RunError(f"{where}: it has metric {metric}, those before it {log.metric}")
@@ -100,6 +101,7 @@ def _lm_eval(file: Path) -> dict[str, Log]:
             raise RunError(f"{where}: doc_id '{item}' stands before already", "each item needs an id of its own")
         log.answers[item] = Prediction(_answer(record["filtered_resps"]), score)
         log.gold[item] = _text(record.get("target"))
+        _add_text(log, item, _first(_first(record.get("arguments"))))
         if "doc_hash" in record:
             log.documents[item] = str(record["doc_hash"])
     if not found:
@@ -146,6 +148,17 @@ def _answer(responses: Any) -> str:
     return str(chances.index(max(chances)))
 
 
+def _first(value: Any) -> Any:
+    """The first part: lm-eval's arguments are {"gen_args_0": {"arg_0": the context, ...}, ...}, before 0.4.3 lists."""
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return parts[0] if isinstance(parts, list) and parts else None
+
+
+def _add_text(log: Log, item: str, text: Any) -> None:
+    if isinstance(text, str) and text.strip():
+        log.texts[item] = cut(text)
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -183,11 +196,13 @@ def _inspect(file: Path, head: Mapping[str, Any], samples: list[Any]) -> dict[st
             where = f"{file}: sample {number}"
             item = str(sample["id"]) + (f", epoch {sample.get('epoch', 1)}" if several else "")
             scorer, score = next(iter(sample["scores"].items()))
-            log = log or Log(scorer, "higher", {}, {}, {})
+            log = log or Log(scorer, "higher", {}, {}, {}, {})
             if scorer != log.metric or item in log.answers:
                 raise RunError(f"{where}: another scorer, or a second sample, of id '{item}'")
             log.answers[item] = Prediction(_text(score.get("answer")), _grade(score["value"], where))
             log.gold[item] = _text(sample.get("target"))
+            asked = sample.get("input")
+            _add_text(log, item, asked[-1].get("content") if isinstance(asked, list) and asked else asked)
     except (KeyError, TypeError, AttributeError, StopIteration):
         raise RunError(f"{where}: no id, or no score", "compare runs in which every sample was scored") from None
     if log is None:

@@ -1,30 +1,26 @@
-"""Views of comparisons: two models task by task with the items that flipped, and every model against the baseline."""
+"""Views of comparisons: two models task by task with the items that flipped, and the differences in an evaluation."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING
 
-from mergebench.checkpoint.card import escape
 from mergebench.errors import shown
-from mergebench.evaluation.compare.comparison import Comparison, Pair, against
+from mergebench.evaluation.compare.comparison import Comparison, Flip, Pair
 from mergebench.evaluation.compare.flips import Flips
-from mergebench.evaluation.tables.layout import NONE, SHARES, literal, markdown_line, number, render, short_names
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mergebench.evaluation.results import Results
+from mergebench.evaluation.compare.rivals import Difference, Family, families
+from mergebench.evaluation.results import Results
+from mergebench.evaluation.tables.layout import MEASURE, NONE, SHARES, number, short_names
+from mergebench.evaluation.tables.sheet import Cell, Sheet
 
 RATES = ("task", "n", "old", "new", "difference", "p", "NFR", "PFR", "NFR_mc", "BTC", "expected")
-CHANGE = ("difference", "p", "lost", "won")
-EACH_TASK = (
-    "Difference: mean over the task's items [95% interval], above 0 is better; p: paired bootstrap, of right and wrong "
-    "answers McNemar's exact test; lost, won: items that became worse and better."
-)
-ANSWER = 28  # letters of an answer that are shown
+ENDS = ("difference", "low", "high")  # CSV's columns of a difference
+PERPLEXITIES = ("bits_per_byte", "byte_perplexity", "word_perplexity")  # an item's score is its bits per byte
+ANSWER = 28  # letters of an answer that are shown in a table
 
 
 def comparison_report(
@@ -32,83 +28,90 @@ def comparison_report(
 ) -> str:
     """Rates, quadrants and that many flipped items as text, at most `width` columns wide (None: as wide as needed)."""
     lines = [f" old: {shown(comparison.old)}", f" new: {shown(comparison.new)}"]
-    lines += render(_rates(comparison), how_to_read(comparison), width=width, styled=styled)
-    lines += render(_quadrants(comparison), "", width=width, styled=styled)
+    for sheet in comparison_sheets(comparison):
+        lines += sheet.terminal(width=width, styled=styled)
     flipped = sum(len(pair.flips.lost) + len(pair.flips.won) for pair in comparison.pairs)
     if items and flipped:
-        what = f"{items} of {flipped} items that flipped" if items < flipped else "every item that flipped"
-        lines += render(_items(comparison, items), f"{what}, those lost first", width=width, styled=styled)
+        what = f"The first {items} of {flipped} items that flipped" if items < flipped else "Every item that flipped"
+        across = max(MEASURE, *map(len, lines)) if width is None else width
+        lines += ["", f" {what}, those lost first:", *_listed(comparison, items, across - 1)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def against_table(results: Results) -> tuple[Table, str] | None:
-    """A table of every other model against the baseline, or of an edited model, task by task, against itself before the
-    edits, and its legend; None if nothing can be compared."""
-    heads, rows, legend = _against(results)
-    if not rows:
-        return None
-    out = _table(*heads, left=2)
-    for (name, role, *cells), after in zip_longest(rows, rows[1:]):
-        _add(out, name, role, *cells, end=after is not None and after[1] != role)
-    return out, legend
+def comparison_sheets(comparison: Comparison) -> list[Sheet]:
+    """Rates and quadrants."""
+    rows = _rows(comparison)
+    end = frozenset([len(comparison.pairs) - 1] if len(rows) > len(comparison.pairs) else [])  # before the pooled one
+    rates = [list(map(Cell, row)) for row in rate_rows(comparison)]
+    for (_, metric, found), row in zip(rows, rates, strict=True):
+        row[4:6] = _difference_cell(found, unit_of(found, metric)), _p_cell(found.p)
+    return [Sheet(RATES, rates, how_to_read(comparison), 1, end, {4: ENDS}), _quadrants(comparison)]
 
 
-def against_markdown(results: Results) -> str:
-    """The same as a GitHub table; empty where nothing can be compared."""
-    heads, rows, legend = _against(results)
-    if not rows:
-        return ""
-    lines = [map(escape, heads), ["---", "---", *["---:"] * (len(heads) - 2)], *(map(escape, row) for row in rows)]
-    return "\n".join([*map(markdown_line, lines), "", escape(legend)])
+def items_sheet(comparison: Comparison, most: int) -> Sheet:
+    """The first flipped items of every task by turns."""
+    heads = ["task", "item", "", "old", "new", "right", "text"]
+    rows = [
+        (name, flip.item, flip.what, flip.old, flip.new, flip.gold or NONE, flip.text or NONE)
+        for name, _, flip in _turns(comparison, most)
+    ]
+    return Sheet(heads, [[Cell(" ".join(str(cell).split())) for cell in row] for row in rows], "", len(heads))
 
 
-def _against(results: Results) -> tuple[list[str], list[list[str]], str]:
-    """Heads, rows and legend."""
+def difference_sheets(results: Results) -> list[Sheet]:
+    """A table for each family of differences; the last one says how to read them."""
+    found = families(results)
     names = short_names(results.models)
-    roles = {record.model: record.role for record in results.records}
-    rows, counts, graded, partly = [], set(), False, False
-    comparisons = against(results)
-    for comparison in comparisons:
-        if comparison.old in results.made.get("unedited", {}) and roles[comparison.new] == "merged":
-            rows = [[name, "", *_change(pair.flips, pair.metric)] for name, pair in _named(comparison)]
-            return [f"{names[comparison.new]} against {names[comparison.old]}", "", *CHANGE], rows, EACH_TASK
-        pooled = comparison.pooled
-        if pooled is None:
-            continue
-        rows.append([names[comparison.new], roles[comparison.new], *_change(pooled, comparison.pooled_pairs[0].metric)])
-        counts.add(pooled.n)
-        graded |= pooled.both_right is None
-        partly |= len(comparison.pooled_pairs) < len(results.tasks)
-    heads = [f"against {names[comparisons[0].old]}" if rows else "", "", *CHANGE]
-    return heads, rows, _against_legend(counts, graded, partly)
+    sheets = [_family(one, names) for one in found]
+    if sheets:
+        sheets[-1] = replace(sheets[-1], legend=_family_legend(found, len(results.tasks)))
+    return sheets
 
 
-def _change(found: Flips, metric: str) -> list[str]:
-    """Cells of `CHANGE`."""
-    lost, won = (f"{len(side)} ({_share(len(side) / found.n)} %)" for side in (found.lost, found.won))
-    return [difference_of(found, unit_of(found, metric)), p_of(found.p), lost, won]
-
-
-def _against_legend(counts: set[int], graded: bool, partly: bool) -> str:
-    if graded:
-        return (
-            "Difference: mean over the items [95% interval], above 0 is better; p: paired bootstrap; lost, won: items "
-            "that became worse and better."
+def _family(family: Family, names: dict[str, str]) -> Sheet:
+    first = family.rows[0]
+    adjusted = family.adjusted
+    change = ["difference", "p", *(["Holm"] if adjusted else []), "lost", "won"]
+    heads = {
+        "baseline": [f"against {names[first.old]}" + (f": {family.task}, {_scores(first)}" if family.task else "")],
+        "edits": [f"{names[first.new]} against {names[first.old]}"],
+        "best": ["model", "against the best other"],
+    }[family.kind]
+    rows = []
+    for row, p in zip(family.rows, family.holm, strict=True):
+        label = {"baseline": [names[row.new]], "edits": [row.pairs[0].task], "best": [names[row.new], names[row.old]]}
+        sides = (row.flips.lost, row.flips.won)
+        lost, won = (
+            Cell(f"{len(side)} ({_share(len(side) / row.flips.n)} %)", parts=(str(len(side)),)) for side in sides
         )
-    items = f"{min(counts)} items" if len(counts) == 1 else "items"
-    tasks = " of the tasks with right and wrong answers" if partly else ""
-    return (
-        f"Difference: in the share of right answers, in %, over the {items}{tasks} [95% interval]; p: McNemar's "
-        "exact test; lost: items right before and wrong now (NFR); won: the other way round (PFR)."
-    )
+        holm = [_p_cell(p)] if adjusted else []
+        cells = [_difference_cell(row.flips, unit_of(row.flips, row.metric)), _p_cell(row.flips.p), *holm, lost, won]
+        rows.append([*map(Cell, label[family.kind]), *cells])
+    return Sheet([*heads, *change], rows, "", len(heads), parts={len(heads): ENDS})
 
 
-def _rates(comparison: Comparison) -> Table:
-    out = _table(*RATES)
-    rows = rate_rows(comparison)
-    for place, row in enumerate(rows, 1):
-        _add(out, *row, end=place == len(comparison.pairs) < len(rows))  # before the pooled one
-    return out
+def _scores(row: Difference) -> str:
+    """What the items of a task are counted in."""
+    return "bits per byte" if row.metric in PERPLEXITIES else row.metric
+
+
+def _family_legend(found: Sequence[Family], tasks: int) -> str:
+    """How to read the differences, of all families at once."""
+    rows = [row for family in found for row in family.rows]
+    graded = [row.flips.both_right is None for row in rows]
+    counts = sorted({row.flips.n for row in rows})
+    of = f" of the {counts[0]} items" if len(counts) == 1 else " of the items"
+    partly = any(len(row.pairs) < tasks for family in found if not family.task for row in family.rows)
+    said = "Difference [95 % interval]"
+    if not all(graded):
+        said += f": in the share{of} answered right, in %" + ("" if not partly or any(graded) else ", where they are")
+    if any(graded):
+        said += "; of other scores, their mean" if not all(graded) else f": in the mean{of}"
+    tests = ["McNemar's test"] * (not all(graded)) + ["a paired bootstrap"] * any(graded)
+    said += f"; above 0 is better. p: {' or '.join(tests)}"
+    if any(family.adjusted for family in found):
+        said += "; Holm: p adjusted for all rows of its table"
+    return said + ". lost, won: items that became worse and better."
 
 
 def rate_rows(comparison: Comparison) -> list[list[str]]:
@@ -122,45 +125,55 @@ def rate_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def _quadrants(comparison: Comparison) -> Table:
+def _quadrants(comparison: Comparison) -> Sheet:
     rows = _rows(comparison)
     graded = any(found.both_right is None for _, _, found in rows)
-    heads = ("mean loss", "mean gain") if graded else ()
-    out = _table("task", "both right", "lost", "won", "both wrong", "of them differently", *heads)
+    heads = ["task", "both right", "lost", "won", "both wrong", "of them differently"]
+    cells = []
     for name, metric, found in rows:
         counts = (found.both_right, len(found.lost), len(found.won), found.both_wrong, found.wrong_differently)
-        sizes = (found.regression, found.gain) if graded else ()
-        cells = [NONE if size is None else number(size, unit_of(found, metric)) for size in sizes]
-        _add(out, name, *(NONE if count is None else str(count) for count in counts), *cells)
-    return out
+        sizes = [NONE if one is None else number(one, unit_of(found, metric)) for one in (found.regression, found.gain)]
+        listed = [NONE if count is None else str(count) for count in counts]
+        cells.append([Cell(text) for text in (name, *listed, *(sizes if graded else ()))])
+    return Sheet([*heads, *(["mean loss", "mean gain"] if graded else [])], cells)
 
 
-def _items(comparison: Comparison, most: int) -> Table:
-    """Flipped items of every task by turns, the lost ones first."""
+def _turns(comparison: Comparison, most: int) -> list[tuple[str, Pair, Flip]]:
+    """The first flipped items, taken from every task by turns, the lost ones first; in the order of the tasks."""
     named = _named(comparison)
-    lost = [[(place, "lost", item) for item in pair.flips.lost] for place, (_, pair) in enumerate(named)]
-    won = [[(place, "won", item) for item in pair.flips.won] for place, (_, pair) in enumerate(named)]
-    turns = [one for side in (lost, won) for one in chain.from_iterable(zip_longest(*side)) if one is not None]
-    golden = any(pair.gold for pair in comparison.pairs)
-    out = _table("task", "item", "", "old", "new", *(("gold",) if golden else ()), left=6)
-    for place, what, item in sorted(turns[:most], key=lambda one: one[0]):
-        name, pair = named[place]
-        old, new = pair.old[item], pair.new[item]
-        if pair.flips.both_right is None:
-            what = f"{what} {new.score - old.score:+.3g}"
-        answers = (old.output, new.output, *((pair.gold.get(item, NONE),) if golden else ()))
-        _add(out, name, _shown(str(item)), what, *map(_shown, answers))
-    return out
+    sides = [
+        [[(place, flip) for flip in pair.flipped if flip.what == what] for place, (_, pair) in enumerate(named)]
+        for what in ("lost", "won")
+    ]
+    turns = [one for side in sides for one in chain.from_iterable(zip_longest(*side)) if one is not None]
+    return [(*named[place], flip) for place, flip in sorted(turns[:most], key=lambda one: one[0])]
+
+
+def _listed(comparison: Comparison, most: int, across: int) -> list[str]:
+    """A line on each item, and below it what it asks."""
+    lines = []
+    for name, pair, flip in _turns(comparison, most):
+        graded = pair.flips.both_right is None
+        change = f" by {number(abs(flip.new_score - flip.old_score), '')}" if graded else ""
+        answers = f": {_shown(flip.old)} → {_shown(flip.new)}" if flip.old or flip.new else ""
+        right = "" if flip.gold is None else f" (right: {_shown(flip.gold)})"
+        about = f"{name}, {flip.item}: {flip.what}{change}{answers}{right}"
+        lines += textwrap.wrap(shown(about), across, initial_indent=" ", subsequent_indent="     ")
+        text = shown(flip.text or "")
+        lines += textwrap.wrap(
+            text, across, initial_indent="   ", subsequent_indent="   ", max_lines=3, placeholder=" …"
+        )
+    return lines
 
 
 def how_to_read(comparison: Comparison) -> str:
     """A legend of `RATES`."""
     rows = [found for _, _, found in _rows(comparison)]
-    tests = ["McNemar's exact test"] if any(found.both_right is not None for found in rows) else []
+    tests = ["McNemar's test"] if any(found.both_right is not None for found in rows) else []
     tests += ["a paired bootstrap"] if any(found.both_right is None for found in rows) else []
     lower = "; above 0 is better also where lower values are" if _lower(comparison) else ""
     return (
-        f"Shares in %. Difference [95% interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
+        f"Shares in %. Difference [95 % interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
         "lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of what was; expected: the NFR "
         "if the two erred independently."
     )
@@ -190,12 +203,21 @@ def unit_of(found: Flips, metric: str) -> str:
     return metric if found.both_right is None else "accuracy"
 
 
+def _difference_cell(found: Flips, unit: str) -> Cell:
+    ends = (found.difference, *(found.interval or ()))
+    return Cell(difference_of(found, unit), parts=tuple(f"{(100 if unit in SHARES else 1) * end:z.6g}" for end in ends))
+
+
+def _p_cell(p: float | None) -> Cell:
+    return Cell(p_of(p), parts=("" if p is None else f"{p:.3g}",))
+
+
 def difference_of(found: Flips, unit: str) -> str:
-    low_high = "" if found.interval is None else f" [{', '.join(_signed(end, unit) for end in found.interval)}]"
-    return _signed(found.difference, unit) + low_high
+    low_high = "" if found.interval is None else f" [{', '.join(signed(end, unit) for end in found.interval)}]"
+    return signed(found.difference, unit) + low_high
 
 
-def _signed(value: float, unit: str) -> str:
+def signed(value: float, unit: str) -> str:
     text = number(value, unit) if unit in SHARES else f"{value:.3g}"
     if text.strip("-0.") == "":  # what rounds to zero has no sign
         return text.lstrip("-")
@@ -214,18 +236,3 @@ def _shown(text: str) -> str:
     """One line of an answer, cut."""
     line = " ".join(text.split())
     return line if len(line) <= ANSWER else line[: ANSWER - 1] + "…"
-
-
-def _table(*heads: str, left: int = 1) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, head in enumerate(heads):
-        out.add_column(literal(head), justify="left" if i < left else "right", overflow="fold")
-    return out
-
-
-def _add(table: Table, *cells: str, end: bool = False) -> None:
-
-    table.add_row(*map(literal, cells), end_section=end)

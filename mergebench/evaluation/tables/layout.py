@@ -19,7 +19,8 @@ SHARES = ("accuracy",)  # metrics from 0 to 1, shown in percent
 
 
 def number(value: float, metric: str) -> str:
-    return f"{100 * value:.1f}" if metric in SHARES else f"{value:.4g}"
+    """A value as tables show it; what rounds to zero has no sign."""
+    return f"{100 * value:z.1f}" if metric in SHARES else f"{value:z.4g}"
 
 
 def render(table: Table, legend: str, *, width: int | None = None, styled: bool = False) -> list[str]:

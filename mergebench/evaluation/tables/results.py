@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from itertools import zip_longest
+import re
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mergebench.checkpoint.card import escape
-from mergebench.evaluation.compare.comparison import against
+from mergebench.evaluation.compare.inference import end_of
+from mergebench.evaluation.compare.rivals import documents
 from mergebench.evaluation.results import FILE, Record, Results, mean_relatives, mean_values
-from mergebench.evaluation.tables.flips import against_markdown, against_table
-from mergebench.evaluation.tables.layout import NONE, SHARES, literal, markdown_line, number, render, short_names
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from mergebench.evaluation.tables.flips import difference_sheets
+from mergebench.evaluation.tables.layout import NONE, SHARES, number, short_names
+from mergebench.evaluation.tables.sheet import Cell as Cell
+from mergebench.evaluation.tables.sheet import Sheet, written
 
 VIEW = "evaluation.md"
 
@@ -24,8 +24,12 @@ VIEW = "evaluation.md"
 def document_of(results: Results) -> dict[str, Any]:
     """The whole document, ready for JSON; comparisons with the baseline stand in it for other programs."""
     records = [vars(record) for record in results.records]
-    comparisons = [comparison.to_dict(items=False) for comparison in against(results)]
-    return {"made": dict(results.made), "records": records, "comparisons": comparisons}
+    return {
+        "made": dict(results.made),
+        "records": records,
+        "comparisons": documents(results),
+        "items": {task: dict(items) for task, items in results.items.items()},
+    }
 
 
 def save(results: Results, directory: Path) -> None:
@@ -41,17 +45,10 @@ def save(results: Results, directory: Path) -> None:
         ",\n".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) for entry in parts[name])
         for name in ("records", "comparisons")
     )
-    text = f'{{"made": {made},\n"records": [\n{records}\n],\n"comparisons": [\n{comparisons}\n]}}\n'
+    items = json.dumps(parts["items"], ensure_ascii=False)
+    text = f'{{"made": {made},\n"records": [\n{records}\n],\n"comparisons": [\n{comparisons}\n],\n"items": {items}}}\n'
     write_atomically(directory / FILE, text)
     write_atomically(directory / VIEW, markdown(results))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A text, and whether it is the best of the merged models in its column."""
-
-    text: str
-    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,46 +58,32 @@ class Row:
     cells: list[Cell]  # one a task, mean, mean relative
 
 
-def table(results: Results) -> Table:
-    """For the terminal; four tasks and names of up to 20 letters fit 100 columns."""
-    from rich import box
-    from rich.table import Table
-
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    out.add_column("model", overflow="fold", min_width=8)
-    out.add_column("", no_wrap=True)
-    for name in heads_of(results):
-        out.add_column(literal(name), justify="right", overflow="fold")
+def sheets(results: Results, *, bold: bool = True) -> list[Sheet]:
+    """The table of every model on every task, then those of their differences."""
     rows = rows_of(results)
-    for row, after in zip_longest(rows, rows[1:]):
-        cells = [literal(cell.text, style="bold" if cell.best else "") for cell in row.cells]
-        last = after is not None and after.role != row.role
-        out.add_row(literal(row.model), row.role, *cells, end_section=last)
-    return out
+    heads = ["model", "", *heads_of(results)]
+    ends = frozenset(i for i, (row, after) in enumerate(pairwise(rows)) if after.role != row.role)
+    cells = [[Cell(row.model), Cell(row.role), *row.cells] for row in rows]
+    errors: dict[int, tuple[str, ...]] = {1: ("role",)} | {
+        place: (name, f"{name} ±") for place, name in enumerate(heads) if name in results.tasks and place > 1
+    }
+    errors |= {place: ("relative %",) for place, name in enumerate(heads) if name == "relative" and place > 1}
+    return [Sheet(heads, cells, legend(results, bold=bold), 2, ends, errors), *difference_sheets(results)]
 
 
 def report(results: Results, *, width: int | None = None, styled: bool = False) -> str:
-    """Table and legend as text, at most `width` columns wide (None: as wide as it needs).
+    """Tables and legends as text, at most `width` columns wide (None: as wide as it needs).
 
     `styled`: with a terminal's codes for bold; plain text does not mark the best.
     """
-    lines = render(table(results), legend(results, bold=styled), width=width, styled=styled)
-    second = against_table(results)
-    if second is not None:
-        lines += render(*second, width=width, styled=styled)
-    return "\n".join(lines).strip("\n")
+    found = sheets(results, bold=styled)
+    lines = [line for sheet in found for line in sheet.terminal(width=width, styled=styled)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 def markdown(results: Results) -> str:
-    """A GitHub table and a line that says how to read it; then the same of the differences to the baseline."""
-    heads = ["model", "", *heads_of(results)]
-    lines = [markdown_line(map(escape, heads)), markdown_line(["---", "---", *["---:"] * (len(heads) - 2)])]
-    for row in rows_of(results):
-        cells = (f"**{cell.text}**" if cell.best else cell.text for cell in row.cells)
-        lines.append(markdown_line([escape(row.model), row.role, *cells]))
-    lines += ["", escape(legend(results))]
-    second = against_markdown(results)
-    return "\n".join([*lines, "", second] if second else lines) + "\n"
+    """GitHub tables, each with a line that says how to read it."""
+    return written(sheets(results), "markdown") + "\n"
 
 
 def legend(results: Results, *, bold: bool = True) -> str:
@@ -112,6 +95,8 @@ def legend(results: Results, *, bold: bool = True) -> str:
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "no"
     splits = ", ".join(dict.fromkeys(record.split for record in results.records))
     text = f"{names}{',' if len(said) > 1 else ''} ± standard error, {items} {splits} items per task"
+    if any(parts_of(record)[2] for record in results.records):
+        text += "; ≥, ≤: the other end of the exact 95 % interval, where every item is right, or wrong"
     if any(value is not None for value in mean_relatives(results).values()):
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):
@@ -141,14 +126,22 @@ def rows_of(results: Results) -> list[Row]:
     for model in results.models:
         records = results.of(model)
         found = [records.get(task) for task in results.tasks]
-        texts = [NONE if record is None else value_of(record) for record in found]
+        cells = [
+            Cell(NONE) if record is None else Cell(value_of(record), parts=parts_of(record)[:2]) for record in found
+        ]
         more = [(name, by_model[model]) for name, by_model in summaries]
-        texts += [NONE if v is None else f"{v:.1%}" if name == "relative" else number(v, metric) for name, v in more]
+        means = [_mean_cell(name, value, metric) for name, value in more]
         role = next(iter(records.values())).role
-        rows.append(Row(names[model], role, [Cell(text) for text in texts]))
+        rows.append(Row(names[model], role, [*cells, *means]))
         values.append([*(None if record is None else record.value for record in found), *(v for _, v in more)])
     _mark_best(results, rows, values)
     return rows
+
+
+def _mean_cell(name: str, value: float | None, metric: str) -> Cell:
+    if value is None:
+        return Cell(NONE)
+    return Cell(f"{value:.1%}", parts=(f"{100 * value:.1f}",)) if name == "relative" else Cell(number(value, metric))
 
 
 def _mark_best(results: Results, rows: list[Row], values: list[list[float | None]]) -> None:
@@ -164,13 +157,23 @@ def _mark_best(results: Results, rows: list[Row], values: list[list[float | None
         best = max(known) if way == "higher" else min(known)
         for i in competing:
             if values[i][column] == best:
-                rows[i].cells[column] = Cell(rows[i].cells[column].text, best=True)
+                rows[i].cells[column] = replace(rows[i].cells[column], best=True)
 
 
 def value_of(record: Record) -> str:
-    """A record as the table shows it: with a standard error, to that one's second digit."""
-    if record.stderr is None or record.metric in SHARES:
-        error = "" if record.stderr is None else f" ± {number(record.stderr, record.metric)}"
-        return f"{number(record.value, record.metric)}{error}"
-    places = max(0, 1 - math.floor(math.log10(record.stderr))) if record.stderr > 0 else 3
-    return f"{record.value:.{places}f} ± {record.stderr:.{places}f}"
+    """A record as the table shows it: with a standard error, to that one's second digit. Where every item is right, or
+    wrong, that would be 0: there the far end of an exact interval is shown."""
+    value, error, end = parts_of(record)
+    return value + (end or (f" ± {error}" if error else ""))
+
+
+def parts_of(record: Record) -> tuple[str, str, str]:
+    """Value, standard error and the far end of the interval, the last two empty where there is none."""
+    value, error = record.value, record.stderr
+    if error == 0 and value in (0, 1) and all(one.score == value for one in record.predictions.values()):
+        end = number(end_of(value == 1, record.n), record.metric)
+        return number(value, record.metric), "", f" {'≥' if value else '≤'}{end}"
+    if error is None or record.metric in SHARES:
+        return number(value, record.metric), "" if error is None else number(error, record.metric), ""
+    places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+    return f"{value:z.{places}f}", f"{error:.{places}f}", ""

@@ -68,7 +68,9 @@ def embedding(p: Params) -> Ready:
         **data.versions,
         **{f"train {name}": one for name, one in train.versions.items()},
     }
-    return Ready(len(data.rows), measure, files=(p.data, p.train), items=data.items, versions=versions)
+    return Ready(
+        len(data.rows), measure, files=(p.data, p.train), items=data.items, asked=data.asked, versions=versions
+    )
 
 
 def _read(p: Params, file: Path, limit: int | None = None, seed: int | None = None) -> Labelled:

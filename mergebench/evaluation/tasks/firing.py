@@ -16,7 +16,7 @@ from torch import Tensor
 from mergebench.deltas.formats.native import ANOTHER
 from mergebench.editing.patches import Patch, open_patch
 from mergebench.errors import ModelError, RunError
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, mean, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, asked, mean, task
 from mergebench.networks.features import gather
 from mergebench.networks.items import contents, read_rows, texts
 from mergebench.networks.loadable import Tick
@@ -53,11 +53,11 @@ def firing(p: Params) -> Ready:
             predictions = {row.id: Prediction("", share) for row, share in zip(rows, found.tolist(), strict=True)}
             return mean(predictions, "firing", "higher")
 
-        return Ready(len(rows), measure, files=(p.data, *files), items=contents(rows))
+        return Ready(len(rows), measure, files=(p.data, *files), items=contents(rows), asked=asked(rows, written))
 
     if p.patch is not None:
         return on([p.patch])
-    return Ready(len(rows), _none, files=(p.data,), items=contents(rows), on_patches=on)
+    return Ready(len(rows), _none, files=(p.data,), items=contents(rows), asked=asked(rows, written), on_patches=on)
 
 
 def _none(network: Network, tick: Tick) -> Score:

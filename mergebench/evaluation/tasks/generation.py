@@ -8,7 +8,7 @@ from pathlib import Path
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import harness
 from mergebench.evaluation.scorer import Continuation, Scorer
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, mean, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, asked, mean, task
 from mergebench.networks.items import contents, read_rows
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
@@ -46,7 +46,7 @@ def generation(p: Params) -> Ready:
     how = {"until": p.until, "max_gen_toks": p.max_tokens, "do_sample": False, **drawn}
 
     def measure(network: Network, tick: Tick) -> Score:
-        asked = harness.local_task(
+        local = harness.local_task(
             "generate_until",
             documents,
             doc_to_text=lambda document: document["prompt"],
@@ -55,7 +55,7 @@ def generation(p: Params) -> Ready:
             repeats=p.samples,
             metric_list=[{"metric": "bypass"}],
         )
-        _, samples = harness.ask(network, asked, len(rows), tick, chat=p.chat, seed=p.seed)
+        _, samples = harness.ask(network, local, len(rows), tick, chat=p.chat, seed=p.seed)
         texts = [text for sample in samples for text in sample["resps"][0]]
         items = [document for document in documents for _ in range(p.samples)]
         scores = p.scorer(
@@ -69,5 +69,7 @@ def generation(p: Params) -> Ready:
             return accuracy(predictions)
         return mean(predictions, p.scorer.metric, p.scorer.direction)
 
+    prompts, targets = ([one[name] for one in documents] for name in ("prompt", "target"))
+    told = asked(rows, prompts, targets if p.scorer.target else ())
     files, versions = (p.data, *p.scorer.files), versions | p.scorer.versions
-    return Ready(len(rows), measure, files=files, items=contents(rows), versions=versions)
+    return Ready(len(rows), measure, files=files, items=contents(rows), asked=told, versions=versions)

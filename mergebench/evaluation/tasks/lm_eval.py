@@ -15,7 +15,7 @@ from mergebench.checkpoint.documents import read_bytes
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation import harness
 from mergebench.evaluation.harness_tasks import own_task
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, task
+from mergebench.evaluation.task import Common, Item, Prediction, Ready, Score, cut, task
 from mergebench.evaluation.tasks.multiple_choice import likeliest
 from mergebench.evaluation.tasks.perplexity import METRICS, stderr
 from mergebench.networks.loadable import Tick
@@ -67,7 +67,16 @@ def lm_eval(p: Params) -> Ready:
 
     items = {_digest(documents[i]): f"{p.task}: document {i}" for i in numbers}
     data = hashlib.sha256("".join(items).encode()).hexdigest()  # of the hub, they may change under their name
-    return Ready(len(numbers), measure, tuple(_files(own, p.task)), items, {**versions, "data": data})
+    told = {str(i): Item(cut(text)) for i in numbers if (text := _question(own, documents[i]))}
+    return Ready(len(numbers), measure, tuple(_files(own, p.task)), items, told, {**versions, "data": data})
+
+
+def _question(own: Any, document: Any) -> str:
+    """What a document asks, without the examples before it; nothing where the task does not say it."""
+    try:
+        return str(own.doc_to_text(document) or own.doc_to_target(document))
+    except Exception:  # a task's own function
+        return ""
 
 
 def _answer(own: Any, sample: dict[str, Any], metric: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergebench.errors import RunError, did_you_mean
 from mergebench.evaluation import harness
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, accuracy, asked, task
 from mergebench.networks.items import contents, read_rows
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
@@ -33,7 +33,7 @@ def multiple_choice(p: Params) -> Ready:
     documents = [_document(p, row.where, *row.values) for row in rows]
 
     def measure(network: Network, tick: Tick) -> Score:
-        asked = harness.local_task(
+        local = harness.local_task(
             "multiple_choice",
             documents,
             doc_to_text=lambda document: document["question"],
@@ -41,7 +41,7 @@ def multiple_choice(p: Params) -> Ready:
             doc_to_target=lambda document: document["answer"],
             metric_list=[{"metric": p.metric, "aggregation": "mean", "higher_is_better": True}],
         )
-        _, samples = harness.ask(network, asked, len(rows), tick)
+        _, samples = harness.ask(network, local, len(rows), tick)
         return accuracy(
             {
                 row.id: Prediction(likeliest(sample, document["choices"], p.metric), float(sample[p.metric]))
@@ -49,7 +49,9 @@ def multiple_choice(p: Params) -> Ready:
             }
         )
 
-    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=versions)
+    right = [document["choices"][document["answer"]] for document in documents]
+    told = asked(rows, [document["question"] for document in documents], right)
+    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), asked=told, versions=versions)
 
 
 def likeliest(sample: dict[str, Any], choices: list[str], metric: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergebench.evaluation import harness
-from mergebench.evaluation.task import Common, Prediction, Ready, Score, task
+from mergebench.evaluation.task import Common, Prediction, Ready, Score, asked, task
 from mergebench.networks.items import contents, read_rows, texts
 from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
@@ -34,7 +34,7 @@ def perplexity(p: Params) -> Ready:
     documents = [{"text": text} for text in written]
 
     def measure(network: Network, tick: Tick) -> Score:
-        asked = harness.local_task(
+        local = harness.local_task(
             "loglikelihood_rolling",
             documents,
             doc_to_text=lambda document: "",
@@ -44,7 +44,7 @@ def perplexity(p: Params) -> Ready:
                 for name in dict.fromkeys((p.metric, "bits_per_byte"))
             ],
         )
-        metrics, samples = harness.ask(network, asked, len(rows), tick)
+        metrics, samples = harness.ask(network, local, len(rows), tick)
         predictions = {
             row.id: Prediction("", -likelihood / count / math.log(2))
             for row, sample in zip(rows, samples, strict=True)
@@ -55,7 +55,9 @@ def perplexity(p: Params) -> Ready:
             value, stderr([sample[p.metric] for sample in samples], p.metric), len(rows), predictions, p.metric, "lower"
         )
 
-    return Ready(len(rows), measure, files=(p.data,), items=contents(rows), versions=versions)
+    return Ready(
+        len(rows), measure, files=(p.data,), items=contents(rows), asked=asked(rows, written), versions=versions
+    )
 
 
 def _aggregation(metric: str) -> str:

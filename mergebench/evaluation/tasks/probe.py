@@ -14,7 +14,7 @@ from mergebench.editing.probes.layers import Reading, features
 from mergebench.editing.probes.probe import Probe, read_probe
 from mergebench.editing.probes.settings import Norm, Pool
 from mergebench.errors import ModelError, RecipeError, did_you_mean
-from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, mean, task
+from mergebench.evaluation.task import Common, Direction, Prediction, Ready, Score, accuracy, asked, mean, task
 from mergebench.networks.features import Texts
 from mergebench.networks.items import Row, contents, read_rows, some, texts
 from mergebench.networks.loadable import Tick
@@ -56,7 +56,9 @@ def probe(p: Params) -> Ready:
     if not wanted:
         raise RecipeError(f"{p.data}: no item is {p.of}", "leave of: out, or take other data")
     rows = some(wanted, p.limit, p.seed)
-    inputs = Texts(texts(rows, p.text), reading.max_length)
+    written = texts(rows, p.text)
+    inputs = Texts(written, reading.max_length)
+    right = [CLASSES[signs[row.id] > 0] for row in rows]
 
     def measure(network: Network, tick: Tick) -> Score:
         if network.hidden != found.width:
@@ -65,7 +67,7 @@ def probe(p: Params) -> Ready:
         logits = found.logit(_features(network, inputs, reading, tick)).tolist()
         return _score(p, [row.id for row in rows], logits, [signs[row.id] for row in rows])
 
-    return Ready(len(rows), measure, files=(p.data, p.probe), items=contents(rows))
+    return Ready(len(rows), measure, files=(p.data, p.probe), items=contents(rows), asked=asked(rows, written, right))
 
 
 def _reading(p: Params, probe: Probe) -> Reading:
