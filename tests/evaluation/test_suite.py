@@ -329,3 +329,23 @@ def test_a_list_is_as_good_as_lines(place: Path, entry: Entry) -> None:
     fails(RunError, {"tasks": [entry(data="list.json")]}, "list.json: item 5: no column 'label'")
     (place / "list.json").write_text('[\n{"id": 1},\n{"id" 2}]')
     fails(RunError, {"tasks": [entry(data="list.json")]}, "list.json:3:7: not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "text", "gold"),
+    [
+        (
+            "multiple-choice",
+            {"question": "Rome is in", "choices": ["Italy", "Peru"], "answer": 0},
+            "Rome is in",
+            "Italy",
+        ),
+        ("perplexity", {"text": "a  text\n"}, "a text", None),
+        ("generation", {"prompt": "Q:", "target": "A"}, "Q:", "A"),
+    ],
+)
+def test_what_an_item_asks(kind: str, row: dict[str, Any], text: str, gold: str | None, place: Path) -> None:
+    Path("rows.jsonl").write_text(json.dumps({"id": 7, **row}))
+    more = {"scorer": "exact-match"} if kind == "generation" else {}
+    suite = load_suite({"tasks": [{"name": "t", "kind": kind, "data": "rows.jsonl", **more}]})
+    assert dict(suite.tasks[0].ready.asked) == {"7": (text, gold)}

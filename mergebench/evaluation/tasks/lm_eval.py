@@ -74,9 +74,10 @@ def lm_eval(p: Params) -> Ready:
 def _question(own: Any, document: Any) -> str:
     """What a document asks, without the examples before it; nothing where the task does not say it."""
     try:
-        return str(own.doc_to_text(document) or own.doc_to_target(document))
+        said = (own.doc_to_text(document), own.doc_to_target(document))
     except Exception:  # a task's own function
         return ""
+    return next((text for text in said if isinstance(text, str) and text.strip()), "")  # a number is of a choice
 
 
 def _answer(own: Any, sample: dict[str, Any], metric: str) -> str:
