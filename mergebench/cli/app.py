@@ -12,6 +12,7 @@ from mergebench.cli import (
     cil,
     compare,
     compress,
+    diff,
     dimension,
     doctor,
     edit,
@@ -77,6 +78,6 @@ app.command("dimension")(dimension.dimension)
 app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
-app.command("diff")(inspect.diff)
+app.command("diff")(diff.diff)
 app.command("methods")(inspect.methods)
 app.command("doctor")(doctor.doctor)

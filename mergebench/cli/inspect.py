@@ -1,10 +1,8 @@
-"""`mergebench inspect`, `mergebench diff` and `mergebench methods`."""
+"""`mergebench inspect` and `mergebench methods`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,19 +34,21 @@ def inspect(
     Example: mergebench inspect BASE+LORA
     """
     from mergebench.checkpoint.model import module_at
+    from mergebench.checkpoint.reference import locate
     from mergebench.deltas.formats.native import is_delta_file
     from mergebench.deltas.open import open_model
     from mergebench.deltas.peft.directory import holds_no_model, is_adapter
     from mergebench.editing.patches import is_patch
 
-    place = Path(model)
-    deltas = is_delta_file(place)
-    if deltas and is_patch(place):
-        show(place, json_)
-        return
-    if deltas or module_at(place) is not None or (is_adapter(place) and holds_no_model(place)):
-        adapter_tables.inspect([place], json_=json_)
-        return
+    place, *on_top = locate(model).parts
+    if not on_top:
+        deltas = is_delta_file(place)
+        if deltas and is_patch(place):
+            show(place, json_)
+            return
+        if deltas or module_at(place) is not None or (is_adapter(place) and holds_no_model(place)):
+            adapter_tables.inspect([model], json_=json_)
+            return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
@@ -149,40 +149,6 @@ def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:
     return {"deltas": [delta.describe() for delta in deltas]} if deltas else {}
 
 
-def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another model of the same architecture.")],
-    base: Annotated[str | None, typer.Option(help="The base of both: then their task vectors are compared.")] = None,
-    top: Annotated[int, typer.Option(min=0, help="Show the most changed tensors; 0 for all.")] = 20,
-    json_: opt.Json = False,
-) -> None:
-    """Compare two models tensor by tensor: norm ratio, cosine, changed share, sign conflict of task vectors.
-
-    Example: mergebench diff A B --base BASE
-    """
-    from mergebench.evaluation.weights import differences
-
-    rows = differences(a, b, base)
-    if json_:
-        tensors = [{name: _finite(value) for name, value in row._asdict().items()} for row in rows]
-        say_json({"a": a, "b": b, "base": base, "tensors": tensors})
-        return
-    from rich.table import Table
-
-    header = ["tensor", "|B|/|A|", "cosine", "|B-A|/|A|", "changed"] + (["sign conflict"] if base else [])
-    table = Table(*header, box=None, header_style="bold")
-    rows.sort(key=lambda row: -row.relative_distance)
-    for row in rows[: top or None]:
-        cells = [f"{row.norm_ratio:.4f}", f"{row.cosine:.4f}", f"{row.relative_distance:.2e}", f"{row.changed:.1%}"]
-        table.add_row(row.tensor, *cells, *([f"{row.sign_conflict:.1%}"] if base else []))
-    print_table(table)
-    same = sum(row.changed == 0 for row in rows)
-    say(
-        f"{len(rows)} tensors, {same} equal"
-        + (f"; the {top} most changed are shown" if top and len(rows) > top else "")
-    )
-
-
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its parameters.")] = None,
     json_: opt.Json = False,
@@ -268,11 +234,6 @@ def _about(one: Method | Edit) -> dict[str, Any]:
         for p in one.parameters.values()
     ]
     return {"name": one.name, "summary": one.summary, "paper": one.paper, "parameters": parameters}
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinity (a ratio to a norm of zero), which JSON cannot hold."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from glob import escape
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergebench.checkpoint import adopt
+from mergebench.checkpoint import Model, adopt
+from mergebench.checkpoint.align import align
 from mergebench.checkpoint.files import Files
 from mergebench.deltas.open import open_model
 from mergebench.engine.items import items_of
@@ -18,6 +21,7 @@ from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.profile import sign_conflicts
 from mergebench.engine.read import ChunkReader
+from mergebench.errors import ModelError
 from mergebench.methods import get
 
 
@@ -37,17 +41,28 @@ class Difference(NamedTuple):
     sign_conflict: float
 
 
-def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
-    """Compare every float tensor of two models, in A's file order, in the memory of a few chunks."""
+class Differences(NamedTuple):
+    """Two models compared: tensors in A's file order, and all of them as one."""
+
+    rows: list[Difference]
+    total: Difference
+    left_out: Mapping[str, str]  # embeddings and heads of other vocabularies: how many tokens each model has
+
+
+def differences(a: str, b: str, base: str | None = None) -> Differences:
+    """Compare every float tensor of two models, in the memory of a few chunks.
+
+    Raises `ModelError` if a model is missing, or another tensor than those of the vocabulary does not fit.
+    """
     first = open_model(a)
     others = (open_model(reference) for reference in (b, *([base] if base is not None else [])))
     models = (first, *(adopt(first, model) for model in others))
+    left_out = _other_tokens(models)
     linear = get("linear")
     params = linear.make_params({"weight": (1.0,) * len(models), "normalize": False})
     names = ("A", "B", "base")[: len(models)]
-    plan = plan_merge(
-        Merge(method=linear, params=params, base=None, models=models, names=names), workers=1, device="cpu"
-    )
+    merge = Merge(method=linear, params=params, base=None, models=models, names=names)
+    plan = plan_merge(replace(merge, exclude=tuple(map(escape, left_out))), workers=1, device="cpu")
     keep_freed_memory()
     sums: dict[str, Sequence[float]] = {}
     with Files() as files, torch.inference_mode(), one_thread():  # the dot products are short
@@ -57,7 +72,31 @@ def differences(a: str, b: str, base: str | None = None) -> list[Difference]:
             for span, found in zip(item.spans, _sums(values, [span.numel for span in item.spans]), strict=True):
                 before = sums.get(span.tensor, (0.0,) * len(found))
                 sums[span.tensor] = [one + more for one, more in zip(before, found, strict=True)]
-    return [_difference(name, first.tensors[name].numel, *found) for name, found in sums.items()]
+    rows = [_difference(name, first.tensors[name].numel, *found) for name, found in sums.items()]
+    everything = [sum(column) for column in zip(*sums.values(), strict=True)]
+    numel = sum(first.tensors[name].numel for name in sums)
+    return Differences(rows, _difference("all", numel, *everything), left_out)
+
+
+def _other_tokens(models: Sequence[Model]) -> dict[str, str]:
+    """The tensors that differ by the vocabulary alone; `ModelError` if any other does not fit."""
+    first, *others = models
+    found = {}
+    problems = align(first, others, lambda name: True).problems
+    for problem in sorted(problems, key=lambda problem: problem.kind == "tokens"):
+        shapes = {one.reference: _shape(one, problem.name) for one in (first, problem.model)}
+        if problem.kind != "tokens":
+            more = f" (and {len(problems) - 1} more)" * (len(problems) > 1)
+            said = ", ".join(f"{reference} has {shape}" for reference, shape in shapes.items())
+            hint = "only models of one architecture and size are compared; mergebench inspect shows each"
+            raise ModelError(f"{problem.name}: {said}{more}", hint)
+        found[problem.name] = " against ".join(map(str, shapes.values()))
+    return found
+
+
+def _shape(model: Model, name: str) -> str:
+    info = model.tensors.get(name)
+    return "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
 
 
 def _sums(values: Tensor, sizes: list[int]) -> Iterator[tuple[float, ...]]:

@@ -477,14 +477,57 @@ def test_diff_in_words(base: Tensors, cli: Cli) -> None:
     code, out, err = cli("diff", "base", "ft2", "--top", "2")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert len(lines) == 4 and "sign conflict" not in lines[0]
+    assert len(lines) == 5 and "sign conflict" not in lines[0]
+    assert lines[3].split()[0] == "all" and len({len(line) for line in lines[:4]}) == 1  # numbers end where titles do
     assert lines[-1] == "6 tensors, 0 equal; the 2 most changed are shown"
-    assert len(cli("diff", "base", "ft2", "--top", "0", "--base", "ft1").out.splitlines()) == 8
+    assert len(cli("diff", "base", "ft2", "--top", "0", "--base", "ft1").out.splitlines()) == 9
     assert "sign conflict" in cli("diff", "base", "ft2", "--base", "ft1").out
-    assert cli("diff", "base", "base").out.splitlines()[-1] == "6 tensors, 6 equal"
-    write_model(Path("other"), {"x": torch.ones(2)})
-    code, out, err = cli("diff", "base", "other")
-    assert (code, out) == (3, "") and err.startswith("error: ")
+    assert cli("diff", "base", "base").out == "6 tensors, all equal\n"
+
+
+def test_diff_of_models_that_do_not_fit(base: Tensors, cli: Cli) -> None:
+    """They are called by their names, and no recipe is spoken of."""
+    write_model(Path("other"), {"x": torch.ones(2), "y": torch.ones(2)})
+    write_model(Path("longer"), {"x": torch.ones(3), "y": torch.ones(2)})
+    code, out, err = cli("diff", "longer", "other")
+    assert (code, out) == (3, "")
+    assert err.splitlines() == [
+        "error: x: longer has F32 [3], other has F32 [2]",
+        "hint: only models of one architecture and size are compared; mergebench inspect shows each",
+    ]
+    code, _, err = cli("diff", "other", "base")
+    assert code == 3 and "has no such tensor" in err and "(and " in err
+
+
+def test_diff_of_other_vocabularies(base: Tensors, cli: Cli) -> None:
+    """All else is compared."""
+    table, layer = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    draw = torch.Generator().manual_seed(0)
+    for name, tokens in (("few", 5), ("many", 7)):
+        tensors = {table: torch.ones(tokens, 4), layer: torch.randn(6, 4, generator=draw)}
+        write_model(Path(name), tensors, config={"vocab_size": tokens, "tie_word_embeddings": True})
+    code, out, err = cli("diff", "few", "many")
+    assert (code, err) == (0, f"not compared: {table}: F32 [5, 4] against F32 [7, 4]\n")
+    assert [line.split()[0] for line in out.splitlines()] == ["tensor", layer, "all", "1"]
+    found = document(cli("diff", "few", "many", "--json").out)
+    assert found["left_out"] == {table: "F32 [5, 4] against F32 [7, 4]"}
+    assert found["tensors"] == [{"tensor": layer, **found["total"]}]
+
+
+def test_diff_in_all(base: Tensors, cli: Cli) -> None:
+    """The total is the difference of all elements as one vector."""
+    a, b = read_model(Path("base")), read_model(Path("ft2"))
+    x, y = (torch.cat([m[n].double().flatten() for n in a if a[n].is_floating_point()]) for m in (a, b))
+    total = document(cli("diff", "base", "ft2", "--json").out)["total"]
+    assert total == pytest.approx(
+        {
+            "norm_ratio": float(y.norm() / x.norm()),
+            "cosine": float(x @ y / x.norm() / y.norm()),
+            "relative_distance": float((y - x).norm() / x.norm()),
+            "changed": float((x != y).double().mean()),
+            "sign_conflict": 0,
+        }
+    )
 
 
 def test_diff_with_an_adapter(base: Tensors, cli: Cli) -> None:
