@@ -143,7 +143,7 @@ class Bench:
         name = re.sub(r"[^\w.-]+", "_", f"{probe.stem} {made.variant.name} {made.rows} {made.alpha:g}")
         patch = self.folder / "patches" / f"{name}.safetensors"
         if not patch.exists():
-            how = {"rows": made.rows, "alpha": made.alpha, "alpha_relative": True, **made.variant.how}
+            how = {"rows": made.rows, "step": made.alpha, **made.variant.how}
             with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
                 result = mergebench.run(mergebench.plan_edit(str(BASE), probe, **how), Path(scratch) / "edited")
                 (result.out / "patch.safetensors").rename(patch)

@@ -61,7 +61,7 @@ class DeclaredCommand(Command):
 
 
 def option_of(name: str) -> str:
-    """`--alpha-relative` of `alpha_relative`."""
+    """`--no-bias` of `no_bias`."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -31,7 +31,7 @@ def apply(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write MODEL with the patch: bit for bit what the edit gave.
+    """Write MODEL with the patch: tensor for tensor what the edit gave.
 
     Example: mergebench patch apply --model M --patch edited/patch.safetensors --out again
     """
@@ -50,7 +50,7 @@ def revert(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write MODEL without the patch: bit for bit what was edited.
+    """Write MODEL without the patch: tensor for tensor what was edited.
 
     Example: mergebench patch revert --model edited --patch edited/patch.safetensors --out M-again
     """
@@ -131,10 +131,12 @@ def show(
 
 
 def _title(about: Any) -> str:
-    """`surgery (alpha 1.08, rows 4.65%, probe hate.safetensors)`: as much as a patch says."""
+    """`surgery (rows 4.65%, step 0.75, probe hate.safetensors)`: as much as a patch says."""
     said = about.get("parameters") if isinstance(about.get("parameters"), dict) else {}
-    known = [f"{key} {said[key]}" for key in ("rows", "alpha", "select", "op") if key in said]
+    known = [f"{key} {said[key]}" for key in ("rows", "select", "op") if key in said]
     known += [f"{key} {about[key]}" for key in ("direction", "target") if key in about]
+    if isinstance(about.get("relative_step"), int | float):
+        known.insert(1, f"step {about['relative_step']:.3g}")
     probe = about.get("probe")
     known += [f"probe {probe['file']}"] if isinstance(probe, dict) and "file" in probe else []
     return f"{about.get('edit', 'patch')}" + (f" ({', '.join(known)})" if known else "")

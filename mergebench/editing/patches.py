@@ -1,4 +1,4 @@
-"""A patch: the change that an edit made to a model, small beside the model, applied and reverted bit for bit.
+"""A patch: the change that an edit made to a model, small beside the model, applied and reverted exactly.
 
 It is a file of deltas (`deltas.formats.native`) whose deltas are row patches that share one direction. The new vectors
 are orig + amount * direction, in float32, cast once.
@@ -157,4 +157,4 @@ def write_patch(
 def check_finite(name: str, edited: Tensor) -> None:
     """Refuse a vector that the stored type cannot hold."""
     if not math.isfinite(edited.sum(dtype=torch.float32)) and not edited.isfinite().all():
-        raise RunError(f"{name}: the edited rows do not fit into {DTYPE_NAME[edited.dtype]}", "choose a smaller alpha")
+        raise RunError(f"{name}: the edited rows do not fit into {DTYPE_NAME[edited.dtype]}", "choose a smaller step")

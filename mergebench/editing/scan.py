@@ -23,6 +23,7 @@ from mergebench.errors import RunError
 
 BLOCK = 1 << 16  # elements read at once: in float64 they fit into the cache
 NOISE = 2.0  # |z| below which a random vector may well have the same cosine
+STEPS = (0.1, 4.0)  # median row norms: below, an edit hardly shows; above, little else is left of a row
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 Progress = Callable[[int], None]
 
@@ -60,7 +61,7 @@ class Found:
         cosines, width = rows.cosine[chosen], planned.probe.width
         amounts, median = self.amounts[chosen], float(rows.norm.median())
         about = planned.probe.about
-        step = float(self.amounts.abs().max()) * rows.length / median if median else math.inf
+        step = float(self.amounts[self.amounts.abs().argmax()]) * rows.length / median if median else math.inf
         weakest = float(cosines[cosines.abs().argmin()]) if len(cosines) else 0.0
         z = weakest * width**0.5
         found = {
@@ -71,7 +72,7 @@ class Found:
                 **{key: about[key] for key in ("layer", "norm", "pool", "test_accuracy", "majority") if key in about},
             },
             "direction": planned.wanted.direction,
-            "parameters": vars(planned.params),
+            "parameters": {name: value for name, value in vars(planned.params).items() if value is not None},
             "target": planned.wanted.target,
             "layers": planned.wanted.layers,
             "candidates": describe(planned.wanted.target, planned.targets),
@@ -90,10 +91,19 @@ class Found:
             "z": z,
             "width": width,
         }
-        noise = []
+        doubts = _doubts(step) if len(cosines) else []
         if len(cosines) and planned.wanted.values.get("select") != "random" and abs(z) < NOISE:
-            noise = [f"the selection is noise at its end: a row with z = {z:.2f} is as near as a random vector"]
-        return found | {"warnings": noise}
+            doubts.append(f"the selection is noise at its end: a row with z = {z:.2f} is as near as a random vector")
+        return found | {"warnings": doubts}
+
+
+def _doubts(step: float) -> list[str]:
+    """What the length of a step, in median norms of the candidate rows, says of the edit."""
+    least, most = STEPS
+    if least <= abs(step) <= most or not math.isfinite(step):
+        return []
+    does = "leaves little of the edited rows" if abs(step) > most else "hardly changes the edited rows"
+    return [f"a step of {step:.3g} median row norms {does}: {least:g} to {most:g} is where an edit can work"]
 
 
 def scan(planned: Planned, model: Model, progress: Progress = lambda _: None) -> Found:

@@ -47,11 +47,11 @@ class Edit(TypedDict, total=False):
 
 
 def sentence(edit: Entry) -> str:
-    """`surgery with probe.safetensors of 1,229 of 26,460 rows of gate_proj, alpha 1.08`."""
+    """`surgery with probe.safetensors of 1,229 of 26,460 rows of gate_proj, step 0.75`."""
     by = f" with {Path(edit['probe']['file']).name}" if edit.get("probe") else ""
     of = f" of {_rows(edit)}" if "rows" in edit else ""
-    alpha = f", alpha {edit['alpha']:.4g}" if edit.get("alpha") is not None else ""
-    return f"{edit.get('edit', 'a patch')}{by}{of}{alpha}" + ", taken back" * bool(edit.get("reverted"))
+    step = f", step {edit['relative_step']:.3g}" if edit.get("relative_step") is not None else ""
+    return f"{edit.get('edit', 'a patch')}{by}{of}{step}" + ", taken back" * bool(edit.get("reverted"))
 
 
 def _rows(edit: Entry) -> str:

@@ -247,7 +247,7 @@ def test_there_and_back(two: list[Path], model: Path, tmp_path: Path, cli: Cli) 
     again = cli("patch", "apply", "--model", tmp_path / "back", "--patch", patch, "--out", tmp_path / "again", "--json")
 
     assert (gone.code, gone.out.strip()) == (0, str(tmp_path / "back"))
-    assert "taken out of" in gone.err and "surgery (rows 60%, alpha -0.4" in gone.err
+    assert "taken out of" in gone.err and "surgery (rows 60%, step -0.441, select" in gone.err
     assert again.code == 0 and json.loads(again.out)["edits"][0]["reverted"] is False and not again.err
     assert same(read_model(model), read_model(tmp_path / "back"))
     assert same(read_model(tmp_path / "second"), read_model(tmp_path / "again"))
@@ -262,7 +262,7 @@ def test_show(two: list[Path], tmp_path: Path, cli: Cli) -> None:
     read = open_patch(two[1])
 
     assert shown.code == 0 and shown.out == looked.out
-    assert shown.out.startswith("surgery (rows 60%, alpha -0.4, ")
+    assert shown.out.startswith("surgery (rows 60%, step -0.441, ")
     total = sum(count for count, _ in changed.values())
     assert f"{total} vectors of {WIDTH} elements in {len(changed)} tensors" in shown.out
     assert changed == {n: (len(read.numbers(n)), "columns" if "down" in n else "rows") for n in read.names}

@@ -17,7 +17,7 @@ from tests.conftest import Cli
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "recipes" / "surgery"
 BASE = ROOT / "recipes" / "smollm2" / "cache" / "base"
-LAYERS, ROWS, ALPHA = 30, 2143, 0.75  # 4.65 % of 30 x 1,536 rows
+LAYERS, ROWS, STEP = 30, 2143, 0.75  # 4.65 % of 30 x 1,536 rows
 
 pytestmark = [
     pytest.mark.real,
@@ -30,8 +30,7 @@ def test_the_edit_is_the_papers_and_can_be_taken_back(tmp_path: Path, cli: Cli) 
     data = PLACE / "cache" / "data" / "toxic.jsonl"
     assert cli("probe", "fit", "--model", BASE, "--data", data, "--layer", 17, "--out", probe,
                "--results", tmp_path / "results").code == 0  # fmt: skip
-    how = ["--alpha-relative", "--alpha", ALPHA, "--out", out]
-    assert cli("edit", "--model", BASE, "--probe", probe, *how).code == 0
+    assert cli("edit", "--model", BASE, "--probe", probe, "--step", STEP, "--out", out).code == 0
 
     wanted = load_file(BASE / "model.safetensors")
     before = {name: tensor.clone() for name, tensor in wanted.items()}
@@ -39,7 +38,7 @@ def test_the_edit_is_the_papers_and_can_be_taken_back(tmp_path: Path, cli: Cli) 
     every = torch.cat(gates).float()
     row = load_file(probe)["weight"][1]
     lowest = torch.nn.functional.cosine_similarity(every.double(), row.double()[None]).argsort(stable=True)[:ROWS]
-    step = ALPHA * float(every.norm(dim=1).median()) / float(row.norm())
+    step = STEP * float(every.norm(dim=1).median()) / float(row.norm())
     for number in lowest.tolist():
         layer, at = divmod(number, every.shape[0] // LAYERS)
         gates[layer][at] = (gates[layer][at].float() + step * row).to(gates[layer].dtype)

@@ -182,13 +182,48 @@ def test_the_other_selections(model: Path, probe: Path, tmp_path: Path) -> None:
     assert not any("noise" in line for one in drawn for line in one["warnings"])  # it is meant to be
 
 
-def test_alpha_relative_is_a_length_in_median_norms(model: Path, probe: Path, tmp_path: Path) -> None:
-    report = edit(model, probe, tmp_path / "out", alpha=0.75, alpha_relative=True)
-    tensors, v = read_model(model), load_file(probe)["weight"][1]
+@pytest.mark.parametrize("how", [{}, {"step": 1.5}, {"step": -0.2, "op": "subtract"}], ids=str)
+def test_a_step_is_a_length_in_median_norms(how: dict[str, Any], model: Path, probe: Path, tmp_path: Path) -> None:
+    """Whatever length the probe's direction got in training; 0.75 unless another is asked for."""
+    tensors, wanted = read_model(model), abs(how.get("step", 0.75))
     norms = torch.cat([tensors[GATE.format(layer)].float().norm(dim=1) for layer in range(LAYERS)])
+    doubled = write_probe(tmp_path / "2.safetensors", load_file(probe)["weight"] * 128)
+    for name, file in (("one", probe), ("two", doubled)):
+        report = edit(model, file, tmp_path / name, **how)
+        direction = load_file(file)["weight"][1]
+        assert report["relative_step"] == pytest.approx(wanted)
+        assert report["alpha"] * direction.norm() == pytest.approx(wanted * norms.median())
+    assert same(read_model(tmp_path / "one"), read_model(tmp_path / "two"))
 
-    assert report["relative_step"] == pytest.approx(0.75)
-    assert report["alpha"] * v.norm() == pytest.approx(0.75 * norms.median())
+
+def test_step_and_alpha_are_one_thing(model: Path, probe: Path, cli: Cli) -> None:
+    code, out, err = cli("edit", "--model", model, "--probe", probe, "--step", 1, "--alpha", 1, "--dry-run")
+    assert (code, out) == (2, "") and err.startswith("error: step: alpha is given too\nhint: name one of them")
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (0.09, "hardly changes the edited rows"),
+        (-0.09, "hardly changes the edited rows"),
+        (0.1, None),
+        (4, None),
+        (4.01, "leaves little of the edited rows"),
+        (-120, "leaves little of the edited rows"),
+    ],
+)
+def test_a_step_that_destroys_or_does_nothing(
+    step: float, said: str | None, model: Path, probe: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """It is said before the edit and after it, on the terminal, in JSON and beside the model."""
+    command = ("edit", "--model", model, "--probe", probe, "--rows", "5", "--step", step)
+    planned = cli(*command, "--dry-run", "--json")
+    done = cli(*command, "--out", tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "mergebench.json").read_text())["edits"][0]
+    expected = f"a step of {step:.3g} median row norms {said}: 0.1 to 4 is where an edit can work"
+    for warnings in (json.loads(planned.out)["warnings"], made["warnings"]):
+        assert (expected in warnings) == any("median row norms" in line for line in warnings) == (said is not None)
+    assert (said is not None) == (f"warning: {expected}" in done.err)
 
 
 def test_the_report_is_what_brute_force_counts(model: Path, probe: Path) -> None:
@@ -203,7 +238,7 @@ def test_the_report_is_what_brute_force_counts(model: Path, probe: Path) -> None
     assert report["cosine"]["candidates"]["50"] == pytest.approx(float(cosines[240]), abs=1e-5)
     assert report["cosine"]["most"] == pytest.approx(float(cosines[47]), abs=1e-6)
     assert report["z"] == pytest.approx(float(cosines[47]) * WIDTH**0.5, abs=1e-5)
-    assert report["relative_step"] == pytest.approx(1.08 * float(v.norm() / rows.norm(dim=1).median()), abs=1e-5)
+    assert report["relative_step"] == pytest.approx(0.75)
     assert any("noise" in line for line in report["warnings"])  # in 16 dimensions no |z| is large
 
 

@@ -131,8 +131,11 @@ def test_merge_edit_and_measure_in_one_command(here: Path, cli: Cli) -> None:
         assert float(row.split()[1].replace("−", "-")) == pytest.approx(change, rel=5e-3)
         assert [int(count) for count in re.findall(r"(\d+) \(", row)] == [len(pair.flips.lost), len(pair.flips.won)]
     text = Path("merged/recipe/evaluation.md").read_text()
-    edit = r"surgery with probe{}.safetensors of 19 of 48 rows of gate\_proj, alpha 0.7"
-    assert f"linear unedited: before {edit.format(1)}, then {edit.format(2)}" in text
+    edit = r"surgery with probe{}.safetensors of 19 of 48 rows of gate\_proj, step {}"
+    made = json.loads(Path("merged/recipe/mergebench.json").read_text())
+    steps = [f"{one['relative_step']:.3g}" for one in made["edits"]]
+    edits = [edit.format(number, step) for number, step in enumerate(steps, 1)]
+    assert f"linear unedited: before {edits[0]}, then {edits[1]}" in text
     card = Path("merged/recipe/README.md").read_text()
     assert text.splitlines()[0] in card
     for number in (1, 2):

@@ -74,7 +74,7 @@ def profile(layers: int = 3) -> Profile:
 def edit(**more: Any) -> dict[str, Any]:
     """One entry of a provenance's `edits`."""
     probe = {"file": "probe.safetensors", "sha256": "cd" * 32, "layer": 25, "test_accuracy": 0.8125}
-    parameters = {"rows": "4.65%", "alpha": 1.08, "alpha_relative": False, "select": "min-cos", "op": "add"}
+    parameters = {"rows": "4.65%", "alpha": 1.08, "select": "min-cos", "op": "add"}
     whole = {"edit": "surgery", "patch": "patch.safetensors", "probe": probe, "parameters": parameters}
     whole |= {"target": "gate_proj", "rows": 1229, "of": 26460, "by_layer": {"0": 12, "3": 1000, "10": 217}}
     whole |= {

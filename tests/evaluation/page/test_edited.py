@@ -17,7 +17,7 @@ from mergebench.evaluation.tables.results import legend, markdown
 from tests.evaluation.page import documents
 from tests.evaluation.page.test_page import HOSTILE, Tree, alone, tree_of
 
-SENTENCE = "surgery with probe.safetensors of 1,229 of 26,460 rows of gate_proj, alpha 1.08"
+SENTENCE = "surgery with probe.safetensors of 1,229 of 26,460 rows of gate_proj, step 3.2"
 
 
 def test_one_edit(tmp_path: Path) -> None:
