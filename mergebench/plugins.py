@@ -11,6 +11,7 @@ import os
 import pkgutil
 from functools import cached_property
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mergebench.errors import RecipeError, did_you_mean
@@ -128,5 +129,12 @@ def need(library: str, what: str) -> str:
         return version(library)
     except PackageNotFoundError:
         extra = _SMALLER.get(library, "eval")
-        hint = f"pip install 'mergebench[{extra}]', or in a clone: pip install -e '.[{extra}]'"
-        raise RecipeError(f"{what} need {library}, which is not installed", hint) from None
+        raise RecipeError(f"{what} need {library}, which is not installed", _install(extra)) from None
+
+
+def _install(extra: str) -> str:
+    """The command that brings an extra: into a checkout of the source, or as a package."""
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'mergebench[{extra}]'"
+    return f"pip install -e '{'.' if root == Path.cwd() else root}[{extra}]'"

@@ -172,5 +172,5 @@ def test_what_cannot_be_learnt_from(place: Path, task: Make, monkeypatch: pytest
     monkeypatch.setattr(plugins, "version", absent)
     assert said(task())[1:] == (
         "embedding tasks need scikit-learn, which is not installed",
-        "pip install 'mergebench[probe]', or in a clone: pip install -e '.[probe]'",
+        f"pip install -e '{Path(plugins.__file__).parents[1]}[probe]'",
     )

@@ -226,7 +226,7 @@ def test_broken_data(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(nowhere) == (
         RecipeError,
         "images need pillow, which is not installed",
-        "pip install 'mergebench[eval]', or in a clone: pip install -e '.[eval]'",
+        f"pip install -e '{Path(plugins.__file__).parents[1]}[eval]'",
     )
 
 

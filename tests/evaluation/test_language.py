@@ -328,7 +328,23 @@ def test_without_lm_eval(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         more = {"scorer": {"regex": "a"}} if kind == "generation" else {"task": "x"} if kind == "lm-eval" else {}
         with pytest.raises(RecipeError, match=f"{kind} tasks need lm-eval, which is not installed") as error:
             suite_of(kind, **more)
-        assert error.value.hint == "pip install 'mergebench[eval]', or in a clone: pip install -e '.[eval]'"
+        assert error.value.hint == f"pip install -e '{Path(plugins.__file__).parents[1]}[eval]'"
+
+
+def test_how_an_extra_is_installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the source that runs, or as a package where there is no source."""
+
+    def hint() -> str | None:
+        with pytest.raises(RecipeError) as error:
+            plugins.need("no-such-library", "tests")
+        return error.value.hint
+
+    root = Path(plugins.__file__).parents[1]
+    assert hint() == f"pip install -e '{root}[eval]'"
+    monkeypatch.chdir(root)
+    assert hint() == "pip install -e '.[eval]'"
+    monkeypatch.setattr(plugins, "__file__", str(here / "mergebench" / "plugins.py"))
+    assert hint() == "pip install 'mergebench[eval]'"
 
 
 def test_models_that_cannot_be_asked(decoder: Path, here: Path) -> None:

@@ -24,6 +24,7 @@ from mergebench.recipe.positions import show
 
 T = TypeVar("T")
 MANIFEST = "bank.json"
+MERGED = "merged"  # of the banks of a run, the one whose adapters are merged
 ADAPTER, HEAD, TRAINED, CLASSES = FILES = (
     "adapters/{}.safetensors",
     "heads/{}.safetensors",
@@ -126,8 +127,9 @@ def read_manifest(directory: Path) -> About:
     """Read and check bank.json; `ModelError` where there is none or it does not fit, `RunError` where it is broken."""
     file = directory / MANIFEST
     what = "no such directory" if not directory.exists() else f"not a bank: it has no {MANIFEST}"
-    inside = sorted(directory.glob(f"*/*/{MANIFEST}"))  # as cil run leaves them, a seed and a kind each
-    hint = f"it holds banks, such as {inside[0].parent}" if inside else "mergebench cil run writes banks"
+    inside = [file.parent for file in directory.glob(f"*/*/{MANIFEST}")]  # a seed and a kind each, as cil run has them
+    best = min(inside, key=lambda bank: (bank.name != MERGED, bank), default=None)
+    hint = "mergebench cil run writes banks" if best is None else f"it holds banks, such as {best}"
     found = document(file, Any, COMPLETE, ModelError(f"{directory}: {what}", hint))
     try:
         about = _read(About, found)

@@ -33,13 +33,13 @@ from mergebench.systems.mos.bank import Bank, BankWriter, read_bank
 from mergebench.systems.mos.config import Config
 from mergebench.systems.mos.encoder import Encoder
 from mergebench.systems.mos.learner import Learner, Left
-from mergebench.systems.mos.manifest import About, AdapterKind, Backbone, Items, name_of
+from mergebench.systems.mos.manifest import MERGED, About, AdapterKind, Backbone, Items, name_of
 from mergebench.systems.mos.manifest import Features as FeaturesKind
 from mergebench.systems.mos.scoring import score
 from mergebench.systems.mos.split import Data, read_data, split
 
 RESULTS = "results"  # .json, .md, .png
-MERGED, UNMERGED, FROZEN = "merged", "unmerged", "frozen"
+UNMERGED, FROZEN = "unmerged", "frozen"  # beside MERGED
 MOST = 6  # classes of a task that are named
 Progress = Callable[[str, int, int], None]
 

@@ -157,6 +157,10 @@ def test_ids_do_not_write_to_the_terminal(place: Path, cli: Cli) -> None:
          "error: x:1: label 'g' is none of the labels of bank\nhint: known: a, b, c"),
         (lambda place: shutil.move(place / "bank", place / "run/seed-0/merged"), ["run", "data.jsonl"], 3,
          "error: run: not a bank: it has no bank.json\nhint: it holds banks, such as run/seed-0/merged"),
+        (lambda place: [shutil.copytree(place / "bank", place / f"run/seed-{n}/{kind}")
+                        for n, kind in ((0, "frozen"), (1, "merged"), (0, "merged"), (0, "unmerged"))],
+         ["run", "data.jsonl"], 3,
+         "error: run: not a bank: it has no bank.json\nhint: it holds banks, such as run/seed-0/merged"),
     ],
 )  # fmt: skip
 def test_mistakes(
