@@ -14,7 +14,7 @@ from pathlib import Path
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
-from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type
+from mergebench.adapters.peft_names import modules_of, stored_in_out
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
@@ -52,7 +52,7 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
         products = {modules[name]: _product(read, base, name, in_out) for name in shapes}
         peft_directory.write_factors(staging.directory, out, products)
         ranks = dict.fromkeys(products, 1)
-        config = peft_directory.config(ranks, in_out, base_model_name_or_path=model, task_type=task_type(base))
+        config = peft_directory.config(ranks, in_out, base)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = {
             "mergebench": __version__,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mergebench.adapters.combine import finite
-from mergebench.adapters.peft_names import task_type
+from mergebench.adapters.peft_names import targets_of, task_type
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, listed
 from mergebench.checkpoint.content import sha256_of
@@ -110,20 +110,25 @@ def _experts_of(module: str) -> str | None:
     return layer if found and number[0].isdigit() else None
 
 
-def config(ranks: Mapping[str, int], transposed: bool, usual: int | None = None, **more: Any) -> dict[str, Any]:
+def config(
+    ranks: Mapping[str, int], transposed: bool, base: Model | None = None, usual: int | None = None, **more: Any
+) -> dict[str, Any]:
     """adapter_config.json of factors with these ranks, whose product is the difference itself (alpha = r).
 
-    usual: `r`; by default the rank that most modules have.
+    base: the model that they belong to, if it is known; else every module is named whole. usual: `r`; by default the
+    rank that most modules have.
     """
     rank = usual or rank_pattern(ranks)[0]
     pattern = _pattern(ranks, rank)
+    about = {} if base is None else {"base_model_name_or_path": base.reference, "task_type": task_type(base)}
     return {
         "peft_type": "LORA",
+        **about,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks) if base is None else targets_of(base, ranks),
         "fan_in_fan_out": transposed,
         "bias": "none",
         "lora_dropout": 0.0,
@@ -136,7 +141,7 @@ def config(ranks: Mapping[str, int], transposed: bool, usual: int | None = None,
 def plain_config(kind: str, base: Model, modules: Collection[str], **more: Any) -> dict[str, Any]:
     """adapter_config.json of an adapter of any type on these modules of a base."""
     about = {"peft_type": kind, "base_model_name_or_path": base.reference, "task_type": task_type(base)}
-    return {**about, "target_modules": sorted(modules), "inference_mode": True, **more}
+    return {**about, "target_modules": targets_of(base, modules), "inference_mode": True, **more}
 
 
 def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import accumulate
 
 from mergebench.checkpoint.layouts import build, in_memory, renamed
 from mergebench.checkpoint.model import Model
@@ -36,6 +37,36 @@ def without_layer(model: Model, modules: Collection[str]) -> set[str]:
         return set()
     layers = {name for name, module in built.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
     return set(modules) - layers
+
+
+def targets_of(model: Model, modules: Collection[str]) -> list[str]:
+    """What PEFT's `target_modules` can say to mean these modules and no others: the ends of their names, as `q_proj`,
+    where no other module's name ends so.
+
+    Whole names in a model with experts, because PEFT takes the ends of theirs for what the class fuses.
+    """
+    every = _all_modules(model)
+    if every is None or any(".experts." in name for name in model.tensors):
+        return sorted(modules)
+    others = {end for other in every.difference(modules) for end in _ends(other)}
+    return sorted({next((end for end in _ends(module) if end not in others), module) for module in modules})
+
+
+def _all_modules(model: Model) -> set[str] | None:
+    """The names of all modules of the class; None if it is not known."""
+    names = [name for name in model.tensors if name.endswith(".weight")]
+    if any(_COMMON.fullmatch(name.removesuffix(".weight")) for name in names):
+        return {above for name in names for above in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    built = build(model.config)
+    return None if built is None else {name for name, _ in built.named_modules()}
+
+
+def _ends(module: str) -> Iterator[str]:
+    """`dense`, `output.dense`, ..., the whole name; without ends that hold a number."""
+    parts = module.split(".")
+    last = next((at for at in reversed(range(len(parts))) if parts[at].isdigit()), -1)
+    yield from (".".join(parts[at:]) for at in range(len(parts) - 1, last, -1))
+    yield module
 
 
 def task_type(model: Model) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import Reading
-from mergebench.adapters.peft_names import task_type, without_layer
+from mergebench.adapters.peft_names import without_layer
 from mergebench.adapters.target import Answers, Fit, Settings, Shapes, Target
 from mergebench.deltas.peft.directory import WEIGHTS
 from mergebench.deltas.svd import Product, keep_energy, truncate
@@ -58,9 +58,8 @@ class _Fitting:
 
     def config(self, answers: Answers) -> dict[str, Any]:
         base, ranks = self._found.base, self._ranks(answers)
-        about = {"base_model_name_or_path": base.reference, "task_type": task_type(base)}
         usual = next((ranks[module] for module in ranks if module in self._without_layer), None)
-        return peft_directory.config(ranks, self._found.transposed, usual, **about)
+        return peft_directory.config(ranks, self._found.transposed, base, usual)
 
     def metadata(self, answers: Answers) -> Mapping[str, str]:
         return {}
