@@ -1,6 +1,6 @@
 """Plan and run merges, edits and patches, as the command line and Python users call it.
 
-plan = plan_edit("org/model", "probe.safetensors", rows="4.65%", alpha=1.08)
+plan = plan_edit("org/model", "probe.safetensors", rows="4.65%", step=0.75)
 run(plan, "edited")                                        # beside the model, edited/patch.safetensors
 run(plan_patch("edited", "edited/patch.safetensors", revert=True), "as-it-was")
 """
@@ -19,6 +19,7 @@ from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR, module_at
+from mergebench.checkpoint.reference import locate_delta
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_target, finished
 from mergebench.deltas.formats import format_of, peft_types
@@ -209,11 +210,12 @@ def plan_fold(
     as_trained: `nf4` rounds the base first, as QLoRA's training saw it; else the base is taken as it is. Raises
     `ModelError` if the adapter's type cannot be written as a difference of the base's weights.
     """
-    if format_of(Path(adapter)) is None:
-        refuse_foreign_file(Path(adapter))
-        if module_at(Path(adapter)) is not None:
-            raise no_format(Path(adapter))
-        read = read_stored(adapter)
+    place = locate_delta(adapter)
+    if format_of(place) is None:
+        refuse_foreign_file(place)
+        if module_at(place) is not None:
+            raise no_format(place)
+        read = read_stored(place)
         why = why_refused(read.kind) if read.is_directory else None
         if why is not None:
             raise ModelError(f"{adapter}: {why}")
@@ -236,8 +238,8 @@ def plan_edit(
 ) -> Plan:
     """Plan a copy of a model with an edit, checked by headers alone.
 
-    how: direction, target, layers, and the edit's own parameters (of surgery: rows, alpha, alpha_relative, select, op,
-    seed), as in a recipe's `edits:`; None counts as not given.
+    how: direction, target, layers, and the edit's own parameters (of surgery: rows, step or alpha, select, op, seed),
+    as in a recipe's `edits:`; None counts as not given.
     """
     given = {key: value for key, value in how.items() if value is not None}
     try:
@@ -256,7 +258,7 @@ def plan_patch(
     workers: int | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """Plan a copy of a model with a patch applied, or with `revert` undone, bit for bit.
+    """Plan a copy of a model with a patch applied, or with `revert` undone, tensor for tensor.
 
     `ModelError` if the model's rows are not the patch's original rows (with `revert`: its new rows).
     """

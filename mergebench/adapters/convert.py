@@ -18,11 +18,12 @@ from torch import Tensor
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.fine_tune import is_linear
-from mergebench.adapters.peft_names import modules_of, stored_in_out, task_type, without_layer
+from mergebench.adapters.peft_names import modules_of, stored_in_out, without_layer
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.reference import locate_delta, reference_of
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_target
 from mergebench.checkpoint.values import chain, split
@@ -59,11 +60,11 @@ def convert_adapter(
     low-rank form and neither `rank` nor `energy` is given, or changes tensors that no LoRA can hold.
     """
     started = time.perf_counter()
-    out, adapter = Path(out), Path(adapter)
+    out, place = Path(out), locate_delta(adapter)
     peft_directory.check_kept(rank, energy)
     plain = open_model(base)
-    adapted = _Adapted(plain, put_on(plain, adapter))
-    check_target(out, [place for place in (plain.directory, adapter) if place is not None], overwrite)
+    adapted = _Adapted(plain, put_on(plain, place))
+    check_target(out, [one for one in (plain.directory, place) if one is not None], overwrite)
     with Staging(out, "", resume=False) as staging, one_thread():
         products: dict[str, Product] = {}
         with Files() as files:
@@ -77,15 +78,14 @@ def convert_adapter(
         products = {name: _padded(products.get(name), rank, *adapted.out_in(name)) for name, rank in ranks.items()}
         usual = next((ranks[module] for module in ranks if module in apart), None)
         peft_directory.write_factors(staging.directory, out, products, saved=saved)
-        about = {"base_model_name_or_path": base, "task_type": task_type(plain), **adapted.config}
-        config = peft_directory.config(ranks, adapted.in_out, usual, **about)
+        config = peft_directory.config(ranks, adapted.in_out, plain, usual, **adapted.config)
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         total = sum(product.total for product in products.values())
         provenance = {
             "mergebench": __version__,
             "command": "adapters convert",
             "base": base,
-            "adapter": str(adapter),
+            "adapter": reference_of(place),
             "rank": rank,
             "energy": energy,
             "seed": seed,

@@ -11,6 +11,7 @@ from mergebench.adapters.adalora import Allocation, allocation
 from mergebench.adapters.stored import Stored, read_stored, together
 from mergebench.checkpoint.files import Files, whole
 from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.reference import locate_delta
 from mergebench.deltas import low_rank
 from mergebench.deltas.formats.lora import Adapter, read_adapter
 from mergebench.deltas.formats.native import DeltaFile, is_delta_file, read_file
@@ -54,8 +55,9 @@ def describe_adapter(path: str | Path) -> Description:
     For a plain LoRA the norms are those of the differences scale B A, else those of the stored tensors. Raises
     `ModelError` if it is no adapter, `RunError` if it is damaged or not finite.
     """
-    deltas = read_file(path) if is_delta_file(Path(path)) else None
-    read = read_stored(path) if deltas is None else _as_stored(Path(path), deltas)
+    place = locate_delta(path)
+    deltas = read_file(place) if is_delta_file(place) else None
+    read = read_stored(place) if deltas is None else _as_stored(place, deltas)
     adapter = _lora(read)
     modules = {} if adapter is None else adapter.modules
     ranks = {module: one.rank for module, one in modules.items()} if deltas is None else _ranks(deltas)

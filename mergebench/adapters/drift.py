@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergebench.adapters.stored import check_alike, read_stored, together
 from mergebench.checkpoint.files import Files
+from mergebench.checkpoint.reference import reference_of
 from mergebench.engine.machine import keep_freed_memory, one_thread
 from mergebench.errors import RecipeError
 
@@ -78,7 +79,7 @@ def adapter_drift(adapters: Sequence[str | Path]) -> Drift:
             layers[layer] = sum((_apart(rows) for name in names for _, rows in together(files, read, name)), _NONE)
     names = [adapter.name for adapter in read]
     if len(set(names)) < len(names):
-        names = [str(adapter.path) for adapter in read]
+        names = [reference_of(adapter.path) for adapter in read]
     return Drift(names, read[0].kind, sum(layers.values(), _NONE), layers, sum(map(len, read[0].layers.values())))
 
 

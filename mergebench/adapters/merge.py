@@ -22,6 +22,7 @@ from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.format import Base
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.reference import locate_delta, reference_of
 from mergebench.checkpoint.shards import ShardFiles, create
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_room, check_target
@@ -39,7 +40,7 @@ PEFT_NAMES = {f"{name}_svd": name for name in ("ties", "dare_linear", "dare_ties
 
 
 def merge_adapters(
-    directories: Sequence[str | Path],
+    adapters: Sequence[str | Path],
     out: str | Path,
     *,
     method: str = "linear",
@@ -50,7 +51,7 @@ def merge_adapters(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Result:
-    """Merge LoRA directories into the LoRA directory `out`, which appears when it is complete.
+    """Merge LoRAs, directories or `org/name[@revision]`, into the LoRA directory `out`, which appears when complete.
 
     linear: sum of w_i delta W_i, at the sum of the ranks or `rank`. cat: the same sum by concatenation. svd: the same
     sum at `rank` (default: the largest input rank). ties, dare_linear, dare_ties, pcb, magnitude_prune, knots, tsv_m,
@@ -64,7 +65,7 @@ def merge_adapters(
     """
     started = time.perf_counter()
     out = Path(out)
-    job = _check(directories, method, weights, density, rank, base, seed)
+    job = _check(adapters, method, weights, density, rank, base, seed)
     check_target(out, [adapter.directory for adapter in job.adapters], overwrite)
     shapes = _shapes(job.adapters)
     keeps_one = _keeps_one(job)
@@ -91,7 +92,7 @@ def merge_adapters(
 
 
 def _check(
-    directories: Sequence[str | Path],
+    adapters: Sequence[str | Path],
     method: str,
     weights: Sequence[float] | None,
     density: float | None,
@@ -108,9 +109,9 @@ def _check(
         )
     if not is_known(method):
         raise RecipeError(f"--method: no method '{method}' for adapters", did_you_mean(method, (*known(), "ema")))
-    if not directories:
+    if not adapters:
         raise RecipeError("no adapter to merge")
-    count = len(directories)
+    count = len(adapters)
     parameters = {"weight": None} if method in SUMS else built_in(method)[0].parameters
     if weights is not None and "weight" not in parameters:
         takers = [name for name in known() if name in SUMS or "weight" in built_in(name)[0].parameters]
@@ -126,20 +127,20 @@ def _check(
         raise RecipeError(f"--rank: must be at least 1, got {rank}")
     if rank is not None and method == "cat":
         raise RecipeError("--rank: 'cat' has the sum of the ranks", "linear and svd take --rank")
-    adapters = [_read(Path(directory)) for directory in directories]
+    read = [_read(locate_delta(adapter)) for adapter in adapters]
     model = None if base is None else open_model(base)
     if model is not None and model.adapters:
         raise RecipeError(f"--base: '{base}' has an adapter on top", "name the model that the adapters were trained on")
-    parts = [_parts(adapter, model) for adapter in adapters]
-    job = Job(adapters, parts, method, tuple(map(float, weights)), density, rank, seed)
+    parts = [_parts(adapter, model) for adapter in read]
+    job = Job(read, parts, method, tuple(map(float, weights)), density, rank, seed)
     if not _keeps_one(job):
-        for adapter in adapters:
+        for adapter in read:
             _check_difference(adapter, method, model is not None)
     return job
 
 
 def _read(directory: Path) -> Adapter:
-    if directory.exists() and (kind := read_stored(directory).kind) != "LORA":
+    if (kind := read_stored(directory).kind) != "LORA":
         raise ModelError(
             f"{directory}: an adapter of type {kind} is no low-rank difference, as LoRA is",
             "--method ema averages the stored tensors of adapters of any type",
@@ -256,7 +257,7 @@ def _provenance(
         "base": base,
         "copied": keeps_one,
         "adapters": [
-            {"adapter": str(adapter.directory), "weight": weight, "base_model": base}
+            {"adapter": reference_of(adapter.directory), "weight": weight, "base_model": base}
             for adapter, weight, base in zip(job.adapters, job.weights, bases, strict=True)
         ],
         "notes": peft_directory.different_bases(bases),

@@ -23,6 +23,7 @@ from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.adapters.stored import Stored, check_alike, read_stored, together
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, copy_file, write_error
+from mergebench.checkpoint.reference import reference_of
 from mergebench.checkpoint.shards import OutTensor, Shard, ShardFiles, create
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_room, check_target
@@ -43,10 +44,10 @@ def merge_sequence(
 ) -> Result:
     """Write the last adapter, merged toward the mean of the earlier adapters, into the directory `out`.
 
-    adapters: PEFT directories of one type, or single .safetensors files, in the order of their tasks; settings and
-    tensors must be alike. alpha: the share of the mean, 0 to 1. every: write all adapters instead, the b-th merged
-    toward the mean of the first b - 1 inputs; names are kept. The first adapter is copied byte for byte, and so is
-    every adapter at alpha 0. Computed in float32, stored in each adapter's own type.
+    adapters: PEFT directories of one type, `org/name[@revision]`, or single .safetensors files, in the order of their
+    tasks; settings and tensors must be alike. alpha: the share of the mean, 0 to 1. every: write all adapters instead,
+    the b-th merged toward the mean of the first b - 1 inputs; names are kept. The first adapter is copied byte for
+    byte, and so is every adapter at alpha 0. Computed in float32, stored in each adapter's own type.
 
     Raises `RecipeError` if the settings are invalid, `ModelError` if the adapters do not fit together, `RunError` if
     the work fails.
@@ -135,7 +136,7 @@ def _provenance(read: Sequence[Stored], alpha: float, every: bool, copied: Seque
         "space": "stored",
         "kind": last.kind,
         "copied": list(copied),
-        "adapters": [{"adapter": str(adapter.path), "base_model": adapter.base} for adapter in read],
+        "adapters": [{"adapter": reference_of(adapter.path), "base_model": adapter.base} for adapter in read],
         "notes": notes,
         "tensors": len(last.tensors),
         "parameters": last.parameters,

@@ -21,6 +21,7 @@ from mergebench.checkpoint.header import Header, TensorInfo, read_header
 from mergebench.checkpoint.model import module_at
 from mergebench.checkpoint.names import layer_of
 from mergebench.checkpoint.naming import HEAD, find_weights
+from mergebench.checkpoint.reference import locate_delta, name_of
 from mergebench.deltas.formats import format_of
 from mergebench.deltas.formats.lora import residual
 from mergebench.deltas.peft.directory import CONFIG, PREFIX, WEIGHTS, is_adapter, read_directory
@@ -43,7 +44,7 @@ _HINT = "number by number, only adapters of one type, with equal settings and te
 class Stored:
     """An adapter of any type, settings and header read and checked."""
 
-    path: Path  # as the user wrote it
+    path: Path
     settings: dict[str, Any]  # adapter_config.json, or the metadata of a single file
     header: Header
 
@@ -54,8 +55,7 @@ class Stored:
     @property
     def name(self) -> str:
         """The directory's name, or the file's without its suffix."""
-        path = self.path.resolve() if self.path.name in ("", "..") else self.path  # a link keeps its own name
-        return path.name if self.is_directory else path.stem
+        return name_of(self.path) if self.is_directory else self.path.stem
 
     @property
     def files(self) -> list[Path]:
@@ -97,7 +97,7 @@ class Stored:
 
 def read_stored(path: str | Path) -> Stored:
     """Read a PEFT directory, a module or a single .safetensors file; `ModelError` if it is no adapter."""
-    path = Path(path)
+    path = locate_delta(path)
     module = module_at(path)
     if module is not None:
         settings, header = dict(module.metadata), module
@@ -112,18 +112,13 @@ def read_stored(path: str | Path) -> Stored:
         settings, header = read_directory(path)
         if not isinstance(settings.get("peft_type"), str):
             raise ModelError(f"{path / CONFIG}: it names no peft_type", "name a directory as PEFT saves it")
-    elif path.suffix == ".safetensors" and path.exists():
+    elif path.suffix == ".safetensors":
         if path.name == WEIGHTS and is_adapter(path.parent):
             raise ModelError(f"{path}: its settings are in {CONFIG} beside it", f"name the directory: {path.parent}")
         header = read_header(path)
         settings = dict(header.metadata)
-    elif path.exists():
-        raise ModelError(f"{path}: not an adapter", "a directory as PEFT saves it, or a .safetensors file")
     else:
-        raise ModelError(
-            f"{path}: no such file or directory",
-            "adapters are read from this machine, as PEFT directories or .safetensors files",
-        )
+        raise ModelError(f"{path}: not an adapter", "a directory as PEFT saves it, or a .safetensors file")
     if not header.tensors:
         raise ModelError(f"{path}: the adapter holds no tensors")
     return Stored(path, settings, header)

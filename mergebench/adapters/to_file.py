@@ -17,6 +17,7 @@ from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, whole
 from mergebench.checkpoint.kind import Part, StoredDelta
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.reference import locate_delta, reference_of
 from mergebench.checkpoint.target import check_file
 from mergebench.checkpoint.values import Values
 from mergebench.deltas.formats.native import WHAT, Later, Writing, write_file
@@ -46,12 +47,12 @@ def convert_to_file(
     tensors to it, or makes two changes to one tensor (`dense` takes those).
     """
     started = time.perf_counter()
-    out = Path(out)
+    out, place = Path(out), locate_delta(adapter)
     plain = open_model(base)
-    check_file(out, [*places_of([plain]), Path(adapter)], overwrite, WHAT, f"--out {out}.safetensors")
+    check_file(out, [*places_of([plain]), place], overwrite, WHAT, f"--out {out}.safetensors")
     if not out.parent.is_dir():
         raise RecipeError(f"{out}: no such directory: {out.parent}")
-    model = put_on(plain, Path(adapter))
+    model = put_on(plain, place)
     new = model.tensors.keys() - plain.tensors.keys()
     if new:
         raise ModelError(f"{adapter}: it adds '{min(new)}', which a file of deltas cannot", "fold it into the base")
@@ -62,7 +63,7 @@ def convert_to_file(
         "command": "adapters convert",
         "to": "dense" if dense else "delta",
         "base": base,
-        "adapter": str(adapter),
+        "adapter": reference_of(place),
         "kinds": sorted({"dense" if dense else delta.kind for deltas in changed.values() for delta in deltas}),
         "tensors": len(changed),
     }

@@ -16,6 +16,7 @@ import torch
 from mergebench import __version__
 from mergebench.adapters import peft_directory
 from mergebench.checkpoint.files import Files, whole, write_atomically
+from mergebench.checkpoint.reference import locate_delta, reference_of
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_target
 from mergebench.deltas.formats.lora import Adapter, read_adapter
@@ -36,7 +37,7 @@ def truncate_adapter(directory: str | Path, out: str | Path, *, budget: int | fl
     not finite.
     """
     started = time.perf_counter()
-    out, adapter = Path(out), read_adapter(Path(directory))
+    out, adapter = Path(out), read_adapter(locate_delta(directory))
     _check_plain(adapter)
     there = sum(one.rank for one in adapter.modules.values())
     count = budget if isinstance(budget, int) else round(budget * there)
@@ -53,13 +54,14 @@ def truncate_adapter(directory: str | Path, out: str | Path, *, budget: int | fl
         embeddings = [module for module in written if adapter.modules[module].embedding]
         peft_directory.write_factors(staging.directory, out, written, embeddings)
         config = peft_directory.merged_config([adapter], {module: ranks[module] for module in written})
-        config |= {"target_modules": sorted(written)}
+        if written.keys() != adapter.modules.keys():
+            config |= {"target_modules": sorted(written)}
         write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         total = sum(product.total for product in kept.values())
         provenance = {
             "mergebench": __version__,
             "command": "adapters truncate",
-            "adapter": str(directory),
+            "adapter": reference_of(adapter.directory),
             "base": adapter.config.get("base_model_name_or_path"),
             "budget": count,
             "of": there,

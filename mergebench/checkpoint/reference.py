@@ -7,6 +7,7 @@ on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's dir
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class Location:
     checkpoint: Path
     adapters: tuple[Path, ...] = ()
 
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        return self.checkpoint, *self.adapters
+
 
 def locate(text: str, folders: Sequence[Path] = ()) -> Location:
     """Find a model reference; relative paths resolve against the working directory, then `folders`."""
@@ -44,8 +49,30 @@ def locate(text: str, folders: Sequence[Path] = ()) -> Location:
                 return Location(below.checkpoint, (*below.adapters, place))
         for left, right in _splits(text):
             below = locate(left, folders)
-            return Location(below.checkpoint, (*below.adapters, _place(right, folders)))
-    return Location(_place(text, folders))
+            return Location(below.checkpoint, (*below.adapters, locate_delta(right, folders)))
+    return Location(_place(text, folders, "model"))
+
+
+def locate_delta(text: str | Path, folders: Sequence[Path] = ()) -> Path:
+    """Find an adapter, a patch or another delta by itself, as after a `+`: a path that exists, or one on the hub."""
+    return _place(str(text), folders, "adapter")
+
+
+def reference_of(place: Path) -> str:
+    """What finds a path again: `org/name@COMMIT` of a snapshot in the hub's cache, else the path."""
+    found = _SNAPSHOT.search(str(place))
+    return str(place) if found is None else f"{found[1]}/{found[2]}@{found[3]}"
+
+
+def name_of(place: Path) -> str:
+    """The last part of a path; of a snapshot in the hub's cache the repository's name."""
+    found = _SNAPSHOT.search(str(place))
+    if found is not None:
+        return found[2]
+    return (place.resolve() if place.name in ("", "..") else place).name  # a link keeps its own name
+
+
+_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
 
 
 def _splits(text: str) -> list[tuple[str, str]]:
@@ -64,7 +91,7 @@ def _existing(text: str, folders: Sequence[Path]) -> Path | None:
         return None
 
 
-def _place(text: str, folders: Sequence[Path]) -> Path:
+def _place(text: str, folders: Sequence[Path], what: str) -> Path:
     path = _existing(text, folders)
     if path is not None:
         return path
@@ -73,15 +100,15 @@ def _place(text: str, folders: Sequence[Path]) -> Path:
         there = sorted(str(one) for folder in [Path(), *folders] for one in (folder / named.parent).glob(named.name))[
             :4
         ]
-        hint = f"name one model; here are {', '.join(there)}" if there else "a reference names one model, no pattern"
-        raise ModelError(f"model '{text}': no such file or directory", hint)
+        hint = f"name one {what}; here are {', '.join(there)}" if there else f"a reference names one {what}, no pattern"
+        raise ModelError(f"{what} '{text}': no such file or directory", hint)
     name, _, revision = text.partition("@")
     parts = name.split("/")
     looks_like_hub = len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))
     near = _neighbour(Path(text), folders)
     if not looks_like_hub or name.endswith(".safetensors"):
-        raise ModelError(f"model '{text}': no such file or directory", near or "a hub model is written org/name")
-    return _from_hub(text, name, revision or None, near)
+        raise ModelError(f"{what} '{text}': no such file or directory", near or f"a hub {what} is written org/name")
+    return _from_hub(f"{what} '{text}'", name, revision or None, near)
 
 
 def _neighbour(path: Path, folders: Sequence[Path]) -> str | None:
@@ -94,7 +121,7 @@ def _neighbour(path: Path, folders: Sequence[Path]) -> str | None:
     return None
 
 
-def _from_hub(text: str, name: str, revision: str | None, near: str | None) -> Path:
+def _from_hub(what: str, name: str, revision: str | None, near: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -108,7 +135,7 @@ def _from_hub(text: str, name: str, revision: str | None, near: str | None) -> P
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
-            f"model '{text}': not found locally, in the hub cache or on the hub: {first_line(error)}",
+            f"{what}: not found locally, in the hub cache or on the hub: {first_line(error)}",
             near or "check the name and the network, or give the path of a directory",
         ) from None
 

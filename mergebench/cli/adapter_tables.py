@@ -12,13 +12,13 @@ from mergebench.cli import options as opt
 from mergebench.cli.output import say, say_json
 from mergebench.errors import RecipeError, human, shown
 
-_ANY = "PEFT directories of any type, or single .safetensors files as a bank holds them."
+_ANY = "PEFT directories of any type, org/name, or single .safetensors files as a bank holds them."
 MOST = 8  # adapters with a column each: more do not fit a terminal
 
 
 def drift(
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER ADAPTER...", help=f"In the order of their tasks: {_ANY}")
+        list[str], typer.Argument(metavar="ADAPTER ADAPTER...", help=f"In the order of their tasks: {_ANY}")
     ],
     json_: opt.Json = False,
 ) -> None:
@@ -58,7 +58,7 @@ def drift(
 
 
 def inspect(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help=_ANY)],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=_ANY)],
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the rank of each module of one adapter as a PNG.")
     ] = None,

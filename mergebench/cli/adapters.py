@@ -16,6 +16,9 @@ from mergebench.cli.output import byte_bar, count_bar, note, say_left, say_out, 
 from mergebench.cli.retrieve import retrieve
 from mergebench.errors import RecipeError, human
 
+Adapter = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, org/name, or a delta file.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the search in large matrices.")]
 
 app = App(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
@@ -28,10 +31,8 @@ app.command("retrieve")(retrieve)
 @app.command("merge")
 def merge(
     adapters: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="ADAPTER...", help="LoRA directories, as PEFT saves them; for ema of any type, in order."
-        ),
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="LoRA directories or org/name; for ema of any type, in order."),
     ],
     out: Annotated[Path, typer.Option(help="Output directory.")],
     method: Annotated[
@@ -96,7 +97,7 @@ def merge(
 
 @app.command("fold")
 def fold(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, or a delta file.")],
+    adapter: Adapter,
     base: Annotated[str, typer.Option(help="The model it was trained on.")],
     out: Annotated[Path, typer.Option(help="Output directory.")],
     as_trained: Annotated[
@@ -137,7 +138,7 @@ def fold(
 
 @app.command("convert")
 def convert(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, or a delta file.")],
+    adapter: Adapter,
     base: Annotated[str, typer.Option(help="The model it was trained on.")],
     out: Annotated[Path, typer.Option(help="Output directory, or file.")],
     to: Annotated[
@@ -185,7 +186,7 @@ def convert(
 
 @app.command("truncate")
 def truncate(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it, or org/name.")],
     budget: Annotated[str, typer.Option(help="Singular values to keep in all modules: a number, or a share as 50%.")],
     out: Annotated[Path, typer.Option(help="Output directory.")],
     overwrite: opt.Overwrite = False,

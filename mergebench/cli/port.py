@@ -114,9 +114,9 @@ def _write(
     from mergebench.systems.portllm import plan_port
     from mergebench.systems.portllm import port as port_to
     from mergebench.systems.portllm.checkpoint import run_port
-    from mergebench.systems.portllm.opened import is_patch
+    from mergebench.systems.portllm.opened import adapter_at
 
-    if is_patch(Path(patch)) and not difference:
+    if adapter_at(patch) is not None and not difference:
         result = port_to(old, new, patch, out, exclude=exclude, overwrite=ways["overwrite"])
         for line in result.provenance["notes"]:
             note(f"note: {line}", quiet)

@@ -295,7 +295,7 @@ def test_errors(cli: Cli, base: Path, sequence: list[Path], tmp_path: Path) -> N
         ([broken, one, "--all"], 1, f"{broken}: 'layers.1.up.bias' holds NaN or infinity", "use another adapter"),
         ([one, torn], 1, "torn.safetensors: ", "damaged or incomplete"),
         ([one, lora], 3, f"{one} is of type bottleneck, {lora} of type LORA", "of one type"),
-        ([one, tmp_path / "none"], 3, f"{tmp_path / 'none'}: no such file or directory", ""),
+        ([one, tmp_path / "none"], 3, f"adapter '{tmp_path / 'none'}': no such file or directory", ""),
         ([one, lora / WEIGHTS], 3, "its settings are in adapter_config.json beside it", f"the directory: {lora}"),
         ([one, tmp_path / "other"], 3, "not an adapter: no adapter_config.json", f"such as {same_name}"),
         ([one, base / "base"], 3, "not an adapter: it is a model", "name it alone"),

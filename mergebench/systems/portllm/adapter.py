@@ -14,6 +14,7 @@ from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.documents import document, parse_json
 from mergebench.checkpoint.files import Files, copy_file, whole, write_atomically
 from mergebench.checkpoint.mismatch import few
+from mergebench.checkpoint.reference import locate_delta, reference_of
 from mergebench.checkpoint.shards import OutTensor, Shard, write_shard
 from mergebench.checkpoint.side_files import check_link
 from mergebench.checkpoint.staging import Staging
@@ -28,13 +29,13 @@ from mergebench.systems.portllm.opened import Opened, open_port
 _OURS = {PROVENANCE, "README.md"}  # what a result of ours has of its own
 
 
-def port_adapter(old: str, new: str, patch: Path, out: Path, *, overwrite: bool = False) -> Result:
+def port_adapter(old: str, new: str, patch: str | Path, out: Path, *, overwrite: bool = False) -> Result:
     """Write an adapter made on `old` as one for `new`: a PEFT directory's files byte for byte but for the base's name;
     of a delta file the deltas, and the new base's identity.
 
     Raises `ModelError` if the adapter does not fit one of the bases.
     """
-    started = time.perf_counter()
+    started, patch = time.perf_counter(), locate_delta(patch)
     opened = open_port(old, new, patch)
     on_new = _on_new(new, patch)
     if not is_delta_file(patch) and not is_adapter(patch):
@@ -49,7 +50,7 @@ def port_adapter(old: str, new: str, patch: Path, out: Path, *, overwrite: bool 
         provenance: dict[str, Any] = {
             "mergebench": __version__,
             "command": "port",
-            "adapter": str(patch),
+            "adapter": reference_of(patch),
             "old": old,
             "new": new,
             "identities": identities,

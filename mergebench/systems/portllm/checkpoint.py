@@ -18,7 +18,7 @@ from mergebench.engine.run import Result, run_plan
 from mergebench.errors import RecipeError
 from mergebench.evaluation.page import card
 from mergebench.systems.portllm.adapter import port_adapter
-from mergebench.systems.portllm.opened import is_patch, open_port
+from mergebench.systems.portllm.opened import adapter_at, open_port
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def port(
 
     Raises `RecipeError` if `out` may not be written, `ModelError` if the models or the adapter do not fit together.
     """
-    if is_patch(Path(patch)) and not difference:
+    if adapter_at(patch) is not None and not difference:
         if exclude:
             raise RecipeError("exclude is for checkpoints: an adapter is ported whole", "add --difference")
-        return port_adapter(old, new, Path(patch), Path(out), overwrite=overwrite)
+        return port_adapter(old, new, patch, Path(out), overwrite=overwrite)
     plan = plan_port(old, new, patch, exclude=exclude, memory=memory, workers=workers)
     return run_port(plan, Path(out), resume=resume, overwrite=overwrite)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mergebench.checkpoint import Model, adopt
 from mergebench.checkpoint.align import Problem, align
 from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.reference import locate
 from mergebench.deltas.formats import format_of
 from mergebench.deltas.open import open_model
 from mergebench.deltas.peft.directory import holds_no_model, is_adapter
@@ -52,12 +53,12 @@ class Opened:
         return tuple(name for name in self.tuned.deltas if self.added(name))
 
 
-def is_patch(place: Path) -> bool:
-    """Whether a path is an adapter or a delta file, and no model."""
-    if not place.exists():  # a hub's name, or BASE+ADAPTER
-        return False
+def adapter_at(patch: str | Path) -> Path | None:
+    """Where an adapter or a delta file lies; None for a model."""
+    place, *deltas = locate(str(patch)).parts
     known = format_of(place)
-    return known.alone(place) if known is not None else is_adapter(place) and holds_no_model(place)
+    alone = known.alone(place) if known is not None else is_adapter(place) and holds_no_model(place)
+    return place if alone and not deltas else None
 
 
 def open_port(old: str, new: str, patch: str | Path, exclude: Sequence[str] = ()) -> Opened:
@@ -65,7 +66,7 @@ def open_port(old: str, new: str, patch: str | Path, exclude: Sequence[str] = ()
 
     Raises `ModelError` if a model is missing, or the adapter does not belong to the old base.
     """
-    adapter = Path(patch) if is_patch(Path(patch)) else None
+    adapter = adapter_at(patch)
     updated, origin = open_model(new), open_model(old)
     tuned = open_model(str(patch) if adapter is None else f"{old}+{patch}")
     for model in (updated, origin, tuned):
