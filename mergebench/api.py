@@ -179,6 +179,11 @@ def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bo
 
 def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Result:
     """Write `model` minus `base` as a checkpoint that a recipe can name with `task_vector:`."""
+    return run_plan(plan_task_vector(model, base, dtype=dtype), Path(out), overwrite=overwrite)
+
+
+def plan_task_vector(model: str, base: str, *, dtype: str = "float32") -> Plan:
+    """Plan what `task_vector` writes; raises `ModelError` if the models do not fit together."""
     linear = get_method("linear")
     origin = open_model(base)
     tuned = adopt(origin, open_model(model))
@@ -193,7 +198,7 @@ def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32
     )
     planned = plan_merge(merge)
     vectors = [replace(shard, metadata=VECTOR) for shard in planned.shards]
-    return run_plan(replace(planned, shards=vectors), Path(out), overwrite=overwrite)
+    return replace(planned, shards=vectors)
 
 
 def plan_fold(

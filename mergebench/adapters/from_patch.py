@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mergebench import __version__
@@ -31,12 +32,20 @@ from mergebench.errors import ModelError
 _AS_IT_IS = "use the patch as it is: MODEL+PATCH, or mergebench patch apply"
 
 
-def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: bool = False) -> Result:
+def patch_to_lora(
+    model: str,
+    patch: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
     """Write the differences in a patch as the LoRA directory `out`, at rank 1 and scale 1.
 
     The base with the LoRA equals the patched model to within one unit of the stored type: PEFT rounds the difference
-    before adding it. Raises `ModelError` if the patch belongs to another model, or changes tensors that are no module
-    in PEFT.
+    before adding it. progress: called with the modules done and the total.
+
+    Raises `ModelError` if the patch belongs to another model, or changes tensors that are no module in PEFT.
     """
     started = time.perf_counter()
     out, base, read = Path(out), open_model(model), open_patch(patch)
@@ -49,7 +58,10 @@ def patch_to_lora(model: str, patch: str | Path, out: str | Path, *, overwrite: 
     in_out = stored_in_out(base, linear)  # from all layers, because square ones do not show it
     check_target(out, [place for place in (base.directory, read.file) if place is not None], overwrite)
     with Staging(out, "", resume=False) as staging:
-        products = {modules[name]: _product(read, base, name, in_out) for name in shapes}
+        products = {}
+        for number, name in enumerate(shapes, 1):
+            products[modules[name]] = _product(read, base, name, in_out)
+            progress(number, len(shapes))
         peft_directory.write_factors(staging.directory, out, products)
         ranks = dict.fromkeys(products, 1)
         config = peft_directory.config(ranks, in_out, base)

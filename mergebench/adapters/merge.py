@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def merge_adapters(
     base: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
     """Merge LoRAs, directories or `org/name[@revision]`, into the LoRA directory `out`, which appears when complete.
 
@@ -58,7 +59,8 @@ def merge_adapters(
     iso_c, iso_cts: the merge method on each module's differences, then the best approximation by `rank` (default: the
     sum of the ranks). weights: default 1/n for linear, cat and svd, else 1. density, seed: the method's. base: the
     adapters' base model, needed if an adapter is DoRA. A module that an adapter lacks counts as zero. One adapter at
-    weight 1 is copied, if the method keeps a single model unchanged.
+    weight 1 is copied, if the method keeps a single model unchanged. progress: called with the modules done and the
+    total.
 
     Raises `RecipeError` if the settings are invalid, `ModelError` if the adapters do not fit together or are no
     difference of weights, `RunError` if the work fails.
@@ -80,10 +82,11 @@ def merge_adapters(
         else:
             create(staging.directory / WEIGHTS, shard)
             with closing(ShardFiles(staging.directory, [shard])) as written, Files() as opened:
-                for module, shape in shapes.items():
+                for number, (module, shape) in enumerate(shapes.items(), 1):
                     product = combine.merged(opened, job, module, shape, ranks[module])
                     peft_directory.put(written, module, product, module in embeddings)
                     energy[module] = product._replace(a=product.a[:0], b=product.b[:0])
+                    progress(number, len(shapes))
             config = peft_directory.merged_config(job.adapters, ranks)
             write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = _provenance(job, base, keeps_one, ranks, energy)

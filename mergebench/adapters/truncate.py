@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,11 +28,18 @@ from mergebench.engine.run import Result
 from mergebench.errors import ModelError, RecipeError, RunError
 
 
-def truncate_adapter(directory: str | Path, out: str | Path, *, budget: int | float, overwrite: bool = False) -> Result:
+def truncate_adapter(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    budget: int | float,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
     """Write the LoRA `directory` with its `budget` largest singular values as the LoRA directory `out`, at scale 1.
 
     budget: singular values in all, as an integer; or as a float, a share of those there are. A module that keeps none
-    is left out.
+    is left out. progress: called with the modules done and the total.
 
     Raises `RecipeError` if the budget is invalid, `ModelError` if it is no plain LoRA, `RunError` if it is damaged or
     not finite.
@@ -47,7 +55,7 @@ def truncate_adapter(directory: str | Path, out: str | Path, *, budget: int | fl
         )
     check_target(out, [adapter.directory], overwrite)
     with Staging(out, "", resume=False) as staging, one_thread():
-        products = _decomposed(adapter)
+        products = _decomposed(adapter, progress)
         ranks = allocate({module: _values(product) for module, product in products.items()}, count)
         kept = {module: _cut(product, ranks[module]) for module, product in products.items()}
         written = {module: product for module, product in kept.items() if ranks[module]}
@@ -103,7 +111,7 @@ def _check_plain(adapter: Adapter) -> None:
         )
 
 
-def _decomposed(adapter: Adapter) -> dict[str, Product]:
+def _decomposed(adapter: Adapter, progress: Callable[[int, int], None]) -> dict[str, Product]:
     """The product of every module by its singular triplets, the largest first."""
     products = {}
     with Files() as files:
@@ -112,6 +120,7 @@ def _decomposed(adapter: Adapter) -> dict[str, Product]:
             if not (b.isfinite().all() and a.isfinite().all()):
                 raise RunError(f"{one.a.file}: '{one.a.name}' or its B holds NaN or infinity")
             products[module] = compress(b, a, one.rank)
+            progress(len(products), len(adapter.modules))
     return products
 
 

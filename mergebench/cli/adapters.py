@@ -84,7 +84,8 @@ def merge(
 
         numbers = None if weights is None else _numbers(weights)
         how: dict[str, Any] = {"method": method, "weights": numbers, "density": density, "rank": rank, "base": base}
-        result = merge_adapters(adapters, out, **how, seed=seed or 0, overwrite=overwrite)
+        with count_bar("merging", quiet) as progress:
+            result = merge_adapters(adapters, out, **how, seed=seed or 0, overwrite=overwrite, progress=progress)
         name = result.provenance["method"]["name"]
         said = (
             f"{'copied' if result.provenance['copied'] else f'{name} in delta space'}: {kept_text(result.provenance)}"
@@ -201,7 +202,9 @@ def truncate(
     from mergebench.adapters.peft_directory import kept_text
 
     quiet = quiet or json_
-    result = truncate_adapter(adapter, out, budget=_budget(budget), overwrite=overwrite)
+    share = _budget(budget)
+    with count_bar("decomposing", quiet) as progress:
+        result = truncate_adapter(adapter, out, budget=share, overwrite=overwrite, progress=progress)
     made = result.provenance
     note(f"truncated to {made['budget']} of {made['of']}: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
     say_out(result.out, made, json_)

@@ -18,6 +18,7 @@ from mergebench.cli import (
     edit,
     evaluate,
     explain,
+    generate,
     inspect,
     mask,
     merge,
@@ -79,5 +80,6 @@ app.command("port")(port.port)
 app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
+app.command("generate")(generate.generate)
 app.command("methods")(inspect.methods)
 app.command("doctor")(doctor.doctor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import counted, note, print_table, say, say_json
+from mergebench.cli.output import count_bar, counted, note, print_table, say, say_json
 
 if TYPE_CHECKING:
     from mergebench.evaluation.weights import Difference
@@ -29,7 +29,8 @@ def diff(
     """
     from mergebench.evaluation.weights import differences
 
-    found = differences(a, b, base)
+    with count_bar("comparing", json_) as progress:
+        found = differences(a, b, base, progress)
     for name, sizes in found.left_out.items():
         note(f"not compared: {name}: {sizes}", json_)
     if json_:

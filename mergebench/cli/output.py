@@ -39,6 +39,11 @@ def say_text(text: str) -> None:
     print(text, flush=True)
 
 
+def say_part(text: str) -> None:
+    """A piece of a text of several lines, on stdout as it comes."""
+    print("\n".join(map(escaped, text.split("\n"))), end="", flush=True)
+
+
 def say_json(document: Any) -> None:
     """One JSON document, on stdout."""
     print(json.dumps(document).replace("\x7f", "\\u007f"), flush=True)

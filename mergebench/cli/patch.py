@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
-from mergebench.cli.output import byte_bar, note, say, say_json, say_left, say_out, was_there
+from mergebench.cli.output import byte_bar, count_bar, note, say, say_json, say_left, say_out, was_there
 from mergebench.errors import human
 
 app = App(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
@@ -155,9 +155,11 @@ def to_lora(
 
     Example: mergebench patch to-lora edited/patch.safetensors --model M --out lora
     """
-    from mergebench.adapters.from_patch import patch_to_lora
+    quiet = quiet or json_
+    with count_bar("converting", quiet) as progress:
+        from mergebench.adapters.from_patch import patch_to_lora  # this import takes as long as the work
 
-    result = patch_to_lora(model, patch, out, overwrite=overwrite)
+        result = patch_to_lora(model, patch, out, overwrite=overwrite, progress=progress)
     made = result.provenance
-    note(f"rank 1, {made['modules']} modules, {made['seconds']:.1f} s", quiet or json_)
+    note(f"rank 1, {made['modules']} modules, {made['seconds']:.1f} s", quiet)
     say_out(result.out, made, json_)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say, say_left
+from mergebench.cli.output import byte_bar, note, say, say_left
 from mergebench.errors import RecipeError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -27,10 +27,13 @@ def task_vector(
     Example: mergebench task-vector TUNED --base BASE --out vector
     """
     from mergebench import api
+    from mergebench.engine.run import run_plan
 
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype: '{dtype}' is not a stored type", ", ".join(DTYPES))
-    result = api.task_vector(model, base, out, dtype=dtype, overwrite=overwrite)
+    plan = api.plan_task_vector(model, base, dtype=dtype)
+    with byte_bar("subtracting", plan.bytes_read, quiet) as progress:
+        result = run_plan(plan, out, overwrite=overwrite, progress=progress)
     say_left(result.provenance, quiet)
     note(f"wrote {result.provenance['merged_tensors']} tensors in {result.provenance['seconds']:.1f} s", quiet)
     say(str(result.out))

@@ -23,6 +23,7 @@ import torch
 from mergebench.checkpoint.layouts import quiet
 from mergebench.errors import MergebenchError, ModelError, RunError, first_line, out_of_memory
 from mergebench.networks.batch import batches, run_batches
+from mergebench.networks.generation import check_finite, take_settings
 from mergebench.networks.tokenizer import no_token
 from mergebench.plugins import need
 
@@ -91,7 +92,7 @@ def ask(
     try:
         with undisturbed(SEED if seed is None else seed):
             name = task.task_name
-            _check_finite(network)
+            check_finite(network)
             task.set_fewshot_seed(seed=SEED)
             out = lm_eval.evaluate(
                 lm=_language_model()(network, n, tick),
@@ -111,14 +112,6 @@ def ask(
     return out["results"][name], sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
 
 
-def _check_finite(network: Network) -> None:
-    """Run one token through the model, to find a NaN in its weights, which the likeliest token would hide."""
-    with torch.inference_mode():
-        token = network.tokenizer.bos_token_id or network.tokenizer.eos_token_id or 0
-        if not network.module(torch.tensor([[token]], device=network.device)).logits.isfinite().all():
-            raise RunError(f"model '{network.name}': its outputs are not finite", "look for NaN or Inf in its weights")
-
-
 @cache
 def _language_model() -> Any:
     """The class; created on first use, because it needs lm-eval."""
@@ -128,7 +121,7 @@ def _language_model() -> Any:
         """lm-eval's transformers model, on a `Network`: the longest requests first, as many at once as fit."""
 
         def __init__(self, network: Network, documents: int, tick: Tick) -> None:
-            _generation_config(network)
+            take_settings(network)
             super().__init__(pretrained=network.module, tokenizer=network.tokenizer, backend="causal")
             if self.max_length < 1:  # XLNet's config says -1 for no limit
                 self._max_length = HFLM._DEFAULT_MAX_LENGTH
@@ -192,17 +185,6 @@ def _language_model() -> Any:
             return answers
 
     return Asked
-
-
-def _generation_config(network: Network) -> None:
-    """The model's own, such as the tokens that end an answer; a model built from tensors has only the config's."""
-    from transformers import GenerationConfig
-
-    if (network.directory / "generation_config.json").is_file():
-        own = GenerationConfig.from_pretrained(network.directory, local_files_only=True)
-    else:
-        own = GenerationConfig.from_model_config(network.module.config)
-    network.module.generation_config = own
 
 
 @contextmanager

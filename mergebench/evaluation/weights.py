@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from typing import NamedTuple
@@ -49,10 +49,13 @@ class Differences(NamedTuple):
     left_out: Mapping[str, str]  # embeddings and heads of other vocabularies: how many tokens each model has
 
 
-def differences(a: str, b: str, base: str | None = None) -> Differences:
+def differences(
+    a: str, b: str, base: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Differences:
     """Compare every float tensor of two models, in the memory of a few chunks.
 
-    Raises `ModelError` if a model is missing, or another tensor than those of the vocabulary does not fit.
+    progress: called with the tensors begun and the total. Raises `ModelError` if a model is missing, or another tensor
+    than those of the vocabulary does not fit.
     """
     first = open_model(a)
     others = (open_model(reference) for reference in (b, *([base] if base is not None else [])))
@@ -72,6 +75,7 @@ def differences(a: str, b: str, base: str | None = None) -> Differences:
             for span, found in zip(item.spans, _sums(values, [span.numel for span in item.spans]), strict=True):
                 before = sums.get(span.tensor, (0.0,) * len(found))
                 sums[span.tensor] = [one + more for one, more in zip(before, found, strict=True)]
+            progress(len(sums), len(plan.alignment.merged))
     rows = [_difference(name, first.tensors[name].numel, *found) for name, found in sums.items()]
     everything = [sum(column) for column in zip(*sums.values(), strict=True)]
     numel = sum(first.tensors[name].numel for name in sums)

@@ -241,6 +241,7 @@ ELSEWHERE = {
     "search": "tests/evaluation/search/test_search.py::test_the_test_table_has_everything_and_says_who_wins",
     "inspect": "tests/cli/test_cli.py::test_inspect",
     "diff": "tests/cli/test_cli.py::test_diff_by_hand",
+    "generate": "tests/networks/test_generation.py::test_the_likeliest_token_each_time",
     "methods": "tests/cli/test_cli.py::test_methods",
     "doctor": "tests/testing/test_doctor.py::test_json",
     "probe fit": "tests/editing/test_fit.py::test_equal_to_a_fit_by_hand",
