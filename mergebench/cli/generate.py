@@ -20,7 +20,7 @@ def generate(
 ) -> None:
     """Show what a language model writes after a prompt: always the likeliest token, as it comes.
 
-    Example: mergebench generate edited --prompt "Why is the sky blue?"
+    Example: mergebench generate edited --prompt Hello
 
     A prompt is put as a user's message where the model has a chat template.
     """

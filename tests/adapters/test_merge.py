@@ -354,7 +354,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         ([one, bad], 1, "'base_model.model.layer.lora_A.weight' holds NaN", "use another adapter"),
         ([bad], 1, "'base_model.model.layer.lora_A.weight' holds NaN", "use another adapter"),
         ([one, huge, "--weights", "1,1e30", "--method", "cat"], 1, "layer: the merged factors do not fit", ""),
-        ([one, tmp_path / "none"], 3, "not an adapter: no adapter_config.json", "LoRA directory as PEFT saves it"),
+        ([one, tmp_path / "none"], 3, "no such file or directory", "did you mean"),
         ([one, other, "--method", "tie"], 2, "--method: no method 'tie'", "did you mean 'ties'?"),
         ([one, other, "--method", "slerp"], 2, "--method: no method 'slerp'", "did you mean 'multislerp'?"),
         ([one, other, "--weights", "1"], 2, "--weights: 1 for 2 adapters", "0.5,0.5"),
