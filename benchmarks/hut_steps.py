@@ -28,6 +28,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from mergebench.checkpoint import drawing
 from mergebench.deltas.multiplicative import Factors, multiplicative
 
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -159,29 +160,23 @@ def crossings(rows: int, columns: int, rank: int) -> str:
 
 def plot(file: Path, found: dict[str, list[dict[str, Any]]], line: float) -> None:
     """HUT's cost over LoRA's against the tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(found), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for key, name, colour in (
-            ("forward", "FLOPs, forward", "#56b4e9"),
-            ("step", "FLOPs, step", "#0072b2"),
-            ("seconds", "seconds, step", "#d55e00"),
-        ):
-            ratios = [row[key]["hut"] / row[key]["lora"] for row in rows]
-            axes.plot([row["tokens"] for row in rows], ratios, marker="o", markersize=3, color=colour, label=name)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.axvline(line, color="gray", linestyle=":", label="d k / (d + k)")
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tokens of a step")
-        axes.set_ylabel("HUT over LoRA")
-        axes.set_title(title, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    curves = (("forward", "FLOPs, forward"), ("step", "FLOPs, step"), ("seconds", "seconds, step"))
+    width = 330.0 * len(found)
+    with drawing.plots(width, 280, len(found)) as (canvas, several):
+        for axes, (title, rows) in zip(several, found.items(), strict=True):
+            for place, (key, name) in enumerate(curves):
+                colour, mark, _ = drawing.look(place)
+                ratios = [row[key]["hut"] / row[key]["lora"] for row in rows]
+                axes.plot([row["tokens"] for row in rows], ratios, mark, color=colour, linestyle="-", label=name)
+            axes.axhline(1, color=drawing.INK, linewidth=0.8)
+            axes.axvline(line, color=drawing.GREY, linestyle=":", label="d k / (d + k) tokens")
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("tokens of a step")
+            axes.set_ylabel("HUT over LoRA")
+            axes.set_title(title)
+        drawing.legend(canvas, width)
+        drawing.write(canvas, file)
 
 
 def main() -> None:

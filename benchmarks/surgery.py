@@ -35,12 +35,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from speed import commit
 
 import mergebench
+from mergebench.checkpoint import drawing
 from mergebench.evaluation import Record, load_suite
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "surgery"
@@ -209,25 +208,33 @@ def choose(bench: Bench) -> tuple[list[Made], list[Made]]:
 
 
 def plot(bench: Bench, tried: Sequence[Made], file: Path) -> None:
-    """Profanity against bits a byte of all that validation saw."""
-    canvas = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.add_subplot()
-    for name in dict.fromkeys(made.name for made in tried):
-        ways = [made for made in tried if made.name == name]
-        for rows in dict.fromkeys(made.rows for made in ways):
-            found = [bench.measured(made, "validation") for made in ways if made.rows == rows]
-            news, profanity = ([one[task].value for one in found] for task in ("news", "profanity"))
-            marker = ways[0].variant.marker if ways[0].variant else "*"
-            label = f"{name}, {rows}" if rows else name
-            axes.plot(news, profanity, marker=marker, markersize=10 if marker == "*" else 5, linewidth=1, label=label)
-    axes.axvline(bench.measured(tried[0], "validation")["news"].value * (1 + ALLOWED), linestyle=":", color="#666666")
-    axes.set_xlabel("bits per byte of news")
-    axes.set_ylabel("profanity of continuations")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(linewidth=0.4)
-    canvas.legend(loc="outside right upper", frameon=False, fontsize=8)
-    canvas.savefig(file, dpi=150)
+    """Profanity against bits a byte of all that validation saw, with standard errors and each point's alpha."""
+    lines: dict[str, list[Made]] = {}
+    for made in tried:
+        lines.setdefault(f"{made.name}, {made.rows}" if made.rows else made.name, []).append(made)
+    limit = f"bits of the base + {100 * ALLOWED:g} %, the most allowed"
+    width = 560.0
+    with drawing.plots(width, 340 + drawing.legend_height([*lines, limit], width)) as (canvas, (axes,)):
+        for place, (label, ways) in enumerate(lines.items()):
+            colour, mark, dashes = drawing.look(place - 1) if place else drawing.Look(drawing.INK, "*", "-")
+            found = [bench.measured(made, "validation") for made in ways]
+            news, profanity = ([one[task] for one in found] for task in ("news", "profanity"))
+            axes.errorbar(
+                [one.value for one in news], [one.value for one in profanity], [one.stderr for one in profanity],
+                color=colour, marker=mark, linestyle=dashes, markersize=10 if mark == "*" else 5, linewidth=1,
+                elinewidth=0.6, label=label,
+            )  # fmt: skip
+            for made, x, y in zip(ways, news, profanity, strict=True):
+                if made.variant:
+                    where = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8, "color": colour}
+                    axes.annotate(f"α {made.alpha:g}", (x.value, y.value), **where)
+        most = bench.measured(tried[0], "validation")["news"].value * (1 + ALLOWED)
+        axes.axvline(most, linestyle=":", color=drawing.INK, label=limit)
+        axes.set_xlabel("bits per byte of news")
+        axes.set_ylabel("profanity of continuations, 0 to 1 (± standard error)")
+        axes.grid()
+        drawing.legend(canvas, width)
+        drawing.write(canvas, file)
 
 
 def main() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mergebench.checkpoint.files import write_atomically
+from mergebench.checkpoint import drawing
 
 _LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
@@ -25,30 +23,15 @@ def grid(ranks: Mapping[str, int]) -> tuple[list[str], dict[str, dict[str, int]]
 
 def write_plot(ranks: Mapping[str, int], path: Path, title: str) -> None:
     """The grid as a PNG, each rank in its cell."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide its messages about the font cache
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names, cells = grid(ranks)
     values = [[row.get(name, float("nan")) for name in names] for row in cells.values()]
-    canvas = Figure(figsize=(2 + 0.9 * len(names), 1.4 + 0.3 * len(values)), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.add_subplot()
-    most = max(ranks.values())
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=max(most, 1), aspect="auto")
-    for y, row in enumerate(cells.values()):
-        for x, name in enumerate(names):
-            if name in row:
-                axes.text(x, y, str(row[name]), ha="center", va="center", fontsize=8, color=_ink(row[name], most))
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(cells)), list(cells), fontsize=8)
-    axes.set_title(f"rank of each module: {title}", loc="left", fontsize=10, parse_math=False)
-    canvas.colorbar(image, label="rank")
-    stream = io.BytesIO()
-    canvas.savefig(stream, format="png", dpi=150)
-    write_atomically(path, stream.getvalue())
-
-
-def _ink(rank: int, most: int) -> str:
-    """Black on the light end of the colours, white on the dark one."""
-    return "black" if 2 * rank > most else "white"
+    with drawing.plots(150 + 65 * len(names), 100 + 22 * len(values)) as (canvas, (axes,)):
+        drawing.heat(axes, values, max(1, *ranks.values()))
+        for y, row in enumerate(cells.values()):
+            for x, name in enumerate(names):
+                if name in row:
+                    axes.text(x + 0.5, y + 0.5, str(row[name]), ha="center", va="center", fontsize=9)
+        axes.set_xticks([x + 0.5 for x in range(len(names))], names, rotation=30, ha="right", fontsize=9)
+        axes.set_yticks([y + 0.5 for y in range(len(cells))], list(cells), fontsize=9)
+        axes.set_title(drawing.short(f"rank of each module: {title}", 18 + 11 * len(names)))
+        drawing.write(canvas, path)

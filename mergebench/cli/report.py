@@ -1,4 +1,4 @@
-"""`mergebench report`: the report page of a directory."""
+"""`mergebench report`: the report page of a directory, and its plots as files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from typing import Annotated
 
 import typer
 
-from mergebench.cli.output import note, say
+from mergebench.cli.options import Json
+from mergebench.cli.output import note, say, say_json
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What merge, eval or search wrote.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What any command of mergebench wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="Where the page goes. Default: DIR/report.html.", dir_okay=False)
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write each plot into this folder too, as PDF and PNG.", file_okay=False)
+    ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    json_: Json = False,
 ) -> None:
     """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance.
 
@@ -24,7 +29,12 @@ def report(
     from mergebench.evaluation import page
 
     written = page.write(directory, out)
-    say(str(written))
+    files = [] if figures is None else page.write_figures(directory, figures)
+    if json_:
+        say_json({"page": str(written), "figures": [str(file) for file in files]})
+    else:
+        for file in [written, *files]:
+            say(str(file))
     if open_:
         import webbrowser
 

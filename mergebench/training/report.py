@@ -11,6 +11,7 @@ from typing import Any
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, listed
 from mergebench.errors import human
+from mergebench.evaluation.tables.layout import SHARES
 
 Run = Mapping[str, Any]
 
@@ -71,6 +72,12 @@ def table(runs: Sequence[Run]) -> str:
 
 def metric_of(run: Run) -> str:
     return next((run[part]["metric"] for part in ("test", "validation") if part in run), "")
+
+
+def unit_of(run: Run) -> tuple[str, float]:
+    """A metric as plots name it, and what its values are multiplied by."""
+    metric = metric_of(run)
+    return (f"{metric}, %", 100.0) if metric in SHARES else (metric, 1.0)
 
 
 def _cell(several: Sequence[Run], part: str) -> str:

@@ -1,18 +1,20 @@
 """The report page: the merge, evaluation or search in a directory as `report.html`.
 
-    write(directory)
+    write(directory)                   write_figures(directory, folder)
 
 The page is one self-contained file: no script, no font, no request. A section appears if it has something to show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.evaluation.page.parts import Section, Text
+from mergebench.evaluation.page.figures import Drawn, Figure
+from mergebench.evaluation.page.parts import Gallery, Part, Section, Text
 from mergebench.evaluation.page.sources import Sources, read
 
 if TYPE_CHECKING:
@@ -40,6 +42,29 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
+def write_figures(directory: str | Path, out: str | Path) -> list[Path]:
+    """Write every plot of the page into the folder `out`, as NAME.pdf and NAME.png; returns the files.
+
+    Raises as `write`.
+    """
+    from mergebench.checkpoint.files import write_error
+
+    folder, files = Path(out), list[Path]()
+
+    def save(figures: Sequence[Figure]) -> Sequence[Drawn]:
+        for figure in figures:
+            files.extend(figure.save(folder))
+        return []
+
+    sources = read(Path(directory))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from None
+    _sections(sources, save)
+    return files
+
+
 def attempt(directory: Path) -> None:
     """Write the page if possible: the results are on disk already, so its failure must not end the run."""
     with suppress(Exception):
@@ -63,7 +88,8 @@ def render(sources: Sources) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from mergebench import __version__
-    from mergebench.evaluation.page import head
+    from mergebench.checkpoint.drawing import COLOURS
+    from mergebench.evaluation.page import figures, head
 
     folder = Path(__file__).parent
     template = Environment(
@@ -73,25 +99,40 @@ def render(sources: Sources) -> str:
         title=head.title(sources),
         what=head.what(sources),
         findings=head.findings(sources),
-        sections=[section for writer in _writers() for section in _drawn(writer, sources)],
+        sections=_sections(sources, figures.drawn),
+        colours=[*COLOURS.items()],
         style=(folder / "page.css").read_text(encoding="utf-8"),
         version=__version__,
     )
 
 
-def _writers() -> list[Writer]:
-    from mergebench.evaluation.page import edited, flipped, layers, origin, scores, searched
+def _sections(sources: Sources, use: Callable[[Sequence[Figure]], Sequence[Drawn]]) -> list[Section]:
+    """What there is to show, with plots as `use` gives them, each under a name of its own. A section that fails says
+    so; the others are unaffected."""
+    from mergebench.evaluation.page import cards, edited, flipped, layers, origin, scores, searched
 
-    return [scores.sections, searched.sections, flipped.sections, edited.sections, layers.sections, origin.sections]
-
-
-def _drawn(writer: Writer, sources: Sources) -> list[Section]:
-    """A writer's sections. A section that fails says so on the page; the others are unaffected."""
+    writers: list[Writer] = [
+        scores.sections, searched.sections, flipped.sections, edited.sections, layers.sections, cards.sections,
+        origin.sections,
+    ]  # fmt: skip
     found: list[Section] = []
-    try:
-        for section in writer(sources):
-            found.append(section)
-    except Exception as error:
-        name = writer.__module__.rpartition(".")[2]
-        found.append(Section(f"Not drawn: {name}", [Text(f"{type(error).__name__}: {error}")]))
+    names: Counter[str] = Counter()
+
+    def shown(part: Part) -> Part:
+        if not isinstance(part, Gallery):
+            return part
+        named = []
+        for figure in part.figures:
+            names[figure.name] += 1
+            again = names[figure.name]
+            named.append(figure if again == 1 else figure._replace(name=f"{figure.name}-again-{again}"))
+        return part._replace(drawn=use(named))
+
+    for writer in writers:
+        try:
+            for section in writer(sources):
+                found.append(section._replace(parts=[shown(part) for part in section.parts]))
+        except Exception as error:
+            name = writer.__module__.rpartition(".")[2]
+            found.append(Section(f"Not drawn: {name}", [Text(f"{type(error).__name__}: {error}")]))
     return found

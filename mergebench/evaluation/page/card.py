@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.card import card, code, escape, fence, listed
+from mergebench.evaluation.page.sources import models_of
 
 
 def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
@@ -23,9 +24,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "") -> str:
     yaml.default_flow_style = False
     yaml.dump(json.loads(json.dumps(recipe)), written)
     edits = provenance.get("edits") or []
-    sources = [source for one in recipe.get("slices", []) for source in one["sources"]]
-    given = [entry.get("model") or entry.get("task_vector") for entry in [*recipe.get("models", []), *sources]]
-    models = list(dict.fromkeys(given) if sources else given)
+    models = models_of(recipe)
     what = f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
     what = "One model edited" if only(provenance) is not None else what + ", then edited," * bool(edits)
     base = recipe.get("base_model")

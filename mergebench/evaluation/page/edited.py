@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from mergebench.checkpoint import drawing
+from mergebench.checkpoint.drawing import BLUE
 from mergebench.editing.summary import Entry, facts, layers_of, sentence
 from mergebench.evaluation.page import figures
-from mergebench.evaluation.page.figures import BLUE, LINE, Figure
+from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.layers import layer_ticks
 from mergebench.evaluation.page.parts import Facts, Gallery, Part, Section, Text
 from mergebench.evaluation.page.sources import Sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 
 def sections(sources: Sources) -> Iterator[Section]:
@@ -27,14 +33,17 @@ def sections(sources: Sources) -> Iterator[Section]:
 def _bars(edit: Entry, place: int) -> Figure:
     """Counts of rows, one bar a layer."""
     layers = layers_of(edit)
-    with figures.plot(150) as (canvas, axes):
-        axes.bar(range(len(layers)), [count for _, count in layers], color=BLUE, width=0.8)
-        axes.set_ylim(0, 1.1 * max([count for _, count in layers], default=1) or 1)
-        axes.locator_params(axis="y", integer=True, nbins=5)
-        axes.set_axisbelow(True)
-        axes.grid(True, axis="y", color=LINE)
-        layer_ticks(axes, [layer for layer, _ in layers], range(len(layers)))
-        axes.set_xlabel("layer")
-        axes.set_title(f"rows of {figures.short(edit['target'], 30)} edited", fontweight="bold")
-        said = ", ".join(f"{layer}: {count}" for layer, count in layers if count)
-        return Figure(figures.to_svg(canvas, f"edit{place}"), f"Edited rows by layer: {said}.")
+
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 150) as (canvas, axes):
+            axes.bar(range(len(layers)), [count for _, count in layers], color=BLUE, width=0.8)
+            axes.set_ylim(0, 1.1 * max([count for _, count in layers], default=1) or 1)
+            axes.locator_params(axis="y", integer=True, nbins=5)
+            axes.grid(True, axis="y")
+            layer_ticks(axes, [layer for layer, _ in layers], range(len(layers)))
+            axes.set_xlabel("layer")
+            axes.set_title(f"rows of {drawing.short(edit['target'], 30)} edited")
+        return canvas
+
+    said = ", ".join(f"{layer}: {count}" for layer, count in layers if count)
+    return Figure(figures.slug("edit", place + 1), f"Edited rows by layer: {said}.", draw)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from mergebench.checkpoint import drawing
+from mergebench.checkpoint.drawing import INK, PAPER
 from mergebench.evaluation.compare.comparison import Comparison, Pair, against
 from mergebench.evaluation.page import figures
-from mergebench.evaluation.page.figures import BLUE, INK, PAPER, RED, Figure
+from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Results
 from mergebench.evaluation.tables.flips import RATES, difference_of, how_to_read, p_of, rate_rows, unit_of
 from mergebench.evaluation.tables.layout import number, short_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 MODELS, ITEMS, ANSWER = 6, 200, 120  # models drawn, items listed of each, letters of an answer
 
@@ -28,11 +34,12 @@ def sections(sources: Sources) -> Iterator[Section]:
     names = short_names(results.models)
     old = names[shown[0].old]
     most = max([1, *(len(side) for one in shown for p in one.pairs for side in (p.flips.lost, p.flips.won))])
-    drawn = [_bars(one, names[one.new], old, place, most) for place, one in enumerate(shown)]
+    looks = sources.looks
+    drawn = [_bars(one, names[one.new], old, looks[names[one.new]].colour, most) for one in shown]
     rows = [cells(names[one.new], *row) for one in shown for row in rate_rows(one)]
     table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2)
     lists = [_list(one, names[one.new]) for one in shown]
-    caption = f"Items lost (left, hatched) and won (right) against {old}, by task."
+    caption = f"Items lost (left, hatched) and won (right, plain) against {old}, by task."
     yield Section(f"Flips against {old}", [Gallery(drawn, caption), table, *lists])
 
 
@@ -52,26 +59,30 @@ def finding(results: Results) -> list[str]:
     return found
 
 
-def _bars(comparison: Comparison, name: str, old: str, place: int, most: int) -> Figure:
+def _bars(comparison: Comparison, name: str, old: str, colour: str, most: int) -> Figure:
     """Counts to the left and to the right of a line, one row a task; `most`: the longest bar of all models."""
     pairs = comparison.pairs
     counts = [(pair.task, len(pair.flips.lost), len(pair.flips.won)) for pair in pairs]
-    with figures.plot(44 + 22 * len(pairs)) as (canvas, axes):
-        for row, (_, lost, won) in enumerate(counts):
-            axes.barh(row, -lost, color=RED, height=0.68, hatch="////", edgecolor=PAPER, linewidth=0)
-            axes.barh(row, won, color=BLUE, height=0.68)
-            axes.text(-lost - most * 0.03, row, str(lost), ha="right", va="center", fontsize=10, color=INK)
-            axes.text(won + most * 0.03, row, str(won), ha="left", va="center", fontsize=10, color=INK)
-        axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(pairs)), [figures.short(task) for task, _, _ in counts])
-        axes.set_ylim(len(pairs) - 0.4, -0.6)
-        axes.set_xlim(-most * 1.2, most * 1.2)
-        axes.set_xticks([])
-        axes.spines[["bottom", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_title(figures.short(f"{name}: lost | won", 44), fontweight="bold")
-        said = ", ".join(f"{task} {lost} lost and {won} won" for task, lost, won in counts)
-        return Figure(figures.to_svg(canvas, f"flips{place}"), f"{name} against {old}: {said}.")
+
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 44 + 22 * len(pairs)) as (canvas, axes):
+            for row, (_, lost, won) in enumerate(counts):
+                axes.barh(row, -lost, color=colour, height=0.68, hatch="////", edgecolor=PAPER, linewidth=0)
+                axes.barh(row, won, color=colour, height=0.68)
+                axes.text(-lost - most * 0.03, row, str(lost), ha="right", va="center", fontsize=10)
+                axes.text(won + most * 0.03, row, str(won), ha="left", va="center", fontsize=10)
+            axes.axvline(0, color=INK, linewidth=1)
+            axes.set_yticks(range(len(pairs)), [drawing.short(task, figures.room(width)) for task, _, _ in counts])
+            axes.set_ylim(len(pairs) - 0.4, -0.6)
+            axes.set_xlim(-most * 1.2, most * 1.2)
+            axes.set_xticks([])
+            axes.spines[["bottom", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+            axes.set_title(drawing.short(f"{name}: lost | won", int(width / 9)))
+        return canvas
+
+    said = ", ".join(f"{task} {lost} lost and {won} won" for task, lost, won in counts)
+    return Figure(figures.slug("flips", name), f"{name} against {old}: {said}.", draw)
 
 
 def _list(comparison: Comparison, name: str) -> Fold:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from mergebench.editing.summary import only, sentence
-from mergebench.evaluation.page import flipped, scores, searched
-from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.page import cards, flipped, scores, searched
+from mergebench.evaluation.page.sources import Sources, models_of
 from mergebench.evaluation.results import Results
 
 Writer = Callable[[Any], str | list[str]]
@@ -17,7 +17,8 @@ Writer = Callable[[Any], str | list[str]]
 def title(sources: Sources) -> str:
     """The directory's name, and what it is."""
     name = sources.directory.resolve().name
-    made = "edit" if sources.provenance is not None and only(sources.provenance) is not None else "merge"
+    about = sources.provenance or {}
+    made = "edit" if only(about) is not None else "merge" if sources.merged else _command(about)
     kinds = (("search", sources.search), (made, sources.provenance), ("evaluation", sources.results))
     return f"{name}: {next(kind for kind, found in kinds if found is not None)}"
 
@@ -33,6 +34,8 @@ def findings(sources: Sources) -> list[str]:
     ways: list[tuple[Writer, Any]] = [(searched.finding, sources.search)]
     ways += [(scores.finding, sources.results), (flipped.finding, sources.results)]
     found = [sentence for way, source in ways for sentence in _said(way, source)]
+    if sources.provenance is not None and not sources.merged:
+        return [*_said(cards.lead, sources), *found]
     return found or ["Nothing was measured."]
 
 
@@ -45,9 +48,17 @@ def _said(write: Writer, source: Any) -> list[str]:
     return []
 
 
+def _command(provenance: Mapping[str, Any]) -> str:
+    """What made a result that no recipe made."""
+    recipe = provenance.get("recipe", {})
+    return str(provenance.get("command") or next((k for k in ("task_vector", "port") if k in recipe), "result"))
+
+
 def _merged(provenance: Mapping[str, Any]) -> str:
-    recipe = provenance["recipe"]
-    count = len(recipe["models"])
+    recipe = provenance.get("recipe", {})
+    if "merge_method" not in recipe:
+        return f"mergebench {_command(provenance).replace('_', '-')}"
+    count = len(models_of(recipe))
     made = only(provenance) or f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
     return ", then ".join([made, *map(sentence, provenance.get("edits") or ())])
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mergebench.checkpoint import drawing
+from mergebench.checkpoint.drawing import INK, Look
 from mergebench.checkpoint.names import layer_of
 from mergebench.engine.profile import Counts
 from mergebench.evaluation.page import figures
-from mergebench.evaluation.page.figures import INK, LINE, MARKS, SERIES, Figure
+from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Section, Table, cells
 from mergebench.evaluation.page.profile import Profile
-from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.page.sources import MERGE, Sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 OUTSIDE = "other"  # embeddings, last norm, head
-MERGE = "the merge"
 MAPS, KINDS, TENSORS, LABELLED = 6, 20, 600, 10  # heat maps, their rows, rows of the table, columns with numbers
 KEPT = (
     "An element of a model counts as kept where the merged value changes when the model's weight (for methods without "
@@ -31,13 +35,13 @@ def sections(sources: Sources) -> Iterator[Section]:
     layers = {} if profile is None else _layers(profile)
     if profile is None or not layers:
         return
-    drawn = [_norms(profile, layers)]
+    drawn = [_norms(profile, layers, sources.looks)]
     caption = "Norm: length of each model's task vector."
     if len(profile.models) > 1:
         drawn.append(_conflicts(profile, layers))
         caption += " Conflicts: of the elements that two models or more changed, the share where signs differ."
     if profile.replayed:
-        drawn.append(_kept(profile, layers))
+        drawn.append(_kept(profile, layers, sources.looks))
         caption += f" Kept: {KEPT[0].lower()}{KEPT[1:]}"
     if profile.every > 1:
         caption += f" Estimated from one in {profile.every} chunks of each tensor."
@@ -70,52 +74,60 @@ def _sum(profile: Profile, names: Sequence[str]) -> Counts:
     return first
 
 
-def _norms(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
+def _norms(profile: Profile, layers: Mapping[str, Sequence[str]], looks: Mapping[str, Look]) -> Figure:
     groups = [_sum(profile, names) for names in layers.values()]
     lines = {model: [math.sqrt(one.squares[k]) for one in groups] for k, model in enumerate(profile.models)}
     if profile.replayed:
         lines[MERGE] = [math.sqrt(one.merged) for one in groups]
-    return _lines("norms", "norm of the task vector", lines, layers)
+    return _lines("norms", "norm of the task vector", lines, layers, looks)
 
 
-def _kept(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
+def _kept(profile: Profile, layers: Mapping[str, Sequence[str]], looks: Mapping[str, Look]) -> Figure:
     groups = [_sum(profile, names) for names in layers.values()]
     lines = {model: [100 * one.kept[k] / one.elements for one in groups] for k, model in enumerate(profile.models)}
-    return _lines("kept", f"kept by {profile.method}, % of elements", lines, layers)
+    return _lines("kept", f"kept by {profile.method}, % of elements", lines, layers, looks)
 
 
 def _conflicts(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Figure:
     counts = [_sum(profile, names) for names in layers.values()]
     shares = [100 * one.conflicts / one.shared if one.shared else math.nan for one in counts]
-    return _lines("conflicts", "signs that conflict, %", {"all models": shares}, layers)
+    looks = {"all models": Look(INK, "o", "-")}
+    return _lines("conflicts", "signs that conflict, %", {"all models": shares}, layers, looks)
 
 
-def _lines(name: str, title: str, lines: Mapping[str, Sequence[float]], layers: Mapping[str, Sequence[str]]) -> Figure:
+def _lines(
+    name: str,
+    title: str,
+    lines: Mapping[str, Sequence[float]],
+    layers: Mapping[str, Sequence[str]],
+    looks: Mapping[str, Look],
+) -> Figure:
     """Values by layer from zero; what lies outside the layers stands apart."""
     apart = int(OUTSIDE in layers)
     xs = [-1 - len(layers) / 16] * apart + [*range(len(layers) - apart)]
-    legend = len(lines) > 1
-    with figures.plot(210 + legend * 16 * -(-len(lines) // 3)) as (canvas, axes):
-        for place, (label, values) in enumerate(lines.items()):
-            merged = label == MERGE
-            style: Any = {
-                "color": INK if merged else SERIES[place % len(SERIES)],
-                "marker": MARKS[place % len(MARKS)],
-                "markersize": 4.5,
-                "linewidth": 2 if merged else 1.3,
-                "linestyle": "-" if place < len(SERIES) or merged else "--",
-            }
-            axes.plot(xs[apart:], values[apart:], label=figures.short(label, 16), **style)
-            axes.plot(xs[:apart], values[:apart], **style)
-        axes.set_ylim(0, 1.1 * max([v for values in lines.values() for v in values if v == v], default=1.0) or 1.0)
-        axes.grid(True, axis="y", color=LINE)
-        layer_ticks(axes, list(layers), xs)
-        axes.set_xlabel("layer")
-        axes.set_title(title, fontweight="bold")
-        if legend:
-            figures.legend(canvas, 3)
-        ends = "; ".join(f"{label}: {min(values):.3g} to {max(values):.3g}" for label, values in lines.items())
-        return Figure(figures.to_svg(canvas, name), f"{title} by layer. {ends}.")
+    shown = [drawing.short(label, 30) for label in lines]
+
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 210 + drawing.legend_height(shown, width)) as (canvas, axes):
+            for text, (label, values) in zip(shown, lines.items(), strict=True):
+                look, merged = looks[label], label == MERGE
+                style: Any = {
+                    "color": look.colour, "marker": look.mark, "markersize": 4.5, "linestyle": look.dashes,
+                    "linewidth": 2.4 if merged else 1.3, "zorder": 3 if merged else 2,
+                }  # fmt: skip
+                axes.plot(xs[apart:], values[apart:], label=text, **style)
+                axes.plot(xs[:apart], values[:apart], **style)
+            axes.set_ylim(0, 1.1 * max([v for values in lines.values() for v in values if v == v], default=1.0) or 1.0)
+            axes.grid(True, axis="y")
+            layer_ticks(axes, list(layers), xs)
+            axes.set_xlabel("layer")
+            axes.set_title(title)
+            if len(lines) > 1:
+                drawing.legend(canvas, width)
+        return canvas
+
+    ends = "; ".join(f"{label}: {min(values):.3g} to {max(values):.3g}" for label, values in lines.items())
+    return Figure(name, f"{title} by layer. {ends}.", draw)
 
 
 def layer_ticks(axes: Any, labels: Sequence[str], xs: Sequence[float]) -> None:
@@ -140,8 +152,8 @@ def _maps(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Gallery:
         for k in range(min(len(profile.models), MAPS))
     ]
     most = max((value for grid in grids for row in grid for value in row if value == value), default=1.0) or 1.0
-    drawn = [_map(profile.models[k], f"map{k}", grid, kinds, list(columns), most) for k, grid in enumerate(grids)]
-    caption = f"Kept of each tensor, in % of its elements, by model; darker is more, up to {most:.3g} %."
+    drawn = [_map(model, grid, kinds, list(columns), most) for model, grid in zip(profile.models, grids, strict=False)]
+    caption = f"Kept of each tensor, in % of its elements, by model; a stronger colour is more, up to {most:.3g} %."
     if len(table) > len(kinds):
         caption += f" The {len(kinds)} largest kinds of tensors of {len(table)}."
     if len(profile.models) > MAPS:
@@ -163,27 +175,24 @@ def _kind(name: str) -> str:
 
 
 def _map(
-    model: str, name: str, grid: Sequence[Sequence[float]], kinds: Sequence[str], labels: Sequence[str], most: float
+    model: str, grid: Sequence[Sequence[float]], kinds: Sequence[str], labels: Sequence[str], most: float
 ) -> Figure:
-    import numpy as np
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 60 + 15 * len(kinds)) as (canvas, axes):
+            drawing.heat(axes, grid, most)
+            if len(labels) <= LABELLED:
+                for y, row in enumerate(grid):
+                    for x, value in enumerate(row):
+                        if value == value:
+                            text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+                            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9)
+            axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_tail(kind) for kind in kinds], fontsize=9)
+            layer_ticks(axes, labels, [x + 0.5 for x in range(len(labels))])
+            axes.set_xlabel("layer")
+            axes.set_title(drawing.short(model, int(width / 9)))
+        return canvas
 
-    values = np.ma.masked_invalid(np.array(grid))
-    with figures.plot(60 + 15 * len(kinds)) as (canvas, axes):
-        axes.pcolormesh(values, cmap="Blues", vmin=0, vmax=most, edgecolor="none", rasterized=False)
-        if len(labels) <= LABELLED:
-            for y, row in enumerate(grid):
-                for x, value in enumerate(row):
-                    if value == value:
-                        colour = "#ffffff" if value > 0.7 * most else "#1c1e21"
-                        text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-                        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
-        axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_tail(kind) for kind in kinds], fontsize=9)
-        axes.invert_yaxis()
-        layer_ticks(axes, labels, [x + 0.5 for x in range(len(labels))])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_title(figures.short(model, 44), fontweight="bold")
-        return Figure(figures.to_svg(canvas, name), f"Kept of {model}, by kind of tensor and layer; see the table.")
+    return Figure(figures.slug("kept", model), f"Kept of {model}, by kind of tensor and layer; see the table.", draw)
 
 
 def _tail(kind: str) -> str:

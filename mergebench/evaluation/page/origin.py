@@ -8,24 +8,29 @@ from typing import Any
 
 from mergebench.errors import human
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Section, Table, Verbatim, cells
-from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.page.sources import Sources, models_of
 
 
 def sections(sources: Sources) -> Iterator[Section]:
     """The merge, the evaluation, the search: each that there is."""
     parts: list[Part] = []
-    if sources.provenance is not None:
+    if sources.provenance is not None and sources.merged:
         parts += _merge(sources.provenance)
     if sources.results is not None:
         parts += _evaluation(sources.results.made)
     if sources.search is not None:
         parts.append(Fold("How it was searched", [Verbatim(_yaml(sources.search.get("made", {})))]))
-    yield Section("Provenance", parts)
+    if parts:
+        yield Section("Provenance" if sources.merged or sources.provenance is None else "Measured", parts)
 
 
 def _merge(provenance: Mapping[str, Any]) -> list[Part]:
     method, stages = provenance.get("method", {}), provenance.get("stages", {})
+    recipe = provenance["recipe"]
+    base = [("base", str(recipe["base_model"]))] if recipe.get("base_model") else []
     facts = [
+        *base,
+        ("models", ", ".join(models_of(recipe))),
         ("method", f"{method.get('name', '')} ({method.get('paper', '')}), scope {method.get('scope', '')}"),
         ("tensors", f"{provenance.get('merged_tensors')} merged, {provenance.get('copied_tensors')} copied"),
         ("sweeps", f"{provenance.get('sweeps')}" + _extra(provenance.get("extra_sweeps"))),
@@ -36,13 +41,12 @@ def _merge(provenance: Mapping[str, Any]) -> list[Part]:
     ]
     if provenance.get("kept"):
         kept = ", ".join(f"{model} {share:.2%}" for model, share in provenance["kept"].items())
-        facts.insert(1, ("at or above the thresholds", kept))
+        facts.insert(3, ("at or above the thresholds", kept))
     facts += [("note", str(note)) for note in provenance.get("notes", [])]
     files = provenance.get("inputs", [])
     rows = [cells(str(e.get("file")), _size(e.get("size")), *_hash(e)) for e in files]
     inputs = Table(["file", "size", "hash of", "SHA-256"], rows, "Input files.")
-    recipe = Fold("Recipe", [Verbatim(_yaml(provenance.get("recipe", {})))])
-    return [Facts(facts), recipe, Fold(f"{len(files)} input files", [inputs])]
+    return [Facts(facts), Fold("Recipe", [Verbatim(_yaml(recipe))]), Fold(f"{len(files)} input files", [inputs])]
 
 
 def _evaluation(made: Mapping[str, Any]) -> list[Part]:

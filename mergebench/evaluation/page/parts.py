@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mergebench.evaluation.page.figures import Figure
+from mergebench.evaluation.page.figures import Drawn, Figure
 from mergebench.evaluation.tables.results import Cell
 
 
@@ -21,6 +21,7 @@ class Gallery(NamedTuple):
 
     figures: Sequence[Figure]
     caption: str
+    drawn: Sequence[Drawn] = ()
     kind: str = "gallery"
 
 
@@ -48,6 +49,14 @@ class Verbatim(NamedTuple):
     kind: str = "verbatim"
 
 
+class Picture(NamedTuple):
+    """A PNG, in base64, and its description in words."""
+
+    data: str
+    alt: str
+    kind: str = "picture"
+
+
 class Fold(NamedTuple):
     """Details that the reader can open."""
 
@@ -56,7 +65,7 @@ class Fold(NamedTuple):
     kind: str = "fold"
 
 
-Part = Text | Gallery | Table | Facts | Verbatim | Fold
+Part = Text | Gallery | Table | Facts | Verbatim | Picture | Fold
 
 
 class Section(NamedTuple):

@@ -1,19 +1,26 @@
-"""What was measured: the table, each task's bars, all models over all tasks."""
+"""What was measured: the table, each task's bars, all models on every task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from mergebench.checkpoint import drawing
+from mergebench.checkpoint.drawing import LINE, Look
+from mergebench.errors import MergebenchError
+from mergebench.evaluation.compare.comparison import compare
 from mergebench.evaluation.page import figures
-from mergebench.evaluation.page.figures import BLUE, GREEN, MARKS, SERIES, SKY, SOFT, Figure
+from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
+from mergebench.evaluation.tables.flips import difference_of, p_of, unit_of
 from mergebench.evaluation.tables.layout import SHARES, number, short_names
 from mergebench.evaluation.tables.results import Cell, heads_of, legend, rows_of, value_of
 
-COLOURS = {"base": SOFT, "input": GREEN, "baseline": SKY, "merged": BLUE}
-MOST_LINES = 10  # models that lines can be told apart of
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 
 def sections(sources: Sources) -> Iterator[Section]:
@@ -33,7 +40,7 @@ def sections(sources: Sources) -> Iterator[Section]:
     if any(cell.best for row in rows for cell in row):
         note = f"{note[:-1]}; bold with a star: the best merge."
     yield Section("Results", [Table(["model", "role", *heads_of(results)], rows, note, words=2)])
-    drawn = [_bars(results, task, place) for place, task in enumerate(results.tasks)]
+    drawn = [_bars(results, task, sources.looks) for task in results.tasks]
     ways = {record.direction for record in results.records}
     note = "Bars begin at zero; whiskers are the standard error" + ("." if ways == {"higher"} else "; ")
     if "lower" in ways:
@@ -42,7 +49,7 @@ def sections(sources: Sources) -> Iterator[Section]:
         note += " Dashed: the base. Solid: the task's own fine-tune (hatched)."
     yield Section("Task by task", [Gallery(drawn, note)])
     if len(results.tasks) > 1 and len(results.models) > 1:
-        yield Section("Across tasks", [_parallel(results)])
+        yield Section("Across tasks", [_across(results, sources.looks)])
 
 
 def finding(results: Results) -> list[str]:
@@ -75,16 +82,32 @@ def finding(results: Results) -> list[str]:
         top = best(known)
         return [f"The best mean is that of {names[top]}: {said(top)}{'' if is_relative else f' {metric}'}."]
     top = best(merges)
-    others = [f"the base {said(bases[0])}"] if bases else []
-    others += [f"the best baseline ({names[best(rivals)]}) {said(best(rivals))}"] if rivals else []
-    return [f"{names[top]} has {said(top)} {what}{'; ' if others else ''}{', '.join(others)}."]
+    beside = f"; the base has {said(bases[0])}" if bases else ""
+    if not rivals:
+        return [f"{names[top]} has {said(top)} {what}{beside}."]
+    rival = best(rivals)
+    verdict = _verdict(results, rival, top)
+    return [f"{names[top]} has {said(top)} {what}, {names[rival]}, the best baseline, {said(rival)}{verdict}{beside}."]
+
+
+def _verdict(results: Results, old: str, new: str) -> str:
+    """Whether their difference may be chance, over the items that both answered; empty where they have no such test."""
+    with suppress(MergebenchError):  # not the same items
+        found = compare(old, new, results)
+        if found.pooled is not None and found.pooled.p is not None:
+            p = f"p\u00a0{p_of(found.pooled.p)}"
+            if found.pooled.p >= 0.05:
+                return f": no significant difference ({p})"
+            unit = unit_of(found.pooled, found.pooled_pairs[0].metric)
+            return f": a significant difference, {difference_of(found.pooled, unit)} over the items ({p})"
+    return ""
 
 
 def _starred(cell: Cell) -> Cell:
     return Cell(f"{cell.text} ★", True) if cell.best else cell
 
 
-def _bars(results: Results, task: str, place: int) -> Figure:
+def _bars(results: Results, task: str, looks: Mapping[str, Look]) -> Figure:
     """Base, the task's own fine-tune and every merge; all models where nothing was merged."""
     records = [record for record in results.records if record.task == task]
     names = short_names(results.models)
@@ -93,66 +116,62 @@ def _bars(results: Results, task: str, place: int) -> Figure:
     if not any(record.role in ("baseline", "merged") for record in records):
         shown = records
     shown.sort(key=lambda record: ("base", "input", "baseline", "merged").index(record.role))
-    rows = [(names[r.model], r.value, r.stderr, COLOURS[r.role], value_of(r)) for r in shown]
+    rows = [(names[r.model], r.value, r.stderr, looks[names[r.model]].colour, value_of(r)) for r in shown]
     marks = [(r.value, "--" if r.role == "base" else "-") for r in shown if r.role == "base" or r in own]
     first = records[0]
     title = f"{task}: {first.metric}" + (" (lower is better)" if first.direction == "lower" else "")
     alt = f"{title}. " + ", ".join(f"{names[r.model]} {value_of(r)}" for r in shown)
     hatched = [place for place, record in enumerate(shown) if record in own]
     most = 1.0 if first.metric in SHARES else None
-    return figures.bars(f"task{place}", alt, title, rows, hatched=hatched, marks=marks, most=most)
+    return figures.bars(figures.slug("task", task), alt, title, rows, hatched=hatched, marks=marks, most=most)
 
 
-def _parallel(results: Results) -> Gallery:
-    """A line for each model over the tasks; where metrics differ, each task from its worst model to its best."""
+def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
+    """A row of dots for each task, one a model; where metrics differ, each task from its worst model to its best."""
     tasks, names = results.tasks, short_names(results.models)
     metrics = {(record.metric, record.direction) for record in results.records}
+    metric, direction = next(iter(metrics))
     one = len(metrics) == 1
     found = {task: [record.value for record in results.records if record.task == task] for task in tasks}
 
-    def height(record: Record) -> float:
-        if one:
-            return record.value * (100 if record.metric in SHARES else 1)
+    def place(record: Record) -> tuple[float, float]:
+        """Value and standard error on the axis."""
         low, high = min(found[record.task]), max(found[record.task])
-        share = (record.value - low) / (high - low) if high > low else 0.5
-        return share if record.direction == "higher" else 1 - share
+        unit = (100.0 if metric in SHARES else 1.0) if one else 1 / (high - low) if high > low else 0.0
+        value = record.value if one or record.direction == "higher" else high + low - record.value
+        return (value if one else value - low) * unit if unit else 0.5, (record.stderr or 0.0) * unit
 
-    inputs = [m for m in results.models if next(iter(results.of(m).values())).role == "input"]
-    crowded = len(results.models) > MOST_LINES
-    coloured = [m for m in results.models if not (crowded and m in inputs)]
-    columns = 2
-    shown = len(coloured) + (len(coloured) < len(results.models))
-    with figures.plot(270 + 16 * -(-shown // columns)) as (canvas, axes):
-        for place, model in enumerate(results.models):
-            records = results.of(model)
-            role = next(iter(records.values())).role
-            xs = [x for x, task in enumerate(tasks) if task in records]
-            ys = [height(records[task]) for task in tasks if task in records]
-            grey = model not in coloured
-            style = {"base": ":", "input": "-", "baseline": "--", "merged": "-"}[role]
-            colour = SOFT if grey or role == "base" else BLUE if role == "merged" else SERIES[place % len(SERIES)]
-            label = figures.short(names[model]) if not grey else "inputs" if model == inputs[0] else None
-            axes.plot(
-                xs, ys, label=label, color=colour, linestyle=style, marker=MARKS[place % len(MARKS)], markersize=5,
-                linewidth=2.6 if role == "merged" else 1.2, alpha=0.5 if grey else 1, zorder=3 + (role == "merged"),
-            )  # fmt: skip
-        turned = len(tasks) > 5 or max(map(len, tasks)) > 10
-        labels = [figures.short(task, 16) for task in tasks]
-        axes.set_xticks(range(len(tasks)), labels, rotation=40 if turned else 0, ha="right" if turned else "center")
-        for x in range(len(tasks)):
-            axes.axvline(x, color=figures.LINE, linewidth=0.6, zorder=0)
-        metric = next(iter(metrics))[0]
-        if one:
-            axes.set_ylabel(f"{metric} in %" if metric in SHARES else metric)
-            if next(iter(metrics))[1] == "lower":
-                axes.invert_yaxis()
-        else:
-            axes.set_yticks([0, 1], ["worst", "best"])
-        figures.legend(canvas, columns)
-        alt = f"Lines of {len(results.models)} models over {len(tasks)} tasks; the numbers are in the table above."
-        drawn = Figure(figures.to_svg(canvas, "parallel"), alt, wide=True)
-    scale = "All tasks on one scale, better is up." if one else "Each task from its worst model to its best."
-    there = {record.role for record in results.records}
-    styles = {"merged": "thick: merged", "baseline": "dashed: baselines", "base": "dotted: the base"}
-    key = "; ".join(text for role, text in styles.items() if role in there)
-    return Gallery([drawn], f"{scale} {key[:1].upper()}{key[1:]}{'.' if key else ''}".rstrip())
+    shown = [drawing.short(names[model], 40) for model in results.models]
+    apart = max(5.0, min(9.0, 500 / (len(tasks) * len(shown))))  # between two dots
+
+    def draw(width: float) -> Canvas:
+        height = 60 + len(tasks) * (len(shown) + 1) * apart + drawing.legend_height(shown, width)
+        with figures.plot(width, height) as (canvas, axes):
+            for row, model in enumerate(results.models):
+                look, records = looks[names[model]], results.of(model)
+                known = [(y, *place(records[task])) for y, task in enumerate(tasks) if task in records]
+                axes.errorbar(
+                    [value for _, value, _ in known],
+                    [y + (row - (len(shown) - 1) / 2) / (len(shown) + 1) for y, *_ in known],
+                    xerr=[error for *_, error in known], label=shown[row], color=look.colour, marker=look.mark,
+                    markersize=5, linestyle="none", elinewidth=1,
+                )  # fmt: skip
+            for y in range(1, len(tasks)):
+                axes.axhline(y - 0.5, color=LINE, linewidth=0.8)
+            axes.set_yticks(range(len(tasks)), [drawing.short(task, figures.room(width)) for task in tasks])
+            axes.set_ylim(len(tasks) - 0.5, -0.5)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(True, axis="x")
+            if one and metric in SHARES:
+                axes.set_xlim(0, 101)
+            if one:
+                lower = " (lower is better)" if direction == "lower" else ""
+                axes.set_xlabel(f"{metric}{', %' if metric in SHARES else ''}{lower}")
+            else:
+                axes.set_xticks([0, 1], ["worst", "best"])
+            drawing.legend(canvas, width)
+        return canvas
+
+    alt = f"Dots of {len(shown)} models for each of {len(tasks)} tasks; the numbers are in the table above."
+    scale = "Whiskers are the standard error" if one else "Each task from its worst model to its best"
+    return Gallery([Figure("across-tasks", alt, draw, wide=True)], f"All models on each task. {scale}.")

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mergebench.checkpoint import drawing
+from mergebench.checkpoint.drawing import BLUE, GREY, INK, PAPER, SOFT
 from mergebench.evaluation.page import figures
-from mergebench.evaluation.page.figures import BLUE, GREEN, INK, LINE, ORANGE, PAPER, SOFT, Figure
+from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Part, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.tables.layout import NONE, SHARES, number
 from mergebench.evaluation.tables.results import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 Point = Mapping[str, Any]
 SHOWN = 10  # points in the table
@@ -49,10 +55,18 @@ class Search:
     def metric(self, task: str) -> str:
         return str(self.made.get("metrics", {}).get(task, ""))
 
-    def said(self, objective: float) -> str:
-        """An objective as text: a mean in the tasks' own unit, else a share of what the fine-tunes reach."""
+    @property
+    def objective_metric(self) -> str:
+        """A mean is in the tasks' own unit, all else a share of what the fine-tunes reach."""
         own = self.metric(self.tasks[0]) if self.tasks else ""
-        return number(objective, own if self.objective == "mean" else "accuracy")
+        return own if self.objective == "mean" else "accuracy"
+
+    def unit(self, metric: str) -> float:
+        return 100.0 if metric in SHARES else 1.0
+
+    def said(self, objective: float) -> str:
+        """An objective as text."""
+        return number(objective, self.objective_metric)
 
 
 def read(document: Mapping[str, Any]) -> Search:
@@ -73,9 +87,10 @@ def sections(sources: Sources) -> Iterator[Section]:
             yield Section("Search", failed)
         return
     names = list(dict.fromkeys(name for point in points for name in point["values"]))
-    drawn = [_against(search, name, place) for place, name in enumerate(names)] if len(points) > 1 else []
+    drawn = [_against(search, name) for name in names] if len(points) > 1 else []
     caption = f"Each dot is one of {len(points)} merges, measured on validation data. Star: the best."
     caption += " Diamond: the recipe as given." if best is not points[0] else ""
+    caption += " Whiskers are the standard error." if any(point.get("stderr") for point in points) else ""
     pair = _apart(points, search.tasks) if search.one_scale else None
     if pair is not None:
         drawn.append(_trade_off(search, *pair))
@@ -134,23 +149,30 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _against(search: Search, name: str, place: int) -> Figure:
+def _against(search: Search, name: str) -> Figure:
     """The objective over one parameter; words are set side by side."""
     known = [point for point in search.points if name in point["values"]]
     raw = [point["values"][name] for point in known]
     numeric = all(map(_is_number, raw))
     words = sorted({_value(value) for value in raw})
     xs = [float(value) if numeric else float(words.index(_value(value))) for value in raw]
-    with figures.plot(220) as (canvas, axes):
-        _dots(search, axes, known, xs, [point["objective"] for point in known])
-        if not numeric:
-            axes.set_xticks(range(len(words)), [figures.short(word) for word in words])
-        axes.set_xlabel(figures.short(name, 40))
-        axes.set_ylabel(search.objective + ("" if search.higher else " (lower is better)"))
-        alt = f"{search.objective} of {len(known)} points against {name}."
-        if search.best is not None and name in search.best["values"]:
-            alt += f" The best is at {_value(search.best['values'][name])}: {search.said(search.best['objective'])}."
-        return Figure(figures.to_svg(canvas, f"search{place}"), alt)
+    unit = search.unit(search.objective_metric)
+    ys = [(unit * point["objective"], _times(unit, point.get("stderr"))) for point in known]
+
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 220) as (canvas, axes):
+            _dots(search, axes, known, [(x, None) for x in xs], ys)
+            if not numeric:
+                axes.set_xticks(range(len(words)), [drawing.short(word) for word in words])
+            axes.set_xlabel(drawing.short(name, 40))
+            what = f"{search.objective}, %" if unit == 100 else search.objective
+            axes.set_ylabel(what + ("" if search.higher else " (lower is better)"))
+        return canvas
+
+    alt = f"{search.objective} of {len(known)} points against {name}."
+    if search.best is not None and name in search.best["values"]:
+        alt += f" The best is at {_value(search.best['values'][name])}: {search.said(search.best['objective'])}."
+    return Figure(figures.slug("search", name), alt, draw)
 
 
 def _apart(points: Sequence[Point], tasks: Sequence[str]) -> tuple[str, str] | None:
@@ -169,15 +191,20 @@ def _apart(points: Sequence[Point], tasks: Sequence[str]) -> tuple[str, str] | N
 def _trade_off(search: Search, x: str, y: str) -> Figure:
     """Two tasks against each other, with the Pareto front."""
     known = [point for point in search.points if x in point["tasks"] and y in point["tasks"]]
-    places = [(point["tasks"][x], point["tasks"][y]) for point in known]
+    units = search.unit(search.metric(x)), search.unit(search.metric(y))
+    places = [(units[0] * point["tasks"][x], units[1] * point["tasks"][y]) for point in known]
     front = _front(places, search.higher)
-    with figures.plot(220) as (canvas, axes):
-        axes.plot(*zip(*front, strict=True), color=SOFT, linewidth=1, zorder=1)
-        _dots(search, axes, known, [x for x, _ in places], [y for _, y in places])
-        axes.set_xlabel(figures.short(x, 40))
-        axes.set_ylabel(figures.short(y, 30))
-        alt = f"{y} against {x} for {len(known)} points; {len(front)} are not beaten in both."
-        return Figure(figures.to_svg(canvas, "tradeoff"), alt)
+
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 220) as (canvas, axes):
+            axes.plot(*zip(*front, strict=True), color=SOFT, linewidth=1, zorder=1)
+            _dots(search, axes, known, [(a, None) for a, _ in places], [(b, None) for _, b in places])
+            for task, named in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
+                named(drawing.short(task, 30) + (", %" if search.metric(task) in SHARES else ""))
+        return canvas
+
+    alt = f"{y} against {x} for {len(known)} points; {len(front)} are not beaten in both."
+    return Figure("search-trade-off", alt, draw)
 
 
 def _front(places: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
@@ -190,14 +217,24 @@ def _front(places: Sequence[tuple[float, float]], higher: bool) -> list[tuple[fl
     return front
 
 
-def _dots(search: Search, axes: Any, points: Sequence[Point], xs: Sequence[float], ys: Sequence[float]) -> None:
-    """The best as a star, the recipe as given (the first point) as a diamond."""
-    axes.grid(True, color=LINE)
-    edge = {"edgecolor": INK, "linewidth": 0.8, "zorder": 3}
-    for point, x, y in zip(points, xs, ys, strict=True):
+def _dots(
+    search: Search,
+    axes: Axes,
+    points: Sequence[Point],
+    xs: Sequence[tuple[float, float | None]],
+    ys: Sequence[tuple[float, float | None]],
+) -> None:
+    """Values with their standard errors; the best as a star, the recipe as given (the first point) as a diamond."""
+    axes.grid(True)
+    for point, (x, wide), (y, high) in zip(points, xs, ys, strict=True):
+        axes.errorbar(x, y, xerr=wide, yerr=high, color=GREY, elinewidth=0.6, zorder=1)
         if point is search.best:
-            axes.scatter(x, y, s=170, marker="*", color=ORANGE, **edge)
+            axes.scatter(x, y, s=170, marker="*", color=BLUE, edgecolor=INK, linewidth=0.8, zorder=3)
         elif point is search.points[0]:
-            axes.scatter(x, y, s=60, marker="D", color=GREEN, **edge)
+            axes.scatter(x, y, s=50, marker="D", facecolor=PAPER, edgecolor=INK, linewidth=1.2, zorder=3)
         else:
-            axes.scatter(x, y, s=26, color=BLUE, edgecolor=PAPER, linewidth=0.5, zorder=2)
+            axes.scatter(x, y, s=26, color=GREY, edgecolor=PAPER, linewidth=0.5, zorder=2)
+
+
+def _times(unit: float, error: float | None) -> float | None:
+    return None if error is None else unit * error

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mergebench.checkpoint.documents import document
+from mergebench.checkpoint.drawing import Look
 from mergebench.checkpoint.target import PROVENANCE, is_provenance
 from mergebench.errors import RecipeError, RunError
-from mergebench.evaluation.page import profile
+from mergebench.evaluation.page import figures, profile
 from mergebench.evaluation.page.profile import Profile
 from mergebench.evaluation.results import FILE, Results
+from mergebench.evaluation.tables.layout import short_names
 
+MERGE = "the merge"
 SEARCH = "search.json"
 T = TypeVar("T")
 
@@ -29,11 +33,35 @@ class Sources:
     search: Mapping[str, Any] | None
     profile: Profile | None
 
+    @property
+    def merged(self) -> bool:
+        """Whether the provenance is that of models merged or edited by a recipe."""
+        return "merge_method" in (self.provenance or {}).get("recipe", {})
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """How each model is drawn in every plot, by the name that is shown; the merge by `MERGE` too."""
+        roles: dict[str, str] = {}
+        if self.results is not None:
+            names = short_names(self.results.models)
+            roles = {names[record.model]: record.role for record in self.results.records}
+        merged = next((name for name, role in roles.items() if role == "merged"), MERGE)
+        roles |= {name: "input" for name in (self.profile.models if self.profile else ()) if name not in roles}
+        found = figures.looks({**roles, merged: "merged"})
+        return {**found, MERGE: found[merged]}
+
+
+def models_of(recipe: Mapping[str, Any]) -> list[str]:
+    """The models that a recipe merges, by their names in it; of slices each once."""
+    sources = [source for one in recipe.get("slices") or () for source in one.get("sources") or ()]
+    given = [str(one.get("model") or one.get("task_vector")) for one in [*(recipe.get("models") or ()), *sources]]
+    return list(dict.fromkeys(given)) if sources else given
+
 
 def read(directory: Path) -> Sources:
     """Read them; `RecipeError` where there are none to show, `RunError` where one is damaged."""
     if not directory.is_dir():
-        hint = "name what mergebench merge, eval or search wrote: a directory"
+        hint = "name a directory that mergebench wrote"
         raise RecipeError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory", hint)
     found = Sources(
         directory,
@@ -43,7 +71,9 @@ def read(directory: Path) -> Sources:
         _there(directory / profile.FILE, _profile),
     )
     if found.results is None and found.provenance is None and found.search is None:
-        raise RecipeError(f"{directory}: nothing to show", f"it has no {FILE}, {PROVENANCE} or {SEARCH}")
+        near = sorted(file.parent.name for file in directory.glob(f"*/{PROVENANCE}"))[:4]
+        hint = f"name one of its results: {', '.join(near)}" if near else f"it has no {FILE}, {PROVENANCE} or {SEARCH}"
+        raise RecipeError(f"{directory}: nothing to show", hint)
     return found
 
 

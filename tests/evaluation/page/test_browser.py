@@ -47,7 +47,7 @@ def test_it_loads_without_a_complaint(folder: Path) -> None:
     seen, console = chromium(folder, "report.html", "--dump-dom")
     assert console == ""
     assert len(re.findall(r"<section>", seen)) == 7
-    assert seen.count("<svg") == 14
+    assert seen.count("<svg") == 14 + 4  # four are drawn for wide and for narrow windows
 
 
 def test_the_console_would_be_seen(folder: Path) -> None:
@@ -90,4 +90,4 @@ def test_there_is_something_to_see(folder: Path, dark: bool) -> None:
     assert image.getpixel((0, 0)) == ((0x15, 0x17, 0x1A) if dark else (255, 255, 255))
     assert colours is not None and len(colours) > 200
     blue = (0x4A, 0xA8, 0xE0) if dark else (0x00, 0x72, 0xB2)  # the bars of what was merged
-    assert {colour: count for count, colour in colours}.get(blue, 0) > 5000
+    assert {colour: count for count, colour in colours}.get(blue, 0) > 3000

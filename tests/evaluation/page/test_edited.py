@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from mergebench.checkpoint.card import code, escape
+from mergebench.checkpoint.drawing import BLUE
 from mergebench.editing.summary import UNDO, facts, layers_of, sentence
 from mergebench.evaluation import Results, page
 from mergebench.evaluation.page import card, figures
-from mergebench.evaluation.page.figures import BLUE
 from mergebench.evaluation.tables.results import legend, markdown
 from tests.evaluation.page import documents
 from tests.evaluation.page.test_page import HOSTILE, Tree, alone, tree_of
@@ -38,7 +38,7 @@ def test_one_edit(tmp_path: Path) -> None:
 def test_bars_are_as_high_as_the_counts(tmp_path: Path) -> None:
     counts = {"0": 12, "3": 1000, "10": 217}
     page.write(alone(tmp_path / "d", "mergebench.json", documents.provenance(edits=[documents.edit()])))
-    (svg,) = re.findall(r"<svg.*?</svg>", (tmp_path / "d" / "report.html").read_text(), re.DOTALL)
+    svg, _ = re.findall(r"<svg.*?</svg>", (tmp_path / "d" / "report.html").read_text(), re.DOTALL)  # wide and narrow
     bars = re.findall(
         r'<path d="M ([\d.]+) ([\d.]+)\s+L [\d.]+ [\d.]+\s+L [\d.]+ ([\d.]+)[^"]*z[^>]*var\(--blue\)', svg
     )
@@ -57,7 +57,7 @@ def test_several_edits_one_of_them_a_patch_taken_out(tmp_path: Path) -> None:
     assert {f"1. {SENTENCE}.", f"2. {SENTENCE}, taken back."} <= set(tree.texts["p"])
     undo = [fact for term, fact in zip(tree.texts["dt"], tree.texts["dd"], strict=True) if term.startswith("undone")]
     assert undo == ["mergebench patch revert --model . --patch patch.safetensors --out ../DIR"]
-    assert len(tree.all("svg")) == 1
+    assert len([one for one in tree.all("div") if one.get("role") == "img"]) == 1
     assert HOSTILE in tree.texts["dd"]
 
 
@@ -106,7 +106,7 @@ def test_what_is_not_known_is_not_told(about: dict[str, object], tmp_path: Path)
 
 def test_bars_of_values_below_zero_and_long_texts_have_room() -> None:
     rows = [("a", -0.4, 0.3, BLUE, "-0.40 ± 0.30"), ("b", 0.5, 0.1, BLUE, "0.500000000 ± 0.100000000")]
-    svg = figures.bars("one", "", "", rows).svg
+    svg = figures.bars("one", "", "", rows).svg(figures.WIDTH)
     bars = [tuple(map(float, one)) for one in re.findall(r'd="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*z', svg)]
     (left, zero), (again, right) = (sorted(bar) for bar in bars[-2:])
     assert zero == again

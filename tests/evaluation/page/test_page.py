@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from mergebench.checkpoint import drawing
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import Results, page, save
 from mergebench.evaluation.compare.comparison import compare
-from mergebench.evaluation.page import figures, flipped, layers, scores, searched
+from mergebench.evaluation.page import flipped, layers, scores, searched
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.tables.results import rows_of
 from tests.conftest import Cli
@@ -103,7 +104,9 @@ def test_everything_is_there(whole: Path) -> None:
     best = {cell.text for row in rows_of(results) for cell in row.cells if cell.best}
     assert {text for text in tree.texts["strong"] if "±" in text} == {f"{text} ★" for text in best if "±" in text}
     figures = [one for one in tree.all("div") if one.get("role") == "img"]
-    assert len(figures) == len(tree.all("svg")) == 3 + 1 + 3 + 2 + 3 + 2
+    wide = [one for one in figures if one.get("class") == "full"]  # the last of three, and the dots
+    assert (len(figures), len(wide)) == (3 + 1 + 3 + 2 + 3 + 2, 4)
+    assert len(tree.all("svg")) == len(figures) + len(wide)
     assert all(one["aria-label"] for one in figures)
     assert all(one.get("scope") in ("col", "row") for one in tree.all("th"))
     levels = [name for name, _ in tree.tags if name in ("h1", "h2")]
@@ -117,7 +120,9 @@ def test_one_file_that_asks_for_nothing(whole: Path) -> None:
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids)) > 0
     assert set(re.findall(r'(?:url\(|href=")#([^")]+)', text)) == set(ids)
-    assert not re.search(r"#0000[0-9]{2}\b", text)  # every stand-in for a colour was replaced
+    assert not re.search(
+        r"#[0-9a-f]{6}\b", "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    )  # all follow the theme
 
 
 def test_equal_documents_equal_bytes(whole: Path, tmp_path: Path) -> None:
@@ -237,8 +242,13 @@ def test_the_finding() -> None:
     assert sentence.endswith(f"; {len(flips.lost)} items lost, {len(flips.won)} won.")
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}  # no relative: no task's own fine-tune
     (said,) = scores.finding(results)
-    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean; the base {rows['base']} %")
-    assert f"the best baseline (linear) {rows['linear']} %." in said
+    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean, ")
+    assert said.endswith(f"; the base has {rows['base']} %.")
+    p = compare("linear", "pcb", results).pooled
+    assert p is not None and p.p is not None and p.p > 0.05
+    assert (
+        f"linear, the best baseline, {rows['linear']} %: no significant difference (p\u00a0{p.p:.3f}); the base" in said
+    )
     results = documents.results(tasks=("tweets", "nouns"))
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}
     assert f"pcb has {rows['pcb']} of what each task's own fine-tune reaches" in scores.finding(results)[0]
@@ -292,8 +302,8 @@ def test_the_front_is_what_none_beats(higher: bool) -> None:
 
 def test_names_keep_what_tells_them_apart() -> None:
     names = [f"task_arithmetic {end}" for end in ("as given", "chosen")]
-    assert [figures.short(name) for name in names] == ["task_arith…ic as given", "task_arithmetic chosen"]
-    assert figures.short("a\x00b") == "a·b"
+    assert [drawing.short(name) for name in names] == ["task_arith…ic as given", "task_arithmetic chosen"]
+    assert drawing.short("a\x00b") == "a·b"
 
 
 def test_layers_and_kinds() -> None:
