@@ -134,7 +134,7 @@ def run(
         check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
-        write_atomically(directory / "README.md", card.text(target, provenance))
+        write_atomically(directory / "README.md", card.text(target, provenance, directory=directory))
         if verify:
             from mergebench.networks.verify import verify as check
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergebench.adapters.combine import finite
 from mergebench.adapters.peft_names import targets_of, task_type
 from mergebench.checkpoint import card as markdown
-from mergebench.checkpoint.card import code, listed
+from mergebench.checkpoint.card import code, linked, listed
 from mergebench.checkpoint.content import sha256_of
 from mergebench.checkpoint.files import Files, copy_file
 from mergebench.checkpoint.model import Model
@@ -218,9 +218,9 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
             f"{count} merged with `{method['name']}`{how} in delta space by mergebench {provenance['mergebench']}: "
             f"{kept_text(provenance)}."
         )
-    bases = [f"base: {code(base)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
-    inside = [f"adapter: {code(entry['adapter'])}, weight {entry['weight']:g}" for entry in adapters]
-    return _card(out, made, [*bases, *inside], "merge")
+    bases = [f"base: {linked(base, out)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"adapter: {linked(entry['adapter'], out)}, weight {entry['weight']:g}" for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge", models=[entry["base_model"] for entry in adapters])
 
 
 def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -233,11 +233,12 @@ def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"(MOS, arXiv:2412.09441), by mergebench {provenance['mergebench']}."
     )
     if len(adapters) == 1 or not method["alpha"]:
-        made = f"A copy of {', '.join(map(code, provenance['copied']))}."
+        made = f"A copy of {', '.join(linked(one, out) for one in provenance['copied'])}."
     peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
-    bases = [f"base: {code(base)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
-    inside = [f"adapter: {code(entry['adapter'])}" for entry in adapters]
-    return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft)
+    bases = [f"base: {linked(base, out)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
+    inside = [f"adapter: {linked(entry['adapter'], out)}" for entry in adapters]
+    models = [entry["base_model"] for entry in adapters]
+    return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft, models)
 
 
 def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
@@ -249,16 +250,18 @@ def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
         f"What a fine-tune adds to {where}, extracted by mergebench {provenance['mergebench']}: "
         f"{kept_text(provenance)}. {rest} {provenance['left_out']:.2%} of all that it changed."
     )
-    lines = [f"base: {code(provenance['base'])}", f"fine-tune: {code(provenance['model'])}"]
+    lines = [f"base: {linked(provenance['base'], out)}", f"fine-tune: {linked(provenance['model'], out)}"]
     lines += [] if peft else [f"{code(f'BASE+{out.name}/{file}')} is a model wherever mergebench takes one"]
-    return _card(out, made, lines, "extract", kind=kind, peft=peft)
+    return _card(out, made, lines, "extract", kind=kind, peft=peft, models=[provenance["base"]])
 
 
 def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter converted from another type."""
     made = f"An adapter of another type as a LoRA, by mergebench {provenance['mergebench']}: {kept_text(provenance)}."
-    lines = [f"base: {code(provenance['base'])}", f"adapter: {code(provenance['adapter'])}"]
-    return _card(out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.")
+    lines = [f"base: {linked(provenance['base'], out)}", f"adapter: {linked(provenance['adapter'], out)}"]
+    return _card(
+        out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.", models=[provenance["base"]]
+    )
 
 
 def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -267,8 +270,14 @@ def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A LoRA cut to {provenance['budget']} of {provenance['of']} singular values by mergebench "
         f"{provenance['mergebench']}: {kept_text(provenance)}."
     )
-    bases = [f"base: {code(provenance['base'])}"] if provenance["base"] else []
-    return _card(out, made, [*bases, f"adapter: {code(provenance['adapter'])}"], "truncate")
+    bases = [f"base: {linked(provenance['base'], out)}"] if provenance["base"] else []
+    return _card(
+        out,
+        made,
+        [*bases, f"adapter: {linked(provenance['adapter'], out)}"],
+        "truncate",
+        models=[provenance["base"]],
+    )
 
 
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -277,18 +286,21 @@ def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"A patch of a model as a LoRA of rank 1, made by mergebench {provenance['mergebench']}: switched on, the base "
         "is the edited model."
     )
-    lines = [f"base: {code(provenance['base'])}", f"patch: {code(provenance['patch'])}"]
-    return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.")
+    lines = [f"base: {linked(provenance['base'], out)}", f"patch: {linked(provenance['patch'], out)}"]
+    return _card(out, made, lines, "edit", "How the patch was made: `mergebench.json`.", models=[provenance["base"]])
 
 
 def ported_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter for another base than it was made on."""
+    old, new = (linked(provenance[name], out) for name in ("old", "new"))
     made = (
-        f"An adapter made on {code(provenance['old'])}, its parameters unchanged, for {code(provenance['new'])}: "
+        f"An adapter made on {old}, its parameters unchanged, for {new}: "
         f"ported by mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
     )
-    lines = [f"base: {code(provenance['new'])}", f"adapter: {code(provenance['adapter'])}"]
-    return _card(out, made, lines, "port", "Both bases' identities: `mergebench.json`.", "adapter")
+    lines = [f"base: {linked(provenance['new'], out)}", f"adapter: {linked(provenance['adapter'], out)}"]
+    return _card(
+        out, made, lines, "port", "Both bases' identities: `mergebench.json`.", "adapter", models=[provenance["new"]]
+    )
 
 
 def kept_text(provenance: Mapping[str, Any]) -> str:
@@ -306,8 +318,20 @@ _ENERGY = "Input files, and the energy kept in each module: `mergebench.json`."
 
 
 def _card(
-    out: Path, made: str, lines: Sequence[str], tag: str, end: str = _ENERGY, kind: str = "lora", peft: bool = True
+    out: Path,
+    made: str,
+    lines: Sequence[str],
+    tag: str,
+    end: str = _ENERGY,
+    kind: str = "lora",
+    peft: bool = True,
+    models: Iterable[object] = (),
 ) -> str:
     return markdown.card(
-        out.name, [made, listed(lines), end], tags=[kind, tag, "mergebench"], library="peft" if peft else None
+        out.name,
+        [made, listed(lines), end],
+        tags=[kind, tag, "mergebench"],
+        library="peft" if peft else None,
+        relation="adapter",
+        models=models,
     )

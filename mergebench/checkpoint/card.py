@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from mergebench.checkpoint.lineage import as_from, parents
 from mergebench.errors import escaped
 
 
@@ -32,10 +34,57 @@ def _longest(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def card(name: str, parts: Iterable[str], *, tags: Sequence[str], library: str | None = None) -> str:
-    """README.md of a result called `name`: what the hub reads, a title, then paragraphs of Markdown."""
-    head = [*([] if library is None else [f"library_name: {library}"]), "tags:", *(f"- {tag}" for tag in tags)]
-    return "\n\n".join(["\n".join(["---", *head, "---", f"# {escape(name)}"]), *filter(None, parts)]) + "\n"
+def card(
+    name: str,
+    parts: Iterable[str],
+    *,
+    tags: Sequence[str],
+    library: str | None = None,
+    relation: str | None = None,
+    models: Iterable[object] = (),
+    pipeline: str | None = None,
+    folders: Sequence[Path] = (),
+    title: str | None = None,
+) -> str:
+    """README.md of a result called `name`: what the hub reads, a title, then paragraphs of Markdown.
+
+    relation: of the result to the models it was made of, in the hub's terms: merge, adapter or finetune. Of `models`,
+    references as in recipes, those are named that the hub knows; a licence where all agree on it.
+    """
+    family = parents(models, folders)
+    ids = list(dict.fromkeys(one.id for one in family if one.id is not None))
+    licences = {one.licence for one in family}
+    licence = licences.pop() if len(licences) == 1 else None
+    head = {
+        "library_name": library,
+        "pipeline_tag": pipeline,
+        "license": licence,
+        "base_model": ids,
+        "base_model_relation": relation if ids else None,
+        "tags": list(tags),
+    }
+    lines = []
+    for key, value in head.items():
+        if isinstance(value, list) and value:
+            lines += [f"{key}:", *(f"- {one}" for one in value)]
+        elif value:
+            lines.append(f"{key}: {value}")
+    if family and licence is None and any(one.licence for one in family):
+        said = (
+            f"{code(Path(one.name).name if Path(one.name).is_absolute() else one.name)}: {escape(one.licence or 'not stated here')}"
+            for one in family
+        )
+        parts = [*parts, "The models that this was made of have these licences:", listed(said)]
+    return "\n\n".join(["\n".join(["---", *lines, "---", f"# {escape(title or name)}"]), *filter(None, parts)]) + "\n"
+
+
+def linked(reference: object, out: Path, folders: Sequence[Path] = ()) -> str:
+    """A reference in the card of `out`: as code, its parts that are on the hub as links, without absolute paths."""
+    reference, shown = as_from(reference, out), []
+    for one in parents([reference], folders):
+        on_hub = one.id is not None and one.name.partition("@")[0] == one.id
+        shown.append(f"[{code(one.name)}](https://huggingface.co/{one.id})" if on_hub else code(one.name))
+    return " + ".join(shown) if any("](" in one for one in shown) else code(reference)
 
 
 def listed(items: Iterable[str]) -> str:

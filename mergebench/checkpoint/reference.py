@@ -21,7 +21,7 @@ LEGAL = ("license", "licence", "notice", "policy")  # in the names of files that
 _ANY_CASE = ["".join(f"[{letter}{letter.upper()}]" for letter in word) for word in LEGAL]
 _MODULES = "[0-9]_*/pytorch_model.bin"  # never loaded: it tells that a module has weights
 HUB_FILES = [
-    *("*.safetensors", "tokenizer*", "vocab*", _MODULES),
+    *("*.safetensors", "tokenizer*", "vocab*", _MODULES, "README.md"),  # the card has the licence
     *(f"*{suffix}" for suffix in SIDE_SUFFIXES),
     *(f"*{word}*" for word in _ANY_CASE),
 ]

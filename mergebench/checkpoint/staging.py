@@ -21,6 +21,7 @@ from mergebench.checkpoint.content import sample_of
 from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.checkpoint.header import read_header
+from mergebench.checkpoint.lineage import portable
 from mergebench.checkpoint.target import PROVENANCE, beside, is_foreign, partial, target_of
 from mergebench.errors import MergebenchError, RecipeError, RunError
 
@@ -145,7 +146,7 @@ class Staging:
 
         Returns the provenance as it was written.
         """
-        written = {**provenance, "seconds": round(time.perf_counter() - started, 3)}
+        written = {**portable(provenance, self.out), "seconds": round(time.perf_counter() - started, 3)}
         if readme is not None:
             write_atomically(self.directory / "README.md", readme)
         write_atomically(self.directory / PROVENANCE, json.dumps(written, indent=1) + "\n")

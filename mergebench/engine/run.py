@@ -12,6 +12,7 @@ from typing import Any
 
 from mergebench.checkpoint.files import Files, write_atomically
 from mergebench.checkpoint.header import TensorInfo
+from mergebench.checkpoint.lineage import portable
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.shards import create, is_as_planned, write_index
 from mergebench.checkpoint.side_files import copy_side_files, side_files
@@ -92,7 +93,7 @@ def run_plan(
             kind = kinds.pop() if len(kinds) == 1 else None
             files_beside = copy_side_files(plan.merge.reference, staging.directory, kind, beside)
         changed = change(staging)
-        provenance = record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs) | {
+        provenance = portable(record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs), out) | {
             **changed,
             **files_beside,
             **({"tasks": tasks} if tasks else {}),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import card as markdown
-from mergebench.checkpoint.card import code, listed
+from mergebench.checkpoint.card import code, linked, listed
 from mergebench.errors import human
 from mergebench.evaluation.tables.layout import SHARES
 
@@ -91,7 +91,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of the directory."""
     runs = provenance["runs"]
     how = listed(
-        f"{code(run['model'])} with {code(out.name + '/' + run['directory'])}: {run['kind']}" for run in runs[:12]
+        f"{linked(run['model'], out)} with {code(out.name + '/' + run['directory'])}: {run['kind']}"
+        for run in runs[:12]
     )
     parts = [
         "Trained by `mergebench train`. Each directory is one run: name it after its model and a plus.",
@@ -101,4 +102,5 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         "![scores](scores.png)" if any("test" in run or "validation" in run for run in runs) else "",
         "![curves](curves.png)",
     ]
-    return markdown.card(out.name, parts, tags=["mergebench", "peft"])
+    models = [run["model"] for run in runs]
+    return markdown.card(out.name, parts, tags=["mergebench", "peft"], relation="adapter", models=models)

@@ -199,16 +199,16 @@ def test_the_recipe_in_the_provenance_makes_it_again(base: Tensors, cli: Cli) ->
 
 
 def test_the_card(base: Tensors, cli: Cli) -> None:
-    """README.md says what was merged, and holds a recipe that makes it again."""
+    """README.md says what was merged, and holds a recipe that makes it again from the result's directory."""
     assert cli("merge", "recipe.yaml", "--out", "out", "-q").code == 0
     card = Path("out/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "# out\n" in card and "`ties` (arXiv:2306.01708)" in card
+    assert "# out: ties merge of 2 models\n" in card and "`ties` (arXiv:2306.01708)" in card
     for line in ("- base: `base`", "- model: `ft1`", "- model: `ft2`"):
         assert line in card
     (text,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-    Path("from-card.yaml").write_text(text)
-    assert cli("merge", "from-card.yaml", "--out", "again", "-q").code == 0
+    Path("out/from-card.yaml").write_text(text)
+    assert cli("merge", "out/from-card.yaml", "--out", "again", "-q").code == 0
     assert Path("again", SINGLE).read_bytes() == Path("out", SINGLE).read_bytes()
 
 

@@ -98,6 +98,8 @@ def _numbers(provenance: Any) -> Iterator[Part]:
     """What is one value or a few as a fact, what is one row for each entry as a table."""
     facts, tables = [], []
     for key, value in provenance.items():
+        if value in ({}, [], None, ""):
+            continue
         name = key.replace("_", " ")
         entries = list(value.items()) if isinstance(value, dict) else list(enumerate(value, 1)) if _list(value) else []
         rows = {str(label): one for label, one in entries if isinstance(one, dict)}

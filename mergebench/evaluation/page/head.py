@@ -35,7 +35,7 @@ def findings(sources: Sources) -> list[str]:
     ways += [(scores.finding, sources.results), (flipped.finding, sources.results)]
     found = [sentence for way, source in ways for sentence in _said(way, source)]
     if sources.provenance is not None and not sources.merged:
-        return [*_said(cards.lead, sources), *found]
+        return [*filter(None, _said(cards.lead, sources)), *found]
     return found or ["Nothing was measured."]
 
 
@@ -51,13 +51,14 @@ def _said(write: Writer, source: Any) -> list[str]:
 def _command(provenance: Mapping[str, Any]) -> str:
     """What made a result that no recipe made."""
     recipe = provenance.get("recipe", {})
-    return str(provenance.get("command") or next((k for k in ("task_vector", "port") if k in recipe), "result"))
+    made = next((key for key in ("task_vector", "port") if key in recipe), "result")
+    return str(provenance.get("command") or made.replace("_", "-"))
 
 
 def _merged(provenance: Mapping[str, Any]) -> str:
     recipe = provenance.get("recipe", {})
     if "merge_method" not in recipe:
-        return f"mergebench {_command(provenance).replace('_', '-')}"
+        return f"mergebench {_command(provenance)}"
     count = len(models_of(recipe))
     made = only(provenance) or f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
     return ", then ".join([made, *map(sentence, provenance.get("edits") or ())])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergebench.errors import human
+from mergebench.evaluation.page.card import as_yaml
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Section, Table, Verbatim, cells
 from mergebench.evaluation.page.sources import Sources, models_of
 
@@ -19,7 +19,7 @@ def sections(sources: Sources) -> Iterator[Section]:
     if sources.results is not None:
         parts += _evaluation(sources.results.made)
     if sources.search is not None:
-        parts.append(Fold("How it was searched", [Verbatim(_yaml(sources.search.get("made", {})))]))
+        parts.append(Fold("How it was searched", [Verbatim(as_yaml(sources.search.get("made", {})))]))
     if parts:
         yield Section("Provenance" if sources.merged or sources.provenance is None else "Measured", parts)
 
@@ -46,7 +46,7 @@ def _merge(provenance: Mapping[str, Any]) -> list[Part]:
     files = provenance.get("inputs", [])
     rows = [cells(str(e.get("file")), _size(e.get("size")), *_hash(e)) for e in files]
     inputs = Table(["file", "size", "hash of", "SHA-256"], rows, "Input files.")
-    return [Facts(facts), Fold("Recipe", [Verbatim(_yaml(recipe))]), Fold(f"{len(files)} input files", [inputs])]
+    return [Facts(facts), Fold("Recipe", [Verbatim(as_yaml(recipe))]), Fold(f"{len(files)} input files", [inputs])]
 
 
 def _evaluation(made: Mapping[str, Any]) -> list[Part]:
@@ -83,14 +83,3 @@ def _size(count: object) -> str:
 
 def _versions(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)
-
-
-def _yaml(document: Any) -> str:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.compat import StringIO
-
-    stream = StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(json.loads(json.dumps(document)), stream)
-    return stream.getvalue().strip()

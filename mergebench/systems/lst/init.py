@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergebench import __version__
 from mergebench.checkpoint import card as markdown
-from mergebench.checkpoint.card import code, listed
+from mergebench.checkpoint.card import code, linked, listed
 from mergebench.checkpoint.content import identity, sha256_of
 from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import DTYPE_NAME, Files, write_atomically
@@ -240,7 +240,11 @@ def _card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"basis {provenance['basis']}; width {provenance['width'][0]} -> {provenance['width'][1]}, heads "
         f"{provenance['heads']}. Nothing was trained. It is how Ladder Side-Tuning (arXiv:2206.06522) begins."
     )
-    use = f"Train it beside its base: {code(f'delta: {{kind: ladder, side: {out}}}')}. What was kept: `{SIDE}`."
+    use = f"Train it beside its base: {code(f'delta: {{kind: ladder, side: {out.name}}}')}. What was kept: `{SIDE}`."
     return markdown.card(
-        out.name, [made, listed([f"base: {code(provenance['base'])}"]), use], tags=["mergebench", "pruned"]
+        out.name,
+        [made, listed([f"base: {linked(provenance['base'], out)}"]), use],
+        tags=["mergebench", "pruned"],
+        relation="finetune",
+        models=[provenance["base"]],
     )

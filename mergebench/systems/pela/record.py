@@ -9,7 +9,7 @@ from typing import Any
 
 from mergebench.adapters.share import module_kind
 from mergebench.checkpoint import card as markdown
-from mergebench.checkpoint.card import code, listed
+from mergebench.checkpoint.card import code, linked, listed
 from mergebench.checkpoint.shards import Shard
 from mergebench.deltas.formats.compressed import RECORD
 from mergebench.systems.pela.layers import written_as
@@ -58,8 +58,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"energy kept, {every['bytes'][0]:,} bytes before, {every['bytes'][1]:,} after. `NAME.0.weight` [r, in] and "
         "`NAME.1.weight` [out, r] stand for `NAME.weight`. Nothing was trained."
     )
-    back = f"Dense again: {code(f'mergebench compress expand {out} --out DIR')}. Every tensor's error: `{RECORD}`."
-    return _card(out, made, f"{what}: {code(provenance['model'])}", back)
+    back = f"Dense again: {code(f'mergebench compress expand {out.name} --out DIR')}. Every tensor's error: `{RECORD}`."
+    return _card(out, made, f"{what}: {linked(provenance['model'], out)}", back, [provenance["model"]])
 
 
 def expanded_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -68,8 +68,14 @@ def expanded_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"{provenance['multiplied']} linear layers of a compressed checkpoint multiplied back by mergebench "
         f"{provenance['mergebench']}."
     )
-    return _card(out, made, f"compressed: {code(provenance['compressed'])}", "Input files: `mergebench.json`.")
+    return _card(out, made, f"compressed: {linked(provenance['compressed'], out)}", "Input files: `mergebench.json`.")
 
 
-def _card(out: Path, made: str, source: str, end: str) -> str:
-    return markdown.card(out.name, [made, listed([source]), end], tags=["compression", "low-rank", "mergebench"])
+def _card(out: Path, made: str, source: str, end: str, models: Iterable[str] = ()) -> str:
+    return markdown.card(
+        out.name,
+        [made, listed([source]), end],
+        tags=["compression", "low-rank", "mergebench"],
+        relation="finetune",
+        models=models,
+    )

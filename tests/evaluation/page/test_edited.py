@@ -69,7 +69,7 @@ def test_a_model_that_was_only_edited(tmp_path: Path) -> None:
     assert f"org/small, then {SENTENCE}" in tree.texts["p"]
     text = card.text(tmp_path / "d", provenance)
     assert "One model edited by mergebench 0.1." in text
-    assert "- model: `org/small`" in text
+    assert "- model: [`org/small`](https://huggingface.co/org/small)" in text
 
 
 def test_the_card() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from mergebench.checkpoint import drawing
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import Results, page, save
 from mergebench.evaluation.compare.comparison import compare
@@ -298,12 +297,6 @@ def test_the_front_is_what_none_beats(higher: bool) -> None:
     found = searched._front(places, higher)
     assert set(found) == {a for a in places if not any(beats(b, a) for b in places)}
     assert len(found) == len(set(found)) > 0
-
-
-def test_names_keep_what_tells_them_apart() -> None:
-    names = [f"task_arithmetic {end}" for end in ("as given", "chosen")]
-    assert [drawing.short(name) for name in names] == ["task_arith…ic as given", "task_arithmetic chosen"]
-    assert drawing.short("a\x00b") == "a·b"
 
 
 def test_layers_and_kinds() -> None:
