@@ -170,7 +170,7 @@ def plot(file: Path, found: dict[str, list[dict[str, Any]]], line: float) -> Non
                 axes.plot([row["tokens"] for row in rows], ratios, mark, color=colour, linestyle="-", label=name)
             axes.axhline(1, color=drawing.INK, linewidth=0.8)
             axes.axvline(line, color=drawing.GREY, linestyle=":", label="d k / (d + k) tokens")
-            axes.set_xscale("log", base=2)
+            drawing.powers(axes, 2)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("tokens of a step")
             axes.set_ylabel("HUT over LoRA")

@@ -70,10 +70,8 @@ def card(
         elif value:
             lines.append(f"{key}: {value}")
     if family and licence is None and any(one.licence for one in family):
-        said = (
-            f"{code(Path(one.name).name if Path(one.name).is_absolute() else one.name)}: {escape(one.licence or 'not stated here')}"
-            for one in family
-        )
+        names = {one.name: Path(one.name).name if Path(one.name).is_absolute() else one.name for one in family}
+        said = [f"{code(names[one.name])}: {escape(one.licence or 'not stated here')}" for one in family]
         parts = [*parts, "The models that this was made of have these licences:", listed(said)]
     return "\n\n".join(["\n".join(["---", *lines, "---", f"# {escape(title or name)}"]), *filter(None, parts)]) + "\n"
 

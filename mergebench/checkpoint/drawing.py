@@ -96,7 +96,7 @@ def plots(width: float, height: float, count: int = 1) -> Iterator[tuple[Canvas,
 
         canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
         FigureCanvasAgg(canvas)
-        canvas.get_layout_engine().set(w_pad=0.12 if count > 1 else 0.04)  # type: ignore[call-arg,union-attr]
+        canvas.get_layout_engine().set(w_pad=0.2 if count > 1 else 0.04)  # type: ignore[call-arg,union-attr]
         yield canvas, canvas.subplots(1, count, squeeze=False)[0]
 
 
@@ -122,6 +122,12 @@ def whole_numbers(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def powers(axes: Axes, base: int = 10) -> None:
+    """A logarithmic axis across, with plain numbers."""
+    axes.set_xscale("log", base=base)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def columns(names: Sequence[str], width: float) -> int:

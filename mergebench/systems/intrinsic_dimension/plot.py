@@ -29,7 +29,7 @@ def plot(answers: Sequence[Answer], full: Sequence[float], file: Path) -> None:
             axes.plot([d for d, _ in dots], [value for _, value in dots], mark, color=colour, markersize=3, alpha=0.5)
             if one.dimension is not None:
                 axes.axvline(one.dimension, color=colour, linewidth=0.8, linestyle="--")
-        axes.set_xscale("log")
+        drawing.powers(axes)
         axes.set_xlabel("d, numbers that are trained (dashed: the smallest that reaches the line)")
         axes.set_ylabel(f"{first.metric}, %" if scale == 100 else first.metric)
         axes.grid(axis="y")

@@ -123,7 +123,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("args", "title", "said"),
     [
-        (["task-vector", "ft", "--base", "base", "--out", "made"], "made: task-vector", "task_vector ft, base_model base"),
+        (["task-vector", "ft", "--base", "base", "--out", "made"],
+         "made: task-vector", "task_vector ft, base_model base"),
         (["adapters", "extract", "--base", "base", "--model", "ft", "--rank", "2", "--out", "made"],
          "made: adapters extract", "What a fine-tune adds to the linear layers of its base"),
     ],
