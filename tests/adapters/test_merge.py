@@ -313,8 +313,8 @@ def test_what_the_command_leaves(cli: Cli, place: Path, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 3, {})
     made = json.loads((tmp_path / "out" / "mergebench.json").read_text())
     assert [entry["weight"] for entry in made["adapters"]] == [1.0, -0.5]
-    hashed = {entry["file"]: entry["sha256"] for entry in made["inputs"]}
-    assert hashed[str(place / "b" / "adapter_model.safetensors")] == hashes(place / "b")["adapter_model.safetensors"]
+    hashed = {(tmp_path / "out" / entry["file"]).resolve(): entry["sha256"] for entry in made["inputs"]}
+    assert hashed[place / "b" / "adapter_model.safetensors"] == hashes(place / "b")["adapter_model.safetensors"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card and "`ties`, density 0.5 in delta space" in card
     # finished: kept, unless told otherwise
