@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory
+from mergebench.adapters import cards, peft_directory
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.peft_names import modules_of, stored_in_out, without_layer
 from mergebench.checkpoint.delta import Delta
@@ -95,7 +95,7 @@ def convert_adapter(
             },
             "energy_kept": sum(one.kept for one in products.values()) / total if total else 1.0,
         }
-        provenance = staging.finish(provenance, started, overwrite, peft_directory.converted_card(out, provenance))
+        provenance = staging.finish(provenance, started, overwrite, cards.converted_card(out, provenance))
     return Result(out, provenance)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory, targets
+from mergebench.adapters import cards, targets
 from mergebench.adapters.fine_tune import Differences, Reading
 from mergebench.adapters.target import Fitting
 from mergebench.checkpoint.files import Files, whole, write_atomically
@@ -97,7 +97,7 @@ def extract_adapter(
                 "inputs": inputs(found.plan, hash_inputs=False),
                 "fingerprint": fingerprint,
             }
-            card = peft_directory.extracted_card(out, provenance, peft=config is not None)
+            card = cards.extracted_card(out, provenance, peft=config is not None)
             provenance = staging.finish(provenance, started, overwrite, card)
     return Result(out, provenance)
 

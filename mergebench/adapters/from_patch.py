@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory
+from mergebench.adapters import cards, peft_directory
 from mergebench.adapters.fine_tune import is_linear
 from mergebench.adapters.peft_names import modules_of, stored_in_out
 from mergebench.checkpoint.files import Files, write_atomically
@@ -74,7 +74,7 @@ def patch_to_lora(
             "made": dict(read.about),
             "modules": len(products),
         }
-        provenance = staging.finish(provenance, started, overwrite, peft_directory.patch_card(out, provenance))
+        provenance = staging.finish(provenance, started, overwrite, cards.patch_card(out, provenance))
     return Result(out, provenance)
 
 

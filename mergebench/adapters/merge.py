@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench import __version__
-from mergebench.adapters import combine, peft_directory
+from mergebench.adapters import cards, combine, peft_directory
 from mergebench.adapters.combine import SUMS, Job, OnBase, Part, built_in, is_known, known
 from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint.files import Files, write_atomically
@@ -90,7 +90,7 @@ def merge_adapters(
             config = peft_directory.merged_config(job.adapters, ranks)
             write_atomically(staging.directory / CONFIG, json.dumps(config, indent=2) + "\n")
         provenance = _provenance(job, base, keeps_one, ranks, energy)
-        provenance = staging.finish(provenance, started, overwrite, peft_directory.card(out, provenance))
+        provenance = staging.finish(provenance, started, overwrite, cards.card(out, provenance))
     return Result(out, provenance)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory
+from mergebench.adapters import cards, peft_directory
 from mergebench.adapters.stored import Stored, check_alike, read_stored, together
 from mergebench.checkpoint.files import TORCH_DTYPE, Files, copy_file, write_error
 from mergebench.checkpoint.reference import reference_of
@@ -75,7 +75,7 @@ def merge_sequence(
         with Files() as files:
             _merge(files, read, alpha, opened)
         provenance = _provenance(read, alpha, every, [read[at].name for at in written if at not in opened])
-        provenance = staging.finish(provenance, started, overwrite, peft_directory.sequence_card(out, provenance))
+        provenance = staging.finish(provenance, started, overwrite, cards.sequence_card(out, provenance))
     return Result(out, provenance)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory
+from mergebench.adapters import cards, peft_directory
 from mergebench.checkpoint.files import Files, whole, write_atomically
 from mergebench.checkpoint.reference import locate_delta, reference_of
 from mergebench.checkpoint.staging import Staging
@@ -80,7 +80,7 @@ def truncate_adapter(
             "energy_kept": sum(one.kept for one in kept.values()) / total if total else 1.0,
             "inputs": peft_directory.inputs([adapter.directory / CONFIG, adapter.directory / WEIGHTS]),
         }
-        provenance = staging.finish(provenance, started, overwrite, peft_directory.truncated_card(out, provenance))
+        provenance = staging.finish(provenance, started, overwrite, cards.truncated_card(out, provenance))
     return Result(out, provenance)
 
 

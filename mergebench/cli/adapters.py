@@ -80,7 +80,7 @@ def merge(
         said = adapter_tables.sequence_text(result.provenance)
     else:
         from mergebench.adapters import merge_adapters
-        from mergebench.adapters.peft_directory import kept_text
+        from mergebench.adapters.cards import kept_text
 
         numbers = None if weights is None else _numbers(weights)
         how: dict[str, Any] = {"method": method, "weights": numbers, "density": density, "rank": rank, "base": base}
@@ -161,7 +161,7 @@ def convert(
     Example: mergebench adapters convert OFT --base BASE --rank 32 --out lora
     """
     from mergebench.adapters import convert_adapter, convert_to_file
-    from mergebench.adapters.peft_directory import kept_text
+    from mergebench.adapters.cards import kept_text
 
     quiet = quiet or json_
     if to not in ("lora", "delta", "dense"):
@@ -199,7 +199,7 @@ def truncate(
     Example: mergebench adapters truncate LORA --budget 50% --out smaller
     """
     from mergebench.adapters import truncate_adapter
-    from mergebench.adapters.peft_directory import kept_text
+    from mergebench.adapters.cards import kept_text
 
     quiet = quiet or json_
     share = _budget(budget)

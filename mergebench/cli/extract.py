@@ -92,7 +92,7 @@ def extract(
         result = extract_adapter(base, model, out, progress=progress, **how, **given)
     made = result.provenance
     if not was_there(result.already_done, result.out, quiet):
-        from mergebench.adapters.peft_directory import kept_text
+        from mergebench.adapters.cards import kept_text
 
         worst, entry = min(made["modules"].items(), key=lambda item: item[1]["energy_kept"])
         least = f"least {entry['energy_kept']:.2%}: {worst}"

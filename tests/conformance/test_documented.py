@@ -262,6 +262,7 @@ ELSEWHERE = {
     "mask fisher": "tests/systems/test_pafi.py::test_fisher",
     "mask overlap": "tests/systems/test_pafi.py::test_overlap_by_hand",
     "adapters extract": "tests/adapters/test_extract.py::test_what_the_command_says",
+    "report": "tests/evaluation/page/test_cards.py::test_what_no_recipe_made_is_shown",
 }
 # The others, each after those above it: what is typed, and a key of the document.
 HERE: Mapping[str, tuple[str, str]] = {

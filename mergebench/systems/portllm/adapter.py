@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench import __version__
-from mergebench.adapters import peft_directory
+from mergebench.adapters import cards
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.content import identity
 from mergebench.checkpoint.documents import document, parse_json
@@ -57,7 +57,7 @@ def port_adapter(old: str, new: str, patch: str | Path, out: Path, *, overwrite:
             "notes": [*opened.notes, *notes_of(opened), *_moved(identities), *lost],
             "tensors": len(on_new.deltas),
         }
-        readme = peft_directory.ported_card(out, provenance)
+        readme = cards.ported_card(out, provenance)
         provenance = staging.finish(provenance, started, overwrite, readme)
     return Result(out, provenance)
 
