@@ -41,7 +41,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def check_failed(ran: tuple[int, str, str], *says: str, hint: str) -> None:
     code, out, err = ran
     assert (code, out) == (1, "")
-    error, advice = err.splitlines()
+    error, advice, *left = err.splitlines()
+    assert left == [] or left[0].startswith("left: ") and left[0].endswith("; continue with --resume, or delete it")
     assert error.startswith("error: ") and advice.startswith("hint: ")
     for word in says:
         assert word in error
