@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -108,7 +109,7 @@ def _run() -> None:
 
 
 def _check_temporary() -> None:
-    """Where no folder for temporary files may be written, take memory: libraries ask for one while they are imported."""
+    """Where no folder for temporary files may be written, take memory: libraries want one when they are imported."""
     if os.access(os.environ.get("TMPDIR", "/tmp"), os.W_OK):
         return
     import tempfile
@@ -148,7 +149,7 @@ def _left_behind() -> list[str]:
     lines = []
     for place, size, resumable in staging.left_behind():
         way = f"continue with {_again()}, or delete it" if resumable and _takes("--resume") else "delete it"
-        here = os.path.relpath(place) if place.is_relative_to(os.getcwd()) else place
+        here = os.path.relpath(place) if place.is_relative_to(Path.cwd()) else place
         lines.append(shown(f"left: {here} ({human(size)}); {way}"))
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def check_failed(ran: tuple[int, str, str], *says: str, hint: str) -> None:
     code, out, err = ran
     assert (code, out) == (1, "")
     error, advice, *left = err.splitlines()
-    assert left == [] or left[0].startswith("left: ") and left[0].endswith("; continue with --resume, or delete it")
+    assert all(re.fullmatch(r"left: .*; continue with --resume, or delete it", line) for line in left)
     assert error.startswith("error: ") and advice.startswith("hint: ")
     for word in says:
         assert word in error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import INDEX, fine_tuned, hashes, read_model, tiny_tensors, write_model, write_recipe
+from models import INDEX, fine_tuned, hashes, names, read_model, tiny_tensors, write_model, write_recipe
 from processes import Server
 
 from mergebench.checkpoint import staging, target
@@ -68,16 +68,16 @@ def recipe_in(folder: Path, method: str = "task_arithmetic") -> Path:
 
 def test_the_result_lies_in_the_volume(cli: Cli, volume: Path) -> None:
     recipe = recipe_in(volume.parent)
-    before = sorted(os.listdir(volume.parent))
+    before = names(volume.parent)
     assert cli("merge", recipe, "-q", "--out", volume) == (0, f"{volume}\n", "")
     expected = {"lost+found", "README.md", "config.json", "mergebench.json", "model.safetensors"}
-    assert set(os.listdir(volume)) == expected
-    assert sorted(os.listdir(volume.parent)) == before
+    assert set(names(volume)) == expected
+    assert names(volume.parent) == before
     assert cli("merge", recipe, "-q", "--out", volume).err.startswith(f"error: {volume}: it holds a finished result\n")
     assert cli("merge", recipe, "-q", "--out", volume, "--resume").code == 0
     other = write_recipe(volume.parent / "other.yaml", "linear", [volume.parent / "ft"])
     assert cli("merge", other, "-q", "--out", volume, "--overwrite").code == 0
-    assert set(os.listdir(volume)) == expected
+    assert set(names(volume)) == expected
     assert (finished(volume) or {})["method"]["name"] == "linear"
 
 
@@ -85,7 +85,7 @@ def test_stages_and_what_is_needed_for_a_while_lie_in_it(cli: Cli, volume: Path)
     recipe = recipe_in(volume.parent)
     first = f"name: half\n{recipe.read_text()}\n"
     recipe.write_text(f"{first}---\nmerge_method: linear\nmodels:\n  - model: half\n  - model: {volume.parent}/ft\n")
-    before = os.listdir(volume.parent)
+    before = names(volume.parent)
     for how in ([], ["--overwrite"], ["--resume"]):
         ran = cli("merge", recipe, "-q", "--out", volume, *how)
         assert (ran.code, ran.err) == (0, "")
@@ -93,7 +93,7 @@ def test_stages_and_what_is_needed_for_a_while_lie_in_it(cli: Cli, volume: Path)
     with scratch(volume) as place:
         assert volume in place.parents
         assert target.contents(volume) and not {path.name for path in target.contents(volume)} & {place.name}
-    assert os.listdir(volume.parent) == before
+    assert names(volume.parent) == before
 
 
 def test_other_files_stay(cli: Cli, volume: Path) -> None:
@@ -118,11 +118,11 @@ def test_a_folder_of_the_same_disk(tmp_path: Path, cli: Cli, mount: Mount) -> No
     out = mount("a b\\c", "--bind", str(tmp_path / "elsewhere"))
     (tmp_path / "link").symlink_to(out)
     assert not os.path.ismount(out)
-    before = set(os.listdir(tmp_path))
+    before = set(names(tmp_path))
     for way in (out, tmp_path / "link"):
         assert cli("merge", recipe, "-q", "--out", way, "--overwrite") == (0, f"{way}\n", "")
     assert (finished(tmp_path / "elsewhere") or {})["method"]["name"] == "task_arithmetic"
-    assert set(os.listdir(tmp_path)) == before
+    assert set(names(tmp_path)) == before
 
 
 def test_a_folder_whose_parent_may_not_be_written(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_a_folder_whose_parent_may_not_be_written(tmp_path: Path, cli: Cli, monk
     monkeypatch.setattr(os, "access", lambda path, how: access(path, how) and Path(path) != out.parent)
     monkeypatch.setattr(staging, "partial", lambda at: pytest.fail() if at.parent == out else target.partial(at))
     assert cli("merge", recipe, "-q", "--out", out).code == 0
-    assert os.listdir(out.parent) == ["out"] and finished(out) is not None
+    assert names(out.parent) == ["out"] and finished(out) is not None
 
 
 def test_room_is_looked_for_on_its_disk(tmp_path: Path, cli: Cli, mount: Mount) -> None:
@@ -144,7 +144,7 @@ def test_room_is_looked_for_on_its_disk(tmp_path: Path, cli: Cli, mount: Mount) 
     out = mount("vol", "-t", "tmpfs", "-o", "size=1m", "small")
     code, _, err = cli("merge", recipe, "-q", "--out", out)
     assert (code, err.split(":")[2]) == (1, " the result needs 0.00 GB, the disk has 0.00 GB\nhint")
-    assert os.listdir(out) == []
+    assert names(out) == []
 
 
 KILLED = [pytest.param(way, marks=pytest.mark.slow) for way in ("ties", "port")]
@@ -165,7 +165,7 @@ def test_killed_at_every_move(server: Server, tmp_path: Path, volume: Path, way:
         if over:
             assert server.run(*first, "--overwrite", folder=work)[0] == 0
         else:
-            for name in set(os.listdir(volume)) - {"lost+found"}:
+            for name in set(names(volume)) - {"lost+found"}:
                 subprocess.run(["rm", "-r", volume / name], check=True)
 
     begin()
