@@ -66,13 +66,13 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
             return
         if not out.is_dir():
             raise RecipeError(f"{out}: it exists and is not a directory", "choose another --out")
-        empty = not contents(target)
+        half = moving(partial(target))  # then what was there before lies in `old`
+        empty = not contents(target) and not half
     except OSError as error:
         raise write_error(out, error) from None
     if not empty:
         if is_foreign(old) and overwrite:
             raise RecipeError(f"{old}: it exists and mergebench did not make it", "move it away, or choose another")
-        half = moving(partial(target))  # then what was there before lies in `old`
         if finished(old if half else out) is None:
             if half:
                 return
@@ -141,10 +141,10 @@ def _is_mount(target: Path) -> bool:
 
 
 def contents(target: Path) -> list[Path]:
-    """What lies in a directory apart from what we keep there while we work; the file that marks a result, and then
-    those that a loader looks for, come last."""
+    """What lies in a directory apart from what we keep there while we work; the file that marks a result comes
+    last, after the configs, without which nothing loads it."""
     found = [path for path in target.iterdir() if path.name not in (_INSIDE if stays(target) else ())]
-    return sorted(found, key=lambda path: (path.name == PROVENANCE, path.suffix == ".json", path.name))
+    return sorted(found, key=lambda path: (path.name == PROVENANCE, path.name.endswith("config.json"), path.name))
 
 
 def beside(target: Path, what: str) -> Path:

@@ -53,7 +53,7 @@ class Item(NamedTuple):
 
 
 def split(items: Iterable[Item], most: int, shares: tuple[float, float]) -> dict[str, list[Item]]:
-    """`most` items a class in three parts, in an order that only keys and ids decide; none whose key has two labels."""
+    """`most` items per class in three parts, ordered by keys and ids alone; none whose key has two labels."""
     alike = defaultdict(list)
     for item in sorted(items, key=lambda item: (digest(item.key), digest(item.id))):
         alike[item.key].append(item)
