@@ -134,8 +134,9 @@ def test_a_folder_that_cannot_be_written(
     assert said.startswith("kept: no result is kept there: ")
     Path("suite.yaml").write_text(json.dumps({"tasks": [entry(limit=2)]}))
     Path("shut").write_text("a file")
-    ran = cli("eval", "suite.yaml", "x", "--results", "shut", "--out", "out", "-q")
-    assert (ran.code, ran.err) == (0, f"warning: {said.replace('kept', 'shut', 1)}\n")
+    ran = cli("eval", "suite.yaml", "x", "--results", "shut/deep", "--out", "out", "-q")
+    why = "no result is kept there: Not a directory (--results DIR names another folder)"
+    assert (ran.code, ran.err) == (0, f"warning: shut/deep: {why}\n")
 
 
 def test_killed_and_resumed(models: Path, entry: Entry) -> None:
