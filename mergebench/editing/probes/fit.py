@@ -75,8 +75,8 @@ def fit_probe(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(target, error) from None
-    kept = results is not None and may_keep(Path(results))
-    with nullcontext(results) if kept else tempfile.TemporaryDirectory(prefix="mergebench-") as folder:
+    kept = None if results is None or not may_keep(Path(results)) else str(results)
+    with tempfile.TemporaryDirectory(prefix="mergebench-") if kept is None else nullcontext(kept) as folder:
         keeper = Keeper(opened, reading, device_of(device), Path(folder))
         features = _features(keeper, texts, progress)
         depth = features.depth
