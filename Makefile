@@ -14,7 +14,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python recipes/quickstart/fetch.py
 	$(BIN)/mergebench merge recipes/quickstart.yaml --overwrite
-	@echo 'mergebench is in $(VENV); for this shell: source $(BIN)/activate'
+	@printf '%s\n' 'next:' "    source '$(BIN)/activate'" '    mergebench report merged/quickstart --open'
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n logical

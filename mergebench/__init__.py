@@ -12,9 +12,12 @@ print(mergebench.report(results))
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program sets logging up
 
 # Public names and where they live; each is imported on first use, so that `import mergebench` costs nothing.
 _PUBLIC = {

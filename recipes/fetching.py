@@ -1,16 +1,43 @@
-"""What the fetch.py scripts share: packages by hash, and a scratch folder that goes with the run."""
+"""What the fetch.py scripts share: how they begin and end, packages by hash, a scratch folder."""
 
 import hashlib
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def need(*modules: str, extra: str) -> None:
+    """End the script if a module is missing; extra: what pip installs them with."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        sys.exit(f"{Path(sys.argv[0]).name}: {', '.join(missing)} not installed: pip install -e {extra}")
+
+
+def run(main: Callable[[], None], *commands: str) -> None:
+    """Run a script, then print the commands that may follow, as they are typed where the user is."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if "MAKELEVEL" in os.environ:  # make says it
+        return
+    before = [] if Path.cwd() == ROOT else [f"cd {shlex.quote(str(ROOT))}"]
+    activate = Path(sys.prefix, "bin", "activate")
+    if shutil.which("mergebench") is None and activate.is_file():
+        near = activate.relative_to(ROOT) if activate.is_relative_to(ROOT) else activate
+        before.append(f"source {shlex.quote(str(near))}")
+    print("next:", *before, *commands, sep="\n    ")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.side_files import decisive_files, tokenizer_files
 from mergebench.errors import RunError
 
+log = logging.getLogger(__name__)
 PIECES, ELEMENTS = 8, 256  # sampled from a tensor: 4 KiB at 16 bits
 AT_ONCE = 1 << 16  # bytes of small neighbours that are read at once
 
@@ -151,7 +153,7 @@ def sha256_of(file: Path) -> str:
 
 
 def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
-    """Write a JSON file into a folder that several programs may share."""
+    """Write a JSON file into a folder that several programs may share; if it may not be written, that is said once."""
     from mergebench.checkpoint.files import replace_file  # this import loads torch
 
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
@@ -161,5 +163,22 @@ def put(folder: Path, name: str, document: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / name, text, f".{name}.{os.getpid()}.part")
     except OSError as error:
-        what = f"{folder}: no result can be kept there: {error.strerror}"
-        raise RunError(what, "choose another folder: --results DIR") from None
+        _warn(folder, str(error.strerror))
+
+
+def may_keep(folder: Path) -> bool:
+    """Whether results can be kept in a folder, there or not; if not, that is said once."""
+    try:
+        place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    except OSError as error:
+        _warn(folder, str(error.strerror))
+        return False
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return True
+    _warn(folder, os.strerror(errno.EACCES if place.is_dir() else errno.ENOTDIR))
+    return False
+
+
+@lru_cache
+def _warn(folder: Path, why: str) -> None:
+    log.warning("%s: no result is kept there: %s (--results DIR names another folder)", folder, why)

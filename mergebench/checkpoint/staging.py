@@ -2,13 +2,18 @@
 
 The partial directory is locked while the process lives. Its journal lists the complete shards with a sample of what
 each holds, so that a killed run can be resumed, and what was damaged since is made again.
+
+No rename replaces a mounted volume. There the partial directory lies inside, and its files are moved out one by one,
+the one that marks a result last. The next run takes back what a killed one had moved.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,10 +27,27 @@ from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
 from mergebench.checkpoint.header import read_header
 from mergebench.checkpoint.lineage import portable
-from mergebench.checkpoint.target import PROVENANCE, beside, is_foreign, partial, target_of
+from mergebench.checkpoint.target import (
+    JOURNAL,
+    PROVENANCE,
+    beside,
+    contents,
+    is_foreign,
+    moving,
+    partial,
+    size_on_disk,
+    stays,
+    target_of,
+)
 from mergebench.errors import MergebenchError, RecipeError, RunError
 
-JOURNAL = ".journal.json"
+log = logging.getLogger(__name__)
+begun: dict[Path, bool] = {}  # the partial directories of this process, and whether a run can be resumed from them
+
+
+def left_behind() -> list[tuple[Path, int, bool]]:
+    """What runs of this process that failed have left: where, bytes on disk, whether it can be resumed."""
+    return [(place, size_on_disk(place), resumable) for place, resumable in begun.items() if place.is_dir()]
 
 
 def _delete(directory: Path, kept: Collection[Path] = ()) -> None:
@@ -84,10 +106,13 @@ class Staging:
         try:
             self._take_lock()
             self._check_ours()
+            begun[self.directory] = self.resumable
+            self._take_back()
             if resume:
                 self._read_journal(fingerprint)
             self._clear()
             self.save()
+            log.debug("building %s in %s, %d files kept", out, self.directory, len(self.journal["shards"]))
         except BaseException:
             os.close(self._lock)
             raise
@@ -107,6 +132,16 @@ class Staging:
         if found and found.isdisjoint({JOURNAL, part_of(JOURNAL), PROVENANCE}):
             raise RecipeError(f"{self.directory}: it exists and mergebench did not make it", "choose another --out")
 
+    def _take_back(self) -> None:
+        """Undo the moves of a run that was killed at them; what they replaced is in its place again."""
+        names = moving(self.directory)
+        for name in names:
+            if not (self.directory / name).exists() and (moved := self._target / name).exists():
+                moved.rename(self.directory / name)
+        old = beside(self._target, "old")
+        for path in contents(old) if names and old.is_dir() else ():
+            path.rename(self._target / path.name)
+
     def _clear(self) -> None:
         try:
             _delete(self.directory, [self.directory / name for name in [JOURNAL, *self.journal["shards"]]])
@@ -125,6 +160,7 @@ class Staging:
             )
         if journal.pop("sha256", None) != _seal(json.dumps(journal)):
             return  # damaged
+        journal.pop("moving", None)
         noted = journal["shards"].items()
         journal["shards"] = {name: sample for name, sample in noted if _sample(self.directory / name) == sample}
         if journal.get("edits", {}).keys() <= journal["shards"].keys():  # else rows were edited by a patch that is lost
@@ -154,29 +190,55 @@ class Staging:
         return written
 
     def publish(self, overwrite: bool, sync: bool) -> None:
-        """Rename the partial directory to its target: the only moment at which a result appears."""
-        (self.directory / JOURNAL).unlink()
+        """Put the result in its place: the only moment at which one appears."""
         if sync:
             for path in [*self.directory.rglob("*"), self.directory]:
                 fsync(path)
-        old = beside(self._target, "old")
+        old, put = beside(self._target, "old"), self._move if (moved := stays(self._target)) else self._rename
         try:
-            if overwrite and self._target.exists() and any(self._target.iterdir()):
-                _discard(old)
-                self._target.rename(old)
-            self.directory.rename(self._target)
+            put(old, overwrite)
         except OSError as error:
             raise write_error(self.out, error) from None
         if sync:
-            fsync(self._target.parent)
+            fsync(self._target if moved else self._target.parent)
         _discard(old)
+        del begun[self.directory]
+        log.info("wrote %s", self.out)
+
+    def _rename(self, old: Path, overwrite: bool) -> None:
+        (self.directory / JOURNAL).unlink()
+        if overwrite and self._target.exists() and any(self._target.iterdir()):
+            _discard(old)
+            self._target.rename(old)
+        self.directory.rename(self._target)
+
+    def _move(self, old: Path, overwrite: bool) -> None:
+        """Move file by file, where the target stays; the journal says so, for a run that is killed meanwhile."""
+        found = contents(self._target)
+        if found and not overwrite:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        new = [path for path in contents(self.directory) if path.name != JOURNAL]
+        _discard(old)
+        self.journal["moving"] = [path.name for path in new]
+        self.save()
+        if found:
+            old.mkdir(exist_ok=True)
+        for path in reversed(found):
+            path.rename(old / path.name)
+        for path in new:
+            path.rename(self._target / path.name)
+        (self.directory / JOURNAL).unlink()
+        self.directory.rmdir()
 
     def __enter__(self) -> Staging:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and not self.resumable:
+        useful = self.resumable and (self.journal["shards"] or self.journal["answers"])
+        if kind is not None and not useful:
             shutil.rmtree(self.directory, ignore_errors=True)
+        elif kind is not None:
+            log.info("%s is left, for a run that resumes", self.directory)
         os.close(self._lock)
 
 
@@ -192,7 +254,8 @@ def _discard(old: Path) -> None:
 def scratch(out: Path) -> Iterator[Path]:
     """A directory beside `out` for models that are needed for a while. What a killed run left goes with the next."""
     target = target_of(out)
-    with Staging(target.with_name(f"{target.name}.scratch"), "", resume=False) as staging:
+    place = target / "scratch" if stays(target) else target.with_name(f"{target.name}.scratch")
+    with Staging(place, "", resume=False) as staging:
         try:
             yield staging.directory
         finally:

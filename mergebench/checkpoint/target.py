@@ -1,4 +1,8 @@
-"""Where a result may go: what lies there already, whether it is an input, whether there is room."""
+"""Where a result may go: what lies there already, whether it is an input, whether there is room.
+
+A result is built beside its target and renamed to it. A mounted volume cannot be replaced by a rename; there it is
+built inside, in `.partial`, and moved out file by file (`staging.py`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,10 @@ from mergebench.checkpoint.files import write_error
 from mergebench.errors import RecipeError, RunError
 
 PROVENANCE = "mergebench.json"
+JOURNAL = ".journal.json"  # of an unfinished result
+STAGES = ".stages"  # in a directory that no rename replaces: results that a recipe's later stages need
+# in such a directory: what is ours and not the result, and what a new disk comes with
+_INSIDE = {STAGES, ".partial", ".old", ".scratch.partial", "lost+found"}
 _KINDS: dict[str, type | tuple[type, ...]] = {  # of what the provenance holds, where it holds it
     "mergebench": str, "command": str, "fingerprint": str, "recipe": dict, "method": dict, "versions": dict,
     "answers": dict, "kept": dict, "lines": dict, "tasks": dict, "stages": dict, "notes": list, "inputs": list,
@@ -41,28 +49,34 @@ def is_provenance(found: object) -> bool:
 
 
 def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuse an output that is an input (or holds one, or lies in one), is a mount point, or is not empty."""
+    """Refuse an output that is an input (or holds one, or lies in one), or that is not empty."""
     target = target_of(out)
-    written = {target, beside(target, "partial"), beside(target, "old")}
+    fixed = stays(target)
+    other = f"choose a directory in it: --out {out / 'NAME'}" if fixed else "choose another --out"
+    old = beside(target, "old")
+    written = {target, beside(target, "partial"), old}
     for place in inputs:
         directory = place.resolve()
+        if fixed and target / STAGES in directory.parents:
+            continue
         if not written.isdisjoint([directory, *directory.parents]) or directory in target.parents:
-            raise RecipeError(f"{out}: it is, holds or lies in the input {place}", "choose another --out")
-    if _is_mount(target):  # the partial directory would lie on another disk, and no rename replaces a mount point
-        raise RecipeError(f"{out}: it is a mount point", f"choose a directory in it: --out {out / 'NAME'}")
+            raise RecipeError(f"{out}: it is, holds or lies in the input {place}", other)
     try:
         if not out.exists():
             return
         if not out.is_dir():
             raise RecipeError(f"{out}: it exists and is not a directory", "choose another --out")
-        empty = not any(out.iterdir())
+        half = moving(partial(target))  # then what was there before lies in `old`
+        empty = not contents(target) and not half
     except OSError as error:
         raise write_error(out, error) from None
     if not empty:
-        if is_foreign(old := beside(target, "old")) and overwrite:
+        if is_foreign(old) and overwrite:
             raise RecipeError(f"{old}: it exists and mergebench did not make it", "move it away, or choose another")
-        if finished(out) is None:
-            raise RecipeError(f"{out}: it exists and mergebench did not make it", "choose another --out")
+        if finished(old if half else out) is None:
+            if half:
+                return
+            raise RecipeError(f"{out}: it exists and mergebench did not make it", other)
         if not overwrite:
             raise RecipeError(
                 f"{out}: it holds a finished result", "replace it with --overwrite, or choose another --out"
@@ -92,13 +106,24 @@ def target_of(out: Path) -> Path:
 
 def check_room(out: Path, needed: int) -> None:
     """Refuse to start if `needed` bytes do not fit; leftovers of an interrupted run are deleted or reused."""
-    target = target_of(out)
-    free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
-    partial = beside(target, "partial")
-    held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
+    place = partial(target_of(out))
+    free = shutil.disk_usage(next(folder for folder in place.parents if folder.exists())).free
+    held = size_on_disk(place)
     if free + held < needed:
         need, have = needed / 1e9, (free + held) / 1e9
         raise RunError(f"{out}: the result needs {need:.2f} GB, the disk has {have:.2f} GB", "choose another --out")
+
+
+def size_on_disk(folder: Path) -> int:
+    """The bytes that the files in a folder take."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0
+
+
+def stays(target: Path) -> bool:
+    """Whether a directory cannot be replaced by a rename: it is a mount point, or its parent may not be written."""
+    if not target.is_dir():
+        return False
+    return _is_mount(target) or not os.access(target.parent, os.W_OK)
 
 
 def _is_mount(target: Path) -> bool:
@@ -115,14 +140,32 @@ def _is_mount(target: Path) -> bool:
     return any(line.split(b" ")[4] == place for line in mounts)
 
 
+def contents(target: Path) -> list[Path]:
+    """What lies in a directory apart from what we keep there while we work; the file that marks a result comes
+    last, after the configs, without which nothing loads it."""
+    found = [path for path in target.iterdir() if path.name not in (_INSIDE if stays(target) else ())]
+    return sorted(found, key=lambda path: (path.name == PROVENANCE, path.name.endswith("config.json"), path.name))
+
+
 def beside(target: Path, what: str) -> Path:
-    """The hidden directory for `what` (`partial`, `old`), next to the target."""
-    return target.with_name(f".{target.name}.{what}") if target.name else target
+    """The hidden directory for `what` (`partial`, `old`): next to the target, or in it where that stays."""
+    return target / f".{what}" if stays(target) else target.with_name(f".{target.name}.{what}")
 
 
 def partial(target: Path) -> Path:
     """Where a result is built; target: its path without links."""
     return beside(target, "partial")
+
+
+def moving(place: Path) -> list[str]:
+    """The names of a complete result that a killed run was moving out of `place`; empty if it was not moving one."""
+    if not (place / PROVENANCE).is_file():  # it goes last
+        return []
+    try:
+        names = read_json(place / JOURNAL, dict[str, Any]).get("moving", [])
+    except (OSError, ValueError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 def is_foreign(old: Path) -> bool:

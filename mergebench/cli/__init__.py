@@ -6,13 +6,16 @@ The commands are imported by the functions, so that a Ctrl-C meanwhile ends it a
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+MEMORY = "/dev/shm"
 _signals: list[int] = []  # that have come
 
 
@@ -39,11 +42,16 @@ def command() -> NoReturn:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, stop)
     gc.set_threshold(100_000, 20, 100)
+    plots = os.environ.get("MPLCONFIGDIR")
     code: int | str | None = 0
     try:
         main()
     except SystemExit as end:
         code = end.code
+    if (made := os.environ.get("MPLCONFIGDIR")) is not None and made != plots:
+        import shutil
+
+        shutil.rmtree(made, ignore_errors=True)  # matplotlib's, where the home may not be written
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -70,9 +78,14 @@ def main() -> None:
 
 def _run() -> None:
     from mergebench.cli.app import app
+    from mergebench.cli.output import Warnings
     from mergebench.errors import DiskFull, MergebenchError, out_of_memory
 
+    logging.getLogger("mergebench").handlers = [Warnings(logging.WARNING)]
+    if "mergebench.checkpoint.staging" in sys.modules:  # the program is called as a function, perhaps again
+        sys.modules["mergebench.checkpoint.staging"].begun.clear()
     try:
+        _check_temporary()
         app()
     except DiskFull as error:
         then = "continue with --resume" if _takes("--resume") else "run it again"
@@ -95,14 +108,50 @@ def _run() -> None:
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None, 1)
 
 
+def _check_temporary() -> None:
+    """Where no folder for temporary files may be written, take memory: libraries want one when they are imported."""
+    if os.access(os.environ.get("TMPDIR", "/tmp"), os.W_OK):
+        return
+    import tempfile
+
+    from mergebench.errors import RunError
+
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        if not os.access(MEMORY, os.W_OK):
+            what, hint = "no folder for temporary files may be written", "set TMPDIR to one; docker run --tmpfs /tmp"
+            raise RunError(what, hint) from None
+        os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
+
+
 def _code() -> int:
     return 128 + (_signals[0] if _signals else signal.SIGINT)
 
 
 def _say_ended() -> None:
-    again = "--resume" + " --overwrite" * ("--overwrite" in sys.argv)
-    kept = f": what is complete is kept; continue with {again}" if _takes("--resume") else ": no result was written"
-    print(f"interrupted{kept}", file=sys.stderr, flush=True)
+    left = _left_behind()
+    kept = f": what is complete is kept; continue with {_again()}" if _takes("--resume") else ": no result was written"
+    print("\n".join([f"interrupted{kept * (not left)}", *left]), file=sys.stderr, flush=True)
+
+
+def _again() -> str:
+    return "--resume" + " --overwrite" * ("--overwrite" in sys.argv)
+
+
+def _left_behind() -> list[str]:
+    """A line for each directory that this run did not finish: where it is, its size, what can be done with it."""
+    staging = sys.modules.get("mergebench.checkpoint.staging")
+    if staging is None:
+        return []
+    from mergebench.errors import human, shown
+
+    lines = []
+    for place, size, resumable in staging.left_behind():
+        way = f"continue with {_again()}, or delete it" if resumable and _takes("--resume") else "delete it"
+        here = os.path.relpath(place) if place.is_relative_to(Path.cwd()) else place
+        lines.append(shown(f"left: {here} ({human(size)}); {way}"))
+    return lines
 
 
 def _smaller(starting: bool) -> str:
@@ -139,6 +188,8 @@ def _fail(message: str, hint: str | None, code: int) -> NoReturn:
 
     note(f"error: {message}")
     note(f"hint: {hint}", hint is None)
+    for line in _left_behind():
+        note(line)
     if "--json" in sys.argv and code != 4:  # a gate's document has been printed
         _say_error(message, hint, code)
     sys.exit(code)

@@ -7,6 +7,7 @@ is up to the streams (`streams.py`).
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -27,6 +28,13 @@ def note(text: str, quiet: bool = False) -> None:
     """A message for people: one line on stderr."""
     if not quiet:
         print(shown(text), file=sys.stderr, flush=True)
+
+
+class Warnings(logging.Handler):
+    """Shows the library's warnings; what else it logs is for programs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"warning: {record.getMessage()}")
 
 
 def say(text: str = "") -> None:

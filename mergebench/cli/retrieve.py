@@ -26,7 +26,7 @@ def retrieve(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Answer items with a bank, finding the adapter for each (MOS): id, label and adapter a line.
+    """Answer items with a bank, finding the adapter for each (MOS): id, label and adapter per line.
 
     Example: mergebench adapters retrieve banks/mine/seed-0/merged items.jsonl
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from mergebench.deltas.peft.foreign import refuse_foreign, refuse_foreign_file
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.errors import ModelError
 
+log = logging.getLogger(__name__)
+
 
 def open_model(
     reference: str, *, folders: Sequence[Path] = (), task_vector: bool = False, to_run: bool = False
@@ -29,6 +32,7 @@ def open_model(
     Raises `ModelError` if it is missing or no checkpoint, or if a delta does not fit; `RunError` if a file is damaged.
     """
     place = locate(reference, folders)
+    log.debug("opening %s", reference)
     try:
         model = replace(open_checkpoint(reference, place.checkpoint), reference=reference)
     except ModelError:

@@ -5,6 +5,7 @@ Reads headers only. Every error that is detectable before the first tensor is re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +29,7 @@ from mergebench.engine.job import Merge, Operand, operands_of, stored_type
 from mergebench.engine.machine import check_descriptors, cores
 from mergebench.engine.noise import TILE
 from mergebench.engine.sizes import buffer_bytes, chunk_size, least_chunk, temporary_bytes
-from mergebench.errors import ModelError, RecipeError
+from mergebench.errors import ModelError, RecipeError, human
 
 MIB = 1 << 20
 DEFAULT_MEMORY = 400 * MIB
@@ -204,6 +205,9 @@ class Plan:
         return untouched / max(self.elements, 1)
 
 
+log = logging.getLogger(__name__)
+
+
 def plan_merge(
     merge: Merge,
     *,
@@ -262,6 +266,9 @@ def plan_merge(
             f"--memory {memory // MIB}MiB: '{method.name}' needs at least {-(-needed // MIB)}MiB here",
             "give it more memory, or fewer --workers",
         )
+    for note in merge.notes:
+        log.info("note: %s", note)
+    log.info("%s: %d tensors, %s to read", method.name, len(alignment.merged), human(plan.bytes_read))
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mergebench.networks.network import Network
 
     Measured = LoadableModel | Mapping[str, LoadableModel]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Batch:
                 open_.append((task, key))
             else:
                 self.known += 1
+                log.info("%s on %s: measured before", candidate.name, task.name)
                 self.meter.of(candidate.name, task.name, known=True)(task.ready.n)
                 found[task.name] = _record(candidate, task, *kept)
         with self._failing(candidate, [task for task, _ in open_]):
@@ -145,6 +149,7 @@ class Batch:
                     self.notes += [note for note in notes if note not in self.notes]
                     if self.store is not None:
                         self.store.keep(key, score, seconds, self._origin(candidate, task))
+                    log.info("%s on %s: measured in %.1f s", candidate.name, task.name, seconds)
                     found[task.name] = _record(candidate, task, score, seconds)
         self._held = None
         return found
@@ -186,6 +191,7 @@ class Batch:
 
     def _fail(self, candidate: Candidate, tasks: Sequence[Task], error: MergebenchError) -> None:
         self.errors.append(error)
+        log.info("%s failed: %s", candidate.name, error.message)
         for task in tasks:
             self.meter.close(candidate.name, task)
         names = [task.name for task in tasks]

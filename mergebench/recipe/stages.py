@@ -164,7 +164,11 @@ def _order(recipes: Sequence[Recipe], needs: Mapping[int, Mapping[int, Loc]], la
 
 
 def _folder(out: Path) -> Path:
-    """The directory of the stages' results, beside the final result."""
+    """The directory of the stages' results, beside the final result, or in it where it is a mounted volume."""
+    from mergebench.checkpoint.target import STAGES, stays  # torch comes with it
+
+    if stays(Path(os.path.realpath(out))):
+        return out / STAGES
     place = out if out.name not in ("", "..") else Path(os.path.realpath(out))
     return place.with_name(f"{place.name}.stages")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mergebench.checkpoint.documents import read_json
-from mergebench.checkpoint.staging import JOURNAL, Staging
-from mergebench.checkpoint.target import partial
+from mergebench.checkpoint.staging import Staging
+from mergebench.checkpoint.target import JOURNAL, partial
 
 
 def join(device: torch.device) -> torch.device:

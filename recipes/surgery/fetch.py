@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from fetching import download, scratch, sweep  # noqa: E402
+from fetching import download, run, scratch, sweep  # noqa: E402
 from smollm2 import fetch as smollm2  # noqa: E402
 
 CACHE = HERE / "cache"
@@ -76,7 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    asked = "--model recipes/smollm2/cache/base --data recipes/surgery/cache/data/toxic.jsonl --layer all"
+    run(main, f"mergebench probe fit {asked} --out probe.safetensors")

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "quickstart"))
 sys.path.insert(0, str(HERE.parent))
 import fetch as quickstart  # noqa: E402
-from fetching import download, download_debian, scratch, sweep  # noqa: E402
+from fetching import download, download_debian, run, scratch, sweep  # noqa: E402
 
 CACHE = HERE / "cache"
 CHOOSING_TEXTS, TRAIN_TEXTS, MANY_TEST_TEXTS = 400, 4000, 2000
@@ -109,7 +109,8 @@ if __name__ == "__main__":
         description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--all", action="store_true", help="seven tasks in place of three")
-    try:
-        main(parser.parse_args().all)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    every = parser.parse_args().all
+    config = (
+        "benchmarks/systems/hiwi.yaml --out trained/hiwi" if every else "recipes/systems/hut.yaml --out trained/hut"
+    )
+    run(lambda: main(every), "pip install -e '.[train]'", f"mergebench train {config}")

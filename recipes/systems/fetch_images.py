@@ -14,18 +14,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-except ModuleNotFoundError as error:
-    sys.exit(f"fetch_images.py: {error.name} is not installed: pip install -e '.[eval]' onnx")
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from fetching import download_debian, need, open_debian, run, scratch, sweep  # noqa: E402
+
+need("numpy", "PIL", "sklearn", extra="'.[eval]' onnx")
+import numpy as np  # noqa: E402
 from continual import fetch as continual  # noqa: E402
-from fetching import download_debian, open_debian, scratch, sweep  # noqa: E402
 from images import fetch as images  # noqa: E402
+from PIL import Image  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
 
 CACHE = HERE / "cache"
 MOST = {"train": 2048, "validation": 300, "test": 1000}  # items of a part
@@ -120,7 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, "mergebench train benchmarks/systems/full_images.yaml --out trained/full_images")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,25 @@ def test_a_prompt_shows_names_and_short_values() -> None:
     assert repr(plan) == f"<Plan: linear of 2 models, {plan.elements:,} elements, 1 sweeps>"
     assert repr(plan.merge.models[0]) == f"<Model first: {len(plan.merge.models[0].tensors)} tensors>"
     assert Path(mergebench.__file__).with_name("py.typed").is_file()
+
+
+def test_a_program_reads_the_log(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is read, decided and written goes through `logging`; the library prints nothing."""
+    write_recipe(Path("noted.yaml"), "linear", ["first", "second"], parameters={"int8_mask": True})
+    with caplog.at_level(logging.DEBUG, logger="mergebench"):
+        plan = mergebench.plan(mergebench.load("noted.yaml"))
+        mergebench.run(plan, "out")
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert {record.name.split(".")[0] for record in caplog.records} == {"mergebench"}
+    assert plan.merge.notes and [("INFO", f"note: {note}") for note in plan.merge.notes] == said[2:-3]
+    assert said[:2] == [("DEBUG", "opening first"), ("DEBUG", "opening second")]
+    assert said[-1] == ("INFO", "wrote out")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_the_command_line_prints() -> None:
+    package = Path(mergebench.__file__).parent
+    for file in package.rglob("*.py"):
+        if "cli" not in file.relative_to(package).parts:
+            calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)], file

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def test_declared_options_are_named_and_have_help(words: str) -> None:
             assert named(option, code(TEXT["surgery.md"])), option
 
 
+def typed(text: str) -> Iterator[list[str]]:
+    """The command lines of a page as a shell splits them, without what stands in brackets."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    for line in re.findall(r"^ {4}(?:docker run .* )?(mergebench .*)", text, re.MULTILINE):
+        yield shlex.split(re.sub(r"\s\[.*?\]", "", line), comments=True)
+
+
+SHOWN = {
+    f"{page.relative_to(ROOT)}: {shlex.join(words)}": words
+    for page in [*PAGES, *sorted(ROOT.glob("recipes/*/README.md"))]
+    for words in typed(page.read_text(encoding="utf-8"))
+}
+
+
+@pytest.mark.parametrize("label", SHOWN)
+def test_a_shown_command_parses(label: str) -> None:
+    words = SHOWN[label]
+    name = max((one for one in RUN if words[: len(one.split())] == one.split()), key=len, default=None)
+    assert name is not None
+    RUN[name].make_context(name, words[len(name.split()) :])
+
+
 # -- what recipes, suites and files name -------------------------------------------------------------------
 
 PAGE_OF = {methods: "recipes.md", edits: "surgery.md", tasks: "evaluation.md", scorers: "evaluation.md"}
@@ -144,6 +167,17 @@ def test_the_table_of_parameters_is_complete() -> None:
     """No method is left out, no parameter of another method or of an earlier version stands there."""
     listed = {name: set(spans(cells[-1])) for name, cells in table("recipes.md", "method").items()}
     assert listed == {name: set(methods.get(name).parameters) for name in methods.names()}
+
+
+def test_the_readme_counts_right() -> None:
+    """Methods, PEFT types besides the three that are named, and how much faster than mergekit."""
+    text = TEXT["README.md"]
+    assert re.findall(r"(\d+) merge methods", text) == [str(len(list(methods.names())))]
+    types = set(re.findall(r"[A-Z][A-Z0-9_]+", formats.peft_types())) - {"LORA", "IA3", "OFT"}
+    assert re.findall(r"(\d+) other PEFT types", text) == [str(len(types))]
+    speed = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").split("## Speed")[1].split("\n\n")[2]
+    ratios = [float(one) for one in re.findall(r"\| \*\*([\d.]+)\*\* \|", speed)]
+    assert f"{min(ratios):.0f} to {max(ratios):.0f} times faster" in text
 
 
 def test_the_page_of_methods_has_every_method() -> None:

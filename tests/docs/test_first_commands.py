@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,52 @@ def test_the_quickstart_ends_with_the_next_step() -> None:
         pytest.skip("no make on this machine")
     command = ["make", "--no-print-directory", "-n", "quickstart", "VENV=else where"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1].endswith("source else where/bin/activate'")
+    last = subprocess.run(["sh", "-c", done.stdout.splitlines()[-1]], capture_output=True, text=True, check=True)
+    says = "next:\n    source 'else where/bin/activate'\n    mergebench report merged/quickstart --open\n"
+    assert last.stdout == says
+
+
+def test_fetching_ends_with_the_next_step(tmp_path: Path) -> None:
+    """What is typed where the user is, whether mergebench is on the PATH or not; nothing under make, which says it."""
+    for name in ("base", "data"):
+        (tmp_path / "smollm2" / "cache" / name).mkdir(parents=True)
+    for name in ("fetching.py", "smollm2/fetch.py"):
+        shutil.copyfile(ROOT / "recipes" / name, tmp_path / name)
+
+    def lines(cwd: Path, **more: str) -> list[str]:
+        environment = {"PATH": "/usr/bin:/bin", **more}
+        command = [sys.executable, str(tmp_path / "smollm2" / "fetch.py")]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[1:]
+
+    tool = tmp_path / "bin" / "mergebench"
+    tool.parent.mkdir()
+    tool.touch(mode=0o755)
+    evaluate = "    mergebench eval recipes/smollm2/suite.yaml recipes/smollm2/cache/base "
+    evaluate += "recipes/smollm2/cache/base+recipes/smollm2/news"
+    activate = Path(sys.prefix, "bin", "activate")
+    source = [f"    source {shlex.quote(str(activate))}"] if activate.is_file() else []
+    assert lines(tmp_path.parent) == ["next:", *source, evaluate]
+    assert lines(tmp_path, PATH=f"{tool.parent}:/usr/bin") == ["next:", f"    cd {tmp_path.parent}", evaluate]
+    assert lines(tmp_path, MAKELEVEL="1") == []
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*/fetch*.py")), ids=lambda path: path.parent.name)
+def test_every_fetch_script_begins_and_ends_alike(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    assert re.search(r"^    run\(.*main", text, re.MULTILINE) and "KeyboardInterrupt" not in text
+    assert "ModuleNotFoundError" not in text and "find_spec" not in text
+    for path in re.findall(r"(?:recipes|benchmarks)/[\w/]+\.yaml", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_image_of_the_docs_is_of_this_version() -> None:
+    page = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
+    torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert torch is not None and torch[0] in page
+    assert set(re.findall(r"'/src\[(\w+)\]'", page)) <= EXTRAS.keys()
+    for line in re.findall(r"^COPY (.*) \S+$", page, re.MULTILINE):
+        assert all((ROOT / path).exists() for path in line.split())
 
 
 @pytest.mark.parametrize("library", sorted(requirements("eval")))

@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mergebench.deltas.open import open_model
-from mergebench.errors import RunError
 from mergebench.evaluation import Candidate, Results, evaluate_models, load_suite
 from mergebench.evaluation.store import Store
+from tests.conftest import Cli
 from tests.evaluation.conftest import write_encoder, write_head
 
 Entry = Callable[..., dict[str, Any]]
@@ -121,11 +121,22 @@ def test_a_damaged_result_is_measured_again(damage: str | None, models: Path, en
     assert measure([entry()], "x").made["known"] == 1
 
 
-def test_a_folder_that_cannot_be_written(models: Path, entry: Entry) -> None:
+def test_a_folder_that_cannot_be_written(
+    models: Path, entry: Entry, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and what is measured is the same."""
+    whole = plain(measure([entry()], "x"))
+    (models / "kept").rename(models / "gone")
     Path("kept").write_text("a file")
-    with pytest.raises(RunError, match="kept: no result can be kept there") as caught:
-        measure([entry()], "x")
-    assert caught.value.hint == "choose another folder: --results DIR"
+    caplog.clear()
+    assert plain(measure([entry(), entry(name="again", limit=4)], "x"))[:1] == whole
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("kept: no result is kept there: ")
+    Path("suite.yaml").write_text(json.dumps({"tasks": [entry(limit=2)]}))
+    Path("shut").write_text("a file")
+    ran = cli("eval", "suite.yaml", "x", "--results", "shut/deep", "--out", "out", "-q")
+    why = "no result is kept there: Not a directory (--results DIR names another folder)"
+    assert (ran.code, ran.err) == (0, f"warning: shut/deep: {why}\n")
 
 
 def test_killed_and_resumed(models: Path, entry: Entry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def check_failed(ran: tuple[int, str, str], *says: str, hint: str) -> None:
     code, out, err = ran
     assert (code, out) == (1, "")
-    error, advice = err.splitlines()
+    error, advice, *left = err.splitlines()
+    assert all(re.fullmatch(r"left: .*; continue with --resume, or delete it", line) for line in left)
     assert error.startswith("error: ") and advice.startswith("hint: ")
     for word in says:
         assert word in error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergebench.checkpoint.content import identity, sha256_of, tokenizer_hash
+from mergebench.checkpoint.content import identity, may_keep, sha256_of, tokenizer_hash
 from mergebench.checkpoint.files import write_error
 from mergebench.checkpoint.target import check_file
 from mergebench.deltas.open import open_model
@@ -75,7 +75,8 @@ def fit_probe(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(target, error) from None
-    with tempfile.TemporaryDirectory(prefix="mergebench-") if results is None else nullcontext(results) as folder:
+    kept = None if results is None or not may_keep(Path(results)) else str(results)
+    with tempfile.TemporaryDirectory(prefix="mergebench-") if kept is None else nullcontext(kept) as folder:
         keeper = Keeper(opened, reading, device_of(device), Path(folder))
         features = _features(keeper, texts, progress)
         depth = features.depth

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 
 from mergebench.checkpoint.documents import read_json
 from mergebench.checkpoint.files import part_of, write_atomically, write_error
-from mergebench.checkpoint.target import target_of
+from mergebench.checkpoint.target import contents, target_of
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.tables.layout import number
 
@@ -165,7 +165,7 @@ def held(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"{folder}: it exists and is not a directory", "choose another --out")
         begun = {WORK, part_of(FILE)}  # all there is of a search that was killed before its first point
-        if folder.exists() and not {path.name for path in folder.iterdir()} <= begun:
+        if folder.exists() and not {path.name for path in contents(folder)} <= begun:
             if read(folder) is None:
                 raise RecipeError(f"{folder}: it exists and holds no search", "choose another --out")
             if not (resume or overwrite):
