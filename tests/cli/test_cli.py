@@ -437,7 +437,8 @@ def test_names_are_shown_as_they_are(base: Tensors, cli: Cli) -> None:
     """Brackets and colons in a name are no markup."""
     odd = {"a[red]b.weight": torch.ones(2), ":smile:.weight": torch.ones(2)}
     write_model(Path("odd"), odd)
-    for command in (["inspect", "odd"], ["diff", "odd", "odd"]):
+    write_model(Path("moved"), {name: 2 * values for name, values in odd.items()})
+    for command in (["inspect", "odd"], ["diff", "odd", "moved"]):
         out = cli(*command).out
         for name in odd:
             assert f"{name} " in out
