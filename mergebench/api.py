@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
 from mergebench.engine.job import Merge
+from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import MergebenchError, ModelError, RecipeError
@@ -41,8 +43,9 @@ from mergebench.recipe.stages import references
 
 
 def plan(
-    recipe: Recipe,
+    recipe: Recipe | str | PathLike[str] | Mapping[str, Any],
     *,
+    method: Method | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     device: str = "auto",
@@ -51,9 +54,15 @@ def plan(
 ) -> Plan:
     """Plan a recipe's merge from headers alone; raises if anything does not fit.
 
-    memory: bytes for buffers and statistics. workers: processes or threads (None: one per core). device: auto, cpu or
-    cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do not depend on it.
+    recipe: what `load` returns, or takes. method: a function made with `@merge_method`, in place of the method that a
+    recipe's file or mapping names. memory: bytes for buffers and statistics. workers: processes or threads (None: one
+    per core). device: auto, cpu or cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do
+    not depend on it.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load(recipe, method=method)
+    elif method is not None:
+        raise RecipeError("method: this recipe was checked for its own", "load it for another: load(..., method=...)")
     with _no_collection():
         planned = plan_merge(
             resolve(recipe), memory=memory, workers=workers, device=device, shard_size=shard_size, chunk=chunk
@@ -158,6 +167,20 @@ def run(
             finish=finish,
             change=change,
         )
+
+
+def merge(
+    recipe: Recipe | str | PathLike[str] | Mapping[str, Any],
+    out: str | Path,
+    *,
+    method: Method | None = None,
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    device: str = "auto",
+    **how: Any,
+) -> Result:
+    """Merge a recipe into the directory `out`: `run(plan(recipe, ...), out, **how)`."""
+    return run(plan(recipe, method=method, memory=memory, workers=workers, device=device), out, **how)
 
 
 def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:
@@ -300,4 +323,4 @@ def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int
     return plan_merge(merge, memory=memory, workers=workers, shard_size=shard_size, device="cpu")
 
 
-__all__ = ["Result", "check_stages", "plan", "plan_edit", "plan_fold", "plan_patch", "run", "task_vector"]
+__all__ = ["Result", "check_stages", "merge", "plan", "plan_edit", "plan_fold", "plan_patch", "run", "task_vector"]

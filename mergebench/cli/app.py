@@ -22,6 +22,7 @@ from mergebench.cli import (
     inspect,
     mask,
     merge,
+    methods,
     patch,
     port,
     probe,
@@ -81,5 +82,5 @@ app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
 app.command("generate")(generate.generate)
-app.command("methods")(inspect.methods)
+app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

@@ -25,9 +25,11 @@ from mergebench.parameters import Parameter, make_params, parameters_of, params_
 from mergebench.plugins import named
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as Tensor
 
     from mergebench.engine.statistics import Statistic
+else:
+    Tensor = Any  # the methods import torch; listing their parameters must not
 
 
 class Tasks(NamedTuple):
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     Weights = Annotated[Tensor, "models elements"]  # float32, the models themselves
     # the merged chunk, or the questions on the way to it
     Passes = Tensor | Tasks | Generator[Statistic, Any, Tensor | Tasks]
-else:  # the methods import torch; listing their parameters must not
+else:
     TaskVectors = Weights = Passes = Any
 
 Cut = Literal["element", "row", "tensor"]
@@ -63,6 +65,12 @@ class Bases(NamedTuple):
     keeps_columns: bool = False
 
 
+GROUPS = {  # of methods, as lists and docs show them
+    "Averages of weights": "of any number of models, without a base",
+    "Two models": "from one model towards another",
+    "Task vectors": "differences to base_model",
+    "Whole matrices": "one weight matrix of a linear layer at a time; all other tensors are averaged",
+}
 Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
 
 
@@ -93,9 +101,7 @@ class Method:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name, with the fields that differ from the method of that name."""
-        function = self.function
-        while not inspect.isfunction(function):  # unwrap wrappers such as `Lines`
-            function = function.method.function  # type: ignore[attr-defined]
+        function = self.written
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         try:
             declared = named(function.__module__, function.__qualname__)
@@ -103,6 +109,23 @@ class Method:
         except AttributeError:  # no module has it by name: it is copied, and pickles if its function does
             return _made, (fields,)
         return _varied, (function.__module__, function.__qualname__, changed)
+
+    @property
+    def written(self) -> Callable[..., Any]:
+        """The function that was declared, without wrappers such as `Lines`."""
+        function: Any = self.function
+        while not inspect.isfunction(function):
+            function = function.method.function
+        return function
+
+    @property
+    def group(self) -> str:
+        """Which of `GROUPS` it belongs to, by what it takes."""
+        if self.cut == "tensor":
+            return "Whole matrices"
+        if self.models == 2 or (self.models == 1 and self.needs_base):
+            return "Two models"
+        return "Task vectors" if self.needs_base else "Averages of weights"
 
     @property
     def needs_base(self) -> bool:

@@ -171,7 +171,7 @@ def test_a_directory_that_mergekit_wrote(write: Write) -> None:
     Path("merges/mine").mkdir(parents=True)
     Path("merges/mine/mergekit_config.yml").write_text(TIES)
     recipe = load("merges/mine")
-    assert recipe.merge_method == "ties" and recipe.folder == Path("merges/mine")
+    assert recipe.merge_method == "ties" and recipe.folders == (Path("merges/mine"),)
     assert recipe.where("models", 2) == "merges/mine/mergekit_config.yml:9:5"
     assert default_out(recipe) == Path("merged/mine")
     with pytest.raises(RecipeError) as caught:
