@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR, module_at
@@ -34,7 +33,6 @@ from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import MergebenchError, ModelError, RecipeError
-from mergebench.evaluation.page import card
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, Stage, load
 from mergebench.recipe.open import find_file, folders, open_named
@@ -143,6 +141,8 @@ def run(
         check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
+        from mergebench.evaluation.page import card  # planning does not wait for it
+
         write_atomically(directory / "README.md", card.text(target, provenance, directory=directory))
         if verify:
             from mergebench.networks.verify import verify as check
@@ -240,6 +240,8 @@ def plan_fold(
     """
     place = locate_delta(adapter)
     if format_of(place) is None:
+        from mergebench.adapters.stored import read_stored
+
         refuse_foreign_file(place)
         if module_at(place) is not None:
             raise no_format(place)

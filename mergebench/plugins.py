@@ -219,7 +219,7 @@ class _Files:
 
 
 if _Files not in sys.meta_path:
-    sys.meta_path.append(_Files)  # type: ignore[arg-type]
+    sys.meta_path.append(_Files)
 
 
 def failed_at(function: Any, error: Exception) -> MergebenchError | None:

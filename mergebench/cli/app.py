@@ -19,11 +19,13 @@ from mergebench.cli import (
     evaluate,
     explain,
     generate,
+    init,
     inspect,
     mask,
     merge,
     methods,
     patch,
+    plan,
     port,
     probe,
     report,
@@ -60,7 +62,8 @@ def _options(
 
 
 app.command("merge")(merge.merge)
-app.command("plan")(merge.plan)
+app.command("plan")(plan.plan)
+app.command("init")(init.init)
 app.command("explain")(explain.explain)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)

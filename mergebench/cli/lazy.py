@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -20,6 +23,27 @@ class _Later(ModuleType):
         real = importlib.import_module(self.__name__)
         vars(self).update(vars(real))
         return getattr(real, name)
+
+
+def say_loading() -> None:
+    """On a terminal: say so where torch is still being imported after a second, until it is."""
+    if sys.stderr.isatty():
+        threading.Thread(target=_wait, daemon=True).start()
+
+
+def _wait() -> None:
+    time.sleep(1)
+    if not _is_loading():
+        return
+    os.write(2, b"loading torch\r")
+    while _is_loading():
+        time.sleep(0.05)
+    os.write(2, b"\x1b[K")
+
+
+def _is_loading() -> bool:
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 @contextmanager

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from mergebench.errors import RunError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)'s parameters in glibc's malloc.h
@@ -49,6 +47,8 @@ def available_memory() -> int | None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread inside the context; afterwards it has as many threads as before."""
+    import torch  # `doctor` asks about a machine on which torch cannot be imported
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

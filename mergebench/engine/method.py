@@ -51,6 +51,7 @@ else:
 Cut = Literal["element", "row", "tensor"]
 Whole = Callable[[str, tuple[int, ...]], bool]  # of a tensor's name and shape
 Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, number of models and parameters
+Effort = Callable[[int, Any], float]
 
 
 class Bases(NamedTuple):
@@ -85,6 +86,7 @@ class Method:
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or a function of the parameters
     whole: Whole  # with cut "tensor", which tensors must come whole; the others may be cut at any element
+    decompositions: Effort  # of a whole matrix's size, by number of models and parameters: for the estimate of time
     workspace: Workspace | None  # bytes the method needs for a whole tensor; None: `TEMPORARIES`
     scope: Literal["tensor", "model"]  # default reach of a statistic
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
@@ -161,6 +163,7 @@ def merge_method(
     gives: Literal["model", "deltas"] = "model",
     cut: Cut | Callable[[Any], Cut] = "element",
     whole: Whole = lambda name, shape: True,
+    decompositions: Effort = lambda models, params: 0,
     workspace: Workspace | None = None,
     scope: Literal["tensor", "model"] = "tensor",
     models: int | None = None,
@@ -176,8 +179,10 @@ def merge_method(
     `paper`: the source of the formula. `gives`: a model, or `Tasks`, of which the engine writes the vector and the
     masks. `cut`: the smallest piece a tensor may be cut into, or a function of the parameters. `whole`: with cut
     "tensor", whether the tensor of that name and shape must come whole; other tensors are cut anywhere and merged
-    element by element. `workspace`: the most bytes the method needs beside a whole chunk, by shape, number of models
-    and parameters. `scope`: the default scope of its statistics. `models`: the number of models it takes.
+    element by element. `decompositions`: with cut "tensor", about how many singular value decompositions of a matrix
+    its work equals, by number of models and parameters, for the estimate of time. `workspace`: the most bytes the
+    method needs beside a whole chunk, by shape, number of models and parameters. `scope`: the default scope of its
+    statistics. `models`: the number of models it takes.
     `optional_base`: without a base, the weights themselves are merged. `base_counts`: a base that is not listed counts
     as one more model. `keeps_base`: a chunk of zero task vectors gives zeros, of either sign, whatever the parameters
     and the answers; so the engine copies what no model changed. `bases`: with cut "tensor", the method may run in the
@@ -199,6 +204,7 @@ def merge_method(
             paper=paper,
             cut=cut,
             whole=whole,
+            decompositions=decompositions,
             workspace=workspace,
             scope=scope,
             models=models,

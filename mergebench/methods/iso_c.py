@@ -25,6 +25,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 @matrix_method(
     bases=Bases(room=1),
     paper="arXiv:2502.04959",
+    decompositions=lambda models, p: 1,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
 )

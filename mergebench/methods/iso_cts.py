@@ -29,6 +29,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 @matrix_method(
     bases=Bases(room=5),  # each task keeps a fifth of 1/N of the directions, which must include all of its own
     paper="arXiv:2502.04959",
+    decompositions=lambda models, p: models + 3,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
 )

@@ -31,7 +31,12 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 8 * rows * rank + max(17 * models * rows * columns, svd_bytes(rows, rank, 8), aligned)
 
 
-@matrix_method(bases=Bases(room=1, keeps_columns=True), paper="arXiv:2410.19735", workspace=workspace)
+@matrix_method(
+    bases=Bases(room=1, keeps_columns=True),
+    paper="arXiv:2410.19735",
+    decompositions=lambda models, p: 2 * models,
+    workspace=workspace,
+)
 def knots(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Task matrices aligned by one decomposition of all, merged there by TIES or task arithmetic.
 

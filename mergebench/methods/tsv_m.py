@@ -26,6 +26,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 @matrix_method(
     bases=Bases(room=1),  # each task keeps 1/N of the directions, which must include all of its own
     paper="arXiv:2412.00081",
+    decompositions=lambda models, p: models + 2,
     workspace=workspace,
     exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},
 )

@@ -31,6 +31,7 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 
 @matrix_method(
     paper="arXiv:2503.08099",
+    decompositions=lambda models, p: p.steps / 8 if p.solve == "adam" else models + 1,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "Adam's steps are of one length, and it stops early"),
 )
