@@ -61,11 +61,9 @@ def plan(
         recipe = load(recipe, method=method)
     elif method is not None:
         raise RecipeError("method: this recipe was checked for its own", "load it for another: load(..., method=...)")
+    how: Any = {"memory": memory, "workers": workers, "device": device, "shard_size": shard_size, "chunk": chunk}
     with _no_collection():
-        planned = plan_merge(
-            resolve(recipe), memory=memory, workers=workers, device=device, shard_size=shard_size, chunk=chunk
-        )
-        return with_edits(planned, recipe)
+        return with_edits(plan_merge(resolve(recipe), **how), recipe)
 
 
 def with_edits(plan: Plan, recipe: Recipe) -> Plan:

@@ -13,7 +13,7 @@ from mergebench.cli.output import check_bar, print_table, say, say_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mergebench.installation import Part
+    from mergebench.cli.installation import Part
     from mergebench.testing.checks import Report
 
 INSTALL = "install"
@@ -38,7 +38,7 @@ def doctor(
     adapter, delta kind and edit, or the METHODs that are named; below each table stands what its columns check.
     Exit code 1 where something fails.
     """
-    from mergebench.installation import BROKEN, examine_installation
+    from mergebench.cli.installation import BROKEN, examine_installation
 
     wanted = [name for name in names or () if name != INSTALL]
     parts = [] if wanted and INSTALL not in (names or ()) else examine_installation()

@@ -58,7 +58,8 @@ def _recipe(name: str, method: Method, given: list[str]) -> Iterator[str]:
             about = f"{p.about()}; required" if p.required else p.about()
             yield f"{'  ' if p.required else '#   '}{p.name}: {_value(p)}  # {about}"
     if method.cut == "element":
-        yield f"# scope: {method.scope}  # or {'model' if method.scope == 'tensor' else 'tensor'}: what statistics cover"
+        other = "model" if method.scope == "tensor" else "tensor"
+        yield f"# scope: {method.scope}  # or {other}: what statistics cover"
     yield "# dtype: bfloat16  # of what is written; by default each tensor's own"
     yield "# evaluate: {suite: suite.yaml}  # what to measure (docs/evaluation.md)"
 

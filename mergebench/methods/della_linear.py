@@ -31,7 +31,7 @@ def della_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, the smallest of a row most often, rescale the rest, add them up.
 
         theta = theta_0 + lambda sum w_i m_i tau_i / p_i, m_i ~ Bernoulli(p_i)
-        p_i = density - epsilon for a row's smallest, to density + epsilon for its largest
+        p_i = density - epsilon (a row's smallest) to density + epsilon (its largest)
 
     Deep et al., "DELLA-Merging". Within a row (the last dimension), the probability to be kept rises
     linearly with the rank of the magnitude, from density - epsilon to density + epsilon. What is kept is

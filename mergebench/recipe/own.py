@@ -11,16 +11,20 @@ from mergebench.recipe.positions import Loc, Places
 from mergebench.recipe.yaml import Document
 
 
-def read_methods(data: dict[str, Any], document: Document) -> None:
-    """Run the files that `merge_method` and the baselines name, and put where they were found in their place.
+def read_methods(data: dict[str, Any], document: Document, given: Method | None) -> None:
+    """Run the files that `merge_method` and the baselines name, and put where they were found in their place; a method
+    that was `given` takes the place of the recipe's.
 
     A file is run because the user named it: not if the recipe is what lies in a directory.
     """
-    if "merge_method" in data:
+    if given is not None:
+        data["merge_method"] = methods.add(given)
+    elif "merge_method" in data:
         data["merge_method"] = _read(data["merge_method"], ("merge_method",), document)
     measured = data.get("evaluate")
-    baselines = measured.get("baselines") if isinstance(measured, dict) else None
-    for i, written in enumerate(baselines if isinstance(baselines, list) else ()):
+    listed = measured.get("baselines") if isinstance(measured, dict) else None
+    baselines: list[Any] = listed if isinstance(listed, list) else []
+    for i, written in enumerate(baselines):
         loc: Loc = ("evaluate", "baselines", i)
         if isinstance(written, dict):
             baselines[i] = {_read(name, (*loc, name), document): given for name, given in written.items()}

@@ -196,16 +196,16 @@ def load(
     if more:
         hint = "read them with mergebench.load_stages, or write one document a file"
         raise more[0].places.error((), "several documents, load reads one", hint)
-    if method is not None:
-        document.data["merge_method"] = methods.add(method)
-    return check(document, overrides, seed)
+    return check(document, overrides, seed, method)
 
 
-def check(document: Document, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+def check(
+    document: Document, overrides: Sequence[str] = (), seed: int | None = None, method: Method | None = None
+) -> Recipe:
     """Check a document and make its recipe."""
     data, places, path = document.data, document.places, document.path
     changes.apply(data, overrides, places)
-    own.read_methods(data, document)
+    own.read_methods(data, document, method)
     if seed is not None:
         places.move(("seed",), f"--seed {seed}")
         data["seed"] = plain(seed, ("seed",), places)

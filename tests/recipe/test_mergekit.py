@@ -177,7 +177,7 @@ def test_a_directory_that_mergekit_wrote(write: Write) -> None:
     with pytest.raises(RecipeError) as caught:
         load("merges")
     assert caught.value.message == "merges: a directory, not a YAML file"
-    assert caught.value.hint == "name the file itself (of a directory only mergekit_config.yml is taken)"
+    assert caught.value.hint == "name the file itself, or a directory with a result or mergekit's mergekit_config.yml"
 
 
 def test_numbers_and_habits_of_published_configs(write: Write) -> None:

@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 def examine_installation() -> list[Part]:
     """Every part; nothing is merged, and nothing is asked of the network."""
-    parts = [Part("mergebench", OK, f"{__version__}, Python {platform.python_version()}, {Path(__file__).parent}")]
+    parts = [Part("mergebench", OK, f"{__version__}, Python {platform.python_version()}, {Path(__file__).parents[1]}")]
     return [*parts, *_libraries(), _devices(), *_extras(), *_plugins(), *_disks()]
 
 
