@@ -51,9 +51,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured() -> dict[str, float]:
-    rows = re.findall(
-        r"^\| (\w+) \| ([\d.]+) \| [\d.]+ \|", RESULTS.partition("## Speed")[2].partition("## Memory")[0], re.M
-    )
+    table = RESULTS.partition("## Speed")[2].partition("The floor")[0]
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ \|", table, re.M)
     return {name: float(seconds) for name, seconds in rows}
 
 
