@@ -108,7 +108,10 @@ def _show(what: str, checks: Mapping[str, Callable[..., None]], reports: list[Re
         for finding in report.findings:
             if finding.failed:
                 say(f"{report.name}: {finding.check}: {finding.why}")
+    legend = Table(box=None, show_header=False)
     for name, check in checks.items():
-        say(f"  {name}: {' '.join((inspect.getdoc(check) or '').split())}")
+        legend.add_row(name, " ".join((inspect.getdoc(check) or "").split()))
     if any(finding.mark == SKIPPED for report in reports for finding in report.findings):
-        say(f"  {SKIPPED}: the check does not apply; --json says why")
+        legend.add_row(SKIPPED, "The check does not apply; --json says why.")
+    say()
+    print_table(legend)

@@ -86,7 +86,8 @@ def _show_all(found: list[dict[str, Any]]) -> None:
                 table.add_row(entry["name"], entry["summary"])
         print_table(table)
     say()
-    say("mergebench methods NAME shows a formula, parameters and defaults; FILE.py:NAME is a method of your own.")
+    say("mergebench methods NAME shows one: formula, parameters, defaults.")
+    say("A method of your own is named by its file: FILE.py:NAME.")
 
 
 def _show(entry: dict[str, Any], text: str) -> None:
@@ -98,7 +99,8 @@ def _show(entry: dict[str, Any], text: str) -> None:
     say()
     if entry["kind"] == "method":
         say_text(_wrapped(NOTATION))
-        say_text(f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}")
+        say()
+        say(f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}")
         say()
     table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
     for parameter in entry["parameters"]:

@@ -70,7 +70,7 @@ GROUPS = {  # of methods, as lists and docs show them
     "Averages of weights": "of any number of models, without a base",
     "Two models": "from one model towards another",
     "Task vectors": "differences to base_model",
-    "Whole matrices": "one weight matrix of a linear layer at a time; all other tensors are averaged",
+    "Whole matrices": "one weight matrix at a time; other tensors are averaged",
 }
 Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
 

@@ -20,6 +20,7 @@ from mergebench import Context, Passes, TaskVectors, merge_method, methods, para
 from mergebench.adapters.combine import is_known
 from mergebench.engine.provenance import fingerprint_of
 from mergebench.errors import RecipeError
+from mergebench.evaluation.search.best import write_recipe
 from mergebench.recipe.stages import default_out
 from tests.conftest import Cli
 
@@ -85,6 +86,19 @@ def test_a_recipe_names_a_file_beside_it(models: dict[str, Any], cli: Cli) -> No
     assert "share" in cli("methods", "mine/own.py:mixed").out
     assert "mine/own.py:mixed" in cli("doctor", "mine/own.py:mixed").out
     assert is_known("linear") and not is_known("elsewhere.py:mixed")
+
+
+def test_the_best_of_a_search_finds_it(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written into another folder, and read from a third."""
+    Path("mine/probe").write_text("")
+    edits = [{"edit": "surgery", "probe": "probe", "rows": "1"}]
+    Path("mine/own.yaml").write_text(f"{RECIPE.format('own.py:mixed')}edits: {json.dumps(edits)}\n")
+    Path("best").mkdir()
+    write_recipe(mergebench.load("mine/own.yaml"), Path("best/best.yaml"), "the best")
+    Path("third").mkdir()
+    monkeypatch.chdir("third")
+    found = mergebench.load("../best/best.yaml")
+    assert found.method.name == "mixed" and found.edits[0].probe == "../mine/probe"
 
 
 def test_a_changed_file_is_another_merge(models: dict[str, Any], cli: Cli) -> None:
