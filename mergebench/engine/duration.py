@@ -20,7 +20,7 @@ RANKS = 3.1 * NS  # a question about the order of the elements
 SUMS = 1.5 * NS  # any other question
 ROWS = 8 * NS  # a method on rows, which sorts them or sums over them
 DELTA = 10 * NS  # computing an adapter's difference, each time it is read
-DECOMPOSITION = 0.4 * NS  # of a matrix [m, n]: times m * n * min(m, n)
+DECOMPOSITION = 0.3 * NS  # of a matrix [m, n]: times m * n * min(m, n)
 
 
 class Duration(NamedTuple):
