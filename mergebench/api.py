@@ -7,10 +7,8 @@ run(plan_patch("edited", "edited/patch.safetensors", revert=True), "as-it-was")
 
 from __future__ import annotations
 
-import gc
 import glob
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -29,6 +27,7 @@ from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
 from mergebench.engine.job import Merge
+from mergebench.engine.machine import no_collection, settled
 from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
@@ -62,7 +61,7 @@ def plan(
     elif method is not None:
         raise RecipeError("method: this recipe was checked for its own", "load it for another: load(..., method=...)")
     how: Any = {"memory": memory, "workers": workers, "device": device, "shard_size": shard_size, "chunk": chunk}
-    with _no_collection():
+    with no_collection():
         return with_edits(plan_merge(resolve(recipe), **how), recipe)
 
 
@@ -86,29 +85,6 @@ def with_edits(plan: Plan, recipe: Recipe) -> Plan:
             place = "" if recipe.path is None else f"{where}: edits.{number}: "
             raise type(error)(f"{place}{error.message}", error.hint) from None
     return replace(plan, merge=replace(plan.merge, edits=tuple(planned)))
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: the small objects of a hundred thousand tensors all stay alive, and scanning them
-    repeatedly takes four fifths of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextmanager
-def _settled() -> Iterator[None]:
-    """No garbage is looked for among the objects that live now: those of a plan."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def run(
@@ -153,7 +129,7 @@ def run(
         source = plan.merge.reference if plan.merge.copies else None
         return {"edits": carry_out(plan.merge.edits, staging, source)} if plan.merge.edits else {}
 
-    with _settled():
+    with settled():
         return run_plan(
             plan,
             target,
