@@ -23,6 +23,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless t
 _PUBLIC = {
     "load": "mergebench.recipe",
     "load_stages": "mergebench.recipe",
+    "merge": "mergebench.api",
     "plan": "mergebench.api",
     "plan_fold": "mergebench.api",
     "run": "mergebench.api",
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
         merge_sequence,
         truncate_adapter,
     )
-    from mergebench.api import plan, plan_edit, plan_fold, plan_patch, run, task_vector
+    from mergebench.api import merge, plan, plan_edit, plan_fold, plan_patch, run, task_vector
     from mergebench.checkpoint.kind import delta_kind
     from mergebench.editing.edit import Rows, edit
     from mergebench.editing.probes.fit import fit_probe
@@ -125,6 +126,7 @@ __all__ = [
     "load_stages",
     "measure",
     "measure_port",
+    "merge",
     "merge_adapters",
     "merge_method",
     "merge_sequence",

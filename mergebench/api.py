@@ -7,15 +7,13 @@ run(plan_patch("edited", "edited/patch.safetensors", revert=True), "as-it-was")
 
 from __future__ import annotations
 
-import gc
 import glob
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mergebench.adapters.stored import read_stored
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR, module_at
@@ -29,10 +27,11 @@ from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
 from mergebench.engine.job import Merge
+from mergebench.engine.machine import no_collection, settled
+from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import MergebenchError, ModelError, RecipeError
-from mergebench.evaluation.page import card
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, Stage, load
 from mergebench.recipe.open import find_file, folders, open_named
@@ -41,8 +40,9 @@ from mergebench.recipe.stages import references
 
 
 def plan(
-    recipe: Recipe,
+    recipe: Recipe | str | PathLike[str] | Mapping[str, Any],
     *,
+    method: Method | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     device: str = "auto",
@@ -51,14 +51,18 @@ def plan(
 ) -> Plan:
     """Plan a recipe's merge from headers alone; raises if anything does not fit.
 
-    memory: bytes for buffers and statistics. workers: processes or threads (None: one per core). device: auto, cpu or
-    cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do not depend on it.
+    recipe: what `load` returns, or takes. method: a function made with `@merge_method`, in place of the method that a
+    recipe's file or mapping names. memory: bytes for buffers and statistics. workers: processes or threads (None: one
+    per core). device: auto, cpu or cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do
+    not depend on it.
     """
-    with _no_collection():
-        planned = plan_merge(
-            resolve(recipe), memory=memory, workers=workers, device=device, shard_size=shard_size, chunk=chunk
-        )
-        return with_edits(planned, recipe)
+    if not isinstance(recipe, Recipe):
+        recipe = load(recipe, method=method)
+    elif method is not None:
+        raise RecipeError("method: this recipe was checked for its own", "load it for another: load(..., method=...)")
+    how: Any = {"memory": memory, "workers": workers, "device": device, "shard_size": shard_size, "chunk": chunk}
+    with no_collection():
+        return with_edits(plan_merge(resolve(recipe), **how), recipe)
 
 
 def with_edits(plan: Plan, recipe: Recipe) -> Plan:
@@ -81,29 +85,6 @@ def with_edits(plan: Plan, recipe: Recipe) -> Plan:
             place = "" if recipe.path is None else f"{where}: edits.{number}: "
             raise type(error)(f"{place}{error.message}", error.hint) from None
     return replace(plan, merge=replace(plan.merge, edits=tuple(planned)))
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: the small objects of a hundred thousand tensors all stay alive, and scanning them
-    repeatedly takes four fifths of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextmanager
-def _settled() -> Iterator[None]:
-    """No garbage is looked for among the objects that live now: those of a plan."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def run(
@@ -134,6 +115,8 @@ def run(
         check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
+        from mergebench.evaluation.page import card  # planning does not wait for it
+
         write_atomically(directory / "README.md", card.text(target, provenance, directory=directory))
         if verify:
             from mergebench.networks.verify import verify as check
@@ -146,7 +129,7 @@ def run(
         source = plan.merge.reference if plan.merge.copies else None
         return {"edits": carry_out(plan.merge.edits, staging, source)} if plan.merge.edits else {}
 
-    with _settled():
+    with settled():
         return run_plan(
             plan,
             target,
@@ -158,6 +141,20 @@ def run(
             finish=finish,
             change=change,
         )
+
+
+def merge(
+    recipe: Recipe | str | PathLike[str] | Mapping[str, Any],
+    out: str | Path,
+    *,
+    method: Method | None = None,
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    device: str = "auto",
+    **how: Any,
+) -> Result:
+    """Merge a recipe into the directory `out`: `run(plan(recipe, ...), out, **how)`."""
+    return run(plan(recipe, method=method, memory=memory, workers=workers, device=device), out, **how)
 
 
 def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:
@@ -217,6 +214,8 @@ def plan_fold(
     """
     place = locate_delta(adapter)
     if format_of(place) is None:
+        from mergebench.adapters.stored import read_stored
+
         refuse_foreign_file(place)
         if module_at(place) is not None:
             raise no_format(place)
@@ -300,4 +299,4 @@ def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int
     return plan_merge(merge, memory=memory, workers=workers, shard_size=shard_size, device="cpu")
 
 
-__all__ = ["Result", "check_stages", "plan", "plan_edit", "plan_fold", "plan_patch", "run", "task_vector"]
+__all__ = ["Result", "check_stages", "merge", "plan", "plan_edit", "plan_fold", "plan_patch", "run", "task_vector"]

@@ -23,8 +23,8 @@ STAGES = ".stages"  # in a directory that no rename replaces: results that a rec
 _INSIDE = {STAGES, ".partial", ".old", ".scratch.partial", "lost+found"}
 _KINDS: dict[str, type | tuple[type, ...]] = {  # of what the provenance holds, where it holds it
     "mergebench": str, "command": str, "fingerprint": str, "recipe": dict, "method": dict, "versions": dict,
-    "answers": dict, "kept": dict, "lines": dict, "tasks": dict, "stages": dict, "notes": list, "inputs": list,
-    "edits": list, "seconds": (int, float), "peak_memory": int,
+    "answers": dict, "kept": dict, "lines": dict, "tasks": dict, "stages": dict, "notes": list, "folders": list,
+    "inputs": list, "edits": list, "seconds": (int, float), "peak_memory": int,
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mergebench.cli.lazy import say_loading
+
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 MEMORY = "/dev/shm"
 _signals: list[int] = []  # that have come
@@ -44,6 +46,7 @@ def command() -> NoReturn:
     gc.set_threshold(100_000, 20, 100)
     plots = os.environ.get("MPLCONFIGDIR")
     code: int | str | None = 0
+    say_loading()
     try:
         main()
     except SystemExit as end:

@@ -71,7 +71,10 @@ def merge(
         if value is not None:
             takes = "it takes --alpha and --all" if method == "ema" else f"{option} belongs to --method ema"
             raise RecipeError(f"{option}: '{method}' takes none", takes)
+    from mergebench import methods
+
     quiet = quiet or json_
+    method = methods.read(method)
     if method == "ema":
         from mergebench.adapters.sequence import ALPHA, merge_sequence
 

@@ -19,10 +19,13 @@ from mergebench.cli import (
     evaluate,
     explain,
     generate,
+    init,
     inspect,
     mask,
     merge,
+    methods,
     patch,
+    plan,
     port,
     probe,
     report,
@@ -59,7 +62,8 @@ def _options(
 
 
 app.command("merge")(merge.merge)
-app.command("plan")(merge.plan)
+app.command("plan")(plan.plan)
+app.command("init")(init.init)
 app.command("explain")(explain.explain)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
@@ -81,5 +85,5 @@ app.command("task-vector")(task_vector.task_vector)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
 app.command("generate")(generate.generate)
-app.command("methods")(inspect.methods)
+app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,53 +11,70 @@ from mergebench.cli import options as opt
 from mergebench.cli.output import check_bar, print_table, say, say_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mergebench.cli.installation import Part
     from mergebench.testing.checks import Report
+
+INSTALL = "install"
 
 
 def doctor(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="METHOD", help="Merge methods. Default: all that are installed.")
+        list[str] | None,
+        typer.Argument(
+            metavar="METHOD",
+            help="Merge methods, or FILE.py:NAME. `install`: the installation alone. Default: the installation, all "
+            "methods, adapters, delta kinds and edits.",
+        ),
     ] = None,
     json_: opt.Json = False,
 ) -> None:
-    """Try the identities that any merge must keep on the installed methods, with small checkpoints.
+    """Check the installation, and try the identities that any merge must keep, with small checkpoints.
 
     Example: mergebench doctor ties
 
-    One model, or several equal ones, come out as they went in. The order of the models, chunks and workers
-    change nothing. Sign ties and negative weights give numbers. What is written is read back. A `-`: the check
-    does not apply, and --json says why. Then (without METHOD) the same for merged adapters of every kind of LoRA:
-    one is copied, a sum is the sum of what they do; for every delta kind: any split gives the same bits, the formula
-    in float64 the same numbers; for every edit: its patch taken out again gives the model of before. Exit code 1
-    where something fails.
+    The installation: torch and its devices, libraries, extras, plug-ins, room on the disks. Then every method, merged
+    adapter, delta kind and edit, or the METHODs that are named; below each table stands what its columns check.
+    Exit code 1 where something fails.
     """
+    from mergebench.cli.installation import BROKEN, examine_installation
+
+    wanted = [name for name in names or () if name != INSTALL]
+    parts = [] if wanted and INSTALL not in (names or ()) else examine_installation()
+    good = all(part.mark != BROKEN for part in parts)
+    found: dict[str, Any] = {"installation": [part._asdict() for part in parts]} if parts else {}
+    if parts and not json_:
+        _show_installation(parts)
+    if wanted or not names:
+        if parts and not json_:
+            say()
+        good = _examine(wanted, found, json_) and good
+    if json_:
+        say_json({"ok": good, **found})
+    if not good:
+        raise typer.Exit(1)
+
+
+def _examine(names: list[str], found: dict[str, Any], json_: bool) -> bool:
+    """Try methods, or all there is; the reports go into `found`, or are shown. Whether all is well."""
     from mergebench.testing import deltas, doctor_adapters, edits
     from mergebench.testing.doctor import CHECKS, examine
 
     with check_bar("checking", json_) as progress:
-        reports = examine(names or (), progress)
-    adapters = [] if names else doctor_adapters.examine_adapters()
-    changes = [] if names else deltas.examine_deltas()
-    made = [] if names else edits.examine_edits()
-    good = all(report.ok for report in [*reports, *adapters, *changes, *made])
-    if json_:
-        found: dict[str, Any] = {"ok": good, "methods": [_facts("method", report) for report in reports]}
-        if adapters:
-            found["adapters"] = [_facts("adapter", report) for report in adapters]
-            found["deltas"] = [_facts("delta", report) for report in changes]
-            found["edits"] = [_facts("edit", report) for report in made]
-        say_json(found)
-    else:
-        _show("method", list(CHECKS), reports)
-        if adapters:
-            say()
-            _show("adapter", list(doctor_adapters.CHECKS), adapters)
-            say()
-            _show("delta", list(deltas.CHECKS), changes)
-            say()
-            _show("edit", list(edits.CHECKS), made)
-    if not good:
-        raise typer.Exit(1)
+        reports: dict[str, tuple[list[Report], Mapping[str, Callable[..., None]]]]
+        reports = {"method": (examine(names, progress), CHECKS)}
+    if not names:
+        reports["adapter"] = doctor_adapters.examine_adapters(), doctor_adapters.CHECKS
+        reports["delta"] = deltas.examine_deltas(), deltas.CHECKS
+        reports["edit"] = edits.examine_edits(), edits.CHECKS
+    for what, (tried, checks) in reports.items():
+        found[f"{what}s"] = [_facts(what, report) for report in tried]
+        if not json_:
+            if what != "method":
+                say()
+            _show(what, checks, tried)
+    return all(report.ok for tried, _ in reports.values() for report in tried)
 
 
 def _facts(what: str, report: Report) -> dict[str, Any]:
@@ -64,8 +82,23 @@ def _facts(what: str, report: Report) -> dict[str, Any]:
     return {what: report.name, "package": report.package, "ok": report.ok, "checks": checks}
 
 
-def _show(what: str, checks: list[str], reports: list[Report]) -> None:
+def _show_installation(parts: list[Part]) -> None:
     from rich.table import Table
+
+    table = Table("installation", "", "", box=None, header_style="bold")
+    for part in parts:
+        table.add_row(part.name, part.mark, part.found)
+    print_table(table)
+    for part in parts:
+        if part.hint is not None:
+            say(f"{part.name}: {part.hint}")
+
+
+def _show(what: str, checks: Mapping[str, Callable[..., None]], reports: list[Report]) -> None:
+    """A table of the reports, what failed, and what the columns mean."""
+    from rich.table import Table
+
+    from mergebench.testing.checks import SKIPPED
 
     table = Table(what, *checks, box=None, header_style="bold")
     for report in reports:
@@ -75,3 +108,10 @@ def _show(what: str, checks: list[str], reports: list[Report]) -> None:
         for finding in report.findings:
             if finding.failed:
                 say(f"{report.name}: {finding.check}: {finding.why}")
+    legend = Table(box=None, show_header=False)
+    for name, check in checks.items():
+        legend.add_row(name, " ".join((inspect.getdoc(check) or "").split()))
+    if any(finding.mark == SKIPPED for report in reports for finding in report.findings):
+        legend.add_row(SKIPPED, "The check does not apply; --json says why.")
+    say()
+    print_table(legend)

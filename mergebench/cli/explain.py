@@ -7,8 +7,9 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from mergebench.cli import options as opt
-from mergebench.cli.merge import Recipe, each_stage, load, say_notes
+from mergebench.cli.merge import Recipe, load, say_notes
 from mergebench.cli.output import say
+from mergebench.cli.plan import each_stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

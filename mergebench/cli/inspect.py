@@ -1,4 +1,4 @@
-"""`mergebench inspect` and `mergebench methods`."""
+"""`mergebench inspect`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import typer
 
 from mergebench.cli import adapter_tables
 from mergebench.cli import options as opt
-from mergebench.cli.output import counted, note, print_table, say, say_json, say_text
+from mergebench.cli.output import counted, note, print_table, say, say_json
 from mergebench.cli.patch import show
 from mergebench.errors import human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.delta import Delta
-    from mergebench.editing.edit import Edit
-    from mergebench.engine.method import Method
 
 
 def inspect(
@@ -147,93 +145,6 @@ def _named(before: str, numbers: list[int], after: str) -> str:
 def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:
     """The deltas on a tensor, in words."""
     return {"deltas": [delta.describe() for delta in deltas]} if deltas else {}
-
-
-def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its parameters.")] = None,
-    json_: opt.Json = False,
-) -> None:
-    """List the merge methods and edits, or show one: formula, paper, parameters, defaults.
-
-    Example: mergebench methods ties
-    """
-    from mergebench import methods as registry
-    from mergebench.editing import edits
-
-    own = name is not None and name in edits.names()
-    listed = [edits.get(one) for one in edits.names() if name in (None, one)]
-    found = [_method(registry.get(one)) for one in ([name] if name else registry.names()) if not own]
-    found += [_edit(one) for one in listed]
-    for entry in found:
-        entry["package"] = (edits if entry["kind"] == "edit" else registry).origin(entry["name"])
-    if json_:
-        say_json(found if name is None else found[0])
-        return
-    from rich.table import Table
-
-    if name is None:
-        for kind in ("method", "edit"):
-            table = Table(kind, "what", "paper", box=None, header_style="bold")
-            for entry in found:
-                if entry["kind"] == kind:
-                    table.add_row(entry["name"], entry["summary"], entry["paper"])
-            print_table(table)
-        return
-    import inspect as python
-
-    (entry,) = found
-    say(f"{name}  ({entry['paper']}; from {entry['package']})")
-    say()
-    say_text(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
-    takes = f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}\n" if not own else ""
-    say()
-    say_text(takes)
-    table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
-    for parameter in entry["parameters"]:
-        default = "required" if parameter["required"] else str(parameter["default"])
-        each = " (for each model)" if parameter["per_model"] else ""
-        table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
-    print_table(table)
-
-
-def _method(method: Method) -> dict[str, Any]:
-    cut = "by its parameters" if callable(method.cut) else method.cut
-    more = {"takes": method.takes, "scope": method.scope, "cut": cut}
-    return {"kind": "method", **_about(method), **more}
-
-
-def _edit(edit: Edit) -> dict[str, Any]:
-    """An edit's description, with the parameters that every edit has."""
-    from mergebench.editing.spec import COMMON, Wanted
-
-    common = [
-        {
-            "name": key,
-            "default": getattr(Wanted(edit.name, ""), key),
-            "required": key == "probe",
-            "range": "",
-            "per_model": False,
-            "help": text,
-        }
-        for key, text in COMMON.items()
-    ]
-    about = _about(edit)
-    return {"kind": "edit", **about, "parameters": [*common, *about["parameters"]]}
-
-
-def _about(one: Method | Edit) -> dict[str, Any]:
-    parameters = [
-        {
-            "name": p.name,
-            "default": None if p.required else p.default,
-            "required": p.required,
-            "range": p.range_text(),
-            "per_model": p.per_model,
-            "help": p.help,
-        }
-        for p in one.parameters.values()
-    ]
-    return {"name": one.name, "summary": one.summary, "paper": one.paper, "parameters": parameters}
 
 
 def _architecture(config: dict[str, Any]) -> str:

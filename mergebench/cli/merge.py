@@ -1,8 +1,7 @@
-"""`mergebench merge` and `mergebench plan`."""
+"""`mergebench merge`; what it shares with `plan` and `explain`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from mergebench.engine.run import Result
     from mergebench.recipe import Stage
 
-_HELP = "A YAML file, or a directory with a mergekit_config.yml; a mergekit config is a valid recipe."
+_HELP = "A YAML file (a mergekit config is one), the directory of a result, or - for stdin."
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help=_HELP)]
 
 
@@ -122,138 +121,6 @@ def merge(
         say(str(result.out))
     if found is not None:
         evaluate.check(found)
-
-
-def plan(
-    recipe: Recipe,
-    out: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
-    device: opt.Device = "auto",
-    memory: opt.Memory = "400MiB",
-    workers: opt.Workers = None,
-    set_: opt.Set = None,
-    seed: opt.Seed = None,
-    shard_size: opt.ShardSize = "4GB",
-    json_: opt.Json = False,
-) -> None:
-    """Show what a merge would read, ask, write and need, from headers alone.
-
-    Example: mergebench plan recipes/quickstart.yaml
-    """
-    from mergebench.checkpoint.target import check_room
-
-    limits: dict[str, Any] = {
-        "memory": opt.parse_size(memory, "--memory"),
-        "workers": workers,
-        "device": opt.check_device(device),
-        "shard_size": opt.parse_size(shard_size, "--shard-size"),
-    }
-
-    def planned(stage: Stage) -> Plan:
-        found = _plan(stage, limits)
-        if out is not None:
-            check_room(stage.out, found.bytes_written)
-        return found
-
-    def facts(stage: Stage) -> dict[str, Any]:
-        return _facts(planned(stage), stage.out)
-
-    def show(stage: Stage) -> None:
-        found = planned(stage)
-        say_notes(found, json_)
-        _show(found, stage.out)
-
-    each_stage(load(recipe, set_, seed, out), json_, facts, show)
-
-
-def each_stage(
-    stages: list[Stage], json_: bool, facts: Callable[[Stage], dict[str, Any]], show: Callable[[Stage], None]
-) -> None:
-    """Print a command's output for each stage, or that the stage waits for other results."""
-    *earlier, last = stages
-    if json_:
-        document, *before = ({"waits_for": waits} if (waits := s.waits_for) else facts(s) for s in [last, *earlier])
-        names = ({"name": stage.name, "out": str(stage.out)} for stage in earlier)
-        listed = [name | one for name, one in zip(names, before, strict=True)]
-        say_json(document | ({"earlier_stages": listed} if earlier else {}))
-        return
-    for stage in stages:
-        title = f"stage {stage.name}" if stage is not last else stage.name
-        if stage.waits_for:
-            say(f"{title}: waits for {', '.join(stage.waits_for)}, not merged yet")
-            continue
-        if earlier:
-            say(f"{title}:")
-        show(stage)
-
-
-def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
-    """The plan of a stage; if models do not fit together, every mismatch is printed on stderr."""
-    from mergebench import api
-    from mergebench.checkpoint.mismatch import Mismatch
-
-    try:
-        return api.plan(stage.recipe, **limits)
-    except Mismatch as error:
-        for line in error.problems:
-            note(line)
-        count = len(error.problems)
-        message = f"{count} mismatch{'es' * (count > 1)}" if count else error.message
-        raise Mismatch(message, error.hint) from None
-
-
-def _show(found: Plan, out: Path) -> None:
-    facts = _facts(found, out)
-    say(f"{found.merge.method.name} ({found.merge.method.paper}), scope {found.merge.scope}")
-    say(f"  base      {found.merge.base.reference if found.merge.base else 'none'}")
-    for number, model in enumerate(found.merge.models):
-        zeros = found.zero_share(number)
-        extra = f"  {zeros:.1%} of the elements are unchanged" if zeros else ""
-        say(f"  model     {model.reference}{extra}")
-    say(f"  merged    {counted(facts['merged_tensors'], 'tensor')}, {found.elements / 1e6:.2f} M elements")
-    say(f"  copied    {counted(facts['copied_tensors'], 'tensor')} from the base")
-    if found.merge.lines is not None:
-        alpha = found.merge.lines.alpha
-        asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
-        say(f"  lines     alpha {asked}, beta {found.merge.lines.beta:g}")
-    for one in found.merge.edits:
-        say(f"  edit      {one.wanted.edit} of {one.count} rows of {one.wanted.target}, by {one.probe.file}")
-    say(f"  passes    {counted(found.passes, 'question')}, {counted(found.sweeps, 'sweep')}")
-    say(f"  read      {human(found.bytes_read)}")
-    say(f"  write     {human(found.bytes_written)} in {counted(len(facts['files']), 'file')} to {out}")
-    if facts["tasks"]:
-        say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, beside one vector")
-    say(f"  disk      {human(facts['disk_free'])} free")
-    say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch")
-    say(f"  workers   {found.workers} on {found.device}")
-
-
-def _facts(plan: Plan, out: Path) -> dict[str, Any]:
-    import shutil
-
-    folder = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    return {
-        "method": plan.merge.method.name,
-        "scope": plan.merge.scope,
-        "notes": list(plan.merge.notes),
-        "out": str(out),
-        "base": plan.merge.base.reference if plan.merge.base else None,
-        "models": [model.reference for model in plan.merge.models],
-        "dtypes": sorted(set(plan.dtypes.values())),
-        "merged_tensors": len(plan.alignment.merged),
-        "copied_tensors": len(plan.copied),
-        "elements": plan.elements,
-        **({"lines": plan.merge.recipe["lines"]} if plan.merge.lines else {}),
-        "edits": [one.wanted.to_plain() | {"candidates": one.count} for one in plan.merge.edits],
-        "passes": plan.passes,
-        "sweeps": plan.sweeps,
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "files": [file.file for shard in plan.shards for file in shard.files],
-        "tasks": list(plan.merge.tasks) if plan.merge.method.gives == "deltas" else [],
-        "peak_memory": plan.peak_memory,
-        "disk_free": shutil.disk_usage(folder).free,
-        "zero_share": [plan.zero_share(number) for number in range(len(plan.merge.models))],
-    }
 
 
 def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet: bool) -> dict[str, Any]:

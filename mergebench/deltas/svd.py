@@ -3,10 +3,12 @@ linear systems."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # listing the methods must not wait for torch
+    from torch import Tensor
 
 SMALL = 512  # up to this many rows or columns, a full decomposition is quick
 FIRST = 32  # directions computed first if the rank is not given

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # listing the methods must not wait for torch
+    from torch import Tensor
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
@@ -176,7 +178,7 @@ def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
     most = max(len(bracket.common) for bracket in brackets)
     edges = [[bracket.low, bracket.high, *bracket.common] for bracket in brackets]
     edges = [row + [np.nan] * (2 + most - len(row)) for row in edges]  # no value equals NaN
-    if isinstance(rows, Tensor):
+    if isinstance(rows, torch.Tensor):
         low, high, *common = torch.tensor(edges, dtype=rows.dtype, device=rows.device).T.unsqueeze(2)
     else:
         low, high, *common = np.array(edges, rows.dtype).T[:, :, None]
@@ -187,7 +189,7 @@ def gather(brackets: Sequence[Bracket], rows: Floats | Tensor) -> None:
         left.append(_counts(inside))
         inside &= rows != value
     for bracket, row, mask, (upwards, *counts) in zip(brackets, rows, inside, zip(*left, strict=True), strict=True):
-        picked = row[mask].cpu().numpy() if isinstance(row, Tensor) else row.compress(mask)
+        picked = row[mask].cpu().numpy() if isinstance(row, torch.Tensor) else row.compress(mask)
         came = [a - b for a, b in itertools.pairwise([*counts, len(picked)])]
         bracket.take(len(row) - upwards, came, picked)
 
@@ -232,6 +234,6 @@ class Extreme:
 
 def _counts(mask: NDArray[np.bool_] | Tensor) -> list[int]:
     """The number of true values in each row."""
-    if isinstance(mask, Tensor):
+    if isinstance(mask, torch.Tensor):
         return cast("list[int]", mask.sum(dim=1).tolist())
     return [int(np.count_nonzero(row)) for row in mask]

@@ -8,15 +8,18 @@ width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # listing the methods must not wait for torch
+    from torch import Tensor
 
 
 def total(values: Tensor | Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """The (weighted) sum over the models [elements], added one by one in recipe order."""
-    rows = list(values.unbind() if isinstance(values, Tensor) else values)
+    rows = list(values.unbind() if isinstance(values, torch.Tensor) else values)
     if weights:
         rows = [row if weight == 1 else row * weight for row, weight in zip(rows, weights, strict=True)]
     result: Tensor = rows[0] + rows[1] if len(rows) > 1 else rows[0].clone()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.noise import bernoulli
 from mergebench.engine.span import Span
 from mergebench.errors import MergebenchError, RunError
+
+if TYPE_CHECKING:  # listing the methods must not wait for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

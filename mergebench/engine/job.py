@@ -34,6 +34,7 @@ class Merge:
     by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
     lines: Lines | None = None  # scaling of the method's result by layer
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance
+    folders: tuple[str, ...] = ()  # where the recipe's relative paths are looked up, for provenance
     notes: tuple[str, ...] = ()  # notes for the user
     edits: tuple[Any, ...] = ()  # applied to the result before it is published; the engine only carries them
     adds_base: bool = True  # else the result of a method on task vectors is written as a task vector

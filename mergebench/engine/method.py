@@ -25,9 +25,11 @@ from mergebench.parameters import Parameter, make_params, parameters_of, params_
 from mergebench.plugins import named
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as Tensor
 
     from mergebench.engine.statistics import Statistic
+else:
+    Tensor = Any  # the methods import torch; listing their parameters must not
 
 
 class Tasks(NamedTuple):
@@ -43,12 +45,13 @@ if TYPE_CHECKING:
     Weights = Annotated[Tensor, "models elements"]  # float32, the models themselves
     # the merged chunk, or the questions on the way to it
     Passes = Tensor | Tasks | Generator[Statistic, Any, Tensor | Tasks]
-else:  # the methods import torch; listing their parameters must not
+else:
     TaskVectors = Weights = Passes = Any
 
 Cut = Literal["element", "row", "tensor"]
 Whole = Callable[[str, tuple[int, ...]], bool]  # of a tensor's name and shape
 Workspace = Callable[[tuple[int, ...], int, Any], int]  # bytes, by shape, number of models and parameters
+Effort = Callable[[int, Any], float]
 
 
 class Bases(NamedTuple):
@@ -63,6 +66,12 @@ class Bases(NamedTuple):
     keeps_columns: bool = False
 
 
+GROUPS = {  # of methods, as lists and docs show them
+    "Averages of weights": "of any number of models, without a base",
+    "Two models": "from one model towards another",
+    "Task vectors": "differences to base_model",
+    "Whole matrices": "one weight matrix at a time; other tensors are averaged",
+}
 Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
 
 
@@ -77,6 +86,7 @@ class Method:
     paper: str
     cut: Cut | Callable[[Any], Cut]  # the smallest piece a tensor may be cut into, or a function of the parameters
     whole: Whole  # with cut "tensor", which tensors must come whole; the others may be cut at any element
+    decompositions: Effort  # of a whole matrix's size, by number of models and parameters: for the estimate of time
     workspace: Workspace | None  # bytes the method needs for a whole tensor; None: `TEMPORARIES`
     scope: Literal["tensor", "model"]  # default reach of a statistic
     models: int | None  # exact number of models (base not counted unless it is listed), None for any
@@ -93,9 +103,7 @@ class Method:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name, with the fields that differ from the method of that name."""
-        function = self.function
-        while not inspect.isfunction(function):  # unwrap wrappers such as `Lines`
-            function = function.method.function  # type: ignore[attr-defined]
+        function = self.written
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         try:
             declared = named(function.__module__, function.__qualname__)
@@ -103,6 +111,23 @@ class Method:
         except AttributeError:  # no module has it by name: it is copied, and pickles if its function does
             return _made, (fields,)
         return _varied, (function.__module__, function.__qualname__, changed)
+
+    @property
+    def written(self) -> Callable[..., Any]:
+        """The function that was declared, without wrappers such as `Lines`."""
+        function: Any = self.function
+        while not inspect.isfunction(function):
+            function = function.method.function
+        return function
+
+    @property
+    def group(self) -> str:
+        """Which of `GROUPS` it belongs to, by what it takes."""
+        if self.cut == "tensor":
+            return "Whole matrices"
+        if self.models == 2 or (self.models == 1 and self.needs_base):
+            return "Two models"
+        return "Task vectors" if self.needs_base else "Averages of weights"
 
     @property
     def needs_base(self) -> bool:
@@ -138,6 +163,7 @@ def merge_method(
     gives: Literal["model", "deltas"] = "model",
     cut: Cut | Callable[[Any], Cut] = "element",
     whole: Whole = lambda name, shape: True,
+    decompositions: Effort = lambda models, params: 0,
     workspace: Workspace | None = None,
     scope: Literal["tensor", "model"] = "tensor",
     models: int | None = None,
@@ -153,8 +179,10 @@ def merge_method(
     `paper`: the source of the formula. `gives`: a model, or `Tasks`, of which the engine writes the vector and the
     masks. `cut`: the smallest piece a tensor may be cut into, or a function of the parameters. `whole`: with cut
     "tensor", whether the tensor of that name and shape must come whole; other tensors are cut anywhere and merged
-    element by element. `workspace`: the most bytes the method needs beside a whole chunk, by shape, number of models
-    and parameters. `scope`: the default scope of its statistics. `models`: the number of models it takes.
+    element by element. `decompositions`: with cut "tensor", about how many singular value decompositions of a matrix
+    its work equals, by number of models and parameters, for the estimate of time. `workspace`: the most bytes the
+    method needs beside a whole chunk, by shape, number of models and parameters. `scope`: the default scope of its
+    statistics. `models`: the number of models it takes.
     `optional_base`: without a base, the weights themselves are merged. `base_counts`: a base that is not listed counts
     as one more model. `keeps_base`: a chunk of zero task vectors gives zeros, of either sign, whatever the parameters
     and the answers; so the engine copies what no model changed. `bases`: with cut "tensor", the method may run in the
@@ -176,6 +204,7 @@ def merge_method(
             paper=paper,
             cut=cut,
             whole=whole,
+            decompositions=decompositions,
             workspace=workspace,
             scope=scope,
             models=models,

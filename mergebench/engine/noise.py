@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # listing the methods must not wait for torch
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from mergebench.engine.span import Span
@@ -78,7 +80,7 @@ def bernoulli(seed: int, spans: Sequence[Span], shares: Sequence[float] | Tensor
     """Bool [models, elements of the spans], true with probability `shares[i]` in row i, or each element's own."""
     out = torch.empty(len(shares), sum(span.numel for span in spans), dtype=torch.bool, device=device)
     for model, share in enumerate(shares):
-        each = isinstance(share, Tensor)
+        each = isinstance(share, torch.Tensor)
         if not each and share >= 1:
             out[model] = True
             continue

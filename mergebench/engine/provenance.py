@@ -19,6 +19,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.engine.answers import key_of
 from mergebench.engine.lines import alpha_of
 from mergebench.engine.plan import Plan
+from mergebench.plugins import source_of
 
 
 def record(
@@ -29,8 +30,14 @@ def record(
         "mergebench": __version__,
         "fingerprint": fingerprint,
         "recipe": dict(plan.merge.recipe),
+        "folders": list(dict.fromkeys(plan.merge.folders)),
         "notes": list(plan.merge.notes),
-        "method": {"name": plan.merge.method.name, "paper": plan.merge.method.paper, "scope": plan.merge.scope},
+        "method": {
+            "name": plan.merge.method.name,
+            "paper": plan.merge.method.paper,
+            "scope": plan.merge.scope,
+            **source_of(plan.merge.method.written),
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "inputs": inputs(plan, hash_inputs),
         "merged_tensors": len(plan.alignment.merged),
@@ -133,5 +140,6 @@ def fingerprint_of(plan: Plan) -> str:
         "shards": {file.file: hashlib.sha256(file.header).hexdigest() for shard in plan.shards for file in shard.files},
         "edits": [edit.digest for edit in plan.merge.edits],
         "mergebench": __version__,
+        "method": source_of(plan.merge.method.written).get("sha256"),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()

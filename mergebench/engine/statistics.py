@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mergebench.engine.brackets import BYTES, LEAST_NEW, Bracket, Extreme, Floats, Sample, gather
 from mergebench.engine.noise import TILE
 
-Key = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:  # listing the methods must not wait for torch
+    from torch import Tensor
+
+Key = Callable[["Tensor"], "Tensor"]
 
 
 class Statistic:

@@ -15,7 +15,8 @@ from mergebench.engine.context import Context
 from mergebench.engine.job import Merge
 from mergebench.engine.span import Span
 from mergebench.engine.statistics import Norms, OrderStatistics, Statistic
-from mergebench.errors import RecipeError
+from mergebench.errors import MergebenchError, RecipeError
+from mergebench.plugins import failed_at
 
 
 def asked(merge: Merge, params: Any, looked: set[str] | None = None) -> list[Any]:
@@ -36,6 +37,20 @@ def _trace(
     merge: Merge, params: Any, read: Iterable[str] = (), looked: set[str] | None = None
 ) -> list[tuple[Any, frozenset[str]]]:
     """Each question, and what has been `read` so far."""
+    try:
+        return _questions(merge, params, read, looked)
+    except MergebenchError:
+        raise
+    except Exception as error:
+        at = failed_at(merge.method.written, error)
+        if at is None:  # ours
+            raise
+        raise at from None
+
+
+def _questions(
+    merge: Merge, params: Any, read: Iterable[str], looked: set[str] | None
+) -> list[tuple[Any, frozenset[str]]]:
     method = merge.method
     values, context = toy(merge)
     context = context if looked is None else _watched(context, looked)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+
+from mergebench.engine.method import Tensor
 
 
 def adam(values: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: float) -> Tensor:

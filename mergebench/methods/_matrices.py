@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from torch import Tensor
-
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import merge_method
+from mergebench.engine.method import Tensor, merge_method
 
 # Embeddings (T5's `shared` and `relative_attention_bias`), heads and CLIP's projections, by any module on the way.
 _AVERAGED = re.compile(

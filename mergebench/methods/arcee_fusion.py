@@ -23,10 +23,12 @@ class Params:
 def arcee_fusion(weights: Weights, p: Params, ctx: Context) -> Passes:
     """Keep the base but for the elements that differ most, which come from the other model.
 
-    Arcee's Fusion, as in mergekit: importance = |b - a| KL(softmax b || softmax a), the divergence that of
-    the element's row; b where importance >= median + 1.5 (q_3 - q_1), else a. The quartiles are exact (mergekit
-    draws a million elements), the divergence is computed in float64: rows of a fine-tune are so alike that
-    float32 loses it. Without a base the first model is one.
+        theta = b where I >= median(I) + 1.5 (q_3(I) - q_1(I)), else a
+        I = |b - a| KL(softmax b || softmax a), a the base, b the other model
+
+    Arcee's Fusion, as in mergekit; the divergence is that of the element's row. The quartiles are exact
+    (mergekit draws a million elements), the divergence is computed in float64: rows of a fine-tune are so
+    alike that float32 loses it. Without a base the first model is one.
     """
     rows = rows_of(weights, ctx.shape).double()
     softmax = exp(rows - rows.amax(dim=2, keepdim=True))

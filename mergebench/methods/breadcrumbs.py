@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import column, total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.engine.statistics import Statistic, order_statistics
 from mergebench.methods.linear import normalized
 from mergebench.parameters import PerModel, param
@@ -30,6 +29,9 @@ class Params:
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2312.06795")
 def breadcrumbs(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop the largest elements, then the smallest until `density` is kept; add up the rest.
+
+        theta = theta_0 + lambda sum w_i m_i tau_i
+        m_i = (|tau_i| is among the `density` largest after the `gamma` largest)
 
     Davari and Belilovsky, "Model Breadcrumbs". Counts are mergekit's: of d elements, int(gamma d) at the
     top go, fewer where density + gamma is above 1; int(density d) are kept, and whatever equals the first

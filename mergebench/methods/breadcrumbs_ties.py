@@ -12,8 +12,11 @@ from mergebench.methods.ties import elect_and_merge
 def breadcrumbs_ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop the largest elements, then the smallest until `density` is kept; elect signs, add up those that agree.
 
-    Davari and Belilovsky, "Model Breadcrumbs", with TIES (arXiv:2306.01708) after it; see `breadcrumbs`
-    for what is dropped.
+        tau_i' = m_i tau_i as in breadcrumbs; s = sign(sum w_i tau_i')
+        theta = theta_0 + lambda sum w_i (sign tau_i' = s) tau_i'
+
+    Davari and Belilovsky, "Model Breadcrumbs", with TIES (arXiv:2306.01708) after it; see `breadcrumbs` for
+    what is dropped. `normalize: true` divides by the sum of the weights that agree.
     """
     tvs = yield from between_outliers_and_noise(tvs, p, ctx)
     return elect_and_merge(tvs, p.weight, p.normalize) * p.lambda_

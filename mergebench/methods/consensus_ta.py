@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mergebench.engine.chunks import column, plus_or_minus, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.errors import RecipeError
 from mergebench.parameters import PerModel, param
 
@@ -30,9 +28,11 @@ class Params:
 def consensus_ta(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Task arithmetic on the elements that at least k models' TALL masks hold.
 
-    Wang et al., "Localizing task information for improved model merging and compression". With tau = sum
-    tau_i, the mask of model i is |tau_i| >= tall_lambda_i |tau - tau_i|. The authors choose tall_lambda
-    from 0.2 to 0.6 on validation data, and lambda too.
+        theta = theta_0 + lambda (sum m_i >= k) tau, tau = sum tau_i,
+        m_i = (|tau_i| >= tall_lambda_i |tau - tau_i|)
+
+    Wang et al., "Localizing task information for improved model merging and compression". The authors
+    choose tall_lambda from 0.2 to 0.6 on validation data, and lambda too.
     """
     n = len(tvs)
     if p.k > n:

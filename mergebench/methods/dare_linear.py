@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mergebench.engine.chunks import column, keep, times, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.methods.linear import normalized
 from mergebench.parameters import PerModel, param
 
@@ -27,6 +25,9 @@ class Params:
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2311.03099")
 def dare_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, rescale the rest by 1/density, add them up.
+
+        theta = theta_0 + lambda sum w_i m_i tau_i / density_i,
+        m_i ~ Bernoulli(density_i)
 
     Yu et al., "Language models are super Mario". The rescale is the paper's (unbiased), not a ratio of
     norms.

@@ -20,7 +20,11 @@ class Params(della_linear.Params):
 def della(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, the smallest of a row most often, rescale, elect signs, average those that agree.
 
-    Deep et al., "DELLA-Merging": drop, elect, fuse; see `della_linear` for what is dropped and how the
-    rest is rescaled. Signs are elected and combined as in TIES (arXiv:2306.01708).
+        tau_i' = m_i tau_i / p_i as in della_linear; s = sign(sum w_i tau_i')
+        theta = theta_0 + lambda sum w_i m_i' tau_i' / sum w_i m_i',
+        m_i' = (sign tau_i' = s)
+
+    Deep et al., "DELLA-Merging": drop, elect, fuse; see `della_linear` for what is dropped and how the rest
+    is rescaled. Signs are elected and combined as in TIES (arXiv:2306.01708).
     """
     return elect_and_merge(della_linear.drop_by_magnitude(tvs, p, ctx), p.weight, p.normalize) * p.lambda_

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import by_rank, keep, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.errors import RecipeError
 from mergebench.methods.linear import normalized
 from mergebench.parameters import PerModel, param
@@ -30,6 +29,9 @@ class Params:
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2406.11617", cut="row")
 def della_linear(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Drop elements at random, the smallest of a row most often, rescale the rest, add them up.
+
+        theta = theta_0 + lambda sum w_i m_i tau_i / p_i, m_i ~ Bernoulli(p_i)
+        p_i = density - epsilon (a row's smallest) to density + epsilon (its largest)
 
     Deep et al., "DELLA-Merging". Within a row (the last dimension), the probability to be kept rises
     linearly with the rank of the magnitude, from density - epsilon to density + epsilon. What is kept is

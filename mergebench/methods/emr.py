@@ -29,11 +29,14 @@ EACH = "it gives a vector, and a mask and a factor for each model"
     exempt=dict.fromkeys(("one model", "equal models"), EACH),
 )
 def emr(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Elect one vector, mask it for each task, rescale: theta_0 + lambda_i M_i tau, a model for each task.
+    """Elect one vector, mask it for each task, rescale: a model for each task.
 
-    Huang et al., "EMR-Merging: Tuning-free high-performance model merging". tau has the sign of sum tau_i and
-    the largest magnitude among the tau_i that have it (section 3.2); M_i is where tau_i has it; lambda_i =
-    |tau_i| / |M_i tau| in the L1 norm over all that is merged (zero where M_i tau is).
+        theta_i = theta_0 + lambda_i M_i tau, lambda_i = |tau_i| / |M_i tau|,
+        M_i = (tau_i tau > 0)
+        tau = s max |tau_i| over the tau_i of sign s = sign(sum tau_i)
+
+    Huang et al., "EMR-Merging: Tuning-free high-performance model merging". tau is that of section 3.2; the
+    norms are L1, over all that is merged (lambda_i is zero where M_i tau is).
     """
     sign = total(tvs).sign_()
     along = tvs * sign  # above zero where a task has the elected sign

@@ -25,15 +25,18 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 @matrix_method(
     bases=Bases(room=1),
     paper="arXiv:2502.04959",
+    decompositions=lambda models, p: 1,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
 )
 def iso_c(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """The sum of the task matrices with every singular value replaced by their mean.
 
-    Marczak et al., "No task left behind": sum tau_i = U S V^T becomes mean(S) U V^T. Other tensors,
-    embeddings and heads are averaged. Where the sum is of lower rank than min(m, n), the mean is over the
-    triplets it has (the paper's further directions are arbitrary).
+        theta = theta_0 + lambda mean(S) U V', U S V' = sum tau_i
+
+    Marczak et al., "No task left behind": Other tensors, embeddings and heads are averaged. Where the sum
+    is of lower rank than min(m, n), the mean is over the triplets it has (the paper's further directions
+    are arbitrary).
     """
     stack = matrices(tvs, ctx)
     if stack is None:

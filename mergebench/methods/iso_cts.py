@@ -29,16 +29,21 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 @matrix_method(
     bases=Bases(room=5),  # each task keeps a fifth of 1/N of the directions, which must include all of its own
     paper="arXiv:2502.04959",
+    decompositions=lambda models, p: models + 3,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "its singular values are made equal"),
 )
 def iso_cts(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Iso-C with the sum's weakest directions given to what each task has outside of it.
 
-    Marczak et al., "No task left behind": the first k triplets of sum tau_i; of each (I - U_k U_k^T) tau_i the
-    first (r - k) / N, rounded (the sum keeps the rest of r = min(m, n)); stacked, made orthogonal as in TSV-M,
-    with all singular values replaced by their mean. Other tensors, embeddings and heads are averaged.
-    Triplets and stacked directions at rounding level, arbitrary in the paper, count as zero and not in the mean.
+        theta = theta_0 + lambda mean(S) U V'
+        U, S, V = the first triplets of sum tau_i and of each (I - U_k U_k') tau_i
+
+    Marczak et al., "No task left behind": the first k triplets of sum tau_i; of each (I - U_k U_k^T) tau_i
+    the first (r - k) / N, rounded (the sum keeps the rest of r = min(m, n)); stacked, made orthogonal as in
+    TSV-M, with all singular values replaced by their mean. Other tensors, embeddings and heads are
+    averaged. Triplets and stacked directions at rounding level, arbitrary in the paper, count as zero and
+    not in the mean.
     """
     stack = matrices(tvs, ctx)
     if stack is None:

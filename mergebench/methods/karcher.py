@@ -27,11 +27,15 @@ class Params:
 def karcher(weights: Weights, p: Params, ctx: Context) -> Passes:
     """The mean of the models' directions along the sphere, at the mean of their lengths.
 
-    As in mergekit, with equal weights; a base is one more model. Each step goes along the average of the
-    logarithms (theta / sin theta) (u_i - cos theta m), until it is shorter than `tol`. All of it happens in
-    the models' dot products: the mean is a weighted sum of the models. A model opposite to the mean has no
-    direction there, a zero tensor none at all: they take no part in the step (mergekit drops any tensor
-    shorter than `tol`).
+        theta = mean |theta_i| m,
+        m the mean of u_i = theta_i / |theta_i| along the sphere:
+        m <- exp_m(mean of log_m(u_i)),
+        log_m(u) = (phi / sin phi) (u - cos phi m), phi the angle of u and m
+
+    As in mergekit, with equal weights; a base is one more model. Steps go on until one is shorter than
+    `tol`. All of it happens in the models' dot products: the mean is a weighted sum of the models. A model
+    opposite to the mean has no direction there, a zero tensor none at all: they take no part in the step
+    (mergekit drops any tensor shorter than `tol`).
     """
     dots = (yield gram(weights)).cpu().numpy()
     lengths = np.sqrt(dots.diagonal())

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.deltas.svd import svd, svd_bytes
 from mergebench.engine.chunks import total, trim
 from mergebench.engine.context import Context
-from mergebench.engine.method import Bases, Passes, TaskVectors
+from mergebench.engine.method import Bases, Passes, TaskVectors, Tensor
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.methods.ties import elect_and_merge
 from mergebench.parameters import param
@@ -32,14 +31,22 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
     return 8 * rows * rank + max(17 * models * rows * columns, svd_bytes(rows, rank, 8), aligned)
 
 
-@matrix_method(bases=Bases(room=1, keeps_columns=True), paper="arXiv:2410.19735", workspace=workspace)
+@matrix_method(
+    bases=Bases(room=1, keeps_columns=True),
+    paper="arXiv:2410.19735",
+    decompositions=lambda models, p: 2 * models,
+    workspace=workspace,
+)
 def knots(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Task matrices aligned by one decomposition of all, merged there by TIES or task arithmetic.
 
-    Stoica et al., "Model merging with SVD to tie the KnOTS": [tau_1 .. tau_N] = U S [V_1 .. V_N] in float64
-    without s <= 1e-5; the S V_i are merged, and U takes the result back. TIES trims each S V_i of a tensor by
-    itself. Other tensors, embeddings and heads are averaged. `task_arithmetic` leaves out what s drops, and
-    is plain task arithmetic otherwise. S V_i is computed as U^T tau_i, U from a QR decomposition's triangle.
+        theta = theta_0 + lambda U merged(S V_1', .. S V_N'),
+        U S [V_1' .. V_N'] = [tau_1 .. tau_N]
+
+    Stoica et al., "Model merging with SVD to tie the KnOTS": the decomposition in float64 without s <=
+    1e-5; the S V_i' are merged, and U takes the result back. TIES trims each S V_i' of a tensor by itself.
+    Other tensors, embeddings and heads are averaged. `task_arithmetic` leaves out what s drops, and is
+    plain task arithmetic otherwise. S V_i is computed as U^T tau_i, U from a QR decomposition's triangle.
     """
     stack = matrices(tvs, ctx)
     if stack is None:

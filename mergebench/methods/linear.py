@@ -19,10 +19,12 @@ class Params:
 
 @merge_method(takes="weights", paper="arXiv:2203.05482")
 def linear(weights: Weights, p: Params, ctx: Context) -> Passes:
-    """Weighted average of the models: sum w_i theta_i / sum w_i.
+    """Weighted average of the models.
 
-    Wortsman et al., "Model soups" (uniform soup: all weights equal). A base listed among the models
-    counts like any other.
+        theta = sum w_i theta_i / sum w_i
+
+    Wortsman et al., "Model soups" (uniform soup: all weights equal). A base listed among the models counts
+    like any other.
     """
     shares = normalized(p.weight) if p.normalize else p.weight
     return total(weights, shares)

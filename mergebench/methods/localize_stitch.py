@@ -20,7 +20,10 @@ class Params:
 
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2408.13656", scope="model")
 def localize_stitch(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Keep each model's largest elements, average them where several models have some: sum m_i tau_i / sum m_i.
+    """Keep each model's largest elements, average them where several models have some.
+
+        theta = theta_0 + sum m_i tau_i / sum m_i,
+        m_i = (|tau_i| is among the `density` largest)
 
     He et al., "Localize-and-Stitch", the variant without data (masks by magnitude, not learned). Every
     element at or above the threshold is kept; one that a model left as it was is in none of its masks.

@@ -20,7 +20,9 @@ class Params:
 
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2407.06322")
 def magmax(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """For each element the change of largest magnitude among the models: theta_0 + lambda tau.
+    """For each element the change of largest magnitude among the models.
+
+        theta = theta_0 + lambda tau_k, k = argmax_i |tau_i|, for each element
 
     Marczak et al., "MagMax". Of equal magnitudes with different signs, plus is taken.
     """

@@ -6,11 +6,10 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import row_total, rows_of, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.engine.statistics import gram
 from mergebench.errors import RecipeError
 from mergebench.parameters import param
@@ -25,11 +24,14 @@ class Params:
     takes="task_vectors", keeps_base=True, paper="arXiv:2403.19522", cut=lambda p: "row" if p.filter_wise else "element"
 )
 def model_stock(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Base plus t times the mean task vector, t = N cos / (1 + (N-1) cos), cos the mean over all pairs.
+    """Base plus the mean task vector, shortened by the angles between the models.
 
-    Jang et al., "Model Stock: All we need is just a few fine-tuned models". Where a denominator is zero, the
-    base is kept. A zero task vector has cosine 0 with any other; short ones have their true cosine (mergekit
-    shrinks it where the product of the lengths is below 1e-6).
+        theta = theta_0 + t mean tau_i, t = N cos / (1 + (N-1) cos),
+        cos the mean over all pairs
+
+    Jang et al., "Model Stock: All we need is just a few fine-tuned models". Where a denominator is zero,
+    the base is kept. A zero task vector has cosine 0 with any other; short ones have their true cosine
+    (mergekit shrinks it where the product of the lengths is below 1e-6).
     """
     n = len(tvs)
     if n < 2:

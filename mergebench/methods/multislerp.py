@@ -31,7 +31,10 @@ class Params:
     optional_base=True,
 )
 def multislerp(values: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Average the models' directions, at their average length: sum w_i |x_i| m, m along sum w_i x_i / |x_i|.
+    """Average the models' directions, at their average length.
+
+        theta = (sum w_i |x_i|) s / |s|, s = sum w_i x_i / |x_i|
+        x_i = theta_i; with a base x_i = tau_i, and theta_0 is added
 
     Goddard, "Multi-SLERP", on task vectors where there is a base. The published step in the tangent space
     at m is left out: what it adds, the part of sum w_i x_i / |x_i| across m, is zero. Two directions that

@@ -22,7 +22,9 @@ class Params:
     exempt={"one model": "an element moves by t at most"},
 )
 def nearswap(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Swap in the other model where it is near the base: theta_0 + clamp(tau, -t, t).
+    """Swap in the other model where it is near the base.
+
+        theta = theta_0 + clamp(tau, -t, t)
 
     alchemonaut, QuartetAnemoi-70B. The same as w theta_1 + (1-w) theta_0 with w = min(t / |tau|, 1), as
     published: nearer than t the other model's value is taken, elsewhere the base moves by t towards it.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import row_total, rows_of, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Cut, Passes, TaskVectors, merge_method
+from mergebench.engine.method import Cut, Passes, TaskVectors, Tensor, merge_method
 from mergebench.engine.statistics import gram
 from mergebench.parameters import PerModel, param
 
@@ -34,10 +33,15 @@ def piece(p: Params) -> Cut:
 def nuslerp(values: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Interpolate along the arc between two models (with a base: between their task vectors).
 
-    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985), with t = w_1 / (w_0 + w_1), or
-    1/2 where the weights add up to zero. Parallel and opposite vectors are interpolated linearly; a zero
-    vector counts as orthogonal. Unflattened, each vector along the last dimension has an arc of its own;
-    `nuslerp_row_wise` takes those along the first dimension, the columns (the name is mergekit's).
+        theta = sin((1-t) phi) / sin(phi) x_1 + sin(t phi) / sin(phi) x_2,
+        t = w_2 / (w_1 + w_2)
+        x_i = theta_i; with a base x_i = tau_i, and theta_0 is added;
+        phi is the angle of x_1 and x_2
+
+    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985), with t = 1/2 where the weights
+    add up to zero. Parallel and opposite vectors are interpolated linearly; a zero vector counts as
+    orthogonal. Unflattened, each vector along the last dimension has an arc of its own; `nuslerp_row_wise`
+    takes those along the first dimension, the columns (the name is mergekit's).
     """
     both = sum(p.weight)
     t = 0.5 if abs(both) < 1e-6 else p.weight[1] / both

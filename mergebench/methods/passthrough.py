@@ -17,7 +17,9 @@ class Params:
 
 @merge_method(takes="weights", paper="arXiv:2403.13257", models=1)
 def passthrough(weights: Weights, p: Params, ctx: Context) -> Passes:
-    """Take one model's tensors as they are: scale theta.
+    """Take one model's tensors as they are, or scaled.
+
+        theta = scale theta_1
 
     Goddard et al., "Arcee's MergeKit". A base counts as the model: name the same one, or none.
     """

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import clamp, exp, rescale, tanh, total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.engine.statistics import order_statistics
 from mergebench.parameters import PerModel, param
 
@@ -33,10 +32,15 @@ class Params:
 def pcb(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Let parameters compete within and across tasks, drop the losers, average the rest by their scores.
 
+        z_i = |tau_i| from 0 to 1; score_i = exp(N z_i^2) tanh(tau_i sum tau_j);
+        c_i = the highest scores from 0 to 1
+        theta = theta_0 + lambda sum w_i c_i tau_i / sum c_i
+
     Du et al., "Parameter competition balancing for model merging" (NeurIPS 2024), as the authors' code
-    computes it, at model scope. A model whose task vector is zero is refused at model scope; at tensor
-    scope a zero tensor contributes nothing. Where `density` would keep no element, the best one is kept;
-    a tensor of one element keeps the base's value.
+    computes it, at model scope (shown: the variant `readme`; the magnitude is winsorised in all). A model
+    whose task vector is zero is refused at model scope; at tensor scope a zero tensor contributes nothing.
+    Where `density` would keep no element, the best one is kept; a tensor of one element keeps the base's
+    value.
     """
     n, d = len(tvs), ctx.numel
     clip = CLIP[p.variant] if p.clip is None else p.clip

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.parameters import param
 
 
@@ -20,7 +19,9 @@ class Params:
 
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2601.13572")
 def ram(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Average each element over the models that touched it: sum m_i tau_i / sum m_i, m_i = |tau_i| > epsilon.
+    """Average each element over the models that touched it.
+
+        theta = theta_0 + sum m_i tau_i / sum m_i, m_i = (|tau_i| > epsilon)
 
     "Reinforced Agent Merging": an element that a single model touched keeps that model's full change.
     """

@@ -26,8 +26,11 @@ class Params:
 def ramplus_tl(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Average the elements that several models touched, scale up those that one did.
 
-    "Reinforced Agent Merging", RAM+ with a ratio for each tensor (`scope: model`: for the model). Elements
-    that model i alone touched (|tau_i| > epsilon) are multiplied by 1 + r min(shared_i / own_i, alpha).
+        theta = theta_0 + sum g_i m_i tau_i / sum m_i, m_i = (|tau_i| > epsilon)
+        g_i = 1 + r min(shared_i / own_i, alpha) where model i alone touched it, else 1
+
+    "Reinforced Agent Merging", RAM+ with a ratio for each tensor (`scope: model`: for the model). own_i and
+    shared_i count the elements that model i touched alone and with others.
     """
     touching, mask = touched(tvs, p.epsilon)
     count = total(mask).clamp_(min=1)

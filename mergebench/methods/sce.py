@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import plus_or_minus, total, trim, weighted
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.engine.statistics import gram, order_statistics
 from mergebench.methods.ties import merge_agreeing
 from mergebench.parameters import param
@@ -26,10 +25,13 @@ class Params:
 def sce(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Select where models vary most, weigh each model by its mean square there, erase the minority signs.
 
+        tau_i' = tau_i where its variance is among the `select_topk` largest, else 0
+        w_i = |tau_i'|^2 / sum |tau_j'|^2; m_i = (sign tau_i' = sign sum tau_j')
+        theta = theta_0 + sum w_i m_i tau_i' / sum w_i m_i
+
     Wan et al., "FuseChat". Of the elements whose variance over the models is not zero, `select_topk` are
-    kept (with equal variances, more); sum w_i tau_i / sum w_i over the models with the sign of sum tau_i.
-    Weights are shares of the squares, however small these are: mergekit takes equal weights where the mean
-    squares add up to less than 1e-6.
+    kept (with equal variances, more). Weights are shares of the squares, however small these are: mergekit
+    takes equal weights where the mean squares add up to less than 1e-6.
     """
     if p.select_topk < 1:
         variance = spread(tvs)

@@ -24,8 +24,10 @@ class Params:
 def slerp(weights: Weights, p: Params, ctx: Context) -> Passes:
     """Interpolate along the arc between two models, each tensor (or the model) as one vector.
 
-    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). The weights keep their norms:
-    sin((1-t)w)/sin(w) a + sin(tw)/sin(w) b with w the angle between a and b; nearly parallel tensors are
+        theta = sin((1-t) phi) / sin(phi) theta_0 + sin(t phi) / sin(phi) theta_1,
+        phi their angle
+
+    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). Nearly parallel tensors are
     interpolated linearly. The base is the t = 0 end wherever it is listed.
     """
     dots = yield gram(weights)

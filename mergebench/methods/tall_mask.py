@@ -31,9 +31,11 @@ class Params:
 def tall_mask(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """The sum of the task vectors where one model's mask holds it: what the mask preserves of that model.
 
-    Wang et al., "Localizing task information for improved model merging and compression". With tau = sum
-    tau_i: theta_0 + lambda m_t tau, m_t = |tau_t| >= tall_lambda |tau - tau_t|. One recipe, and one
-    checkpoint, for each task.
+        theta = theta_0 + lambda m_t tau, tau = sum tau_i,
+        m_t = (|tau_t| >= tall_lambda |tau - tau_t|)
+
+    Wang et al., "Localizing task information for improved model merging and compression". One recipe, and
+    one checkpoint, for each task.
     """
     if p.task > len(tvs):
         raise RecipeError(f"parameters.task: {p.task} of {len(tvs)} models", "1 names the first model, the base aside")

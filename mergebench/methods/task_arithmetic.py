@@ -20,7 +20,9 @@ class Params:
 
 @merge_method(takes="task_vectors", keeps_base=True, paper="arXiv:2212.04089")
 def task_arithmetic(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Base plus the weighted sum of task vectors: theta_0 + lambda sum w_i tau_i.
+    """Base plus the weighted sum of task vectors.
+
+        theta = theta_0 + lambda sum w_i tau_i
 
     Ilharco et al., "Editing models with task arithmetic". A negative weight unlearns.
     """

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import column, plus_or_minus, times, total, trim, weighted
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors, merge_method
+from mergebench.engine.method import Passes, TaskVectors, Tensor, merge_method
 from mergebench.engine.statistics import order_statistics
 from mergebench.parameters import PerModel, param
 
@@ -28,8 +27,14 @@ class Params:
 def ties(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Keep the largest elements, elect a sign for each, average those that agree with it.
 
-    Yadav et al., "TIES-Merging". Trimming keeps every element at or above the threshold, as the
-    authors' code does, so ties keep more than `density`. An even vote elects plus.
+        tau_i' = tau_i where |tau_i| is among the `density` largest, else 0;
+        s = sign(sum w_i tau_i')
+        theta = theta_0 + lambda sum w_i m_i tau_i' / sum w_i m_i,
+        m_i = (sign tau_i' = s)
+
+    Yadav et al., "TIES-Merging". Trimming keeps every element at or above the threshold, as the authors'
+    code does, so ties keep more than `density`. An even vote elects plus. The default density of 1 trims
+    nothing, as in mergekit; the paper keeps 0.2.
     """
     # trim
     if min(p.density) < 1:

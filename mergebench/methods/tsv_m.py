@@ -26,16 +26,20 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 @matrix_method(
     bases=Bases(room=1),  # each task keeps 1/N of the directions, which must include all of its own
     paper="arXiv:2412.00081",
+    decompositions=lambda models, p: models + 2,
     workspace=workspace,
     exempt={"equal models": "it keeps a part of each task's singular triplets, here the same part"},
 )
 def tsv_m(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """Low-rank task matrices side by side, their singular vectors made orthogonal across tasks.
 
-    Gargiulo et al., "Task singular vectors": of each task matrix the first k = floor(min(m, n) / N) triplets;
-    U = [U_1 .. U_N] and V likewise replaced by their nearest orthogonal matrices; the sum is U S V^T. Other
-    tensors, embeddings and heads are averaged. Where the paper's result is arbitrary: triplets and stacked
-    directions at rounding level count as zero; at least one triplet of each task is kept.
+        theta = theta_0 + lambda U diag(S_1 .. S_N) V',
+        tau_i = U_i S_i V_i' without the smaller singular values
+        U = the orthogonal matrix nearest to [U_1 .. U_N], and V likewise
+
+    Gargiulo et al., "Task singular vectors": of each task matrix the first floor(min(m, n) / N) triplets.
+    Other tensors, embeddings and heads are averaged. Where the paper's result is arbitrary: triplets and
+    stacked directions at rounding level count as zero; at least one triplet of each task is kept.
     """
     stack = matrices(tvs, ctx)
     if stack is None:

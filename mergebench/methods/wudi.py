@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mergebench.engine.chunks import total
 from mergebench.engine.context import Context
-from mergebench.engine.method import Passes, TaskVectors
+from mergebench.engine.method import Passes, TaskVectors, Tensor
 from mergebench.methods._adam import adam
 from mergebench.methods._matrices import matrices, matrix_method, mean
 from mergebench.parameters import param
@@ -32,16 +31,21 @@ def workspace(shape: tuple[int, ...], models: int, p: Params) -> int:
 
 @matrix_method(
     paper="arXiv:2503.08099",
+    decompositions=lambda models, p: p.steps / 8 if p.solve == "adam" else models + 1,
     workspace=workspace,
     exempt=dict.fromkeys(("one model", "equal models"), "Adam's steps are of one length, and it stops early"),
 )
 def wudi(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
-    """Minimise the disturbance sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2 for each matrix.
+    """The task vector that disturbs every task least, matrix by matrix.
 
-    Cheng et al., "Whoever started the interference should end it". `adam` is the paper's: `steps` of Adam from
-    sum tau_i, stopped early: the result depends on the scale of the task vectors. `closed` is the stationary
-    point sum tau_i C_i (sum C_i)^+ with C_i = tau_i^T tau_i / |tau_i|^2, in float64, the pseudo-inverse without
-    eigenvalues at rounding level. A zero task matrix has no say. Other tensors, embeddings and heads are averaged.
+        theta = theta_0 + lambda tau,
+        tau the argmin of sum_i |(tau - tau_i) tau_i'|^2 / |tau_i|^2
+
+    Cheng et al., "Whoever started the interference should end it". `adam` is the paper's: `steps` of Adam
+    from sum tau_i, stopped early: the result depends on the scale of the task vectors. `closed` is the
+    stationary point sum tau_i C_i (sum C_i)^+ with C_i = tau_i^T tau_i / |tau_i|^2, in float64, the
+    pseudo-inverse without eigenvalues at rounding level. A zero task matrix has no say. Other tensors,
+    embeddings and heads are averaged.
     """
     stack = matrices(tvs, ctx)
     if stack is None:

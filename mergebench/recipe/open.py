@@ -17,7 +17,7 @@ from mergebench.recipe.yaml import find
 
 def folders(recipe: Recipe) -> list[Path]:
     """Where relative paths are looked up after the working directory."""
-    return [] if recipe.folder is None else [recipe.folder]
+    return list(recipe.folders)
 
 
 def find_file(text: str, folders: Sequence[Path]) -> Path:

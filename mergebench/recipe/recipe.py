@@ -13,7 +13,7 @@ from mergebench import methods
 from mergebench.editing.spec import Wanted
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
-from mergebench.recipe import edits, modules, parameters, schema, tokens
+from mergebench.recipe import edits, modules, own, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
 from mergebench.recipe.chat import chat_template
 from mergebench.recipe.gradients import varies
@@ -45,7 +45,8 @@ class Baseline:
     @property
     def label(self) -> str:
         """`ties`, or `ties density 0.2`."""
-        return " ".join([self.method, *(f"{name} {value}" for name, value in self.parameters.items())])
+        own = self.method.rpartition(":")[2]  # of FILE.py:NAME
+        return " ".join([own, *(f"{name} {value}" for name, value in self.parameters.items())])
 
     def to_plain(self) -> str | dict[str, Any]:
         return {self.method: dict(self.parameters)} if self.parameters else self.method
@@ -89,14 +90,10 @@ class Recipe:
     evaluate: Evaluation | None = None
     name: str | None = field(default=None, compare=False)  # the name of its result in other documents of the file
     path: Path | None = field(default=None, compare=False)
+    folders: tuple[Path, ...] = field(default=(), compare=False)  # of relative paths, after the working directory
     notes: tuple[str, ...] = field(default=(), compare=False)  # on ignored settings, for stderr
     places: Places = field(default_factory=Places, compare=False, repr=False)
     parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)  # of `modules:`, to be found in the model
-
-    @property
-    def folder(self) -> Path | None:
-        """The recipe's directory: relative paths are looked up there after the working directory."""
-        return None if self.path is None else self.path.parent
 
     @property
     def method(self) -> Method:
@@ -185,33 +182,37 @@ NEEDS_BASE = "name the model the others were fine-tuned from: base_model: PATH"
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), seed: int | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    method: Method | None = None,
 ) -> Recipe:
-    """Read and check a recipe: the path of a YAML file (or of a directory with mergekit's), or a mapping.
+    """Read and check a recipe: the path of a YAML file (or of a directory with a result, or mergekit's), or a mapping.
 
-    `overrides` are `--set` strings such as "parameters.density=0.2"; `seed` overrides the recipe's own.
+    `overrides` are `--set` strings such as "parameters.density=0.2"; `seed` overrides the recipe's own. `method`: a
+    function made with `@merge_method`, in place of the recipe's.
     """
     document, *more = read(source)
     if more:
         hint = "read them with mergebench.load_stages, or write one document a file"
         raise more[0].places.error((), "several documents, load reads one", hint)
-    return check(document, overrides, seed)
+    return check(document, overrides, seed, method)
 
 
-def check(document: Document, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+def check(
+    document: Document, overrides: Sequence[str] = (), seed: int | None = None, method: Method | None = None
+) -> Recipe:
     """Check a document and make its recipe."""
-    data, places, path = document
+    data, places, path = document.data, document.places, document.path
     changes.apply(data, overrides, places)
+    own.read_methods(data, document, method)
     if seed is not None:
         places.move(("seed",), f"--seed {seed}")
         data["seed"] = plain(seed, ("seed",), places)
     lifted, parts = modules.lift(data, places)
     habits: list[Loc] = [(key,) for key in ("int8_mask",) if lifted.pop(key, None) is not None]
     found = schema.check(lifted, places)
-    try:
-        method = methods.get(found["merge_method"])
-    except RecipeError as error:
-        raise places.error(("merge_method",), error.message, error.hint) from None
+    method = own.get(found["merge_method"], ("merge_method",), places)
     base = found.get("base_model")
     if method.needs_base and base is None:
         raise places.error(("base_model",), f"missing, '{method.name}' merges task vectors", NEEDS_BASE)
@@ -222,17 +223,17 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
     common, more = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
     entries, ignored = [], [*habits, *more]
     for i, entry in enumerate(found.get("models", ())):
-        own, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
-        entries.append(Entry(entry.get("model"), entry.get("task_vector"), own, entry.get("as_trained")))
+        given, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
+        entries.append(Entry(entry.get("model"), entry.get("task_vector"), given, entry.get("as_trained")))
         ignored += more
     slices = []
     for i, one in enumerate(found.get("slices", ())):
         sources = []
         for k, layers in enumerate(one["sources"]):
             loc = ("slices", i, "sources", k, "parameters")
-            own, more = parameters.check(method, layers.get("parameters", {}), loc, places)
+            given, more = parameters.check(method, layers.get("parameters", {}), loc, places)
             first, end = layers["layer_range"]
-            sources.append(Source(layers["model"], first, end, own))
+            sources.append(Source(layers["model"], first, end, given))
             ignored += more
         shared, more = parameters.check(method, one.get("parameters", {}), ("slices", i, "parameters"), places)
         slices.append(Slice(tuple(sources), shared))
@@ -262,6 +263,7 @@ def check(document: Document, overrides: Sequence[str] = (), seed: int | None = 
         evaluate=_evaluation(found.get("evaluate"), places),
         name=found.get("name"),
         path=path,
+        folders=document.folders,
         notes=parameters.note(method, ignored, places),
         places=places,
         parts=parts,
@@ -294,10 +296,7 @@ def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation |
     for i, written in enumerate(found.get("baselines", ())):
         loc: Loc = ("evaluate", "baselines", i)
         name, given = next(iter(written.items())) if isinstance(written, dict) else (written, {})
-        try:
-            method = methods.get(name)
-        except RecipeError as error:
-            raise places.error(loc, error.message, error.hint) from None
+        method = own.get(name, loc, places)
         if not isinstance(given, dict):
             raise places.error((*loc, name), "must be a mapping of parameters", "write it as {ties: {density: 0.2}}")
         baselines.append(Baseline(name, parameters.check(method, given, (*loc, name), places)[0]))

@@ -17,7 +17,7 @@ from mergebench.errors import RecipeError
 from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
 from mergebench.recipe.notes import about_configs, about_gradients, about_heads, about_slices, about_the_base
-from mergebench.recipe.open import open_named, short_names
+from mergebench.recipe.open import folders, open_named, short_names
 from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Entry, Recipe
 from mergebench.recipe.slices import pieces_of, put_together, take_apart
@@ -158,6 +158,7 @@ def _merge(
         seed=recipe.seed,
         dtype=recipe.out_dtype or recipe.dtype,
         recipe=recipe.to_dict(),
+        folders=tuple(str(folder.resolve()) for folder in [Path(), *folders(recipe)]),
         notes=(*notes, *remarks),
     )
 

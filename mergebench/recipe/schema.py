@@ -9,7 +9,7 @@ from typing import Any
 
 from mergebench import methods
 from mergebench.errors import RecipeError, did_you_mean
-from mergebench.recipe.positions import Loc, Places, show
+from mergebench.recipe.positions import Loc, Places, dotted, show
 
 DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("tensor", "model")
@@ -148,11 +148,17 @@ TOKENIZER = {
     "tokens": Kind("a mapping of tokens", lambda value: isinstance(value, dict) and all(map(_text, value))),
     "pad_to_multiple_of": Kind("a whole number, at least 1", lambda value: _whole(value) and value > 0),
 }
+MOE = ("gate_mode", "experts")  # of mergekit-moe
+MIXTURE = "this is a config for mergekit-moe, which makes a mixture of experts; mergebench makes none"
+MIXTURE_HINT = "make the mixture with mergekit-moe; mergebench merges, edits and measures what it makes"
 _OWN = (("evaluate",), ("tokenizer",), ("lines",), ("edits",))  # keys without method parameters below them
 
 
 def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """The recipe's keys, each of the right kind; an empty key counts as not given."""
+    for key in MOE:
+        if key in data:
+            raise places.error((key,), MIXTURE, MIXTURE_HINT)
     _check_places(data, places)
     found = _keys(data, RECIPE, (), places)
     if "merge_method" not in found:
@@ -211,7 +217,11 @@ def _check_places(data: Mapping[str, Any], places: Places) -> None:
             elif key in ENTRY and kinds is RECIPE:
                 right = "in the list of models"
             if right is not None:
-                raise places.error((*loc, key), "stands in the wrong place", f"write it {right}")
+                here = (*loc, key)
+                if key in takes and places.where(here).startswith("--set"):
+                    what = f"'{data.get('merge_method')}' takes it as a parameter"
+                    raise places.error(here, what, f"did you mean --set {dotted((*loc, 'parameters', key))}=VALUE?")
+                raise places.error(here, "stands in the wrong place", f"write it {right}")
 
     check_part(data, RECIPE, ())
     for key, kinds in (("models", ENTRY), ("slices", SLICE)):

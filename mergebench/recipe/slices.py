@@ -123,8 +123,10 @@ def take_apart(slices: Sequence[Slice], opened: Mapping[str, Model], where: Call
             missing = next((at for at in range(source.start, source.stop) if at not in layers), None)
             if missing is not None:
                 loc = where("slices", number, "sources", place, "layer_range")
-                what = f"{stacks[source.model].model.reference} has no layer {missing}"
-                raise ModelError(f"{loc}: {what}", f"its layers are {min(layers)} to {max(layers)}")
+                what = (
+                    f"[{source.start}, {source.stop}]: {stacks[source.model].model.reference} has {len(layers)} layers"
+                )
+                raise ModelError(f"{loc}: {what}", f"they are {min(layers)} to {max(layers)}, the end is not included")
         for at in range(one.length):
             first, *others = (stacks[source.model].layer(source.start + at) for source in one.sources)
             for other in others:

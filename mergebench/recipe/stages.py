@@ -77,9 +77,11 @@ def load_stages(
 
 
 def default_out(recipe: Recipe) -> Path:
-    """`merged/<recipe stem>`; for what mergekit wrote, `merged/<its directory>`."""
+    """`merged/<recipe stem>`; for what we or mergekit wrote, `merged/<its directory>`."""
     if recipe.path is None:
-        return Path("merged") / recipe.merge_method
+        return Path("merged") / recipe.method.name
+    if recipe.path.is_dir():
+        return Path("merged") / recipe.path.resolve().name
     return Path("merged") / (recipe.path.resolve().parent.name if recipe.path.name == PROVENANCE else recipe.path.stem)
 
 
@@ -113,7 +115,7 @@ def _numbers(recipes: Sequence[Recipe], last: int) -> dict[str, int]:
         found[recipe.name] = number
         if number == last:
             continue
-        places = [Path(recipe.name), *([recipe.folder / recipe.name] if recipe.folder else [])]
+        places = [Path(recipe.name), *(folder / recipe.name for folder in recipe.folders)]
         path = next((place for place in places if place.exists()), None)
         if path is not None:
             what = f"'{recipe.name}' is the path of something that exists too"

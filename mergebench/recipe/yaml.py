@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,27 +36,55 @@ class Document(NamedTuple):
     data: dict[str, Any]
     places: Places
     path: Path | None
+    folders: tuple[Path, ...] = ()  # where its relative paths are looked up after the working directory
+    given: bool = True  # the user named this file, and not a directory that holds it
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Document]:
-    """The documents of a YAML file or of a directory that mergekit wrote, or a mapping as one document."""
-    path = None
+    """The documents of a YAML file (`-`: of stdin), or a mapping as one document; of a directory, the recipe that a
+    result of ours or of mergekit was made by."""
+    path: Path | None = None
+    folders: tuple[Path, ...] = ()
+    given = True
     if isinstance(source, Mapping):
         places = Places()
         found = [(plain(source, (), places), places)]
+    elif os.fspath(source) == "-":
+        found = parse_all(decoded(sys.stdin.buffer.read(), "stdin"), "stdin")
     else:
         if "\n" in os.fspath(source):
             raise RecipeError("a recipe is given as a path or a mapping, got text", "load the YAML text first")
         path = Path(source)
+        given, result = not path.is_dir(), None
         if (path / PROVENANCE).is_file():
             path = path / PROVENANCE
-        found = parse_all(text_of(path), str(path))
+        elif not given:
+            result = recorded(path)
+        if result is not None:
+            places = Places({(): str(path)})
+            found, folders = [(plain(result[0], (), places), places)], result[1]
+        else:
+            found, folders = parse_all(text_of(path), str(path)), (path.parent,)
     for data, places in found:
         if data is None or data == {}:
             raise places.error((), "empty", "a recipe names at least a merge_method and models")
         if not isinstance(data, dict):
             raise places.error((), f"a recipe is a mapping, got {show(data)}", "begin with merge_method: and models:")
-    return [Document(data, places, path) for data, places in found]
+    return [Document(data, places, path, folders, given) for data, places in found]
+
+
+def recorded(directory: Path) -> tuple[dict[str, Any], tuple[Path, ...]] | None:
+    """The recipe that a result of ours was made by, and where its relative paths were looked up; None if there is no
+    result."""
+    from mergebench.checkpoint.target import finished  # torch comes with it
+
+    found = finished(directory)
+    if found is None:
+        return None
+    recipe, folders = found.get("recipe", {}), found.get("folders", [])
+    if "merge_method" not in recipe or (found.get("edits") and "edits" not in recipe):
+        raise RecipeError(f"{directory}: it was not made by a recipe alone", "name the file of a recipe")
+    return recipe, tuple(Path(one) for one in folders if isinstance(one, str))
 
 
 def parse(text: str, name: str, places: Places) -> Any:
@@ -178,15 +207,19 @@ def text_of(path: Path) -> str:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except IsADirectoryError:
-        hint = f"name the file itself (of a directory only {PROVENANCE} is taken)"
+        hint = f"name the file itself, or a directory with a result or mergekit's {PROVENANCE}"
         raise RecipeError(f"{path}: a directory, not a YAML file", hint) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return decoded(raw, str(path))
+
+
+def decoded(raw: bytes, name: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode()
-        raise RecipeError(f"{spot(str(path), before)}: not UTF-8 text", "save the file as UTF-8") from None
+        raise RecipeError(f"{spot(name, before)}: not UTF-8 text", "save the file as UTF-8") from None
 
 
 def find(source: str | os.PathLike[str], folders: Sequence[Path], folder: bool = False) -> Path | None:

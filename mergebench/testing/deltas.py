@@ -249,16 +249,22 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
 }
 
 
-def check_delta(kind: DeltaKind) -> None:
-    """Run every check on a kind; `AssertionError` names the first that fails, and the shape."""
+def check_delta(kind: DeltaKind) -> str:
+    """Run every check on a kind; `AssertionError` names the first that fails, and the shape.
+
+    Returns what was checked, in one line.
+    """
     assert kind.example is not None, f"{kind.name}: it declares no example, without which nothing can be tried"
     examples = (kind.example(shape, torch.Generator()) for shape in SHAPES)
     assert any(example is not None for example in examples), f"{kind.name}: no example of any shape"
+    passed = []
     for name, check in CHECKS.items():
         try:
             _over_shapes(kind, name, check)
         except Inapplicable:
             continue
+        passed.append(name)
+    return f"{kind.name} keeps the rules: {', '.join(passed)}"
 
 
 def examine_deltas() -> list[Report]:

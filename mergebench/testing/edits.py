@@ -142,10 +142,14 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
 }
 
 
-def check_edit(edit: Edit, **values: Any) -> None:
-    """Run every check on an edit, with these parameters; `AssertionError` names the first that fails."""
+def check_edit(edit: Edit, **values: Any) -> str:
+    """Run every check on an edit, with these parameters; `AssertionError` names the first that fails.
+
+    Returns what was checked, in one line.
+    """
     missing = _missing(edit, values)
     assert missing is None, f"{edit.name}: '{missing}' has no default: give it to check_edit"
+    passed = []
     for name, check in CHECKS.items():
         try:
             _run(edit, values, check)
@@ -153,6 +157,8 @@ def check_edit(edit: Edit, **values: Any) -> None:
             continue
         except AssertionError as error:
             raise AssertionError(f"{edit.name}: {name}: {error}") from None
+        passed.append(name)
+    return f"{edit.name} keeps the rules: {', '.join(passed)}"
 
 
 def examine_edits() -> list[Report]:

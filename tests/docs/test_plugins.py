@@ -43,7 +43,10 @@ def run(site: Path, *arguments: str, **environment: str) -> subprocess.Completed
 
 
 def test_the_example_proves_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # the page writes a file of deltas
+    monkeypatch.chdir(tmp_path)  # the page merges, and writes a file of deltas
+    for number, name in enumerate(("base", "a", "b")):
+        Path(name).mkdir()
+        save_file({"w": torch.arange(4.0) * number}, Path(name) / "model.safetensors")
     page: dict[str, object] = {"__name__": "page"}
     for block in blocks("python"):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), page)

@@ -171,13 +171,13 @@ def test_a_directory_that_mergekit_wrote(write: Write) -> None:
     Path("merges/mine").mkdir(parents=True)
     Path("merges/mine/mergekit_config.yml").write_text(TIES)
     recipe = load("merges/mine")
-    assert recipe.merge_method == "ties" and recipe.folder == Path("merges/mine")
+    assert recipe.merge_method == "ties" and recipe.folders == (Path("merges/mine"),)
     assert recipe.where("models", 2) == "merges/mine/mergekit_config.yml:9:5"
     assert default_out(recipe) == Path("merged/mine")
     with pytest.raises(RecipeError) as caught:
         load("merges")
     assert caught.value.message == "merges: a directory, not a YAML file"
-    assert caught.value.hint == "name the file itself (of a directory only mergekit_config.yml is taken)"
+    assert caught.value.hint == "name the file itself, or a directory with a result or mergekit's mergekit_config.yml"
 
 
 def test_numbers_and_habits_of_published_configs(write: Write) -> None:

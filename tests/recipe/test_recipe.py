@@ -23,7 +23,7 @@ def test_defaults() -> None:
     assert recipe.scope == "model"  # the method's own
     assert recipe.parameters == {"density": 0.1, "lambda": 1.0, "weight": 1.0, "variant": "readme"}
     assert (recipe.seed, recipe.dtype, recipe.out_dtype, recipe.include, recipe.exclude) == (0, None, None, (), ())
-    assert (recipe.evaluate, recipe.path, recipe.folder, recipe.notes) == (None, None, None, ())
+    assert (recipe.evaluate, recipe.path, recipe.folders, recipe.notes) == (None, None, (), ())
     assert recipe.method is methods.get("pcb")
     assert recipe.method.make_params(recipe.params(recipe.models)).clip is None
 
@@ -76,7 +76,7 @@ def test_everything(write: Write) -> None:
         evaluate=Evaluation("suite.yaml", (Baseline("linear"), Baseline("ties", {"density": 0.2}))),
     )
     assert recipe.path == Path("recipe.yaml")
-    assert recipe.folder == Path()
+    assert recipe.folders == (Path(),)
     assert recipe.where("models", 1, "model") == "recipe.yaml:5:5"
     assert recipe.where("models", 2) == "recipe.yaml:7:5"
     assert recipe.where("nothing") == "recipe.yaml:1:1"
@@ -102,7 +102,7 @@ def test_paths_and_equality(write: Write) -> None:
     Path("sub").mkdir()
     Path("recipe.yaml").rename("sub/r.yaml")
     for path in ("sub/r.yaml", Path("sub/r.yaml")):
-        assert load(path).folder == Path("sub")
+        assert load(path).folders == (Path("sub"),)
         assert load(path).where("models", 0) == "sub/r.yaml:2:10"
         assert load(path) == load({"merge_method": "linear", "models": [{"model": Path("a")}]})
     assert load(path) != load(path, ["seed=1"])

@@ -210,7 +210,7 @@ def test_a_slice_with_fewer_sources_is_merged_in_a_document_of_its_own(folder: P
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (recipe("linear", [source("ft1", 0, 9)]), "recipe: slices.0.sources.0.layer_range: ft1 has no layer 4"),
+        (recipe("linear", [source("ft1", 0, 9)]), "recipe: slices.0.sources.0.layer_range: [0, 9]: ft1 has 4 layers"),
         (recipe("linear", *UNEQUAL), "slices.2: has 2 sources, another slice has 3: the slices of a merge have as"),
         (recipe("ties", [source("ft1", 0, 2)], base_model="base"), "the base_model must be one of the sources"),
         (recipe("linear", [source("heap", 0, 2)]), "it has 'decoder', 'encoder'"),

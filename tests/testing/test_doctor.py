@@ -357,7 +357,9 @@ def test_the_table(cli: Cli) -> None:
     code, out, err = cli("doctor", "linear", "slerp")
 
     assert (code, err) == (0, "")
-    head, linear, slerp = out.splitlines()
+    head, linear, slerp, _, *legend = out.splitlines()
+    assert [line.strip().split("  ")[0] for line in legend] == [*CHECKS, "-"]
+    assert legend[0].split(maxsplit=2)[2].strip() == "One model at weight 1 gives that model."
     assert head.split("  ")[0].strip() == "method" and all(check in head for check in CHECKS)
     assert linear.split() == ["linear", *["ok"] * 7]
     assert slerp.split() == ["slerp", "-", "ok", "-", "ok", "-", "ok", "ok"]
@@ -369,7 +371,7 @@ def test_a_plug_in_that_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_pat
     code, out, err = cli("doctor", "other")
 
     assert (code, err) == (1, "")
-    _, row, why = out.splitlines()
+    _, row, why, *_ = out.splitlines()
     assert row.split()[:3] == ["other", "-", "off"]
     assert why.startswith("other: equal models: bfloat16.matrix: result and model differ by ")
 
@@ -464,8 +466,10 @@ def test_adapters_in_the_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> N
     code, out, err = cli("doctor")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
-    assert rows[3] == ["adapter", "one", "adapter", "sum", "order"] and rows[4] == ["LoRA", "ok", "ok", "ok"]
+    at = rows.index(["adapter", "one", "adapter", "sum", "order"])
+    assert rows[0] == ["installation"] and rows[at + 1] == ["LoRA", "ok", "ok", "ok"]
     found = json.loads(cli("doctor", "--json").out)
     assert found["ok"] and [one["adapter"] for one in found["adapters"]][:2] == ["LoRA", "rsLoRA"]
     assert found["adapters"][3]["checks"][1]["why"].startswith("a bias of lora_B is no difference")
-    assert "adapters" not in json.loads(cli("doctor", "linear", "--json").out)
+    assert {part["name"] for part in found["installation"]} > {"torch", "devices", "plug-ins", "[probe]"}
+    assert json.loads(cli("doctor", "linear", "--json").out).keys() == {"ok", "methods"}

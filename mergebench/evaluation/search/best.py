@@ -30,11 +30,15 @@ def _moved(value: Any, places: Sequence[Path], to: Path, key: str = "") -> Any:
     """A part of a recipe with its references and paths as they are written in the directory `to`."""
     if key == "suite":
         return _suite(value, places, to)
+    if key in ("merge_method", "baselines") and isinstance(value, str):
+        file, colon, name = value.rpartition(":")  # of one's own, FILE.py:NAME
+        return f"{_path(file, places, to)}:{name}" if colon else value
     if isinstance(value, Mapping):
         return {name: one if name == "parameters" else _moved(one, places, to, name) for name, one in value.items()}
     if isinstance(value, list):
         return [_moved(one, places, to, key) for one in value]
-    named = key in ("base_model", "model", "task_vector") or (key == "source" and value not in ("base", "union"))
+    named = key in ("base_model", "model", "task_vector", "probe")
+    named = named or (key == "source" and value not in ("base", "union"))
     return _reference(value, places, to) if named and isinstance(value, str) else value
 
 
