@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.output import check_bar, print_table, say, say_json
 
@@ -15,9 +16,15 @@ if TYPE_CHECKING:
 
 def doctor(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="METHOD", help="Merge methods. Default: all that are installed.")
+        list[str] | None,
+        typer.Argument(
+            metavar="METHOD",
+            help="Merge methods. Default: all that are installed.",
+            autocompletion=complete.methods,
+        ),
     ] = None,
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Try the identities that any merge must keep on the installed methods, with small checkpoints.
 
@@ -33,7 +40,7 @@ def doctor(
     from mergebench.testing import deltas, doctor_adapters, edits
     from mergebench.testing.doctor import CHECKS, examine
 
-    with check_bar("checking", json_) as progress:
+    with check_bar("checking", quiet or json_) as progress:
         reports = examine(names or (), progress)
     adapters = [] if names else doctor_adapters.examine_adapters()
     changes = [] if names else deltas.examine_deltas()

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergebench.cli import adapter_tables
+from mergebench.cli import adapter_tables, complete
 from mergebench.cli import options as opt
-from mergebench.cli.output import counted, note, print_table, say, say_json, say_text
+from mergebench.cli.output import counted, note, print_table, say, say_json, say_prose, say_text
 from mergebench.cli.patch import show
-from mergebench.errors import human
+from mergebench.errors import RecipeError, did_you_mean, human
 
 if TYPE_CHECKING:
     from mergebench.checkpoint.delta import Delta
@@ -28,6 +28,7 @@ def inspect(
         bool, typer.Option("--tensors", help="A row for every tensor, not one for all layers.")
     ] = False,
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what a model is, from its headers: architecture, sizes, types, tensors; and how much adapters change.
 
@@ -56,7 +57,7 @@ def inspect(
         for t in found.tensors.values()
     ]
     for remark in found.remarks:
-        note(remark, json_)
+        note(remark, quiet or json_)
     shares = {}
     if found.deltas:
         from mergebench.adapters import share
@@ -94,7 +95,7 @@ def inspect(
     if shares:
         say(share.say(shares))
         doubt = share.warning(shares)
-        note(f"warning: {model} {doubt}", quiet=doubt is None)
+        note(f"warning: {model} {doubt}", quiet or doubt is None)
 
 
 SIZES = {  # by what people call them, the config's names for them
@@ -150,7 +151,12 @@ def _changed(deltas: Sequence[Delta]) -> dict[str, Any]:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its parameters.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="One of them, with its parameters.", autocompletion=complete.methods_and_edits
+        ),
+    ] = None,
     json_: opt.Json = False,
 ) -> None:
     """List the merge methods and edits, or show one: formula, paper, parameters, defaults.
@@ -161,6 +167,10 @@ def methods(
     from mergebench.editing import edits
 
     own = name is not None and name in edits.names()
+    if name is not None and not own and name not in registry.names():
+        close = did_you_mean(name, [*registry.names(), *edits.names()])
+        hint = close if close and close.startswith("did") else "`mergebench methods` lists them"
+        raise RecipeError(f"no merge method or edit is called '{name}'", hint)
     listed = [edits.get(one) for one in edits.names() if name in (None, one)]
     found = [_method(registry.get(one)) for one in ([name] if name else registry.names()) if not own]
     found += [_edit(one) for one in listed]
@@ -169,26 +179,25 @@ def methods(
     if json_:
         say_json(found if name is None else found[0])
         return
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if name is None:
         for kind in ("method", "edit"):
-            table = Table(kind, "what", "paper", box=None, header_style="bold")
+            table = Table(kind, Column("what", ratio=1), "paper", box=None, header_style="bold")
             for entry in found:
                 if entry["kind"] == kind:
                     table.add_row(entry["name"], entry["summary"], entry["paper"])
-            print_table(table)
+            print_table(table, optional=("paper",))
         return
     import inspect as python
 
     (entry,) = found
     say(f"{name}  ({entry['paper']}; from {entry['package']})")
     say()
-    say_text(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
+    say_prose(python.getdoc((listed[0] if own else registry.get(name)).function) or "")
     takes = f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}\n" if not own else ""
-    say()
     say_text(takes)
-    table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
+    table = Table("parameter", "default", "range", Column("meaning", ratio=1), box=None, header_style="bold")
     for parameter in entry["parameters"]:
         default = "required" if parameter["required"] else str(parameter["default"])
         each = " (for each model)" if parameter["per_model"] else ""

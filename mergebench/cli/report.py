@@ -7,15 +7,19 @@ from typing import Annotated
 
 import typer
 
-from mergebench.cli.output import note, say
+from mergebench.cli import options as opt
+from mergebench.cli.output import note, say_out
 
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What merge, eval or search wrote.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the page goes. Default: DIR/report.html.", dir_okay=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the page goes. Default: report.html in DIR.", dir_okay=False),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance.
 
@@ -24,9 +28,9 @@ def report(
     from mergebench.evaluation import page
 
     written = page.write(directory, out)
-    say(str(written))
+    say_out(written, {}, json_)
     if open_:
         import webbrowser
 
         if not webbrowser.open(written.resolve().as_uri()):
-            note(f"no browser to be found here: open {written}")
+            note(f"no browser to be found here: open {written}", quiet or json_)
