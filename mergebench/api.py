@@ -53,8 +53,8 @@ def plan(
 
     recipe: what `load` returns, or takes. method: a function made with `@merge_method`, in place of the method that a
     recipe's file or mapping names. memory: bytes for buffers and statistics. workers: processes or threads (None: one
-    per core). device: auto, cpu or cuda. shard_size: bytes of an output file. chunk: elements, for tests; results do
-    not depend on it.
+    per core). device: auto, cpu, cuda or cuda:N. shard_size: bytes of an output file. chunk: elements, for tests;
+    results do not depend on it.
     """
     if not isinstance(recipe, Recipe):
         recipe = load(recipe, method=method)
@@ -104,7 +104,6 @@ def run(
     hash_inputs: record full hashes of the inputs. verify: load the result on `meta`. progress: called with the number
     of bytes just read, perhaps from several threads.
     """
-
     target = Path(out)
     if verify and plan.merge.method.gives == "deltas":
         what = f"--verify: '{plan.merge.method.name}' writes no model that transformers loads"
@@ -115,9 +114,10 @@ def run(
         check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
-        from mergebench.evaluation.page import card  # planning does not wait for it
+        if plan.shards[0].metadata != VECTOR:
+            from mergebench.evaluation.page import card  # planning does not wait for it
 
-        write_atomically(directory / "README.md", card.text(target, provenance, directory=directory))
+            write_atomically(directory / "README.md", card.text(target, provenance, directory=directory))
         if verify:
             from mergebench.networks.verify import verify as check
 
@@ -176,11 +176,19 @@ def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bo
 
 def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Result:
     """Write `model` minus `base` as a checkpoint that a recipe can name with `task_vector:`."""
-    return run_plan(plan_task_vector(model, base, dtype=dtype), Path(out), overwrite=overwrite)
+    return run(plan_task_vector(model, base, dtype=dtype), out, overwrite=overwrite)
 
 
-def plan_task_vector(model: str, base: str, *, dtype: str = "float32") -> Plan:
-    """Plan what `task_vector` writes; raises `ModelError` if the models do not fit together."""
+def plan_task_vector(
+    model: str,
+    base: str,
+    *,
+    dtype: str = "float32",
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    shard_size: int = SHARD_SIZE,
+) -> Plan:
+    """Plan to write `model` minus `base`, stored as `dtype`."""
     linear = get_method("linear")
     origin = open_model(base)
     tuned = adopt(origin, open_model(model))
@@ -193,9 +201,8 @@ def plan_task_vector(model: str, base: str, *, dtype: str = "float32") -> Plan:
         dtype=dtype,
         recipe={"task_vector": model, "base_model": base, "dtype": dtype},
     )
-    planned = plan_merge(merge)
-    vectors = [replace(shard, metadata=VECTOR) for shard in planned.shards]
-    return replace(planned, shards=vectors)
+    planned = plan_merge(merge, memory=memory, workers=workers, shard_size=shard_size)
+    return replace(planned, shards=[replace(shard, metadata=VECTOR) for shard in planned.shards])
 
 
 def plan_fold(
@@ -299,4 +306,15 @@ def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int
     return plan_merge(merge, memory=memory, workers=workers, shard_size=shard_size, device="cpu")
 
 
-__all__ = ["Result", "check_stages", "merge", "plan", "plan_edit", "plan_fold", "plan_patch", "run", "task_vector"]
+__all__ = [
+    "Result",
+    "check_stages",
+    "merge",
+    "plan",
+    "plan_edit",
+    "plan_fold",
+    "plan_patch",
+    "plan_task_vector",
+    "run",
+    "task_vector",
+]

@@ -20,8 +20,8 @@ def shown(text: str, most: int = _LINE) -> str:
     """Text for people as one line of at most so many characters: `escaped`, long words cut in the middle."""
     line = escaped(text)
     if len(line) > LONGEST:
-        line = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _cut(word[0], _WORD), line)
-    return _cut(line, most)
+        line = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: cut(word[0], _WORD), line)
+    return cut(line, most)
 
 
 def escaped(text: str) -> str:
@@ -38,7 +38,13 @@ def human(size: float) -> str:
     return f"{size:.3g} GB" if size < 999.5 else f"{size:.0f} GB"
 
 
-def _cut(text: str, most: int) -> str:
+def counted(number: int, what: str) -> str:
+    """`1 tensor`, `2,000 tensors`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def cut(text: str, most: int) -> str:
+    """Text of at most so many characters, cut in the middle."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
@@ -92,7 +98,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A hint naming the closest known name, or all of them when none is close."""
+    """A hint naming the closest known name, whatever its case, or all of them when none is close."""
     known = sorted(known)
     lower = {one.lower(): one for one in reversed(known)}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)

@@ -17,7 +17,7 @@ from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.naming import USUAL, Naming, find_other_weights, find_weights, module_folders, stem_of
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RunError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Model:
     remarks: tuple[str, ...] = ()  # notes for the user
 
     def __repr__(self) -> str:
-        return f"<Model {self.reference}: {len(self.tensors)} tensors>"
+        return f"<Model {self.reference}: {counted(len(self.tensors), 'tensor')}>"
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _run() -> None:
         sys.modules["mergebench.checkpoint.staging"].begun.clear()
     try:
         _check_temporary()
-        app()
+        app(prog_name="mergebench")
     except DiskFull as error:
         then = "continue with --resume" if _takes("--resume") else "run it again"
         _fail(error.message, f"{error.hint}, then {then}", 1)
@@ -159,7 +159,7 @@ def _left_behind() -> list[str]:
 
 def _smaller(starting: bool) -> str:
     """The hint where memory ran out, in a command or before it began."""
-    ways = [f"{option} {less}" for option, less in (("--memory", "100MiB"), ("--workers", "1")) if _takes(option)]
+    ways = [f"{option} {less}" for option, less in (("--memory", "100MB"), ("--workers", "1")) if _takes(option)]
     if starting or not ways:
         return "free some, or raise the limit (ulimit -v); torch alone takes 700 MB of addresses"
     return f"ask for less: {' '.join(ways)}" + ", and continue with --resume" * _takes("--resume")

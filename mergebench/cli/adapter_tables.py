@@ -10,16 +10,14 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.output import say, say_json
-from mergebench.errors import RecipeError, human, shown
+from mergebench.errors import RecipeError, counted, human, shown
 
 _ANY = "PEFT directories of any type, org/name, or single .safetensors files as a bank holds them."
 MOST = 8  # adapters with a column each: more do not fit a terminal
 
 
 def drift(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER ADAPTER...", help=f"In the order of their tasks: {_ANY}")
-    ],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=f"In the order of their tasks: {_ANY}")],
     json_: opt.Json = False,
 ) -> None:
     """Compare the adapters of a sequence: distance from the mean of those before, and cosines, by their tensors.
@@ -52,13 +50,13 @@ def drift(
     more = " All of them: --json." * (count > MOST)
     say()
     say(
-        f"{found.tensors} tensors as they are stored ({found.kind}). "
+        f"{counted(found.tensors, 'tensor')} as they are stored ({found.kind}). "
         f"Drift: |A - mean of those before| / |A|; cos: of the angle to the others.{more}"
     )
 
 
 def inspect(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=_ANY)],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=_ANY)],
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the rank of each module of one adapter as a PNG.")
     ] = None,
@@ -113,11 +111,11 @@ def inspect(
 def sequence_text(made: Mapping[str, Any]) -> str:
     """`ema on the stored tensors: 3 adapters, 24 tensors, alpha 0.1`: what `adapters merge` did."""
     count, copied, method = len(made["adapters"]), made["copied"], made["method"]
-    adapters = f"{count} {made['kind']} adapter{'s' * (count > 1)}"
+    adapters = counted(count, f"{made['kind']} adapter")
     if len(copied) == (count if method["all"] else 1):
         return f"copied: {', '.join(copied)}"
     written = f", all written ({copied[0]} is a copy)" if method["all"] else ""
-    tensors = f"{made['tensors']} tensors"
+    tensors = counted(made["tensors"], "tensor")
     return f"ema on the stored tensors: {adapters}, {tensors}, alpha {method['alpha']:g}{written}"
 
 

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from mergebench.cli import adapter_tables
+from mergebench.cli import adapter_tables, complete
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
 from mergebench.cli.extract import extract
 from mergebench.cli.merge import say_changes, say_notes
 from mergebench.cli.output import byte_bar, count_bar, note, say_left, say_out, was_there
 from mergebench.cli.retrieve import retrieve
-from mergebench.errors import RecipeError, human
+from mergebench.errors import RecipeError, counted, human
 
 Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A PEFT directory of any type, org/name, or a delta file.")
@@ -22,38 +22,38 @@ Adapter = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the search in large matrices.")]
 
 app = App(help="Merge adapters, compare them, take one out of a fine-tune, fold one in.", no_args_is_help=True)
-app.command("drift")(adapter_tables.drift)
-app.command("inspect")(adapter_tables.inspect)
-app.command("extract")(extract)
-app.command("retrieve")(retrieve)
 
 
 @app.command("merge")
 def merge(
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER...", help="LoRA directories or org/name; for ema of any type, in order."),
+        typer.Argument(metavar="ADAPTER", help="LoRA directories or org/name; for ema of any type, in order."),
     ],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
+    out: opt.Out,
     method: Annotated[
         str,
         typer.Option(
+            metavar="METHOD",
+            autocompletion=complete.adapter_methods,
             help="linear, cat, svd, magnitude_prune, or any merge method on task vectors, such as ties, pcb or knots: "
-            "what the adapters do. ema: the stored tensors of the last, toward the mean of those before it."
+            "what the adapters do. ema: the stored tensors of the last, toward the mean of those before it.",
         ),
     ] = "linear",
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="One each. Default: 1/n for linear, cat and svd, else 1.")
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of elements kept. Default: the method's.")] = None,
+    density: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of elements kept. Default: the method's.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the result. Default: the sum of the ranks; svd: the largest.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The model the adapters belong to; needed where one is DoRA.")
+        str | None, typer.Option(metavar="MODEL", help="The model that they belong to; needed where one is DoRA.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random masks. Default: 0.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="ema: the share of the mean. Default: 0.1.")] = None,
+    alpha: Annotated[float | None, typer.Option(metavar="SHARE", help="ema: of the mean. Default: 0.1.")] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="ema: write every adapter, merged toward those before it as they are given.")
     ] = False,
@@ -99,16 +99,23 @@ def merge(
     say_out(result.out, result.provenance, json_)
 
 
+app.command("extract", was="--model")(extract)
+
+
 @app.command("fold")
 def fold(
     adapter: Adapter,
-    base: Annotated[str, typer.Option(help="The model it was trained on.")],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
+    base: opt.Adapted,
+    out: opt.Out,
     as_trained: Annotated[
         str | None,
-        typer.Option(metavar="nf4", help="Round the base to NF4 first, as QLoRA trained on it. Default: as it is."),
+        typer.Option(
+            metavar="TYPE",
+            help="nf4: round the base first, as QLoRA trained on it. Default: as it is.",
+            autocompletion=complete.words("nf4"),
+        ),
     ] = None,
-    memory: opt.Memory = "400MiB",
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -136,20 +143,25 @@ def fold(
         adapted, state = sum(1 for _ in added), "as it is" if as_trained is None else "rounded to NF4"
         seconds = result.provenance["seconds"]
         say_left(result.provenance, quiet)
-        note(f"{adapter} folded into {adapted} tensors of {base}, {state}: wrote {out} in {seconds:.1f} s", quiet)
+        note(
+            f"{adapter} folded into {counted(adapted, 'tensor')} of {base}, {state}: wrote {out} in {seconds:.1f} s",
+            quiet,
+        )
     say_out(result.out, result.provenance, json_)
 
 
 @app.command("convert")
 def convert(
     adapter: Adapter,
-    base: Annotated[str, typer.Option(help="The model it was trained on.")],
-    out: Annotated[Path, typer.Option(help="Output directory, or file.")],
+    base: opt.Adapted,
+    out: Annotated[Path, typer.Option(metavar="PATH", help="Output directory; of delta and dense a file.")],
     to: Annotated[
         str,
         typer.Option(
+            metavar="KIND",
+            autocompletion=complete.words("lora", "delta", "dense"),
             help="lora, a PEFT directory; delta, a file of the parts that the adapter has; "
-            "dense, a file of all that it changes, W' - W."
+            "dense, a file of all that it changes, W' - W.",
         ),
     ] = "lora",
     rank: Annotated[int | None, typer.Option(help="Rank of every module, at most. Default: the exact rank.")] = None,
@@ -176,7 +188,7 @@ def convert(
             result = convert_to_file(base, adapter, out, dense=to == "dense", overwrite=overwrite, progress=progress)
         made = result.provenance
         kinds = ", ".join(made["kinds"])
-        note(f"{made['tensors']} tensors as {kinds}: {human(made['bytes'])}, {made['seconds']:.1f} s", quiet)
+        note(f"{counted(made['tensors'], 'tensor')} as {kinds}: {human(made['bytes'])}, {made['seconds']:.1f} s", quiet)
         say_out(result.out, made, json_)
         return
     with count_bar("converting", quiet) as progress:
@@ -192,7 +204,7 @@ def convert(
 def truncate(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it, or org/name.")],
     budget: Annotated[str, typer.Option(help="Singular values to keep in all modules: a number, or a share as 50%.")],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
+    out: opt.Out,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -211,6 +223,11 @@ def truncate(
     made = result.provenance
     note(f"truncated to {made['budget']} of {made['of']}: {kept_text(made)}, {made['seconds']:.1f} s", quiet)
     say_out(result.out, made, json_)
+
+
+app.command("inspect")(adapter_tables.inspect)
+app.command("drift")(adapter_tables.drift)
+app.command("retrieve")(retrieve)
 
 
 def _budget(text: str) -> int | float:

@@ -36,9 +36,11 @@ from mergebench.cli import (
     train,
 )
 from mergebench.cli.command import App
+from mergebench.cli.complete import Main
 from mergebench.cli.output import say
 
 app = App(
+    Main,
     name="mergebench",
     help="Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
     no_args_is_help=True,
@@ -61,29 +63,31 @@ def _options(
 ) -> None: ...
 
 
-app.command("merge")(merge.merge)
-app.command("plan")(plan.plan)
-app.command("init")(init.init)
-app.command("explain")(explain.explain)
-app.command("eval")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("search")(search.search)
-app.command("report")(report.report)
-app.command("results")(results.results)
-app.add_typer(probe.app, name="probe")
-app.command("edit", cls=edit.EditCommand)(edit.edit)
-app.add_typer(patch.app, name="patch")
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(mask.app, name="mask")
-app.add_typer(cil.app, name="cil")
-app.command("compress", cls=compress.Compress)(compress.compress)
-app.add_typer(side.app, name="side")
-app.command("train")(train.train)
-app.command("dimension")(dimension.dimension)
-app.command("port")(port.port)
-app.command("task-vector")(task_vector.task_vector)
-app.command("inspect")(inspect.inspect)
-app.command("diff")(diff.diff)
-app.command("generate")(generate.generate)
-app.command("methods")(methods.methods)
-app.command("doctor")(doctor.doctor)
+MERGE, MEASURE, EDIT, ADAPT, LOOK = "Merge", "Measure", "Edit", "Adapters and training", "Look"
+
+app.command("merge", rich_help_panel=MERGE)(merge.merge)
+app.command("plan", rich_help_panel=MERGE)(plan.plan)
+app.command("init", rich_help_panel=MERGE)(init.init)
+app.command("explain", rich_help_panel=MERGE)(explain.explain)
+app.command("search", rich_help_panel=MERGE)(search.search)
+app.command("task-vector", rich_help_panel=MERGE)(task_vector.task_vector)
+app.command("eval", rich_help_panel=MEASURE)(evaluate.evaluate)
+app.command("compare", rich_help_panel=MEASURE)(compare.compare)
+app.command("report", rich_help_panel=MEASURE)(report.report)
+app.command("results", rich_help_panel=MEASURE)(results.results)
+app.add_typer(probe.app, name="probe", rich_help_panel=EDIT)
+app.command("edit", cls=edit.EditCommand, was="--model", rich_help_panel=EDIT)(edit.edit)
+app.add_typer(patch.app, name="patch", rich_help_panel=EDIT)
+app.add_typer(adapters.app, name="adapters", rich_help_panel=ADAPT)
+app.command("port", rich_help_panel=ADAPT)(port.port)
+app.command("train", rich_help_panel=ADAPT)(train.train)
+app.command("dimension", rich_help_panel=ADAPT)(dimension.dimension)
+app.command("compress", cls=compress.Compress, rich_help_panel=ADAPT)(compress.compress)
+app.add_typer(mask.app, name="mask", rich_help_panel=ADAPT)
+app.add_typer(side.app, name="side", rich_help_panel=ADAPT)
+app.add_typer(cil.app, name="cil", rich_help_panel=ADAPT)
+app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
+app.command("diff", rich_help_panel=LOOK)(diff.diff)
+app.command("generate", rich_help_panel=LOOK)(generate.generate)
+app.command("methods", rich_help_panel=LOOK)(methods.methods)
+app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)

@@ -10,15 +10,17 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
-from mergebench.cli.output import note, say_json, say_text, was_there, work_bar
+from mergebench.cli.output import note, say_json, say_text, was_there, width, work_bar
 
 app = App(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
 
 
 @app.command("run")
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Backbone, data, tasks.")],
-    out: Annotated[Path | None, typer.Option(help="Output directory. Default: banks/<config's name>.")] = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: backbone, data, tasks.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Default: banks/ and the config's name.")
+    ] = None,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -55,7 +57,7 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    banks: Annotated[list[Path], typer.Argument(metavar="BANK...", help="Banks, or what cil run wrote.")],
+    banks: Annotated[list[Path], typer.Argument(metavar="BANK", help="Banks, or what cil run wrote.")],
     test: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Items to test on. Default: those that the bank names.")
     ] = None,
@@ -84,5 +86,5 @@ def _show(records: list[dict[str, object]]) -> None:
     from mergebench.systems.mos import report
 
     styled = sys.stdout.isatty()
-    say_text(report.stages(records, styled=styled) + "\n")
-    say_text(report.table(records, styled=styled))
+    say_text(report.stages(records, width=width(), styled=styled) + "\n")
+    say_text(report.table(records, width=width(), styled=styled))

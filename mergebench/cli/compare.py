@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
-from mergebench.cli.output import item_bar, note, say_json, say_text
+from mergebench.cli.output import item_bar, note, say_json, say_text, width
 from mergebench.errors import GateFailed, RecipeError
 
 if TYPE_CHECKING:
@@ -17,19 +18,29 @@ if TYPE_CHECKING:
 
 
 def compare(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="A file of predictions, a log, a row of --in, or a model.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Another one, of the same items.")],
+    old: Annotated[
+        str,
+        typer.Argument(
+            metavar="OLD",
+            help="A file of predictions, a log, a row of --in, or a model.",
+            autocompletion=complete.rows,
+        ),
+    ],
+    new: Annotated[
+        str, typer.Argument(metavar="NEW", help="Another one, of the same items.", autocompletion=complete.rows)
+    ],
     in_: Annotated[
         Path | None, typer.Option("--in", metavar="DIR", help="An evaluation: OLD and NEW are rows of its table.")
     ] = None,
     suite: Annotated[
         Path | None, typer.Option(metavar="SUITE", help="OLD and NEW are models: measure them on a suite.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="With --suite: test or validation.")] = None,
+    split: opt.Split = None,
     results: opt.Results = Path("results"),
     device: opt.Device = "auto",
     max_nfr: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 4 if a task's NFR is above this, such as 0.02.")
+        float | None,
+        typer.Option(metavar="SHARE", min=0, max=1, help="Exit with 4 if a task's NFR is above this, such as 0.02."),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -97,7 +108,7 @@ def _text(found: Comparison, flips: int, form: str | None) -> str:
     from mergebench.evaluation.tables.sheet import written
 
     if form is None:
-        return views.comparison_report(found, items=flips, styled=sys.stdout.isatty())
+        return views.comparison_report(found, items=flips, width=width(), styled=sys.stdout.isatty())
     more = [views.items_sheet(found, flips)] if flips and any(pair.flipped for pair in found.pairs) else []
     return written([*views.comparison_sheets(found), *more], form)
 

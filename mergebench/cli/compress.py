@@ -8,15 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.command import App, Command
-from mergebench.cli.output import count_bar, note, print_table, say, say_json, say_left, say_out, was_there
-from mergebench.errors import human
+from mergebench.cli.output import count_bar, note, print_table, say_json, say_left, say_out, was_there
+from mergebench.errors import counted, human
 
 
 def expand(
     compressed: Annotated[Path, typer.Argument(metavar="DIR", help="What `mergebench compress` wrote.")],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
+    out: opt.Out,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
@@ -33,7 +34,7 @@ def expand(
         result = pela.expand(compressed, out, resume=resume, overwrite=overwrite, progress=progress)
     made = result.provenance
     if not was_there(result.already_done, out, quiet):
-        what = f"{made['multiplied']} layers multiplied back, {made['copied']} tensors copied"
+        what = f"{counted(made['multiplied'], 'layer')} multiplied back, {counted(made['copied'], 'tensor')} copied"
         say_left(made, quiet)
         note(f"{what}: wrote {out} in {made['seconds']:.1f} s", quiet)
     say_out(result.out, made, json_)
@@ -61,19 +62,28 @@ def compress(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="The model, or task vector: a directory, BASE+DELTA or org/name.")
     ],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
+    out: opt.Out,
     ratio: Annotated[
-        float | None, typer.Option(help="How many times fewer parameters a linear layer has: 2 for half.")
+        float | None,
+        typer.Option(metavar="TIMES", help="How many times fewer parameters a linear layer has: 2 for half."),
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm, where that saves."),
+        typer.Option(
+            metavar="SHARE",
+            help="Instead: the smallest ranks that keep this share of the squared norm, where that saves.",
+        ),
     ] = None,
     omit: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Weights that stay dense, by name. Repeatable.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Stored type: float32, float16 or bfloat16. Default: the model's.")
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Stored type: float32, float16 or bfloat16. Default: the model's.",
+            autocompletion=complete.words("float32", "float16", "bfloat16"),
+        ),
     ] = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -107,7 +117,7 @@ def compress(
         say_json({"out": str(result.out), **made})
         return
     _print(made["kinds"])
-    say(str(result.out))
+    say_out(result.out, {}, json_)
 
 
 def _print(kinds: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mergebench.cli.command import App, Command
+from mergebench.cli.command import NOUNS, App, Command, named
 from mergebench.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     Declared = Mapping[str, Mapping[str, Parameter]]
 
 OF = "Options of "  # headings of the help
-METAVARS = {int: "<int>", float: "<float>", Path: "FILE"}
 
 
 class DeclaredCommand(Command):
@@ -49,7 +47,7 @@ class DeclaredCommand(Command):
 
     def get_params(self, ctx: Any) -> list[Any]:
         *static, help_option = super().get_params(ctx)
-        return [*static, *ctx.meta.get(__name__, ()), help_option]
+        return [*static, *named(ctx.meta.get(__name__, [])), help_option]
 
     def _refused(self, ctx: Any, word: str, declared: Declared) -> RecipeError:
         if not word.startswith("-"):
@@ -79,7 +77,7 @@ def _options(heading: str, parameters: Mapping[str, Parameter]) -> list[Any]:
     for option, parameter in parameters.items():
         flag = parameter.type is bool
         form = f"{option}/--no-{option[2:]}" if flag and parameter.default else option
-        metavar = None if flag else METAVARS.get(parameter.type, "<str>")
+        metavar = None if flag else NOUNS.get(parameter.type, "TEXT")
         default = typer.Option(None, form, metavar=metavar, help=_help(parameter), rich_help_panel=heading)
         kind: Any = bool if flag else str
         by_name = inspect.Parameter.KEYWORD_ONLY

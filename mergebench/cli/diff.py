@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A model: a directory, BASE+ADAPTER or org/name.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another model of the same architecture.")],
-    base: Annotated[str | None, typer.Option(help="The base of both: then their task vectors are compared.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base of both: then their task vectors are compared.")
+    ] = None,
     top: Annotated[int, typer.Option(min=0, help="Show the most changed tensors; 0 for all.")] = 20,
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Compare the weights of two models: norm ratio, cosine, changed share, sign conflict of task vectors.
 
@@ -29,10 +32,10 @@ def diff(
     """
     from mergebench.evaluation.weights import differences
 
-    with count_bar("comparing", json_) as progress:
+    with count_bar("comparing", quiet or json_) as progress:
         found = differences(a, b, base, progress)
     for name, sizes in found.left_out.items():
-        note(f"not compared: {name}: {sizes}", json_)
+        note(f"not compared: {name}: {sizes}", quiet or json_)
     if json_:
         rows, total = list(map(_plain, found.rows)), _plain(found.total)
         del total["tensor"]

@@ -13,8 +13,12 @@ from mergebench.cli.output import note, say, say_out, was_there, work_bar
 
 def dimension(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file with delta: {kind: subspace}.")],
-    out: Annotated[Path | None, typer.Option(help="Output directory. Default: trained/<config stem>.")] = None,
-    share: Annotated[float, typer.Option(help="Of full fine-tuning's metric that is to be reached.")] = 0.9,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Default: trained/ and the config's name.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of full fine-tuning's metric that is to be reached.")
+    ] = 0.9,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,

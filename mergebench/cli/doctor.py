@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.output import check_bar, print_table, say, say_json
 
@@ -26,9 +27,11 @@ def doctor(
             metavar="METHOD",
             help="Merge methods, or FILE.py:NAME. `install`: the installation alone. Default: the installation, all "
             "methods, adapters, delta kinds and edits.",
+            autocompletion=complete.methods,
         ),
     ] = None,
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Check the installation, and try the identities that any merge must keep, with small checkpoints.
 
@@ -49,19 +52,19 @@ def doctor(
     if wanted or not names:
         if parts and not json_:
             say()
-        good = _examine(wanted, found, json_) and good
+        good = _examine(wanted, found, json_, quiet) and good
     if json_:
         say_json({"ok": good, **found})
     if not good:
         raise typer.Exit(1)
 
 
-def _examine(names: list[str], found: dict[str, Any], json_: bool) -> bool:
+def _examine(names: list[str], found: dict[str, Any], json_: bool, quiet: bool) -> bool:
     """Try methods, or all there is; the reports go into `found`, or are shown. Whether all is well."""
     from mergebench.testing import deltas, doctor_adapters, edits
     from mergebench.testing.doctor import CHECKS, examine
 
-    with check_bar("checking", json_) as progress:
+    with check_bar("checking", quiet or json_) as progress:
         reports: dict[str, tuple[list[Report], Mapping[str, Callable[..., None]]]]
         reports = {"method": (examine(names, progress), CHECKS)}
     if not names:

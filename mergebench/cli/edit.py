@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
 from mergebench.cli.output import byte_bar, note, say, say_json, say_left, say_out, was_there
@@ -46,14 +47,22 @@ def _named(args: list[str]) -> str:
 
 def edit(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option(help="The model to edit: a directory, BASE+ADAPTER or org/name. Only read.")],
-    probe: Annotated[Path, typer.Option(help="A probe, as `mergebench probe fit` writes it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, BASE+ADAPTER or org/name. Only read.")],
+    probe: Annotated[Path, typer.Option(metavar="FILE", help="A probe, as `mergebench probe fit` writes it.")],
     edit_: Annotated[
-        str, typer.Option("--edit", metavar="NAME", help="Which edit; `mergebench methods` lists them.")
+        str,
+        typer.Option(
+            "--edit",
+            metavar="NAME",
+            help="Which edit; `mergebench methods` lists them.",
+            autocompletion=complete.edits,
+        ),
     ] = DEFAULT,
-    out: Annotated[Path | None, typer.Option(help="Output directory.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Required without --dry-run.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which rows it would edit; write nothing.")] = False,
-    memory: opt.Memory = "400MiB",
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -67,9 +76,9 @@ def edit(
 ) -> None:
     """Edit a MODEL's behaviour: add a probe's direction to the few rows that point away from it (model surgery).
 
-    Example: mergebench edit --model M --probe probe.safetensors --dry-run
+    Example: mergebench edit MODEL --probe probe.safetensors --dry-run
 
-    With --edit NAME another edit, and the options it declares: mergebench edit --edit NAME --help shows them.
+    With --edit NAME another edit, and the options it declares: mergebench edit --edit NAME -h shows them.
     """
     from mergebench import api
 
@@ -108,7 +117,7 @@ def say_edits(provenance: Mapping[str, Any], out: Path, quiet: bool) -> None:
     """Print what each edit of a result did, and how to revert it."""
     for report in provenance.get("edits", ()):
         note(sentence(report), quiet)
-        note(f"take it back: mergebench patch revert --model {out} --patch {out}/{report['patch']} --out DIR", quiet)
+        note(f"take it back: mergebench patch revert {out}/{report['patch']} --model {out} --out DIR", quiet)
         warn(report, quiet)
 
 
@@ -127,7 +136,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 def show(report: Mapping[str, Any]) -> None:
     """Print the full plan of an edit."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mergebench.cli.output import print_table
 
@@ -138,7 +147,8 @@ def show(report: Mapping[str, Any]) -> None:
     if not cosine["candidates"]:
         return
     say(f"  cosines with {report['direction']} of {report['probe']['file']}{_about(report['probe'])}")
-    table = Table("", *(f"{name}%" for name in cosine["candidates"]), box=None, header_style="bold")
+    heads = [Column(f"{name}%", justify="right") for name in cosine["candidates"]]
+    table = Table("", *heads, box=None, header_style="bold")
     for name, factor, digits in (("cosine", 1.0, 4), ("z", root, 2)):
         table.add_row(name, *(f"{value * factor:.{digits}f}" for value in cosine["candidates"].values()))
     print_table(table)

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import item_bar, note, say_json, say_text
+from mergebench.cli.output import item_bar, note, say_json, say_text, width
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Results
 
 
 def evaluate(
-    suite: Annotated[Path, typer.Argument(help="A YAML file of tasks.")],
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A YAML file of tasks.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Directories, BASE+ADAPTER, or org/name.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the tables go. Default: evaluations/<folder and name of the suite>.", file_okay=False),
+        typer.Option(
+            metavar="DIR",
+            help="Output directory. Default: evaluations/ and the suite's folder and name.",
+            file_okay=False,
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="validation or test. Default: test where the suite has it.")] = None,
+    split: opt.Split = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare the others with it. Default: the base, else the first.")
     ] = None,
@@ -41,8 +45,7 @@ def evaluate(
     from mergebench.evaluation.measure import measure
     from mergebench.evaluation.place import check_place, place_of
 
-    if split not in (None, "test", "validation"):
-        raise opt.wrong("--split", split, "test or validation")
+    opt.check_split(split)
     quiet, form = quiet or json_, opt.check_format(format_, json_)
     loaded, target = load_suite(suite), out or place_of(suite)
     check_place(target, loaded.only(split), overwrite)
@@ -80,7 +83,7 @@ def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bo
     elif form is not None:
         say_text(written(sheets(found), form))
     else:
-        say_text(report(found, styled=sys.stdout.isatty()))
+        say_text(report(found, width=width(), styled=sys.stdout.isatty()))
 
 
 def check(found: Results) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergebench.cli import options as opt
@@ -19,12 +20,18 @@ if TYPE_CHECKING:
     from mergebench.recipe import Stage
 
 
-def explain(recipe: Recipe, set_: opt.Set = None, seed: opt.Seed = None, json_: opt.Json = False) -> None:
+def explain(
+    recipe: Recipe,
+    set_: opt.Set = None,
+    seed: opt.Seed = None,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
     """Print where each tensor of the result comes from and the parameters that hold for it, from headers alone.
 
     Example: mergebench explain recipes/quickstart.yaml
     """
-    each_stage(load(recipe, set_, seed), json_, _facts, _show)
+    each_stage(load(recipe, set_, seed), json_, _facts, partial(_show, quiet=quiet))
 
 
 def _facts(stage: Stage) -> dict[str, Any]:
@@ -39,11 +46,11 @@ def _facts(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _show(stage: Stage) -> None:
+def _show(stage: Stage, quiet: bool) -> None:
     from mergebench import api
 
     plan = api.plan(stage.recipe)
-    say_notes(plan, quiet=False)
+    say_notes(plan, quiet)
     tensors = _tensors(plan)
     say(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
     merged = next(one for one in tensors if "parameters" in one)

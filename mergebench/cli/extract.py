@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.output import count_bar, note, say_json, say_out, was_there
-from mergebench.errors import RecipeError, human
+from mergebench.errors import RecipeError, counted, human
 
 if TYPE_CHECKING:
     from mergebench.adapters.kinds import Kept, Kinds
@@ -19,38 +20,62 @@ DIMENSION = 10_000
 
 
 def extract(
-    base: Annotated[str, typer.Option(help="The model it was fine-tuned from.")],
-    model: Annotated[str, typer.Option(help="The fine-tuned model.")],
-    out: Annotated[Path | None, typer.Option(help="Output directory; of a subspace a .safetensors file.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The fine-tuned model.")],
+    base: opt.Base,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Output directory; of a subspace a .safetensors file. Required without --dry-run."
+        ),
+    ] = None,
     as_: Annotated[
-        str, typer.Option("--as", metavar="KIND", help="lora, hira, sparse, bias or subspace; all, with --dry-run.")
+        str,
+        typer.Option(
+            "--as",
+            metavar="KIND",
+            help="lora, hira, sparse, bias or subspace; all, with --dry-run.",
+            autocompletion=complete.words("lora", "hira", "sparse", "bias", "subspace", "all"),
+        ),
     ] = "lora",
     rank: Annotated[int | None, typer.Option(help="lora, hira: rank of every module. Default: 16.")] = None,
     energy: opt.Energy = None,
     mask: Annotated[
         str | None,
         typer.Option(
+            metavar="MASK",
+            autocompletion=complete.words("smallest", "largest", "topdelta", "random"),
             help="sparse: smallest or largest weights of the base, topdelta (the largest changes), random, or a mask "
-            "file of `mergebench mask`. Default: topdelta."
+            "file of `mergebench mask`. Default: topdelta.",
         ),
     ] = None,
-    share: Annotated[str | None, typer.Option(help="sparse: the share of elements stored. Default: 0.5%.")] = None,
+    share: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="sparse: of elements stored. Default: 0.5%.")
+    ] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="sparse: tensor (a PEFT directory) or model (one ranking, a delta file). Default: tensor."),
+        typer.Option(
+            metavar="NAME",
+            help="sparse: tensor (a PEFT directory) or model (one ranking, a delta file). Default: tensor.",
+            autocompletion=complete.words("tensor", "model"),
+        ),
     ] = None,
     dimension: Annotated[int | None, typer.Option(help="subspace: how many numbers. Default: 10000.")] = None,
     said: Annotated[bool, typer.Option("--said", help="subspace: a factor for each tensor, among them.")] = False,
     gradient: Annotated[
         str | None,
-        typer.Option(help="subspace: recorded for further training: exact or fairseq. Default: exact."),
+        typer.Option(
+            metavar="NAME",
+            help="subspace: recorded for further training: exact or fairseq. Default: exact.",
+            autocompletion=complete.words("exact", "fairseq"),
+        ),
     ] = None,
     include: opt.Include = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the search in large matrices, of the mask, or of the subspace.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="all: bytes of each adapter, as 1MB. Default: those of a LoRA of rank 16.")
+        str | None,
+        typer.Option(metavar="SIZE", help="all: bytes of each adapter, as 1MB. Default: those of a LoRA of rank 16."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be kept, write nothing.")] = False,
     resume: opt.Resume = False,
@@ -60,7 +85,7 @@ def extract(
 ) -> None:
     """Take what a fine-tune adds to its base as a LoRA that PEFT loads, or as another kind of adapter.
 
-    Example: mergebench adapters extract --base BASE --model TUNED --rank 16 --out lora
+    Example: mergebench adapters extract TUNED --base BASE --rank 16 --out lora
     """
     from mergebench.adapters import extract_adapter
 
@@ -108,7 +133,8 @@ def _pack(base: str, model: str, out: Path, given: dict[str, Any], overwrite: bo
         result = pack(base, model, out, overwrite=overwrite, progress=progress, **given)
     made = result.provenance
     kept = f"{made['energy_kept']:.3%} of the energy kept, {made['expected']:.3%} is what a random change would"
-    note(f"extracted: {made['tensors']} tensors in {made['dimension']} numbers: {kept}, {made['seconds']:.1f} s", quiet)
+    packed = f"{counted(made['tensors'], 'tensor')} in {counted(made['dimension'], 'number')}"
+    note(f"extracted: {packed}: {kept}, {made['seconds']:.1f} s", quiet)
     say_out(result.out, made, json_)
 
 
@@ -143,7 +169,7 @@ def _print(kinds: Kinds, quiet: bool) -> None:
     table = Table("kind", "stores", *numbers, box=None, header_style="bold")
     for row in kinds.rows:
         table.add_row(_title(row), row.stores, human(row.nbytes), f"{row.kept:.2%}", f"{row.lora:.2%}")
-    print_table(table)
+    print_table(table, optional=("stores",))
     for row in kinds.rows:
         if "correlation" in row.summary:
             note(f"{row.kind}: |change| and |weight| correlate by {row.summary['correlation']:.3f}", quiet)
@@ -173,7 +199,7 @@ def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
     if tensors:
         most = ", ".join(f"{name} {share:.2%}" for name, share in list(tensors.items())[:3])
         names = most + ", ..." * (len(tensors) > 3)
-        count = f"{len(tensors)} tensor{'s' * (len(tensors) > 1)}"
+        count = counted(len(tensors), "tensor")
         beside = " beside the linear layers" if made["as"] == "lora" and "include" not in made else ""
         note(f"left out: {made['left_out']:.2%} of the change, {count}{beside} ({names})", quiet)
     if made["other_tokens"]:

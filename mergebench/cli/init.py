@@ -21,7 +21,7 @@ def init(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A merge method, or one of your own: FILE.py:NAME.")],
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="The base first, for a method on task vectors; then the others."),
+        typer.Argument(metavar="MODEL", help="The base first, for a method on task vectors; then the others."),
     ] = None,
 ) -> None:
     """Print a recipe to start from: the method with its parameters, at their defaults.

@@ -26,6 +26,7 @@ def inspect(
         bool, typer.Option("--tensors", help="A row for every tensor, not one for all layers.")
     ] = False,
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what a model is, from its headers: architecture, sizes, types, tensors; and how much adapters change.
 
@@ -54,7 +55,7 @@ def inspect(
         for t in found.tensors.values()
     ]
     for remark in found.remarks:
-        note(remark, json_)
+        note(remark, quiet or json_)
     shares = {}
     if found.deltas:
         from mergebench.adapters import share
@@ -92,7 +93,7 @@ def inspect(
     if shares:
         say(share.say(shares))
         doubt = share.warning(shares)
-        note(f"warning: {model} {doubt}", quiet=doubt is None)
+        note(f"warning: {model} {doubt}", quiet or doubt is None)
 
 
 SIZES = {  # by what people call them, the config's names for them

@@ -7,17 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
 from mergebench.cli.output import note, say_json, say_out
-from mergebench.errors import human
+from mergebench.errors import counted, human
 
 app = App(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The base: a directory, BASE+ADAPTER or org/name.")]
-Smallest = Annotated[str, typer.Option(help="The share of elements with the smallest values: .5%, or 0.005.")]
+Smallest = Annotated[
+    str, typer.Option(metavar="SHARE", help="Of elements, those with the smallest values: .5%, or 0.005.")
+]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The mask to write, MASK.safetensors.")]
-Scope = Annotated[str, typer.Option(help="model: one ranking over all tensors; tensor: one in each.")]
+Scope = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="model: one ranking over all tensors; tensor: one in each.",
+        autocompletion=complete.words("model", "tensor"),
+    ),
+]
 
 
 @app.command("magnitude")
@@ -74,8 +84,8 @@ def _make(
     how: dict[str, Any] = {"share": share, "fisher": fisher, "scope": scope, "include": include or ()}
     made = make_mask(model, out, **how, overwrite=overwrite)
     size = human(out.stat().st_size)
-    text = f"{made.chosen:,} of {made.numel:,} elements in {len(made.counts)} tensors, {size}, {made.seconds:.1f} s"
-    note(text, quiet or json_)
+    chosen = f"{made.chosen:,} of {made.numel:,} elements in {counted(len(made.counts), 'tensor')}"
+    note(f"{chosen}, {size}, {made.seconds:.1f} s", quiet or json_)
     say_out(made.out, made._asdict() | {"out": str(made.out)}, json_)
 
 

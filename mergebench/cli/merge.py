@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, counted, item_bar, note, say, say_json, say_left, was_there
+from mergebench.cli.output import byte_bar, counted, item_bar, note, say_json, say_left, say_out, was_there
 from mergebench.errors import RecipeError, human
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def say_changes(plan: Plan, quiet: bool) -> None:
 
 def merge(
     recipe: Recipe,
-    place: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="The same as --out, as in mergekit.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output directory. Default: merged/<recipe stem>.")] = None,
+    place: Annotated[Path | None, typer.Argument(metavar="OUT", help="The same as --out, as in mergekit.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Default: merged/ and the recipe's name.")
+    ] = None,
     device: opt.Device = "auto",
-    memory: opt.Memory = "400MiB",
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     set_: opt.Set = None,
     seed: opt.Seed = None,
@@ -97,7 +99,7 @@ def merge(
     say_notes(plan, quiet)
     say_changes(plan, quiet)
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
-    with byte_bar("merging", plan.bytes_read, quiet) as progress:
+    with byte_bar("merging", plan.bytes_read, quiet, _sweeps(plan)) as progress:
         result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)
     found = None
@@ -118,7 +120,7 @@ def merge(
     elif found is not None:
         evaluate.say_results(found, target, results, json_, quiet)
     else:
-        say(str(result.out))
+        say_out(result.out, {}, json_)
     if found is not None:
         evaluate.check(found)
 
@@ -129,12 +131,28 @@ def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet
 
     plan = api.plan(stage.recipe, **limits)
     say_notes(plan, quiet)
-    with byte_bar(f"merging {stage.name}", plan.bytes_read, quiet) as progress:
+    with byte_bar(f"merging {stage.name}", plan.bytes_read, quiet, _sweeps(plan)) as progress:
         result = api.run(plan, stage.out, **ways, progress=progress)
     done = "already finished" if result.already_done else f"wrote it in {result.provenance['seconds']:.1f} s"
     say_left(result.provenance, quiet or result.already_done)
     note(f"stage {stage.name}: {result.out}: {done}", quiet)
     return {"name": stage.name, "out": str(result.out), **result.provenance}
+
+
+def _sweeps(plan: Plan) -> list[tuple[str, int]]:
+    """The sweeps in their order, for the progress display, with the bytes that each reads; nothing of a single one."""
+    found = []
+    for number, group in enumerate(plan.groups, 1):
+        asked = {name: plan.sweeps_to_ask(name) for name in group.written if name in plan.asked}
+        most = max(asked.values(), default=0)
+        part = f"part {number} of {len(plan.groups)}, " if len(plan.groups) > 1 else ""
+        for sweep in range(most):
+            size = sum(plan.sweep_bytes(name, apply=False) for name, count in asked.items() if sweep < count)
+            found.append((f"{part}sweep {sweep + 1} of {most + 1}", size))
+        copied = sum(plan.merge.reference.tensors[name].nbytes for name in group.written if name in plan.copied)
+        size = copied + sum(plan.sweep_bytes(name, apply=True) for name in asked)
+        found.append((f"{part}sweep {most + 1} of {most + 1}", size))
+    return found if plan.sweeps > 1 else []
 
 
 def _summary(plan: Plan) -> str:

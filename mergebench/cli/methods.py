@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import shutil
-import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.lazy import torch_later
-from mergebench.cli.output import print_table, say, say_json, say_text
+from mergebench.cli.output import print_table, say, say_json, say_prose
 from mergebench.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,7 +23,12 @@ NOTATION = "theta_0: the base; theta_i: the N models, w_i: their weights; tau_i 
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One of them, or one of your own as FILE.py:NAME.")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="One of them, or one of your own as FILE.py:NAME.",
+            autocompletion=complete.methods_and_edits,
+        ),
     ] = None,
     json_: opt.Json = False,
 ) -> None:
@@ -80,7 +84,7 @@ def _show_all(found: list[dict[str, Any]]) -> None:
         say(f"{group}: {about}")
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
         table.add_column(min_width=width, no_wrap=True)
-        table.add_column()
+        table.add_column(ratio=1)
         for entry in found:
             if entry["group"] == group:
                 table.add_row(entry["name"], entry["summary"])
@@ -91,30 +95,21 @@ def _show_all(found: list[dict[str, Any]]) -> None:
 
 
 def _show(entry: dict[str, Any], text: str) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     say(f"{entry['name']}  ({entry['paper']}; from {entry['package']})")
     say()
-    say_text(_wrapped(text))
-    say()
+    say_prose(text)
     if entry["kind"] == "method":
-        say_text(_wrapped(NOTATION))
-        say()
+        say_prose(NOTATION)
         say(f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}")
         say()
-    table = Table("parameter", "default", "range", "meaning", box=None, header_style="bold")
+    table = Table("parameter", "default", "range", Column("meaning", ratio=1), box=None, header_style="bold")
     for parameter in entry["parameters"]:
         default = "required" if parameter["required"] else str(parameter["default"])
         each = " (for each model)" if parameter["per_model"] else ""
         table.add_row(parameter["name"], default, parameter["range"], parameter["help"] + each)
     print_table(table)
-
-
-def _wrapped(text: str) -> str:
-    """Paragraphs as wide as the terminal; formulas, which are indented, as they are."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
-    parts = text.split("\n\n")
-    return "\n\n".join(one if one.startswith(" ") else textwrap.fill(" ".join(one.split()), width) for one in parts)
 
 
 def _described(one: Method | Edit, package: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.errors import RecipeError
 
 _UNITS = {
@@ -17,11 +18,11 @@ _UNITS = {
 
 
 def parse_size(text: str, option: str) -> int:
-    """`400MiB`, `4GB`, `1.5g`, `4096` in bytes."""
+    """`400MB`, `400MiB`, `1.5g`, `4096` in bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
     unit = match[2].lower() if match else "?"
     if match is None or unit not in _UNITS or float(match[1]) == 0:
-        raise RecipeError(f"{option}: '{text}' is not a size", "write it like 400MiB or 4GB")
+        raise RecipeError(f"{option}: '{text}' is not a size", "write it like 400MB or 4GB")
     return int(float(match[1]) * _UNITS[unit])
 
 
@@ -38,10 +39,34 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set parameters.density=0.2. Repeatable."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of random masks; overrides the recipe's.")]
-Memory = Annotated[str, typer.Option(help="Most memory for buffers and statistics.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes or threads. Default: one per core.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
+Memory = Annotated[str, typer.Option(metavar="SIZE", help="Most memory for buffers and statistics.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes that share the work (threads, where it is small). Default: one per core; on a GPU 3 threads.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="auto (a GPU where there is one), cpu, cuda or cuda:N.",
+        autocompletion=complete.words("auto", "cpu", "cuda", "cuda:0"),
+    ),
+]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")]
+Base = Annotated[str, typer.Option(metavar="MODEL", help="The model it was fine-tuned from.")]
+Adapted = Annotated[str, typer.Option("--base", metavar="MODEL", help="The model it was trained on.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="validation or test. Default: test where the suite has it.",
+        autocompletion=complete.words("validation", "test"),
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Results = Annotated[
@@ -51,7 +76,8 @@ Backbone = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
 ]
 Energy = Annotated[
-    float | None, typer.Option(help="Instead: the smallest ranks that keep this share of the squared norm.")
+    float | None,
+    typer.Option(metavar="SHARE", help="Instead: the smallest ranks that keep this share of the squared norm."),
 ]
 Include = Annotated[
     list[str] | None,
@@ -59,15 +85,23 @@ Include = Annotated[
 ]
 Format = Annotated[
     str | None,
-    typer.Option("--format", metavar="NAME", help="Print the tables as markdown, latex or csv."),
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="Print the tables as markdown, latex or csv.",
+        autocompletion=complete.words("markdown", "latex", "csv"),
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 
 
 def check_device(device: str) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise wrong("--device", device, "auto, cpu or cuda")
+    """The device's name, if it can be one; whether the machine has it is seen when it is used."""
+    if device == "mps":
+        raise RecipeError("--device mps: not supported", "sums are float64, which it does not have; choose cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise wrong("--device", device, "auto, cpu, cuda or cuda:N")
     return device
 
 
@@ -77,6 +111,12 @@ def check_format(form: str | None, json_: bool) -> str | None:
     if form is not None and json_:
         raise RecipeError("--format and --json: two ways to print the results", "leave one out")
     return form
+
+
+def check_split(split: str | None) -> str | None:
+    if split not in (None, "test", "validation"):
+        raise wrong("--split", split, "test or validation")
+    return split
 
 
 def wrong(option: str, value: str, allowed: str) -> RecipeError:

@@ -10,20 +10,20 @@ import typer
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
 from mergebench.cli.output import byte_bar, count_bar, note, say, say_json, say_left, say_out, was_there
-from mergebench.errors import human
+from mergebench.errors import counted, human
 
 app = App(help="Put an edit into a model, take it out, show it, make it a LoRA.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Option(help="A directory, BASE+ADAPTER or org/name. Only read.")]
-File = Annotated[Path, typer.Option(metavar="FILE", help="A patch, as `mergebench edit` writes it beside the model.")]
-Out = Annotated[Path, typer.Option(help="Output directory.")]
+Patch = Annotated[Path, typer.Argument(metavar="PATCH", help="A file, as `mergebench edit` writes it.")]
+Model = Annotated[str, typer.Option(metavar="MODEL", help="A directory, BASE+ADAPTER or org/name. Only read.")]
 
 
-@app.command("apply")
+@app.command("apply", was="--patch")
 def apply(
+    patch: Patch,
     model: Model,
-    patch: File,
-    out: Out,
+    out: opt.Out,
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -33,16 +33,17 @@ def apply(
 ) -> None:
     """Write MODEL with the patch: tensor for tensor what the edit gave.
 
-    Example: mergebench patch apply --model M --patch edited/patch.safetensors --out again
+    Example: mergebench patch apply edited/patch.safetensors --model MODEL --out again
     """
-    _put_in(False, model, patch, out, workers, resume, overwrite, shard_size, json_, quiet)
+    _put_in(False, patch, model, out, memory, workers, resume, overwrite, shard_size, json_, quiet)
 
 
-@app.command("revert")
+@app.command("revert", was="--patch")
 def revert(
+    patch: Patch,
     model: Model,
-    patch: File,
-    out: Out,
+    out: opt.Out,
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -52,16 +53,17 @@ def revert(
 ) -> None:
     """Write MODEL without the patch: tensor for tensor what was edited.
 
-    Example: mergebench patch revert --model edited --patch edited/patch.safetensors --out M-again
+    Example: mergebench patch revert edited/patch.safetensors --model edited --out before
     """
-    _put_in(True, model, patch, out, workers, resume, overwrite, shard_size, json_, quiet)
+    _put_in(True, patch, model, out, memory, workers, resume, overwrite, shard_size, json_, quiet)
 
 
 def _put_in(
     revert: bool,
-    model: str,
     patch: Path,
+    model: str,
     out: Path,
+    memory: str,
     workers: int | None,
     resume: bool,
     overwrite: bool,
@@ -73,8 +75,8 @@ def _put_in(
     from mergebench.checkpoint.target import check_target
 
     quiet = quiet or json_
-    size = opt.parse_size(shard_size, "--shard-size")
-    plan = api.plan_patch(model, patch, revert=revert, workers=workers, shard_size=size)
+    sizes = {"memory": opt.parse_size(memory, "--memory"), "shard_size": opt.parse_size(shard_size, "--shard-size")}
+    plan = api.plan_patch(model, patch, revert=revert, workers=workers, **sizes)
     check_target(out, [patch], overwrite or resume)  # the output to be replaced may hold the patch
     with byte_bar("copying", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
@@ -88,7 +90,7 @@ def _put_in(
 
 @app.command("show")
 def show(
-    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")],
+    patch: Patch,
     json_: opt.Json = False,
 ) -> None:
     """Show what a patch changes, and what made it.
@@ -125,7 +127,7 @@ def show(
     print_table(table)
     changed = sum(tensor["changed"] for tensor in tensors)
     say(
-        f"{changed} vectors of {len(read.direction)} elements in {len(tensors)} tensors; "
+        f"{counted(changed, 'vector')} of {len(read.direction)} elements in {counted(len(tensors), 'tensor')}; "
         f"the direction's length is {length:.4g}; {human(size)}"
     )
 
@@ -144,16 +146,16 @@ def _title(about: Any) -> str:
 
 @app.command("to-lora")
 def to_lora(
-    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")],
-    model: Annotated[str, typer.Option(help="The model that was edited.")],
-    out: Out,
+    patch: Patch,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The model that was edited.")],
+    out: opt.Out,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write the patch as a LoRA of rank 1 that PEFT loads: the edit as a switch of a running model.
 
-    Example: mergebench patch to-lora edited/patch.safetensors --model M --out lora
+    Example: mergebench patch to-lora edited/patch.safetensors --model MODEL --out lora
     """
     quiet = quiet or json_
     with count_bar("converting", quiet) as progress:
@@ -161,5 +163,5 @@ def to_lora(
 
         result = patch_to_lora(model, patch, out, overwrite=overwrite, progress=progress)
     made = result.provenance
-    note(f"rank 1, {made['modules']} modules, {made['seconds']:.1f} s", quiet)
+    note(f"rank 1, {counted(made['modules'], 'module')}, {made['seconds']:.1f} s", quiet)
     say_out(result.out, made, json_)

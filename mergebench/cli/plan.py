@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 def plan(
     recipe: Recipe,
-    out: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the result would go; its disk is checked.")
+    ] = None,
     device: opt.Device = "auto",
-    memory: opt.Memory = "400MiB",
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     set_: opt.Set = None,
     seed: opt.Seed = None,
     shard_size: opt.ShardSize = "4GB",
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what a merge would read, ask, write and need, from headers alone.
 
@@ -55,7 +58,7 @@ def plan(
 
     def show(stage: Stage) -> None:
         found = planned(stage)
-        say_notes(found, json_)
+        say_notes(found, quiet or json_)
         _show(found, stage.out)
 
     each_stage(load(recipe, set_, seed, out), json_, facts, show)

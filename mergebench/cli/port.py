@@ -11,7 +11,7 @@ from mergebench.cli import evaluate
 from mergebench.cli import options as opt
 from mergebench.cli.merge import say_notes
 from mergebench.cli.output import byte_bar, count_bar, item_bar, note, print_table, say, say_json, say_left
-from mergebench.errors import RecipeError
+from mergebench.errors import RecipeError, counted
 
 if TYPE_CHECKING:
     from mergebench.systems.portllm.check import Check, Sums
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
 
 def port(
     patch: Annotated[
-        str, typer.Argument(metavar="TUNED|ADAPTER", help="A fine-tune of OLD, or an adapter or delta file made on it.")
+        str,
+        typer.Argument(metavar="TUNED", help="A fine-tune of the old base, or an adapter or delta file made on it."),
     ],
-    old: Annotated[str, typer.Option(help="The base it was made on.")],
-    new: Annotated[str, typer.Option(help="The updated base.")],
-    out: Annotated[Path | None, typer.Option(help="Output directory; not needed for --check and --suite.")] = None,
+    old: Annotated[str, typer.Option(metavar="MODEL", help="The base it was made on.")],
+    new: Annotated[str, typer.Option(metavar="MODEL", help="The updated base.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Required without --check and --suite.")
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Write nothing: what fits, how far the base moved, how that lies to the patch."),
     ] = False,
     suite: Annotated[
-        Path | None, typer.Option(help="Measure old, tuned, new and ported model on the tasks of a suite.")
+        Path | None,
+        typer.Option(metavar="SUITE", help="Measure old, tuned, new and ported model on the tasks of a suite."),
     ] = None,
     difference: Annotated[
         bool, typer.Option("--difference", help="Of an adapter: the checkpoint NEW + what it adds to OLD.")
@@ -37,9 +41,9 @@ def port(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Tensors that stay NEW's. Repeatable.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="validation or test. Default: test where the suite has it.")] = None,
+    split: opt.Split = None,
     device: opt.Device = "auto",
-    memory: opt.Memory = "400MiB",
+    memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
     shard_size: opt.ShardSize = "4GB",
     resume: opt.Resume = False,
@@ -57,8 +61,7 @@ def port(
         raise RecipeError("--check goes alone: it writes and measures nothing", "leave out --out and --suite")
     if out is None and suite is None and not check:
         raise RecipeError("--out: missing", "name an output directory, or --check, or --suite SUITE")
-    if split not in (None, "test", "validation"):
-        raise opt.wrong("--split", split, "test or validation")
+    opt.check_split(split)
     if check:
         _check(old, new, patch, excluded, json_, quiet)
         return
@@ -120,7 +123,7 @@ def _write(
         result = port_to(old, new, patch, out, exclude=exclude, overwrite=ways["overwrite"])
         for line in result.provenance["notes"]:
             note(f"note: {line}", quiet)
-        note(f"{result.provenance['tensors']} tensors of {new} are changed by {new}+{out}", quiet)
+        note(f"{new}+{out} changes {counted(result.provenance['tensors'], 'tensor')} of {new}", quiet)
     else:
         plan = plan_port(old, new, patch, exclude=exclude, **limits)
         say_notes(plan, quiet)
@@ -129,7 +132,7 @@ def _write(
         seconds = result.provenance["seconds"]
         done = "already finished" if result.already_done else f"wrote it in {seconds:.1f} s"
         say_left(result.provenance, quiet or result.already_done)
-        note(f"{out}: {result.provenance['merged_tensors']} tensors ported: {done}", quiet)
+        note(f"{out}: {counted(result.provenance['merged_tensors'], 'tensor')} ported: {done}", quiet)
     return {"out": str(result.out), **result.provenance}
 
 
@@ -172,7 +175,7 @@ def _show(found: Check) -> None:
         "in rows: share of |new - old|^2 in the patch's column and row space, chance: of a random update." + why
     )
     whole = "" if found.whole is None else f" The base moved by {_percent(found.whole)} of |old| in all its tensors."
-    say(f"{found.tensors} tensors that the patch changes.{whole}")
+    say(f"{counted(found.tensors, 'tensor')} that the patch changes.{whole}")
     if found.changes is not None:
         say(f"What the adapter adds to NEW is {_percent(found.changes)} off what it adds to OLD.")
 

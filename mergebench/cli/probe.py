@@ -33,10 +33,10 @@ class FitCommand(DeclaredCommand):
         return {f"{OF}the fit": {option_of(name): p for name, p in parameters_of(Settings).items()}}
 
 
-@app.command("fit", cls=FitCommand)
+@app.command("fit", cls=FitCommand, was="--model")
 def fit(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option(help="A directory, BASE+ADAPTER, or org/name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, BASE+ADAPTER or org/name.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines: a text and a label each.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The probe: NAME.safetensors.")],
     device: opt.Device = "auto",
@@ -47,7 +47,7 @@ def fit(
 ) -> None:
     """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart.
 
-    Example: mergebench probe fit --model M --data behaviour.jsonl --layer all --out probe.safetensors
+    Example: mergebench probe fit MODEL --data texts.jsonl --layer all --out probe.safetensors
     """
     from mergebench.editing.probes.fit import fit_probe, plot_of
 

@@ -7,20 +7,23 @@ from typing import Annotated
 
 import typer
 
-from mergebench.cli.options import Json
+from mergebench.cli import options as opt
 from mergebench.cli.output import note, say, say_json
 
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What any command of mergebench wrote.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the page goes. Default: DIR/report.html.", dir_okay=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the page goes. Default: report.html in DIR.", dir_okay=False),
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Write each plot into this folder too, as PDF and PNG.", file_okay=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Write each plot into this folder too, as PDF and PNG.", file_okay=False),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
-    json_: Json = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write one HTML page of all that DIR holds: tables, plots, flips, statistics, provenance.
 
@@ -39,4 +42,4 @@ def report(
         import webbrowser
 
         if not webbrowser.open(written.resolve().as_uri()):
-            note(f"no browser to be found here: open {written}")
+            note(f"no browser to be found here: open {written}", quiet or json_)

@@ -19,7 +19,7 @@ SHOWN = 30  # rows of the table
 
 
 def results(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="The folder of results.")] = Path("results"),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of results.")] = Path("results"),
     unused: Annotated[
         float | None, typer.Option(metavar="DAYS", min=0, help="Only what was not used for so many days.")
     ] = None,
@@ -30,6 +30,7 @@ def results(
         bool, typer.Option("--prune", help="Delete what --unused and --gone select: it would be measured again.")
     ] = False,
     json_: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what is kept of measurements: of which suites and models, how large, when it was used last.
 
@@ -50,7 +51,7 @@ def results(
         _show(found)
     size = f"{counted(len(found), 'file')}, {human(total['bytes'])}"
     say(f"deleted {size} from {folder}" if prune else f"{size} in {folder}")
-    note("to delete them: add --prune", prune or not found or (unused is None and not gone))
+    note("to delete them: add --prune", quiet or prune or not found or (unused is None and not gone))
 
 
 def _show(found: list[Kept]) -> None:

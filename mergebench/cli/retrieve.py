@@ -9,14 +9,12 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.output import count_bar, note, say_json, say_text
-from mergebench.errors import escaped
+from mergebench.errors import counted, escaped
 
 
 def retrieve(
     bank: Annotated[Path, typer.Argument(metavar="BANK", help="A directory that cil run wrote.")],
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA.jsonl", help="An id and a text or image a line, and a label or none.")
-    ],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines: an id, a text or image, perhaps a label.")],
     trace: Annotated[bool, typer.Option("--trace", help="Say of each item which way it took.")] = False,
     stage: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Answer as after task N. Default: the last.")
@@ -63,7 +61,7 @@ def _say(about: dict[str, Any], quiet: bool) -> None:
     count = about["n"]
     each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder an item"
     ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"
-    note(f"{count} item{'s' * (count != 1)} at stage {about['stage']}: {each}; {ends}", quiet)
+    note(f"{counted(count, 'item')} at stage {about['stage']}: {each}; {ends}", quiet)
     labelled = about.get("labelled")
     if labelled is None:
         return

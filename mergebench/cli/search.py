@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergebench.cli import evaluate
+from mergebench.cli import complete, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say, say_json, say_text, search_bar
+from mergebench.cli.output import note, say, say_json, say_text, search_bar, width
+from mergebench.errors import counted
 
 if TYPE_CHECKING:
     from mergebench.evaluation.search.search import Found
@@ -25,17 +26,36 @@ def search(
         list[str],
         typer.Option(metavar="WHAT", help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*; commas between."),
     ],
-    suite: Annotated[Path | None, typer.Option(help="A YAML file of tasks. Default: the recipe's.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="SUITE", help="A YAML file of tasks. Default: the recipe's.")
+    ] = None,
     budget: Annotated[int, typer.Option(help="Points to try; the first is the recipe as given.")] = 40,
     strategy: Annotated[
-        str | None, typer.Option(help="grid, random or cmaes. Default: grid for one or two, cmaes for more.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="grid, random or cmaes. Default: grid for one or two parameters, cmaes for more.",
+            autocompletion=complete.words("grid", "random", "cmaes"),
+        ),
     ] = None,
-    objective: Annotated[str, typer.Option(help="mean, relative or worst, of the validation tasks.")] = "mean",
+    objective: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="mean, relative or worst, of the validation tasks.",
+            autocompletion=complete.words("mean", "relative", "worst"),
+        ),
+    ] = "mean",
     seed: Annotated[int, typer.Option(min=0, help="Of random and cmaes.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where it all goes. Default: searches/<recipe stem>.", file_okay=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Output directory. Default: searches/ and the recipe's name.", file_okay=False
+        ),
     ] = None,
     device: opt.Device = "auto",
+    memory: opt.Memory = "400MB",
+    workers: opt.Workers = None,
     results: opt.Results = Path("results"),
     set_: opt.Set = None,
     resume: opt.Resume = False,
@@ -66,6 +86,8 @@ def search(
             seed=seed,
             out=out,
             device=opt.check_device(device),
+            memory=opt.parse_size(memory, "--memory"),
+            workers=workers,
             results=results,
             resume=resume,
             overwrite=overwrite,
@@ -83,10 +105,10 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -
     from mergebench.evaluation.tables.sheet import written
 
     points = found.history.points
-    note(f"{found.resumed} of {len(points)} points were there already", quiet or not found.resumed)
+    note(f"{found.resumed} of {counted(len(points), 'point')} were there already", quiet or not found.resumed)
     failed = [point for point in points if point.objective is None]
     if failed:
-        note(f"{len(failed)} of {len(points)} points failed, the first: {failed[0].error}", quiet)
+        note(f"{len(failed)} of {counted(len(points), 'point')} failed, the first: {failed[0].error}", quiet)
     files = ["best.yaml", "search.json", "evaluation.json", "evaluation.md", "report.html"]
     note(f"wrote {found.out}/: {', '.join(name for name in files if (found.out / name).is_file())}", quiet)
     if json_:
@@ -97,10 +119,10 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -
         say_text(written(tables, form))
         note(found.verdict(), quiet)
         return
-    lines = _sheet(found).terminal()
+    lines = _sheet(found).terminal(width=width())
     say_text("\n".join(["On validation, the best points:", *lines]).rstrip() + "\n")
     if found.results is not None:
-        say_text(report(found.results, styled=sys.stdout.isatty()))
+        say_text(report(found.results, width=width(), styled=sys.stdout.isatty()))
         say()
     say(found.verdict())
     say(f"To merge it: mergebench merge {found.out / 'best.yaml'}")

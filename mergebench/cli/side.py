@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.command import App
 from mergebench.cli.output import count_bar, note, say_left, say_out, was_there
@@ -18,21 +19,35 @@ app = App(help="Side networks (LST): a base's most important rows and columns.",
 def _group() -> None: ...
 
 
-@app.command("init")
+@app.command("init", was="--base")
 def init(
-    base: Annotated[str, typer.Option(help="The base: a directory, BASE+DELTA or org/name.")],
-    out: Annotated[Path, typer.Option(help="Output directory.")],
-    reduction: Annotated[float, typer.Option(help="How many times narrower: 8.")] = 8.0,
-    importance: Annotated[str, typer.Option(help="magnitude, or fisher on the items of --data.")] = "magnitude",
+    base: Annotated[str, typer.Argument(metavar="MODEL", help="The base: a directory, BASE+DELTA or org/name.")],
+    out: opt.Out,
+    reduction: Annotated[float, typer.Option(metavar="TIMES", help="How many times narrower.")] = 8.0,
+    importance: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="magnitude, or fisher on the items of --data.",
+            autocompletion=complete.words("magnitude", "fisher"),
+        ),
+    ] = "magnitude",
     basis: Annotated[
-        str, typer.Option(help="chain: each layer reads what the one before it wrote, as LST's; shared: one for all.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="chain: each layer reads what the one before it wrote, as LST's; shared: one for all.",
+            autocompletion=complete.words("chain", "shared"),
+        ),
     ] = "chain",
     keep_layers: Annotated[
         list[int] | None, typer.Option(metavar="N", help="A block that stays, from 0. Repeatable. Default: all.")
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="For fisher: JSON lines of text and label, of a language model prompt and completion."),
+        typer.Option(
+            metavar="FILE", help="For fisher: JSON lines of text and label, of a language model prompt and completion."
+        ),
     ] = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -41,7 +56,7 @@ def init(
 ) -> None:
     """Write a narrow sub-network of a base as a checkpoint: where a ladder (LST) begins.
 
-    Example: mergebench side init --base BASE --reduction 8 --out side
+    Example: mergebench side init BASE --reduction 8 --out side
     """
     from mergebench.systems import lst
 

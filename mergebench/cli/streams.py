@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import re
@@ -16,13 +17,26 @@ _COLOURS = r"\x1b\[[\d;]*m"
 _BAR = re.compile(r"\r|(?:\x1b\[A)*")
 
 
+_ASCII = {"−": "-", "–": "-", "…": ".", "±": "+-", "█": "#", "×": "x", "’": "'"}
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """What an encoding has no character for, in ASCII: as much alike as can be."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_ASCII.get(c) or ascii(c)[1:-1] for c in text), error.end
+
+
+codecs.register_error(_spelt.__name__, _spelt)
+
+
 class Stream:
     """A text stream that escapes control characters, whoever writes them: this program, a library, a warning."""
 
     def __init__(self, raw: TextIO, *, passed_over: tuple[type[Exception], ...] = ()) -> None:
         self.raw, self._passed_over = raw, passed_over
         if isinstance(raw, io.TextIOWrapper):
-            raw.reconfigure(errors="backslashreplace")  # a bar of blocks, where all is ASCII
+            raw.reconfigure(errors=_spelt.__name__)  # a minus, where all is ASCII
         styled = raw.isatty() or any(map(os.environ.get, ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS")))
         self._obeyed = re.compile(f"(?!{_COLOURS}){_OBEYED}" if styled else _OBEYED)
 
@@ -61,6 +75,17 @@ class Obeyed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def columns(stream: Any) -> int | None:
+    """How wide a terminal is; None of a pipe or a file, which take lines of any length."""
+    if not stream.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    try:
+        return int(given) if given.isdecimal() and int(given) else os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def open_closed() -> None:

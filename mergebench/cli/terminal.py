@@ -10,8 +10,10 @@ from rich.console import Console, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from mergebench.cli.streams import Obeyed, Stream
+from mergebench.cli.streams import Obeyed, Stream, columns
 from mergebench.errors import escaped, shown
+
+WIDEST = 10_000  # columns: more than any table has
 
 
 class Terminal(Console):
@@ -31,10 +33,10 @@ class Terminal(Console):
 
 
 def out() -> Terminal:
-    """stdout; a pipe has no width, so tables take the room they need."""
-    return Terminal(sys.stdout, None if sys.stdout.isatty() else 200)
+    """stdout."""
+    return Terminal(sys.stdout, columns(sys.stdout) or WIDEST)
 
 
-def err() -> Terminal:
-    """stderr."""
-    return Terminal(sys.stderr)
+def err(most: int = WIDEST) -> Terminal:
+    """stderr, or the first columns of it."""
+    return Terminal(sys.stderr, min(columns(sys.stderr) or WIDEST, most))

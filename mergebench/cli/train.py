@@ -13,7 +13,9 @@ from mergebench.cli.output import note, print_table, say, say_out, was_there, wo
 
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: docs/training.md.")],
-    out: Annotated[Path | None, typer.Option(help="Output directory. Default: trained/<config stem>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Default: trained/ and the config's name.")
+    ] = None,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,

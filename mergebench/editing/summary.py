@@ -78,7 +78,7 @@ def facts(edit: Entry) -> list[tuple[str, str]]:
     found += [("warning", str(warning)) for warning in edit.get("warnings", ())]
     found.append(("patch", str(edit["patch"])))
     if "reverted" not in edit:  # an edit leaves its patch beside the model
-        found.append((UNDO, f"mergebench patch revert --model . --patch {edit['patch']} --out ../DIR"))
+        found.append((UNDO, f"mergebench patch revert {edit['patch']} --model . --out ../DIR"))
     return [(term, fact) for term, fact in found if fact]
 
 

@@ -122,7 +122,7 @@ class Threads:
 
         def work(worker: Worker) -> Any:
             on_gpu = self._plan.device.type == "cuda"  # a stream of its own: workers copy and compute side by side
-            cuda = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+            cuda = torch.cuda.stream(torch.cuda.Stream(self._plan.device)) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
             try:
                 with torch.inference_mode(), cuda:
                     return getattr(worker, task)(stream(), *arguments)

@@ -15,8 +15,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mergebench.errors import RunError
+from mergebench.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)'s parameters in glibc's malloc.h
 
@@ -71,6 +75,27 @@ def check_descriptors(files: int) -> None:
         if most != resource.RLIM_INFINITY and files > most:
             hint = "have an administrator allow more, or merge in stages"
         raise RunError(f"{files} files would be open at a time, {allowed} may be", hint)
+
+
+def device_of(name: str) -> torch.device:
+    """auto (CUDA if there is a device), cpu, cuda or cuda:N; `RecipeError` if this machine has no such device."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):  # sums are float64, which MPS does not have
+        raise RecipeError(f"--device {name}: not supported", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise RecipeError(f"--device {name}: this machine has no CUDA device", "use --device auto, or cpu")
+        if (device.index or 0) >= count:
+            raise RecipeError(f"--device {name}: the last CUDA device is cuda:{count - 1}", "use --device cuda")
+    return device
 
 
 def cores() -> int:

@@ -26,13 +26,13 @@ from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES
 from mergebench.engine.groups import Group, grouped
 from mergebench.engine.job import Merge, Operand, operands_of, stored_type
-from mergebench.engine.machine import check_descriptors, cores
+from mergebench.engine.machine import check_descriptors, cores, device_of
 from mergebench.engine.noise import TILE
 from mergebench.engine.sizes import buffer_bytes, chunk_size, least_chunk, temporary_bytes
-from mergebench.errors import ModelError, RecipeError, human
+from mergebench.errors import ModelError, RecipeError, counted, human
 
-MIB = 1 << 20
-DEFAULT_MEMORY = 400 * MIB
+MB = 10**6
+DEFAULT_MEMORY = 400 * MB
 SHARD_SIZE = 4_000_000_000
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -58,7 +58,9 @@ class Plan:
 
     def __repr__(self) -> str:
         models = f"{len(self.merge.models)} model{'s' * (len(self.merge.models) != 1)}"
-        return f"<Plan: {self.merge.method.name} of {models}, {self.elements:,} elements, {self.sweeps} sweeps>"
+        return (
+            f"<Plan: {self.merge.method.name} of {models}, {self.elements:,} elements, {counted(self.sweeps, 'sweep')}>"
+        )
 
     @cached_property
     def passes(self) -> int:
@@ -236,9 +238,7 @@ def plan_merge(
     if method.gives == "deltas":
         numels = {name: tensors[name].numel for name in alignment.merged}
         shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: this machine has no CUDA device", "use --device auto")
+    where = device_of(device)
     asked, asked_of_all, blind = trace.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else cores())
     size = max(chunk or chunk_size(merge, where, memory // workers), least_chunk(merge))
@@ -260,10 +260,10 @@ def plan_merge(
         device=where,
     )
     check_descriptors(merge.files + workers * (2 + len(shards[0].files)))  # a worker has a pipe, and writes one shard
-    needed = plan.buffer_bytes + (2 * MIB if plan.passes else 0)
+    needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)
     if needed > memory and chunk is None:
         raise RecipeError(
-            f"--memory {memory // MIB}MiB: '{method.name}' needs at least {-(-needed // MIB)}MiB here",
+            f"--memory {memory // MB}MB: '{method.name}' needs at least {-(-needed // MB)}MB here",
             "give it more memory, or fewer --workers",
         )
     for note in merge.notes:

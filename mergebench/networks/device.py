@@ -8,16 +8,9 @@ from typing import Any
 import torch
 
 import mergebench
-from mergebench.errors import RunError
+from mergebench.engine.machine import device_of
 
-
-def device_of(name: str) -> torch.device:
-    """auto (CUDA if available), cpu or cuda; `RunError` if it is not available."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError("no CUDA device was found", "choose --device cpu")
-    return torch.device(name)
+__all__ = ["device_of", "versions"]
 
 
 def versions() -> dict[str, Any]:

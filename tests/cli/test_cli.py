@@ -103,7 +103,7 @@ def test_help_and_version(shell: Cli) -> None:
         (["merge", "recipe.yaml", "--densty", "1"], "--densty"),
         (["inspect"], "MODEL"),
         (["task-vector", "ft1"], "--base"),
-        (["edit"], "--model"),
+        (["edit"], "MODEL"),
         (["adapters", "merge", "a"], "--out"),
         (["adapters", "merg"], "Did you mean 'merge'?"),
     ],
@@ -353,7 +353,7 @@ def test_plan_in_words(base: Tensors, cli: Cli) -> None:
     assert words["read"] == f"{(BASE + FT1 + FT2 + STEPS) / 1000:.3g} kB"
     assert words["write"] == f"{BASE + STEPS} B in 1 file to merged/recipe"
     assert words["disk"].endswith("GB free; staged in merged/.recipe.partial")
-    assert re.fullmatch(r"[\d.]+ MB of 419 MB, plus about 300 MB for torch", words["memory"])
+    assert re.fullmatch(r"[\d.]+ MB of 400 MB, plus about 300 MB for torch", words["memory"])
     assert words["workers"] == "2 on cpu" or torch.cuda.is_available()
 
 
@@ -587,9 +587,21 @@ def test_a_task_vector_is_as_good_as_its_model(base: Tensors, cli: Cli, tuned: s
             assert torch.equal(value, read_model(Path("b"))[name])
 
 
+def test_task_vector(base: Tensors, cli: Cli) -> None:
+    """It goes on where it was interrupted, within the memory and with the workers it is given."""
+    how = ("--memory", "100MB", "--workers", "1", "--shard-size", "300")
+    ran = cli("task-vector", "ft1", "--base", "base", "--out", "tv", *how, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    made = document(ran.out)
+    assert (made["out"], made["merged_tensors"]) == ("tv", 6)
+    assert len(list(Path("tv").glob("*.safetensors"))) > 1 and not Path("tv/README.md").exists()
+    again = cli("task-vector", "ft1", "--base", "base", "--out", "tv", *how, "--resume")
+    assert (again.code, again.out, again.err) == (0, "tv\n", "tv: already finished, nothing to resume\n")
+
+
 def test_what_a_task_vector_holds(base: Tensors, cli: Cli) -> None:
     code, _, err = cli("task-vector", "ft2", "--base", "base", "--out", "tv")
-    assert code == 0 and re.fullmatch(r"wrote 6 tensors in \d+\.\d s\n", err)
+    assert code == 0 and re.fullmatch(r"wrote tv in \d+\.\d s: 6 tensors\n", err)
     tuned = read_model(Path("ft2"))
     for name, value in read_model(Path("tv")).items():
         assert torch.equal(value, tuned[name] - base[name] if name != "steps" else tuned[name])

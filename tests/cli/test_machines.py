@@ -76,7 +76,7 @@ def test_a_misspelt_model_is_answered_by_its_neighbour(cli: Cli) -> None:
 def test_a_prompt_shows_names_and_short_values() -> None:
     assert {"load", "plan", "run", "evaluate", "compare"} <= set(dir(mergebench))
     plan = mergebench.plan(mergebench.load("recipe.yaml"))
-    assert repr(plan) == f"<Plan: linear of 2 models, {plan.elements:,} elements, 1 sweeps>"
+    assert repr(plan) == f"<Plan: linear of 2 models, {plan.elements:,} elements, 1 sweep>"
     assert repr(plan.merge.models[0]) == f"<Model first: {len(plan.merge.models[0].tensors)} tensors>"
     assert Path(mergebench.__file__).with_name("py.typed").is_file()
 

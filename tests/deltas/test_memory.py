@@ -16,7 +16,7 @@ from tests.conftest import Cli
 from tests.deltas.kinds import write_adapter
 from tests.models import write_model, write_recipe
 
-MIB, RANK, SIDE = 1 << 20, 50_000, 64
+MB, RANK, SIDE = 10**6, 50_000, 64
 FACTORS = 4 * RANK * 2 * SIDE  # A and B in float32: 24 MiB, for a tensor of 16 KiB
 ROWS, WIDTH = 200_000, 4  # a patch of every row holds its number (8 bytes) and amount (4)
 
@@ -58,10 +58,10 @@ def peak(models: list[str], base: str | None = None, workers: int = 1) -> int:
 
 
 def least(models: list[str], base: str | None = None, workers: int = 1) -> int:
-    """MiB that the same merge cannot do without, as its refusal says."""
+    """MB that the same merge cannot do without, as its refusal says."""
     with pytest.raises(RecipeError) as caught:
-        mergebench.plan(recipe(models, base), memory=MIB, workers=workers, device="cpu")
-    needed = re.search(r"needs at least (\d+)MiB here", caught.value.message)
+        mergebench.plan(recipe(models, base), memory=MB, workers=workers, device="cpu")
+    needed = re.search(r"needs at least (\d+)MB here", caught.value.message)
     assert needed is not None, caught.value.message
     return int(needed[1])
 
@@ -96,7 +96,7 @@ def test_the_bases_own_counts(model: str, held: int) -> None:
 @pytest.mark.parametrize(("model", "held"), CASES)
 def test_the_least_memory_holds_it(model: str, held: int, workers: int) -> None:
     grown = least([model, "tuned"], workers=workers) - least(["base", "tuned"], workers=workers)
-    assert grown >= workers * held // MIB
+    assert grown >= workers * held // MB
 
 
 @pytest.mark.parametrize("command", ["plan", "merge"])
@@ -106,8 +106,8 @@ def test_a_delta_above_the_budget_is_refused(command: str, cli: Cli, tmp_path: P
     for model in ("base", "base+lora"):
         file = write_recipe(tmp_path / f"{model}.yaml", "linear", [model, "tuned"])
         out = ["--out", tmp_path / f"{model}-out", "-q"] if command == "merge" else []
-        ran.append(cli(command, file, "--memory", f"{enough}MiB", "--workers", "1", *out))
+        ran.append(cli(command, file, "--memory", f"{enough}MB", "--workers", "1", *out))
     assert (ran[0].code, ran[1].code, ran[1].out) == (0, 2, "")
-    needed = re.search(rf"--memory {enough}MiB: 'linear' needs at least (\d+)MiB here", ran[1].err)
-    assert needed is not None and int(needed[1]) >= FACTORS // MIB, ran[1].err
+    needed = re.search(rf"--memory {enough}MB: 'linear' needs at least (\d+)MB here", ran[1].err)
+    assert needed is not None and int(needed[1]) >= FACTORS // MB, ran[1].err
     assert not (tmp_path / "base+lora-out").exists()

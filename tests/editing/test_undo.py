@@ -139,7 +139,7 @@ def test_merge_edit_and_measure_in_one_command(here: Path, cli: Cli) -> None:
     card = Path("merged/recipe/README.md").read_text()
     assert text.splitlines()[0] in card
     for number in (1, 2):
-        assert f"`mergebench patch revert --model . --patch patch-{number}.safetensors --out ../DIR`" in card
+        assert f"`mergebench patch revert patch-{number}.safetensors --model . --out ../DIR`" in card
 
 
 def test_what_was_measured_before_its_edits_is_known_again(here: Path, cli: Cli) -> None:

@@ -21,7 +21,7 @@ from mergebench.engine.noise import TILE
 from mergebench.engine.plan import Plan
 from mergebench.errors import RecipeError
 
-MIB = 1 << 20
+MB = 10**6
 SHAPES = {
     "model.embed_tokens.weight": (3000, 96),
     "model.layers.0.q.weight": (96, 96),
@@ -101,13 +101,13 @@ def test_a_matrix_that_does_not_fit_is_refused(method: str, parameters: dict[str
     for name in ("base", "ft0", "ft1", "ft2"):
         write_model(folder / name, tensors)
 
-    with pytest.raises(RecipeError, match=rf"--memory 20MiB: '{method}' needs at least (\d+)MiB here") as caught:
-        planned(folder, method, parameters, workers=1, memory=20 * MIB)
-    needed = int(str(caught.value).split("at least ")[1].split("MiB")[0])
-    plan = planned(folder, method, parameters, workers=1, memory=needed * MIB)
-    assert needed - 1 < plan.peak_memory / MIB <= needed
+    with pytest.raises(RecipeError, match=rf"--memory 20MB: '{method}' needs at least (\d+)MB here") as caught:
+        planned(folder, method, parameters, workers=1, memory=20 * MB)
+    needed = int(str(caught.value).split("at least ")[1].split("MB")[0])
+    plan = planned(folder, method, parameters, workers=1, memory=needed * MB)
+    assert needed - 1 < plan.peak_memory / MB <= needed
     assert plan.longest == 900 * 800
     assert [item.spans[0].numel for item in chunks_of(plan, "model.layers.0.up.weight", 0)] == [plan.longest]
     rows_read, results_and_sum = 4 * (4 + 8), 4 * 4
-    assert needed * MIB > plan.longest * (rows_read + results_and_sum)
-    assert planned(folder, method, parameters, workers=2, memory=2 * needed * MIB).peak_memory == 2 * plan.peak_memory
+    assert needed * MB > plan.longest * (rows_read + results_and_sum)
+    assert planned(folder, method, parameters, workers=2, memory=2 * needed * MB).peak_memory == 2 * plan.peak_memory

@@ -291,7 +291,7 @@ def test_what_is_asked_for_wrongly(encoder: Path, suite: Suite) -> None:
     with pytest.raises(RecipeError, match="two models to measure are called 'm'"):
         evaluate_models(twins, suite)
     if not torch.cuda.is_available():
-        with pytest.raises(RunError, match="no CUDA device"):
+        with pytest.raises(RecipeError, match="no CUDA device"):
             evaluate_models(twins[:1], suite, device="cuda")
     assert evaluate_models([], suite).records == ()
     assert isinstance(evaluate_models(twins[:1], suite, device="cpu"), Results)

@@ -777,8 +777,8 @@ def _(s: Setup) -> None:
 
 
 for size in ("much", "0", "-1", "400 bananas", "", "nan"):
-    option_case(f"memory {size!r}", USAGE, "--memory", f"'{size}'", hint="400MiB", args=(f"--memory={size}",))
-option_case("too little memory", USAGE, "--memory 1MiB", "at least", hint="memory", args=("--memory", "1MiB"))
+    option_case(f"memory {size!r}", USAGE, "--memory", f"'{size}'", hint="400MB", args=(f"--memory={size}",))
+option_case("too little memory", USAGE, "--memory 1MB", "at least", hint="memory", args=("--memory", "1MB"))
 option_case("shard size in words", USAGE, "--shard-size", "'big'", hint="4GB", args=("--shard-size", "big"))
 option_case("device of another world", USAGE, "--device", "'tpu'", hint="cpu", args=("--device", "tpu"))
 option_case("unknown place for --set", USAGE, "--set", "paramters.density=1", args=("--set", "paramters.density=1"))

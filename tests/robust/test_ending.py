@@ -124,7 +124,7 @@ def test_too_little_memory_is_one_line(folder: Path, how: str) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: mergebench merge: out of memory\n"
-        "hint: ask for less: --memory 100MiB --workers 1, and continue with --resume\n"
+        "hint: ask for less: --memory 100MB --workers 1, and continue with --resume\n"
     )
     assert not (folder / "out").exists()
 

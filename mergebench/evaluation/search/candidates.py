@@ -53,17 +53,18 @@ class Candidates:
 
     Where lambda is the last thing that a method multiplies by (which is tried on toy chunks), what it gives at lambda 1
     is kept: another lambda is then a scaled task vector added to the base, bit for bit what the method would give.
+    limits: memory and workers, as `plan_merge` takes them.
     """
 
-    def __init__(self, folder: Path, device: str, in_memory: bool | None = None) -> None:
-        self._folder, self._device, self._in_memory = folder, device, in_memory
+    def __init__(self, folder: Path, device: str, in_memory: bool | None = None, **limits: Any) -> None:
+        self._folder, self._in_memory, self._limits = folder, in_memory, {"device": device, **limits}
         self._known = Known()
         self._target: InMemory | None = None
         self._vector: tuple[Any, InMemory, Plan] | None = None  # the parameters it was made with, but for lambda
 
     def plan(self, recipe: Recipe) -> Plan:
         """The merge of a recipe; raises what planning it raises."""
-        return plan_merge(resolve(recipe), device=self._device)
+        return plan_merge(resolve(recipe), **self._limits)
 
     def merge(self, plan: Plan, name: str) -> LoadableModel:
         """Merge; the model is good until the next one. Raises `RunError` where the method refuses or gives NaN."""
@@ -95,7 +96,7 @@ class Candidates:
         params = replace(merge.params, lambda_=1.0)
         if self._vector is None or self._vector[0] != params:
             vector = replace(merge, params=params, dtype="float32", adds_base=False)
-            given = plan_merge(vector, device=self._device)
+            given = plan_merge(vector, **self._limits)
             target = self._vector[1] if self._vector is not None else InMemory(given.shards)
             self._vector = None  # it is overwritten
             run_in_memory(given, target, self._known)
@@ -110,7 +111,7 @@ class Candidates:
             names=(merge.method.name,),
             lines=None,
         )
-        return plan_merge(one, device=self._device)
+        return plan_merge(one, **self._limits)
 
 
 def _ends_with_lambda(merge: Merge) -> bool:

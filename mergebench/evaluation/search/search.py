@@ -92,6 +92,8 @@ def search(
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "auto",
+    memory: int | None = None,
+    workers: int | None = None,
     results: str | Path | None = "results",
     resume: bool = False,
     overwrite: bool = False,
@@ -103,7 +105,8 @@ def search(
     suite: with validation tasks, on which parameters are chosen; the recipe as given and the chosen one are then
     measured on the test tasks (None: the recipe's own suite). over: parameters, such as "lambda", "density=0.1:0.5"
     or "weight.*". strategy: grid, random or cmaes (None: a grid over one or two parameters, else cmaes). objective:
-    mean, relative or worst. results: the folder that what was measured before is taken from, and kept in; None: none.
+    mean, relative or worst. device, memory, workers: as of `mergebench.plan`. results: the folder that what was
+    measured before is taken from, and kept in; None: none.
     searched: called after every point. progress: called while the test tasks are measured.
 
     Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
@@ -134,7 +137,8 @@ def search(
     validation = whole.only("validation")
     target = Path(out) if out is not None else Path("searches") / default_out(recipe).name
     store = None if results is None else Store(Path(results))
-    candidates = Candidates(target / WORK, device)
+    limits: dict[str, Any] = {"workers": workers} | ({} if memory is None else {"memory": memory})
+    candidates = Candidates(target / WORK, device, **limits)
     plan = candidates.plan(recipe)
     with held(target, resume=resume, overwrite=overwrite):
         made = {

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mergebench.errors import shown
+from mergebench.evaluation.tables.fitted import fitted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +36,8 @@ def render(table: Table, legend: str, *, width: int | None = None, styled: bool 
         width=width or WIDEST, force_terminal=styled, color_system="standard" if styled else None, legacy_windows=False
     )
     with console.capture() as capture:
-        console.print(table)
+        for part in fitted(table, console):
+            console.print(part)
     lines = [line.rstrip() for line in capture.get().splitlines()]
     across = min(width or WIDEST, max(MEASURE, *(Text.from_ansi(line).cell_len for line in lines)))
     return lines + textwrap.wrap(legend, across - 1, initial_indent=" ", subsequent_indent=" ")

@@ -147,7 +147,7 @@ def _from_side(base: Base, place: Path) -> _Start:
     if about.get("identity") != identity(base.model):
         raise ModelError(
             f"side: {place}: it was made from {about.get('base')}, not from {base.model.reference}",
-            f"mergebench side init --base {base.model.reference} --out DIR",
+            f"mergebench side init {base.model.reference} --out DIR",
         )
     side, layers = open_model(str(place)), about.get("layers")
     if side.config.get("model_type") != base.model.config.get("model_type") or not isinstance(layers, list):

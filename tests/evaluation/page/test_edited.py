@@ -56,7 +56,7 @@ def test_several_edits_one_of_them_a_patch_taken_out(tmp_path: Path) -> None:
     assert tree.texts["h2"] == ["Edits", "Provenance"]
     assert {f"1. {SENTENCE}.", f"2. {SENTENCE}, taken back."} <= set(tree.texts["p"])
     undo = [fact for term, fact in zip(tree.texts["dt"], tree.texts["dd"], strict=True) if term.startswith("undone")]
-    assert undo == ["mergebench patch revert --model . --patch patch.safetensors --out ../DIR"]
+    assert undo == ["mergebench patch revert patch.safetensors --model . --out ../DIR"]
     assert len([one for one in tree.all("div") if one.get("role") == "img"]) == 1
     assert HOSTILE in tree.texts["dd"]
 

@@ -218,7 +218,8 @@ def test_a_damaged_document_is_an_error(tmp_path: Path, text: str) -> None:
 def test_the_command(tmp_path: Path, cli: Cli) -> None:
     directory = alone(tmp_path / "d", "mergebench.json", documents.provenance())
     assert cli("report", directory) == (0, f"{directory}/report.html\n", "")
-    assert cli("report", directory, "--out", tmp_path / "new" / "p.html").code == 0
+    ran = cli("report", directory, "--out", tmp_path / "new" / "p.html", "--json")
+    assert (ran.code, json.loads(ran.out), ran.err) == (0, {"out": str(tmp_path / "new" / "p.html")}, "")
     assert (tmp_path / "new" / "p.html").read_bytes() == (directory / "report.html").read_bytes()
     for place, what in [(tmp_path / "none", "no such directory"), (tmp_path / "new", "nothing to show")]:
         ran = cli("report", place)

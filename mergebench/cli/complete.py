@@ -1,0 +1,92 @@
+"""What a shell offers on TAB beside commands, options and files. Nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mergebench.cli.command import Group
+from mergebench.errors import RecipeError
+
+SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
+
+
+def words(*known: str) -> Callable[[], list[str]]:
+    """Fixed values of an option."""
+
+    def complete() -> list[str]:
+        return list(known)
+
+    return complete
+
+
+def methods() -> list[str]:
+    """Merge methods."""
+    from mergebench import methods
+
+    return methods.names()
+
+
+def adapter_methods() -> list[str]:
+    """What `adapters merge --method` takes."""
+    return sorted({"linear", "cat", "svd", "magnitude_prune", "ema", *methods()})
+
+
+def edits() -> list[str]:
+    from mergebench.editing import edits
+
+    return edits.names()
+
+
+def methods_and_edits() -> list[str]:
+    return [*methods(), *edits()]
+
+
+def rows(ctx: typer.Context) -> list[str]:
+    """The models of the evaluation that --in names."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        document = json.loads((Path(ctx.params["in_"]) / "evaluation.json").read_text(encoding="utf-8"))
+        return list(dict.fromkeys(str(record["model"]) for record in document["records"]))
+    return []
+
+
+class Main(Group):
+    """The program: `--show-completion` and `--install-completion` take a shell or find out which one called."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] in ("--show-completion", "--install-completion") and not ctx.resilient_parsing:
+            _complete(args[0] == "--install-completion", *args[1:2])
+            raise typer.Exit
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters = super().get_params(ctx)
+        for one in parameters:
+            if one.name in ("show_completion", "install_completion"):
+                one.metavar, one.help = (
+                    "[SHELL]",
+                    f"{one.help.split()[0]} the shell's completion of commands and names.",
+                )
+        return parameters
+
+
+def _complete(install: bool, shell: str | None = None) -> None:
+    from typer import _completion_shared as completion
+
+    from mergebench.cli.output import note, say_text
+
+    option = "--install-completion" if install else "--show-completion"
+    shell = shell or completion._get_shell_name() or ""
+    if shell not in SHELLS:
+        raise RecipeError(f"{option}: '{shell}' is no shell that has completion", f"{option} {'|'.join(SHELLS[:4])}")
+    how: dict[str, str] = {"prog_name": "mergebench", "complete_var": "_MERGEBENCH_COMPLETE", "shell": shell}
+    if not install:
+        say_text(completion.get_completion_script(**how))
+        return
+    _, place = completion.install(**how)
+    note(f"{shell} completion installed in {place}; it works in the next terminal")
