@@ -149,6 +149,9 @@ def lines() -> dict[tuple[str, ...], list[list[str]]]:
         ("probe", "fit"): [["--model", f"no{CODES}", "--data", "items.jsonl", "--out", f"{CODES}.safetensors"]],
         ("cil", "run"): [["cil.yaml"]],
         ("cil", "eval"): [[f"bank{CODES}"]],
+        ("generate",): [[f"no{CODES}", "--prompt", CODES], [BASE, "--prompt", CODES]],
+        ("results",): [[], [f"no{CODES}"]],
+        ("init",): [["ties", CODES, CODES]],
         ("methods",): [[CODES], []],
         ("doctor",): [[CODES]],
     }  # fmt: skip
@@ -157,7 +160,7 @@ def lines() -> dict[tuple[str, ...], list[list[str]]]:
 # these need a bank, a search, texts that a model was run on, or time; what they print goes through the same functions
 ONLY_ERRORS = {
     ("adapters", "retrieve"), ("search",), ("probe", "fit"), ("cil", "run"), ("cil", "eval"), ("doctor",),
-    ("dimension",), ("side", "init"),
+    ("dimension",), ("side", "init"), ("generate",),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ python -m pytest tests/docs
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     save(Results({}, (record("base", "base", 0), record("pcb", "merged", 1))), Path("merged/quickstart"))
     exec(block("python"), {"__name__": "page"})
-    assert capsys.readouterr().out == "t 0.0 1.0 ()\n"
+    assert capsys.readouterr().out == f"t 0.0 {math.erfc(1 / math.sqrt(2))} [(None, 'x')]\n"  # chi2 of 1
     save(Results({}, (record("base", "base", 1), record("pcb", "merged", 0))), Path("merged/quickstart"))
     with pytest.raises(SystemExit, match="more than 2 %"):
         exec(block("python"), {"__name__": "page"})
