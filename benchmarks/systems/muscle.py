@@ -1,15 +1,15 @@
 """MUSCLE on an old base and its successor: which answers an update loses, and how many of them it need not lose.
 
     python recipes/systems/fetch.py
-    python benchmarks/systems/muscle.py OUT                 # one seed, two masks: five minutes on two cores
+    python benchmarks/systems/muscle.py OUT                 # one seed, two masks, half an epoch
     python recipes/systems/fetch.py --all
-    python benchmarks/systems/muscle.py OUT --full          # three seeds, all masks, 2,000 nouns to test on
+    python benchmarks/systems/muscle.py OUT --full          # three seeds, all masks: 25 minutes on two cores
 
 The old base is MiniLM. Its successor is MiniLM after training on another task, all weights. Each gets a LoRA for one
 task, the old and the new model. The compatibility adapter starts as the new model's LoRA and is trained by MUSCLE's
 loss, with each mask. Controls: the new LoRA trained on for as long by the task's own loss, and the mean of the weights
 of old and new model, which needs no training. Prints Markdown: accuracy, NFR and PFR against the old model, in percent,
-mean over the seeds and standard error.
+mean over the seeds and standard error; OUT/muscle.png shows them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from mergebench.checkpoint import drawing
 from mergebench.deltas.open import open_model
 from mergebench.evaluation.compare.flips import Answers, Flips, flips
 from mergebench.networks.network import Network
@@ -33,6 +34,8 @@ from mergebench.training.report import mean_and_error
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 SHARES = (0.25, 0.5, 0.75)  # of the new model, where weights are interpolated
+MASKED = {f"mask-{mask}": mask for mask in MASKS}
+BETWEEN = {f"{share:g} of new": f"{share:g}" for share in SHARES}
 
 
 def config(task: str, **more: Any) -> dict[str, Any]:
@@ -89,7 +92,9 @@ def seed_of(out: Path, number: int, task: str, other: str, masks: tuple[str, ...
     loaded = load_config(config(task, model=base, delta="head")).rows[0].task
     answers = {"new": between(models["old"], models["new"], 1, loaded)}
     old = between(models["old"], models["new"], 0, loaded)
-    answers |= {f"{share:g} of new": between(models["old"], models["new"], share, loaded) for share in SHARES}
+    answers |= {
+        name: between(models["old"], models["new"], share, loaded) for name, share in zip(BETWEEN, SHARES, strict=True)
+    }
     found = {"old": flips(old, old)} | {name: flips(old, one) for name, one in answers.items()}
     for name, one in trained.items():
         reference = f"{bases['new']}+{place / 'compatible' / one['directory']}"
@@ -100,6 +105,32 @@ def seed_of(out: Path, number: int, task: str, other: str, masks: tuple[str, ...
 def cell(values: list[float]) -> str:
     mean, error = mean_and_error([100 * value for value in values])
     return f"{mean:.1f}" + (f" ± {error:.1f}" if error is not None else "")
+
+
+def plot(found: list[dict[str, Flips]], file: Path) -> None:
+    """Accuracy against NFR, means over the seeds with their standard errors: up and to the left is better."""
+    drawn: dict[str, int] = {}
+    labels: dict[tuple[float, float], list[str]] = {}
+    with drawing.plots(drawing.WIDTH, 330) as (canvas, (axes,)):
+        for name in found[0]:
+            group = "MUSCLE, by mask" if name in MASKED else "between old and new" if name in BETWEEN else name
+            place = drawn.setdefault(group, len(drawn))
+            label = None if group in axes.get_legend_handles_labels()[1] else group
+            x, across = mean_and_error([100 * one[name].nfr for one in found])
+            y, along = mean_and_error([100 * one[name].new for one in found])
+            colour, mark, _ = drawing.look(place)
+            axes.errorbar(x, y, along, across, mark, color=colour, linewidth=1, label=label)
+            if group != name:  # one label for what lies in one place
+                near = (one for one in labels if abs(one[0] - x) < 0.2 and abs(one[1] - y) < 0.2)
+                labels.setdefault(next(near, (x, y)), []).append(MASKED.get(name) or BETWEEN[name])
+        for point, names in labels.items():
+            axes.annotate("\n".join(names), point, (5, 5), textcoords="offset points", fontsize=8)
+        axes.margins(y=0.12)
+        axes.set_xlabel("NFR against the old model, %")
+        axes.set_ylabel("accuracy, %")
+        axes.grid()
+        drawing.legend(canvas, drawing.WIDTH)
+        drawing.write(canvas, file)
 
 
 def main() -> None:
@@ -116,6 +147,7 @@ def main() -> None:
         expected = statistics.fmean(one.nfr_expected or 0 for one in several)
         cells = cell([one.new for one in several]), cell([one.nfr for one in several]), f"{100 * expected:.1f}"
         print(f"| {name} | {' | '.join(cells)} | {cell([one.pfr for one in several])} |")
+    plot(found, arguments.out / "muscle.png")
     document = [{name: one.to_dict() for name, one in each.items()} for each in found]
     (arguments.out / "muscle.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
