@@ -114,7 +114,7 @@ def run(
         check_known(plan.merge.reference)
 
     def finish(directory: Path, provenance: dict[str, Any]) -> None:
-        if plan.shards[0].metadata != VECTOR:
+        if "task_vector" not in plan.merge.recipe:
             from mergebench.evaluation.page import card  # planning does not wait for it
 
             write_atomically(directory / "README.md", card.text(target, provenance, directory=directory))

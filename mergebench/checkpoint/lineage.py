@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergebench.checkpoint.documents import read_json
+from mergebench.checkpoint.documents import read_bytes, read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([A-Za-z0-9][\w.+-]*)['\"]?[ \t]*$", re.MULTILINE)
@@ -94,7 +94,7 @@ def _said_id(directory: Path) -> str | None:
 def _licence(card: Path) -> str | None:
     """What the front matter of a card says."""
     with suppress(OSError, UnicodeDecodeError):
-        text = card.read_text(encoding="utf-8")
+        text = read_bytes(card).decode()
         head = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
         found = _LICENCE.search(head)
         return None if found is None or found[1] == "other" else found[1]

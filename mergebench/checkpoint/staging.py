@@ -106,10 +106,10 @@ class Staging:
         try:
             self._take_lock()
             self._check_ours()
-            begun[self.directory] = self.resumable
             self._take_back()
             if resume:
                 self._read_journal(fingerprint)
+            begun[self.directory] = self.resumable
             self._clear()
             self.save()
             log.debug("building %s in %s, %d files kept", out, self.directory, len(self.journal["shards"]))

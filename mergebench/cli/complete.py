@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -49,8 +48,10 @@ def methods_and_edits() -> list[str]:
 
 def rows(ctx: typer.Context) -> list[str]:
     """The models of the evaluation that --in names."""
+    from mergebench.checkpoint.documents import read_json
+
     with suppress(OSError, ValueError, KeyError, TypeError):
-        document = json.loads((Path(ctx.params["in_"]) / "evaluation.json").read_text(encoding="utf-8"))
+        document = read_json(Path(ctx.params["in_"]) / "evaluation.json")
         return list(dict.fromkeys(str(record["model"]) for record in document["records"]))
     return []
 

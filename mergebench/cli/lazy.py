@@ -27,7 +27,7 @@ class _Later(ModuleType):
 
 def say_loading() -> None:
     """On a terminal: say so where torch is still being imported after a second, until it is."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         threading.Thread(target=_wait, daemon=True).start()
 
 

@@ -34,7 +34,7 @@ def report(
     written = page.write(directory, out)
     files = [] if figures is None else page.write_figures(directory, figures)
     if json_:
-        say_json({"page": str(written), "figures": [str(file) for file in files]})
+        say_json({"out": str(written), "figures": [str(file) for file in files]})
     else:
         for file in [written, *files]:
             say(str(file))

@@ -218,7 +218,7 @@ def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connec
         os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the parent ends it, whatever it computes
     torch.set_num_threads(1)
-    worker = Worker(plan, files, target)
+    worker: Worker | None = None
 
     def stream() -> Iterator[Item]:
         _send(connection, ("next", None))
@@ -230,6 +230,7 @@ def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connec
         while True:
             task, arguments = pickle.loads(connection.recv_bytes())
             try:
+                worker = worker or Worker(plan, files, target)
                 answer = getattr(worker, task)(stream(), *arguments)
                 worker.note_memory()
             except (EOFError, ConnectionError):

@@ -114,6 +114,7 @@ OWN = {  # what reads no file that another program may have written
     "training/memory.py": "the kernel's files",
     "checkpoint/target.py": "the kernel's list of mounts",
     "checkpoint/staging.py": "a directory, to wait for the disk",
+    "plugins.py": "what pip notes of an installed package",
     "systems/lst/activations.py": "files being written",
     "checkpoint/shards.py": "files being written",
     "editing/neurons.py": "files being written",

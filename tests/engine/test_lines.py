@@ -126,7 +126,7 @@ def test_the_last_question_is_the_last() -> None:
         yield gram(tvs)
         return total(tvs)
 
-    with pytest.raises(TypeError, match="early: norms reach over all tensors, they can only be asked last"):
+    with pytest.raises(RecipeError, match="TypeError: early: norms reach over all tensors, they can only be"):
         check_method(early)
 
 

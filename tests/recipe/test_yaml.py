@@ -139,7 +139,7 @@ def test_values(text: str, value: object) -> None:
 
 
 def test_positions(write: Write) -> None:
-    ((data, places, path),) = read(
+    ((data, places, path, *_),) = read(
         write(
             """
             # a comment first
@@ -169,7 +169,7 @@ def test_positions(write: Write) -> None:
 
 def test_byte_order_mark_is_no_column(write: Write) -> None:
     Path(write("")).write_bytes(b"\xef\xbb\xbfa: 1\n")
-    ((data, places, _),) = read("recipe.yaml")
+    ((data, places, *_),) = read("recipe.yaml")
     assert data == {"a": 1}
     assert places.where(("a",)) == "recipe.yaml:1:1"
 

@@ -100,7 +100,7 @@ def test_workers_fail_in_one_line(server: Server, folder: Path) -> None:
 # merges with so many bytes of address space more than Python and torch take
 STARVED = """
 import resource, sys
-import mergebench.api, mergebench.engine.executors, mergebench.methods.ties
+import mergebench.api, mergebench.engine.executors, mergebench.evaluation.page.card, mergebench.methods.ties
 room, forked = int(sys.argv[1]), sys.argv[2] == "forked"
 del sys.argv[1:3]
 if forked:

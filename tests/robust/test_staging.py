@@ -253,7 +253,6 @@ PATHS: dict[str, Callable[[], Any]] = {
     "out, a vector": lambda: api.task_vector("ft", "base", NUL),
     "out, an adapter": lambda: extract_adapter("base", "ft", NUL, rank=2),
     "out, a search": lambda: held(Path(NUL), resume=False, overwrite=False).__enter__(),
-    "results": lambda: put(Path(NUL), "x.json", {}),
 }
 
 
@@ -261,6 +260,11 @@ PATHS: dict[str, Callable[[], Any]] = {
 def test_a_nul_character_in_a_path(place: Path, what: str) -> None:
     with pytest.raises(MergebenchError, match=r"a\\x00b"):
         PATHS[what]()
+
+
+def test_a_nul_character_in_the_folder_of_results(caplog: pytest.LogCaptureFixture) -> None:
+    put(Path(NUL), "x.json", {})
+    assert "its path has a NUL character" in caplog.text and "no result is kept" in caplog.text
 
 
 def test_a_link_at_an_unfinished_file_is_not_followed(place: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoint.documents import read_bytes
 from mergebench.errors import human
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Picture, Section, Table, Text, Verbatim, cells
 from mergebench.evaluation.page.sources import Sources
@@ -44,7 +45,7 @@ def lead(sources: Sources) -> str:
 
 
 def _sections(file: Path) -> Iterator[Section]:
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_bytes(file).decode(errors="replace").splitlines()
     if lines[:1] == ["---"] and "---" in lines[1:]:  # what the hub reads
         lines = lines[lines.index("---", 1) + 1 :]
     title, parts = "Result", list[Part]()
@@ -91,7 +92,7 @@ def _picture(folder: Path, name: str, alt: str) -> Picture | None:
     file = folder / name
     if not file.is_file() or file.stat().st_size > MOST:
         return None
-    return Picture(base64.b64encode(file.read_bytes()).decode(), alt)
+    return Picture(base64.b64encode(read_bytes(file)).decode(), alt)
 
 
 def _numbers(provenance: Any) -> Iterator[Part]:

@@ -133,7 +133,7 @@ def test_what_no_recipe_made_is_shown(place: Path, cli: Cli, args: list[str], ti
     done = cli(*args)
     assert done.code == 0, done.err
     done = cli("report", "made", "--json")
-    assert json.loads(done.out) == {"page": "made/report.html", "figures": []}
+    assert json.loads(done.out) == {"out": "made/report.html", "figures": []}
     text = Path("made/report.html").read_text(encoding="utf-8")
     tree = Tree(text)
     assert tree.texts["h1"] == [title]

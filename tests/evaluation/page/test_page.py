@@ -219,7 +219,11 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     directory = alone(tmp_path / "d", "mergebench.json", documents.provenance())
     assert cli("report", directory) == (0, f"{directory}/report.html\n", "")
     ran = cli("report", directory, "--out", tmp_path / "new" / "p.html", "--json")
-    assert (ran.code, json.loads(ran.out), ran.err) == (0, {"out": str(tmp_path / "new" / "p.html")}, "")
+    assert (ran.code, json.loads(ran.out), ran.err) == (
+        0,
+        {"out": str(tmp_path / "new" / "p.html"), "figures": []},
+        "",
+    )
     assert (tmp_path / "new" / "p.html").read_bytes() == (directory / "report.html").read_bytes()
     for place, what in [(tmp_path / "none", "no such directory"), (tmp_path / "new", "nothing to show")]:
         ran = cli("report", place)
