@@ -237,7 +237,8 @@ def test_a_probe_that_learns_nothing_is_said(place: Path, cli: Cli) -> None:
     source = random.Random(6)
     rows = ({"text": f"{n} {some_text(source, 9)}", "label": source.randrange(2)} for n in range(200))
     write_rows(place / "d.jsonl", rows)
-    done = cli("probe", "fit", "--model", "m", "--data", "d.jsonl", "--out", "p.safetensors", "--layer", "0")
+    model = ["m"] if "--model" not in options else []
+    done = cli("probe", "fit", *model, "--data", "d.jsonl", "--out", "p.safetensors", "--layer", "0")
     assert done.code == 0
     assert done.err.startswith("warning: the probe is no better than the majority: ")
     assert read_probe("p.safetensors").doubt() is not None
@@ -277,7 +278,8 @@ def test_what_is_refused(options: list[str], code: int, message: str, hint: str,
     Path("old.safetensors").write_text("x")
     Path("o.png").write_text("x")
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    done = cli("probe", "fit", "--model", "m", "--data", "d.jsonl", "--out", "p.safetensors", *options)
+    model = ["m"] if "--model" not in options else []
+    done = cli("probe", "fit", *model, "--data", "d.jsonl", "--out", "p.safetensors", *options)
     assert (done.code, done.out) == (code, "")
     lines = done.err.splitlines()
     assert lines[0] == f"error: {message}"

@@ -377,7 +377,10 @@ def test_a_finished_result_says_so(server: Server, small: Path) -> None:
 # -- Ctrl-C ------------------------------------------------------------------------------------------
 
 
-LEFT = r"interrupted\nleft: \.out\.partial \([\d.]+ [kM]?B\); continue with --resume, or delete it\n"
+LEFT = (  # nothing, where nothing was complete
+    r"interrupted(\nleft: \.out\.partial \([\d.]+ [kM]?B\); continue with --resume, or delete it"
+    r"|: what is complete is kept; continue with --resume)\n"
+)
 
 
 def check_interrupted(ran: tuple[int, str, str], folder: Path) -> None:
