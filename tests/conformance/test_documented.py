@@ -271,7 +271,7 @@ ELSEWHERE = {
     "explain": "tests/recipe/test_gradients.py::test_explain_names_the_sources_of_slices",
     "eval": "tests/cli/test_evaluate.py::test_what_a_merge_measured_is_known",
     "compare": "tests/cli/test_compare.py::test_files_and_rows_say_the_same",
-    "results": "tests/cli/test_results.py::test_a_look",
+    "results": "tests/cli/test_results_command.py::test_a_look",
     "report": "tests/evaluation/page/test_page.py::test_the_command",
     "task-vector": "tests/cli/test_cli.py::test_task_vector",
     "search": "tests/evaluation/search/test_search.py::test_the_test_table_has_everything_and_says_who_wins",
