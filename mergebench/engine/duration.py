@@ -1,8 +1,8 @@
 """About how long a merge takes, from headers: the work of its sweeps, and reading its files from a disk.
 
 The work is measured once, not here: nanoseconds of one core of an AMD EPYC for an element of a model, from the times of
-benchmarks/RESULTS.md less the start. Another core differs by a factor of two at most; a disk differs by more, so its
-speed is said.
+benchmarks/RESULTS.md less the start. Another core differs by a factor of two, or more where a method computes much; a
+disk differs by more, so its speed is said.
 """
 
 from __future__ import annotations
