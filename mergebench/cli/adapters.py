@@ -9,8 +9,8 @@ import typer
 
 from mergebench.cli import adapter_tables, complete
 from mergebench.cli import options as opt
-from mergebench.cli.command import App
 from mergebench.cli.extract import extract
+from mergebench.cli.help import App
 from mergebench.cli.merge import say_changes, say_notes
 from mergebench.cli.output import byte_bar, count_bar, note, say_left, say_out, was_there
 from mergebench.cli.retrieve import retrieve

@@ -35,8 +35,8 @@ from mergebench.cli import (
     task_vector,
     train,
 )
-from mergebench.cli.command import App
 from mergebench.cli.complete import Main
+from mergebench.cli.help import App
 from mergebench.cli.output import say
 
 app = App(

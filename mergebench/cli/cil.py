@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.command import App
+from mergebench.cli.help import App
 from mergebench.cli.output import note, say_json, say_text, was_there, width, work_bar
 
 app = App(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from mergebench.cli.command import Group
+from mergebench.cli.help import Group
 from mergebench.errors import RecipeError
 
 SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")

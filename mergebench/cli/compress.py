@@ -10,7 +10,7 @@ import typer
 
 from mergebench.cli import complete
 from mergebench.cli import options as opt
-from mergebench.cli.command import App, Command
+from mergebench.cli.help import App, Command
 from mergebench.cli.output import count_bar, note, print_table, say_json, say_left, say_out, was_there
 from mergebench.errors import counted, human
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mergebench.cli.command import NOUNS, App, Command, named
+from mergebench.cli.help import NOUNS, App, Command, named
 from mergebench.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:

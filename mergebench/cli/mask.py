@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import complete
 from mergebench.cli import options as opt
-from mergebench.cli.command import App
+from mergebench.cli.help import App
 from mergebench.cli.output import note, say_json, say_out
 from mergebench.errors import counted, human
 

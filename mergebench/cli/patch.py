@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.command import App
+from mergebench.cli.help import App
 from mergebench.cli.output import byte_bar, count_bar, note, say, say_json, say_left, say_out, was_there
 from mergebench.errors import counted, human
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.command import App
 from mergebench.cli.declared import OF, DeclaredCommand, option_of
+from mergebench.cli.help import App
 from mergebench.cli.output import note, say, say_json, work_bar
 
 if TYPE_CHECKING:

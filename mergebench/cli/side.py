@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import complete
 from mergebench.cli import options as opt
-from mergebench.cli.command import App
+from mergebench.cli.help import App
 from mergebench.cli.output import count_bar, note, say_left, say_out, was_there
 
 app = App(help="Side networks (LST): a base's most important rows and columns.", no_args_is_help=True)

@@ -30,7 +30,7 @@ from rich.table import Column, Table
 import mergebench
 from mergebench.cli import main
 from mergebench.cli.app import app
-from mergebench.cli.command import Group
+from mergebench.cli.help import Group
 from mergebench.cli.merge import _sweeps
 from mergebench.cli.output import wrapped
 from mergebench.evaluation.tables.fitted import fitted

@@ -19,8 +19,8 @@ import typer
 import mergebench
 from mergebench import deltas, methods
 from mergebench.cli.app import app
-from mergebench.cli.command import Group
 from mergebench.cli.declared import DeclaredCommand, option_of
+from mergebench.cli.help import Group
 from mergebench.deltas import formats
 from mergebench.editing import edits
 from mergebench.evaluation import scorers, tasks
