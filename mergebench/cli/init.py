@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli.lazy import torch_later
-from mergebench.cli.output import say
+from mergebench.cli.output import say_text
 
 if TYPE_CHECKING:
     from mergebench.engine.method import Method
@@ -33,7 +33,7 @@ def init(
 
         name = methods.read(method)
         for line in _recipe(name, methods.get(name), list(models or ())):
-            say(line)
+            say_text(line)  # a file: its lines are not wrapped
 
 
 def _recipe(name: str, method: Method, given: list[str]) -> Iterator[str]:

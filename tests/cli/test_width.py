@@ -100,7 +100,7 @@ cil run sequence.yaml
 cil eval banks/sequence
 adapters retrieve banks/sequence/seed-0/merged test.jsonl --trace
 """
-NO_TRIAL = {"mask fisher", "generate"}  # whose output is that of another, or a model's
+NO_TRIAL = {"mask fisher", "generate", "init"}  # whose output is that of another, a model's, or a file
 
 Terminal = Callable[..., tuple[int, list[str]]]
 
