@@ -57,7 +57,7 @@ class Plan:
     device: torch.device
 
     def __repr__(self) -> str:
-        models = f"{len(self.merge.models)} model{'s' * (len(self.merge.models) != 1)}"
+        models = counted(len(self.merge.models), "model")
         return (
             f"<Plan: {self.merge.method.name} of {models}, {self.elements:,} elements, {counted(self.sweeps, 'sweep')}>"
         )

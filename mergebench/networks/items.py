@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.checkpoint.documents import NotJSON, open_file, parse_json
-from mergebench.errors import RunError
+from mergebench.errors import RunError, counted
 
 SHAPE = "write one JSON object a line, one list of them, or a table with heads in a file .csv"
 CSV_SHAPE = "a first line with the columns' names, then one line per item, with commas between"
@@ -148,7 +148,7 @@ def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if "" in heads or len(set(heads)) < len(heads):
                         raise RunError(f"{where}: two columns have one name, or one has none", CSV_SHAPE)
                 elif len(cells) != len(heads):
-                    count = f"{len(cells)} cell{'s' * (len(cells) != 1)}, the heads are {len(heads)}"
+                    count = f"{counted(len(cells), 'cell')}, the heads are {len(heads)}"
                     raise RunError(f"{where}: {count}", "put quotes around a text that has commas or line ends")
                 else:
                     yield where, dict(zip(heads, cells, strict=True))

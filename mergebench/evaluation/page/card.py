@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.checkpoint.card import card, code, escape, fence, linked, listed
 from mergebench.checkpoint.lineage import as_from, pipeline_of, place_of
+from mergebench.errors import counted
 from mergebench.evaluation.page.sources import models_of
 
 
@@ -24,7 +25,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "", directo
     folders = [Path(folder) for folder in provenance.get("folders", ())]
     edits = provenance.get("edits") or []
     models = models_of(recipe)
-    what = f"{len(models)} model{'s' * (len(models) != 1)} merged with `{method['name']}` ({method['paper']})"
+    what = f"{counted(len(models), 'model')} merged with `{method['name']}` ({method['paper']})"
     what = "One model edited" if only(provenance) is not None else what + ", then edited," * bool(edits)
     base = recipe.get("base_model")
     inputs = [("base", base)] * bool(base) + [("model", model) for model in models]

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from mergebench.editing.summary import only, sentence
+from mergebench.errors import counted
 from mergebench.evaluation.page import cards, flipped, scores, searched
 from mergebench.evaluation.page.sources import Sources, models_of
 from mergebench.evaluation.results import Results
@@ -60,7 +61,7 @@ def _merged(provenance: Mapping[str, Any]) -> str:
     if "merge_method" not in recipe:
         return f"mergebench {_command(provenance)}"
     count = len(models_of(recipe))
-    made = only(provenance) or f"{count} model{'s' * (count != 1)} merged with {recipe['merge_method']}"
+    made = only(provenance) or f"{counted(count, 'model')} merged with {recipe['merge_method']}"
     return ", then ".join([made, *map(sentence, provenance.get("edits") or ())])
 
 
@@ -70,5 +71,5 @@ def _measured(results: Results) -> str:
     items = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
     splits = " and ".join(dict.fromkeys(record.split for record in results.records))
     date = str(results.made.get("date", ""))[:10]
-    size = f"{models} model{'s' * (models != 1)} on {tasks} task{'s' * (tasks != 1)}"
+    size = f"{counted(models, 'model')} on {counted(tasks, 'task')}"
     return f"{size}, {items} {splits} items per task" + (f", {date}" if date else "")

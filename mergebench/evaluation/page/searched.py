@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint import drawing
 from mergebench.checkpoint.drawing import BLUE, GREY, INK, PAPER, SOFT
+from mergebench.errors import counted
 from mergebench.evaluation.page import figures
 from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Part, Section, Table, cells
@@ -109,7 +110,7 @@ def size(document: Mapping[str, Any]) -> str:
     """How much was tried."""
     search = read(document)
     count = len(search.points) + len(search.failed)
-    return f"{count} point{'s' * (count != 1)} tried" + (f", {len(search.failed)} failed" if search.failed else "")
+    return f"{counted(count, 'point')} tried" + (f", {len(search.failed)} failed" if search.failed else "")
 
 
 def finding(document: Mapping[str, Any]) -> list[str]:
