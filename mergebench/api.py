@@ -8,7 +8,7 @@ run(plan_patch("edited", "edited/patch.safetensors", revert=True), "as-it-was")
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -19,13 +19,13 @@ from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.model import VECTOR, module_at
 from mergebench.checkpoint.reference import locate_delta
 from mergebench.checkpoint.staging import Staging
-from mergebench.checkpoint.target import check_target, finished
 from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import no_format, open_model
 from mergebench.deltas.peft.foreign import refuse_foreign_file
 from mergebench.deltas.peft.refused import why_refused
 from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
+from mergebench.engine.cluster import join
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import no_collection, settled
 from mergebench.engine.method import Method
@@ -33,10 +33,9 @@ from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
 from mergebench.errors import MergebenchError, ModelError, RecipeError
 from mergebench.methods import get as get_method
-from mergebench.recipe import Recipe, Stage, load
-from mergebench.recipe.open import find_file, folders, open_named
+from mergebench.recipe import Recipe, load
+from mergebench.recipe.open import find_file, folders
 from mergebench.recipe.resolve import resolve
-from mergebench.recipe.stages import references
 
 
 def plan(
@@ -48,19 +47,22 @@ def plan(
     device: str = "auto",
     shard_size: int = SHARD_SIZE,
     chunk: int | None = None,
+    on: str | None = None,
 ) -> Plan:
     """Plan a recipe's merge from headers alone; raises if anything does not fit.
 
     recipe: what `load` returns, or takes. method: a function made with `@merge_method`, in place of the method that a
     recipe's file or mapping names. memory: bytes for buffers and statistics. workers: processes or threads (None: one
     per core). device: auto, cpu, cuda or cuda:N. shard_size: bytes of an output file. chunk: elements, for tests;
-    results do not depend on it.
+    results do not depend on it. on: `ray` or `ray://HOST:PORT` merges on the machines of that cluster; `memory` is then
+    each machine's, and `workers` are all of them together.
     """
     if not isinstance(recipe, Recipe):
         recipe = load(recipe, method=method)
     elif method is not None:
         raise RecipeError("method: this recipe was checked for its own", "load it for another: load(..., method=...)")
     how: Any = {"memory": memory, "workers": workers, "device": device, "shard_size": shard_size, "chunk": chunk}
+    how["cluster"] = () if on is None else join(on, workers)
     with no_collection():
         return with_edits(plan_merge(resolve(recipe), **how), recipe)
 
@@ -151,27 +153,11 @@ def merge(
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     device: str = "auto",
+    on: str | None = None,
     **how: Any,
 ) -> Result:
     """Merge a recipe into the directory `out`: `run(plan(recipe, ...), out, **how)`."""
-    return run(plan(recipe, method=method, memory=memory, workers=workers, device=device), out, **how)
-
-
-def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:
-    """Check before hours of merging that every input model exists and no target is taken."""
-    for stage in stages:
-        if stage is not stages[-1] and finished(stage.out) is not None and not (resume or overwrite):
-            hint = "use it with --resume, replace it with --overwrite, or choose another --out"
-            raise RecipeError(f"{stage.out}: it holds a finished stage", hint)
-        check_target(stage.out, [], overwrite or resume)
-        for loc, text in references(stage.recipe):
-            if not any(text == str(place) or text.startswith(f"{place}+") for place in stage.needs):
-                open_named(stage.recipe, text, loc)
-        for one in stage.recipe.edits:
-            find_file(one.probe, folders(stage.recipe))
-        for i, entry in enumerate(stage.recipe.models):
-            if entry.task_vector is not None:
-                open_named(stage.recipe, entry.task_vector, ("models", i, "task_vector"), task_vector=True)
+    return run(plan(recipe, method=method, memory=memory, workers=workers, device=device, on=on), out, **how)
 
 
 def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Result:
@@ -308,7 +294,6 @@ def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int
 
 __all__ = [
     "Result",
-    "check_stages",
     "merge",
     "plan",
     "plan_edit",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import pickle
 import re
 import traceback
 from collections.abc import Iterable
@@ -114,3 +115,16 @@ def first_line(error: BaseException) -> str:
         trace = traceback.extract_tb(error.__traceback__)
         said = f"{type(error).__name__}: {trace[-1].line if trace else ''}"
     return said.splitlines()[0]
+
+
+def sendable(error: Exception) -> Exception:
+    """An error that another process can raise: one of ours as it is, any other with the place where it happened."""
+    if isinstance(error, MergebenchError):
+        return error
+    place = f"in a worker process:\n{traceback.format_exc()}"
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(place)
+    return error

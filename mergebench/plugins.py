@@ -270,7 +270,12 @@ def named(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-_SMALLER = {"scikit-learn": "probe", "accelerate": "train", "peft": "train"}  # the smallest extra; [eval] has others
+_SMALLER = {
+    "scikit-learn": "probe",
+    "accelerate": "train",
+    "peft": "train",
+    "ray": "ray",
+}  # the smallest extra; [eval] has others
 
 
 def need(library: str, what: str) -> str:

@@ -69,10 +69,16 @@ class Files:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        opened = dict(self._open) if kind is None else {}
-        stamps = [(file, stamp, Stamp.of(os.fstat(number))) for file, (number, stamp) in opened.items()]
-        self.close()
-        for file, before, now in stamps:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.close()
+
+    def check(self) -> None:
+        """`RunError` if a file was changed since it was opened."""
+        for file, (number, before) in self._open.items():
+            now = Stamp.of(os.fstat(number))
             if before != now:
                 raise changed(file, before, now)
 

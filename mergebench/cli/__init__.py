@@ -51,6 +51,8 @@ def command() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    if "mergebench.engine.cluster" in sys.modules:
+        sys.modules["mergebench.engine.cluster"].leave()
     if (made := os.environ.get("MPLCONFIGDIR")) is not None and made != plots:
         import shutil
 

@@ -31,6 +31,11 @@ def evaluate(
         str | None, typer.Option(metavar="MODEL", help="Compare the others with it. Default: the base, else the first.")
     ] = None,
     device: opt.Device = "auto",
+    on: opt.On = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --on: models held at a time. Default: one per GPU, or per machine without."),
+    ] = None,
     results: opt.Results = Path("results"),
     overwrite: opt.Overwrite = False,
     format_: opt.Format = None,
@@ -58,6 +63,8 @@ def evaluate(
             device=opt.check_device(device),
             results=results,
             progress=step,
+            on=on,
+            workers=workers,
         )
     target.mkdir(parents=True, exist_ok=True)
     save(found, target)

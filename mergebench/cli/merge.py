@@ -56,6 +56,7 @@ def merge(
     device: opt.Device = "auto",
     memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
+    on: opt.On = None,
     set_: opt.Set = None,
     seed: opt.Seed = None,
     resume: opt.Resume = False,
@@ -76,7 +77,9 @@ def merge(
     Example: mergebench merge recipes/quickstart.yaml --out merged/quickstart
     """
     from mergebench import api
+    from mergebench.engine.cluster import join
     from mergebench.evaluation import Results, document_of, measure, save
+    from mergebench.recipe.stages import check_stages
 
     quiet = quiet or json_
     if place is not None and out is not None:
@@ -89,11 +92,12 @@ def merge(
         "workers": workers,
         "device": opt.check_device(device),
         "shard_size": opt.parse_size(shard_size, "--shard-size"),
+        "on": on,
     }
     ways = {"resume": resume, "overwrite": overwrite, "sync": sync, "hash_inputs": hash_, "verify": verify}
     suite = measure.read_suite(loaded) if loaded.evaluate is not None and not no_eval else None
     if earlier:
-        api.check_stages(stages, resume=resume, overwrite=overwrite)
+        check_stages(stages, resume=resume, overwrite=overwrite)
     before = [_run_stage(stage, limits, ways, quiet) for stage in earlier]
     plan = api.plan(loaded, **limits)
     say_notes(plan, quiet)
@@ -105,7 +109,9 @@ def merge(
     found = None
     if suite is not None and not (result.already_done and (target / "evaluation.json").exists()):
         with item_bar("evaluating", quiet) as step:
-            found = measure.evaluate(loaded, target, suite=suite, device=device, results=results, progress=step)
+            how: Any = {"device": device, "results": results, "progress": step}
+            how["cluster"] = () if on is None else join(on, models=True)
+            found = measure.evaluate(loaded, target, suite=suite, **how)
     elif suite is not None and not (target / "report.html").exists():  # the last file: the run was killed before it
         found = Results.load(target)
         save(found, target)

@@ -55,6 +55,15 @@ Device = Annotated[
         autocompletion=complete.words("auto", "cpu", "cuda", "cuda:0"),
     ),
 ]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="CLUSTER",
+        help="ray, or ray://HOST:PORT: on the machines of a Ray cluster; --workers counts theirs.",
+        autocompletion=complete.words("ray", "ray://"),
+    ),
+]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Output directory.")]
 Base = Annotated[str, typer.Option(metavar="MODEL", help="The model it was fine-tuned from.")]

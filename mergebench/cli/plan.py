@@ -28,6 +28,10 @@ def plan(
     device: opt.Device = "auto",
     memory: opt.Memory = "400MB",
     workers: opt.Workers = None,
+    on: opt.On = None,
+    read_gbps: Annotated[
+        float, typer.Option(metavar="GB/S", min=0.001, help="What each machine reads from its disk, for the time.")
+    ] = 0.5,
     set_: opt.Set = None,
     seed: opt.Seed = None,
     shard_size: opt.ShardSize = "4GB",
@@ -45,6 +49,7 @@ def plan(
         "workers": workers,
         "device": opt.check_device(device),
         "shard_size": opt.parse_size(shard_size, "--shard-size"),
+        "on": on,
     }
 
     def planned(stage: Stage) -> Plan:
@@ -54,12 +59,12 @@ def plan(
         return found
 
     def facts(stage: Stage) -> dict[str, Any]:
-        return _facts(planned(stage), stage.out)
+        return _facts(planned(stage), stage.out, read_gbps)
 
     def show(stage: Stage) -> None:
         found = planned(stage)
         say_notes(found, quiet or json_)
-        _show(found, stage.out)
+        _show(found, stage.out, read_gbps)
 
     each_stage(load(recipe, set_, seed, out), json_, facts, show)
 
@@ -100,8 +105,8 @@ def _plan(stage: Stage, limits: dict[str, Any]) -> Plan:
         raise Mismatch(message, error.hint) from None
 
 
-def _show(found: Plan, out: Path) -> None:
-    facts, merge = _facts(found, out), found.merge
+def _show(found: Plan, out: Path, read_gbps: float) -> None:
+    facts, merge = _facts(found, out, read_gbps), found.merge
     say(f"{merge.method.name} ({merge.method.paper}), scope {merge.scope}")
     say(f"  base      {facts['base'] or 'none'}")
     if "slices" in facts:
@@ -137,14 +142,20 @@ def _show(found: Plan, out: Path) -> None:
         say(
             f"  matrices  {counted(one['count'], 'tensor')} whole, the largest {shape}: {human(one['memory'])} a worker"
         )
-    say(f"  workers   {found.workers} on {found.device}")
+    if "cluster" in facts:
+        each = facts["cluster"]
+        say(f"  machines  {counted(len(each['workers']), 'machine')}, each with the memory above")
+        say(f"  workers   {sum(each['workers'])} on cpu: {', '.join(map(str, each['workers']))}")
+        say(f"  share     {human(each['bytes_read'])} read and {human(each['bytes_written'])} written by a machine")
+    else:
+        say(f"  workers   {found.workers} on {found.device}")
     if facts["seconds"] is not None:
         slow = facts["seconds_from_disk"]
-        more = f"; {_time(slow)} where the disk gives 500 MB/s" if slow > facts["seconds"] else ""
+        more = f"; {_time(slow)} where a disk gives {human(read_gbps * 1e9)}/s" if slow > facts["seconds"] else ""
         say(f"  time      about {_time(facts['seconds'])}{more}")
 
 
-def _facts(plan: Plan, out: Path) -> dict[str, Any]:
+def _facts(plan: Plan, out: Path, read_gbps: float) -> dict[str, Any]:
     import shutil
 
     from mergebench.checkpoint.target import partial
@@ -156,7 +167,7 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
     slices = merge.recipe.get("slices") or []
     if slices:  # each of these models is composed of several
         base, models = merge.recipe.get("base_model"), list(_named(slices))
-    time = estimate(plan)
+    time = estimate(plan, read_gbps * 1e9)
     return {
         "method": merge.method.name,
         "scope": merge.scope,
@@ -180,12 +191,22 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "staging": str(partial(out)),
         "tasks": list(merge.tasks) if merge.method.gives == "deltas" else [],
         "peak_memory": plan.peak_memory,
+        **_cluster(plan),
         **_largest_matrix(plan),
         "disk_free": shutil.disk_usage(folder).free,
         "seconds": time and round(time.work, 1),
         "seconds_from_disk": time and round(time.disk, 1),
         "zero_share": [plan.zero_share(number) for number in range(len(merge.models))],
     }
+
+
+def _cluster(plan: Plan) -> dict[str, Any]:
+    """The machines of a cluster: the workers of each, and a machine's share of the bytes."""
+    count = len(plan.cluster)
+    if not count:
+        return {}
+    share = {"bytes_read": plan.bytes_read // count, "bytes_written": plan.bytes_written // count}
+    return {"cluster": {"workers": [machine.workers for machine in plan.cluster], **share}}
 
 
 def _named(slices: list[dict[str, Any]]) -> dict[str, None]:

@@ -27,11 +27,15 @@ class Duration(NamedTuple):
     """Estimates in seconds."""
 
     work: float  # where the files lie in memory, or on a disk that is faster
-    disk: float  # reading and writing them at `DISK`
+    disk: float  # reading and writing them at the disk's rate
 
 
-def estimate(plan: Plan) -> Duration | None:
-    """About how long a merge on CPUs takes; None for one on a GPU."""
+def estimate(plan: Plan, rate: float = DISK) -> Duration | None:
+    """About how long a merge on CPUs takes; None for one on a GPU. rate: bytes a second that a machine reads.
+
+    One machine keeps what it has read, as far as its memory goes. The machines of a cluster read everything in each
+    sweep, because a chunk that one has read may be another's in the next.
+    """
     if plan.device.type != "cpu":
         return None
     merge, models = plan.merge, len(plan.merge.models)
@@ -49,5 +53,9 @@ def estimate(plan: Plan) -> Duration | None:
         if name in plan.whole and len(info.shape) == 2:
             size = info.numel * min(info.shape) * DECOMPOSITION
             work += size * merge.method.decompositions(models, params)
+    if plan.cluster:
+        workers = sum(machine.workers for machine in plan.cluster)
+        moved = (plan.bytes_read + plan.bytes_written) / len(plan.cluster)
+        return Duration(START + work / workers, START + moved / rate)
     files = {header.file: header.stamp.size for model in [*merge.models, merge.reference] for header in model.headers}
-    return Duration(START + work / plan.workers, START + (sum(files.values()) + plan.bytes_written) / DISK)
+    return Duration(START + work / plan.workers, START + (sum(files.values()) + plan.bytes_written) / rate)

@@ -1,9 +1,9 @@
-"""Executors: hand out chunks in file order, in batches, to processes or threads.
+"""Executors: hand out chunks in file order, in batches, to processes, threads or machines.
 
 Python runs one thread at a time, so threads wait for one another between arithmetic calls. On two cores the second
 thread adds a third of the speed; on sixteen, most threads would idle. So a large merge on a CPU runs in forked
 processes, which share only the plan. Threads run small merges, merges on a GPU (where the arithmetic is elsewhere), and
-merges on systems without fork.
+merges on systems without fork. On a cluster, `on_ray` does the same.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import pickle
 import signal
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 
 from mergebench.checkpoint.files import Files
+from mergebench.engine.cluster import joined
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.items import Item
 from mergebench.engine.plan import Plan
-from mergebench.engine.span import Span
 from mergebench.engine.worker import Worker
-from mergebench.errors import MergebenchError, RunError
+from mergebench.errors import RunError, sendable
 
 BATCH = 8  # chunks handed out at once; the kernel prefetches the next ones
 FORK_FROM = 200_000_000  # bytes to read above which processes are worth starting
@@ -40,19 +40,45 @@ _PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
 Progress = Callable[[int], None]  # called with the bytes that were read
 
 
-def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> Threads | Processes:
+class Executor(Protocol):
     """The workers of one run."""
-    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+
+    def run(self, task: str, items: Iterator[Item], *arguments: Any) -> Iterable[Any]:
+        """Run a task of `Worker` on batches of all items, each once; returns a result of each worker that took some."""
+
+    def writing(self, directory: Path) -> AbstractContextManager[None]:
+        """The context in which workers write into a directory."""
+
+    def memory(self) -> int:
+        """Peak bytes held by other processes."""
+
+    def close(self) -> None: ...
+
+
+def start_workers(plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> Executor:
+    """The workers of one run."""
+    if plan.cluster:
+        from mergebench.engine.on_ray import OnRay  # an extra
+
+        return OnRay(plan, progress)
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon and not joined()
     if can_fork and plan.device.type == "cpu" and plan.workers > 1 and plan.bytes_read >= FORK_FROM:
         return Processes(plan, files, progress, target)
     return Threads(plan, files, progress, target)
 
 
-class _Batches:
-    """The items of one task in batches, in order; taking a batch makes the kernel prefetch the next."""
+class Batches:
+    """The items of one task in batches, in order; taking a batch makes the kernel prefetch the next.
 
-    def __init__(self, plan: Plan, files: Files, items: Iterator[Item], task: str, progress: Progress) -> None:
+    size: items of a batch. files: None where the next batch is read on another machine.
+    """
+
+    def __init__(
+        self, plan: Plan, files: Files | None, items: Iterator[Item], task: str, progress: Progress, size: int = BATCH
+    ) -> None:
         self._plan, self._files, self._task, self._progress = plan, files, task, progress
+        # one whole matrix may take seconds: a batch of them would keep one worker busy after the others are done
+        self._size = 1 if plan.whole else size
         self._items, self._lock = items, threading.Lock()
         self._next = self._advised()
 
@@ -67,13 +93,11 @@ class _Batches:
             return batch
 
     def _advised(self) -> list[Item]:
-        # one whole matrix may take seconds: a batch of them would keep one worker busy after the others are done
-        batch = list(itertools.islice(self._items, 1 if self._plan.whole else BATCH))
-        if self._task == "gather" and len(batch) == BATCH:
+        batch = list(itertools.islice(self._items, self._size))
+        if self._task == "gather" and len(batch) == self._size > 1:
             batch += self._rest_of(batch[-1].unit)
-        for item in batch if self._task != "sample" else ():  # samples are scattered
-            if item.unit >= 0:
-                self._advise(item.spans[0], item.spans[-1])
+        if self._files is not None and self._task != "sample":  # samples are scattered
+            advise(self._plan, self._files, batch)
         return batch
 
     def _rest_of(self, unit: int) -> list[Item]:
@@ -85,18 +109,22 @@ class _Batches:
         self._items = itertools.chain(ahead[len(rest) :], self._items)
         return rest
 
-    def _advise(self, first: Span, last: Span) -> None:
-        """Make the kernel read the bytes of a chunk from its first to its last span."""
-        for one, other in zip(self._plan.operands[first.tensor], self._plan.operands[last.tensor], strict=True):
-            if one.stored is not None and other.stored is not None:
-                self._files.advise(one.stored, first.start, other.stored, last.stop)
-
     def _bytes(self, item: Item) -> int:
         """Bytes read for a chunk; tensors that share one have the same types."""
         name, numel = item.spans[0].tensor, sum(span.numel for span in item.spans)
         info = self._plan.merge.reference.tensors[name]
         whole = info.nbytes if item.unit < 0 else self._plan.sweep_bytes(name, self._task == "apply")
         return whole * numel // info.numel
+
+
+def advise(plan: Plan, files: Files, items: Iterable[Item]) -> None:
+    """Make the kernel of this machine read the bytes of chunks that are merged soon."""
+    for item in items:
+        if item.unit >= 0:
+            first, last = item.spans[0], item.spans[-1]
+            for one, other in zip(plan.operands[first.tensor], plan.operands[last.tensor], strict=True):
+                if one.stored is not None and other.stored is not None:
+                    files.advise(one.stored, first.start, other.stored, last.stop)
 
 
 class Threads:
@@ -111,7 +139,7 @@ class Threads:
 
     def run(self, task: str, items: Iterator[Item], *arguments: Any) -> list[Any]:
         """Run `task` on batches of all items on all workers; returns their results."""
-        batches = _Batches(self._plan, self._files, items, task, self._progress)
+        batches = Batches(self._plan, self._files, items, task, self._progress)
 
         def stream() -> Iterator[Item]:
             while batch := batches.take():
@@ -139,8 +167,10 @@ class Threads:
                 future.exception()
             raise
 
+    def writing(self, directory: Path) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def memory(self) -> int:
-        """Bytes held outside this process: none."""
         return 0
 
     def close(self) -> None:
@@ -176,7 +206,7 @@ class Processes:
         order = pickle.dumps((task, arguments))
         for connection in self._connections:
             connection.send_bytes(order)
-        batches = _Batches(self._plan, self._files, items, task, self._progress)
+        batches = Batches(self._plan, self._files, items, task, self._progress)
         results: dict[Any, Any] = {}
         while len(results) < len(self._connections):
             for connection in cast("list[Connection]", wait([one for one in self._connections if one not in results])):
@@ -195,8 +225,11 @@ class Processes:
                     ) from None
         return [results[connection] for connection in self._connections]
 
+    def writing(self, directory: Path) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def memory(self) -> int:
-        """Peak bytes of the processes that are not shared with this process."""
+        """Without what they share with this process."""
         return sum(self.run("peak_memory", iter(())))
 
     def close(self) -> None:
@@ -236,7 +269,7 @@ def _serve(plan: Plan, files: Files, target: InMemory | None, connection: Connec
             except (EOFError, ConnectionError):
                 raise
             except Exception as error:
-                _send(connection, ("failed", _portable(error)))
+                _send(connection, ("failed", sendable(error)))
                 while True:  # a batch may be on its way; then the parent ends all workers
                     connection.recv_bytes()
             _send(connection, ("done", answer))
@@ -258,16 +291,3 @@ def _receive(connection: Connection) -> Any:
     rest = connection.recv_bytes()
     arrays = [connection.recv_bytes() for _ in range(int.from_bytes(rest[:8], "little"))]
     return pickle.loads(rest[8:], buffers=arrays)
-
-
-def _portable(error: Exception) -> Exception:
-    """An error that can be sent: a mergebench error as it is, any other with the place where it happened."""
-    if isinstance(error, MergebenchError):
-        return error
-    place = f"in a worker process:\n{traceback.format_exc()}"
-    try:
-        error = pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(place)
-    return error

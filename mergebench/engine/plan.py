@@ -24,6 +24,7 @@ from mergebench.checkpoint.values import split
 from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES
+from mergebench.engine.cluster import Cluster
 from mergebench.engine.groups import Group, grouped
 from mergebench.engine.job import Merge, Operand, operands_of, stored_type
 from mergebench.engine.machine import check_descriptors, cores, device_of
@@ -52,9 +53,10 @@ class Plan:
     blind: bool  # the method may see several tensors as one
     chunk: int  # elements
     whole: frozenset[str]  # tensors that come in one chunk, however large
-    workers: int
-    memory: int  # bytes for buffers and statistics
+    workers: int  # of a cluster, on the machine that has the most
+    memory: int  # bytes for buffers and statistics, on each machine
     device: torch.device
+    cluster: Cluster = ()  # empty: this machine alone
 
     def __repr__(self) -> str:
         models = counted(len(self.merge.models), "model")
@@ -218,10 +220,11 @@ def plan_merge(
     device: str = "auto",
     shard_size: int = SHARD_SIZE,
     chunk: int | None = None,
+    cluster: Cluster = (),
 ) -> Plan:
     """Plan a merge; `ModelError` if the models do not fit together, with every mismatch.
 
-    `chunk` (elements) is for tests: results do not depend on it.
+    `chunk` (elements) is for tests: results do not depend on it. cluster: its machines, with their workers.
     """
     method, tensors, stored = merge.method, merge.reference.tensors, _STORED.get(merge.dtype or "")
     _check_models(merge)
@@ -238,7 +241,10 @@ def plan_merge(
     if method.gives == "deltas":
         numels = {name: tensors[name].numel for name in alignment.merged}
         shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
-    where = device_of(device)
+    where = device_of("cpu" if cluster and device == "auto" else device)
+    if cluster and where.type != "cpu":
+        raise RecipeError(f"--device {device}: merges on a cluster run on CPUs", "leave out --device, or --on")
+    workers = max(machine.workers for machine in cluster) if cluster else workers
     asked, asked_of_all, blind = trace.count(merge, alignment.merged)
     workers = workers or (3 if where.type == "cuda" else cores())
     size = max(chunk or chunk_size(merge, where, memory // workers), least_chunk(merge))
@@ -258,6 +264,7 @@ def plan_merge(
         workers=workers,
         memory=memory,
         device=where,
+        cluster=cluster,
     )
     check_descriptors(merge.files + workers * (2 + len(shards[0].files)))  # a worker has a pipe, and writes one shard
     needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)

@@ -78,9 +78,10 @@ def run_plan(
     ):
         if known is not None:
             staging.journal["answers"] = known.recall(plan) | staging.journal["answers"]
-        of_all = ask_of_all(plan, staging, sweeper) if plan.asked_of_all else None
-        for group in plan.groups:
-            _work(plan, staging, sweeper, group, of_all, sync)
+        with sweeper.workers.writing(staging.directory):
+            of_all = ask_of_all(plan, staging, sweeper) if plan.asked_of_all else None
+            for group in plan.groups:
+                _work(plan, staging, sweeper, group, of_all, sync)
         if known is not None:
             known.remember(plan, staging.journal["answers"])
         memory = peak_memory() + sweeper.workers.memory()

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.files import write_atomically
@@ -16,6 +16,7 @@ from mergebench.checkpoint.target import finished
 from mergebench.deltas.formats.emr import FOLDER as TASKS
 from mergebench.deltas.open import open_model
 from mergebench.editing.patches import open_patch
+from mergebench.engine.cluster import join
 from mergebench.engine.plan import plan_merge
 from mergebench.engine.run import run_plan
 from mergebench.errors import MergebenchError, RecipeError, did_you_mean
@@ -25,6 +26,7 @@ from mergebench.recipe.open import folders, short_names
 from mergebench.recipe.resolve import open_all, resolve
 
 if TYPE_CHECKING:
+    from mergebench.engine.cluster import Cluster
     from mergebench.evaluation import Candidate, Results, Step, Suite
     from mergebench.evaluation.results import Role
     from mergebench.evaluation.store import Store
@@ -70,13 +72,15 @@ def evaluate(
     device: str = "auto",
     results: str | Path | None = "results",
     progress: Callable[[Step], None] | None = None,
+    cluster: Cluster = (),
 ) -> Results:
     """Measure the merged model of a recipe beside its inputs, on the recipe's suite.
 
     Rows: the base, every input, the recipe's baselines (merged for the comparison, then deleted), the merge before its
     edits if the recipe has any (restored from the patches), the merged model. Writes `evaluation.json`,
     `evaluation.md`, the card's table, `statistics.json` and `report.html` into `out`. Earlier results are
-    reused from the folder `results`, and new ones kept there; None: nothing is reused or kept.
+    reused from the folder `results`, and new ones kept there; None: nothing is reused or kept. cluster: machines that
+    measure side by side.
     """
     from mergebench.editing.summary import sentence
     from mergebench.evaluation import evaluate_models, save
@@ -91,7 +95,8 @@ def evaluate(
         if patches:
             before = _unedited(recipe, out, patches, store)
             candidates.insert(-1, before)
-        found = evaluate_models(candidates, suite.on(patches), device=device, store=store, progress=progress)
+        how: Any = {"device": device, "store": store, "progress": progress, "cluster": cluster}
+        found = evaluate_models(candidates, suite.on(patches), **how)
     if patches:
         told = {"unedited": {before.name: [sentence(edit) for edit in edits]}, "baseline": before.name}
         found = replace(found, made={**found.made, **told})
@@ -120,12 +125,15 @@ def measure(
     device: str = "auto",
     results: str | Path | None = "results",
     progress: Callable[[Step], None] | None = None,
+    on: str | None = None,
+    workers: int | None = None,
 ) -> Results:
     """Measure models side by side on the tasks of a suite, one model in memory at a time.
 
     models: as a recipe names them. split: test or validation (default: test if the suite has it). against: the model
     the others are compared with (default: the base, else the first). results: the folder whose earlier results are
-    reused, and where new ones are kept; None: nothing is reused or kept.
+    reused, and where new ones are kept; None: nothing is reused or kept. on: `ray` or `ray://HOST:PORT` measures on the
+    machines of that cluster, with so many `workers` (None: one per GPU, or one on a machine without).
     """
     from mergebench.evaluation import Candidate, evaluate_models, load_suite
 
@@ -145,7 +153,9 @@ def measure(
         return Candidate(name, role, model, place)
 
     candidates = [candidate(name, model) for name, model in zip(names, opened, strict=True)]
-    found = evaluate_models(candidates, loaded, device=device, store=_store(results), progress=progress)
+    cluster = () if on is None else join(on, workers, models=True)
+    how: Any = {"device": device, "store": _store(results), "progress": progress, "cluster": cluster}
+    found = evaluate_models(candidates, loaded, **how)
     if against is None:
         return found
     baseline = against if against in names else names[list(models).index(against)]
@@ -226,7 +236,7 @@ def _candidates(recipe: Recipe, out: Path, suite: Suite, folder: Path, device: s
 
     def merged(baseline: Baseline, place: Path) -> Model | dict[str, Model]:
         made = recipe.with_method(baseline)
-        run_plan(plan_merge(resolve(made), device=device), place)
+        run_plan(plan_merge(resolve(made), device=device), place, overwrite=True)  # a worker may have died at it
         return opened(made, place)
 
     for number, one in enumerate(baselines):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from mergebench.evaluation.results import Record, Results, Role, with_relatives
 from mergebench.evaluation.suite import Suite, Task
 
 if TYPE_CHECKING:
+    from mergebench.engine.cluster import Cluster
     from mergebench.evaluation.store import Store
     from mergebench.evaluation.task import Score
     from mergebench.networks.loadable import LoadableModel
@@ -53,6 +54,31 @@ class Step:
     known: bool = False  # the result was in the store
 
 
+@dataclass
+class Part:
+    """What measuring some models on some tasks gave."""
+
+    records: list[Record] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[MergebenchError] = field(default_factory=list)
+    by_task: list[str] = field(default_factory=list)  # candidates with a model for each task
+    notes: list[str] = field(default_factory=list)  # about how models were read
+    known: int = 0  # results that were in the store
+
+    def fail(self, candidate: str, tasks: Sequence[str], error: MergebenchError) -> None:
+        self.errors.append(error)
+        self.failed.append({"model": candidate, "tasks": list(tasks), "error": error.message, "hint": error.hint})
+
+    def add(self, other: Part) -> None:
+        """Add another part; of what both say, once."""
+        self.records += other.records
+        self.failed += other.failed
+        self.errors += other.errors
+        self.by_task += [one for one in other.by_task if one not in self.by_task]
+        self.notes += [one for one in other.notes if one not in self.notes]
+        self.known += other.known
+
+
 def evaluate_models(
     candidates: Sequence[Candidate],
     suite: Suite,
@@ -60,58 +86,66 @@ def evaluate_models(
     device: str = "auto",
     store: Store | None = None,
     progress: Callable[[Step], None] | None = None,
+    cluster: Cluster = (),
 ) -> Results:
     """Measure every candidate on every task, in the given order, in float32.
 
     `device`: auto (CUDA where there is one), cpu or cuda. On one device the predictions depend on the models and the
     suite alone, not on the number of cores. Results in the store are reused, and new results kept there. A model that
     fails is listed in `made["failed"]`, and the others are still measured; if nothing at all can be measured, the first
-    error is raised.
+    error is raised. cluster: machines whose workers measure models and tasks side by side.
     """
+    from mergebench.networks.device import device_of, versions
+
     twice = [name for name, count in Counter(candidate.name for candidate in candidates).items() if count > 1]
     if twice:
         raise RecipeError(f"two models to measure are called '{twice[0]}'", "name each model once")
     suite = suite.only()
     start, date = time.perf_counter(), datetime.now(UTC)
-    batch = Batch(suite, device, store, _Meter(progress, len(candidates) * suite.items))
-    for candidate in candidates:
-        batch.measure(candidate)
-    if not batch.records and batch.errors:
-        raise batch.errors[0]
-    made = {**batch.versions, "suite": suite.to_dict(), "device": str(batch.device)}
-    made |= {"date": date.isoformat(timespec="seconds"), "known": batch.known}
-    made |= {"by_task": batch.by_task} if batch.by_task else {}
-    made |= {"failed": batch.failed} if batch.failed else {}
-    made |= {"notes": batch.notes} if batch.notes else {}
+    meter = Meter(progress, len(candidates) * suite.items)
+    if cluster:
+        from mergebench.evaluation.on_ray import measure_all
+
+        found, used = measure_all(candidates, suite, device, store, meter, cluster)
+    else:
+        batch, found, used = Batch(suite, device, store, meter), Part(), str(device_of(device))
+        for candidate in candidates:
+            found.add(batch.measure(candidate))
+    if not found.records and found.errors:
+        raise found.errors[0]
+    made = {**versions(), "suite": suite.to_dict(), "device": used}
+    made |= {"date": date.isoformat(timespec="seconds"), "known": found.known}
+    made |= {"by_task": found.by_task} if found.by_task else {}
+    made |= {"failed": found.failed} if found.failed else {}
+    made |= {"notes": found.notes} if found.notes else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
     items = {task.name: task.ready.asked for task in suite.tasks if task.ready.asked}
-    return Results(made, with_relatives(batch.records, homes_of(candidates, suite)), items)
+    return Results(made, with_relatives(found.records, homes_of(candidates, suite)), items)
 
 
 class Batch:
-    """The results of one suite, model by model, with one model in memory at a time."""
+    """Measures models on the tasks of one suite, one after another, with one in memory at a time."""
 
-    def __init__(self, suite: Suite, device: str, store: Store | None, meter: _Meter | None = None) -> None:
+    def __init__(self, suite: Suite, device: str, store: Store | None, meter: Meter | None = None) -> None:
         from mergebench.networks.device import device_of, versions
 
         self.suite, self.device, self.store = suite, device_of(device), store
-        self.meter = meter or _Meter(None, 0)
-        self.versions = versions()
-        self.records: list[Record] = []
-        self.failed: list[dict[str, Any]] = []
-        self.errors: list[MergebenchError] = []
-        self.by_task: list[str] = []  # candidates with a model for each task
-        self.notes: list[str] = []  # about how models were read
-        self.known = 0  # results that were in the store
+        self.meter = meter or Meter(None, 0)
+        self._versions = versions()
+        self._part = Part()
         self._network: Network | None = None
         self._held: LoadableModel | None = None  # the model whose weights the network has
 
-    def measure(self, candidate: Candidate) -> None:
-        """One candidate's records in the order of the suite; tasks of one network class share a model in memory."""
-        every = self.suite.tasks
+    def measure(self, candidate: Candidate, names: Sequence[str] | None = None) -> Part:
+        """One candidate's records in the order of the suite; tasks of one network class share a model in memory.
+
+        names: of the tasks, if not all.
+        """
+        self._part = part = Part()
+        every = [task for task in self.suite.tasks if names is None or task.name in names]
         with self._failing(candidate, every):
             model = candidate.model() if callable(candidate.model) else candidate.model
-            self.by_task += [candidate.name] if isinstance(model, Mapping) else []
+            part.by_task += [candidate.name] if isinstance(model, Mapping) else []
             each = model if isinstance(model, Mapping) else {task.name: model for task in every}
             sharing: dict[tuple[str, int], list[Task]] = {}
             for task in every:
@@ -119,7 +153,8 @@ class Batch:
             found: dict[str, Record] = {}
             for tasks in sharing.values():
                 found |= self._measure(candidate, each[tasks[0].name], tasks)
-            self.records += [found[task.name] for task in every if task.name in found]
+            part.records += [found[task.name] for task in every if task.name in found]
+        return part
 
     def _measure(self, candidate: Candidate, model: LoadableModel, tasks: Sequence[Task]) -> dict[str, Record]:
         """The records of tasks that share a model; results missing from the store are measured."""
@@ -127,12 +162,12 @@ class Batch:
         open_: list[tuple[Task, str | None]] = []
         content = candidate.key or (None if self.store is None else self.store.content(model))
         for task in tasks:
-            key = None if self.store is None else self.store.key(content, task, self.device.type, self.versions)
+            key = None if self.store is None else self.store.key(content, task, self.device.type, self._versions)
             kept = None if self.store is None else self.store.find(key)
             if kept is None:
                 open_.append((task, key))
             else:
-                self.known += 1
+                self._part.known += 1
                 log.info("%s on %s: measured before", candidate.name, task.name)
                 self.meter.of(candidate.name, task.name, known=True)(task.ready.n)
                 found[task.name] = _record(candidate, task, *kept)
@@ -146,12 +181,11 @@ class Batch:
                     score = task.ready.measure(network, self.meter.of(candidate.name, task.name))
                     seconds = round(time.perf_counter() - start, 3)
                     notes = (f"{candidate.name}: {remark}" for remark in network.remarks)
-                    self.notes += [note for note in notes if note not in self.notes]
+                    self._part.notes += [note for note in notes if note not in self._part.notes]
                     if self.store is not None:
                         self.store.keep(key, score, seconds, self._origin(candidate, task))
                     log.info("%s on %s: measured in %.1f s", candidate.name, task.name, seconds)
                     found[task.name] = _record(candidate, task, score, seconds)
-        self._held = None
         return found
 
     def _origin(self, candidate: Candidate, task: Task) -> dict[str, Any]:
@@ -190,12 +224,10 @@ class Batch:
             self._fail(candidate, tasks, RunError(what, "measure it on a machine, or a --device, with more memory"))
 
     def _fail(self, candidate: Candidate, tasks: Sequence[Task], error: MergebenchError) -> None:
-        self.errors.append(error)
         log.info("%s failed: %s", candidate.name, error.message)
         for task in tasks:
             self.meter.close(candidate.name, task)
-        names = [task.name for task in tasks]
-        self.failed.append({"model": candidate.name, "tasks": names, "error": error.message, "hint": error.hint})
+        self._part.fail(candidate.name, [task.name for task in tasks], error)
 
 
 def _record(candidate: Candidate, task: Task, score: Score, seconds: float) -> Record:
@@ -215,7 +247,7 @@ def _record(candidate: Candidate, task: Task, score: Score, seconds: float) -> R
     )
 
 
-class _Meter:
+class Meter:
     """Counts the items of all models and tasks, for a progress display."""
 
     def __init__(self, progress: Callable[[Step], None] | None, total: int) -> None:
@@ -223,16 +255,17 @@ class _Meter:
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def of(self, model: str, task: str, known: bool = False) -> Callable[[int], None]:
-        def tick(items: int) -> None:
-            self.counts[model, task] += items
-            if self.progress is not None:
-                self.progress(Step(model, task, self.counts.total(), self.total, known))
+        return lambda items: self.reach(model, task, self.counts[model, task] + items, known)
 
-        return tick
+    def reach(self, model: str, task: str, items: int, known: bool = False) -> None:
+        """So many items of a model and a task are done."""
+        self.counts[model, task] = items
+        if self.progress is not None:
+            self.progress(Step(model, task, self.counts.total(), self.total, known))
 
     def close(self, model: str, task: Task) -> None:
         """Count the remaining items of a failed task as done."""
-        self.of(model, task.name)(task.ready.n - self.counts[model, task.name])
+        self.reach(model, task.name, task.ready.n)
 
 
 def homes_of(candidates: Sequence[Candidate], suite: Suite) -> dict[str, str]:

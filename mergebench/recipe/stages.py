@@ -20,6 +20,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from mergebench.errors import RecipeError
 from mergebench.recipe.positions import Loc
 from mergebench.recipe.recipe import Recipe, check
 from mergebench.recipe.yaml import PROVENANCE, Document, read
@@ -191,3 +192,23 @@ def _moved(recipe: Recipe, places: Mapping[str, str]) -> Recipe:
         models=tuple(moved(entry) for entry in recipe.models),
         slices=tuple(replace(part, sources=tuple(moved(source) for source in part.sources)) for part in recipe.slices),
     )
+
+
+def check_stages(stages: Sequence[Stage], *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check before hours of merging that every input model exists and no target is taken."""
+    from mergebench.checkpoint.target import check_target, finished  # torch comes with them
+    from mergebench.recipe.open import find_file, folders, open_named
+
+    for stage in stages:
+        if stage is not stages[-1] and finished(stage.out) is not None and not (resume or overwrite):
+            hint = "use it with --resume, replace it with --overwrite, or choose another --out"
+            raise RecipeError(f"{stage.out}: it holds a finished stage", hint)
+        check_target(stage.out, [], overwrite or resume)
+        for loc, text in references(stage.recipe):
+            if not any(text == str(place) or text.startswith(f"{place}+") for place in stage.needs):
+                open_named(stage.recipe, text, loc)
+        for one in stage.recipe.edits:
+            find_file(one.probe, folders(stage.recipe))
+        for i, entry in enumerate(stage.recipe.models):
+            if entry.task_vector is not None:
+                open_named(stage.recipe, entry.task_vector, ("models", i, "task_vector"), task_vector=True)

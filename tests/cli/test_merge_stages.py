@@ -12,7 +12,7 @@ from models import fine_tuned, names, read_model, tiny_tensors, write_model
 from torch import Tensor
 
 import mergebench
-from mergebench import api
+from mergebench.recipe.stages import check_stages
 from tests.conftest import Cli
 
 Tensors = dict[str, Tensor]
@@ -135,4 +135,4 @@ def test_from_python(models: list[Tensors]) -> None:
     for stage in mergebench.load_stages("recipe.yaml", "o"):
         result = mergebench.run(mergebench.plan(stage.recipe), stage.out, resume=True)
     check(str(result.out), models)
-    api.check_stages(mergebench.load_stages("recipe.yaml", "o"), resume=True)
+    check_stages(mergebench.load_stages("recipe.yaml", "o"), resume=True)

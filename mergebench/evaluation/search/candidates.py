@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from mergebench.checkpoint.side_files import copy_side_files, decisive_files
 from mergebench.deltas.open import open_model
 from mergebench.engine import trace
 from mergebench.engine.answers import Known
+from mergebench.engine.cluster import assigned_cores
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import available_memory
@@ -61,6 +64,10 @@ class Candidates:
         self._known = Known()
         self._target: InMemory | None = None
         self._vector: tuple[Any, InMemory, Plan] | None = None  # the parameters it was made with, but for lambda
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it begins anew, in a folder of its own, with the cores that the process has."""
+        return _elsewhere, (self._folder, self._in_memory, self._limits)
 
     def plan(self, recipe: Recipe) -> Plan:
         """The merge of a recipe; raises what planning it raises."""
@@ -112,6 +119,11 @@ class Candidates:
             lines=None,
         )
         return plan_merge(one, **self._limits)
+
+
+def _elsewhere(folder: Path, in_memory: bool | None, limits: dict[str, Any]) -> Candidates:
+    own = folder / f"{platform.node()}-{os.getpid()}"
+    return Candidates(own, in_memory=in_memory, **{**limits, "workers": assigned_cores()})
 
 
 def _ends_with_lambda(merge: Merge) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from mergebench.engine.cluster import Cluster
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation import Candidate, Record, Suite, evaluate_models
 from mergebench.evaluation.run import homes_of
@@ -66,7 +68,9 @@ def check(name: str) -> None:
         raise RecipeError(f"--objective: '{name}' is none", did_you_mean(name, NAMES))
 
 
-def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None) -> Objective:
+def make_objective(
+    name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None, cluster: Cluster = ()
+) -> Objective:
     """The objective of that name; if it needs the models' values, they are measured first."""
     if name == "mean":
         return Objective(name, {})
@@ -75,7 +79,8 @@ def make_objective(name: str, inputs: Sequence[Candidate], suite: Suite, device:
     for one in (candidate for candidate in inputs if candidate.role == "input"):
         tasks = tuple(task for task in suite.tasks if homes.get(task.name, one.name) == one.name)
         if tasks:
-            for record in evaluate_models([one], replace(suite, tasks=tasks), device=device, store=store).records:
+            how: Any = {"device": device, "store": store, "cluster": cluster}
+            for record in evaluate_models([one], replace(suite, tasks=tasks), **how).records:
                 better = max if record.direction == "higher" else min
                 own[record.task] = better(record.value, own.get(record.task, record.value))
     if missing := [task.name for task in suite.tasks if task.name not in own]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mergebench.evaluation.compare.flips import Flips
     from mergebench.evaluation.search.candidates import Candidates
     from mergebench.evaluation.search.space import Dimension
-    from mergebench.evaluation.store import Store
 
 GIVEN, CHOSEN = "as given", "chosen"  # what follows the method's name in the table
 
@@ -94,6 +93,7 @@ def search(
     device: str = "auto",
     memory: int | None = None,
     workers: int | None = None,
+    on: str | None = None,
     results: str | Path | None = "results",
     resume: bool = False,
     overwrite: bool = False,
@@ -105,13 +105,15 @@ def search(
     suite: with validation tasks, on which parameters are chosen; the recipe as given and the chosen one are then
     measured on the test tasks (None: the recipe's own suite). over: parameters, such as "lambda", "density=0.1:0.5"
     or "weight.*". strategy: grid, random or cmaes (None: a grid over one or two parameters, else cmaes). objective:
-    mean, relative or worst. device, memory, workers: as of `mergebench.plan`. results: the folder that what was
+    mean, relative or worst. device, memory, workers: as of `mergebench.plan`. on: `ray` or `ray://HOST:PORT` tries the
+    points of a generation side by side on that cluster, on so many `workers`. results: the folder that what was
     measured before is taken from, and kept in; None: none.
     searched: called after every point. progress: called while the test tasks are measured.
 
     Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
     Raises `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
     """
+    from mergebench.engine.cluster import join
     from mergebench.evaluation import page, save
     from mergebench.evaluation.search.best import write_recipe
     from mergebench.evaluation.search.candidates import Candidates
@@ -137,7 +139,8 @@ def search(
     validation = whole.only("validation")
     target = Path(out) if out is not None else Path("searches") / default_out(recipe).name
     store = None if results is None else Store(Path(results))
-    limits: dict[str, Any] = {"workers": workers} | ({} if memory is None else {"memory": memory})
+    cluster = () if on is None else join(on, workers, models=True)
+    limits: dict[str, Any] = {"workers": None if cluster else workers} | ({} if memory is None else {"memory": memory})
     candidates = Candidates(target / WORK, device, **limits)
     plan = candidates.plan(recipe)
     with held(target, resume=resume, overwrite=overwrite):
@@ -157,15 +160,16 @@ def search(
         if resume:
             history.resume()
         try:
-            goal = make_objective(objective, inputs_of(recipe), validation, device, store)
+            goal = make_objective(objective, inputs_of(recipe), validation, device, store, cluster)
             tell = partial(_tell, searched, history)
             parts = (recipe, space, validation, goal, candidates, history)
-            running = Search(*parts, device=device, store=store, progress=tell)
+            running = Search(*parts, device=device, store=store, progress=tell, cluster=cluster)
             running.run()
             best = history.best
             assert best is not None
             write_recipe(at_point(recipe, space, best.values), target / BEST, _comment(history, best))
-            found = _on_test(recipe, space, whole, best, candidates, device, store, progress)
+            how = {"device": device, "store": store, "progress": progress, "cluster": cluster}
+            found = _on_test(recipe, space, whole, best, candidates, how)
         finally:
             shutil.rmtree(target / WORK, ignore_errors=True)
         if found is not None:
@@ -207,11 +211,12 @@ def _on_test(
     suite: Suite,
     best: Point,
     candidates: Candidates,
-    device: str,
-    store: Store | None,
-    progress: Callable[[Step], None] | None,
+    how: dict[str, Any],
 ) -> Results | None:
-    """The recipe as given and as chosen beside what goes in, on the test tasks; None where there are none."""
+    """The recipe as given and as chosen beside what goes in, on the test tasks; None where there are none.
+
+    how: as `evaluate_models` takes it.
+    """
     from mergebench.evaluation import Candidate, evaluate_models
     from mergebench.evaluation.search.space import as_given, at_point
 
@@ -224,7 +229,7 @@ def _on_test(
         plan = candidates.plan(at_point(recipe, space, values))
         merged = partial(candidates.merge, plan, name)
         rows.append(Candidate(name, "merged" if role == "merged" else "baseline", merged, key=candidates.key(plan)))
-    found = evaluate_models(rows, suite.only("test"), device=device, store=store, progress=progress)
+    found = evaluate_models(rows, suite.only("test"), **how)
     return replace(found, made={**found.made, "baseline": given})
 
 

@@ -1,7 +1,8 @@
-"""Search strategies: which points to try, one after the other.
+"""Search strategies: which points to try, a generation after the other.
 
-A strategy is a generator. It yields a point as one place from 0 to 1 per dimension, and is sent the cost of the point
-(lower is better). It continues while it is asked. All strategies are deterministic in their seed.
+A strategy is a generator. It yields points that may be tried side by side, each as one place from 0 to 1 per dimension,
+and is sent their costs (lower is better). It continues while it is asked. All strategies are deterministic in their
+seed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Generator, Sequence
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation.search.space import Dimension
 
-Strategy = Generator[Sequence[float], float, None]
+Places = Sequence[float]
+Strategy = Generator[Sequence[Places], Sequence[float], None]
 Start = Sequence[float]  # the recipe as given
 
 
@@ -31,8 +33,8 @@ def grid(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> St
         counts = finer(min(fitting, key=lambda i: counts[i]))
     # lambda varies fastest: points that differ only in lambda merge quickly
     order = sorted(range(len(space)), key=lambda i: space[i].parameter.name == "lambda")
-    for places in itertools.product(*(_spread(space[i], counts[i], start[i]) for i in order)):
-        yield [place for _, place in sorted(zip(order, places, strict=True))]
+    every = itertools.product(*(_spread(space[i], counts[i], start[i]) for i in order))
+    yield [[place for _, place in sorted(zip(order, places, strict=True))] for places in every]
 
 
 def _spread(one: Dimension, count: int, own: float) -> list[float]:
@@ -47,7 +49,7 @@ def random(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> 
 
     generator = np.random.Generator(np.random.PCG64(seed))
     while True:
-        yield generator.random(len(space)).tolist()
+        yield [generator.random(len(space)).tolist() for _ in range(budget)]
 
 
 def cmaes(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
@@ -61,11 +63,9 @@ def cmaes(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> S
     bounds = np.array([[0.0, 1.0]] * len(space))
     optimizer = CMA(mean=np.array(start), sigma=0.25, bounds=bounds, seed=seed % 2**32)
     while not optimizer.should_stop():
-        told = []
-        for _ in range(optimizer.population_size):
-            point = optimizer.ask()
-            told.append((point, (yield point.tolist())))
-        optimizer.tell(told)
+        points = [optimizer.ask() for _ in range(optimizer.population_size)]
+        costs = yield [point.tolist() for point in points]
+        optimizer.tell(list(zip(points, costs, strict=True)))
 
 
 STRATEGIES: dict[str, Callable[[Sequence[Dimension], Start, int, int], Strategy]] = {

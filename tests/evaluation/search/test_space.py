@@ -140,16 +140,17 @@ def points(name: str, over: str, budget: int, cost: Callable[..., float] = lambd
     start = [one.place(one.own) for one in space]
     steps = STRATEGIES[name](space, start, budget, seed)
     found: list[tuple[Any, ...]] = []
-    told = None
+    costs = None
     while len(found) < budget:
         try:
-            places = next(steps) if told is None else steps.send(told)
+            generation = next(steps) if costs is None else steps.send(costs)
         except StopIteration:
             break
-        assert all(0 <= place <= 1 for place in places)
-        found.append(tuple(one.at(place) for one, place in zip(space, places, strict=True)))
-        told = cost(*found[-1])
-    return found
+        assert all(0 <= place <= 1 for places in generation for place in places)
+        new = [tuple(one.at(place) for one, place in zip(space, places, strict=True)) for places in generation]
+        costs = [cost(*values) for values in new]
+        found += new
+    return found[:budget]
 
 
 def test_a_grid_of_one_dimension() -> None:

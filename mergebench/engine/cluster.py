@@ -1,0 +1,160 @@
+"""The machines of a cluster, by Ray (https://docs.ray.io): joined quietly, and their workers counted.
+
+Ray starts processes on them, carries pickled calls there, and says when one is gone. The machines share their storage.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergebench.checkpoint.files import write_error
+from mergebench.engine.machine import cores
+from mergebench.errors import RecipeError, RunError, first_line
+from mergebench.plugins import need
+
+HERE = "ray"
+STORE = 200_000_000  # bytes of shared memory for what is sent, in a cluster that is started here
+SHARE = "the machines of a cluster must share the storage of inputs and outputs, under the same paths"
+LIBRARIES = ("torch", "transformers", "numpy")  # whose versions decide about bits
+
+
+class Machine(NamedTuple):
+    """A machine of a cluster, and how many workers of a run it gets."""
+
+    node: str  # its id
+    name: str  # its address
+    cpus: int
+    gpus: int
+    workers: int = 0
+
+
+Cluster = tuple[Machine, ...]
+
+
+def join(on: str, workers: int | None = None, *, models: bool = False) -> Cluster:
+    """The machines of the cluster that `--on` names, with `workers` spread over them.
+
+    on: `ray` (the cluster of RAY_ADDRESS; without it, one of this machine alone), or `ray://HOST:PORT`. workers: None
+    for one per core, or, where each holds a model (`models`), one per GPU, and one on a machine without. Raises
+    `RecipeError` if there are fewer cores, or Ray is not installed; `RunError` if no cluster answers.
+    """
+    if on != HERE and not on.startswith("ray://"):
+        raise RecipeError(f"--on {on}: not an executor", "write ray, or ray://HOST:PORT")
+    need("ray", "clusters")
+    ray = _joined(on, workers)
+    machines = [
+        Machine(one["NodeID"], one["NodeManagerAddress"], int(of.get("CPU", 0)), int(of.get("GPU", 0)))
+        for one in sorted(ray.nodes(), key=lambda one: str(one["NodeID"]))
+        if one["Alive"] and (of := one["Resources"]).get("CPU", 0) >= 1
+    ]
+    if not machines:
+        raise RunError(f"--on {on}: the cluster has no cores", "start its machines: ray start --address=HEAD:6379")
+    return _spread(machines, workers, models)
+
+
+def _joined(on: str, workers: int | None) -> Any:
+    """Ray, connected."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS") if on == HERE else on
+    where: dict[str, Any] = {"address": address}
+    if address is None:
+        where = {"address": "local", "include_dashboard": False, "object_store_memory": STORE}
+        where |= {"num_cpus": max(cores(), workers or 0)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        what = "Ray does not start" if address is None else f"no cluster answers at {address}"
+        raise RunError(f"--on {on}: {what}: {first_line(error)}", "ray status says what runs") from None
+    finally:
+        for number, handler in before.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
+    # what Ray prints of workers that died goes to stdout, whatever it is asked for; here the pool says it
+    worker = sys.modules["ray._private.worker"]
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda data, ignore_prefix: None  # type: ignore[attr-defined]
+    return ray
+
+
+def joined() -> bool:
+    """Whether this process has Ray's threads, which a fork would leave behind."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def assigned_cores() -> int:
+    """The cores that the cluster gave the worker whose process this is; elsewhere, all of the machine."""
+    if not joined():
+        return cores()
+    given = sys.modules["ray"].get_runtime_context().get_assigned_resources()
+    return max(int(given.get("CPU", 0)), 1) if given else cores()
+
+
+def leave() -> None:
+    """Leave the cluster, and end one that was started for this process."""
+    if joined():
+        sys.modules["ray"].shutdown()
+
+
+def _spread(machines: Sequence[Machine], workers: int | None, models: bool) -> Cluster:
+    """Each worker to the machine that has the most room for it."""
+    room = [(one.gpus or 1) if models else one.cpus for one in machines]
+    every = sum(one.cpus for one in machines)
+    if workers is not None and workers > every:
+        raise RecipeError(f"--workers {workers}: the cluster has {every} cores", "ask for at most that many")
+    given = Counter[int]()
+    for _ in range(sum(room) if workers is None else workers):
+        free = [number for number, one in enumerate(machines) if given[number] < one.cpus]
+        given[min(free, key=lambda number: (given[number] / room[number], number))] += 1
+    return tuple(one._replace(workers=given[number]) for number, one in enumerate(machines) if given[number])
+
+
+def versions() -> dict[str, str]:
+    """What must be equal on all machines for results to be."""
+    from mergebench import __version__
+
+    own = {"mergebench": __version__, "Python": platform.python_version()}
+    return own | {name: version(name) for name in LIBRARIES}
+
+
+class Marker(NamedTuple):
+    """A file that only machines which share its folder see, and only while a run is at work there."""
+
+    file: Path
+
+    def check(self) -> None:
+        """`RunError` if this machine does not see it."""
+        if not self.file.exists():
+            what = f"{self.file.parent}: {platform.node()} has another folder there, or a later run has taken it over"
+            raise RunError(what, SHARE)
+
+
+@contextmanager
+def marked(folder: Path) -> Iterator[Marker]:
+    """The folder, made if it is not there, has a marker inside the context."""
+    marker = Marker(folder / f".shared-{secrets.token_hex(8)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.file.touch()
+    except OSError as error:
+        raise write_error(marker.file, error) from None
+    try:
+        yield marker
+    finally:
+        marker.file.unlink(missing_ok=True)

@@ -1,0 +1,287 @@
+"""Workers on the machines of a cluster, each with an object that is asked; any may die, and is replaced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mergebench.engine.cluster import Cluster, Machine, versions
+from mergebench.engine.machine import keep_freed_memory
+from mergebench.errors import RunError, sendable
+
+DEATHS = 3  # of workers, after which the piece of work they were at is given up
+KILLED = "its process was killed (is the machine out of memory?)"
+PATIENCE = 20.0  # seconds without a worker until that is said
+Shape = tuple[int, float, bool]  # the cores and GPUs of a worker, and whether it holds a model
+
+log = logging.getLogger(__name__)
+
+
+class Died(Exception):
+    """All workers that tried a piece of work died at it."""
+
+
+class Resident:
+    """In a worker's process: the object that is asked, of one pool at a time."""
+
+    def __init__(self) -> None:
+        self._object, self._number = None, 0
+
+    def versions(self) -> dict[str, str]:
+        return versions()
+
+    def ask(self, number: int, make: list[Any], name: str, *arguments: Any) -> tuple[bool, Any]:
+        """Whether it worked, and what the method returned or raised; of a new pool, `make` makes the object first."""
+        try:
+            if number != self._number:
+                self._begin(*make)
+                self._number = number
+            return True, getattr(self._object, name)(*arguments)
+        except Exception as error:
+            return False, sendable(error)
+
+    def _begin(self, make: Any, folder: str, path: list[str]) -> None:
+        import ray
+
+        self._object, self._number = None, 0
+        sys.path[:] = [*sys.path, *(one for one in path if one not in sys.path)]
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            what = f"{folder}: {platform.node()} cannot enter it: {error.strerror}"
+            hint = "run in a folder that all machines of the cluster share, under the same path"
+            raise RunError(what, hint) from None
+        keep_freed_memory()
+        self._object = ray.get(make)()
+
+
+class Call:
+    """What one worker is asked."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.deaths = 0  # of workers that were asked
+
+
+class Worker:
+    """A worker's process on some machine, as seen from here."""
+
+    def __init__(self, handle: Any, machine: Machine, shape: Shape) -> None:
+        self.handle, self.machine, self.shape = handle, machine, shape
+        self.started = False
+        self.calls: dict[Any, Call] = {}  # that it has not answered yet
+        self.looked: tuple[Call, Any] | None = None  # the call at which it was asked how it does, and the answer
+
+
+_numbers = count(1)  # of pools
+_idle: list[Worker] = []  # of pools that are closed: another one need not wait until they have started
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    """Kill the workers' processes."""
+    for worker in workers:
+        with suppress(Exception):
+            sys.modules["ray"].kill(worker.handle)
+        if worker in _idle:
+            _idle.remove(worker)
+
+
+class Pool:
+    """Workers on the machines of a cluster, each with an object of its own, which `make()` makes there.
+
+    What a worker that dies was asked is asked of another, and it is replaced where there is room.
+    """
+
+    def __init__(self, cluster: Cluster, make: Callable[[], Any], *, models: bool = False) -> None:
+        import ray
+
+        self._ray: Any = ray
+        # in a list: what is put is sent as a reference, and read once in each process
+        self._make = next(_numbers), [ray.put(make), str(Path.cwd()), sys.path]
+        self._starting: dict[Any, Worker] = {}  # by the answer that says that it has started
+        self._spare = self._most = DEATHS * sum(machine.workers for machine in cluster)  # deaths until it gives up
+        self._said = time.monotonic()
+        self.workers: list[Worker] = []  # alive, started or not
+        wanted: list[tuple[Machine, Shape]] = []
+        for machine in cluster:
+            each = (max(machine.cpus // machine.workers, 1), machine.gpus / machine.workers) if models else (1, 0.0)
+            wanted += [(machine, (*each, models))] * machine.workers
+        for machine, shape in list(wanted):
+            there = (one for one in _idle if one.machine.node == machine.node and one.shape == shape)
+            if (known := next(there, None)) is not None:
+                _idle.remove(known)
+                self.workers.append(known)
+                wanted.remove((machine, shape))
+        _end([one for one in _idle if wanted])  # they may hold the cores that are wanted
+        for machine, shape in wanted:
+            self._start(machine, shape)
+
+    def _start(self, machine: Machine, shape: Shape) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        cpus, gpus, models = shape
+        how: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 1 + models}
+        there = NodeAffinitySchedulingStrategy(machine.node, soft=True)
+        made = self._ray.remote(scheduling_strategy=there, **how)(Resident)
+        worker = Worker(made.remote(), machine, shape)
+        self._starting[worker.handle.versions.remote()] = worker
+        self.workers.append(worker)
+
+    def _ask(self, worker: Worker, name: str, *arguments: Any) -> Any:
+        return worker.handle.ask.remote(*self._make, name, *arguments)
+
+    def each(
+        self,
+        name: str,
+        take: Callable[[Worker], Call | None],
+        depth: int = 1,
+        watch: tuple[str, Callable[[Call, Any], None]] | None = None,
+    ) -> Iterator[tuple[Worker, Call, Any]]:
+        """Make all calls that `take` gives to the method `name` of the workers' objects; yields each with its answer,
+        as it comes: `Died` where the workers died at it. Raises what the method raises.
+
+        take: gives None if there is nothing more. depth: calls that a worker may have open. watch: another method, to
+        be asked every second of workers at work, and what is told its answers.
+        """
+        again: deque[Call] = deque()
+        while True:
+            more = not any(worker.started for worker in self.workers)
+            for worker in [one for one in self.workers if one.started]:
+                while len(worker.calls) < depth:
+                    call = again.popleft() if again else take(worker)
+                    if call is None:
+                        break
+                    worker.calls[self._ask(worker, name, *call.arguments)] = call
+                    more = True
+            asked = {answer: worker for worker in self.workers for answer in worker.calls}
+            if not asked and not more:
+                return
+            if watch is not None:
+                self._look(*watch)
+            for worker, answer in self._answered(asked):
+                call = worker.calls.get(answer)
+                if call is None:  # the worker died at another call
+                    continue
+                value = self._value(worker, answer)
+                if isinstance(value, Died):
+                    for lost in self._bury(worker, value):
+                        lost.deaths += 1
+                        if lost.deaths < DEATHS:
+                            again.append(lost)
+                        else:
+                            yield worker, lost, value
+                    continue
+                del worker.calls[answer]
+                self._spare = self._most
+                yield worker, call, value
+
+    def _look(self, name: str, told: Callable[[Call, Any], None]) -> None:
+        """Ask the workers at work how they do, and tell what they said when they were asked before."""
+        for worker in self.workers:
+            if worker.looked is None or worker.looked[0] not in worker.calls.values():
+                worker.looked = None
+            elif not self._ray.wait([worker.looked[1]], timeout=0)[0]:
+                continue
+            else:
+                with suppress(self._ray.exceptions.RayError):  # it died; its call says so
+                    worked, value = self._ray.get(worker.looked[1])
+                    if worked:
+                        told(worker.looked[0], value)
+            call = next(iter(worker.calls.values()), None)
+            worker.looked = None if call is None else (call, self._ask(worker, name))
+
+    def every(self, name: str, *arguments: Any) -> Iterator[tuple[Worker, Any]]:
+        """Ask every worker that has started once; yields the answers of those that live."""
+        open_ = {self._ask(one, name, *arguments): one for one in self.workers if one.started}
+        for answer, worker in open_.items():
+            value = self._value(worker, answer)
+            if isinstance(value, Died):
+                self._bury(worker, value)
+            else:
+                yield worker, value
+
+    def close(self) -> None:
+        """Keep the workers for the next pool, but for those that are still at work."""
+        idle = [worker for worker in self.workers if worker.started and not worker.calls]
+        _end([worker for worker in self.workers if worker not in idle])
+        _idle.extend(idle)
+        self.workers = []
+
+    def _answered(self, asked: dict[Any, Worker]) -> Iterator[tuple[Worker, Any]]:
+        """The next answers, after at most a second; workers that have started meanwhile are admitted."""
+        if not self.workers:
+            raise RunError("the workers of the cluster die again and again", "see its logs; continue with --resume")
+        for answer in self._ray.wait([*asked, *self._starting], timeout=1.0)[0]:
+            if answer in self._starting:
+                self._admit(self._starting.pop(answer), answer)
+            else:
+                yield asked[answer], answer
+        if any(worker.started for worker in self.workers):
+            self._said = time.monotonic()
+        elif time.monotonic() - self._said > PATIENCE:
+            self._said = float("inf")
+            log.warning("no core of the cluster is free yet: %d workers wait", len(self.workers))
+
+    def _admit(self, worker: Worker, answer: Any) -> None:
+        """A worker that has started, or could not."""
+        try:
+            there = self._ray.get(answer)
+        except self._ray.exceptions.RayError as error:
+            if "creation task" in str(error):  # it will do no better on a second try
+                what = f"{worker.machine.name}: no worker starts: {_last_line(error)}"
+                raise RunError(what, "install the same Python, Ray and mergebench on all machines") from None
+            self._bury(worker, Died(_reason(error)))
+            return
+        for name, own in versions().items():
+            if there[name] != own:
+                what = f"{worker.machine.name} has {name} {there[name]}, this machine {own}"
+                raise RunError(what, "install the same versions on all machines, or results may differ")
+        worker.started = True
+
+    def _value(self, worker: Worker, answer: Any) -> Any:
+        """What the worker answered, or that it died; raises what was raised there."""
+        try:
+            worked, value = self._ray.get(answer)
+        except self._ray.exceptions.RayTaskError as error:
+            raise RunError(f"{worker.machine.name}: {_last_line(error)}") from None
+        except self._ray.exceptions.RayError as error:
+            return Died(_reason(error))
+        if not worked:
+            raise value
+        return value
+
+    def _bury(self, worker: Worker, died: Died) -> list[Call]:
+        """Replace a worker; returns the calls that it has not answered."""
+        self.workers.remove(worker)
+        _end([worker])  # it may not be dead, but out of reach
+        if self._spare:
+            self._spare -= 1
+            self._start(worker.machine, worker.shape)
+        log.warning("a worker on %s died, its work is done again: %s", worker.machine.name, died)
+        lost, worker.calls = list(worker.calls.values()), {}
+        return lost
+
+
+def _reason(error: Exception) -> str:
+    """Why a worker died, in Ray's words made short."""
+    said = str(error)
+    if isinstance(error, sys.modules["ray"].exceptions.OutOfMemoryError) or "memory usage threshold" in said:
+        return "its machine ran low on memory"
+    if "node" in said.lower() and ("died" in said or "terminated" in said) and "worker process has died" not in said:
+        return "its machine is gone"
+    return KILLED
+
+
+def _last_line(error: Exception) -> str:
+    """What was raised where a worker was made, without the trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
