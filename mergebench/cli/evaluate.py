@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import item_bar, note, say_json, say_text, width
+from mergebench.cli.output import counted, item_bar, note, say_joining, say_json, say_text, width
+from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Results
@@ -36,6 +37,10 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="With --on: models held at a time. Default: one per GPU, or per machine without."),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="K/N", help="Of N jobs that share --results, the K-th; the last prints the table."),
+    ] = None,
     results: opt.Results = Path("results"),
     overwrite: opt.Overwrite = False,
     format_: opt.Format = None,
@@ -47,30 +52,38 @@ def evaluate(
     Example: mergebench eval suite.yaml BASE merged/mine
     """
     from mergebench.evaluation import load_suite, page, save
-    from mergebench.evaluation.measure import measure
+    from mergebench.evaluation.measure import measure, measure_part
     from mergebench.evaluation.place import check_place, place_of
 
     opt.check_split(split)
     quiet, form = quiet or json_, opt.check_format(format_, json_)
     loaded, target = load_suite(suite), out or place_of(suite)
     check_place(target, loaded.only(split), overwrite)
+    how: dict[str, Any] = {"split": split, "device": opt.check_device(device), "results": results}
+    if part is not None and on is not None:
+        raise RecipeError("--part and --on: two ways to share the work", "leave one out")
+    say_joining(on, quiet)
     with item_bar("evaluating", quiet) as step:
-        found = measure(
-            loaded,
-            models,
-            split=split,
-            against=against,
-            device=opt.check_device(device),
-            results=results,
-            progress=step,
-            on=on,
-            workers=workers,
-        )
+        missing = [] if part is None else measure_part(part, loaded, models, **how, progress=step)
+        if not missing:
+            found = measure(loaded, models, against=against, **how, on=on, workers=workers, progress=step)
+    if missing:
+        _say_part(part, missing, json_, quiet)
+        return
     target.mkdir(parents=True, exist_ok=True)
     save(found, target)
     page.attempt(target)
     say_results(found, target, results, json_, quiet, form)
     check(found)
+
+
+def _say_part(part: str | None, missing: list[tuple[str, str]], json_: bool, quiet: bool) -> None:
+    """That a part is measured, and what other jobs have not measured yet."""
+    if json_:
+        say_json({"part": part, "missing": [{"model": model, "task": task} for model, task in missing]})
+        return
+    first = ", ".join(f"{model} on {task}" for model, task in missing[:3]) + ", …" * (len(missing) > 3)
+    note(f"part {part} is measured; {counted(len(missing), 'result')} missing yet: {first}", quiet)
 
 
 def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bool, form: str | None = None) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.merge import Recipe, load, say_notes
-from mergebench.cli.output import counted, note, say, say_json
+from mergebench.cli.output import counted, note, say, say_joining, say_json
 from mergebench.errors import human
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def plan(
         "shard_size": opt.parse_size(shard_size, "--shard-size"),
         "on": on,
     }
+
+    say_joining(on, quiet or json_)
 
     def planned(stage: Stage) -> Plan:
         found = _plan(stage, limits)
@@ -135,7 +137,8 @@ def _show(found: Plan, out: Path, read_gbps: float) -> None:
     if facts["tasks"]:
         say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, beside one vector")
     say(f"  disk      {human(facts['disk_free'])} free; staged in {facts['staging']}")
-    say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch")
+    beside = " and each worker" if "cluster" in facts else ""
+    say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch{beside}")
     if "largest_matrix" in facts:
         one = facts["largest_matrix"]
         shape = " x ".join(map(str, one["shape"]))

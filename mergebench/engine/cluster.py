@@ -65,31 +65,59 @@ def join(on: str, workers: int | None = None, *, models: bool = False) -> Cluste
 
 def _joined(on: str, workers: int | None) -> Any:
     """Ray, connected."""
+    address = os.environ.get("RAY_ADDRESS") if on == HERE else on
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_AUTH_MODE" not in os.environ:  # `ray start` asks for a token where it finds one; so does Ray, started here
+        if not any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) and address is None:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if address is None or _has_token():
+            os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
     if ray.is_initialized():
         return ray
-    address = os.environ.get("RAY_ADDRESS") if on == HERE else on
     where: dict[str, Any] = {"address": address}
     if address is None:
         where = {"address": "local", "include_dashboard": False, "object_store_memory": STORE}
         where |= {"num_cpus": max(cores(), workers or 0)}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        what = "Ray does not start" if address is None else f"no cluster answers at {address}"
-        raise RunError(f"--on {on}: {what}: {first_line(error)}", "ray status says what runs") from None
+        with _silenced():
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # of many sorts, by the way it is joined
+        where_else = "" if address == on else f" at {address}"
+        what = "Ray does not start" if address is None else f"no cluster answers{where_else}"
+        hint = "ray status says what runs; a cluster with a token (RAY_AUTH_MODE) answers only those who have it"
+        raise RunError(f"--on {on}: {what}: {first_line(error)}", hint) from None
     finally:
         for number, handler in before.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     # what Ray prints of workers that died goes to stdout, whatever it is asked for; here the pool says it
     worker = sys.modules["ray._private.worker"]
     if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda data, ignore_prefix: None  # type: ignore[attr-defined]
+        worker.print_to_stdstream = lambda data, ignore_prefix: None
     return ray
+
+
+def _has_token() -> bool:
+    named = any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")))
+    return named or Path("~/.ray/auth_token").expanduser().is_file()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing is printed on stderr: Ray's core writes a line a second there, past Python, while it finds no cluster."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def joined() -> bool:

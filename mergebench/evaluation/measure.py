@@ -135,12 +135,49 @@ def measure(
     reused, and where new ones are kept; None: nothing is reused or kept. on: `ray` or `ray://HOST:PORT` measures on the
     machines of that cluster, with so many `workers` (None: one per GPU, or one on a machine without).
     """
-    from mergebench.evaluation import Candidate, evaluate_models, load_suite
+    from mergebench.evaluation import evaluate_models, load_suite
 
     loaded = (load_suite(suite) if isinstance(suite, (str, Path)) else suite).only(split)
     names = short_names(list(models))
     if against is not None and against not in (*names, *models):
         raise RecipeError(f"--against: '{against}' is none of the models", did_you_mean(against, names))
+    cluster = () if on is None else join(on, workers, models=True)
+    how: Any = {"device": device, "store": _store(results), "progress": progress, "cluster": cluster}
+    found = evaluate_models(_side_by_side(models), loaded, **how)
+    if against is None:
+        return found
+    baseline = against if against in names else names[list(models).index(against)]
+    return replace(found, made={**found.made, "baseline": baseline})
+
+
+def measure_part(
+    part: str,
+    suite: Suite | str | Path,
+    models: Sequence[str],
+    *,
+    split: str | None = None,
+    device: str = "auto",
+    results: str | Path = "results",
+    progress: Callable[[Step], None] | None = None,
+) -> list[tuple[str, str]]:
+    """Measure one of several disjoint parts of what `measure` measures, such as "2/8", and keep it in `results`.
+
+    Returns the models and tasks, of all parts, whose results are not there yet: none, and `measure` only makes the
+    table. Raises the error of a model that fails, after the others are measured.
+    """
+    from mergebench.evaluation import load_suite
+    from mergebench.evaluation import part as parts
+    from mergebench.evaluation.store import Store
+
+    number = parts.parse(part)
+    loaded = (load_suite(suite) if isinstance(suite, (str, Path)) else suite).only(split)
+    return parts.measure_part(number, _side_by_side(models), loaded, device, Store(Path(results)), progress)
+
+
+def _side_by_side(models: Sequence[str]) -> list[Candidate]:
+    """Models as rows of a table; one that cannot be opened fails when its turn comes."""
+    from mergebench.evaluation import Candidate
+
     opened: list[Model | MergebenchError] = [_try_open(model) for model in models]
     bases = {place for model in opened if isinstance(model, Model) for place in _bases_of(model)}
 
@@ -152,14 +189,7 @@ def measure(
         role: Role = "base" if place is not None and place.resolve() in bases else "merged" if made else "input"
         return Candidate(name, role, model, place)
 
-    candidates = [candidate(name, model) for name, model in zip(names, opened, strict=True)]
-    cluster = () if on is None else join(on, workers, models=True)
-    how: Any = {"device": device, "store": _store(results), "progress": progress, "cluster": cluster}
-    found = evaluate_models(candidates, loaded, **how)
-    if against is None:
-        return found
-    baseline = against if against in names else names[list(models).index(against)]
-    return replace(found, made={**found.made, "baseline": baseline})
+    return [candidate(name, model) for name, model in zip(short_names(list(models)), opened, strict=True)]
 
 
 def _unedited(recipe: Recipe, out: Path, patches: Sequence[Path], store: Store | None) -> Candidate:

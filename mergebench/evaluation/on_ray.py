@@ -11,7 +11,7 @@ from mergebench.checkpoint.content import may_keep
 from mergebench.engine.cluster import Cluster, Marker, marked
 from mergebench.engine.pool import Call, Died, Pool, Worker
 from mergebench.errors import RunError
-from mergebench.evaluation.run import Batch, Candidate, Meter, Part
+from mergebench.evaluation.run import Batch, Candidate, Meter, Outcome
 from mergebench.evaluation.suite import Suite
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 def measure_all(
     candidates: Sequence[Candidate], suite: Suite, device: str, store: Store | None, meter: Meter, cluster: Cluster
-) -> tuple[Part, str]:
+) -> tuple[Outcome, str]:
     """What every candidate gives on every task, in their order, and the device that measured.
 
     A worker goes on with the model that it holds; when its tasks are given away, it begins with another, and at last
     shares one. A model that kills its workers is a failed one.
     """
     names = tuple(task.name for task in suite.tasks)
-    parts: dict[tuple[int, tuple[str, ...]], Part] = {}
+    parts: dict[tuple[int, tuple[str, ...]], Outcome] = {}
     for number, candidate in enumerate(candidates):
         together = [names] if callable(candidate.model) else [(name,) for name in names]  # it is opened, or made, once
-        parts |= {(number, tasks): Part() for tasks in together}
+        parts |= {(number, tasks): Outcome() for tasks in together}
     open_, holds, used = list(parts), dict[Worker, int](), set[str]()
 
     def take(worker: Worker) -> Call | None:
@@ -63,7 +63,7 @@ def measure_all(
                 part.add(found)
             for task in (task for task in suite.tasks if task.name in tasks):
                 meter.reach(candidates[number].name, task.name, task.ready.n, part.known == len(tasks))
-    whole = Part()
+    whole = Outcome()
     for part in parts.values():
         whole.add(part)
     return whole, ", ".join(sorted(used)) or device
@@ -85,7 +85,7 @@ class Evaluator:
         self._candidates, self._meter = candidates, Meter(None, 0)
         self._batch = Batch(suite, device, store, self._meter)
 
-    def measure(self, number: int, tasks: tuple[str, ...]) -> tuple[Part, str]:
+    def measure(self, number: int, tasks: tuple[str, ...]) -> tuple[Outcome, str]:
         """What a candidate gives on some tasks, and the device."""
         self._meter.counts.clear()
         return self._batch.measure(self._candidates[number], tasks), str(self._batch.device)

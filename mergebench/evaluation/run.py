@@ -55,7 +55,7 @@ class Step:
 
 
 @dataclass
-class Part:
+class Outcome:
     """What measuring some models on some tasks gave."""
 
     records: list[Record] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Part:
         self.errors.append(error)
         self.failed.append({"model": candidate, "tasks": list(tasks), "error": error.message, "hint": error.hint})
 
-    def add(self, other: Part) -> None:
+    def add(self, other: Outcome) -> None:
         """Add another part; of what both say, once."""
         self.records += other.records
         self.failed += other.failed
@@ -108,7 +108,7 @@ def evaluate_models(
 
         found, used = measure_all(candidates, suite, device, store, meter, cluster)
     else:
-        batch, found, used = Batch(suite, device, store, meter), Part(), str(device_of(device))
+        batch, found, used = Batch(suite, device, store, meter), Outcome(), str(device_of(device))
         for candidate in candidates:
             found.add(batch.measure(candidate))
     if not found.records and found.errors:
@@ -132,16 +132,16 @@ class Batch:
         self.suite, self.device, self.store = suite, device_of(device), store
         self.meter = meter or Meter(None, 0)
         self._versions = versions()
-        self._part = Part()
+        self._part = Outcome()
         self._network: Network | None = None
         self._held: LoadableModel | None = None  # the model whose weights the network has
 
-    def measure(self, candidate: Candidate, names: Sequence[str] | None = None) -> Part:
+    def measure(self, candidate: Candidate, names: Sequence[str] | None = None) -> Outcome:
         """One candidate's records in the order of the suite; tasks of one network class share a model in memory.
 
         names: of the tasks, if not all.
         """
-        self._part = part = Part()
+        self._part = part = Outcome()
         every = [task for task in self.suite.tasks if names is None or task.name in names]
         with self._failing(candidate, every):
             model = candidate.model() if callable(candidate.model) else candidate.model
@@ -160,9 +160,8 @@ class Batch:
         """The records of tasks that share a model; results missing from the store are measured."""
         found: dict[str, Record] = {}
         open_: list[tuple[Task, str | None]] = []
-        content = candidate.key or (None if self.store is None else self.store.content(model))
         for task in tasks:
-            key = None if self.store is None else self.store.key(content, task, self.device.type, self._versions)
+            key = self._key(candidate, model, task)
             kept = None if self.store is None else self.store.find(key)
             if kept is None:
                 open_.append((task, key))
@@ -187,6 +186,21 @@ class Batch:
                     log.info("%s on %s: measured in %.1f s", candidate.name, task.name, seconds)
                     found[task.name] = _record(candidate, task, score, seconds)
         return found
+
+    def is_known(self, candidate: Candidate, task: Task) -> bool:
+        """Whether the store has a model's result; False for one that cannot be opened."""
+        try:
+            model = candidate.model() if callable(candidate.model) else candidate.model
+            one = model[task.name] if isinstance(model, Mapping) else model
+            return self.store is not None and self.store.find(self._key(candidate, one, task)) is not None
+        except MergebenchError:
+            return False
+
+    def _key(self, candidate: Candidate, model: LoadableModel, task: Task) -> str | None:
+        if self.store is None:
+            return None
+        content = candidate.key or self.store.content(model)
+        return self.store.key(content, task, self.device.type, self._versions)
 
     def _origin(self, candidate: Candidate, task: Task) -> dict[str, Any]:
         """Where a result is from, by absolute paths."""
