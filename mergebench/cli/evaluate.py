@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import counted, item_bar, note, say_joining, say_json, say_text, width
+from mergebench.cli.output import counted, item_bar, note, say_json, say_text, width
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def evaluate(
     how: dict[str, Any] = {"split": split, "device": opt.check_device(device), "results": results}
     if part is not None and on is not None:
         raise RecipeError("--part and --on: two ways to share the work", "leave one out")
-    say_joining(on, quiet)
+    note(f"joining the cluster: {on}", quiet or on is None)
     with item_bar("evaluating", quiet) as step:
         missing = [] if part is None else measure_part(part, loaded, models, **how, progress=step)
         if not missing:

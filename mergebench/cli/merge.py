@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, counted, item_bar, note, say_joining, say_json, say_left, say_out, was_there
+from mergebench.cli.output import byte_bar, counted, item_bar, note, say_json, say_left, say_out, was_there
 from mergebench.errors import RecipeError, human
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def merge(
     quiet = quiet or json_
     if place is not None and out is not None:
         raise RecipeError(f"'{place}' and --out {out}: two output directories", "leave one out")
-    say_joining(on, quiet)
+    note(f"joining the cluster: {on}", quiet or on is None)
     stages = load(recipe, set_, seed, out or place)
     *earlier, last = stages
     loaded, target = last.recipe, last.out

@@ -86,11 +86,6 @@ def say_out(out: Any, made: Any, json_: bool) -> None:
         say(str(out))
 
 
-def say_joining(on: str | None, quiet: bool) -> None:
-    """That a cluster is joined, which takes some seconds."""
-    note(f"joining the cluster: {on}", quiet or on is None)
-
-
 def was_there(already: bool, out: Any, quiet: bool) -> bool:
     """Whether a result was complete before the command began, which is said."""
     note(f"{out}: already finished, nothing to resume", quiet or not already)

@@ -10,7 +10,7 @@ import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.merge import Recipe, load, say_notes
-from mergebench.cli.output import counted, note, say, say_joining, say_json
+from mergebench.cli.output import counted, note, say, say_json
 from mergebench.errors import human
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def plan(
         "on": on,
     }
 
-    say_joining(on, quiet or json_)
+    note(f"joining the cluster: {on}", quiet or json_ or on is None)
 
     def planned(stage: Stage) -> Plan:
         found = _plan(stage, limits)

@@ -10,7 +10,7 @@ import typer
 
 from mergebench.cli import complete, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say, say_joining, say_json, say_text, search_bar, width
+from mergebench.cli.output import note, say, say_json, say_text, search_bar, width
 from mergebench.errors import counted
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def search(
     loaded = load(recipe, set_ or ())
     for line in loaded.notes:
         note(f"note: {line}", quiet)
-    say_joining(on, quiet)
+    note(f"joining the cluster: {on}", quiet or on is None)
     with search_bar(budget, quiet) as (searched, step):
         found = searching.search(
             loaded,
