@@ -54,6 +54,7 @@ class OnRay:
         self._marker: Marker | None = None
         self._pool = Pool(plan.cluster, partial(Hand, plan))
         self._tasks = 0
+        self._at_work = False
         count = sum(machine.workers for machine in plan.cluster)
         self._size = min(max(plan.elements // plan.chunk // (count * BATCHES), BATCH), LARGEST)
 
@@ -74,6 +75,7 @@ class OnRay:
             batch = lost.popleft() if lost else _Batch(batches.take())
             return Call(self._tasks, task, shared, batch, self._marker) if batch.items else None
 
+        self._at_work = True
         while True:
             self._tasks += 1
             given = defaultdict[pool.Worker, list[_Batch]](list)
@@ -91,13 +93,14 @@ class OnRay:
                 raise _gives_up([one for one in suspects if one.deaths == pool.DEATHS], Died(pool.KILLED))
             lost.extend(batch for of_one in given.values() for batch in of_one)
             if not lost:
+                self._at_work = False
                 return
 
     def memory(self) -> int:
         return sum(peak for _, peak in self._pool.every("close"))
 
     def close(self) -> None:
-        self._pool.close()
+        self._pool.close(keep=not self._at_work)  # a task that broke off has left threads that wait for batches
 
 
 class Hand:

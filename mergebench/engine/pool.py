@@ -209,9 +209,9 @@ class Pool:
             else:
                 yield worker, value
 
-    def close(self) -> None:
-        """Keep the workers for the next pool, but for those that are still at work."""
-        idle = [worker for worker in self.workers if worker.started and not worker.calls]
+    def close(self, keep: bool = True) -> None:
+        """Keep the workers for the next pool, but for those that are still at work; or none."""
+        idle = [worker for worker in self.workers if keep and worker.started and not worker.calls]
         _end([worker for worker in self.workers if worker not in idle])
         _idle.extend(idle)
         self.workers = []

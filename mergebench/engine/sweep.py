@@ -56,8 +56,9 @@ class Sweeper:
         started = time.perf_counter()
         items = items_of(self.plan, [(group.units[number].tensors[0], number) for number in numbers])
         found = self.workers.run("answer", items, group.units, known) if numbers else []
+        answers = dict(itertools.chain.from_iterable(found))
         self.seconds["questions"] += time.perf_counter() - started
-        return dict(itertools.chain.from_iterable(found))
+        return answers
 
     def answer(self, group: Group, known: Known, asked: Sequence[int]) -> dict[int, dict[str, Any]]:
         """The answer to the method's next question about each of the units numbered `asked`, encoded, with remarks."""
@@ -189,9 +190,9 @@ class Sweeper:
         number_of = {name: number for number, unit in enumerate(group.units) for name in unit.tensors}
         items = items_of(self.plan, ((name, number_of.get(name, -1)) for name in written), apply=True)
         started = time.perf_counter()
-        found = self.workers.run("apply", items, group.units, known, directory)
+        found = dict(itertools.chain.from_iterable(self.workers.run("apply", items, group.units, known, directory)))
         self.seconds["apply"] += time.perf_counter() - started
-        return dict(itertools.chain.from_iterable(found))
+        return found
 
     def _piece(self, unit: Unit) -> int:
         """Length of a sampled piece: many short pieces over several tensors, fewer reads within one tensor."""
