@@ -22,8 +22,8 @@ from speed import commit
 
 import mergebench
 from mergebench.evaluation import Candidate, load_suite
+from mergebench.evaluation.batch import Batch
 from mergebench.evaluation.head import read_head
-from mergebench.evaluation.run import Batch
 from mergebench.evaluation.search.candidates import Candidates
 from mergebench.evaluation.suite import Suite
 from mergebench.networks.batch import CPU_TOKENS, batches, run_batches

@@ -94,7 +94,7 @@ def _joined(on: str, workers: int | None) -> Any:
         for number, handler in before.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     # what Ray prints of workers that died goes to stdout, whatever it is asked for; here the pool says it
-    worker = sys.modules["ray._private.worker"]
+    worker: Any = sys.modules["ray._private.worker"]
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda data, ignore_prefix: None
     return ray

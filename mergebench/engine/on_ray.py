@@ -17,8 +17,8 @@ import torch
 
 from mergebench.checkpoint.files import Files
 from mergebench.engine import pool
+from mergebench.engine.batches import BATCH, Batches, Progress, advise
 from mergebench.engine.cluster import SHARE, Marker, marked
-from mergebench.engine.executors import BATCH, Batches, Progress, advise
 from mergebench.engine.items import Item
 from mergebench.engine.plan import Plan
 from mergebench.engine.pool import Call, Died, Pool

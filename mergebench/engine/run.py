@@ -20,7 +20,7 @@ from mergebench.checkpoint.staging import Staging, fsync
 from mergebench.checkpoint.target import PROVENANCE, check_room, check_target, finished
 from mergebench.deltas.formats import emr
 from mergebench.engine.answers import Known, answers_of, ask_of_all, keep
-from mergebench.engine.executors import Progress
+from mergebench.engine.batches import Progress
 from mergebench.engine.groups import Group
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.machine import keep_freed_memory

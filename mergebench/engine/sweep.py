@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from mergebench.checkpoint.files import Files
+from mergebench.engine.batches import BATCH, Progress
 from mergebench.engine.brackets import Miss, Sample
-from mergebench.engine.executors import BATCH, Progress, start_workers
+from mergebench.engine.executors import start_workers
 from mergebench.engine.groups import Group, Unit
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.items import Item, items_of

@@ -8,10 +8,11 @@
 Neither torch nor transformers is imported before something is measured.
 """
 
+from mergebench.evaluation.batch import Candidate, Step
 from mergebench.evaluation.compare.comparison import Comparison
 from mergebench.evaluation.compare.flips import Flips
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
-from mergebench.evaluation.run import Candidate, Step, evaluate_models
+from mergebench.evaluation.run import evaluate_models
 from mergebench.evaluation.suite import Suite, Task, load_suite
 from mergebench.evaluation.tables.flips import comparison_report
 from mergebench.evaluation.tables.results import document_of, legend, markdown, report, save, sheets

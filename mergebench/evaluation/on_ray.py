@@ -11,7 +11,7 @@ from mergebench.checkpoint.content import may_keep
 from mergebench.engine.cluster import Cluster, Marker, marked
 from mergebench.engine.pool import Call, Died, Pool, Worker
 from mergebench.errors import RunError
-from mergebench.evaluation.run import Batch, Candidate, Meter, Outcome
+from mergebench.evaluation.batch import Batch, Candidate, Meter, Outcome
 from mergebench.evaluation.suite import Suite
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mergebench.errors import RecipeError
-from mergebench.evaluation.run import Batch, Candidate, Meter, Step
+from mergebench.evaluation.batch import Batch, Candidate, Meter, Step
 from mergebench.evaluation.store import Store
 from mergebench.evaluation.suite import Suite
 

@@ -208,7 +208,7 @@ def test_baselines_lie_beside_the_output(place: Path, cli: Cli, monkeypatch: pyt
     def measured(candidate: object, *_: object) -> None:
         seen.extend(place.glob(".merged.scratch.partial/*/model.safetensors"))
 
-    from mergebench.evaluation.run import Batch
+    from mergebench.evaluation.batch import Batch
 
     whole = Batch._measure
 

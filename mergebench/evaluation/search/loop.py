@@ -13,7 +13,7 @@ from mergebench.engine.cluster import Cluster
 from mergebench.engine.pool import Call, Died, Pool, Worker
 from mergebench.errors import DiskFull, MergebenchError, ModelError, RunError
 from mergebench.evaluation import Candidate, Record, Suite
-from mergebench.evaluation.run import Batch
+from mergebench.evaluation.batch import Batch
 from mergebench.evaluation.search.candidates import Candidates
 from mergebench.evaluation.search.history import History, Point
 from mergebench.evaluation.search.objective import Objective
