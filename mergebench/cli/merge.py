@@ -156,8 +156,10 @@ def _sweeps(plan: Plan) -> list[tuple[str, int]]:
 
 
 def _summary(plan: Plan) -> str:
+    from mergebench.recipe.open import models_of
+
     return (
-        f"{counted(len(plan.merge.models), 'model')}, {plan.elements / 1e6:.1f} M elements, "
+        f"{counted(len(models_of(plan.merge.recipe)), 'model')}, {plan.elements / 1e6:.1f} M elements, "
         f"{counted(plan.sweeps, 'sweep')}, {human(plan.bytes_read)} to read"
     )
 

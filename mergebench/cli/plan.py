@@ -149,13 +149,14 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
 
     from mergebench.checkpoint.target import partial
     from mergebench.engine.duration import estimate
+    from mergebench.recipe.open import models_of
 
     merge = plan.merge
     folder = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
     base, models = merge.base and merge.base.reference, [model.reference for model in merge.models]
     slices = merge.recipe.get("slices") or []
     if slices:  # each of these models is composed of several
-        base, models = merge.recipe.get("base_model"), list(_named(slices))
+        base, models = merge.recipe.get("base_model"), models_of(merge.recipe)
     time = estimate(plan)
     return {
         "method": merge.method.name,
@@ -186,11 +187,6 @@ def _facts(plan: Plan, out: Path) -> dict[str, Any]:
         "seconds_from_disk": time and round(time.disk, 1),
         "zero_share": [plan.zero_share(number) for number in range(len(merge.models))],
     }
-
-
-def _named(slices: list[dict[str, Any]]) -> dict[str, None]:
-    """The models that slices name."""
-    return dict.fromkeys(source["model"] for one in slices for source in one["sources"])
 
 
 def _slices(slices: list[dict[str, Any]]) -> Iterator[str]:
