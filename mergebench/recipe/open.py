@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.reference import Location, locate
+from mergebench.checkpoint.reference import Location, locate, looked_in
 from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.positions import Loc
@@ -25,8 +25,7 @@ def find_file(text: str, folders: Sequence[Path]) -> Path:
     """A file that a recipe names: from the working directory, then from `folders`."""
     found = find(text, folders)
     if found is None:
-        paths = [folder / text for folder in [Path(), *folders]]
-        raise RecipeError(f"no such file: {text}", f"looked for at {', '.join(map(str, dict.fromkeys(paths)))}")
+        raise RecipeError(f"no such file: {text}", looked_in(text, folders))
     return found
 
 

@@ -412,6 +412,19 @@ def test_inspect(base: Tensors, cli: Cli) -> None:
     }  # fmt: skip
 
 
+def test_experts_that_are_alike_are_one_row(base: Tensors, cli: Cli) -> None:
+    names = [f"model.layers.{layer}.moe.experts.{n}.{w}.weight" for layer in (0, 1) for n in range(3) for w in "ab"]
+    odd = {"model.layers.1.moe.experts.3.a.weight": torch.ones(2, 3)}
+    write_model(Path("model"), {name: torch.ones(2, 3) for name in names} | odd)
+    rows = [line.split()[0] for line in cli("inspect", "model").out.splitlines()[3:]]
+    assert rows == [
+        "model.layers.0.moe.experts.[0-2].a.weight",
+        "model.layers.[0-1].moe.experts.[0-2].b.weight",
+        "model.layers.1.moe.experts.[0-3].a.weight",
+    ]
+    assert len(cli("inspect", "model", "--tensors").out.splitlines()) == len(names) + len(odd) + 3
+
+
 def test_layers_that_are_alike_are_one_row(base: Tensors, cli: Cli) -> None:
     like = {f"layers.{layer}.{what}.weight": torch.ones(2, 3) for layer in (0, 1, 2, 4) for what in ("a", "b")}
     odd = {"layers.3.a.weight": torch.ones(2, 4), "layers.2.c.weight": torch.ones(1), "norm.weight": torch.ones(3)}

@@ -158,7 +158,7 @@ WHOLE = [
     ("merge_method: linear\nslices: [{sources: []}]\n", "recipe.yaml:2:11: slices.0.sources: names no model", SLICES),
     ("merge_method: linear\nslices: [{}]\n", "recipe.yaml:2:10: slices.0.sources: names no model", SLICES),
     ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "recipe.yaml:2:21: slices.0.sources.0.layer_range: missing", SLICES),
-    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]\n", "recipe.yaml:2:32: slices.0.sources.0.layer_range: must be two layer numbers, [first, one past the last], got a list", None),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]\n", "recipe.yaml:2:32: slices.0.sources.0.layer_range: must be two layer numbers, [first, one past the last], got [2, 2]", None),
     ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]\n", "recipe.yaml:2:10: slices.0: its sources have different numbers of layers", None),
     ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}], residual_weight: 1}]\n", "recipe.yaml:2:55: slices.0.residual_weight: no such key", f"known: base_model, parameters, sources{OWN}"),
     ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [0, 2], parameters: {t: 1}}]}]\n", "recipe.yaml:2:66: slices.0.sources.0.parameters.t: 'slerp' takes it once for all models", "move it to the recipe's own parameters: t: 1"),

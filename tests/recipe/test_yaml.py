@@ -87,6 +87,9 @@ def test_missing_file_directory_and_text(write: Write) -> None:
         with pytest.raises(RecipeError) as caught:
             load(source)
         assert caught.value.message == message
+    with pytest.raises(RecipeError) as caught:
+        load("recipe.yml")
+    assert caught.value.hint == "did you mean 'recipe.yaml'?"
 
 
 class Odd:
