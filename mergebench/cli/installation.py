@@ -99,6 +99,8 @@ def _disks() -> Iterator[Part]:
         there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
         free = shutil.disk_usage(there).free
         hint = "little: most models need more" if free < LITTLE else None
+        if "~" in path.parts:
+            hint = "this user has no home: set HF_HOME"
         yield Part(name, OK, f"{human(free)} free, {path.absolute()}", hint)
 
 

@@ -48,7 +48,7 @@ def test_a_user_without_a_home(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 54321)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    assert "GB free" in parts(cli)["hub cache"]["found"]
+    assert parts(cli)["hub cache"]["hint"] == "this user has no home: set HF_HOME"
     code, _, err = cli("methods", "~/my.py:f")
     assert code == 2 and err.startswith("error: ~/my.py: no such file\n")
 
