@@ -79,7 +79,8 @@ def merge(
         from mergebench.adapters.sequence import ALPHA, merge_sequence
 
         share = ALPHA if alpha is None else alpha
-        result = merge_sequence(adapters, out, alpha=share, every=all_, overwrite=overwrite)
+        with count_bar("merging", quiet) as progress:
+            result = merge_sequence(adapters, out, alpha=share, every=all_, overwrite=overwrite, progress=progress)
         said = adapter_tables.sequence_text(result.provenance)
     else:
         from mergebench.adapters import merge_adapters

@@ -25,6 +25,9 @@ class _Later(ModuleType):
         return getattr(real, name)
 
 
+AFTER, FOR = 1.0, 5.0  # seconds until it is said that torch is imported, and in which its import may begin
+
+
 def say_loading() -> None:
     """On a terminal: say so where torch is still being imported after a second, until it is."""
     if sys.stderr is not None and sys.stderr.isatty():
@@ -32,9 +35,12 @@ def say_loading() -> None:
 
 
 def _wait() -> None:
-    time.sleep(1)
-    if not _is_loading():
-        return
+    time.sleep(AFTER)
+    until = time.monotonic() + FOR
+    while not _is_loading():
+        if time.monotonic() > until:
+            return
+        time.sleep(0.05)
     os.write(2, b"loading torch\r")
     while _is_loading():
         time.sleep(0.05)

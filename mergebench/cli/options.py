@@ -36,7 +36,12 @@ def parse_share(text: str, option: str) -> float:
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set parameters.density=0.2. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the recipe: --set parameters.density=0.2. Repeatable.",
+        autocompletion=complete.settings,
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of random masks; overrides the recipe's.")]
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Most memory for buffers and statistics.")]

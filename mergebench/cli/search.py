@@ -24,7 +24,11 @@ def search(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")],
     over: Annotated[
         list[str],
-        typer.Option(metavar="WHAT", help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*; commas between."),
+        typer.Option(
+            metavar="WHAT",
+            help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*; commas between.",
+            autocompletion=complete.dimensions,
+        ),
     ],
     suite: Annotated[
         Path | None, typer.Option(metavar="SUITE", help="A YAML file of tasks. Default: the recipe's.")
