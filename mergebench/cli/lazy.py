@@ -25,7 +25,7 @@ class _Later(ModuleType):
         return getattr(real, name)
 
 
-AFTER, FOR = 1.0, 5.0  # seconds until it is said that torch is imported, and in which its import may begin
+AFTER = 1.0  # seconds until it is said that torch is being imported
 
 
 def say_loading() -> None:
@@ -36,11 +36,10 @@ def say_loading() -> None:
 
 def _wait() -> None:
     time.sleep(AFTER)
-    until = time.monotonic() + FOR
-    while not _is_loading():
-        if time.monotonic() > until:
-            return
+    while isinstance(sys.modules.get("torch"), _Later | None):  # on a slow disk its import has yet to begin
         time.sleep(0.05)
+    if not _is_loading():
+        return
     os.write(2, b"loading torch\r")
     while _is_loading():
         time.sleep(0.05)

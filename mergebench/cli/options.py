@@ -104,7 +104,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 def check_device(device: str) -> str:
     """The device's name, if it can be one; whether the machine has it is seen when it is used."""
     if device == "mps":
-        raise RecipeError("--device mps: not supported", "sums are float64, which it does not have; choose cpu")
+        raise RecipeError("--device mps: not supported", "it lacks the float64 in which sums are taken; choose cpu")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise wrong("--device", device, "auto, cpu, cuda or cuda:N")
     return device

@@ -263,7 +263,7 @@ def plan_merge(
     needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)
     if needed > memory and chunk is None:
         raise RecipeError(
-            f"--memory {memory // MB}MB: '{method.name}' needs at least {-(-needed // MB)}MB here",
+            f"--memory {human(memory).replace(' ', '')}: '{method.name}' needs at least {-(-needed // MB)}MB here",
             "give it more memory, or fewer --workers",
         )
     for note in merge.notes:

@@ -301,6 +301,14 @@ def test_devices(cli: Cli, tmp_path: Path, device: str, says: str) -> None:
     assert says in ran.err and "cpu" in ran.err
 
 
+def test_prose_wraps_in_its_column(terminal: Terminal) -> None:
+    """A long path or explanation makes no second line of a name's other cells."""
+    _, lines = terminal(60, "doctor", "install")
+    assert any(re.match(r" working directory  +ok  ", line) for line in lines)
+    _, lines = terminal(60, "doctor", "linear")
+    assert any(re.match(r" sign tie  +Values that", line) for line in lines)
+
+
 # -- completion ----------------------------------------------------------------------------------------------
 
 
