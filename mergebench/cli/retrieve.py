@@ -58,6 +58,8 @@ def _end(item: dict[str, Any]) -> str:
 
 def _say(about: dict[str, Any], quiet: bool) -> None:
     """Print the summary."""
+    from mergebench.evaluation.tables.results import share_of
+
     count = about["n"]
     each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder an item"
     ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"
@@ -68,7 +70,7 @@ def _say(about: dict[str, Any], quiet: bool) -> None:
     if labelled < count:
         note(f"{count - labelled} of later tasks are not counted", quiet)
     if labelled:
-        right = f"accuracy {_percent(about['accuracy'])} ± {_percent(about['stderr'])} %"
+        right = f"accuracy {share_of(about['accuracy'], labelled)} %"
         steps = ", ".join(map(_percent, about["steps"]))
         note(f"{right}; their own task's adapter at step 0 to {len(about['steps']) - 1}: {steps} %", quiet)
 
