@@ -200,7 +200,7 @@ def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
         most = ", ".join(f"{name} {share:.2%}" for name, share in list(tensors.items())[:3])
         names = most + ", ..." * (len(tensors) > 3)
         count = counted(len(tensors), "tensor")
-        beside = " beside the linear layers" if made["as"] == "lora" and "include" not in made else ""
+        beside = " outside the linear layers" if made["as"] == "lora" and "include" not in made else ""
         note(f"left out: {made['left_out']:.2%} of the change, {count}{beside} ({names})", quiet)
     if made["other_tokens"]:
         names = ", ".join(made["other_tokens"])

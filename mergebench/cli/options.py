@@ -72,7 +72,7 @@ Split = Annotated[
         autocompletion=complete.words("validation", "test"),
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Results = Annotated[
     Path, typer.Option(metavar="DIR", help="What is measured is kept there, and never measured twice.", file_okay=False)

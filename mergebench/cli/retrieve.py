@@ -29,7 +29,7 @@ def retrieve(
     Example: mergebench adapters retrieve banks/mine/seed-0/merged items.jsonl
 
     With --trace also the path (02>04>04: under adapter 02 the head named task 04, under 04 again), how many adapters
-    were evaluated, and how it ended: settled, cycle (it would go round for ever) or stopped (after four).
+    were evaluated, and how it ended: settled, cycle (it would repeat forever) or stopped (after four).
     """
     from mergebench.systems.mos.inference import infer
 
@@ -61,7 +61,7 @@ def _say(about: dict[str, Any], quiet: bool) -> None:
     from mergebench.evaluation.tables.results import share_of
 
     count = about["n"]
-    each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder an item"
+    each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder per item"
     ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"
     note(f"{counted(count, 'item')} at stage {about['stage']}: {each}; {ends}", quiet)
     labelled = about.get("labelled")

@@ -109,7 +109,7 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -
     from mergebench.evaluation.tables.sheet import written
 
     points = found.history.points
-    note(f"{found.resumed} of {counted(len(points), 'point')} were there already", quiet or not found.resumed)
+    note(f"{found.resumed} of {counted(len(points), 'point')} were measured before", quiet or not found.resumed)
     failed = [point for point in points if point.objective is None]
     if failed:
         note(f"{len(failed)} of {counted(len(points), 'point')} failed, the first: {failed[0].error}", quiet)

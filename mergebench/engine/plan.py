@@ -287,7 +287,7 @@ def _check_models(merge: Merge) -> None:
         raise RecipeError(f"base_model: '{merge.base.reference}' is a difference to a base, no model")
     if method.models is not None and count != method.models:
         wanted = f"{method.models} model{'s' * (method.models > 1)}"
-        beside = " beside the base" if merge.from_base else ""
+        beside = " besides the base" if merge.from_base else ""
         hint = "base_model counts as one of them" if merge.base is not None and not merge.from_base else None
         raise RecipeError(f"models: '{method.name}' takes exactly {wanted}{beside}, got {count}", hint)
     if count == 0:

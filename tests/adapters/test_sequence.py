@@ -333,7 +333,7 @@ def test_errors(cli: Cli, base: Path, sequence: list[Path], tmp_path: Path) -> N
         merge_adapters([lora, lora], tmp_path / "out", method="ema")
     assert error.value.hint == "mergebench.merge_sequence does it"
     code, _, err = cli("adapters", "merge", "--method", "ema", one, two, "--out", one.parent)
-    assert code == 2 and "holds or lies in the input" in err
+    assert code == 2 and "overlaps the input" in err
 
 
 # -- drift ---------------------------------------------------------------------------------------------

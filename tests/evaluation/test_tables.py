@@ -11,7 +11,7 @@ import pytest
 
 from mergebench.evaluation import Record, Results, markdown, report
 from mergebench.evaluation.tables.layout import number
-from mergebench.evaluation.tables.results import sheets, short_names, share_of, value_of
+from mergebench.evaluation.tables.results import share_of, sheets, short_names, value_of
 from mergebench.evaluation.tables.sheet import Cell, Sheet, written
 from mergebench.evaluation.task import Prediction, accuracy
 
