@@ -38,8 +38,9 @@ def results(
     """
     from mergebench.evaluation.kept import delete, kept
 
-    if prune and unused is None and not gone:
-        raise RecipeError("--prune: of what?", "--unused DAYS, --gone, or both; --unused 0 is everything")
+    selected = unused is not None or gone
+    if prune and not selected:
+        raise RecipeError("--prune: it does not say which", "--unused DAYS, --gone, or both; --unused 0 is everything")
     found = [one for one in kept(folder) if (unused is None or one.unused(unused)) and (one.gone or not gone)]
     if prune:
         delete(found)
@@ -47,11 +48,14 @@ def results(
     if json_:
         say_json({"folder": str(folder), **total, "pruned": prune, "kept": [_facts(one) for one in found]})
         return
+    if selected and not found:
+        say(f"nothing to delete in {folder}")
+        return
     if found:
         _show(found)
     size = f"{counted(len(found), 'file')}, {human(total['bytes'])}"
     say(f"deleted {size} from {folder}" if prune else f"{size} in {folder}")
-    note("to delete them: add --prune", quiet or prune or not found or (unused is None and not gone))
+    note("to delete them: add --prune", quiet or prune or not selected)
 
 
 def _show(found: list[Kept]) -> None:
