@@ -28,7 +28,8 @@ def evaluate(
     ] = None,
     split: opt.Split = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare the others with it. Default: the base, else the first.")
+        str | None,
+        typer.Option(metavar="MODEL", help="The model to compare the others with. Default: the base, else the first."),
     ] = None,
     device: opt.Device = "auto",
     results: opt.Results = Path("results"),

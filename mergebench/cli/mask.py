@@ -17,7 +17,8 @@ app = App(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_a
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The base: a directory, BASE+ADAPTER or org/name.")]
 Smallest = Annotated[
-    str, typer.Option(metavar="SHARE", help="Of elements, those with the smallest values: .5%, or 0.005.")
+    str,
+    typer.Option(metavar="SHARE", help="Share of elements to choose, those with the smallest values: .5%, or 0.005."),
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The mask to write, MASK.safetensors.")]
 Scope = Annotated[
@@ -96,7 +97,7 @@ def overlap(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another mask of the same model.")],
     json_: opt.Json = False,
 ) -> None:
-    """Show how many positions two masks share, beside what random masks of these sizes would.
+    """Show how many positions two masks share, and how many random masks of these sizes would.
 
     Example: mergebench mask overlap one.safetensors other.safetensors
     """

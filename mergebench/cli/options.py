@@ -75,7 +75,8 @@ Split = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Results = Annotated[
-    Path, typer.Option(metavar="DIR", help="What is measured is kept there, and never measured twice.", file_okay=False)
+    Path,
+    typer.Option(metavar="DIR", help="Where results are kept, so that nothing is measured twice.", file_okay=False),
 ]
 Backbone = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")

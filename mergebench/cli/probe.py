@@ -45,7 +45,7 @@ def fit(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart.
+    """Fit a probe on MODEL's features of labelled texts, and report how well it separates them.
 
     Example: mergebench probe fit MODEL --data texts.jsonl --layer all --out probe.safetensors
     """

@@ -21,18 +21,18 @@ SHOWN = 30  # rows of the table
 def results(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of results.")] = Path("results"),
     unused: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Only what was not used for so many days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Only what was not used for this many days.")
     ] = None,
     gone: Annotated[
         bool, typer.Option("--gone", help="Only results whose data or model are no longer where they were.")
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Delete what --unused and --gone select: it would be measured again.")
+        bool, typer.Option("--prune", help="Delete what --unused and --gone select. It is measured again when needed.")
     ] = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Show what is kept of measurements: of which suites and models, how large, when it was used last.
+    """Show the results that are kept: their suites and models, size and last use.
 
     Example: mergebench results --unused 30 --prune
     """

@@ -15,7 +15,7 @@ from mergebench.errors import counted, escaped
 def retrieve(
     bank: Annotated[Path, typer.Argument(metavar="BANK", help="A directory that cil run wrote.")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines: an id, a text or image, perhaps a label.")],
-    trace: Annotated[bool, typer.Option("--trace", help="Say of each item which way it took.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Show the path of each item.")] = False,
     stage: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Answer as after task N. Default: the last.")
     ] = None,

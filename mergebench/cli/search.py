@@ -50,7 +50,7 @@ def search(
             autocompletion=complete.words("mean", "relative", "worst"),
         ),
     ] = "mean",
-    seed: Annotated[int, typer.Option(min=0, help="Of random and cmaes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random and cmaes.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +68,7 @@ def search(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Search parameters of a RECIPE on the validation tasks of a suite, and report the best on its test tasks.
+    """Search for better parameters of a RECIPE on a suite's validation tasks, and report the best on its test tasks.
 
     Example: mergebench search recipe.yaml --over lambda,density --budget 20
     """
