@@ -13,7 +13,7 @@ from mergebench.cli.output import note, say, say_json, say_part
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, BASE+DELTA or org/name.")],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model continues, or answers.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are written at most.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     device: opt.Device = "auto",
     json_: opt.Json = False,
     quiet: opt.Quiet = False,

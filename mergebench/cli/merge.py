@@ -102,14 +102,16 @@ def merge(
     with byte_bar("merging", plan.bytes_read, quiet, _sweeps(plan)) as progress:
         result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)
-    found = None
-    if suite is not None and not (result.already_done and (target / "evaluation.json").exists()):
+    found, measured = None, result.already_done and (target / "evaluation.json").exists()
+    if suite is not None and not measured:
         with item_bar("evaluating", quiet) as step:
             found = measure.evaluate(loaded, target, suite=suite, device=device, results=results, progress=step)
-    elif suite is not None and not (target / "report.html").exists():  # the last file: the run was killed before it
+    elif suite is not None:
         found = Results.load(target)
-        save(found, target)
-        measure.show(loaded, target, found)
+        measured = (target / "report.html").exists()  # the last file
+        if not measured:  # the run was killed before it
+            save(found, target)
+            measure.show(loaded, target, found)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
         if earlier:
@@ -117,6 +119,8 @@ def merge(
         if found is not None:
             document["evaluation"] = document_of(found)
         say_json(document)
+    elif found is not None and measured:
+        evaluate.say_tables(found)
     elif found is not None:
         evaluate.say_results(found, target, results, json_, quiet)
     else:

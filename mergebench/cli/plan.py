@@ -128,15 +128,13 @@ def _show(found: Plan, out: Path) -> None:
     say(f"  read      {human(found.bytes_read)}")
     say(f"  write     {human(found.bytes_written)} in {counted(len(facts['files']), 'file')} to {out}")
     if facts["tasks"]:
-        say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, beside one vector")
+        say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, and one vector for all")
     say(f"  disk      {human(facts['disk_free'])} free; staged in {facts['staging']}")
     say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch")
     if "largest_matrix" in facts:
         one = facts["largest_matrix"]
-        shape = " x ".join(map(str, one["shape"]))
-        say(
-            f"  matrices  {counted(one['count'], 'tensor')} whole, the largest {shape}: {human(one['memory'])} a worker"
-        )
+        shape, each = " x ".join(map(str, one["shape"])), human(one["memory"])
+        say(f"  matrices  {counted(one['count'], 'tensor')} whole, the largest {shape}: {each} per worker")
     say(f"  workers   {found.workers} on {found.device}")
     if facts["seconds"] is not None:
         slow = facts["seconds_from_disk"]

@@ -162,7 +162,7 @@ class Walk:
             here = (*loc, key.value)
             self.places.texts[here] = self.at(key)
             if key.value in found:
-                raise self.places.error(here, "given twice", f"it stands in line {lines[key.value]} already")
+                raise self.places.error(here, "given twice", f"it is in line {lines[key.value]} already")
             lines[key.value] = key.start_mark.line + 1
             found[key.value] = self.value(value, here)
         return {**merged, **found}

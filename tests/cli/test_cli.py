@@ -258,10 +258,11 @@ def test_no_bar_when_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bar_on_a_terminal(base: Tensors) -> None:
-    """And stdout still holds the result alone."""
+def test_a_terminal_sees_what_takes_time(base: Tensors) -> None:
+    """Torch being imported, then a bar; and stdout still holds the result alone."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "mergebench", "merge", "recipe.yaml", "--out", "out"]
+    program = "from mergebench.cli import command, lazy; lazy.AFTER = 0; command()"
+    command = [sys.executable, "-c", program, "merge", "recipe.yaml", "--out", "out"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True)
     os.close(theirs)
     shown = b""
@@ -272,6 +273,7 @@ def test_a_bar_on_a_terminal(base: Tensors) -> None:
             break
     os.close(ours)
     assert done.stdout == b"out\n"
+    assert shown.startswith(b"loading torch\r\x1b[K")  # which goes before anything else is said
     assert b"\x1b[" in shown and b"merging" in shown and b"wrote out" in shown
 
 
