@@ -31,6 +31,7 @@ _PUBLIC = {
     "measure": "mergebench.evaluation.measure",
     "search": "mergebench.evaluation.search.search",
     "task_vector": "mergebench.api",
+    "plan_task_vector": "mergebench.api",
     "plan_edit": "mergebench.api",
     "plan_patch": "mergebench.api",
     "port": "mergebench.systems.portllm",
@@ -48,6 +49,7 @@ _PUBLIC = {
     "expand": "mergebench.systems.pela",
     "fit_probe": "mergebench.editing.probes.fit",
     "read_probe": "mergebench.editing.probes.probe",
+    "generate": "mergebench.networks.generation",
     "report": "mergebench.evaluation",
     "compare": "mergebench.evaluation.compare.comparison",
     "merge_method": "mergebench.engine.method",
@@ -79,7 +81,7 @@ if TYPE_CHECKING:
         merge_sequence,
         truncate_adapter,
     )
-    from mergebench.api import merge, plan, plan_edit, plan_fold, plan_patch, run, task_vector
+    from mergebench.api import merge, plan, plan_edit, plan_fold, plan_patch, plan_task_vector, run, task_vector
     from mergebench.checkpoint.kind import delta_kind
     from mergebench.editing.edit import Rows, edit
     from mergebench.editing.probes.fit import fit_probe
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from mergebench.evaluation.compare.comparison import compare
     from mergebench.evaluation.measure import evaluate, measure
     from mergebench.evaluation.search.search import search
+    from mergebench.networks.generation import generate
     from mergebench.parameters import PerModel, param
     from mergebench.recipe import load, load_stages
     from mergebench.systems.pela import compress, expand
@@ -121,6 +124,7 @@ __all__ = [
     "expand",
     "extract_adapter",
     "fit_probe",
+    "generate",
     "gram",
     "load",
     "load_stages",
@@ -137,6 +141,7 @@ __all__ = [
     "plan_edit",
     "plan_fold",
     "plan_patch",
+    "plan_task_vector",
     "port",
     "read_probe",
     "report",

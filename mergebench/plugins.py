@@ -92,7 +92,7 @@ class Registry(Generic[T]):
         match = IN_FILE.fullmatch(text)
         if match is None:
             return text
-        file, name = Path(match[1]).expanduser(), match[2]
+        file, name = Path(os.path.expanduser(match[1])), match[2]  # noqa: PTH111 - it never fails
         path = next((place for place in [file, *(folder / file for folder in folders)] if place.is_file()), None)
         if path is None:
             beside = {one.name for folder in [Path(), *folders] for one in (folder / file).parent.glob("*.py")}
@@ -284,10 +284,10 @@ def need(library: str, what: str) -> str:
         return version(library)
     except PackageNotFoundError:
         extra = _SMALLER.get(library, "eval")
-        raise RecipeError(f"{what} need {library}, which is not installed", _install(extra)) from None
+        raise RecipeError(f"{what} need {library}, which is not installed", install_command(extra)) from None
 
 
-def _install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command that brings an extra: into a checkout of the source, or as a package."""
     root = Path(__file__).parents[1]
     if not (root / "pyproject.toml").is_file():

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def need(*modules: str, extra: str) -> None:
-    """End the script if a module is missing; extra: what pip installs them with."""
+    """End the script if a module is missing; extra: what pip installs them with, as typed in the root of the clone."""
+    if Path.cwd() != ROOT:
+        extra = extra.replace("'.[", f"'{ROOT}[")
     if missing := [name for name in modules if find_spec(name) is None]:
         sys.exit(f"{Path(sys.argv[0]).name}: {', '.join(missing)} not installed: pip install -e {extra}")
 

@@ -25,7 +25,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
         )
     bases = [f"base: {linked(base, out)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
     inside = [f"adapter: {linked(entry['adapter'], out)}, weight {entry['weight']:g}" for entry in adapters]
-    return _card(out, made, [*bases, *inside], "merge", models=[entry["base_model"] for entry in adapters])
+    models, inputs = ([entry[key] for entry in adapters] for key in ("base_model", "adapter"))
+    return _card(out, made, [*bases, *inside], "merge", models=models, inputs=inputs)
 
 
 def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -42,8 +43,9 @@ def sequence_card(out: Path, provenance: Mapping[str, Any]) -> str:
     peft = any(entry["file"].endswith(CONFIG) for entry in provenance["inputs"])
     bases = [f"base: {linked(base, out)}" for base in dict.fromkeys(entry["base_model"] for entry in adapters) if base]
     inside = [f"adapter: {linked(entry['adapter'], out)}" for entry in adapters]
-    models = [entry["base_model"] for entry in adapters]
-    return _card(out, made, [*bases, *inside], "merge", "Input files: `mergebench.json`.", kind.lower(), peft, models)
+    models, inputs = ([entry[key] for entry in adapters] for key in ("base_model", "adapter"))
+    end = "Input files: `mergebench.json`."
+    return _card(out, made, [*bases, *inside], "merge", end, kind.lower(), peft, models, inputs)
 
 
 def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
@@ -57,16 +59,17 @@ def extracted_card(out: Path, provenance: Mapping[str, Any], peft: bool) -> str:
     )
     lines = [f"base: {linked(provenance['base'], out)}", f"fine-tune: {linked(provenance['model'], out)}"]
     lines += [] if peft else [f"{code(f'BASE+{out.name}/{file}')} is a model wherever mergebench takes one"]
-    return _card(out, made, lines, "extract", kind=kind, peft=peft, models=[provenance["base"]])
+    models, inputs = [provenance["base"]], [provenance["model"]]
+    return _card(out, made, lines, "extract", kind=kind, peft=peft, models=models, inputs=inputs)
 
 
 def converted_card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of an adapter converted from another type."""
     made = f"An adapter of another type as a LoRA, by mergebench {provenance['mergebench']}: {kept_text(provenance)}."
     lines = [f"base: {linked(provenance['base'], out)}", f"adapter: {linked(provenance['adapter'], out)}"]
-    return _card(
-        out, made, lines, "convert", "The energy kept in each module: `mergebench.json`.", models=[provenance["base"]]
-    )
+    end = "The energy kept in each module: `mergebench.json`."
+    models, inputs = [provenance["base"]], [provenance["adapter"]]
+    return _card(out, made, lines, "convert", end, models=models, inputs=inputs)
 
 
 def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -76,13 +79,8 @@ def truncated_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"{provenance['mergebench']}: {kept_text(provenance)}."
     )
     bases = [f"base: {linked(provenance['base'], out)}"] if provenance["base"] else []
-    return _card(
-        out,
-        made,
-        [*bases, f"adapter: {linked(provenance['adapter'], out)}"],
-        "truncate",
-        models=[provenance["base"]],
-    )
+    lines = [*bases, f"adapter: {linked(provenance['adapter'], out)}"]
+    return _card(out, made, lines, "truncate", models=[provenance["base"]], inputs=[provenance["adapter"]])
 
 
 def patch_card(out: Path, provenance: Mapping[str, Any]) -> str:
@@ -103,9 +101,9 @@ def ported_card(out: Path, provenance: Mapping[str, Any]) -> str:
         f"ported by mergebench {provenance['mergebench']} (arXiv:2410.10870), not trained on it."
     )
     lines = [f"base: {linked(provenance['new'], out)}", f"adapter: {linked(provenance['adapter'], out)}"]
-    return _card(
-        out, made, lines, "port", "Both bases' identities: `mergebench.json`.", "adapter", models=[provenance["new"]]
-    )
+    end = "Both bases' identities: `mergebench.json`."
+    models, inputs = [provenance["new"]], [provenance["adapter"]]
+    return _card(out, made, lines, "port", end, "adapter", models=models, inputs=inputs)
 
 
 def kept_text(provenance: Mapping[str, Any]) -> str:
@@ -131,6 +129,7 @@ def _card(
     kind: str = "lora",
     peft: bool = True,
     models: Iterable[object] = (),
+    inputs: Iterable[object] = (),
 ) -> str:
     return markdown.card(
         out.name,
@@ -139,4 +138,5 @@ def _card(
         library="peft" if peft else None,
         relation="adapter",
         models=models,
+        inputs=inputs,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,15 @@ def merge_sequence(
     alpha: float = ALPHA,
     every: bool = False,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
     """Write the last adapter, merged toward the mean of the earlier adapters, into the directory `out`.
 
     adapters: PEFT directories of one type, `org/name[@revision]`, or single .safetensors files, in the order of their
     tasks; settings and tensors must be alike. alpha: the share of the mean, 0 to 1. every: write all adapters instead,
     the b-th merged toward the mean of the first b - 1 inputs; names are kept. The first adapter is copied byte for
-    byte, and so is every adapter at alpha 0. Computed in float32, stored in each adapter's own type.
+    byte, and so is every adapter at alpha 0. Computed in float32, stored in each adapter's own type. progress: called
+    with the elements done and the total.
 
     Raises `RecipeError` if the settings are invalid, `ModelError` if the adapters do not fit together, `RunError` if
     the work fails.
@@ -73,7 +75,7 @@ def merge_sequence(
             if shard is not None:
                 opened[at] = stack.enter_context(closing(ShardFiles(place, [shard])))
         with Files() as files:
-            _merge(files, read, alpha, opened)
+            _merge(files, read, alpha, opened, progress)
         provenance = _provenance(read, alpha, every, [read[at].name for at in written if at not in opened])
         provenance = staging.finish(provenance, started, overwrite, cards.sequence_card(out, provenance))
     return Result(out, provenance)
@@ -90,7 +92,14 @@ def merged(sequence: Iterable[Tensor], alpha: float) -> Iterator[Tensor]:
         mean = value if mean is None else torch.lerp(mean, value, 1 / count)
 
 
-def _merge(opened: Files, read: Sequence[Stored], alpha: float, written: dict[int, ShardFiles]) -> None:
+def _merge(
+    opened: Files,
+    read: Sequence[Stored],
+    alpha: float,
+    written: dict[int, ShardFiles],
+    progress: Callable[[int, int], None],
+) -> None:
+    done, total = 0, sum(info.numel for info in read[-1].tensors.values())
     for name, info in read[-1].tensors.items():
         for start, rows in together(opened, read, name):
             for at, value in enumerate(merged(rows, alpha) if info.is_float else rows):
@@ -98,6 +107,8 @@ def _merge(opened: Files, read: Sequence[Stored], alpha: float, written: dict[in
                     if info.is_float and not torch.isfinite(value).all():
                         raise RunError(f"{name}: the adapters are too far apart for float32")
                     written[at].write(name, start, value.to(TORCH_DTYPE[read[at].tensors[name].dtype]))
+            done += rows[-1].numel()
+            progress(done, total)
 
 
 def _check_names(read: Sequence[Stored]) -> None:

@@ -58,6 +58,8 @@ class Ranking:
     than `count` keys, or `count` is no positive number.
     """
 
+    reads = 4  # of every key, when the positions in all tensors have been taken
+
     def __init__(self, names: Iterable[str], keys: Callable[[str], Iterator[Keys]], count: int) -> None:
         self._names, self._keys = list(names), keys
         high, before = self._bin(lambda piece: piece >> LOW, 1 << (31 - LOW), count)

@@ -42,6 +42,7 @@ def card(
     library: str | None = None,
     relation: str | None = None,
     models: Iterable[object] = (),
+    inputs: Iterable[object] = (),
     pipeline: str | None = None,
     folders: Sequence[Path] = (),
     title: str | None = None,
@@ -49,10 +50,11 @@ def card(
     """README.md of a result called `name`: what the hub reads, a title, then paragraphs of Markdown.
 
     relation: of the result to the models it was made of, in the hub's terms: merge, adapter or finetune. Of `models`,
-    references as in recipes, those are named that the hub knows; a licence where all agree on it.
+    references as in recipes, those are named that the hub knows; a licence where all agree on it, `inputs` too.
     """
-    family = parents(models, folders)
-    ids = list(dict.fromkeys(one.id for one in family if one.id is not None))
+    models = list(models)
+    ids = list(dict.fromkeys(one.id for one in parents(models, folders) if one.id is not None))
+    family = parents([*models, *inputs], folders)
     licences = {one.licence for one in family}
     licence = licences.pop() if len(licences) == 1 else None
     head = {

@@ -136,7 +136,10 @@ def put(file: int, raw: memoryview, at: int) -> None:
 def write_error(path: Path, error: OSError) -> RunError:
     message = f"{path}: cannot be written: {error.strerror}"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return DiskFull(message, "free some space") if full else RunError(message)
+    if full:
+        return DiskFull(message, "free some space")
+    shut = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return RunError(message, "name a place that you may write to" if shut else None)
 
 
 def part_of(name: str) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.checkpoint.documents import read_bytes, read_json
+from mergebench.checkpoint.reference import reference_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LICENCE = re.compile(r"^license:[ \t]*['\"]?([A-Za-z0-9][\w.+-]*)['\"]?[ \t]*$", re.MULTILINE)
+_LICENCE = re.compile(r"^license:[ \t]*['\"]?([A-Za-z0-9][\w.+-]*)['\"]?[ \t]*")
 _CACHED = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]+)/(.+)$")  # in the hub's cache
 _PIPELINES = {  # by the end of the architecture's name
     "ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForSequenceClassification":
@@ -46,10 +47,14 @@ def place_of(name: str, folders: Sequence[Path] = ()) -> Path | None:
 
 
 def as_from(reference: object, out: Path) -> str:
-    """A reference without absolute paths of this machine: they are as from the result."""
+    """A reference without absolute paths of this machine: they are as from the result, or by id in the hub's cache."""
     here = os.path.realpath(out)
-    parts = str(reference).split("+")
-    return "+".join(os.path.relpath(part, here) if Path(part).is_absolute() else part for part in parts)
+
+    def told(part: str) -> str:
+        found = reference_of(Path(part)) if Path(part).is_absolute() else part
+        return os.path.relpath(found, here) if Path(found).is_absolute() else found
+
+    return "+".join(map(told, str(reference).split("+")))
 
 
 def portable(provenance: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def _parent(name: str, folders: Sequence[Path]) -> Parent:
     place = place_of(name, folders)
     if place is not None:
         directory = place if place.is_dir() else place.parent
-        return Parent(name, _said_id(directory), _licence(directory / "README.md"))
+        return Parent(name, _cached_id(directory), _licence(directory / "README.md"))
     known, _, revision = name.partition("@")
     if not _ID.fullmatch(known):
         return Parent(name, None, None)
@@ -80,23 +85,29 @@ def _parent(name: str, folders: Sequence[Path]) -> Parent:
     return Parent(name, known, _licence(Path(file)) if isinstance(file, str) else None)
 
 
-def _said_id(directory: Path) -> str | None:
-    """The hub's id that a directory's own config gives; a path is none."""
-    for file, key in (("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")):
-        with suppress(OSError, ValueError):
-            said = read_json(directory / file, Any)
-            said = said.get(key) if isinstance(said, dict) else None
-            if isinstance(said, str) and _ID.fullmatch(said) and not Path(said).exists():
-                return said
-    return None
+def _cached_id(directory: Path) -> str | None:
+    """The hub's id of a snapshot in its cache.
+
+    What a config names (`_name_or_path`) is not the checkpoint's own id, but what it was made from.
+    """
+    path = os.path.realpath(directory)
+    reference = reference_of(Path(path))
+    return None if reference == path else reference.partition("@")[0]
+
+
+def front_matter(card: Path) -> tuple[list[str], list[str]]:
+    """The lines of a card that the hub reads, between its first two rules, and the lines after them."""
+    lines = read_bytes(card).decode("utf-8-sig", errors="replace").splitlines()
+    if lines[:1] == ["---"] and "---" in lines[1:]:
+        end = lines.index("---", 1)
+        return lines[1:end], lines[end + 1 :]
+    return [], lines
 
 
 def _licence(card: Path) -> str | None:
     """What the front matter of a card says."""
-    with suppress(OSError, UnicodeDecodeError):
-        text = read_bytes(card).decode()
-        head = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-        found = _LICENCE.search(head)
+    with suppress(OSError):
+        found = next(filter(None, map(_LICENCE.fullmatch, front_matter(card)[0])), None)
         return None if found is None or found[1] == "other" else found[1]
     return None
 

@@ -59,12 +59,17 @@ class Model:
     modules: tuple[Path, ...] = ()  # files of what runs beside it; only of a model that is opened to be run
     is_task_vector: bool = False  # its tensors already are differences to the base
     config_changes: Mapping[str, Any] | None = None  # for a model composed of others, or with another vocabulary
-    sliced: bool = False  # composed of layers of other models: no file has its order of tensors
+    origins: Mapping[str, str] = field(default_factory=dict)  # of a model composed of layers: whose each tensor is
     tokenizer_files: Mapping[str, bytes] | None = None  # instead of those in its directory
     remarks: tuple[str, ...] = ()  # notes for the user
 
     def __repr__(self) -> str:
         return f"<Model {self.reference}: {counted(len(self.tensors), 'tensor')}>"
+
+    @property
+    def sliced(self) -> bool:
+        """Whether it is composed of layers of other models: no file has its order of tensors."""
+        return bool(self.origins)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -105,14 +105,24 @@ def _place(text: str, folders: Sequence[Path], what: str) -> Path:
     name, _, revision = text.partition("@")
     parts = name.split("/")
     looks_like_hub = len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))
-    near = _neighbour(Path(text), folders)
+    near = neighbour(text, folders)
     if not looks_like_hub or name.endswith(".safetensors"):
-        raise ModelError(f"{what} '{text}': no such file or directory", near or f"a hub {what} is written org/name")
+        if near is None and len(parts) == 1:
+            near = f"a hub {what} is written org/name"
+        raise ModelError(f"{what} '{text}': no such file or directory", near or looked_in(text, folders))
     return _from_hub(f"{what} '{text}'", name, revision or None, near)
 
 
-def _neighbour(path: Path, folders: Sequence[Path]) -> str | None:
+def looked_in(text: str, folders: Sequence[Path] = ()) -> str | None:
+    """The hint for a path that is not there: one spelt like it, else where it was looked for."""
+    there = "".join(f", then in {folder}" for folder in dict.fromkeys(folders) if folder != Path())
+    anywhere = text.startswith(("~", "/"))
+    return neighbour(text, folders) or (None if anywhere else f"looked for in the working directory{there}")
+
+
+def neighbour(text: str, folders: Sequence[Path] = ()) -> str | None:
     """A hint that names the entry of the same directory that is spelt most like the path; None if none is alike."""
+    path = Path(text)
     for folder in [Path(), *folders]:
         with suppress(OSError, ValueError, RuntimeError):
             there = [one.name for one in (folder / path.parent).iterdir()]

@@ -60,7 +60,7 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         if fixed and target / STAGES in directory.parents:
             continue
         if not written.isdisjoint([directory, *directory.parents]) or directory in target.parents:
-            raise RecipeError(f"{out}: it is, holds or lies in the input {place}", other)
+            raise RecipeError(f"{out}: it overlaps the input {place}", other)
     try:
         if not out.exists():
             return

@@ -136,8 +136,13 @@ def _code() -> int:
 
 def _say_ended() -> None:
     left = _left_behind()
-    kept = f": what is complete is kept; continue with {_again()}" if _takes("--resume") else ": no result was written"
-    print("\n".join([f"interrupted{kept * (not left)}", *left]), file=sys.stderr, flush=True)
+    if _takes("--resume"):
+        kept = f"what is complete is kept; continue with {_again()}"
+    elif _takes("--results"):
+        kept = "what was measured is kept; the same command continues"
+    else:
+        kept = "no result was written"
+    print("\n".join([f"interrupted{f': {kept}' * (not left)}", *left]), file=sys.stderr, flush=True)
 
 
 def _again() -> str:

@@ -37,23 +37,25 @@ def merge(
             metavar="METHOD",
             autocompletion=complete.adapter_methods,
             help="linear, cat, svd, magnitude_prune, or any merge method on task vectors, such as ties, pcb or knots: "
-            "what the adapters do. ema: the stored tensors of the last, toward the mean of those before it.",
+            "on the differences that the adapters make. ema: the stored tensors of the last, moved toward the mean of "
+            "those before it.",
         ),
     ] = "linear",
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W,...", help="One each. Default: 1/n for linear, cat and svd, else 1.")
+        str | None,
+        typer.Option(metavar="W,W,...", help="One per adapter. Default: 1/n for linear, cat and svd, else 1."),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Of elements kept. Default: the method's.")
+        float | None, typer.Option(metavar="SHARE", help="Share of elements kept. Default: the method's.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the result. Default: the sum of the ranks; svd: the largest.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model that they belong to; needed where one is DoRA.")
+        str | None, typer.Option(metavar="MODEL", help="The model they were trained on; needed if one is DoRA.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random masks. Default: 0.")] = None,
-    alpha: Annotated[float | None, typer.Option(metavar="SHARE", help="ema: of the mean. Default: 0.1.")] = None,
+    alpha: Annotated[float | None, typer.Option(metavar="SHARE", help="ema: share of the mean. Default: 0.1.")] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="ema: write every adapter, merged toward those before it as they are given.")
     ] = False,
@@ -61,7 +63,7 @@ def merge(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Merge adapters into one that PEFT loads: what LoRAs do, or by ema the tensors of any type.
+    """Merge adapters into one that PEFT loads: what LoRAs add to weights, or with ema the stored tensors of any type.
 
     Example: mergebench adapters merge LORA1 LORA2 --method ties --rank 16 --out merged/both
     """
@@ -79,7 +81,8 @@ def merge(
         from mergebench.adapters.sequence import ALPHA, merge_sequence
 
         share = ALPHA if alpha is None else alpha
-        result = merge_sequence(adapters, out, alpha=share, every=all_, overwrite=overwrite)
+        with count_bar("merging", quiet) as progress:
+            result = merge_sequence(adapters, out, alpha=share, every=all_, overwrite=overwrite, progress=progress)
         said = adapter_tables.sequence_text(result.provenance)
     else:
         from mergebench.adapters import merge_adapters
@@ -111,7 +114,7 @@ def fold(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="nf4: round the base first, as QLoRA trained on it. Default: as it is.",
+            help="nf4: round the base first, as QLoRA's training did. Default: no rounding.",
             autocompletion=complete.words("nf4"),
         ),
     ] = None,
@@ -203,7 +206,9 @@ def convert(
 @app.command("truncate")
 def truncate(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A LoRA directory, as PEFT saves it, or org/name.")],
-    budget: Annotated[str, typer.Option(help="Singular values to keep in all modules: a number, or a share as 50%.")],
+    budget: Annotated[
+        str, typer.Option(help="Singular values to keep in all modules: a number, or a share such as 50%.")
+    ],
     out: opt.Out,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,

@@ -42,7 +42,7 @@ from mergebench.cli.output import say
 app = App(
     Main,
     name="mergebench",
-    help="Merge, edit and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
+    help="Merge, edit, train and measure model checkpoints: exactly, in bounded memory, at the speed of the disk.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

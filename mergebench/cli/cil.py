@@ -12,7 +12,7 @@ from mergebench.cli import options as opt
 from mergebench.cli.help import App
 from mergebench.cli.output import note, say_json, say_text, was_there, width, work_bar
 
-app = App(help="Learn a growing sequence of tasks, an adapter each; measure it.", no_args_is_help=True)
+app = App(help="Learn a growing sequence of tasks, one adapter per task, and measure it.", no_args_is_help=True)
 
 
 @app.command("run")
@@ -27,7 +27,7 @@ def run(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Learn the tasks of CONFIG with an adapter each (MOS), seed by seed, and print how it and its rivals did.
+    """Learn the tasks of CONFIG with one adapter per task (MOS), for each seed, and compare MOS with its rivals.
 
     Example: mergebench cil run config.yaml --out banks/mine
     """

@@ -48,7 +48,7 @@ def compare(
             metavar="POINTS",
             min=0,
             max=100,
-            help="Exit with 4 if a task's accuracy fell by more points, beyond chance.",
+            help="Exit with 4 if a task's accuracy fell by more than this many points, beyond chance.",
         ),
     ] = None,
     flips: Annotated[int, typer.Option(min=0, help="How many flipped items are shown.")] = 10,
@@ -56,7 +56,7 @@ def compare(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Say what a new model does better and what worse than an old one, item by item: negative flips and a paired test.
+    """Compare a new model with an old one, item by item: negative flips and a paired test.
 
     Example: mergebench compare BASE merged/mine --suite suite.yaml --max-nfr 0.02
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from mergebench.cli.help import Group
+from mergebench.cli.lazy import torch_later
 from mergebench.errors import RecipeError
 
 SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
@@ -54,6 +55,53 @@ def rows(ctx: typer.Context) -> list[str]:
         document = read_json(Path(ctx.params["in_"]) / "evaluation.json")
         return list(dict.fromkeys(str(record["model"]) for record in document["records"]))
     return []
+
+
+def settings(ctx: typer.Context) -> list[str]:
+    """What --set can change of the recipe that is named before it, at the value that it has there."""
+    written, parameters = _recipe(ctx)
+    given = written.get("parameters") or {}
+    defaults = {f"parameters.{name}": one.default for name, one in parameters.items() if name not in given}
+    found = dict(_values(written)) | defaults
+    return [f"{key}={_as_text(value)}" for key, value in found.items() if value is not None]
+
+
+def dimensions(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What --over can vary of the recipe that is named before it, after those of the word that end in a comma."""
+    before = incomplete[: incomplete.rfind(",") + 1]
+    _, parameters = _recipe(ctx)
+    each = [f"{name}.*" for name, one in parameters.items() if one.per_model]
+    return [before + name for name in [*parameters, *each]]
+
+
+def _recipe(ctx: typer.Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe of an unfinished command line as written, and what its method declares; no file of code is run."""
+    from mergebench.recipe import yaml
+
+    with suppress(RecipeError, OSError, ValueError, IndexError), torch_later():
+        given = str(ctx.params.get("recipe") or ctx.args[0])
+        written = yaml.read(given)[-1].data if given != "-" else {}
+        name = written.get("merge_method")
+        if name in methods():
+            from mergebench import methods as registry
+
+            return written, dict(registry.get(name).parameters)
+        return written, {}
+    return {}, {}
+
+
+def _values(written: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number, word and flag of a recipe, by its path as --set spells it."""
+    parts = written.items() if isinstance(written, dict) else enumerate(written)
+    for key, value in parts:
+        if isinstance(value, dict | list):
+            yield from _values(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Main(Group):

@@ -20,7 +20,7 @@ def diff(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The base of both: then their task vectors are compared.")
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Show the most changed tensors; 0 for all.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="How many of the most changed tensors to show; 0 for all.")] = 20,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

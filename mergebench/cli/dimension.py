@@ -16,16 +16,14 @@ def dimension(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Output directory. Default: trained/ and the config's name.")
     ] = None,
-    share: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of full fine-tuning's metric that is to be reached.")
-    ] = 0.9,
+    share: Annotated[float, typer.Option(metavar="SHARE", help="Share of full fine-tuning's metric to reach.")] = 0.9,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Search the smallest random subspace in which training reaches 90 % of full fine-tuning's metric.
+    """Search for the smallest random subspace in which training reaches 90 % of full fine-tuning's metric.
 
     Example: mergebench dimension config.yaml --out dimension
     """

@@ -86,9 +86,9 @@ def _facts(what: str, report: Report) -> dict[str, Any]:
 
 
 def _show_installation(parts: list[Part]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("installation", "", "", box=None, header_style="bold")
+    table = Table("installation", "", Column(ratio=1), box=None, header_style="bold")
     for part in parts:
         table.add_row(part.name, part.mark, part.found)
     print_table(table)
@@ -99,7 +99,7 @@ def _show_installation(parts: list[Part]) -> None:
 
 def _show(what: str, checks: Mapping[str, Callable[..., None]], reports: list[Report]) -> None:
     """A table of the reports, what failed, and what the columns mean."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mergebench.testing.checks import SKIPPED
 
@@ -111,7 +111,7 @@ def _show(what: str, checks: Mapping[str, Callable[..., None]], reports: list[Re
         for finding in report.findings:
             if finding.failed:
                 say(f"{report.name}: {finding.check}: {finding.why}")
-    legend = Table(box=None, show_header=False)
+    legend = Table("", Column(ratio=1), box=None, show_header=False)
     for name, check in checks.items():
         legend.add_row(name, " ".join((inspect.getdoc(check) or "").split()))
     if any(finding.mark == SKIPPED for report in reports for finding in report.findings):

@@ -29,7 +29,8 @@ def evaluate(
     ] = None,
     split: opt.Split = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare the others with it. Default: the base, else the first.")
+        str | None,
+        typer.Option(metavar="MODEL", help="The model to compare the others with. Default: the base, else the first."),
     ] = None,
     device: opt.Device = "auto",
     on: opt.On = None,
@@ -88,8 +89,7 @@ def _say_part(part: str | None, missing: list[tuple[str, str]], json_: bool, qui
 
 def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bool, form: str | None = None) -> None:
     """Print the tables, or everything as JSON, on stdout, and notes for people on stderr."""
-    from mergebench.evaluation import document_of, report, sheets
-    from mergebench.evaluation.tables.sheet import written
+    from mergebench.evaluation import document_of
 
     for line in found.made.get("notes", ()):
         note(f"note: {line}", quiet)
@@ -100,7 +100,16 @@ def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bo
     note(f"wrote {target}/evaluation.json, evaluation.md{' and report.html' * shown}", quiet)
     if json_:
         say_json(document_of(found))
-    elif form is not None:
+    else:
+        say_tables(found, form)
+
+
+def say_tables(found: Results, form: str | None = None) -> None:
+    """Print the tables on stdout, for people or in the form of another program."""
+    from mergebench.evaluation import report, sheets
+    from mergebench.evaluation.tables.sheet import written
+
+    if form is not None:
         say_text(written(sheets(found), form))
     else:
         say_text(report(found, width=width(), styled=sys.stdout.isatty()))

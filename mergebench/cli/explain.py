@@ -52,7 +52,8 @@ def _show(stage: Stage, quiet: bool) -> None:
     plan = api.plan(stage.recipe)
     say_notes(plan, quiet)
     tensors = _tensors(plan)
-    say(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(plan.merge.names)}")
+    models = [name.replace("|", " or ") for name in plan.merge.names]  # of slices: one or another
+    say(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(models)}")
     merged = next(one for one in tensors if "parameters" in one)
     same = {key: value for key, value in merged["parameters"].items() if _everywhere(tensors, key, value)}
     say("everywhere: " + (_written(same) or "no parameters"))
@@ -60,29 +61,34 @@ def _show(stage: Stage, quiet: bool) -> None:
     for one in tensors:
         own = {key: value for key, value in one.get("parameters", {}).items() if key not in same}
         said = "copied from the base" if "parameters" not in one else _written(own)
-        sources = one.get("sources", ())
-        told = plan.merge.reference.sliced or any(not source.endswith(f":{one['tensor']}") for source in sources)
-        origin = f"  from {', '.join(sources)}" if told else ""
+        sources = [source.removesuffix(f":{one['tensor']}") for source in one.get("sources", ())]
+        origin = "" if sources == list(plan.merge.names) or not sources else f"  from {', '.join(sources)}"
         say(f"{one['tensor']:{width}}  {said}{origin}".rstrip())
 
 
 def _tensors(plan: Plan) -> list[dict[str, Any]]:
+    from mergebench.recipe.open import short_names
+
     stored: dict[Path, list[tuple[int, str]]] = {}
     for model in plan.merge.models:
         for header in model.headers:
             stored[header.file] = [(tensor.offset, tensor.name) for tensor in header.tensors]  # in this order
-    return [_about(plan, name, stored) for name in plan.merge.reference.tensors]
+    origins = dict.fromkeys(origin for model in plan.merge.models for origin in model.origins.values())
+    labels = dict(zip(origins, short_names(list(origins)), strict=True))
+    return [_about(plan, name, stored, labels) for name in plan.merge.reference.tensors]
 
 
-def _about(plan: Plan, name: str, stored: Mapping[Path, list[tuple[int, str]]]) -> dict[str, Any]:
+def _about(
+    plan: Plan, name: str, stored: Mapping[Path, list[tuple[int, str]]], labels: Mapping[str, str]
+) -> dict[str, Any]:
     if name not in plan.alignment.sources:
         return {"tensor": name}
     sources = []
-    for label, info in zip(plan.merge.names, plan.alignment.sources[name], strict=True):
+    columns = zip(plan.merge.models, plan.merge.names, plan.alignment.sources[name], strict=True)
+    for model, label, info in columns:
         tensors = stored[info.file]
         own = tensors[bisect_right(tensors, info.offset, key=lambda one: one[0]) - 1][1]
-        place = info.file.parent.name if plan.merge.reference.sliced else label  # slices: one of several models
-        sources.append(f"{place}:{own}")
+        sources.append(f"{labels[model.origins[name]] if model.sliced else label}:{own}")
     given = dataclasses.asdict(plan.merge.params_for(name))
     parameters = {key.rstrip("_"): value for key, value in given.items()}
     lines = plan.merge.lines

@@ -49,7 +49,7 @@ def extract(
         ),
     ] = None,
     share: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="sparse: of elements stored. Default: 0.5%.")
+        str | None, typer.Option(metavar="SHARE", help="sparse: share of elements stored. Default: 0.5%.")
     ] = None,
     scope: Annotated[
         str | None,
@@ -75,7 +75,9 @@ def extract(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="all: bytes of each adapter, as 1MB. Default: those of a LoRA of rank 16."),
+        typer.Option(
+            metavar="SIZE", help="all: size of each adapter, such as 1MB. Default: those of a LoRA of rank 16."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be kept, write nothing.")] = False,
     resume: opt.Resume = False,
@@ -200,7 +202,7 @@ def _say_left_out(made: dict[str, Any], quiet: bool) -> None:
         most = ", ".join(f"{name} {share:.2%}" for name, share in list(tensors.items())[:3])
         names = most + ", ..." * (len(tensors) > 3)
         count = counted(len(tensors), "tensor")
-        beside = " beside the linear layers" if made["as"] == "lora" and "include" not in made else ""
+        beside = " outside the linear layers" if made["as"] == "lora" and "include" not in made else ""
         note(f"left out: {made['left_out']:.2%} of the change, {count}{beside} ({names})", quiet)
     if made["other_tokens"]:
         names = ", ".join(made["other_tokens"])

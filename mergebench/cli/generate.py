@@ -13,7 +13,7 @@ from mergebench.cli.output import note, say, say_json, say_part
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, BASE+DELTA or org/name.")],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model continues, or answers.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are written at most.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     device: opt.Device = "auto",
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -26,14 +26,14 @@ def generate(
     """
     quiet = quiet or json_
     note(f"reading {model}", quiet)
-    from mergebench.deltas.open import open_model
-    from mergebench.networks.device import device_of
     from mergebench.networks.generation import generate as write_after
-    from mergebench.networks.network import Network
 
-    place = device_of(opt.check_device(device))
-    network = Network(open_model(model, to_run=True), "AutoModelForCausalLM", place)
-    text = write_after(network, prompt, most=max_tokens, write=(lambda part: None) if json_ else say_part)
-    for remark in network.remarks:
-        note(f"note: {remark}", quiet)
+    text = write_after(
+        model,
+        prompt,
+        max_tokens=max_tokens,
+        device=opt.check_device(device),
+        write=(lambda part: None) if json_ else say_part,
+        remark=lambda said: note(f"note: {said}", quiet),
+    )
     say_json({"model": model, "prompt": prompt, "text": text}) if json_ else say()

@@ -11,6 +11,7 @@ import typer
 
 from mergebench.cli.lazy import torch_later
 from mergebench.cli.output import say_text
+from mergebench.errors import RecipeError, counted
 
 if TYPE_CHECKING:
     from mergebench.engine.method import Method
@@ -40,6 +41,9 @@ def _recipe(name: str, method: Method, given: list[str]) -> Iterator[str]:
     count = method.models or 2
     based = method.needs_base
     places = ["BASE"] * based + ([f"MODEL_{number + 1}" for number in range(count)] if count > 1 else ["MODEL"])
+    if method.models is not None and len(given) > len(places):
+        beside = " beside the base" if based else ""
+        raise RecipeError(f"'{name}' takes {counted(count, 'model')}{beside}, got {len(given) - based}")
     models = given + places[len(given) :]
     yield f"# {method.summary} {method.paper}"
     yield f"merge_method: {_text(name)}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -118,16 +119,30 @@ def _sizes(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _rows(tensors: list[dict[str, Any]], every: bool) -> list[tuple[str, str, str]]:
-    """Name, type and shape; of tensors that are the same in several layers one row, `layers.[0-5].weight`."""
+    """Name, type and shape; of tensors that are alike in several experts or layers one row, `layers.[0-5].weight`."""
     from mergebench.checkpoint.names import layer_of
 
-    rows: dict[tuple[str, ...], list[int]] = {}
+    rows = []
     for tensor in tensors:
         changes = "".join(f"  + {delta}" for delta in tensor.get("deltas", ()))
-        shape = " x ".join(map(str, tensor["shape"])) + changes
-        before, number, after = (None if every else layer_of(tensor["name"])) or (tensor["name"], -1, "")
-        rows.setdefault((before, after, tensor["dtype"], shape), []).append(number)
-    return [(_named(before, numbers, after), dtype, shape) for (before, after, dtype, shape), numbers in rows.items()]
+        rows.append((tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["shape"])) + changes))
+    return rows if every else _alike(_alike(rows, _expert_of), layer_of)
+
+
+def _expert_of(name: str) -> tuple[str, int, str] | None:
+    found = re.fullmatch(r"(.*\bexperts)\.(\d+)\.(.*)", name)
+    return found and (found[1], int(found[2]), found[3])
+
+
+def _alike(
+    rows: list[tuple[str, str, str]], split: Callable[[str], tuple[str, int, str] | None]
+) -> list[tuple[str, str, str]]:
+    """The rows with those as one that differ in a number of their names alone."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for name, *rest in rows:
+        before, number, after = split(name) or (name, -1, "")
+        found.setdefault((before, after, *rest), []).append(number)
+    return [(_named(before, numbers, after), dtype, shape) for (before, after, dtype, shape), numbers in found.items()]
 
 
 def _named(before: str, numbers: list[int], after: str) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mergebench import __version__
 from mergebench.engine.machine import available_memory, cores
 from mergebench.errors import first_line, human
+from mergebench.plugins import install_command
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
@@ -65,8 +66,7 @@ def _devices() -> Part:
 def _extras() -> Iterator[Part]:
     for extra, what in EXTRAS.items():
         lacking = [name for name in _required(extra) if _version(name) is None]
-        hint = f"pip install 'mergebench[{extra}]', or in a clone: pip install -e '.[{extra}]'"
-        name = f"[{extra}]"
+        name, hint = f"[{extra}]", install_command(extra)
         yield Part(name, MISSING, f"{what}: no {', '.join(lacking)}", hint) if lacking else Part(name, OK, what)
 
 
@@ -92,13 +92,15 @@ def _disks() -> Iterator[Part]:
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
     places = {
         "working directory": Path(),
-        "hub cache": Path(hub).expanduser(),
+        "hub cache": Path(os.path.expanduser(hub)),  # noqa: PTH111 - as the hub does, for a user without a home too
         "temporary": Path(tempfile.gettempdir()),
     }
     for name, path in places.items():
         there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
         free = shutil.disk_usage(there).free
         hint = "little: most models need more" if free < LITTLE else None
+        if "~" in path.parts:
+            hint = "this user has no home: set HF_HOME"
         yield Part(name, OK, f"{human(free)} free, {path.absolute()}", hint)
 
 

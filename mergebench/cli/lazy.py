@@ -25,6 +25,9 @@ class _Later(ModuleType):
         return getattr(real, name)
 
 
+AFTER = 1.0  # seconds until it is said that torch is being imported
+
+
 def say_loading() -> None:
     """On a terminal: say so where torch is still being imported after a second, until it is."""
     if sys.stderr is not None and sys.stderr.isatty():
@@ -32,7 +35,9 @@ def say_loading() -> None:
 
 
 def _wait() -> None:
-    time.sleep(1)
+    time.sleep(AFTER)
+    while isinstance(sys.modules.get("torch"), _Later | None):  # on a slow disk its import has yet to begin
+        time.sleep(0.05)
     if not _is_loading():
         return
     os.write(2, b"loading torch\r")

@@ -10,14 +10,15 @@ import typer
 from mergebench.cli import complete
 from mergebench.cli import options as opt
 from mergebench.cli.help import App
-from mergebench.cli.output import note, say_json, say_out
+from mergebench.cli.output import count_bar, note, say_json, say_out
 from mergebench.errors import counted, human
 
 app = App(help="Masks for sparse fine-tunes (PaFi), shared by many tasks.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The base: a directory, BASE+ADAPTER or org/name.")]
 Smallest = Annotated[
-    str, typer.Option(metavar="SHARE", help="Of elements, those with the smallest values: .5%, or 0.005.")
+    str,
+    typer.Option(metavar="SHARE", help="Share of elements to choose, those with the smallest values: .5%, or 0.005."),
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The mask to write, MASK.safetensors.")]
 Scope = Annotated[
@@ -62,7 +63,7 @@ def fisher(
 ) -> None:
     """Write the mask of the elements with the smallest Fisher values, mean squared gradients from a file.
 
-    Example: mergebench mask fisher BASE --from items.jsonl --smallest 0.5% --out mask.safetensors
+    Example: mergebench mask fisher BASE --from fisher.safetensors --smallest 0.5% --out mask.safetensors
     """
     _make(model, smallest, out, from_, scope, include, overwrite, json_, quiet)
 
@@ -82,7 +83,8 @@ def _make(
 
     share = opt.parse_share(smallest, "--smallest")
     how: dict[str, Any] = {"share": share, "fisher": fisher, "scope": scope, "include": include or ()}
-    made = make_mask(model, out, **how, overwrite=overwrite)
+    with count_bar("ranking", quiet or json_) as progress:
+        made = make_mask(model, out, **how, overwrite=overwrite, progress=progress)
     size = human(out.stat().st_size)
     chosen = f"{made.chosen:,} of {made.numel:,} elements in {counted(len(made.counts), 'tensor')}"
     note(f"{chosen}, {size}, {made.seconds:.1f} s", quiet or json_)
@@ -95,7 +97,7 @@ def overlap(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another mask of the same model.")],
     json_: opt.Json = False,
 ) -> None:
-    """Show how many positions two masks share, beside what random masks of these sizes would.
+    """Show how many positions two masks share, and how many random masks of these sizes would.
 
     Example: mergebench mask overlap one.safetensors other.safetensors
     """

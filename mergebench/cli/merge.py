@@ -107,16 +107,18 @@ def merge(
     with byte_bar("merging", plan.bytes_read, quiet, _sweeps(plan)) as progress:
         result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)
-    found = None
-    if suite is not None and not (result.already_done and (target / "evaluation.json").exists()):
+    found, measured = None, result.already_done and (target / "evaluation.json").exists()
+    if suite is not None and not measured:
         with item_bar("evaluating", quiet) as step:
             how: Any = {"device": device, "results": results, "progress": step}
             how["cluster"] = () if on is None else join(on, models=True)
             found = measure.evaluate(loaded, target, suite=suite, **how)
-    elif suite is not None and not (target / "report.html").exists():  # the last file: the run was killed before it
+    elif suite is not None:
         found = Results.load(target)
-        save(found, target)
-        measure.show(loaded, target, found)
+        measured = (target / "report.html").exists()  # the last file
+        if not measured:  # the run was killed before it
+            save(found, target)
+            measure.show(loaded, target, found)
     if json_:
         document: dict[str, Any] = {"out": str(result.out), **result.provenance}
         if earlier:
@@ -124,6 +126,8 @@ def merge(
         if found is not None:
             document["evaluation"] = document_of(found)
         say_json(document)
+    elif found is not None and measured:
+        evaluate.say_tables(found)
     elif found is not None:
         evaluate.say_results(found, target, results, json_, quiet)
     else:
@@ -163,8 +167,10 @@ def _sweeps(plan: Plan) -> list[tuple[str, int]]:
 
 
 def _summary(plan: Plan) -> str:
+    from mergebench.recipe.open import models_of
+
     return (
-        f"{counted(len(plan.merge.models), 'model')}, {plan.elements / 1e6:.1f} M elements, "
+        f"{counted(len(models_of(plan.merge.recipe)), 'model')}, {plan.elements / 1e6:.1f} M elements, "
         f"{counted(plan.sweeps, 'sweep')}, {human(plan.bytes_read)} to read"
     )
 

@@ -36,7 +36,12 @@ def parse_share(text: str, option: str) -> float:
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set parameters.density=0.2. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the recipe: --set parameters.density=0.2. Repeatable.",
+        autocompletion=complete.settings,
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of random masks; overrides the recipe's.")]
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Most memory for buffers and statistics.")]
@@ -76,10 +81,11 @@ Split = Annotated[
         autocompletion=complete.words("validation", "test"),
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Results = Annotated[
-    Path, typer.Option(metavar="DIR", help="What is measured is kept there, and never measured twice.", file_okay=False)
+    Path,
+    typer.Option(metavar="DIR", help="Where results are kept, so that nothing is measured twice.", file_okay=False),
 ]
 Backbone = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the bank's backbone is now. Default: where it was.")
@@ -108,7 +114,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 def check_device(device: str) -> str:
     """The device's name, if it can be one; whether the machine has it is seen when it is used."""
     if device == "mps":
-        raise RecipeError("--device mps: not supported", "sums are float64, which it does not have; choose cpu")
+        raise RecipeError("--device mps: not supported", "it lacks the float64 in which sums are taken; choose cpu")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise wrong("--device", device, "auto, cpu, cuda or cuda:N")
     return device

@@ -135,21 +135,19 @@ def _show(found: Plan, out: Path, read_gbps: float) -> None:
     say(f"  read      {human(found.bytes_read)}")
     say(f"  write     {human(found.bytes_written)} in {counted(len(facts['files']), 'file')} to {out}")
     if facts["tasks"]:
-        say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, beside one vector")
+        say(f"  tasks     {', '.join(facts['tasks'])}: a one-bit mask per element each, and one vector for all")
     say(f"  disk      {human(facts['disk_free'])} free; staged in {facts['staging']}")
-    beside = " and each worker" if "cluster" in facts else ""
-    say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch{beside}")
+    more = ", and for each worker" if "cluster" in facts else ""
+    say(f"  memory    {human(found.peak_memory)} of {human(found.memory)}, plus about 300 MB for torch{more}")
     if "largest_matrix" in facts:
         one = facts["largest_matrix"]
-        shape = " x ".join(map(str, one["shape"]))
-        say(
-            f"  matrices  {counted(one['count'], 'tensor')} whole, the largest {shape}: {human(one['memory'])} a worker"
-        )
+        shape, each = " x ".join(map(str, one["shape"])), human(one["memory"])
+        say(f"  matrices  {counted(one['count'], 'tensor')} whole, the largest {shape}: {each} per worker")
     if "cluster" in facts:
-        each = facts["cluster"]
-        say(f"  machines  {counted(len(each['workers']), 'machine')}, each with the memory above")
-        say(f"  workers   {sum(each['workers'])} on cpu: {', '.join(map(str, each['workers']))}")
-        say(f"  share     {human(each['bytes_read'])} read and {human(each['bytes_written'])} written by a machine")
+        share = facts["cluster"]
+        say(f"  machines  {counted(len(share['workers']), 'machine')}, each with the memory above")
+        say(f"  workers   {sum(share['workers'])} on cpu: {', '.join(map(str, share['workers']))}")
+        say(f"  share     {human(share['bytes_read'])} read and {human(share['bytes_written'])} written per machine")
     else:
         say(f"  workers   {found.workers} on {found.device}")
     if facts["seconds"] is not None:
@@ -163,13 +161,14 @@ def _facts(plan: Plan, out: Path, read_gbps: float) -> dict[str, Any]:
 
     from mergebench.checkpoint.target import partial
     from mergebench.engine.duration import estimate
+    from mergebench.recipe.open import models_of
 
     merge = plan.merge
     folder = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
     base, models = merge.base and merge.base.reference, [model.reference for model in merge.models]
     slices = merge.recipe.get("slices") or []
     if slices:  # each of these models is composed of several
-        base, models = merge.recipe.get("base_model"), list(_named(slices))
+        base, models = merge.recipe.get("base_model"), models_of(merge.recipe)
     time = estimate(plan, read_gbps * 1e9)
     return {
         "method": merge.method.name,
@@ -210,11 +209,6 @@ def _cluster(plan: Plan) -> dict[str, Any]:
         return {}
     share = {"bytes_read": plan.bytes_read // count, "bytes_written": plan.bytes_written // count}
     return {"cluster": {"workers": [machine.workers for machine in plan.cluster], **share}}
-
-
-def _named(slices: list[dict[str, Any]]) -> dict[str, None]:
-    """The models that slices name."""
-    return dict.fromkeys(source["model"] for one in slices for source in one["sources"])
 
 
 def _slices(slices: list[dict[str, Any]]) -> Iterator[str]:

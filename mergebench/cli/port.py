@@ -29,17 +29,20 @@ def port(
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Write nothing: what fits, how far the base moved, how that lies to the patch."),
+        typer.Option(
+            "--check",
+            help="Write nothing. Report what fits, how far the base moved, and how that relates to the patch.",
+        ),
     ] = False,
     suite: Annotated[
         Path | None,
         typer.Option(metavar="SUITE", help="Measure old, tuned, new and ported model on the tasks of a suite."),
     ] = None,
     difference: Annotated[
-        bool, typer.Option("--difference", help="Of an adapter: the checkpoint NEW + what it adds to OLD.")
+        bool, typer.Option("--difference", help="For an adapter: write the checkpoint NEW + what it adds to OLD.")
     ] = False,
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Tensors that stay NEW's. Repeatable.")
+        list[str] | None, typer.Option(metavar="GLOB", help="Tensors to keep from NEW. Repeatable.")
     ] = None,
     split: opt.Split = None,
     device: opt.Device = "auto",

@@ -45,7 +45,7 @@ def fit(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Fit a probe on what MODEL makes of labelled texts, and say how well it tells them apart.
+    """Fit a probe on MODEL's features of labelled texts, and report how well it separates them.
 
     Example: mergebench probe fit MODEL --data texts.jsonl --layer all --out probe.safetensors
     """
@@ -74,20 +74,22 @@ def fit(
 
 def _said(probe: Probe) -> list[str]:
     """The table of layers, if all were tried, then the probe's scores."""
+    from mergebench.evaluation.tables.results import share_of
+
     about = probe.about
     lines = []
     if "layers" in about:
         lines.append(" layer      accuracy    AUC")
         for one in about["layers"]:
             mark = "  <" if one["layer"] == about["layer"] else ""
-            accuracy = f"{100 * one['cv_accuracy']:5.1f} ± {100 * one['cv_stderr']:.1f} %"
-            lines.append(f" {one['layer']:5}  {accuracy}  {one['auc']:.3f}{mark}")
+            accuracy = f"{share_of(one['cv_accuracy'], about['n_train'])} %"
+            lines.append(f" {one['layer']:5}  {accuracy:>13}  {one['auc']:.3f}{mark}")
         lines += ["", f" Cross-validated on {about['n_train']} texts, {_share(about['cv_majority'])} of one class.", ""]
     desired, undesired = about["classes"]
     lines += [
         f"'{undesired}' (undesired) against '{desired}', layer {about['layer']} of {about['depth']}",
         f"  train            {_share(about['train_accuracy'])} of {about['n_train']} texts right",
-        f"  cross-validated  {100 * about['cv_accuracy']:.1f} ± {100 * about['cv_stderr']:.1f} %, C = {about['C']:g}",
+        f"  cross-validated  {share_of(about['cv_accuracy'], about['n_train'])} %, C = {about['C']:g}",
         f"  test             {_share(about['test_accuracy'])} of {about['n_test']} texts, AUC {about['auc']:.3f}",
         f"  larger class     {_share(about['majority'])} of the test texts",
     ]

@@ -21,25 +21,26 @@ SHOWN = 30  # rows of the table
 def results(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of results.")] = Path("results"),
     unused: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Only what was not used for so many days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Only what was not used for this many days.")
     ] = None,
     gone: Annotated[
         bool, typer.Option("--gone", help="Only results whose data or model are no longer where they were.")
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Delete what --unused and --gone select: it would be measured again.")
+        bool, typer.Option("--prune", help="Delete what --unused and --gone select. It is measured again when needed.")
     ] = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Show what is kept of measurements: of which suites and models, how large, when it was used last.
+    """Show the results that are kept: their suites and models, size and last use.
 
     Example: mergebench results --unused 30 --prune
     """
     from mergebench.evaluation.kept import delete, kept
 
-    if prune and unused is None and not gone:
-        raise RecipeError("--prune: of what?", "--unused DAYS, --gone, or both; --unused 0 is everything")
+    selected = unused is not None or gone
+    if prune and not selected:
+        raise RecipeError("--prune: it does not say which", "--unused DAYS, --gone, or both; --unused 0 is everything")
     found = [one for one in kept(folder) if (unused is None or one.unused(unused)) and (one.gone or not gone)]
     if prune:
         delete(found)
@@ -47,11 +48,14 @@ def results(
     if json_:
         say_json({"folder": str(folder), **total, "pruned": prune, "kept": [_facts(one) for one in found]})
         return
+    if selected and not found:
+        say(f"nothing to delete in {folder}")
+        return
     if found:
         _show(found)
     size = f"{counted(len(found), 'file')}, {human(total['bytes'])}"
     say(f"deleted {size} from {folder}" if prune else f"{size} in {folder}")
-    note("to delete them: add --prune", quiet or prune or not found or (unused is None and not gone))
+    note("to delete them: add --prune", quiet or prune or not selected)
 
 
 def _show(found: list[Kept]) -> None:

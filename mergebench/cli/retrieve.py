@@ -15,7 +15,7 @@ from mergebench.errors import counted, escaped
 def retrieve(
     bank: Annotated[Path, typer.Argument(metavar="BANK", help="A directory that cil run wrote.")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines: an id, a text or image, perhaps a label.")],
-    trace: Annotated[bool, typer.Option("--trace", help="Say of each item which way it took.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Show the path of each item.")] = False,
     stage: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Answer as after task N. Default: the last.")
     ] = None,
@@ -29,7 +29,7 @@ def retrieve(
     Example: mergebench adapters retrieve banks/mine/seed-0/merged items.jsonl
 
     With --trace also the path (02>04>04: under adapter 02 the head named task 04, under 04 again), how many adapters
-    were evaluated, and how it ended: settled, cycle (it would go round for ever) or stopped (after four).
+    were evaluated, and how it ended: settled, cycle (it would repeat forever) or stopped (after four).
     """
     from mergebench.systems.mos.inference import infer
 
@@ -58,8 +58,10 @@ def _end(item: dict[str, Any]) -> str:
 
 def _say(about: dict[str, Any], quiet: bool) -> None:
     """Print the summary."""
+    from mergebench.evaluation.tables.results import share_of
+
     count = about["n"]
-    each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder an item"
+    each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder per item"
     ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"
     note(f"{counted(count, 'item')} at stage {about['stage']}: {each}; {ends}", quiet)
     labelled = about.get("labelled")
@@ -68,7 +70,7 @@ def _say(about: dict[str, Any], quiet: bool) -> None:
     if labelled < count:
         note(f"{count - labelled} of later tasks are not counted", quiet)
     if labelled:
-        right = f"accuracy {_percent(about['accuracy'])} ± {_percent(about['stderr'])} %"
+        right = f"accuracy {share_of(about['accuracy'], labelled)} %"
         steps = ", ".join(map(_percent, about["steps"]))
         note(f"{right}; their own task's adapter at step 0 to {len(about['steps']) - 1}: {steps} %", quiet)
 

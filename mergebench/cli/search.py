@@ -24,7 +24,11 @@ def search(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")],
     over: Annotated[
         list[str],
-        typer.Option(metavar="WHAT", help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*; commas between."),
+        typer.Option(
+            metavar="WHAT",
+            help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*; commas between.",
+            autocompletion=complete.dimensions,
+        ),
     ],
     suite: Annotated[
         Path | None, typer.Option(metavar="SUITE", help="A YAML file of tasks. Default: the recipe's.")
@@ -46,7 +50,7 @@ def search(
             autocompletion=complete.words("mean", "relative", "worst"),
         ),
     ] = "mean",
-    seed: Annotated[int, typer.Option(min=0, help="Of random and cmaes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random and cmaes.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -65,7 +69,7 @@ def search(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Search parameters of a RECIPE on the validation tasks of a suite, and report the best on its test tasks.
+    """Search for better parameters of a RECIPE on a suite's validation tasks, and report the best on its test tasks.
 
     Example: mergebench search recipe.yaml --over lambda,density --budget 20
     """
@@ -108,7 +112,7 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -
     from mergebench.evaluation.tables.sheet import written
 
     points = found.history.points
-    note(f"{found.resumed} of {counted(len(points), 'point')} were there already", quiet or not found.resumed)
+    note(f"{found.resumed} of {counted(len(points), 'point')} were measured before", quiet or not found.resumed)
     failed = [point for point in points if point.objective is None]
     if failed:
         note(f"{len(failed)} of {counted(len(points), 'point')} failed, the first: {failed[0].error}", quiet)

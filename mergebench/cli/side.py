@@ -41,7 +41,7 @@ def init(
         ),
     ] = "chain",
     keep_layers: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="A block that stays, from 0. Repeatable. Default: all.")
+        list[int] | None, typer.Option(metavar="N", help="A block to keep, counted from 0. Repeatable. Default: all.")
     ] = None,
     data: Annotated[
         Path | None,

@@ -22,7 +22,7 @@ def train(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Train a delta, an adapter or all weights on a base, with every seed, and measure what came out.
+    """Train a delta, an adapter or all weights on a base, with every seed, and measure the result.
 
     Example: mergebench train config.yaml --out trained/mine
     """

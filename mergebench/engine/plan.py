@@ -270,7 +270,7 @@ def plan_merge(
     needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)
     if needed > memory and chunk is None:
         raise RecipeError(
-            f"--memory {memory // MB}MB: '{method.name}' needs at least {-(-needed // MB)}MB here",
+            f"--memory {human(memory).replace(' ', '')}: '{method.name}' needs at least {-(-needed // MB)}MB here",
             "give it more memory, or fewer --workers",
         )
     for note in merge.notes:
@@ -294,7 +294,7 @@ def _check_models(merge: Merge) -> None:
         raise RecipeError(f"base_model: '{merge.base.reference}' is a difference to a base, no model")
     if method.models is not None and count != method.models:
         wanted = f"{method.models} model{'s' * (method.models > 1)}"
-        beside = " beside the base" if merge.from_base else ""
+        beside = " besides the base" if merge.from_base else ""
         hint = "base_model counts as one of them" if merge.base is not None and not merge.from_base else None
         raise RecipeError(f"models: '{method.name}' takes exactly {wanted}{beside}, got {count}", hint)
     if count == 0:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Result:
     """A merged checkpoint and the cost of the run."""
 
     out: Path
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(repr=False)
     already_done: bool = False  # --resume found it finished
 
 

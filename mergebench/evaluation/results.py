@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from mergebench.checkpoint.documents import read_json
-from mergebench.errors import RunError
+from mergebench.errors import RunError, counted
 from mergebench.evaluation.task import Direction, Item, Prediction
 
 Role = Literal["base", "input", "merged", "baseline"]
@@ -34,7 +34,7 @@ class Record:
     n: int  # items
     relative: float | None  # value / value of the task's own fine-tune; None if that was not measured
     seconds: float
-    predictions: Mapping[str, Prediction]  # by the items' ids; in JSON [output, score]
+    predictions: Mapping[str, Prediction] = field(repr=False)  # by the items' ids; in JSON [output, score]
 
 
 class Entry(TypedDict):
@@ -91,6 +91,9 @@ class Results:
     records: tuple[Record, ...]
     items: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)  # by task and id; in JSON [text, gold]
 
+    def __repr__(self) -> str:
+        return f"<Results: {counted(len(self.models), 'model')} on {counted(len(self.tasks), 'task')}>"
+
     @property
     def models(self) -> list[str]:
         return list(dict.fromkeys(record.model for record in self.records))
@@ -104,9 +107,9 @@ class Results:
         return {record.task: record for record in self.records if record.model == model}
 
     @classmethod
-    def load(cls, path: Path) -> Results:
+    def load(cls, path: str | Path) -> Results:
         """Read `evaluation.json`, from the file or its directory; `RunError` if it holds something else."""
-        path = path / FILE if path.is_dir() else path
+        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
             found = read_json(path, Document)
         except OSError as error:

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.reference import looked_in
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.evaluation import scorers
 from mergebench.evaluation import tasks as kinds
 from mergebench.evaluation.scorer import Scorer
 from mergebench.evaluation.task import Kind, Ready
-from mergebench.recipe.declared import Declaring, Reader, looked_in
+from mergebench.recipe.declared import Declaring, Reader
 from mergebench.recipe.positions import Loc, Places, show
 from mergebench.recipe.yaml import find, parse, plain, text_of
 
@@ -112,7 +113,8 @@ def load_suite(
         found = find(source, folders)
         if found is None:
             what = f"no such suite file: {os.fspath(source)}"
-            raise places.error(at, what, looked_in(folders)) if places else RecipeError(what, looked_in(folders))
+            hint = looked_in(os.fspath(source), folders)
+            raise places.error(at, what, hint) if places else RecipeError(what, hint)
         path, loc, places = found, (), Places({(): str(found)})
         folders = [path.parent, *folders]
         data = parse(text_of(path), str(path), places)

@@ -35,7 +35,7 @@ def model_stock(tvs: TaskVectors, p: Params, ctx: Context) -> Passes:
     """
     n = len(tvs)
     if n < 2:
-        raise RecipeError(f"models: 'model_stock' takes at least 2 models beside the base, got {n}", "add a fine-tune")
+        raise RecipeError(f"models: 'model_stock' takes at least 2 models besides the base, got {n}", "add a fine-tune")
     if not p.filter_wise:
         dots = yield gram(tvs)
         return total(tvs) * (interpolation(dots).item() / n)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 from mergebench.checkpoint.layouts import quiet
+from mergebench.deltas.open import open_model
 from mergebench.errors import RunError
+from mergebench.networks.device import device_of
 from mergebench.networks.network import Network
 from mergebench.networks.tokenizer import no_token
 
@@ -31,13 +33,29 @@ def take_settings(network: Network) -> None:
     network.module.generation_config = own
 
 
-def generate(network: Network, prompt: str, *, most: int, write: Callable[[str], None] = lambda text: None) -> str:
-    """The likeliest continuation of a prompt, of at most so many tokens; as a user's message where the tokenizer has a
-    chat template.
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    device: str = "auto",
+    write: Callable[[str], None] = lambda text: None,
+    remark: Callable[[str], None] = lambda text: None,
+) -> str:
+    """What a language model writes after a prompt, of at most so many tokens: always the likeliest one. The prompt is
+    put as a user's message where the tokenizer has a chat template.
 
-    write: called with each piece of text as it is known. Raises `RunError` if the prompt has no token, or the model's
-    outputs are not finite.
+    device: auto, cpu, cuda or cuda:N. write: called with each piece of text as it is known; remark: with notes on the
+    model. Raises `RunError` if the prompt has no token, or the model's outputs are not finite.
     """
+    network = Network(open_model(model, to_run=True), "AutoModelForCausalLM", device_of(device))
+    text = _written(network, prompt, max_tokens, write)
+    for note in network.remarks:
+        remark(note)
+    return text
+
+
+def _written(network: Network, prompt: str, most: int, write: Callable[[str], None]) -> str:
     from transformers import TextStreamer
 
     tokenizer, parts = network.tokenizer, list[str]()

@@ -63,7 +63,7 @@ def read_rows(
             continue
         item = word(record, id_column, where)
         if item in places:
-            raise RunError(f"{where}: id '{item}' stands in {places[item]} already", ID_HINT)
+            raise RunError(f"{where}: id '{item}' is in {places[item]} already", ID_HINT)
         places[item] = where.rpartition("/")[2]
         rows.append(Row(where, item, tuple(column(record, name, where) for name in columns)))
     if not rows:

@@ -149,7 +149,9 @@ def _build(model: LoadableModel, tensors: Mapping[str, Tensor], auto_class: str)
             )
     except Exception as error:  # transformers lets any error of its parts through
         raise failed(model.reference, "the model", error) from None
-    _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class)
+    stored = config.architectures or [architecture.__name__]
+    foreign = FOREIGN if architecture.__name__ in stored else f"it is a {stored[0]}, not a {architecture.__name__}"
+    _check(model.reference, report, tensors, architecture.base_model_prefix, auto_class, foreign)
     return module
 
 
@@ -180,8 +182,13 @@ def _idle(name: str) -> bool:
     return name.endswith(DERIVED) or "pooler." in name
 
 
-def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str) -> None:
-    """Check that every tensor has a place and every place a tensor. A bare encoder may lack poolers and heads."""
+def _check(
+    name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, auto_class: str, foreign: str
+) -> None:
+    """Check that every tensor has a place and every place a tensor. A bare encoder may lack poolers and heads.
+
+    foreign: the hint where a head is missing.
+    """
     bare = auto_class == "AutoModel"
     headed = bare and any(tensor.startswith(f"{prefix}.") for tensor in tensors)
 
@@ -197,7 +204,7 @@ def _check(name: str, report: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ModelError(
                 f"model '{name}': '{min(keys)}' {what} in the model of its config.json{more}",
-                FOREIGN,
+                foreign if keys is missing else FOREIGN,
             )
 
 

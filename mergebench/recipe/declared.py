@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from mergebench.checkpoint.reference import looked_in
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.parameters import Parameter, make_params
 from mergebench.recipe.positions import Loc, Places, show
@@ -58,7 +59,7 @@ class Reader:
         found = find(value, self.folders, parameter.folder)
         if found is None and (parameter.type is Path or value.endswith((".yaml", ".yml"))):
             what = f"no such {'folder' if parameter.folder else 'file'}: {value}"
-            raise self.places.error(loc, what, looked_in(self.folders))
+            raise self.places.error(loc, what, looked_in(value, self.folders))
         return found or value
 
     def at(self, loc: Loc, make: Callable[[], T]) -> T:
@@ -67,9 +68,3 @@ class Reader:
             return make()
         except RecipeError as error:
             raise self.places.error(loc, error.message, error.hint) from None
-
-
-def looked_in(folders: Sequence[Path]) -> str:
-    """The hint for a file that is not found."""
-    there = "".join(f", then in {folder}" for folder in dict.fromkeys(folders) if folder != Path())
-    return f"looked for in the working directory{there}"

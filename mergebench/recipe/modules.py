@@ -67,7 +67,7 @@ def lift(data: dict[str, Any], places: Places) -> tuple[dict[str, Any], tuple[Pa
             if key not in CONTENTS:
                 raise places.error((*here, key), "no such key", f"a module has {', '.join(CONTENTS)}")
             if key != "parameters" and value is not None and lifted.get(key) is not None:
-                raise places.error((*here, key), f"stands beside {key} at the top", "give one of them")
+                raise places.error((*here, key), f"cannot be given with {key} at the top", "give one of them")
             if key == "parameters" and not isinstance(value, (dict, type(None))):
                 raise places.error((*here, key), f"must be a mapping, got {show(value)}")
     if len(modules) > 1:
@@ -119,7 +119,7 @@ def join(data: dict[str, Any], modules: Mapping[str, Any], places: Places) -> tu
     if _REST in modules:
         joined["exclude"] = [*(data.get("exclude") or []), *_globs(set(_TOWERS) - set(listed))]
     elif data.get("include"):
-        raise places.error(("include",), "stands beside several modules", "give one of them, or use exclude")
+        raise places.error(("include",), "cannot be given with several modules", "give one of them, or use exclude")
     else:
         joined["include"] = _globs(listed)
         inner = [one for one in _TOWERS if one not in listed and any(one.startswith(f"{word}.") for word in listed)]
@@ -150,7 +150,7 @@ def _entries(name: str, module: Mapping[str, Any], places: Places) -> tuple[dict
     """A module's models by reference, with place and parameters; and its number of layers if it has slices."""
     here: Loc = ("modules", name)
     if module.get("models") and module.get("slices"):
-        raise places.error((*here, "slices"), "stands beside models", "give one of them")
+        raise places.error((*here, "slices"), "cannot be given with models", "give one of them")
     models, layers = module.get("models"), None
     shared: dict[str, Any] = {}
     where: Loc = (*here, "models")

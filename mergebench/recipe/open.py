@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mergebench.checkpoint import Model
-from mergebench.checkpoint.reference import Location, locate
+from mergebench.checkpoint.reference import Location, locate, looked_in
 from mergebench.deltas.open import open_model
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.positions import Loc
@@ -24,8 +25,7 @@ def find_file(text: str, folders: Sequence[Path]) -> Path:
     """A file that a recipe names: from the working directory, then from `folders`."""
     found = find(text, folders)
     if found is None:
-        paths = [folder / text for folder in [Path(), *folders]]
-        raise RecipeError(f"no such file: {text}", f"looked for at {', '.join(map(str, dict.fromkeys(paths)))}")
+        raise RecipeError(f"no such file: {text}", looked_in(text, folders))
     return found
 
 
@@ -41,6 +41,13 @@ def locate_named(recipe: Recipe, reference: str, loc: Loc) -> Location:
         return locate(reference, folders(recipe))
     except MergebenchError as error:  # a missing model is an error of the recipe: add where it is named
         raise type(error)(f"{recipe.where(*loc)}: {error.message}", error.hint) from None
+
+
+def models_of(recipe: Mapping[str, Any]) -> list[str]:
+    """The models that a recipe merges, by their names in it; of slices each once."""
+    sources = [source for one in recipe.get("slices") or () for source in one.get("sources") or ()]
+    given = [str(one.get("model") or one.get("task_vector")) for one in [*(recipe.get("models") or ()), *sources]]
+    return list(dict.fromkeys(given)) if sources else given
 
 
 def short_names(references: Sequence[str]) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def show(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, (list, tuple)):
-        return "a list"
+        numbers = 0 < len(value) <= 4 and all(type(one) in (int, float) for one in value)
+        return str(list(value)) if numbers else "a list"  # such as a range
     if value is None:
         return "nothing"
     if isinstance(value, bool):

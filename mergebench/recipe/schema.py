@@ -166,7 +166,7 @@ def check(data: Mapping[str, Any], places: Places) -> dict[str, Any]:
     if not found.get("models") and not found.get("slices"):
         raise places.error(("models",), "names no model", LIST_MODELS)
     if found.get("models") and found.get("slices"):
-        raise places.error(("slices",), "stands beside models", "give one of them")
+        raise places.error(("slices",), "cannot be given with models", "give one of them")
     _check_slices(found, places)
     for i, entry in enumerate(found.get("models", ())):
         found["models"][i] = entry = _keys(entry, ENTRY, ("models", i), places)
@@ -221,7 +221,7 @@ def _check_places(data: Mapping[str, Any], places: Places) -> None:
                 if key in takes and places.where(here).startswith("--set"):
                     what = f"'{data.get('merge_method')}' takes it as a parameter"
                     raise places.error(here, what, f"did you mean --set {dotted((*loc, 'parameters', key))}=VALUE?")
-                raise places.error(here, "stands in the wrong place", f"write it {right}")
+                raise places.error(here, "is in the wrong place", f"write it {right}")
 
     check_part(data, RECIPE, ())
     for key, kinds in (("models", ENTRY), ("slices", SLICE)):
@@ -234,7 +234,7 @@ def _check_places(data: Mapping[str, Any], places: Places) -> None:
     parameters = data.get("parameters")
     for key in parameters if isinstance(parameters, dict) else ():
         if key in RECIPE and key not in takes:
-            raise places.error(("parameters", key), "stands in the wrong place", "write it at the top of the recipe")
+            raise places.error(("parameters", key), "is in the wrong place", "write it at the top of the recipe")
 
 
 def _check_slices(found: dict[str, Any], places: Places) -> None:

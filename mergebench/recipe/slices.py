@@ -195,7 +195,7 @@ def put_together(
         headers=list(headers.values()),
         tensors=tensors,
         deltas=deltas,
-        sliced=True,
+        origins={name: sources[piece.slice].model for name, piece in pieces.items()},
         config_changes={**(models[0].config_changes or {}), **changes},
         remarks=tuple(remarks),
     )

@@ -50,7 +50,7 @@ class Vocabulary:
 def vocabulary(found: Mapping[str, Any], places: Places) -> Vocabulary | None:
     """The vocabulary that a checked recipe asks for; None if the models share the base's."""
     if "tokenizer_source" in found and "tokenizer" in found:
-        raise places.error(("tokenizer_source",), "stands beside tokenizer", "give one of them")
+        raise places.error(("tokenizer_source",), "cannot be given with tokenizer", "give one of them")
     if "tokenizer_source" in found:
         return Vocabulary(found["tokenizer_source"].removeprefix("model:"))  # mergekit's mark of a model
     if "tokenizer" not in found:

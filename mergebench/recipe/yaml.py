@@ -20,6 +20,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from mergebench.checkpoint.documents import read_bytes
+from mergebench.checkpoint.reference import neighbour
 from mergebench.errors import RecipeError, first_line
 from mergebench.recipe.positions import Loc, Places, show
 
@@ -161,7 +162,7 @@ class Walk:
             here = (*loc, key.value)
             self.places.texts[here] = self.at(key)
             if key.value in found:
-                raise self.places.error(here, "given twice", f"it stands in line {lines[key.value]} already")
+                raise self.places.error(here, "given twice", f"it is in line {lines[key.value]} already")
             lines[key.value] = key.start_mark.line + 1
             found[key.value] = self.value(value, here)
         return {**merged, **found}
@@ -205,7 +206,7 @@ def text_of(path: Path) -> str:
     try:
         raw = read_bytes(path)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file") from None
+        raise RecipeError(f"{path}: no such file", neighbour(str(path))) from None
     except IsADirectoryError:
         hint = f"name the file itself, or a directory with a result or mergekit's {PROVENANCE}"
         raise RecipeError(f"{path}: a directory, not a YAML file", hint) from None

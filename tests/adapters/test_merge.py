@@ -374,7 +374,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         assert hashes(tmp_path / "one") == {n[4:]: h for n, h in before.items() if n.startswith("one/")}
     code, _, err = cli("adapters", "merge", one, other, "--out", one)
-    assert code == 2 and "holds or lies in the input" in err
+    assert code == 2 and "overlaps the input" in err
 
 
 # -- pieces ------------------------------------------------------------------------------------------

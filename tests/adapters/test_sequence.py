@@ -84,7 +84,10 @@ def test_the_last_toward_the_mean(sequence: list[Path], tmp_path: Path, alpha: f
 
 def test_all_of_them_by_what_was_given(sequence: list[Path], tmp_path: Path) -> None:
     """Every prefix is of the adapters as they are, not of merged ones."""
-    merge_sequence(sequence, tmp_path / "out", alpha=0.4, every=True)
+    seen: list[tuple[int, int]] = []
+    merge_sequence(sequence, tmp_path / "out", alpha=0.4, every=True, progress=lambda *told: seen.append(told))
+    size = 4 * 3 * 8 + 2 * TILE + 5
+    assert len(seen) == 4 + 3 and seen == sorted(seen) and seen[-1] == (size, size)
     given = [load_file(path) for path in sequence]
     assert (tmp_path / "out" / "01.safetensors").read_bytes() == sequence[0].read_bytes()
     for at in range(1, 4):
@@ -330,7 +333,7 @@ def test_errors(cli: Cli, base: Path, sequence: list[Path], tmp_path: Path) -> N
         merge_adapters([lora, lora], tmp_path / "out", method="ema")
     assert error.value.hint == "mergebench.merge_sequence does it"
     code, _, err = cli("adapters", "merge", "--method", "ema", one, two, "--out", one.parent)
-    assert code == 2 and "holds or lies in the input" in err
+    assert code == 2 and "overlaps the input" in err
 
 
 # -- drift ---------------------------------------------------------------------------------------------

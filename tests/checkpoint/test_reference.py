@@ -31,3 +31,17 @@ def test_a_directory_called_tilde_is_no_home(tmp_path: Path, monkeypatch: pytest
     for name in ("~", "home"):
         Path(name).mkdir()
     assert [locate(text).checkpoint.resolve() for text in ("./~", "~")] == [tmp_path / "~", tmp_path / "home"]
+
+
+def test_where_a_path_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of several parts is no name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "one/two/three": "looked for in the working directory, then in recipes",
+        "one": "a hub model is written org/name",
+        "/one/two": None,
+    }
+    for text, hint in cases.items():
+        with pytest.raises(ModelError, match="no such file or directory") as caught:
+            locate(text, [Path("recipes")])
+        assert caught.value.hint == hint

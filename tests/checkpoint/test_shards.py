@@ -160,13 +160,17 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
+FREE, ELSEWHERE = "free some space", "name a place that you may write to"
+
+
 @pytest.mark.parametrize("number, advice", [
-    (errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, True), (errno.EACCES, False), (errno.ENOTDIR, False)
+    (errno.ENOSPC, FREE), (errno.EDQUOT, FREE), (errno.EFBIG, FREE), (errno.EACCES, ELSEWHERE),
+    (errno.EROFS, ELSEWHERE), (errno.ENOTDIR, None),
 ])  # fmt: skip
-def test_a_full_disk_gets_advice(number: int, advice: bool) -> None:
+def test_what_may_not_be_written_gets_advice(number: int, advice: str | None) -> None:
     error = write_error(Path("out/x"), OSError(number, os.strerror(number)))
     assert error.message == f"out/x: cannot be written: {os.strerror(number)}"
-    assert (error.hint is not None) == advice
+    assert error.hint == advice
 
 
 # -- layout ------------------------------------------------------------------------------------------

@@ -258,10 +258,11 @@ def test_no_bar_when_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bar_on_a_terminal(base: Tensors) -> None:
-    """And stdout still holds the result alone."""
+def test_a_terminal_sees_what_takes_time(base: Tensors) -> None:
+    """Torch being imported, then a bar; and stdout still holds the result alone."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "mergebench", "merge", "recipe.yaml", "--out", "out"]
+    program = "from mergebench.cli import command, lazy; lazy.AFTER = 0; command()"
+    command = [sys.executable, "-c", program, "merge", "recipe.yaml", "--out", "out"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True)
     os.close(theirs)
     shown = b""
@@ -272,6 +273,7 @@ def test_a_bar_on_a_terminal(base: Tensors) -> None:
             break
     os.close(ours)
     assert done.stdout == b"out\n"
+    assert shown.startswith(b"loading torch\r\x1b[K")  # which goes before anything else is said
     assert b"\x1b[" in shown and b"merging" in shown and b"wrote out" in shown
 
 
@@ -410,6 +412,19 @@ def test_inspect(base: Tensors, cli: Cli) -> None:
         "name": "layers.0.weight", "dtype": "F32", "shape": [8, 8], "bytes": 256, "deltas": ["low_rank rank 2"],
         "file": "model-00002-of-00002.safetensors",
     }  # fmt: skip
+
+
+def test_experts_that_are_alike_are_one_row(base: Tensors, cli: Cli) -> None:
+    names = [f"model.layers.{layer}.moe.experts.{n}.{w}.weight" for layer in (0, 1) for n in range(3) for w in "ab"]
+    odd = {"model.layers.1.moe.experts.3.a.weight": torch.ones(2, 3)}
+    write_model(Path("model"), {name: torch.ones(2, 3) for name in names} | odd)
+    rows = [line.split()[0] for line in cli("inspect", "model").out.splitlines()[3:]]
+    assert rows == [
+        "model.layers.0.moe.experts.[0-2].a.weight",
+        "model.layers.[0-1].moe.experts.[0-2].b.weight",
+        "model.layers.1.moe.experts.[0-3].a.weight",
+    ]
+    assert len(cli("inspect", "model", "--tensors").out.splitlines()) == len(names) + len(odd) + 3
 
 
 def test_layers_that_are_alike_are_one_row(base: Tensors, cli: Cli) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergebench.cli import installation
+from mergebench.plugins import install_command
 from tests.conftest import Cli
 
 
@@ -37,8 +38,19 @@ def test_an_extra_that_is_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(installation, "_required", lambda extra: {"peft": ">=0.21"} if extra == "train" else {})
     train = parts(cli)["[train]"]
     assert (train["mark"], train["found"]) == ("missing", "training with PEFT: no peft")
-    assert train["hint"] == "pip install 'mergebench[train]', or in a clone: pip install -e '.[train]'"
-    assert "[train]: pip install 'mergebench[train]'" in cli("doctor", "install").out
+    assert train["hint"] == install_command("train")
+    assert f"[train]: {install_command('train')}" in cli("doctor", "install").out
+
+
+def test_a_user_without_a_home(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: of a user id that has no name."""
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert parts(cli)["hub cache"]["hint"] == "this user has no home: set HF_HOME"
+    code, _, err = cli("methods", "~/my.py:f")
+    assert code == 2 and err.startswith("error: ~/my.py: no such file\n")
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,16 @@ def test_the_models_are_filled_in(cli: Cli) -> None:
         '  - model: "weird name"',
         "  - model: d",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("slerp a b c", "'slerp' takes 2 models, got 3"),
+        ("nearswap base a b", "'nearswap' takes 1 model beside the base, got 2"),
+        ("passthrough a b", "'passthrough' takes 1 model, got 2"),
+    ],
+)
+def test_more_models_than_a_method_takes(words: str, said: str, cli: Cli) -> None:
+    code, out, err = cli("init", *words.split())
+    assert (code, out, err) == (2, "", f"error: {said}\n")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import mergebench
+from mergebench.evaluation import Results, save
 from tests.conftest import Cli
+from tests.evaluation.page import documents
 from tests.models import tiny_tensors, write_model, write_recipe
 
 
@@ -79,6 +81,12 @@ def test_a_prompt_shows_names_and_short_values() -> None:
     assert repr(plan) == f"<Plan: linear of 2 models, {plan.elements:,} elements, 1 sweep>"
     assert repr(plan.merge.models[0]) == f"<Model first: {len(plan.merge.models[0].tensors)} tensors>"
     assert Path(mergebench.__file__).with_name("py.typed").is_file()
+    assert repr(mergebench.run(plan, "out")) == f"Result(out={Path('out')!r}, already_done=False)"
+    Path("measured").mkdir()
+    save(results := documents.results(), Path("measured"))
+    assert repr(results) == repr(Results.load("measured")) == "<Results: 5 models on 3 tasks>"
+    assert len(repr(results.records[0])) < 300
+    assert "Prediction" not in repr(mergebench.compare("base", "pcb", "measured"))
 
 
 def test_a_program_reads_the_log(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:

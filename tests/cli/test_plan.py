@@ -62,3 +62,10 @@ def test_whole_matrices_staging_and_time(cli: Cli) -> None:
     lines = {line.split()[0]: line for line in cli("plan", "recipe.yaml", "--workers", "2").out.splitlines()}
     assert lines["matrices"].startswith("  matrices  2 tensors whole, the largest 8 x 8: ")
     assert lines["time"] == "  time      about 2 s" or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("given", ["10B", "999kB", "20MB"])
+def test_too_little_memory_is_named_as_given(cli: Cli, given: str) -> None:
+    Path("recipe.yaml").write_text("merge_method: linear\nmodels: [{model: models/a}, {model: models/b}]\n")
+    code, _, err = cli("plan", "recipe.yaml", "--memory", given)
+    assert code == 2 and err.startswith(f"error: --memory {given}: 'linear' needs at least ")

@@ -78,6 +78,14 @@ def test_only_what_is_selected_is_deleted(cli: Cli, options: list[str], left: se
 
 def test_mistakes(cli: Cli) -> None:
     ran = cli("results", "--prune")
-    assert (ran.code, ran.err.splitlines()[0]) == (2, "error: --prune: of what?")
+    assert (ran.code, ran.err.splitlines()[0]) == (2, "error: --prune: it does not say which")
     ran = cli("results", "elsewhere")
     assert (ran.code, ran.err.splitlines()[0]) == (2, "error: elsewhere: no such directory")
+
+
+@pytest.mark.parametrize("options", [["--gone"], ["--unused", "99"], ["--gone", "--prune"]])
+def test_nothing_is_selected(cli: Cli, options: list[str]) -> None:
+    """Which is not said as if nothing were kept."""
+    Path("gone.jsonl").write_text("{}")
+    assert cli("results", *options) == (0, "nothing to delete in results\n", "")
+    assert json.loads(cli("results", *options, "--json").out)["results"] == 0

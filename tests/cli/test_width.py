@@ -301,6 +301,14 @@ def test_devices(cli: Cli, tmp_path: Path, device: str, says: str) -> None:
     assert says in ran.err and "cpu" in ran.err
 
 
+def test_prose_wraps_in_its_column(terminal: Terminal) -> None:
+    """A long path or explanation makes no second line of a name's other cells."""
+    _, lines = terminal(60, "doctor", "install")
+    assert any(re.match(r" working directory  +ok  ", line) for line in lines)
+    _, lines = terminal(60, "doctor", "linear")
+    assert any(re.match(r" sign tie  +Values that", line) for line in lines)
+
+
 # -- completion ----------------------------------------------------------------------------------------------
 
 
@@ -352,6 +360,30 @@ def test_every_kind_of_name_completes(
     }.items():
         assert offered in completed(typed), typed
     assert completed("merge r") - {""} == set()  # files are for the shell
+
+
+def test_the_keys_of_a_recipe_complete(
+    completed: Callable[..., set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As --set and --over take them: what is written, and what its method declares beside that."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("raise SystemExit('run on TAB')")
+    Path("own.yaml").write_text("merge_method: mine.py:mine\nmodels: [{model: a}]\n")
+    Path("broken.yaml").write_text("merge_method: [")
+    Path("r.yaml").write_text(
+        "merge_method: dare_ties\nmodels: [{model: a}, {model: b, parameters: {weight: 0.3}}]\n"
+        "parameters: {lambda: 0.5, density: [0.1, 0.2]}\n"
+    )
+    written = {"models.1.parameters.weight=0.3", "parameters.lambda=0.5", "parameters.density.1=0.2"}
+    for command in ("merge", "plan", "explain", "search"):
+        offered = completed(f"{command} r.yaml --set ")
+        assert offered >= written | {"parameters.rescale=true", "merge_method=dare_ties"}, command
+        assert not any(one.startswith("parameters.density=") for one in offered)
+    assert completed("merge r.yaml --quiet --set parameters.l") - {""} == {"parameters.lambda=0.5"}
+    assert completed("search r.yaml --over w") - {""} == {"weight", "weight.*"}
+    assert completed("search r.yaml --over lambda,d") - {""} == {"lambda,density", "lambda,density.*"}
+    for recipe in ("own.yaml", "broken.yaml", "absent.yaml", "-"):
+        assert not [one for one in completed(f"merge {recipe} --set p") if one.startswith("parameters")]
 
 
 def test_a_real_shell_completes(tmp_path: Path, cli: Cli) -> None:

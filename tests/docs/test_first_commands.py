@@ -140,7 +140,8 @@ def in_a_copy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 def test_what_fetching_needs_is_asked_before_the_download(tmp_path: Path) -> None:
     done = in_a_copy(tmp_path)
-    says = "fetch.py: torch, transformers, accelerate not installed: pip install -e '.[eval]'\n"
+    says = "fetch.py: torch, transformers, accelerate not installed: pip install -e "
+    says += f"'{tmp_path.parent}[eval]'\n"  # typed elsewhere
     assert (done.returncode, done.stdout, done.stderr) == (1, "", says)
     assert not (tmp_path / "smollm2" / "cache").exists()
 

@@ -109,7 +109,7 @@ GOOD = [row(1, "a", gold="a"), row(2, "b", gold="a")]
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        (GOOD, [*GOOD, row(1, "c", gold="a")], r"new.jsonl:3: id '1' stands in .*new.jsonl:1 already"),
+        (GOOD, [*GOOD, row(1, "c", gold="a")], r"new.jsonl:3: id '1' is in .*new.jsonl:1 already"),
         (GOOD, GOOD[:1], r"old.jsonl, new.jsonl: the new answers lack 1 of the other's 2 items: 2"),
         (GOOD[1:], GOOD, r"the old answers lack 1 of the other's 2 items: 1"),
         (GOOD, [GOOD[0], row(2, "b")], r"new.jsonl:2: no column 'gold', it has id, pred"),

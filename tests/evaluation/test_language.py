@@ -309,7 +309,7 @@ def test_wrong_texts_and_prompts(here: Path) -> None:
     with pytest.raises(RunError, match=r"texts.jsonl:1: text must be text, got ' '"):
         suite_of("perplexity")
     write_rows(here / "prompts.jsonl", [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}])
-    with pytest.raises(RunError, match=r"prompts.jsonl:2: id '1' stands in prompts.jsonl:1 already"):
+    with pytest.raises(RunError, match=r"prompts.jsonl:2: id '1' is in prompts.jsonl:1 already"):
         suite_of("generation", scorer={"regex": "a"})
     with pytest.raises(RunError, match=r"prompts.jsonl:1: no column 'target'"):
         suite_of("generation", scorer="exact-match")

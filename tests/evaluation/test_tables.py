@@ -11,7 +11,7 @@ import pytest
 
 from mergebench.evaluation import Record, Results, markdown, report
 from mergebench.evaluation.tables.layout import number
-from mergebench.evaluation.tables.results import sheets, short_names, value_of
+from mergebench.evaluation.tables.results import share_of, sheets, short_names, value_of
 from mergebench.evaluation.tables.sheet import Cell, Sheet, written
 from mergebench.evaluation.task import Prediction, accuracy
 
@@ -215,7 +215,7 @@ def test_an_error_is_never_zero(right: int, n: int, shown: str) -> None:
     """The rule of three, two-sided: 1 - 0.025^(1/300) is 1.2 %."""
     score = accuracy({str(i): Prediction("x", float(i < right)) for i in range(n)})
     record = Record(**{**vars(a_record("m", "base", "t", 1, None)), **vars(score)})
-    assert value_of(record) == shown
+    assert value_of(record) == share_of(right / n, n) == shown
     assert ("exact 95 % interval" in report(Results({}, (record,)))) == (right in (0, n))
 
 

@@ -191,7 +191,7 @@ def test_what_is_said(folder: Path, cli: Cli) -> None:
     planned = json.loads(cli("plan", path, "--json").out)
     assert planned["bytes_written"] == 4 * size + 4 * 8 + 3 * masks
     assert (len(planned["files"]), planned["tasks"]) == (8, list(TUNED))
-    assert "  tasks     ft1, ft2, ft3: a one-bit mask per element each, beside one vector\n" in shown
+    assert "  tasks     ft1, ft2, ft3: a one-bit mask per element each, and one vector for all\n" in shown
     ran = cli("merge", path, "--out", "out")
     assert (ran.code, ran.out) == (0, "out\n")
     assert "a model is base+out/tasks/ft1" in ran.err

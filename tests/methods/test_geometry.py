@@ -223,7 +223,7 @@ def test_model_stock_by_rows() -> None:
 
 
 def test_model_stock_needs_two_models() -> None:
-    with pytest.raises(RecipeError, match="at least 2 models beside the base, got 1"):
+    with pytest.raises(RecipeError, match="at least 2 models besides the base, got 1"):
         whole("model_stock", noise(1, 5))
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from encoders import write_encoder
 from language import write_decoder
 from models import read_model, write_model
 
+import mergebench
 from mergebench.errors import escaped
 from tests.conftest import Cli
 
@@ -43,6 +45,7 @@ def test_the_likeliest_token_each_time(
     wanted = by_hand(tmp_path / "model", prompt if template is None else f"[user] {prompt}\n[a] ", 12)
     found = json.loads(cli("generate", "model", "--prompt", prompt, "--max-tokens", 12, "--json").out)
     assert found == {"model": "model", "prompt": prompt, "text": wanted} and wanted
+    assert mergebench.generate("model", prompt, max_tokens=12) == wanted
     code, out, err = cli("generate", "model", "--prompt", prompt, "--max-tokens", 12)
     assert (code, err) == (0, "reading model\n")
     assert out == "\n".join(map(escaped, wanted.split("\n"))) + "\n"
@@ -60,3 +63,10 @@ def test_a_model_with_nan_says_so(tmp_path: Path, cli: Cli, monkeypatch: pytest.
     assert (code, out) == (1, "") and "error: model 'broken': its outputs are not finite" in err
     code, _, err = cli("generate", "model", "--prompt", "")
     assert code == 1 and "gives no token for ''" in err
+
+
+def test_a_model_without_a_head_is_told_what_it_is(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_encoder(tmp_path / "encoder")
+    code, out, err = cli("generate", "encoder", "--prompt", "x")
+    assert (code, out) == (3, "") and err.endswith("hint: it is a BertModel, not a BertLMHeadModel\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,29 @@ def test_explain_names_the_sources_of_slices(folder: Path) -> None:
         "layers.3.mlp.weight": ["ft2:layers.2.mlp.weight"],
         "norm.weight": ["ft2:norm.weight"],
     }
+    head, _, *lines = CliRunner().invoke(app, ["explain", "recipe.yaml"]).stdout.splitlines()
+    assert head == "linear, scope tensor; models: ft1 or ft2"
+    assert [" ".join(line.split()) for line in lines] == [
+        "emb.weight from ft1",
+        "layers.0.mlp.weight from ft1",
+        "layers.1.mlp.weight from ft1",
+        "layers.2.mlp.weight from ft2:layers.1.mlp.weight",
+        "layers.3.mlp.weight from ft2:layers.2.mlp.weight",
+        "norm.weight from ft2",
+    ]
+
+
+def test_slices_of_models_of_one_name_and_one_file(folder: Path) -> None:
+    """`a/same` and `b/same`, and one with a task vector on it: each by what tells it apart."""
+    for place in ("a", "b"):
+        Path(place).mkdir()
+        shutil.copytree("ft1", f"{place}/same")
+    mergebench.task_vector("ft2", "ft1", "tv")
+    names = ["a/same", "b/same", "a/same+tv"]
+    slices = [{"sources": [{"model": name, "layer_range": [n, n + 1]}]} for n, name in enumerate(names)]
+    Path("recipe.yaml").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    _, _, *lines = CliRunner().invoke(app, ["explain", "recipe.yaml"]).stdout.splitlines()
+    places = [line.split()[-1] for line in lines if line.startswith("layers.")]
+    assert places == ["a/same", "b/same", "same/tv"]
+    result = CliRunner().invoke(app, ["merge", "recipe.yaml", "--out", "out", "--no-eval"])
+    assert "passthrough: 3 models, " in result.stderr

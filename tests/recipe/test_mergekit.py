@@ -116,7 +116,7 @@ def test_slerp(write: Write) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("models:\n", "slices:\n- sources: [{model: a, layer_range: [0, 8]}]\nmodels:\n", "recipe.yaml:1:1: slices: stands beside models"),
+        ("models:\n", "slices:\n- sources: [{model: a, layer_range: [0, 8]}]\nmodels:\n", "recipe.yaml:1:1: slices: cannot be given with models"),
         ("  normalize: true", "  normalise: true", "recipe.yaml:15:3: parameters.normalise: 'ties' has no such parameter"),
     ],
 )  # fmt: skip

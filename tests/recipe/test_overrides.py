@@ -88,7 +88,7 @@ PATH_HINT = "write a path and a value, such as --set parameters.density=0.2 or -
         ("parameters.=1", "--set parameters.=1: not of the form PATH=VALUE", PATH_HINT),
         ("", "--set : not of the form PATH=VALUE", PATH_HINT),
         ("scope=[1", "--set scope=[1: not valid YAML: expected ',' or ']', but got '<stream end>'", None),
-        ("scope={a: 1, a: 2}", "--set scope={a: 1, a: 2}: a: given twice", "it stands in line 1 already"),
+        ("scope={a: 1, a: 2}", "--set scope={a: 1, a: 2}: a: given twice", "it is in line 1 already"),
         ("scope=2026-01-01", "--set scope=2026-01-01: no place for a YAML timestamp here", "quote it if it is text"),
         ("seed=.inf", "--set seed=.inf: must be finite, got inf", None),
         ("models.2.model=c", "--set models.2.model=c: models has no entry '2'", "it has 2 entries, counted from 0"),

@@ -64,8 +64,8 @@ def test_a_base_listed_or_not(method: str, listed: str, base: str | None, merged
     ("method", "listed", "base", "message", "hint"),
     [
         ("nuslerp", "a b c", None, "models: 'nuslerp' takes exactly 2 models, got 3", None),
-        ("nuslerp", "a b", "a", "models: 'nuslerp' takes exactly 2 models beside the base, got 1", None),
-        ("nearswap", "a b", "base", "models: 'nearswap' takes exactly 1 model beside the base, got 2", None),
+        ("nuslerp", "a b", "a", "models: 'nuslerp' takes exactly 2 models besides the base, got 1", None),
+        ("nearswap", "a b", "base", "models: 'nearswap' takes exactly 1 model besides the base, got 2", None),
         ("arcee_fusion", "a", None, "models: 'arcee_fusion' takes exactly 2 models, got 1", None),
         (
             "passthrough",
@@ -78,7 +78,7 @@ def test_a_base_listed_or_not(method: str, listed: str, base: str | None, merged
             "model_stock",
             "a base",
             "base",
-            "models: 'model_stock' takes at least 2 models beside the base, got 1",
+            "models: 'model_stock' takes at least 2 models besides the base, got 1",
             "add a fine-tune",
         ),
     ],

@@ -203,7 +203,7 @@ def test_slices(make: Make) -> None:
     [
         (LINEAR + BASED, "lm_head.weight: left has [21, 16], base has [30, 16]", "tokenizer_source: union"),
         (LINEAR + BASED + "tokenizer_source: none\n", "recipe.yaml:5:1: model 'none': no such", "org/name"),
-        (LINEAR + BASED + "tokenizer_source: base\ntokenizer: {}\n", "stands beside tokenizer", "one of them"),
+        (LINEAR + BASED + "tokenizer_source: base\ntokenizer: {}\n", "cannot be given with tokenizer", "one of them"),
         (LINEAR + BASED + "tokenizer: {sorce: base}\n", "tokenizer.sorce: no such key", "did you mean 'source'"),
         (LINEAR + BASED + "tokenizer: {pad_to_multiple_of: 0}\n", "at least 1", ""),
         (LINEAR + BASED + "tokenizer: {tokens: {x: base}}\n", "tokenizer.tokens.x: must be a mapping", "source"),

@@ -37,8 +37,8 @@ NO_RECIPE = [
     ),
     ("a: 1\nb: \x07\n", "recipe.yaml:2:4: not valid YAML: control character", None),
     ("a: 1\n---\nb: 2\n", "recipe.yaml:3:1: several documents, load reads one", MORE),
-    ("a: 1\nb: 2\na: 3\n", "recipe.yaml:3:1: a: given twice", "it stands in line 1 already"),
-    ("a:\n  - x: 1\n    x: 2\n", "recipe.yaml:3:5: a.0.x: given twice", "it stands in line 2 already"),
+    ("a: 1\nb: 2\na: 3\n", "recipe.yaml:3:1: a: given twice", "it is in line 1 already"),
+    ("a:\n  - x: 1\n    x: 2\n", "recipe.yaml:3:5: a.0.x: given twice", "it is in line 2 already"),
     ("a: 1\n2: b\n", "recipe.yaml:2:1: a key must be text, got '2'", "quote it"),
     ("? [a]\n: 1\n", "recipe.yaml:1:3: a key must be text, got a list", "quote it"),
     ("a: 2026-01-31\n", "recipe.yaml:1:4: no place for a YAML timestamp here", "quote it if it is text"),
@@ -87,6 +87,9 @@ def test_missing_file_directory_and_text(write: Write) -> None:
         with pytest.raises(RecipeError) as caught:
             load(source)
         assert caught.value.message == message
+    with pytest.raises(RecipeError) as caught:
+        load("recipe.yml")
+    assert caught.value.hint == "did you mean 'recipe.yaml'?"
 
 
 class Odd:

@@ -746,7 +746,7 @@ recipe_case("no tokenizer to join", MODEL, "model 'base'", "no tokenizer", token
 recipe_case("a gradient out of range", USAGE, "density.1", "at most 1", parameters={"density": [0.1, 9]})
 BARE = [{"filter": "mlp"}]
 recipe_case("a filter without a value", USAGE, "density.0", "{filter, value}", parameters={"density": BARE})
-recipe_case("slices beside models", USAGE, "slices", "stands beside models",
+recipe_case("slices beside models", USAGE, "slices", "cannot be given with models",
             slices=[{"sources": [{"model": "ft1", "layer_range": [0, 1]}]}])  # fmt: skip
 
 for what, text, says in [

@@ -54,11 +54,13 @@ def folder(tmp_path: Path) -> Path:
         ("typer", signal.SIGINT, "interrupted: no result was written\n"),
         ("torch", signal.SIGINT, "interrupted: what is complete is kept; continue with --resume\n"),
         ("torch", signal.SIGTERM, "interrupted: what is complete is kept; continue with --resume\n"),
+        ("torch", signal.SIGHUP, "interrupted: what was measured is kept; the same command continues\n"),
     ],
 )
 def test_a_signal_is_one_line(folder: Path, module: str, by: signal.Signals, says: str, again: str) -> None:
     """While it starts as later, sent once or over and over by who cannot wait."""
-    args = ["merge", "recipe.yaml", "--out", "out", "-q"]
+    command = "eval" if "measured" in says else "merge"
+    args = [command, "recipe.yaml", *(["ft1"] if command == "eval" else []), "--out", "out", "-q"]
     program = [sys.executable, "-c", STOPPED, module, str(int(by)), again, *args]
     done = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (128 + by, "", says)

@@ -132,7 +132,7 @@ def test_what_is_not_found(place: Path, cli: Cli, command: tuple[str, ...]) -> N
     (place / "adapters").mkdir()
     write_adapter(place / "adapters" / "lora-math", 3)
     for name, hint in (
-        ("./none", "a hub adapter is written org/name"),
+        ("./none", "looked for in the working directory"),
         ("./adapters/lora-mth", "adapters/lora-math'?"),
     ):
         code, out, err = cli(*[word.replace("{}", name) for word in command])

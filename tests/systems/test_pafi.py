@@ -47,9 +47,13 @@ def test_one_ranking(tmp_path: Path, share: float, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
     tensors = tiny_tensors(dtype=dtype) | {"wide.weight": torch.randn(300, 500, generator=random).to(dtype)}
     base = write_model(tmp_path / "base", tensors)
-    make_mask(str(base), tmp_path / "m.safetensors", share=share)
-    mask = load_file(tmp_path / "m.safetensors")
     order = [name for name in open_model(str(base)).tensors if tensors[name].is_floating_point()]
+    seen: list[tuple[int, int]] = []
+    made = make_mask(str(base), tmp_path / "m.safetensors", share=share, progress=lambda *told: seen.append(told))
+    assert seen == sorted(seen) and len(seen) > 3 * len(order) and {total for _, total in seen} == {4 * made.numel}
+    left_out = made.numel - sum(tensors[name].numel() for name in made.counts)
+    assert seen[-1][0] == 4 * made.numel - left_out  # whose positions are not asked for
+    mask = load_file(tmp_path / "m.safetensors")
     flat = torch.cat([tensors[name].flatten() for name in order]).float().abs()
     found, start = [], 0
     for name in order:

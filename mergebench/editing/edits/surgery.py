@@ -19,7 +19,7 @@ STEP = 0.75  # takes a quarter of the profanity from a small model, for 3.5 % mo
 @dataclass(frozen=True)
 class Params:
     rows: str = param("4.65%", "how many rows are edited: 16384, or a share of the candidates such as 4.65%")
-    step: float | None = param(None, f"length added to each, in median norms of the candidates; {STEP}, without alpha")
+    step: float | None = param(None, f"length of the step, in median norms of the candidate rows; {STEP} without alpha")
     alpha: float | None = param(None, "instead of step: times the direction, as the paper has it (1.08, for its probe)")
     select: Literal["min-cos", "max-cos", "random"] = param("min-cos", "which rows, by their cosine with it")
     op: Literal["add", "subtract"] = param("add", "what is done to them")

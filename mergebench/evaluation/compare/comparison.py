@@ -39,10 +39,10 @@ class Pair:
     split: str
     metric: str
     direction: Direction
-    old: Answers
-    new: Answers
-    gold: Mapping[str, str] = field(default_factory=dict)  # the right answers, where they are known
-    texts: Mapping[str, str] = field(default_factory=dict)  # what the items ask, cut, where it is known
+    old: Answers = field(repr=False)
+    new: Answers = field(repr=False)
+    gold: Mapping[str, str] = field(default_factory=dict, repr=False)  # the right answers, where they are known
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)  # what the items ask, cut, where it is known
 
     @cached_property
     def flips(self) -> Flips:

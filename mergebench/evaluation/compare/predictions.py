@@ -40,7 +40,7 @@ def read_predictions(file: Path) -> Predictions:
             raise RunError(f"{where}: no column '{lacking[0]}', it has {', '.join(record) or 'none'}", HINT)
         item = word(record, "id", where)
         if item in places:
-            raise RunError(f"{where}: id '{item}' stands in {places[item]} already", "each item needs an id of its own")
+            raise RunError(f"{where}: id '{item}' is in {places[item]} already", "each item needs an id of its own")
         places[item] = where
         if not found.answers:
             found = found._replace(scored="score" in record)

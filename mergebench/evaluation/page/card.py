@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from mergebench.checkpoint.card import card, code, escape, fence, linked, listed
 from mergebench.checkpoint.lineage import as_from, pipeline_of, place_of
 from mergebench.errors import counted
-from mergebench.evaluation.page.sources import models_of
+from mergebench.recipe.open import models_of
 
 
 def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "", directory: Path | None = None) -> str:
@@ -71,7 +70,7 @@ def _from_here(recipe: Any, out: Path, folders: Sequence[Path]) -> Any:
         return recipe
     parts = recipe.split("+")
     places = [place_of(part, folders) if "/" in part else None for part in parts]
-    found = [p if at is None else os.path.relpath(at, out.resolve()) for p, at in zip(parts, places, strict=True)]
+    found = [part if at is None else str(at.absolute()) for part, at in zip(parts, places, strict=True)]
     return as_from("+".join(found), out)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.documents import read_bytes
+from mergebench.checkpoint.lineage import front_matter
 from mergebench.errors import human
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Picture, Section, Table, Text, Verbatim, cells
 from mergebench.evaluation.page.sources import Sources
@@ -45,9 +46,7 @@ def lead(sources: Sources) -> str:
 
 
 def _sections(file: Path) -> Iterator[Section]:
-    lines = read_bytes(file).decode(errors="replace").splitlines()
-    if lines[:1] == ["---"] and "---" in lines[1:]:  # what the hub reads
-        lines = lines[lines.index("---", 1) + 1 :]
+    _, lines = front_matter(file)
     title, parts = "Result", list[Part]()
     while lines:
         line = lines.pop(0)

@@ -92,15 +92,17 @@ def _list(comparison: Comparison, name: str) -> Fold:
         for what, items in (("lost", pair.flips.lost), ("won", pair.flips.won)):
             for item in items:
                 before, after = pair.old[item], pair.new[item]
-                row = [pair.task, what, str(item), _cut(before.output), _cut(after.output)]
-                rows.append(row if pair.flips.both_right is not None else [*row, _score(pair, item)])
+                score = "" if pair.flips.both_right is not None else _score(pair, item)
+                text = _cut(pair.texts.get(item) or "")
+                rows.append([pair.task, what, str(item), text, _cut(before.output), _cut(after.output), score])
     rows.sort(key=lambda row: row[1])
-    graded = any(len(row) == 6 for row in rows)
-    heads = ["task", "", "item", "before", "after", *(["score"] if graded else [])]
-    listed = [cells(*row, *([""] if graded and len(row) == 5 else [])) for row in rows[:ITEMS]]
+    heads = ["task", "", "item", "text", "before", "after", "score"]
+    kept = [place for place, head in enumerate(heads) if head not in ("text", "score") or any(r[place] for r in rows)]
+    listed = [cells(*(row[place] for place in kept)) for row in rows[:ITEMS]]
     count = f"{len(rows)} items flipped" if len(rows) != 1 else "1 item flipped"
     more = f"The first {ITEMS}, those lost first; all are in evaluation.json." if len(rows) > ITEMS else ""
-    table = Table(heads, listed, more or "Every item that flipped, those lost first.", words=5)
+    words = sum(heads[place] != "score" for place in kept)
+    table = Table([heads[place] for place in kept], listed, more or "Every item that flipped, those lost first.", words)
     return Fold(f"{name}: {count}", [table])
 
 

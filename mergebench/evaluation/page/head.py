@@ -9,8 +9,9 @@ from typing import Any
 from mergebench.editing.summary import only, sentence
 from mergebench.errors import counted
 from mergebench.evaluation.page import cards, flipped, scores, searched
-from mergebench.evaluation.page.sources import Sources, models_of
+from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Results
+from mergebench.recipe.open import models_of
 
 Writer = Callable[[Any], str | list[str]]
 

@@ -8,7 +8,8 @@ from typing import Any
 from mergebench.errors import human
 from mergebench.evaluation.page.card import as_yaml
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Section, Table, Verbatim, cells
-from mergebench.evaluation.page.sources import Sources, models_of
+from mergebench.evaluation.page.sources import Sources
+from mergebench.recipe.open import models_of
 
 
 def sections(sources: Sources) -> Iterator[Section]:

@@ -15,7 +15,7 @@ from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
-from mergebench.evaluation.tables.flips import difference_of, p_of, unit_of
+from mergebench.evaluation.tables.flips import difference_of, difference_sheets, p_of, unit_of
 from mergebench.evaluation.tables.layout import SHARES, number, short_names
 from mergebench.evaluation.tables.results import Cell, heads_of, legend, rows_of, value_of
 
@@ -39,7 +39,9 @@ def sections(sources: Sources) -> Iterator[Section]:
     note = legend(results, bold=False)
     if any(cell.best for row in rows for cell in row):
         note = f"{note[:-1]}; bold with a star: the best merge."
-    yield Section("Results", [Table(["model", "role", *heads_of(results)], rows, note, words=2)])
+    table = Table(["model", "role", *heads_of(results)], rows, note, words=2)
+    differences = [Table(one.heads, one.rows, one.legend, words=one.left) for one in difference_sheets(results)]
+    yield Section("Results", [table, *differences])
     drawn = [_bars(results, task, sources.looks) for task in results.tasks]
     ways = {record.direction for record in results.records}
     note = "Bars begin at zero; whiskers are the standard error" + ("." if ways == {"higher"} else "; ")

@@ -51,13 +51,6 @@ class Sources:
         return {**found, MERGE: found[merged]}
 
 
-def models_of(recipe: Mapping[str, Any]) -> list[str]:
-    """The models that a recipe merges, by their names in it; of slices each once."""
-    sources = [source for one in recipe.get("slices") or () for source in one.get("sources") or ()]
-    given = [str(one.get("model") or one.get("task_vector")) for one in [*(recipe.get("models") or ()), *sources]]
-    return list(dict.fromkeys(given)) if sources else given
-
-
 def read(directory: Path) -> Sources:
     """Read them; `RecipeError` where there are none to show, `RunError` where one is damaged."""
     if not directory.is_dir():

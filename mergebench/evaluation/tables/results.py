@@ -167,6 +167,13 @@ def value_of(record: Record) -> str:
     return value + (end or (f" ± {error}" if error else ""))
 
 
+def share_of(right: float, n: int) -> str:
+    """A share of n items in percent, as `value_of` shows an accuracy."""
+    if right in (0, 1):
+        return f"{100 * right:.1f} {'≥' if right else '≤'}{100 * end_of(right == 1, n):.1f}"
+    return f"{100 * right:.1f} ± {100 * math.sqrt(right * (1 - right) / n):.1f}"
+
+
 def parts_of(record: Record) -> tuple[str, str, str]:
     """Value, standard error and the far end of the interval, the last two empty where there is none."""
     value, error = record.value, record.stderr

@@ -111,8 +111,8 @@ def _retrieved(runs: Runs) -> View:
     heads = [*(f"step {step}" for step in range(most)), "evaluations", "cycles", "agreement"]
     legend = (
         "Retrieval after the last task, in %. Step 0: items whose first guess is the adapter of their own task; step "
-        "n: the same after n refinements; evaluations: of adapters, mean of an item, at most 4; cycles: items whose "
-        "guesses go round; agreement: items whose last adapter predicts its own task. "
+        "n: the same after n refinements; evaluations: of adapters per item, on average, at most 4; cycles: items "
+        "whose guesses repeat; agreement: items whose last adapter predicts its own task. "
     )
     return View(heads, rows, legend + _seeds(runs))
 

@@ -50,12 +50,14 @@ def make_mask(
     scope: str = "model",
     include: Sequence[str] = (),
     overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Made:
     """Write the mask of the `share` of elements with the smallest magnitudes, or Fisher values, as the file `out`.
 
     fisher: a safetensors file with the model's tensor names and shapes: F = mean of the squared gradients. scope: one
     ranking over the model, or one in each tensor. include: globs of tensor names (none: every float tensor). The mask
     has exactly round(share * elements) positions, in each tensor with that scope; of equal values the first ones.
+    progress: called with the elements read and how many will be, each several times.
 
     Raises `RecipeError` if the settings are invalid, `ModelError` if the files do not fit together.
     """
@@ -70,14 +72,18 @@ def make_mask(
     ranked = base if fisher is None else _fisher(fisher, base)
     _check_out(out, [*base.headers, *ranked.headers], overwrite)
     sizes = _sizes(base, include, ranked)
+    done, total = 0, Ranking.reads * sum(sizes.values())
     with Files() as files, torch.inference_mode():
         values = ranked.values(files)
 
         def keys(name: str) -> Iterator[Keys]:
+            nonlocal done
             for piece in pieces_of(values, name):
                 if not torch.isfinite(piece).all():
                     raise ModelError(f"{name}: it holds NaN or infinity, which has no rank")
                 yield magnitude_keys(piece)
+                done += len(piece)
+                progress(done, total)
 
         groups = [list(sizes)] if scope == "model" else [[name] for name in sizes]
         counts, positions = ranked_in(groups, sizes, keys, share)

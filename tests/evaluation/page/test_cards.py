@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from models import fine_tuned, tiny_tensors, write_model
 from ruamel.yaml import YAML
 
+from mergebench.adapters import cards as adapter_cards
 from mergebench.checkpoint.lineage import parents, portable
 from mergebench.evaluation import page
 from mergebench.evaluation.page import card
@@ -30,21 +31,21 @@ def text_of(out: Path, models: list[str], base: str | None = None, method: str =
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """base (its config names a hub id, its card a licence), a (the same licence), b (another), out."""
+    """base (its config names what it was made from, its card a licence), a (the same licence), b (another), out."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for name, licence in (("base", "apache-2.0"), ("a", "apache-2.0"), ("b", "mit"), ("out", None)):
         Path(name).mkdir()
         if licence:
             Path(name, "README.md").write_text(f"---\nlicense: {licence}\ntags:\n- x\n---\n# {name}\nlicense: none\n")
-    Path("base/config.json").write_text('{"_name_or_path": "org/base"}')
-    Path("a/config.json").write_text('{"_name_or_path": "/somewhere/a"}')
+    Path("base/config.json").write_text('{"_name_or_path": "org/older"}')
+    Path("a/adapter_config.json").write_text('{"base_model_name_or_path": "org/older"}')
     Path("out/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     return tmp_path
 
 
 def test_the_hub_reads_it(local: Path) -> None:
-    data = ModelCard(text_of(Path("out"), ["a", "org/tuned@v1+org/lora", "org/tuned"], "base")).data.to_dict()
+    data = ModelCard(text_of(Path("out"), ["a", "org/tuned@v1+org/lora", "org/tuned"], "org/base")).data.to_dict()
     assert data == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -52,9 +53,28 @@ def test_the_hub_reads_it(local: Path) -> None:
         "base_model_relation": "merge",
         "tags": ["merge", "mergebench"],
     }
-    assert (
-        ModelCard(text_of(Path("out"), ["a"])).data.to_dict().keys().isdisjoint({"base_model", "base_model_relation"})
-    )
+
+
+def test_what_a_model_was_made_from_is_not_its_id(local: Path) -> None:
+    """`_name_or_path` of a local model, `base_model_name_or_path` of a local adapter: neither is the input itself."""
+    data = ModelCard(text_of(Path("out"), ["base+a"], "base")).data.to_dict()
+    assert data.keys().isdisjoint({"base_model", "base_model_relation"})
+
+
+def test_a_snapshot_in_the_hubs_cache_has_its_id(local: Path) -> None:
+    """Named by its directory, a file in it, or a link to it."""
+    place = local / "cache/models--org--its-name/snapshots" / ("0a" * 20)
+    place.mkdir(parents=True)
+    (place / "model.safetensors").touch()
+    Path("link").symlink_to(place)
+    for name in (str(place), str(place / "model.safetensors"), "link"):
+        text = text_of(Path("out"), ["a", name], "base")
+        assert ModelCard(text).data.to_dict()["base_model"] == ["org/its-name"]
+        assert str(local) not in text
+    text = text_of(Path("out"), [str(place)])
+    reference = f"org/its-name@{'0a' * 20}"
+    assert f"- model: [`{reference}`](https://huggingface.co/org/its-name)" in text
+    assert f"- model: {reference}\n" in text  # in the recipe
 
 
 def test_a_licence_where_all_agree(local: Path) -> None:
@@ -65,6 +85,19 @@ def test_a_licence_where_all_agree(local: Path) -> None:
         assert line in text.splitlines()
     Path("b/README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n")
     assert parents(["b"])[0].licence is None
+    Path("b/README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: 'mit'\r\n---\r\n")
+    assert parents(["b"])[0].licence == "mit"
+
+
+def test_the_licences_of_what_the_hub_does_not_list(local: Path) -> None:
+    """A merged adapter is an adapter of the base; what it was merged from has a licence too."""
+    made = {"name": "linear", "density": None}
+    entries = [{"adapter": name, "weight": 0.5, "base_model": "base"} for name in "ab"]
+    about = {"adapters": entries, "method": made, "copied": True}
+    data = ModelCard(adapter_cards.card(Path("out"), about)).data
+    assert data.license is None
+    entries[1]["adapter"] = "a"
+    assert ModelCard(adapter_cards.card(Path("out"), about)).data.license == "apache-2.0"
 
 
 def test_links_and_no_place_of_this_machine(local: Path) -> None:

@@ -16,7 +16,9 @@ from mergebench.evaluation import Results, page, save
 from mergebench.evaluation.compare.comparison import compare
 from mergebench.evaluation.page import flipped, layers, scores, searched
 from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.tables.flips import difference_sheets
 from mergebench.evaluation.tables.results import rows_of
+from mergebench.evaluation.task import Item
 from tests.conftest import Cli
 from tests.evaluation.page import documents
 
@@ -145,6 +147,24 @@ def test_flips_are_those_that_compare_counts(whole: Path) -> None:
     assert sorted(listed) == sorted(item for pair in pairs for item in (*pair.flips.lost, *pair.flips.won))
 
 
+def test_the_tables_of_differences_are_those_of_the_terminal(whole: Path) -> None:
+    """Against the base, and the merge against its best rival."""
+    sheets = difference_sheets(Results.load(whole))
+    assert [sheet.heads[:2] for sheet in sheets][-1] == ["model", "against the best other"]
+    found = Tree(text_of(whole)).tables[1 : 1 + len(sheets)]
+    assert found == [[list(sheet.heads), *([cell.text for cell in row] for row in sheet.rows)] for sheet in sheets]
+
+
+def test_flipped_items_say_what_they_ask(tmp_path: Path) -> None:
+    known = {f"t-{i}": Item(f"question <{i}> {'x' * 200}", None) for i in range(40)}
+    results = replace(documents.results({"base": "base", "pcb": "merged"}, ("t",)), items={"t": known})
+    tree = tree_of(alone(tmp_path / "e", "", results))
+    (table,) = (table for table in tree.tables if "before" in table[0])
+    assert table[0] == ["task", "", "item", "text", "before", "after"] and len(table) > 10
+    for row in table[1:]:
+        assert row[3].startswith(f"question <{row[2].removeprefix('t-')}> xx") and len(row[3]) == 120
+
+
 def test_names_and_texts_are_shown_and_never_obeyed(tmp_path: Path) -> None:
     roles = {"base": "base", HOSTILE: "input", f"{HOSTILE}2": "merged"}
     results = documents.results(roles, (HOSTILE, "b\u0000$"), failed=[
@@ -169,7 +189,7 @@ def test_names_and_texts_are_shown_and_never_obeyed(tmp_path: Path) -> None:
 def test_long_lists_and_answers_are_cut(tmp_path: Path) -> None:
     results = documents.results({"base": "base", "pcb": "merged"}, ("t",), n=900)
     tree = tree_of(alone(tmp_path / "e", "", results))
-    assert len(tree.tables[2]) == 1 + 200
+    assert len(tree.tables[3]) == 1 + 200
     assert (tmp_path / "e" / "report.html").stat().st_size < 300_000
 
 

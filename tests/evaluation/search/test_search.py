@@ -186,7 +186,7 @@ def test_another_search_in_the_same_place_is_refused(place: Path, cli: Cli) -> N
     ):
         ran = cli(*before, *change, "--resume")
         assert ran.code == 2 and said in ran.err and "--overwrite" in ran.err, ran.err
-    assert "3 of 3 points were there already" in cli(*before, *OVER, "--resume").err
+    assert "3 of 3 points were measured before" in cli(*before, *OVER, "--resume").err
     write_data(place / "two-validation.jsonl", count=20, seed=99)
     assert "with another suite, or other data" in cli(*before, *OVER, "--resume").err
     assert cli(*before, *OVER).code == 2

@@ -448,5 +448,5 @@ def test_a_name_that_a_factor_would_take(tmp_path: Path) -> None:
 
 def test_an_input_is_not_written_to(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", wide())
-    with pytest.raises(RecipeError, match="holds or lies in the input"):
+    with pytest.raises(RecipeError, match="overlaps the input"):
         compress(str(base), base / "out", ratio=2)
