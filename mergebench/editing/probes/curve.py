@@ -18,7 +18,7 @@ def write_curve(about: Mapping[str, Any], path: Path) -> None:
     accuracy = [100 * one["cv_accuracy"] for one in layers]
     stderr = [100 * one["cv_stderr"] for one in layers]
     best = numbers.index(about["layer"])
-    with drawing.plots(WIDTH, 280) as (canvas, (axes,)):
+    with drawing.plots(WIDTH, 270, 1, drawing.legend_height([""] * 4, WIDTH)) as (canvas, (axes,)):
         right = axes.twinx()
         right.plot(numbers, [one["auc"] for one in layers], color=SERIES[1], linestyle="--", label="AUC (right axis)")
         axes.errorbar(

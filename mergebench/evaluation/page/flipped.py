@@ -37,7 +37,7 @@ def sections(sources: Sources) -> Iterator[Section]:
     looks = sources.looks
     drawn = [_bars(one, names[one.new], old, looks[names[one.new]].colour, most) for one in shown]
     rows = [cells(names[one.new], *row) for one in shown for row in rate_rows(one)]
-    table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2)
+    table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2, grouped=True)
     lists = [_list(one, names[one.new]) for one in shown]
     caption = f"Items lost (left, hatched) and won (right, plain) against {old}, by task."
     yield Section(f"Flips against {old}", [Gallery(drawn, caption), table, *lists])
@@ -82,7 +82,7 @@ def _bars(comparison: Comparison, name: str, old: str, colour: str, most: int) -
         return canvas
 
     said = ", ".join(f"{task} {lost} lost and {won} won" for task, lost, won in counts)
-    return Figure(figures.slug("flips", name), f"{name} against {old}: {said}.", draw)
+    return Figure(figures.slug("flips", name), f"{name} against {old}: {said}.", draw, like=True)
 
 
 def _list(comparison: Comparison, name: str) -> Fold:

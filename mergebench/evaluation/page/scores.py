@@ -35,7 +35,7 @@ def sections(sources: Sources) -> Iterator[Section]:
         yield Section("Not measured", [Table(heads, [cells(*one) for one in said], "What failed.", words=4)])
     if not results.records:
         return
-    rows = [[Cell(row.model), Cell(row.role), *map(_starred, row.cells)] for row in rows_of(results)]
+    rows = [[Cell(row.model), Cell(row.role), *row.cells] for row in rows_of(results)]
     note = legend(results, bold=False)
     if any(cell.best for row in rows for cell in row):
         note = f"{note[:-1]}; bold with a star: the best merge."
@@ -103,10 +103,6 @@ def _verdict(results: Results, old: str, new: str) -> str:
     return ""
 
 
-def _starred(cell: Cell) -> Cell:
-    return Cell(f"{cell.text} ★", True) if cell.best else cell
-
-
 def _bars(results: Results, task: str, looks: Mapping[str, Look]) -> Figure:
     """Base, the task's own fine-tune and every merge; all models where nothing was merged."""
     records = [record for record in results.records if record.task == task]
@@ -141,6 +137,8 @@ def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
         value = record.value if one or record.direction == "higher" else high + low - record.value
         return (value if one else value - low) * unit if unit else 0.5, (record.stderr or 0.0) * unit
 
+    ends = [value - error for record in results.records for value, error in [place(record)]]
+    least = 10 * max(int(min(ends) // 10), 0) if one and metric in SHARES else 0
     shown = [drawing.short(names[model], 40) for model in results.models]
     apart = max(5.0, min(9.0, 500 / (len(tasks) * len(shown))))  # between two dots
 
@@ -163,7 +161,7 @@ def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
             axes.tick_params(axis="y", length=0)
             axes.grid(True, axis="x")
             if one and metric in SHARES:
-                axes.set_xlim(0, 101)
+                axes.set_xlim(least, 101)
             if one:
                 lower = " (lower is better)" if direction == "lower" else ""
                 axes.set_xlabel(f"{metric}{', %' if metric in SHARES else ''}{lower}")
@@ -174,4 +172,5 @@ def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
 
     alt = f"Dots of {len(shown)} models for each of {len(tasks)} tasks; the numbers are in the table above."
     scale = "Whiskers are the standard error" if one else "Each task from its worst model to its best"
-    return Gallery([Figure("across-tasks", alt, draw, wide=True)], f"All models on each task. {scale}.")
+    begin = f" The axis begins at {least}." if least else ""
+    return Gallery([Figure("across-tasks", alt, draw, wide=True)], f"All models on each task. {scale}.{begin}")

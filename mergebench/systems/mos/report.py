@@ -21,12 +21,11 @@ from mergebench.systems.mos.metrics import (
     measures,
     runs_of,
 )
-from mergebench.systems.mos.plot import plot
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["markdown", "plot", "stages", "table"]
+__all__ = ["markdown", "stages", "table"]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Tree(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {}
         self.tables: list[list[list[str]]] = []
+        self.spanned = 0  # rows to come that begin with the cell above
         self.feed(text)
         self.close()
         assert self.open == []
@@ -45,9 +46,11 @@ class Tree(HTMLParser):
         if tag == "table":
             self.tables.append([])
         if tag == "tr":
-            self.tables[-1].append([])
+            self.tables[-1].append([self.tables[-1][-1][0]] if self.spanned else [])
+            self.spanned = max(self.spanned - 1, 0)
         if tag in ("th", "td"):
             self.tables[-1][-1].append("")
+            self.spanned = int(dict(attrs).get("rowspan") or 1) - 1 if tag == "th" else self.spanned
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -103,9 +106,9 @@ def test_everything_is_there(whole: Path) -> None:
     best = {cell.text for row in rows_of(results) for cell in row.cells if cell.best}
     assert {text for text in tree.texts["strong"] if "±" in text} == {f"{text} ★" for text in best if "±" in text}
     figures = [one for one in tree.all("div") if one.get("role") == "img"]
-    wide = [one for one in figures if one.get("class") == "full"]  # the last of three, and the dots
-    assert (len(figures), len(wide)) == (3 + 1 + 3 + 2 + 3 + 2, 4)
-    assert len(tree.all("svg")) == len(figures) + len(wide)
+    kinds = [one.get("class") for one in figures]  # in thirds: three bars; full: the dots, and the last of three others
+    assert (len(figures), kinds.count("third"), kinds.count("full")) == (3 + 1 + 3 + 2 + 3 + 2, 3, 3)
+    assert len(tree.all("svg")) == len(figures) + 3 + 3
     assert all(one["aria-label"] for one in figures)
     assert all(one.get("scope") in ("col", "row") for one in tree.all("th"))
     levels = [name for name, _ in tree.tags if name in ("h1", "h2")]
