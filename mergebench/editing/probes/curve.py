@@ -22,7 +22,14 @@ def write_curve(about: Mapping[str, Any], path: Path) -> None:
         right = axes.twinx()
         right.plot(numbers, [one["auc"] for one in layers], color=SERIES[1], linestyle="--", label="AUC (right axis)")
         axes.errorbar(
-            numbers, accuracy, stderr, color=BLUE, marker="o", markersize=3.5, elinewidth=0.8, label="accuracy"
+            numbers,
+            accuracy,
+            stderr,
+            color=BLUE,
+            marker="o",
+            markersize=3.5,
+            elinewidth=0.8,
+            label="accuracy ± standard error",
         )
         axes.axhline(100 * about["cv_majority"], color=GREY, linestyle=":", label="always the larger class")
         axes.plot(

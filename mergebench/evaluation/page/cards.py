@@ -52,9 +52,9 @@ def sections(sources: Sources) -> Iterator[Section]:
 
 
 def lead(sources: Sources) -> str:
-    """The card's first paragraph, which says what was made; empty without a card."""
-    file = sources.directory / NAMES[0]
-    parts = [part for one in _sections(file, {}) for part in one.parts] if file.is_file() else []
+    """The first paragraph, which says what was made or found; empty where there is no text."""
+    files = [file for name in NAMES if (file := sources.directory / name).is_file()]
+    parts = [part for file in files[:1] for one in _sections(file, {}) for part in one.parts]
     return next((part.text for part in parts if isinstance(part, Text)), "")
 
 

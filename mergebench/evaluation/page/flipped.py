@@ -13,7 +13,7 @@ from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Results
-from mergebench.evaluation.tables.flips import RATES, difference_of, how_to_read, p_of, rate_rows, unit_of
+from mergebench.evaluation.tables.flips import RATES, difference_of, how_to_read, p_said, rate_rows, unit_of
 from mergebench.evaluation.tables.layout import number, short_names
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def finding(results: Results) -> list[str]:
         flips, names = one.pooled, short_names(results.models)
         unit = unit_of(flips, one.pooled_pairs[0].metric)
         what = " percentage points" if flips.both_right is not None else " in the mean of the items"
-        size = f"{difference_of(flips, unit)}{what}, p\u00a0{p_of(flips.p)}"
+        size = f"{difference_of(flips, unit)}{what}, {p_said(flips.p)}"
         count = f"{len(flips.lost):,} items lost, {len(flips.won):,} won"
         found.append(f"{names[one.new]} against {names[one.old]} over {flips.n:,} items: {size}; {count}.")
     return found

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from mergebench.errors import human
+from mergebench.errors import counted, human
 from mergebench.evaluation.page.card import as_yaml
 from mergebench.evaluation.page.parts import Facts, Fold, Part, Section, Table, Verbatim, cells, lasted
 from mergebench.evaluation.page.sources import Sources, models_of
@@ -48,7 +48,11 @@ def _merge(provenance: Mapping[str, Any]) -> list[Part]:
     files = provenance.get("inputs", [])
     rows = [cells(str(e.get("file")), _size(e.get("size")), *_hash(e)) for e in files]
     inputs = Table(["file", "size", "hash of", "SHA-256"], rows, "Input files.")
-    return [Facts(facts), Fold("Recipe", [Verbatim(as_yaml(recipe))]), Fold(f"{len(files)} input files", [inputs])]
+    return [
+        Facts(facts),
+        Fold("Recipe", [Verbatim(as_yaml(recipe))]),
+        Fold(counted(len(files), "input file"), [inputs]),
+    ]
 
 
 def _evaluation(made: Mapping[str, Any]) -> list[Part]:

@@ -15,7 +15,7 @@ from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
-from mergebench.evaluation.tables.flips import difference_of, p_of, unit_of
+from mergebench.evaluation.tables.flips import difference_of, p_said, unit_of
 from mergebench.evaluation.tables.layout import SHARES, number, short_names
 from mergebench.evaluation.tables.results import Cell, heads_of, legend, rows_of, value_of
 
@@ -87,7 +87,8 @@ def finding(results: Results) -> list[str]:
         return [f"{names[top]} has {said(top)} {what}{beside}."]
     rival = best(rivals)
     verdict = _verdict(results, rival, top)
-    return [f"{names[top]} has {said(top)} {what}, {names[rival]}, the best baseline, {said(rival)}{verdict}{beside}."]
+    against = f"the best baseline, {names[rival]}, has {said(rival)}{verdict}"
+    return [f"{names[top]} has {said(top)} {what}; {against}{beside}."]
 
 
 def _verdict(results: Results, old: str, new: str) -> str:
@@ -95,7 +96,7 @@ def _verdict(results: Results, old: str, new: str) -> str:
     with suppress(MergebenchError):  # not the same items
         found = compare(old, new, results)
         if found.pooled is not None and found.pooled.p is not None:
-            p = f"p\u00a0{p_of(found.pooled.p)}"
+            p = p_said(found.pooled.p)
             if found.pooled.p >= 0.05:
                 return f": no significant difference ({p})"
             unit = unit_of(found.pooled, found.pooled_pairs[0].metric)

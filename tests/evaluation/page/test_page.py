@@ -249,12 +249,13 @@ def test_the_finding() -> None:
     assert sentence.endswith(f"; {len(flips.lost)} items lost, {len(flips.won)} won.")
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}  # no relative: no task's own fine-tune
     (said,) = scores.finding(results)
-    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean, ")
+    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean; ")
     assert said.endswith(f"; the base has {rows['base']} %.")
     p = compare("linear", "pcb", results).pooled
     assert p is not None and p.p is not None and p.p > 0.05
     assert (
-        f"linear, the best baseline, {rows['linear']} %: no significant difference (p\u00a0{p.p:.3f}); the base" in said
+        f"the best baseline, linear, has {rows['linear']} %: no significant difference (p = {p.p:.3f}); the base"
+        in said.replace("\u00a0", " ")
     )
     results = documents.results(tasks=("tweets", "nouns"))
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mergebench.checkpoint import drawing
 from mergebench.errors import RunError
-from mergebench.systems.mos import report
+from mergebench.systems.mos import plot, report
 from mergebench.systems.mos.metrics import NAMES, difference, estimate, forgetting, measures, runs_of
 
 
@@ -132,6 +133,7 @@ def test_noise_and_single_seeds_are_called_so() -> None:
 def test_the_stages_and_markdown() -> None:
     assert " ".join(cells(report.stages(THREE), "MOS ")) == "100.0 ± 0.0 80.0 ± 5.8"
     text = report.markdown(THREE)
+    assert text.startswith("After the last task the best is MOS: 80.0 ± 5.8 % of all test items right.\n\n| method")
     assert r"| **−16.7 \[−31.0, −2.3\]\*** |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [len(one) for one in tables] == [6, 6, 3]
@@ -141,8 +143,10 @@ def test_the_stages_and_markdown() -> None:
 def test_the_plot_holds_every_point(tmp_path: Path) -> None:
     from PIL import Image
 
-    report.plot(THREE, tmp_path / "three.png")
-    report.plot([one for one in THREE if one["method"] == "simplecil" and not one["seed"]], tmp_path / "one.png")
+    one_run = [one for one in THREE if one["method"] == "simplecil" and not one["seed"]]
+    for name, records in (("three.png", THREE), ("one.png", one_run)):
+        (figure,) = plot.figures(records)
+        drawing.write(figure.draw(drawing.WIDTH), tmp_path / name)
     sizes = []
     for name in ("three.png", "one.png"):
         with Image.open(io.BytesIO((tmp_path / name).read_bytes())) as image:
