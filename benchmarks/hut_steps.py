@@ -134,17 +134,19 @@ def measure(what: str, steps: dict[str, Step], tokens: Sequence[int], repeats: i
         ]
         print(f"{n:8}  {' '.join(cells)}", flush=True)
     for key in ("forward", "step"):
-        print(f"  {key}: HUT takes fewer FLOPs {counted_crossing(rows, key)}")
+        crossing = counted_crossing(rows, key)
+        where = "nowhere" if crossing is None else f"from {crossing:.0f} tokens on"
+        print(f"  {key}: HUT takes fewer FLOPs {where}")
     return rows
 
 
-def counted_crossing(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """From how many tokens on HUT takes fewer FLOPs: both counts are linear in them."""
+def counted_crossing(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    """From how many tokens on HUT takes fewer FLOPs: both counts are linear in them. None: nowhere."""
     first, last = rows[0], rows[-1]
     before, after = (row[key]["lora"] - row[key]["hut"] for row in (first, last))
     if after <= before:
-        return "nowhere"
-    return f"from {first['tokens'] - before * (last['tokens'] - first['tokens']) / (after - before):.0f} tokens on"
+        return None
+    return float(first["tokens"] - before * (last["tokens"] - first["tokens"]) / (after - before))
 
 
 def crossings(rows: int, columns: int, rank: int) -> str:
@@ -158,23 +160,31 @@ def crossings(rows: int, columns: int, rank: int) -> str:
     )
 
 
-def plot(file: Path, found: dict[str, list[dict[str, Any]]], line: float) -> None:
-    """HUT's cost over LoRA's against the tokens."""
-    curves = (("forward", "FLOPs, forward"), ("step", "FLOPs, step"), ("seconds", "seconds, step"))
-    width = 330.0 * len(found)
-    with drawing.plots(width, 280, len(found)) as (canvas, several):
+def plot(file: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """HUT's cost over LoRA's against the tokens, on one scale."""
+    curves = {"forward": "FLOPs, forward", "step": "FLOPs, step", "seconds": "seconds, step"}
+    equal = "fewer FLOPs forward from here on"
+    width = drawing.WIDTH
+    with drawing.plots(width, 250, len(found), drawing.legend_height([*curves.values(), equal], width)) as (
+        canvas,
+        several,
+    ):
         for axes, (title, rows) in zip(several, found.items(), strict=True):
-            for place, (key, name) in enumerate(curves):
+            if axes is not several[0]:
+                axes.sharey(several[0])
+            for place, (key, name) in enumerate(curves.items()):
                 colour, mark, _ = drawing.look(place)
                 ratios = [row[key]["hut"] / row[key]["lora"] for row in rows]
                 axes.plot([row["tokens"] for row in rows], ratios, mark, color=colour, linestyle="-", label=name)
             axes.axhline(1, color=drawing.INK, linewidth=0.8)
-            axes.axvline(line, color=drawing.GREY, linestyle=":", label="d k / (d + k) tokens")
+            crossing = counted_crossing(rows, "forward")
+            if crossing is not None:
+                axes.axvline(crossing, color=drawing.GREY, linestyle=":", label=equal)
             drawing.powers(axes, 2)
             axes.set_ylim(bottom=0)
+            axes.grid(axis="y")
             axes.set_xlabel("tokens of a step")
-            axes.set_ylabel("HUT over LoRA")
-            axes.set_title(title)
+            axes.set_title(f"HUT over LoRA: {title}")
         drawing.legend(canvas, width)
         drawing.write(canvas, file)
 
@@ -198,7 +208,7 @@ def main() -> None:
         found[Path(args.model).name] = {kind: model(kind, args.model, args.rank, args.length) for kind in KINDS}
     measured = {title: measure(title, steps, args.tokens, args.repeats) for title, steps in found.items()}
     if args.plot:
-        plot(args.plot, measured, rows * columns / (rows + columns))
+        plot(args.plot, measured)
     if args.out:
         args.out.write_text(json.dumps({"shape": args.shape, "rank": args.rank, "rows": measured}, indent=1) + "\n")
 

@@ -208,31 +208,36 @@ def choose(bench: Bench) -> tuple[list[Made], list[Made]]:
 
 
 def plot(bench: Bench, tried: Sequence[Made], file: Path) -> None:
-    """Profanity against bits a byte of all that validation saw, with standard errors and each point's alpha."""
+    """Profanity against bits a byte of all that validation saw, with standard errors: the edits, and what they are
+    compared with, on one scale."""
     lines: dict[str, list[Made]] = {}
     for made in tried:
         lines.setdefault(f"{made.name}, {made.rows}" if made.rows else made.name, []).append(made)
-    limit = f"bits of the base + {100 * ALLOWED:g} %, the most allowed"
-    width = 560.0
-    with drawing.plots(width, 340 + drawing.legend_height([*lines, limit], width)) as (canvas, (axes,)):
-        for place, (label, ways) in enumerate(lines.items()):
+    names = [f"{name}, α {', '.join(f'{one.alpha:g}' for one in ways)}" for name, ways in lines.items()]
+    names[0] = tried[0].name
+    most = bench.measured(tried[0], "validation")["news"].value * (1 + ALLOWED)
+    limit = f"{100 * ALLOWED:g} % more bits, the most allowed"
+    width = drawing.WIDTH
+    with drawing.plots(width, 270, 2, drawing.legend_height([*names, limit], width)) as (canvas, several):
+        several[1].sharex(several[0])
+        several[1].sharey(several[0])
+        for place, ways in enumerate(lines.values()):
             colour, mark, dashes = drawing.look(place - 1) if place else drawing.Look(drawing.INK, "*", "-")
             found = [bench.measured(made, "validation") for made in ways]
             news, profanity = ([one[task] for one in found] for task in ("news", "profanity"))
-            axes.errorbar(
-                [one.value for one in news], [one.value for one in profanity], [one.stderr for one in profanity],
-                color=colour, marker=mark, linestyle=dashes, markersize=10 if mark == "*" else 5, linewidth=1,
-                elinewidth=0.6, label=label,
-            )  # fmt: skip
-            for made, x, y in zip(ways, news, profanity, strict=True):
-                if made.variant:
-                    where = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8, "color": colour}
-                    axes.annotate(f"α {made.alpha:g}", (x.value, y.value), **where)
-        most = bench.measured(tried[0], "validation")["news"].value * (1 + ALLOWED)
-        axes.axvline(most, linestyle=":", color=drawing.INK, label=limit)
-        axes.set_xlabel("bits per byte of news")
-        axes.set_ylabel("profanity of continuations, 0 to 1 (± standard error)")
-        axes.grid()
+            for side, axes in enumerate(several):
+                if place and (ways[0].variant is EDIT) != (side == 0):
+                    continue
+                axes.errorbar(
+                    [one.value for one in news], [one.value for one in profanity],
+                    [one.stderr for one in profanity], color=colour, marker=mark, linestyle=dashes,
+                    markersize=10 if mark == "*" else 5, linewidth=1.2, elinewidth=0.8, label=names[place],
+                )  # fmt: skip
+        for axes, what in zip(several, ("edits", "controls"), strict=True):
+            axes.axvline(most, linestyle=":", color=drawing.INK, label=limit)
+            axes.set_xlabel("bits per byte of news (whiskers: standard error)")
+            axes.set_title(f"{what}: profanity of continuations, 0 to 1")
+            axes.grid()
         drawing.legend(canvas, width)
         drawing.write(canvas, file)
 

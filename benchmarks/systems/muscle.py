@@ -111,7 +111,7 @@ def plot(found: list[dict[str, Flips]], file: Path) -> None:
     """Accuracy against NFR, means over the seeds with their standard errors: up and to the left is better."""
     drawn: dict[str, int] = {}
     labels: dict[tuple[float, float], list[str]] = {}
-    with drawing.plots(drawing.WIDTH, 330) as (canvas, (axes,)):
+    with drawing.plots(drawing.WIDTH, 300, 1, 20) as (canvas, (axes,)):
         for name in found[0]:
             group = "MUSCLE, by mask" if name in MASKED else "between old and new" if name in BETWEEN else name
             place = drawn.setdefault(group, len(drawn))
@@ -124,10 +124,10 @@ def plot(found: list[dict[str, Flips]], file: Path) -> None:
                 near = (one for one in labels if abs(one[0] - x) < 0.2 and abs(one[1] - y) < 0.2)
                 labels.setdefault(next(near, (x, y)), []).append(MASKED.get(name) or BETWEEN[name])
         for point, names in labels.items():
-            axes.annotate("\n".join(names), point, (5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate("\n".join(names), point, (5, 5), textcoords="offset points", fontsize=10)
         axes.margins(y=0.12)
-        axes.set_xlabel("NFR against the old model, %")
-        axes.set_ylabel("accuracy, %")
+        axes.set_xlabel("NFR against the old model, % (bars: standard errors)")
+        axes.set_title("accuracy, %")
         axes.grid()
         drawing.legend(canvas, drawing.WIDTH)
         drawing.write(canvas, file)

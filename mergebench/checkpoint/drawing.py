@@ -32,7 +32,8 @@ INK, SOFT, LINE, PAPER, HEAT, GREY, *SERIES = [day for day, _ in COLOURS.values(
 BLUE = SERIES[0]
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":")
-WIDTH = 460  # units of a plot alone, 1/72 inch; text has 11
+WIDTH = 829.0  # units across a page, and of a file, 1/72 inch; text has 11
+NARROWEST = 240.0  # of one plot beside others
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mergebench",  # equal data, equal bytes
@@ -88,16 +89,18 @@ def styled() -> Iterator[None]:
 
 
 @contextmanager
-def plots(width: float, height: float, count: int = 1) -> Iterator[tuple[Canvas, Sequence[Axes]]]:
-    """A canvas with pairs of axes beside each other, in the house's style."""
+def plots(width: float, height: float, count: int = 1, below: float = 0) -> Iterator[tuple[Canvas, Sequence[Axes]]]:
+    """A canvas with pairs of axes in the house's style: beside each other, or where that is too narrow for text, one
+    below the other, `height` each. below: what a legend takes."""
     with styled():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
 
-        canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
+        across = count if width >= NARROWEST * count else 1
+        canvas = Canvas(figsize=(width / 72, (count // across * height + below) / 72), layout="constrained")
         FigureCanvasAgg(canvas)
-        canvas.get_layout_engine().set(w_pad=0.2 if count > 1 else 0.04)  # type: ignore[call-arg,union-attr]
-        yield canvas, canvas.subplots(1, count, squeeze=False)[0]
+        canvas.get_layout_engine().set(w_pad=0.12 if across > 1 else 0.04)  # type: ignore[call-arg,union-attr]
+        yield canvas, list(canvas.subplots(count // across, across, squeeze=False).flat)
 
 
 def write(canvas: Canvas, file: Path) -> None:
@@ -132,7 +135,9 @@ def powers(axes: Axes, base: int = 10) -> None:
 
 def columns(names: Sequence[str], width: float) -> int:
     """How many names fit beside each other in a legend of that width."""
-    return max(1, min(len(names), int(width // (46 + 6.2 * max(map(len, names), default=1)))))
+    most = max(1, min(len(names), int(width // (46 + 6.2 * max(map(len, names), default=1)))))
+    rows = max(1, -(-len(names) // most))
+    return -(-len(names) // rows) or 1  # in rows of one length, as near as can be
 
 
 def legend_height(names: Sequence[str], width: float) -> float:

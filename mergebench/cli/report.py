@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergebench.cli import options as opt
 from mergebench.cli.output import note, say, say_json
+
+if TYPE_CHECKING:
+    from mergebench.evaluation.page.figures import Figure
 
 
 def report(
@@ -31,8 +35,8 @@ def report(
     """
     from mergebench.evaluation import page
 
-    written = page.write(directory, out)
-    files = [] if figures is None else page.write_figures(directory, figures)
+    written = page.write(directory, out, _plots)
+    files = [] if figures is None else page.write_figures(directory, figures, _plots)
     if json_:
         say_json({"out": str(written), "figures": [str(file) for file in files]})
     else:
@@ -43,3 +47,22 @@ def report(
 
         if not webbrowser.open(written.resolve().as_uri()):
             note(f"no browser to be found here: open {written}", quiet or json_)
+
+
+def _plots(provenance: Mapping[str, Any], directory: Path) -> Sequence[Figure]:
+    """Of what the rooms above the page made."""
+    command = provenance.get("command")
+    if command == "train":
+        from mergebench.training import plot
+
+        return plot.figures(provenance["runs"])
+    if command == "dimension":
+        from mergebench.systems.intrinsic_dimension import plot as dimension
+
+        return dimension.figures(provenance)
+    if command == "cil run":
+        from mergebench.checkpoint.documents import document
+        from mergebench.systems.mos import plot as sequence
+
+        return sequence.figures(document(directory / "results.json", hint="make it again")["records"])
+    return ()

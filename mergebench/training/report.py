@@ -15,7 +15,8 @@ from mergebench.evaluation.tables.layout import SHARES
 
 Run = Mapping[str, Any]
 
-HEADER = ("", "validation", "test", "trained", "on disk", "lr", "ms a step", "saved", "peak")
+HEADER = ("row", "validation", "test", "trained", "on disk", "lr", "ms a step", "saved", "peak")
+ROWS = 24  # that the card names the models of
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -40,11 +41,11 @@ def lines(runs: Sequence[Run]) -> list[list[str]]:
         out.append(
             [
                 name,
-                *(_cell(several, part) for part in ("validation", "test")),
+                *(shown(several, part) for part in ("validation", "test")),
                 f"{several[0]['parameters']:,}",
                 human(several[0]["bytes"]),
                 " ".join(dict.fromkeys(f"{run['lr']:g}" for run in several)),
-                f"{seconds:.0f}",
+                f"{seconds:,.0f}",
                 human(several[0]["saved_by_autograd"]),
                 human(max(run["peak_memory"] for run in several)),
             ]
@@ -57,8 +58,9 @@ def legend(runs: Sequence[Run]) -> str:
     seeds = len({run["seed"] for run in runs})
     errors = f"mean of {seeds} seeds ± its standard error" if seeds > 1 else "one seed"
     metrics = ", ".join(dict.fromkeys(metric_of(run) for run in runs if metric_of(run)))
+    named = f"{metrics[0].upper()}{metrics[1:]} in %" if metrics else "No metric"
     return (
-        f"{metrics or 'no metric'}: {errors}; trained: numbers that are trained, without the task's head; saved: what "
+        f"{named}: {errors}; trained: numbers that are trained, without the task's head; saved: what "
         "autograd keeps of the first batch; peak: of the whole process"
     )
 
@@ -80,27 +82,55 @@ def unit_of(run: Run) -> tuple[str, float]:
     return (f"{metric}, %", 100.0) if metric in SHARES else (metric, 1.0)
 
 
-def _cell(several: Sequence[Run], part: str) -> str:
+def measured_on(runs: Sequence[Run]) -> str:
+    """The part that rows are compared on: the test items, or else those of validation; empty where there are none."""
+    return next((part for part in ("test", "validation") if all(part in run for run in runs)), "")
+
+
+def shown(several: Sequence[Run], part: str) -> str:
+    """The mean of a row's seeds and its standard error, in %."""
     if any(part not in run for run in several):
         return "–"
     mean, error = mean_and_error([100 * run[part]["value"] for run in several])
     return f"{mean:.1f}" + (f" ± {error:.1f}" if error is not None else "")
 
 
+def finding(runs: Sequence[Run], apart: bool = False) -> str:
+    """The best row and the next, in a sentence; empty where nothing was measured. apart: each has a task of its own."""
+    part = measured_on(runs)
+    if not part:
+        return ""
+    rows = by_row(runs)
+    best, *others = sorted(rows, key=lambda name: -statistics.fmean(run[part]["value"] for run in rows[name]))
+    seeds = len({run["seed"] for run in runs})
+    over = f" ({f'mean of {seeds} seeds ± its standard error' if seeds > 1 else 'one seed'})."
+    if others and apart:
+        ends = f"{shown(rows[others[-1]], part)}\u00a0% of {others[-1]} to {shown(rows[best], part)}\u00a0% of {best}"
+        return f"{len(rows)} rows, each on a task of its own: {part} {metric_of(runs[0])} from {ends}{over}"
+    said = f"{best} has {f'the best {part}' if others else part} {metric_of(runs[0])}, {shown(rows[best], part)}\u00a0%"
+    if others:
+        said += f"; the next of {len(rows)} rows, {others[0]}, has {shown(rows[others[0]], part)}\u00a0%"
+    return said + over
+
+
 def card(out: Path, provenance: Mapping[str, Any]) -> str:
     """README.md of the directory."""
     runs = provenance["runs"]
-    how = listed(
-        f"{linked(run['model'], out)} with {code(out.name + '/' + run['directory'])}: {run['kind']}"
-        for run in runs[:12]
-    )
+    rows = [f"{markdown.escape(name)}: {_model(several, out)}" for name, several in by_row(runs).items()]
     parts = [
-        "Trained by `mergebench train`. Each directory is one run: name it after its model and a plus.",
-        how,
+        markdown.escape(finding(runs, any("task" in row for row in provenance["config"].get("rows", {}).values()))),
         table(runs),
         legend(runs) + ".",
-        "![scores](scores.png)" if any("test" in run or "validation" in run for run in runs) else "",
-        "![curves](curves.png)",
+        *(f"![{figure}]({figure}.png)" for figure in ("scores", "curves") if figure == "curves" or measured_on(runs)),
+        "Trained by `mergebench train`. A run is a model, named after its base and a plus:",
+        listed(rows[:ROWS]) + (f"\n- and {len(rows) - ROWS} more" if len(rows) > ROWS else ""),
     ]
     models = [run["model"] for run in runs]
     return markdown.card(out.name, parts, tags=["mergebench", "peft"], relation="adapter", models=models)
+
+
+def _model(several: Sequence[Run], out: Path) -> str:
+    """The models of a row's runs, by the first."""
+    first, *others = (code(f"{out.name}/{run['directory']}") for run in several)
+    said = f"{linked(several[0]['model'], out)} + {first}"
+    return f"{said} to {others[-1]}" if others else said

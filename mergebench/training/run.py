@@ -158,8 +158,7 @@ def _publish(
     provenance = {"command": "train", **provenance_of(config, models, staging), "fingerprint": fingerprint}
     kept = provenance["runs"]
     write_atomically(staging.directory / "results.json", json.dumps({"runs": kept}, indent=1) + "\n")
-    plot.curves(kept, staging.directory / "curves.png")
-    plot.scores(kept, staging.directory / "scores.png")
+    plot.write(kept, staging.directory)
     staging.finish(provenance, started, overwrite, report.card(staging.out, provenance))
 
 

@@ -18,11 +18,18 @@ def write_curve(about: Mapping[str, Any], path: Path) -> None:
     accuracy = [100 * one["cv_accuracy"] for one in layers]
     stderr = [100 * one["cv_stderr"] for one in layers]
     best = numbers.index(about["layer"])
-    with drawing.plots(WIDTH, 280) as (canvas, (axes,)):
+    with drawing.plots(WIDTH, 270, 1, drawing.legend_height([""] * 4, WIDTH)) as (canvas, (axes,)):
         right = axes.twinx()
         right.plot(numbers, [one["auc"] for one in layers], color=SERIES[1], linestyle="--", label="AUC (right axis)")
         axes.errorbar(
-            numbers, accuracy, stderr, color=BLUE, marker="o", markersize=3.5, elinewidth=0.8, label="accuracy"
+            numbers,
+            accuracy,
+            stderr,
+            color=BLUE,
+            marker="o",
+            markersize=3.5,
+            elinewidth=0.8,
+            label="accuracy ± standard error",
         )
         axes.axhline(100 * about["cv_majority"], color=GREY, linestyle=":", label="always the larger class")
         axes.plot(

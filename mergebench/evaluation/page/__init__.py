@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.evaluation.page.figures import Drawn, Figure
 from mergebench.evaluation.page.parts import Gallery, Part, Section, Text
-from mergebench.evaluation.page.sources import Sources, read
+from mergebench.evaluation.page.sources import Plots, Sources, no_plots, read
 
 if TYPE_CHECKING:
     from mergebench.recipe import Recipe
@@ -24,8 +24,10 @@ FILE = "report.html"
 Writer = Callable[[Sources], Iterator[Section]]
 
 
-def write(directory: str | Path, out: str | Path | None = None) -> Path:
+def write(directory: str | Path, out: str | Path | None = None, plots: Plots = no_plots) -> Path:
     """Write the page, by default as `report.html` in the directory; returns its path.
+
+    plots: what draws a result that no recipe made; else the page has the pictures of its card.
 
     Raises `RecipeError` if there is nothing to show, `RunError` if a document is damaged or the disk is full.
     """
@@ -33,7 +35,7 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
 
     directory = Path(directory)
     target = directory / FILE if out is None else Path(out)
-    text = render(read(directory)).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+    text = render(read(directory, plots)).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,7 +44,7 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
-def write_figures(directory: str | Path, out: str | Path) -> list[Path]:
+def write_figures(directory: str | Path, out: str | Path, plots: Plots = no_plots) -> list[Path]:
     """Write every plot of the page into the folder `out`, as NAME.pdf and NAME.png; returns the files.
 
     Raises as `write`.
@@ -56,7 +58,7 @@ def write_figures(directory: str | Path, out: str | Path) -> list[Path]:
             files.extend(figure.save(folder))
         return []
 
-    sources = read(Path(directory))
+    sources = read(Path(directory), plots)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

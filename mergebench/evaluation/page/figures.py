@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-WIDTH, FULL = 400.0, 829.0  # units of a plot in half of the page, and of one across it: letters of one size
+THIRD, WIDTH, FULL = (
+    262.0,
+    400.0,
+    drawing.WIDTH,
+)  # units of a plot in a third of the page, half, all: letters of one size
 KINDS = ("pdf", "png")
 
 
@@ -28,7 +32,8 @@ class Figure(NamedTuple):
     alt: str
     draw: Callable[[float], Canvas]
     wide: bool = False  # it needs the whole width of the page
-    kind: str = "figure"
+    like: bool = False  # it has the scale of those beside it: all of one size, or lengths would mislead
+    caption: str = ""  # below it, where it stands alone
 
     def svg(self, width: float, end: str = "") -> str:
         return to_svg(self.draw(width), self.name + end)
@@ -43,15 +48,19 @@ class Figure(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A plot as the page shows it. narrow: for small screens, where it differs."""
+    """A plot as the page shows it. narrow: for small screens, where it differs; third: three are in a row."""
 
     svg: str
     alt: str
     narrow: str = ""
+    third: bool = False
 
 
 def drawn(figures: Sequence[Figure]) -> list[Drawn]:
-    """The plots of a gallery, two beside each other; a last one that stands alone takes the whole width."""
+    """The plots of a gallery, two beside each other; a last one that stands alone takes the whole width, but three or
+    more on one scale stand three in a row then."""
+    if len(figures) > 2 and len(figures) % 2 and all(figure.like for figure in figures):
+        return [Drawn(one.svg(THIRD, "-third"), one.alt, one.svg(WIDTH), third=True) for one in figures]
     found, beside = [], 0
     for place, figure in enumerate(figures):
         whole = figure.wide or (beside % 2 == 0 and (place + 1 == len(figures) or figures[place + 1].wide))
@@ -141,8 +150,8 @@ def bars(
             for place, (_, value, error, colour, text) in enumerate(rows):
                 hatch = "////" if place in hatched else None
                 axes.barh(place, value, color=colour, height=0.68, hatch=hatch, edgecolor=PAPER, linewidth=0)
-                if error:
-                    axes.errorbar(value, place, xerr=error, color=INK, linewidth=1.2, capsize=2.5)
+                for colour_, wide in ((PAPER, 3.2), (INK, 1.2)) if error else ():  # to be seen on the bar too
+                    axes.errorbar(value, place, xerr=error, color=colour_, elinewidth=wide, capsize=2.5, capthick=wide)
                 axes.text(reach + room_, place, text, ha="right", va="center", fontsize=10, color=INK)
             for value, dashes in marks:
                 axes.axvline(value, color=INK, linestyle=dashes, linewidth=1, zorder=3)
@@ -158,4 +167,4 @@ def bars(
             axes.set_title(short(title, int(width / 9)))
         return canvas
 
-    return Figure(name, alt, draw)
+    return Figure(name, alt, draw, like=most is not None)

@@ -13,7 +13,7 @@ from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Results
-from mergebench.evaluation.tables.flips import RATES, difference_of, how_to_read, p_of, rate_rows, unit_of
+from mergebench.evaluation.tables.flips import RATES, difference_of, how_to_read, p_said, rate_rows, unit_of
 from mergebench.evaluation.tables.layout import number, short_names
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def sections(sources: Sources) -> Iterator[Section]:
     looks = sources.looks
     drawn = [_bars(one, names[one.new], old, looks[names[one.new]].colour, most) for one in shown]
     rows = [cells(names[one.new], *row) for one in shown for row in rate_rows(one)]
-    table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2)
+    table = Table(["model", *RATES], rows, how_to_read(shown[0]), words=2, grouped=True)
     lists = [_list(one, names[one.new]) for one in shown]
     caption = f"Items lost (left, hatched) and won (right, plain) against {old}, by task."
     yield Section(f"Flips against {old}", [Gallery(drawn, caption), table, *lists])
@@ -53,7 +53,7 @@ def finding(results: Results) -> list[str]:
         flips, names = one.pooled, short_names(results.models)
         unit = unit_of(flips, one.pooled_pairs[0].metric)
         what = " percentage points" if flips.both_right is not None else " in the mean of the items"
-        size = f"{difference_of(flips, unit)}{what}, p\u00a0{p_of(flips.p)}"
+        size = f"{difference_of(flips, unit)}{what}, {p_said(flips.p)}"
         count = f"{len(flips.lost):,} items lost, {len(flips.won):,} won"
         found.append(f"{names[one.new]} against {names[one.old]} over {flips.n:,} items: {size}; {count}.")
     return found
@@ -82,7 +82,7 @@ def _bars(comparison: Comparison, name: str, old: str, colour: str, most: int) -
         return canvas
 
     said = ", ".join(f"{task} {lost} lost and {won} won" for task, lost, won in counts)
-    return Figure(figures.slug("flips", name), f"{name} against {old}: {said}.", draw)
+    return Figure(figures.slug("flips", name), f"{name} against {old}: {said}.", draw, like=True)
 
 
 def _list(comparison: Comparison, name: str) -> Fold:

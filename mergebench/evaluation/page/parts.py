@@ -26,17 +26,41 @@ class Gallery(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows under heads; each row begins with what it is about. `words`: columns of text, from the left."""
+    """Rows under heads; each row begins with what it is about. `words`: columns of text, from the left; grouped: rows
+    that begin alike say it once."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str
     words: int = 1
+    grouped: bool = False
     kind: str = "table"
+
+    @property
+    def spans(self) -> list[int]:
+        """Over how many rows the first cell of each stands; 0 where it is the one above."""
+        firsts = [row[0].text for row in self.rows]
+        spans = [1] * len(firsts)
+        for place in range(len(firsts) - 1, 0, -1):
+            if self.grouped and firsts[place] == firsts[place - 1]:
+                spans[place - 1], spans[place] = spans[place - 1] + spans[place], 0
+        return spans
+
+    @property
+    def starred(self) -> bool:
+        """Whether a cell is marked as the best."""
+        return any(cell.best for row in self.rows for cell in row)
+
+
+class Points(NamedTuple):
+    """A list."""
+
+    items: Sequence[str]
+    kind: str = "points"
 
 
 class Facts(NamedTuple):
-    """Terms and their values."""
+    """Terms and their values; a value may have lines."""
 
     pairs: Sequence[tuple[str, str]]
     kind: str = "facts"
@@ -65,7 +89,7 @@ class Fold(NamedTuple):
     kind: str = "fold"
 
 
-Part = Text | Gallery | Table | Facts | Verbatim | Picture | Fold
+Part = Text | Points | Gallery | Table | Facts | Verbatim | Picture | Fold
 
 
 class Section(NamedTuple):
@@ -73,6 +97,15 @@ class Section(NamedTuple):
 
     title: str
     parts: Sequence[Part]
+
+
+def lasted(seconds: object) -> str:
+    """`6.4 s`, `12 min`, `3.5 h`."""
+    if not isinstance(seconds, (int, float)):
+        return "an unknown time"
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def cells(*texts: str) -> list[Cell]:

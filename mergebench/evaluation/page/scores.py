@@ -15,7 +15,7 @@ from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.results import Record, Results, mean_relatives, mean_values
-from mergebench.evaluation.tables.flips import difference_of, difference_sheets, p_of, unit_of
+from mergebench.evaluation.tables.flips import difference_of, difference_sheets, p_said, unit_of
 from mergebench.evaluation.tables.layout import SHARES, number, short_names
 from mergebench.evaluation.tables.results import Cell, heads_of, legend, rows_of, value_of
 
@@ -35,7 +35,7 @@ def sections(sources: Sources) -> Iterator[Section]:
         yield Section("Not measured", [Table(heads, [cells(*one) for one in said], "What failed.", words=4)])
     if not results.records:
         return
-    rows = [[Cell(row.model), Cell(row.role), *map(_starred, row.cells)] for row in rows_of(results)]
+    rows = [[Cell(row.model), Cell(row.role), *row.cells] for row in rows_of(results)]
     note = legend(results, bold=False)
     if any(cell.best for row in rows for cell in row):
         note = f"{note[:-1]}; bold with a star: the best merge."
@@ -89,7 +89,8 @@ def finding(results: Results) -> list[str]:
         return [f"{names[top]} has {said(top)} {what}{beside}."]
     rival = best(rivals)
     verdict = _verdict(results, rival, top)
-    return [f"{names[top]} has {said(top)} {what}, {names[rival]}, the best baseline, {said(rival)}{verdict}{beside}."]
+    against = f"the best baseline, {names[rival]}, has {said(rival)}{verdict}"
+    return [f"{names[top]} has {said(top)} {what}; {against}{beside}."]
 
 
 def _verdict(results: Results, old: str, new: str) -> str:
@@ -97,16 +98,12 @@ def _verdict(results: Results, old: str, new: str) -> str:
     with suppress(MergebenchError):  # not the same items
         found = compare(old, new, results)
         if found.pooled is not None and found.pooled.p is not None:
-            p = f"p\u00a0{p_of(found.pooled.p)}"
+            p = p_said(found.pooled.p)
             if found.pooled.p >= 0.05:
                 return f": no significant difference ({p})"
             unit = unit_of(found.pooled, found.pooled_pairs[0].metric)
             return f": a significant difference, {difference_of(found.pooled, unit)} over the items ({p})"
     return ""
-
-
-def _starred(cell: Cell) -> Cell:
-    return Cell(f"{cell.text} ★", True) if cell.best else cell
 
 
 def _bars(results: Results, task: str, looks: Mapping[str, Look]) -> Figure:
@@ -143,6 +140,8 @@ def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
         value = record.value if one or record.direction == "higher" else high + low - record.value
         return (value if one else value - low) * unit if unit else 0.5, (record.stderr or 0.0) * unit
 
+    ends = [value - error for record in results.records for value, error in [place(record)]]
+    least = 10 * max(int(min(ends) // 10), 0) if one and metric in SHARES else 0
     shown = [drawing.short(names[model], 40) for model in results.models]
     apart = max(5.0, min(9.0, 500 / (len(tasks) * len(shown))))  # between two dots
 
@@ -165,7 +164,7 @@ def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
             axes.tick_params(axis="y", length=0)
             axes.grid(True, axis="x")
             if one and metric in SHARES:
-                axes.set_xlim(0, 101)
+                axes.set_xlim(least, 101)
             if one:
                 lower = " (lower is better)" if direction == "lower" else ""
                 axes.set_xlabel(f"{metric}{', %' if metric in SHARES else ''}{lower}")
@@ -176,4 +175,5 @@ def _across(results: Results, looks: Mapping[str, Look]) -> Gallery:
 
     alt = f"Dots of {len(shown)} models for each of {len(tasks)} tasks; the numbers are in the table above."
     scale = "Whiskers are the standard error" if one else "Each task from its worst model to its best"
-    return Gallery([Figure("across-tasks", alt, draw, wide=True)], f"All models on each task. {scale}.")
+    begin = f" The axis begins at {least}." if least else ""
+    return Gallery([Figure("across-tasks", alt, draw, wide=True)], f"All models on each task. {scale}.{begin}")

@@ -88,7 +88,8 @@ def sections(sources: Sources) -> Iterator[Section]:
             yield Section("Search", failed)
         return
     names = list(dict.fromkeys(name for point in points for name in point["values"]))
-    drawn = [_against(search, name) for name in names] if len(points) > 1 else []
+    moved = [name for name in names if len({_value(point["values"].get(name)) for point in points}) > 1]
+    drawn = [_against(search, name) for name in moved]
     caption = f"Each dot is one of {len(points)} merges, measured on validation data. Star: the best."
     caption += " Diamond: the recipe as given." if best is not points[0] else ""
     caption += " Whiskers are the standard error." if any(point.get("stderr") for point in points) else ""
@@ -127,8 +128,7 @@ def finding(document: Mapping[str, Any]) -> list[str]:
 def _row(search: Search, point: Point, names: Sequence[str]) -> list[Cell]:
     values = [_value(point["values"].get(name)) for name in names]
     scores = [number(point["tasks"][t], search.metric(t)) if t in point["tasks"] else NONE for t in search.tasks]
-    label = f"{point['number']}{' ★' * (point is search.best)}"
-    return [Cell(label, point is search.best), *cells(*values, search.said(point["objective"]), *scores)]
+    return [Cell(str(point["number"]), point is search.best), *cells(*values, search.said(point["objective"]), *scores)]
 
 
 def _failures(failed: Sequence[Point]) -> Fold:

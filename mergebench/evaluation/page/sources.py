@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from mergebench.checkpoint.drawing import Look
 from mergebench.checkpoint.target import PROVENANCE, is_provenance
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.page import figures, profile
+from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.profile import Profile
 from mergebench.evaluation.results import FILE, Results
 from mergebench.evaluation.tables.layout import short_names
@@ -21,6 +22,7 @@ from mergebench.evaluation.tables.layout import short_names
 MERGE = "the merge"
 SEARCH = "search.json"
 T = TypeVar("T")
+Plots = Callable[[Mapping[str, Any], Path], "Sequence[Figure]"]  # of a provenance and its directory
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Sources:
     provenance: Mapping[str, Any] | None
     search: Mapping[str, Any] | None
     profile: Profile | None
+    plots: Mapping[str, Figure] = field(default_factory=dict)  # by the name of the file that the command wrote too
 
     @property
     def merged(self) -> bool:
@@ -51,8 +54,16 @@ class Sources:
         return {**found, MERGE: found[merged]}
 
 
-def read(directory: Path) -> Sources:
-    """Read them; `RecipeError` where there are none to show, `RunError` where one is damaged."""
+def no_plots(provenance: Mapping[str, Any], directory: Path) -> Sequence[Figure]:
+    """Of no result."""
+    return ()
+
+
+def read(directory: Path, plots: Plots = no_plots) -> Sources:
+    """Read them; `RecipeError` where there are none to show, `RunError` where one is damaged.
+
+    plots: of a result that no recipe made; what fails there is left out.
+    """
     if not directory.is_dir():
         hint = "name a directory that mergebench wrote"
         raise RecipeError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory", hint)
@@ -67,7 +78,10 @@ def read(directory: Path) -> Sources:
         near = sorted(file.parent.name for file in directory.glob(f"*/{PROVENANCE}"))[:4]
         hint = f"name one of its results: {', '.join(near)}" if near else f"it has no {FILE}, {PROVENANCE} or {SEARCH}"
         raise RecipeError(f"{directory}: nothing to show", hint)
-    return found
+    drawn: Sequence[Figure] = ()
+    with suppress(Exception):  # a result of another version; the card's own pictures are shown
+        drawn = plots(found.provenance or {}, directory)
+    return replace(found, plots={figure.name: figure for figure in drawn})
 
 
 def _there(path: Path, load: Callable[[Path], T]) -> T | None:

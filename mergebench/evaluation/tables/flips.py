@@ -224,6 +224,12 @@ def signed(value: float, unit: str) -> str:
     return text.replace("-", "−") if value < 0 else f"+{text}"
 
 
+def p_said(p: float | None) -> str:
+    """As a sentence has it: `p = 0.346`, `p < 0.001`, with spaces that do not break."""
+    text = p_of(p)
+    return f"p < {text[1:]}".replace(" ", "\u00a0") if text[0] == "<" else f"p = {text}".replace(" ", "\u00a0")
+
+
 def p_of(p: float | None) -> str:
     return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -65,6 +65,13 @@ class Answer:
             "below": self.below,
             "by_seed": self.by_seed,
         }
+
+
+def read(answers: Mapping[str, Mapping[str, Any]]) -> list[Answer]:
+    """The answers of a search, from what `to_dict` made of them."""
+    names = [field.name for field in fields(Answer)]
+    found = [{name: one[name] for name in names} for one in answers.values()]
+    return [Answer(**one | {"tested": {int(d): values for d, values in one["tested"].items()}}) for one in found]
 
 
 def line_of(share: float, full: float) -> float:

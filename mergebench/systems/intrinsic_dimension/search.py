@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint import card as markdown
-from mergebench.checkpoint.card import listed
+from mergebench.checkpoint import drawing
 from mergebench.checkpoint.files import write_atomically
 from mergebench.checkpoint.staging import Staging
 from mergebench.checkpoint.target import check_room, check_target, finished
@@ -29,7 +29,7 @@ from mergebench.networks.device import device_of
 from mergebench.plugins import need
 from mergebench.systems.intrinsic_dimension.answer import Answer, line_of
 from mergebench.systems.intrinsic_dimension.kind import Params, subspace
-from mergebench.systems.intrinsic_dimension.plot import plot
+from mergebench.systems.intrinsic_dimension.plot import figure
 from mergebench.training import report
 from mergebench.training.config import Config, Row
 from mergebench.training.declared import Targets, kinds
@@ -122,7 +122,7 @@ def search(
             narrow(reaches, *ranges[row.name])
             answers.append(Answer(row.name, full.task.metric, share, mean, ranges[row.name][1], tested))
         if isinstance(staging, Staging):
-            plot(answers, whole, staging.directory / "dimension.png")
+            drawing.write(figure(answers).draw(drawing.WIDTH), staging.directory / "dimension.png")
             about = {"share": share, "part": part, "answers": {one.row: one.to_dict() for one in answers}}
             made = {"command": "dimension", **about, **provenance_of(config, models, staging)}
             results = json.dumps(about | {"runs": made["runs"]}, indent=1) + "\n"
@@ -136,10 +136,11 @@ def search(
 def _card(name: str, answers: Sequence[Answer], runs: Sequence[Mapping[str, Any]]) -> str:
     """README.md of the directory."""
     parts = [
-        "Found by `mergebench dimension`.",
-        listed(one.sentence() for one in answers),
+        markdown.escape(" ".join(f"{one.sentence()}." for one in answers)),
         "![the metric against d](dimension.png)",
         report.table(runs),
+        report.legend(runs) + ".",
+        "Found by `mergebench dimension`.",
     ]
     return markdown.card(name, parts, tags=["mergebench"])
 

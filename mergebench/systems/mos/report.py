@@ -21,12 +21,11 @@ from mergebench.systems.mos.metrics import (
     measures,
     runs_of,
 )
-from mergebench.systems.mos.plot import plot
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["markdown", "plot", "stages", "table"]
+__all__ = ["markdown", "stages", "table"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,18 @@ def stages(records: Iterable[Record], *, width: int | None = None, styled: bool 
 
 
 def markdown(records: Iterable[Record]) -> str:
-    """The same tables for GitHub."""
+    """What was found in a sentence, and the same tables, for GitHub."""
     runs = runs_of(records)
-    return "\n".join(_markdown(view) for view in (_measured(runs), _staged(runs), _retrieved(runs)) if view.rows)
+    views = [view for view in (_measured(runs), _staged(runs), _retrieved(runs)) if view.rows]
+    return "\n".join([escape(_finding(runs)), "", *map(_markdown, views)])
+
+
+def _finding(runs: Runs) -> str:
+    """The best method after the last task, and MOS where it is another."""
+    last = {name: [run[-1]["accuracy"] for run in by_seed.values()] for name, by_seed in runs.items()}
+    top = max(last, key=lambda name: estimate(last[name]).mean)
+    said = f"After the last task the best is {NAMES.get(top, top)}: {_estimated(last[top])} % of all test items right"
+    return said + (f"; MOS has {_estimated(last[MOS])} %." if MOS in last and top != MOS else ".")
 
 
 def _measured(runs: Runs) -> View:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mergebench
+from mergebench.checkpoint import drawing
 from mergebench.checkpoint.content import Contents, sha256_of
 from mergebench.checkpoint.documents import document
 from mergebench.checkpoint.files import write_atomically
@@ -28,7 +29,7 @@ from mergebench.errors import RunError, out_of_memory
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.features import Pooling
 from mergebench.networks.network import Network
-from mergebench.systems.mos import report
+from mergebench.systems.mos import plot, report
 from mergebench.systems.mos.bank import Bank, BankWriter, read_bank
 from mergebench.systems.mos.config import Config
 from mergebench.systems.mos.encoder import Encoder
@@ -102,7 +103,8 @@ def run_sequence(
         }
         write_atomically(staging.directory / f"{RESULTS}.json", json.dumps(found, indent=1) + "\n")
         write_atomically(staging.directory / f"{RESULTS}.md", report.markdown(records))
-        report.plot(records, staging.directory / f"{RESULTS}.png")
+        for figure in plot.figures(records):
+            drawing.write(figure.draw(drawing.WIDTH), staging.directory / f"{figure.name}.png")
         provenance: dict[str, Any] = {key: value for key, value in found.items() if key != "records"}
         provenance |= {"command": "cil run", "fingerprint": fingerprint}
         staging.finish(provenance, started, overwrite)

@@ -12,6 +12,7 @@ from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, linked, listed
 from mergebench.checkpoint.shards import Shard
 from mergebench.deltas.formats.compressed import RECORD
+from mergebench.errors import human
 from mergebench.systems.pela.layers import written_as
 
 Entries = Mapping[str, Mapping[str, Any]]  # by tensor: rank and errors, or under `left` why it is dense
@@ -55,8 +56,8 @@ def card(out: Path, provenance: Mapping[str, Any]) -> str:
     made = (
         f"The linear layers of a {what} as products of two (PELA's start, arXiv:2310.10700, {how}), by mergebench "
         f"{provenance['mergebench']}: {every['factored']} layers, ranks {ranks}, {every['energy_kept']:.2%} of the "
-        f"energy kept, {every['bytes'][0]:,} bytes before, {every['bytes'][1]:,} after. `NAME.0.weight` [r, in] and "
-        "`NAME.1.weight` [out, r] stand for `NAME.weight`. Nothing was trained."
+        f"energy kept, {human(every['bytes'][0])} before, {human(every['bytes'][1])} after. `NAME.0.weight` [r, in] "
+        "and `NAME.1.weight` [out, r] stand for `NAME.weight`. Nothing was trained."
     )
     back = f"Dense again: {code(f'mergebench compress expand {out.name} --out DIR')}. Every tensor's error: `{RECORD}`."
     return _card(out, made, f"{what}: {linked(provenance['model'], out)}", back, [provenance["model"]])

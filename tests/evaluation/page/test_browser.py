@@ -47,7 +47,7 @@ def test_it_loads_without_a_complaint(folder: Path) -> None:
     seen, console = chromium(folder, "report.html", "--dump-dom")
     assert console == ""
     assert len(re.findall(r"<section>", seen)) == 7
-    assert seen.count("<svg") == 14 + 4  # four are drawn for wide and for narrow windows
+    assert seen.count("<svg") == 14 + 6  # six are drawn for wide and for narrow windows
 
 
 def test_the_console_would_be_seen(folder: Path) -> None:

@@ -16,7 +16,9 @@ from ruamel.yaml import YAML
 from mergebench.adapters import cards as adapter_cards
 from mergebench.checkpoint.lineage import parents, portable
 from mergebench.evaluation import page
-from mergebench.evaluation.page import card
+from mergebench.evaluation.page import card, origin
+from mergebench.evaluation.page.parts import lasted
+from mergebench.training import plot, report
 from tests.conftest import Cli
 from tests.evaluation.page import documents
 from tests.evaluation.page.test_page import Tree, alone, tree_of
@@ -139,7 +141,7 @@ def test_a_recipe_with_slices_lists_its_models(tmp_path: Path) -> None:
     recipe = {"merge_method": "passthrough", "slices": sources}
     tree = tree_of(alone(tmp_path / "d", "mergebench.json", documents.provenance(recipe=recipe)))
     pairs = dict(zip(tree.texts["dt"], tree.texts["dd"], strict=True))
-    assert pairs["models"] == "m/one, m/two"
+    assert pairs["models"] == "m/one\nm/two"
     assert "2 models merged with passthrough" in tree.texts["p"]
     assert "None" not in pairs.values()
 
@@ -188,10 +190,56 @@ def test_tables_pictures_and_escapes_of_a_card(tmp_path: Path) -> None:
     assert "In %. Text of two lines." in tree.texts["p"]
     assert [one["src"] for one in tree.all("img")] == ["data:image/png;base64,iVBORw0K"]
     assert "img-src data:" in text
-    assert dict(zip(tree.texts["dt"], tree.texts["dd"], strict=True))["seconds"] == "2.5"
+    assert dict(zip(tree.texts["dt"], tree.texts["dd"], strict=True))["took"] == "2.5 s"
 
 
 def test_a_directory_of_results_says_which(place: Path, cli: Cli) -> None:
     assert cli("task-vector", "ft", "--base", "base", "--out", "merged/tv").code == 0
     ran = cli("report", "merged")
     assert (ran.code, ran.err) == (2, "error: merged: nothing to show\nhint: name one of its results: tv\n")
+
+
+RUNS = [
+    {"row": row, "seed": seed, "directory": f"{row}/seed-{seed}", "model": "base", "kind": "full", "lr": 0.1,
+     "steps": 2, "seconds": 1.0, "parameters": 10 + seed, "bytes": 20, "saved_by_autograd": 5, "peak_memory": 7,
+     "test": {"metric": "accuracy", "value": value}, "history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
+    for row, values in {"one": (0.5, 0.7), "two": (0.75, 0.85)}.items() for seed, value in enumerate(values)
+]  # fmt: skip
+
+
+def test_a_training_is_drawn_for_the_page(tmp_path: Path, cli: Cli) -> None:
+    """In the page's colours, which change at night; the pictures beside the card are for other readers."""
+    out = tmp_path / "trained"
+    made = {"command": "train", "mergebench": "0.1", "config": {"rows": {"one": {}, "two": {}}}, "runs": RUNS}
+    alone(out, "mergebench.json", made)
+    (out / "README.md").write_text(report.card(out, made))
+    plot.write(RUNS, out)
+    assert {path.name for path in out.glob("*.png")} == {"scores.png", "curves.png"}
+    done = cli("report", out, "--figures", tmp_path / "figures")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "figures").glob("*.pdf")) == ["curves.pdf", "scores.pdf"]
+    text = (out / "report.html").read_text(encoding="utf-8")
+    tree = Tree(text)
+    assert not tree.all("img") and len(tree.all("svg")) == 2 * 2
+    found = "two has the best test accuracy, 80.0 ± 5.0 %; the next of 2 rows, one, has 60.0 ± 10.0 % "
+    assert tree.texts["p"][1].replace("\u00a0", " ") == f"{found}(mean of 2 seeds ± its standard error)."
+    assert "two 80.0 ± 5.0" in str([one["aria-label"] for one in tree.all("div") if one.get("role") == "img"])
+    assert tree.texts["li"] == [f"{row}: base + trained/{row}/seed-0 to trained/{row}/seed-1" for row in ("one", "two")]
+    page.write(out)  # which knows of no plots: the card's pictures
+    assert len(Tree((out / "report.html").read_text()).all("img")) == 2
+
+
+def test_rows_with_tasks_of_their_own_are_not_ranked() -> None:
+    said = report.finding(RUNS, apart=True).replace("\u00a0", " ")
+    assert said.startswith("2 rows, each on a task of its own: test accuracy from 60.0 ± 10.0 % of one to 80.0 ± 5.0 %")
+
+
+def test_times_and_dates_are_in_words() -> None:
+    assert [lasted(seconds) for seconds in (0.04, 6.405, 61.2, 2924.9, 12600)] == [
+        "0.04 s",
+        "6.4 s",
+        "61 s",
+        "49 min",
+        "3.5 h",
+    ]
+    assert origin._date("2026-11-30T20:29:06+01:00") == "2026-11-30 19:29 UTC"

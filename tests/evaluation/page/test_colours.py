@@ -12,8 +12,8 @@ from matplotlib.colors import to_hex
 from mergebench.checkpoint.drawing import COLOURS, GREY, SERIES
 from mergebench.evaluation import Results, page
 from mergebench.evaluation.page import flipped, layers, scores
-from mergebench.evaluation.page.figures import FULL, WIDTH, Figure, drawn
-from mergebench.evaluation.page.parts import Gallery
+from mergebench.evaluation.page.figures import FULL, THIRD, WIDTH, Figure, drawn
+from mergebench.evaluation.page.parts import Gallery, Table, cells
 from mergebench.evaluation.page.sources import MERGE, Sources, read
 from tests.conftest import Cli
 from tests.evaluation.page import documents
@@ -71,7 +71,8 @@ def test_names_of_many_models_have_looks_of_their_own() -> None:
 
 def test_dots_are_not_joined_and_whiskers_are_errors() -> None:
     results = documents.results()
-    (axes,) = scores._across(results, Sources(Path("x"), results, None, None, None).looks).figures[0].draw(FULL).axes
+    gallery = scores._across(results, Sources(Path("x"), results, None, None, None).looks)
+    (axes,) = gallery.figures[0].draw(FULL).axes
     assert len(axes.containers) == len(documents.ROLES)
     for container, model in zip(axes.containers, documents.ROLES, strict=True):
         line, _, (bars,) = container.lines
@@ -80,18 +81,36 @@ def test_dots_are_not_joined_and_whiskers_are_errors() -> None:
         assert list(line.get_xdata()) == pytest.approx([100 * records[task].value for task in documents.TASKS])
         half = [(segment[1][0] - segment[0][0]) / 2 for segment in bars.get_segments()]
         assert half == pytest.approx([100 * (records[task].stderr or 0) for task in documents.TASKS])
-    assert axes.get_xlim()[0] == 0  # as the bars
+    lowest = min(100 * (record.value - (record.stderr or 0)) for record in results.records)
+    assert axes.get_xlim()[0] == 10 * (lowest // 10)
+    assert f"The axis begins at {10 * (lowest // 10):.0f}." in gallery.caption
     assert [text.get_text() for text in axes.get_yticklabels()] == list(documents.TASKS)
 
 
 def test_a_lone_last_plot_takes_the_whole_width(whole: Path) -> None:
     figures = galleries(scores, read(whole))
-    three, (dots,) = figures[:3], figures[3:]
+    three, (dots,) = [figure._replace(like=False) for figure in figures[:3]], figures[3:]
     assert [bool(one.narrow) for one in drawn(three)] == [False, False, True]
     assert [bool(one.narrow) for one in drawn(three[:2])] == [False, False]
     assert [bool(one.narrow) for one in drawn([three[0], dots, three[1]])] == [True, True, True]
     (wide,) = drawn([dots])
     assert (f'viewBox="0 0 {FULL:g} ', f'viewBox="0 0 {WIDTH:g} ') == (wide.svg[5:22], wide.narrow[5:22])
+
+
+def test_three_on_one_scale_are_of_one_size(whole: Path) -> None:
+    """A bar that is twice as long says twice as much."""
+    three = galleries(scores, read(whole))[:3]
+    assert all(one.like for one in three)
+    assert [(one.third, one.svg[5:22]) for one in drawn(three)] == [(True, f'viewBox="0 0 {THIRD:g} ')] * 3
+    assert [one.third for one in drawn(three[:2])] == [False, False]
+    bars = [figure.draw(THIRD).axes[0] for figure in galleries(flipped, read(whole))]
+    assert len({axes.get_xlim() for axes in bars}) == 1
+
+
+def test_rows_that_begin_alike_say_it_once() -> None:
+    table = Table(["a", "b"], [cells(*row) for row in ("ax", "ay", "bx", "by", "bz", "ax")], "")
+    assert table.spans == [1] * 6
+    assert table._replace(grouped=True).spans == [2, 0, 3, 0, 0, 1]
 
 
 def test_figures_go_to_files(whole: Path, tmp_path: Path, cli: Cli) -> None:

@@ -35,6 +35,7 @@ class Tree(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {}
         self.tables: list[list[list[str]]] = []
+        self.spanned = 0  # rows to come that begin with the cell above
         self.feed(text)
         self.close()
         assert self.open == []
@@ -47,9 +48,11 @@ class Tree(HTMLParser):
         if tag == "table":
             self.tables.append([])
         if tag == "tr":
-            self.tables[-1].append([])
+            self.tables[-1].append([self.tables[-1][-1][0]] if self.spanned else [])
+            self.spanned = max(self.spanned - 1, 0)
         if tag in ("th", "td"):
             self.tables[-1][-1].append("")
+            self.spanned = int(dict(attrs).get("rowspan") or 1) - 1 if tag == "th" else self.spanned
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -105,9 +108,9 @@ def test_everything_is_there(whole: Path) -> None:
     best = {cell.text for row in rows_of(results) for cell in row.cells if cell.best}
     assert {text for text in tree.texts["strong"] if "±" in text} == {f"{text} ★" for text in best if "±" in text}
     figures = [one for one in tree.all("div") if one.get("role") == "img"]
-    wide = [one for one in figures if one.get("class") == "full"]  # the last of three, and the dots
-    assert (len(figures), len(wide)) == (3 + 1 + 3 + 2 + 3 + 2, 4)
-    assert len(tree.all("svg")) == len(figures) + len(wide)
+    kinds = [one.get("class") for one in figures]  # in thirds: three bars; full: the dots, and the last of three others
+    assert (len(figures), kinds.count("third"), kinds.count("full")) == (3 + 1 + 3 + 2 + 3 + 2, 3, 3)
+    assert len(tree.all("svg")) == len(figures) + 3 + 3
     assert all(one["aria-label"] for one in figures)
     assert all(one.get("scope") in ("col", "row") for one in tree.all("th"))
     levels = [name for name, _ in tree.tags if name in ("h1", "h2")]
@@ -266,12 +269,13 @@ def test_the_finding() -> None:
     assert sentence.endswith(f"; {len(flips.lost)} items lost, {len(flips.won)} won.")
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}  # no relative: no task's own fine-tune
     (said,) = scores.finding(results)
-    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean, ")
+    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean; ")
     assert said.endswith(f"; the base has {rows['base']} %.")
     p = compare("linear", "pcb", results).pooled
     assert p is not None and p.p is not None and p.p > 0.05
     assert (
-        f"linear, the best baseline, {rows['linear']} %: no significant difference (p\u00a0{p.p:.3f}); the base" in said
+        f"the best baseline, linear, has {rows['linear']} %: no significant difference (p = {p.p:.3f}); the base"
+        in said.replace("\u00a0", " ")
     )
     results = documents.results(tasks=("tweets", "nouns"))
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}
