@@ -68,11 +68,11 @@ def _joined(on: str, workers: int | None) -> Any:
     address = os.environ.get("RAY_ADDRESS") if on == HERE else on
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if "RAY_AUTH_MODE" not in os.environ:  # `ray start` asks for a token where it finds one; so does Ray, started here
-        if not any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) and address is None:
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        if address is None or _has_token():
-            os.environ["RAY_AUTH_MODE"] = "token"
+    token = {}
+    if address is None and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # only this user may give it work; Ray alone would write a token to the home, which may not be written
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ |= token
     import ray
 
     if ray.is_initialized():
@@ -88,21 +88,18 @@ def _joined(on: str, workers: int | None) -> Any:
     except Exception as error:  # of many sorts, by the way it is joined
         where_else = "" if address == on else f" at {address}"
         what = "Ray does not start" if address is None else f"no cluster answers{where_else}"
-        hint = "ray status says what runs; a cluster with a token (RAY_AUTH_MODE) answers only those who have it"
+        hint = "ray status says what runs; a cluster that asks for a token answers where RAY_AUTH_MODE=token is set"
         raise RunError(f"--on {on}: {what}: {first_line(error)}", hint) from None
     finally:
         for number, handler in before.items():  # Ray puts its own in their place
             signal.signal(number, handler)
+        for name in token:
+            del os.environ[name]
     # what Ray prints of workers that died goes to stdout, whatever it is asked for; here the pool says it
     worker: Any = sys.modules["ray._private.worker"]
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda data, ignore_prefix: None
     return ray
-
-
-def _has_token() -> bool:
-    named = any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")))
-    return named or Path("~/.ray/auth_token").expanduser().is_file()
 
 
 @contextmanager

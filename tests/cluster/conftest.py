@@ -21,7 +21,11 @@ def cluster() -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
         small = {"object_store_memory": 100 << 20}
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **small})
+        soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000}  # a dead machine is found in 5 s
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": soon, **small},
+        )
         for _ in range(2):
             made.add_node(num_cpus=2, **small)
         made.wait_for_nodes()
@@ -50,4 +54,3 @@ def lose(cluster: Any) -> Iterator[Callable[[], None]]:
     yield one
     for _ in lost:
         cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
-    cluster.wait_for_nodes()

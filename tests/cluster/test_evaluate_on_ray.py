@@ -14,6 +14,7 @@ import pytest
 
 import mergebench
 from mergebench.deltas.open import open_model
+from mergebench.engine import pool
 from mergebench.engine.cluster import join
 from mergebench.evaluation import Candidate, Results, Step, evaluate_models, load_suite
 from mergebench.evaluation.search.search import Found, search
@@ -81,7 +82,11 @@ def test_a_machine_dies(place: Path, cluster: Any, lose: Callable[[], None]) -> 
     assert len(results()) == len(here.records)
 
 
-def test_a_model_that_kills_its_workers_stops_no_other(place: Path, cluster: Any) -> None:
+def test_a_model_that_kills_its_workers_stops_no_other(
+    place: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "DEATHS", 2)
+
     def killing() -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
