@@ -26,7 +26,7 @@ from mergebench.engine.worker import Worker
 from mergebench.errors import RunError, sendable
 
 AHEAD = 2  # batches that a worker has got beside the one it is at
-BATCHES = 48  # of a sweep for each worker, so that all end at about the same time
+BATCHES = 24  # of a sweep for each worker, so that all end at about the same time
 LARGEST = 64  # chunks of a batch: handing one out takes half a millisecond
 
 
