@@ -35,6 +35,7 @@ from mergebench.checkpoint.shards import OutTensor, Shard, write_index
 from mergebench.engine.cluster import Machine, join, leave
 from mergebench.engine.duration import START, estimate
 from mergebench.engine.plan import plan_merge
+from mergebench.evaluation import load_suite
 from mergebench.recipe.resolve import resolve
 
 WORKERS = 2
@@ -73,7 +74,7 @@ def evaluations(quickstart: Path, on: str | None) -> dict[str, Any]:
     adapters = [str(quickstart / "adapters" / name) for name in ("tweets", "products", "reviews", "nouns")]
     sets = [one for size in (0, 1, 2, 3) for one in itertools.combinations(adapters, size)][:12]
     models = ["+".join([base, *one]) for one in sets]
-    suite = mergebench.load_suite(quickstart / "suite.yaml")
+    suite = load_suite(quickstart / "suite.yaml")
     if on is not None:
         join(on, WORKERS)
         mergebench.measure(suite, models[:2], results=None, on=on, workers=WORKERS)  # the workers start

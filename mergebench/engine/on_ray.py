@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import queue
-import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mergebench.engine.items import Item
 from mergebench.engine.plan import Plan
 from mergebench.engine.pool import Call, Died, Pool
 from mergebench.engine.worker import Worker
-from mergebench.errors import RunError, sendable
+from mergebench.errors import RunError
 
 AHEAD = 2  # batches that a worker has got beside the one it is at
 BATCHES = 24  # of a sweep for each worker, so that all end at about the same time
@@ -103,6 +103,10 @@ class OnRay:
         self._pool.close(keep=not self._at_work)  # a task that broke off has left threads that wait for batches
 
 
+# One thread for all that a process merges: glibc has a heap for each thread, and every new one's would stay.
+_thread = ThreadPoolExecutor(1, "merging", initializer=torch.set_num_threads, initargs=(1,))
+
+
 class Hand:
     """In the process of a worker: the engine's `Worker` in a thread, which is fed with batches."""
 
@@ -111,9 +115,7 @@ class Hand:
         self._worker = Worker(plan, self._files)
         self._task = 0
         self._batches: queue.Queue[Sequence[Item]] = queue.Queue(1)
-        self._thread: threading.Thread | None = None
-        self._result: Any = None
-        self._error: Exception | None = None
+        self._result: Future[Any] | None = None  # of the task at hand
 
     def step(self, number: int, task: str, shared: list[Any], batch: _Batch, marker: Marker | None) -> None:
         """Take a batch of the task of that number; waits until the one before it was begun. Raises what failed."""
@@ -127,13 +129,10 @@ class Hand:
 
     def end(self, number: int) -> Any:
         """The result of the task's batches; None if there were none."""
-        if number != self._task or self._thread is None:
+        if number != self._task or self._result is None:
             return None
         self._put(())
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        result, self._result, self._thread = self._result, None, None
+        result, self._result = self._result.result(), None
         return result
 
     def close(self) -> int:
@@ -148,34 +147,26 @@ class Hand:
         if not self._task:
             self._check_inputs()
         self._task = number
-        arguments = ray.get(shared[0])
+        self._result = _thread.submit(self._work, task, ray.get(shared[0]))
 
-        def work() -> None:
-            torch.set_num_threads(1)  # it is set for each thread
-            try:
-                with torch.inference_mode():
-                    self._result = getattr(self._worker, task)(self._stream(), *arguments)
-                self._worker.note_memory()
-            except Exception as error:
-                self._error = sendable(error)
-
-        self._thread = threading.Thread(target=work, daemon=True)
-        self._thread.start()
+    def _work(self, task: str, arguments: Sequence[Any]) -> Any:
+        with torch.inference_mode():
+            result = getattr(self._worker, task)(self._stream(), *arguments)
+        self._worker.note_memory()
+        return result
 
     def _stream(self) -> Iterator[Item]:
         while batch := self._batches.get():
             yield from batch
 
     def _put(self, batch: Sequence[Item]) -> None:
-        assert self._thread is not None
-        while self._thread.is_alive():
-            try:
+        """Hand a batch to the thread; raises what failed there."""
+        assert self._result is not None
+        while not self._result.done():
+            with suppress(queue.Full):
                 self._batches.put(batch, timeout=0.1)
                 return
-            except queue.Full:
-                pass
-        if self._error is not None:
-            raise self._error
+        self._result.result()
 
     def _check_inputs(self) -> None:
         """Whether this machine sees the files that the plan was made from."""

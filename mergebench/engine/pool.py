@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -53,6 +54,7 @@ class Resident:
         import ray
 
         self._object, self._number = None, 0
+        gc.collect()
         sys.path[:] = [*sys.path, *(one for one in path if one not in sys.path)]
         try:
             os.chdir(folder)
