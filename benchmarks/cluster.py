@@ -77,9 +77,10 @@ def evaluations(quickstart: Path, on: str | None) -> dict[str, Any]:
     suite = load_suite(quickstart / "suite.yaml")
     if on is not None:
         join(on, WORKERS)
-        mergebench.measure(suite, models[:2], results=None, on=on, workers=WORKERS)  # the workers start
+    workers = WORKERS if on else None
+    mergebench.measure(suite, models[:2], device="cpu", results=None, on=on, workers=workers)  # libraries are imported
     begun = time.perf_counter()
-    found = mergebench.measure(suite, models, device="cpu", results=None, on=on, workers=WORKERS if on else None)
+    found = mergebench.measure(suite, models, device="cpu", results=None, on=on, workers=workers)
     seconds = time.perf_counter() - begun
     leave()
     return {"seconds": [seconds], "values": [record.value for record in found.records]}

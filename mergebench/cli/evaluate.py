@@ -34,13 +34,10 @@ def evaluate(
     ] = None,
     device: opt.Device = "auto",
     on: opt.On = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --on: models held at a time. Default: one per GPU, or per machine without."),
-    ] = None,
+    workers: opt.Workers = None,
     part: Annotated[
         str | None,
-        typer.Option(metavar="K/N", help="Of N jobs that share --results, the K-th; the last prints the table."),
+        typer.Option(metavar="PART", help="2/8: the second of eight jobs that share --results."),
     ] = None,
     results: opt.Results = Path("results"),
     overwrite: opt.Overwrite = False,

@@ -49,7 +49,7 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Processes that share the work (threads, where it is small). Default: one per core; on a GPU 3 threads.",
+        help="Processes that share the work, or threads; with --on, on all machines. Default: one per core.",
     ),
 ]
 Device = Annotated[

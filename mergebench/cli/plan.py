@@ -30,7 +30,7 @@ def plan(
     workers: opt.Workers = None,
     on: opt.On = None,
     read_gbps: Annotated[
-        float, typer.Option(metavar="GB/S", min=0.001, help="What each machine reads from its disk, for the time.")
+        float, typer.Option(metavar="GB", min=0.001, help="What a machine reads in a second, for the time.")
     ] = 0.5,
     set_: opt.Set = None,
     seed: opt.Seed = None,

@@ -107,8 +107,9 @@ def _silenced() -> Iterator[None]:
     """Nothing is printed on stderr: Ray's core writes a line a second there, past Python, while it finds no cluster."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
     try:
         yield
     finally:

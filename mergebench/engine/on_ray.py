@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import platform
 import queue
-from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +26,6 @@ from mergebench.errors import RunError
 AHEAD = 2  # batches that a worker has got beside the one it is at
 BATCHES = 24  # of a sweep for each worker, so that all end at about the same time
 LARGEST = 64  # chunks of a batch: handing one out takes half a millisecond
-
-
-@dataclass
-class _Batch:
-    """Chunks that are handed out together."""
-
-    items: Sequence[Item]
-    deaths: int = 0  # of workers that were at it
-
-
-def _gives_up(batches: Sequence[_Batch], died: Died) -> RunError:
-    names = ", ".join(dict.fromkeys(span.tensor for one in batches for item in one.items for span in item.spans))
-    return RunError(f"{names}: each worker there dies: {died}", "use fewer --workers, and continue with --resume")
 
 
 class OnRay:
@@ -69,35 +54,35 @@ class OnRay:
         """The results as they come: each is as large as the statistics of the task."""
         batches = Batches(self._plan, None, items, task, self._progress, self._size)
         shared = [self._ray.put(arguments)]
-        lost: deque[_Batch] = deque()
+        lost: list[Call] = []
 
         def take(worker: pool.Worker) -> Call | None:
-            batch = lost.popleft() if lost else _Batch(batches.take())
-            return Call(self._tasks, task, shared, batch, self._marker) if batch.items else None
+            if lost:
+                again = lost.pop()
+                again.arguments = (self._tasks, *again.arguments[1:])
+                return again
+            batch = batches.take()
+            return Call(self._tasks, task, shared, batch, self._marker) if batch else None
 
         self._at_work = True
-        while True:
+        while self._at_work:
             self._tasks += 1
-            given = defaultdict[pool.Worker, list[_Batch]](list)
-            for worker, call, answer in self._pool.each("step", take, AHEAD):
+            for _, _, answer in self._pool.each("step", take, AHEAD, holds=True):
                 if isinstance(answer, Died):
-                    raise _gives_up([call.arguments[3]], answer)
-                given[worker].append(call.arguments[3])
+                    items = (item for call in answer.calls for item in call.arguments[3])
+                    names = ", ".join(dict.fromkeys(span.tensor for item in items for span in item.spans))
+                    hint = "use fewer --workers, and continue with --resume"
+                    raise RunError(f"{names}: each worker there dies: {answer}", hint)
             for worker, result in self._pool.every("end", self._tasks):
-                if given.pop(worker, None):
+                if isinstance(result, Died):
+                    lost += worker.held
+                elif worker.held:
                     yield result
-            suspects = [batch for of_one in given.values() for batch in of_one[-AHEAD - 1 :]]  # who died, died at one
-            for batch in suspects:
-                batch.deaths += 1
-            if any(batch.deaths == pool.DEATHS for batch in suspects):
-                raise _gives_up([one for one in suspects if one.deaths == pool.DEATHS], Died(pool.KILLED))
-            lost.extend(batch for of_one in given.values() for batch in of_one)
-            if not lost:
-                self._at_work = False
-                return
+                worker.held = []
+            self._at_work = bool(lost)
 
     def memory(self) -> int:
-        return sum(peak for _, peak in self._pool.every("close"))
+        return sum(peak for _, peak in self._pool.every("close") if not isinstance(peak, Died))
 
     def close(self) -> None:
         self._pool.close(keep=not self._at_work)  # a task that broke off has left threads that wait for batches
@@ -117,15 +102,15 @@ class Hand:
         self._batches: queue.Queue[Sequence[Item]] = queue.Queue(1)
         self._result: Future[Any] | None = None  # of the task at hand
 
-    def step(self, number: int, task: str, shared: list[Any], batch: _Batch, marker: Marker | None) -> None:
+    def step(self, number: int, task: str, shared: list[Any], batch: Sequence[Item], marker: Marker | None) -> None:
         """Take a batch of the task of that number; waits until the one before it was begun. Raises what failed."""
         if marker is not None:
             marker.check()
         if number != self._task:
             self._begin(number, task, shared)
         if task != "sample":
-            advise(self._plan, self._files, batch.items)
-        self._put(batch.items)
+            advise(self._plan, self._files, batch)
+        self._put(batch)
 
     def end(self, number: int) -> Any:
         """The result of the task's batches; None if there were none."""

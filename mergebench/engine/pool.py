@@ -20,6 +20,7 @@ from mergebench.engine.machine import keep_freed_memory
 from mergebench.errors import RunError, sendable
 
 DEATHS = 3  # of workers, after which the piece of work they were at is given up
+BEGUN = 2  # calls that a worker has answered, and is still at
 KILLED = "its process was killed (is the machine out of memory?)"
 PATIENCE = 20.0  # seconds without a worker until that is said
 Shape = tuple[int, float, bool]  # the cores and GPUs of a worker, and whether it holds a model
@@ -28,7 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class Died(Exception):
-    """All workers that tried a piece of work died at it."""
+    """All workers that tried some calls died at one of them."""
+
+    calls: Sequence[Call] = ()
 
 
 class Resident:
@@ -81,6 +84,7 @@ class Worker:
         self.handle, self.machine, self.shape = handle, machine, shape
         self.started = False
         self.calls: dict[Any, Call] = {}  # that it has not answered yet
+        self.held: list[Call] = []  # whose results it keeps until it is asked for them
         self.looked: tuple[Call, Any] | None = None  # the call at which it was asked how it does, and the answer
 
 
@@ -147,12 +151,14 @@ class Pool:
         take: Callable[[Worker], Call | None],
         depth: int = 1,
         watch: tuple[str, Callable[[Call, Any], None]] | None = None,
+        holds: bool = False,
     ) -> Iterator[tuple[Worker, Call, Any]]:
         """Make all calls that `take` gives to the method `name` of the workers' objects; yields each with its answer,
         as it comes: `Died` where the workers died at it. Raises what the method raises.
 
         take: gives None if there is nothing more. depth: calls that a worker may have open. watch: another method, to
-        be asked every second of workers at work, and what is told its answers.
+        be asked every second of workers at work, and what is told its answers. holds: workers keep the results of calls
+        (`Worker.held`), so those of one that dies are made again.
         """
         again: deque[Call] = deque()
         while True:
@@ -175,14 +181,14 @@ class Pool:
                     continue
                 value = self._value(worker, answer)
                 if isinstance(value, Died):
-                    for lost in self._bury(worker, value):
-                        lost.deaths += 1
-                        if lost.deaths < DEATHS:
-                            again.append(lost)
-                        else:
-                            yield worker, lost, value
+                    lost = self._bury(worker, value)
+                    again += [one for one in lost if one.deaths < DEATHS]
+                    value.calls = [one for one in lost if one.deaths >= DEATHS]
+                    for one in value.calls:
+                        yield worker, one, value
                     continue
                 del worker.calls[answer]
+                worker.held += [call] if holds else []
                 self._spare = self._most
                 yield worker, call, value
 
@@ -202,14 +208,13 @@ class Pool:
             worker.looked = None if call is None else (call, self._ask(worker, name))
 
     def every(self, name: str, *arguments: Any) -> Iterator[tuple[Worker, Any]]:
-        """Ask every worker that has started once; yields the answers of those that live."""
+        """Ask every worker that has started once; yields the answers, `Died` of those that do not live."""
         open_ = {self._ask(one, name, *arguments): one for one in self.workers if one.started}
         for answer, worker in open_.items():
             value = self._value(worker, answer)
             if isinstance(value, Died):
                 self._bury(worker, value)
-            else:
-                yield worker, value
+            yield worker, value
 
     def close(self, keep: bool = True) -> None:
         """Keep the workers for the next pool, but for those that are still at work; or none."""
@@ -262,14 +267,17 @@ class Pool:
         return value
 
     def _bury(self, worker: Worker, died: Died) -> list[Call]:
-        """Replace a worker; returns the calls that it has not answered."""
+        """Replace a worker; returns the calls whose results are lost. It died at one of the last."""
         self.workers.remove(worker)
         _end([worker])  # it may not be dead, but out of reach
         if self._spare:
             self._spare -= 1
             self._start(worker.machine, worker.shape)
         log.warning("a worker on %s died, its work is done again: %s", worker.machine.name, died)
-        lost, worker.calls = list(worker.calls.values()), {}
+        lost = [*worker.held, *worker.calls.values()]
+        for call in lost[len(worker.held) - BEGUN if len(worker.held) > BEGUN else 0 :]:
+            call.deaths += 1
+        worker.calls = {}
         return lost
 
 

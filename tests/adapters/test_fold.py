@@ -71,7 +71,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         ([later, "--base", base], 3, "an adapter of type LATER is not folded", "merge_and_unload()"),
         ([lora, "--base", other / "base"], 3, "the base has no tensor", "trained on another model"),
         ([lora, "--base", lora], 3, "it is an adapter, not a model", "name its base"),
-        ([tmp_path / "none", "--base", base], 3, "adapter", "org/name"),
+        ([tmp_path / "none", "--base", base], 3, "no such file or directory", ""),
         ([lora, "--base", tmp_path / "none"], 3, "no such file or directory", ""),
         ([lora, "--base", base, "--memory", "much"], 2, "--memory: 'much' is not a size", ""),
     ]

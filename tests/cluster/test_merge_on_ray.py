@@ -187,7 +187,7 @@ def test_workers_of_a_killed_run_write_no_more(large: Path, cluster: Any) -> Non
     with Staging(Path("out"), "", False) as staging:
         (staging.directory / marker.file.name).touch()
     with Staging(Path("out"), "", False), pytest.raises(RunError, match="a later run has taken it over"):
-        hand.step(1, "apply", [], on_ray._Batch([]), marker)
+        hand.step(1, "apply", [], [], marker)
 
 
 def test_storage_that_is_not_shared(large: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:

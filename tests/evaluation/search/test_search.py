@@ -139,7 +139,7 @@ def test_a_point_has_one_number_and_one_unit(place: Path, cli: Cli) -> None:
     assert f": point {number} ({number + 1} of 3): " in ran.err
     assert f"(best {said}, point {number})" in ran.err
     assert not any(re.search(r"\b0\.", line.rpartition(": ")[2]) for line in ran.err.splitlines())
-    assert f">{number} ★<" in (place / "searches/recipe/report.html").read_text()
+    assert f"<strong>{number}<span> ★<" in (place / "searches/recipe/report.html").read_text()
     ran = cli("search", "recipe.yaml", *OVER, "--budget", "3", "--resume", "--format", "csv", "-q")
     table = list(csv.DictReader(io.StringIO(ran.out)))
     assert {row["point"]: float(row["mean"]) for row in table} == {

@@ -172,7 +172,7 @@ MISTAKES: list[tuple[dict[str, Any], type[MergebenchError], str]] = [
     ({"alpha": 2.0}, RecipeError, "alpha: must be above 0, at most 1, got 2.0"),
     ({"seeds": []}, RecipeError, "seeds: an empty list"),
     ({"seeds": [1, 1]}, RecipeError, "seeds: a seed is given twice"),
-    ({"seeds": [1, -1]}, RecipeError, "seeds: each must be at least 0, below 4,294,967,296, got a list"),
+    ({"seeds": [1, -1]}, RecipeError, "seeds: each must be at least 0, below 4,294,967,296, got [1, -1]"),
     ({"seeds": 3}, RecipeError, "seeds: must be a list of whole numbers"),
     ({"dropout": 1}, RecipeError, "dropout: must be at least 0, below 1, got 1"),
     ({"epochs": 1.5}, RecipeError, "epochs: must be a whole number, at least 1, got 1.5"),
