@@ -91,9 +91,14 @@ def test_many_batches_on_all_machines(method: str, large: Path, cluster: Any) ->
 
 
 @pytest.mark.parametrize("sweep", ["questions", "apply"])
-def test_a_machine_dies(sweep: str, large: Path, cluster: Any, lose: Callable[[], None]) -> None:
+def test_a_machine_dies(
+    sweep: str, large: Path, cluster: Any, lose: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "BATCH", 1)  # so that what is lost is more than what was on its way
+    monkeypatch.setattr(on_ray, "LARGEST", 1)
     given = recipe("pcb", ["ft1", "ft2"], scope="model", parameters={"density": 0.3})
     mergebench.merge(given, "alone", workers=1)
+    mergebench.merge(given, "warm", workers=5, on="ray")  # all workers have started
     plan = mergebench.plan(given, workers=5, on="ray", chunk=TILE)
     done = 0
 
