@@ -28,6 +28,12 @@ BATCHES = 24  # of a sweep for each worker, so that all end at about the same ti
 LARGEST = 64  # chunks of a batch: handing one out takes half a millisecond
 
 
+def _gives_up(died: Died) -> RunError:
+    items = (item for call in died.calls for item in call.arguments[3])
+    names = ", ".join(dict.fromkeys(span.tensor for item in items for span in item.spans))
+    return RunError(f"{names}: each worker there dies: {died}", "use fewer --workers, and continue with --resume")
+
+
 class OnRay:
     """The workers of a run on a cluster. What one has gathered is fetched when the task ends; if it dies before, all
     that it did for the task is done again by others."""
@@ -69,12 +75,11 @@ class OnRay:
             self._tasks += 1
             for _, _, answer in self._pool.each("step", take, AHEAD, holds=True):
                 if isinstance(answer, Died):
-                    items = (item for call in answer.calls for item in call.arguments[3])
-                    names = ", ".join(dict.fromkeys(span.tensor for item in items for span in item.spans))
-                    hint = "use fewer --workers, and continue with --resume"
-                    raise RunError(f"{names}: each worker there dies: {answer}", hint)
+                    raise _gives_up(answer)
             for worker, result in self._pool.every("end", self._tasks):
                 if isinstance(result, Died):
+                    if result.calls:
+                        raise _gives_up(result)
                     lost += worker.held
                 elif worker.held:
                     yield result

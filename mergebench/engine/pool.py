@@ -182,8 +182,7 @@ class Pool:
                 value = self._value(worker, answer)
                 if isinstance(value, Died):
                     lost = self._bury(worker, value)
-                    again += [one for one in lost if one.deaths < DEATHS]
-                    value.calls = [one for one in lost if one.deaths >= DEATHS]
+                    again += [one for one in lost if one not in value.calls]
                     for one in value.calls:
                         yield worker, one, value
                     continue
@@ -267,7 +266,8 @@ class Pool:
         return value
 
     def _bury(self, worker: Worker, died: Died) -> list[Call]:
-        """Replace a worker; returns the calls whose results are lost. It died at one of the last."""
+        """Replace a worker; returns the calls whose results are lost. It died at one of the last; `died` gets those at
+        which too many died."""
         self.workers.remove(worker)
         _end([worker])  # it may not be dead, but out of reach
         if self._spare:
@@ -275,8 +275,9 @@ class Pool:
             self._start(worker.machine, worker.shape)
         log.warning("a worker on %s died, its work is done again: %s", worker.machine.name, died)
         lost = [*worker.held, *worker.calls.values()]
-        for call in lost[len(worker.held) - BEGUN if len(worker.held) > BEGUN else 0 :]:
+        for call in lost[max(len(worker.held) - BEGUN, 0) :]:
             call.deaths += 1
+        died.calls = [call for call in lost if call.deaths >= DEATHS]
         worker.calls = {}
         return lost
 

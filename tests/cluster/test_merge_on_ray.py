@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_a_machine_dies(
 
 
 KILLING = """
-import os, signal
+import os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 from mergebench import merge_method
@@ -126,25 +127,30 @@ class Params:
 
 @merge_method(takes="weights", paper="none")
 def mean(chunk, params: Params, ctx):
-    if Path("kill").exists() and ctx.spans[0].tensor == "layers.3":
+    if Path("kill").exists() and ctx.spans[0].tensor == Path("kill").read_text():
+        time.sleep(0.5)  # all batches are handed out before it dies
         os.kill(os.getpid(), signal.SIGKILL)
     return chunk.mean(0)
 """
 
 
+@pytest.mark.parametrize("name", ["layers.3", "alone"])  # amid others; and where it is noticed at the end alone
 def test_a_chunk_that_kills_every_worker(
-    large: Path, cluster: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, large: Path, cluster: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that takes too much memory: the run gives up, what is done is kept, nothing of Ray's is printed."""
     monkeypatch.setattr(pool, "DEATHS", 2)
     Path("mine.py").write_text(KILLING)
     given = {"merge_method": "mine.py:mean", "models": [{"model": "base"}, {"model": "ft1"}]}  # of two shards
+    if name == "alone":
+        write_model(Path("ft1"), {name: torch.ones(2, TILE)})
+        given["models"] = [{"model": "ft1"}]
     mergebench.merge(given, "alone", workers=1)
-    Path("kill").touch()
-    with pytest.raises(RunError, match=r"layers\.3.*: each worker there dies") as raised:
+    Path("kill").write_text(name)
+    with pytest.raises(RunError, match=rf"{re.escape(name)}.*: each worker there dies") as raised:
         mergebench.run(mergebench.plan(given, workers=1, on="ray", chunk=TILE), "out")
     assert "\n" not in str(raised.value) and "--resume" in str(raised.value.hint)
-    assert Path(".out.partial").is_dir() and not Path("out").exists()
+    assert Path(".out.partial").is_dir() == (name != "alone") and not Path("out").exists()
     Path("kill").unlink()
     result = mergebench.merge(given, "out", workers=2, on="ray", resume=True)
     assert contents(result.out) == contents(Path("alone"))
