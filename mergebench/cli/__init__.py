@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import mmap
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from mergebench.cli.lazy import say_loading
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 MEMORY = "/dev/shm"
+_reserve = mmap.mmap(-1, 8 << 20)  # addresses, no memory: given back to say that there is no more
 _signals: list[int] = []  # that have come
 
 
@@ -106,6 +108,7 @@ def _run() -> None:
         raise
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
         if out_of_memory(error):
+            _reserve.close()
             _fail(f"{_called()[0]}: out of memory", _smaller(isinstance(error, ImportError)), 1)
         if not isinstance(error, OSError):
             raise
