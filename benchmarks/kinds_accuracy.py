@@ -82,7 +82,7 @@ def main() -> None:
         shutil.rmtree(args.out / "adapters" / task)
         print(f"\n| {task} | energy | accuracy |\n|---|---|---|")
         for name in dict.fromkeys([*models, *kept]):
-            energy = f"{100 * kept[name]:.2f} %" if name in kept else ""
+            energy = f"{100 * kept[name]:.2f}%" if name in kept else ""
             print(f"| {name} | {energy} | {f'{100 * found[name]:.1f}' if name in found else ''} |", flush=True)
 
 

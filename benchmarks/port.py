@@ -217,9 +217,7 @@ def measure_minilm(out: Path) -> None:
                 suite = mergebench.evaluation.load_suite({"tasks": [head]})
                 found |= scores({"re-tuned": f"{new}+{retuned}"}, suite, out / "results")
             check = mergebench.check_port(str(OLD), str(new), adapter).total.to_plain()
-            lies = (
-                f"moved {100 * check['update']:.2g} %, patch {100 * check['patch']:.2g} %, cos {check['cosine']:+.4f}"
-            )
+            lies = f"moved {100 * check['update']:.2g}%, patch {100 * check['patch']:.2g}%, cos {check['cosine']:+.4f}"
             rows.append((f"{update}, {task}: {lies}", found))
     table(rows)
 

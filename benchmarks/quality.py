@@ -225,7 +225,7 @@ def cells(scores: Sequence[Scores], own: Mapping[str, float]) -> list[str]:
         variance += error**2
     mean = sum(one.mean for one in scores) / len(scores)
     out.append(f"{100 * mean:.1f} ± {100 * math.sqrt(variance) / len(shares):.1f}")
-    return [*out, f"{100 * sum(shares) / len(shares):.1f} %"]
+    return [*out, f"{100 * sum(shares) / len(shares):.1f}%"]
 
 
 def line(*cells: str) -> None:

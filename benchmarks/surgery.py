@@ -216,7 +216,7 @@ def plot(bench: Bench, tried: Sequence[Made], file: Path) -> None:
     names = [f"{name}, α {', '.join(f'{one.alpha:g}' for one in ways)}" for name, ways in lines.items()]
     names[0] = tried[0].name
     most = bench.measured(tried[0], "validation")["news"].value * (1 + ALLOWED)
-    limit = f"{100 * ALLOWED:g} % more bits, the most allowed"
+    limit = f"{100 * ALLOWED:g}% more bits, the most allowed"
     width = drawing.WIDTH
     with drawing.plots(width, 270, 2, drawing.legend_height([*names, limit], width)) as (canvas, several):
         several[1].sharex(several[0])

@@ -87,7 +87,7 @@ def check_kept(rank: int | None, energy: float | None) -> None:
     if rank is not None and rank < 1:
         raise RecipeError(f"--rank: must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
+        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95% is 0.95")
 
 
 def one_rank(ranks: Mapping[str, int], without_layer: Collection[str]) -> dict[str, int]:

@@ -82,9 +82,9 @@ def compare(
     if max_nfr is not None:
         above = found.above(max_nfr)
         gate |= {"max_nfr": max_nfr, "above": [pair.task for pair in above]}
-        named = (f"{p.task} {100 * p.flips.nfr:.1f} % ({len(p.flips.lost)} of {p.flips.n})" for p in above)
-        failures += [f"NFR above {100 * max_nfr:g} %: {', '.join(named)}"] if above else []
-        passes.append(f"no task's NFR is above {100 * max_nfr:g} %")
+        named = (f"{p.task} {100 * p.flips.nfr:.1f}% ({len(p.flips.lost)} of {p.flips.n})" for p in above)
+        failures += [f"NFR above {100 * max_nfr:g}%: {', '.join(named)}"] if above else []
+        passes.append(f"no task's NFR is above {100 * max_nfr:g}%")
     if max_drop is not None:
         if all(pair.flips.both_right is None for pair in found.pairs):
             raise RecipeError("--max-drop: no task has right and wrong answers", "bound what is lost: --max-nfr")

@@ -23,7 +23,7 @@ def dimension(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Search for the smallest random subspace in which training reaches 90 % of full fine-tuning's metric.
+    """Search for the smallest random subspace in which training reaches 90% of full fine-tuning's metric.
 
     Example: mergebench dimension config.yaml --out dimension
     """

@@ -127,7 +127,7 @@ def warn(report: Mapping[str, Any], quiet: bool) -> None:
 
 
 def sentence(report: Mapping[str, Any]) -> str:
-    """`surgery: 461 of 46080 rows of gate_proj, 0.20 % of the parameters; step 5.7 median row norms`."""
+    """`surgery: 461 of 46080 rows of gate_proj, 0.20% of the parameters; step 5.7 median row norms`."""
     step = report["relative_step"]
     length = "" if step is None else f"; step {step:.3g} median row norms"
     rows = f"{report['rows']} of {report['of']} rows of {report['target']}"

@@ -268,7 +268,7 @@ def _item_bar(label: str, unit: str = "") -> Iterator[Callable[[str, int, int], 
     """A bar of items, counted in the unit, or in percent."""
     from rich.progress import TextColumn
 
-    counted_in = "{task.completed}/{task.total} " + unit if unit else "{task.percentage:.0f} %"
+    counted_in = "{task.completed}/{task.total} " + unit if unit else "{task.percentage:.0f}%"
     with _bar(label, None, _unless_unknown(TextColumn, "total", counted_in)) as update:
         yield update
 

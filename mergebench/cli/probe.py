@@ -82,14 +82,14 @@ def _said(probe: Probe) -> list[str]:
         lines.append(" layer      accuracy    AUC")
         for one in about["layers"]:
             mark = "  <" if one["layer"] == about["layer"] else ""
-            accuracy = f"{share_of(one['cv_accuracy'], about['n_train'])} %"
+            accuracy = f"{share_of(one['cv_accuracy'], about['n_train'])}%"
             lines.append(f" {one['layer']:5}  {accuracy:>13}  {one['auc']:.3f}{mark}")
         lines += ["", f" Cross-validated on {about['n_train']} texts, {_share(about['cv_majority'])} of one class.", ""]
     desired, undesired = about["classes"]
     lines += [
         f"'{undesired}' (undesired) against '{desired}', layer {about['layer']} of {about['depth']}",
         f"  train            {_share(about['train_accuracy'])} of {about['n_train']} texts right",
-        f"  cross-validated  {share_of(about['cv_accuracy'], about['n_train'])} %, C = {about['C']:g}",
+        f"  cross-validated  {share_of(about['cv_accuracy'], about['n_train'])}%, C = {about['C']:g}",
         f"  test             {_share(about['test_accuracy'])} of {about['n_test']} texts, AUC {about['auc']:.3f}",
         f"  larger class     {_share(about['majority'])} of the test texts",
     ]
@@ -97,4 +97,4 @@ def _said(probe: Probe) -> list[str]:
 
 
 def _share(value: Any) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}%"

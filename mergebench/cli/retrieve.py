@@ -62,7 +62,7 @@ def _say(about: dict[str, Any], quiet: bool) -> None:
 
     count = about["n"]
     each = f"{about['evaluations']:.2f} evaluations and {about['encodings'] / count:.2f} runs of the encoder per item"
-    ends = f"{_percent(about['agreement'])} % settled, {_percent(about['cycles'])} % in cycles"
+    ends = f"{_percent(about['agreement'])}% settled, {_percent(about['cycles'])}% in cycles"
     note(f"{counted(count, 'item')} at stage {about['stage']}: {each}; {ends}", quiet)
     labelled = about.get("labelled")
     if labelled is None:
@@ -70,9 +70,9 @@ def _say(about: dict[str, Any], quiet: bool) -> None:
     if labelled < count:
         note(f"{count - labelled} of later tasks are not counted", quiet)
     if labelled:
-        right = f"accuracy {share_of(about['accuracy'], labelled)} %"
+        right = f"accuracy {share_of(about['accuracy'], labelled)}%"
         steps = ", ".join(map(_percent, about["steps"]))
-        note(f"{right}; their own task's adapter at step 0 to {len(about['steps']) - 1}: {steps} %", quiet)
+        note(f"{right}; their own task's adapter at step 0 to {len(about['steps']) - 1}: {steps}%", quiet)
 
 
 def _percent(value: float) -> str:

@@ -96,7 +96,7 @@ def _probe(probe: Entry) -> str:
     if probe.get("layer") is not None:
         about.append(f"layer {probe['layer']}")
     if probe.get("test_accuracy") is not None:
-        about.append(f"test accuracy {100 * probe['test_accuracy']:.1f} %")
+        about.append(f"test accuracy {100 * probe['test_accuracy']:.1f}%")
     about.append(f"SHA-256 {str(probe.get('sha256', ''))[:12]}…")
     return f"{probe.get('file')} ({', '.join(about)})"
 

@@ -99,7 +99,7 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """All sweeps together; the samples before a sweep (about 1 %) are not counted."""
+        """All sweeps together; the samples before a sweep (about 1%) are not counted."""
         copied = sum(self.merge.reference.tensors[name].nbytes for name in self.copied)
         return copied + sum(
             (sweeps and sweeps * self.sweep_bytes(name, apply=False)) + self.sweep_bytes(name, apply=True)

@@ -105,11 +105,11 @@ def finding(runs: Sequence[Run], apart: bool = False) -> str:
     seeds = len({run["seed"] for run in runs})
     over = f" ({f'mean of {seeds} seeds ± its standard error' if seeds > 1 else 'one seed'})."
     if others and apart:
-        ends = f"{shown(rows[others[-1]], part)}\u00a0% of {others[-1]} to {shown(rows[best], part)}\u00a0% of {best}"
+        ends = f"{shown(rows[others[-1]], part)}% of {others[-1]} to {shown(rows[best], part)}% of {best}"
         return f"{len(rows)} rows, each on a task of its own: {part} {metric_of(runs[0])} from {ends}{over}"
-    said = f"{best} has {f'the best {part}' if others else part} {metric_of(runs[0])}, {shown(rows[best], part)}\u00a0%"
+    said = f"{best} has {f'the best {part}' if others else part} {metric_of(runs[0])}, {shown(rows[best], part)}%"
     if others:
-        said += f"; the next of {len(rows)} rows, {others[0]}, has {shown(rows[others[0]], part)}\u00a0%"
+        said += f"; the next of {len(rows)} rows, {others[0]}, has {shown(rows[others[0]], part)}%"
     return said + over
 
 

@@ -269,7 +269,7 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
         (base, tuned, ["--rank", "2", "--energy", "0.5"], 2, "--rank and --energy", ""),
         (base, tuned, ["--rank", "0"], 2, "--rank: must be at least 1", ""),
         (base, tuned, ["--energy", "0"], 2, "--energy: must be above 0, at most 1, got 0", ""),
-        (base, tuned, ["--energy", "95"], 2, "--energy: must be above 0", "95 % is 0.95"),
+        (base, tuned, ["--energy", "95"], 2, "--energy: must be above 0", "95% is 0.95"),
         (base, same, [], 3, f"{same} has the linear layers of {base}", ""),
         (base, norms, [], 3, f"{norms} has the linear layers of {base}", ""),
         (base, wide, [], 3, f"layer.weight: {wide} has [6, 5], base has [6, 4]", "a fine-tune of the base"),

@@ -64,9 +64,9 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
     assert ran.code == code
     assert " items  5  60.0  40.0 " in ran.out
     if code:
-        assert ran.err.splitlines()[0] == f"error: NFR above {100 * float(bound):g} %: items 20.0 % (1 of 5)"
+        assert ran.err.splitlines()[0] == f"error: NFR above {100 * float(bound):g}%: items 20.0% (1 of 5)"
     else:
-        assert ran.err == f"passed: no task's NFR is above {100 * float(bound):g} %\n"
+        assert ran.err == f"passed: no task's NFR is above {100 * float(bound):g}%\n"
     as_json = cli("compare", "old.jsonl", "new.jsonl", "--max-nfr", bound, "--json")
     document = json.loads(as_json.out)
     assert (as_json.code, document["tasks"][0]["lost"]) == (code, 1)

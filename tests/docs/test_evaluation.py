@@ -44,5 +44,5 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     exec(block("python"), {"__name__": "page"})
     assert capsys.readouterr().out == f"t 0.0 {math.erfc(1 / math.sqrt(2))} [(None, 'x')]\n"  # chi2 of 1
     save(Results({}, (record("base", "base", 1), record("pcb", "merged", 0))), Path("merged/quickstart"))
-    with pytest.raises(SystemExit, match="more than 2 %"):
+    with pytest.raises(SystemExit, match="more than 2%"):
         exec(block("python"), {"__name__": "page"})

@@ -17,7 +17,7 @@ from tests.conftest import Cli
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "recipes" / "surgery"
 BASE = ROOT / "recipes" / "smollm2" / "cache" / "base"
-LAYERS, ROWS, STEP = 30, 2143, 0.75  # 4.65 % of 30 x 1,536 rows
+LAYERS, ROWS, STEP = 30, 2143, 0.75  # 4.65% of 30 x 1,536 rows
 
 pytestmark = [
     pytest.mark.real,

@@ -265,18 +265,18 @@ def test_the_document_has_the_comparisons(results: Results, tmp_path: Path) -> N
 
 
 AGAINST = """\
- against base            difference      p        lost         won
- ──────────────────────────────────────────────────────────────────
- mine          +21.4 [−16.6, +53.4]  0.257  2 (14.3 %)  5 (35.7 %)
+ against base            difference      p       lost        won
+ ────────────────────────────────────────────────────────────────
+ mine          +21.4 [−16.6, +53.4]  0.257  2 (14.3%)  5 (35.7%)
 
- Difference [95 % interval]: in the share of the 14 items answered
+ Difference [95% interval]: in the share of the 14 items answered
  right, in %; above 0 is better. p: McNemar's test. lost, won: items
  that became worse and better."""
 
 IN_MARKDOWN = """
 | against base | difference | p | lost | won |
 | --- | ---: | ---: | ---: | ---: |
-| mine | +21.4 \\[−16.6, +53.4\\] | 0.257 | 2 (14.3 %) | 5 (35.7 %) |
+| mine | +21.4 \\[−16.6, +53.4\\] | 0.257 | 2 (14.3%) | 5 (35.7%) |
 
 Difference"""
 
@@ -292,7 +292,7 @@ def test_the_second_table_of_scores() -> None:
         {}, (record("base", "t", [20.0, 30.0, 25.0], **lower), record("x", "t", [10.0, 31.0, 24.0], **lower))
     )
     text = report(found)
-    assert "against base" in text and "+3.33 [−1, +10]" in text and "1 (33.3 %)  2 (66.7 %)" in text
+    assert "against base" in text and "+3.33 [−1, +10]" in text and "1 (33.3%)  2 (66.7%)" in text
     assert "above 0 is" in text and "a paired bootstrap" in text
 
 
@@ -307,7 +307,7 @@ REPORT = """\
 
  pooled  14  50.0   71.4  +21.4 [−16.6, +53.4]  0.257  14.3  35.7    14.3   71.4      14.3
 
- Shares in %. Difference [95 % interval], p by McNemar's test; NFR, PFR: items the new
+ Shares in %. Difference [95% interval], p by McNemar's test; NFR, PFR: items the new
  model lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of
  what was; expected: the NFR if the two erred independently.
 

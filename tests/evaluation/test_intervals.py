@@ -110,7 +110,7 @@ def test_the_bootstrap_is_that_of_scipy() -> None:
 
 @pytest.mark.parametrize("n", [1, 4, 300])
 def test_the_end_of_an_exact_interval(n: int) -> None:
-    """At this share, all items are right with a probability of 2.5 %: that is how Clopper and Pearson define it."""
+    """At this share, all items are right with a probability of 2.5%: that is how Clopper and Pearson define it."""
     from scipy.stats import binomtest
 
     assert end_of(True, n) ** n == pytest.approx(0.025)

@@ -96,7 +96,7 @@ def test_a_ruined_perplexity_is_seen() -> None:
     assert (first.task, first.rows[0].flips.difference) == ("", 0.0)
     assert (second.task, second.rows[0].flips.difference) == ("news", pytest.approx(-5.0))
     text = report(results)
-    assert "against base: news, bits per byte" in text and "−5 [−5" in text and "4 (100.0 %)" in text
+    assert "against base: news, bits per byte" in text and "−5 [−5" in text and "4 (100.0%)" in text
 
 
 def test_other_scores_alone_have_tables_too() -> None:

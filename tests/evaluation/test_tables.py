@@ -194,12 +194,12 @@ def test_csv_is_read_back(results: Results) -> None:
 
 
 def test_latex_has_no_special_letters() -> None:
-    sheet = Sheet(["a_b", "50 %"], [[Cell("x & y", best=True), Cell("−1 ± 2 <3\\")]], "100 % {sure}")
+    sheet = Sheet(["a_b", "50%"], [[Cell("x & y", best=True), Cell("−1 ± 2 <3\\")]], "100% {sure}")
     assert sheet.latex().splitlines() == [
-        "% 100 % {sure}",
+        "% 100% {sure}",
         r"\begin{tabular}{lr}",
         r"\toprule",
-        r"a\_b & 50 \% \\",
+        r"a\_b & 50\% \\",
         r"\midrule",
         r"\textbf{x \& y} & $-$1 $\pm$ 2 \textless{}3\textbackslash{} \\",
         r"\bottomrule",
@@ -212,11 +212,11 @@ def test_latex_has_no_special_letters() -> None:
     [(300, 300, "100.0 ≥98.8"), (0, 300, "0.0 ≤1.2"), (1, 1, "100.0 ≥2.5"), (299, 300, "99.7 ± 0.3")],
 )
 def test_an_error_is_never_zero(right: int, n: int, shown: str) -> None:
-    """The rule of three, two-sided: 1 - 0.025^(1/300) is 1.2 %."""
+    """The rule of three, two-sided: 1 - 0.025^(1/300) is 1.2%."""
     score = accuracy({str(i): Prediction("x", float(i < right)) for i in range(n)})
     record = Record(**{**vars(a_record("m", "base", "t", 1, None)), **vars(score)})
     assert value_of(record) == share_of(right / n, n) == shown
-    assert ("exact 95 % interval" in report(Results({}, (record,)))) == (right in (0, n))
+    assert ("exact 95% interval" in report(Results({}, (record,)))) == (right in (0, n))
 
 
 def test_zero_has_no_sign() -> None:

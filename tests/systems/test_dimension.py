@@ -39,7 +39,7 @@ def test_the_answer() -> None:
     one = Answer("said", "accuracy", 0.9, 0.8, 1234, tested)
     assert (one.dimension, one.below, one.by_seed) == (70, 50, [70, 50])
     assert one.sentence() == (
-        "said: 70 of 1,234 dimensions reach 90 % of full fine-tuning's accuracy (72.0 of 80.0 %), 50 do not; "
+        "said: 70 of 1,234 dimensions reach 90% of full fine-tuning's accuracy (72.0 of 80.0%), 50 do not; "
         "over 2 seeds 50 to 70"
     )
     high = Answer("did", "accuracy", 0.9, 1.0, 9, {10: [0.2, 1.0], 20: [0.85, 0.95]})

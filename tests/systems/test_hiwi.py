@@ -44,7 +44,7 @@ def roberta_base() -> Base:
 
 @pytest.mark.parametrize("rank", [4, 16])
 def test_the_storage_of_roberta_base(rank: int) -> None:
-    """12 (3072 + 768) numbers, .04 % of its weights, whatever the rank."""
+    """12 (3072 + 768) numbers, .04% of its weights, whatever the rank."""
     attached = hiwi(roberta_base(), Params(rank=rank))
 
     assert sum(put.parameters["b"].shape[0] for put in attached._puts.values()) == 46_080  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-STEP = 0.75  # takes a quarter of the profanity from a small model, for 3.5 % more bits: benchmarks/RESULTS.md
+STEP = 0.75  # takes a quarter of the profanity from a small model, for 3.5% more bits: benchmarks/RESULTS.md
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def surgery(rows: Rows, p: Params) -> Tensor:
 
     Wang et al., "Model Surgery: Modulating LLM's Behavior Via Simple Parameter Editing", section 3. A row of the gate
     is the key of its neuron: those that point away from W are silent where the behaviour is, until
-    W is added. The paper's K of 16,384 is 4.65 % of Llama 2 7B's rows. A negative step strengthens the behaviour.
+    W is added. The paper's K of 16,384 is 4.65% of Llama 2 7B's rows. A negative step strengthens the behaviour.
     The paper adds alpha W, whose effect depends on the length that W got in training; a step does not.
     In the authors' code W is the probe's undesired row (`direction: row1`), its bias unused, as here.
     """

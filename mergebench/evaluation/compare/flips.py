@@ -11,7 +11,7 @@ accuracies, and besides
 
     NFR_mc = mean 1[new wrong, and not with old's answer]     BTC = P(new right | old right) = 1 - NFR / accuracy of old
 
-The difference has a 95 % interval and a two-sided p, which come from one test (`inference`).
+The difference has a 95% interval and a two-sided p, which come from one test (`inference`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Flips:
     old: float  # mean score; for right and wrong the accuracy
     new: float
     difference: float  # mean D
-    interval: Interval | None  # of the difference, 95 %; None if there is only one item to resample
+    interval: Interval | None  # of the difference, 95%; None if there is only one item to resample
     p: float | None
     lost: tuple[Any, ...]  # ids with D < 0, the largest loss first
     won: tuple[Any, ...]  # ids with D > 0, the largest gain first

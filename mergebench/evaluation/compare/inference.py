@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 Interval = tuple[float, float]
-Z = 1.959963984540054  # the normal law's 97.5 % quantile
+Z = 1.959963984540054  # the normal law's 97.5% quantile
 RESAMPLES, SEED = 9999, 0
 HALVINGS = 60  # of a bracket at most 2 wide
 
@@ -23,7 +23,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def tango(lost: int, won: int, n: int) -> Interval:
-    """95 % interval of the difference (won - lost) / n of paired shares (Tango 1998, Statistics in Medicine 17:891)."""
+    """95% interval of the difference (won - lost) / n of paired shares (Tango 1998, Statistics in Medicine 17:891)."""
     between = (won - lost) / n
     low = _last(lambda difference: score(lost, won, n, difference) >= Z, -1.0, between)
     high = _last(lambda difference: score(lost, won, n, difference) >= -Z, between, 1.0)
@@ -73,7 +73,7 @@ def bootstrap(change: tuple[float, ...]) -> tuple[Interval | None, float | None]
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Each p adjusted for all (Holm 1979): at most 5 % of such families have a true null with an adjusted p <= 0.05."""
+    """Each p adjusted for all (Holm 1979): at most 5% of such families have a true null with an adjusted p <= 0.05."""
     known = sorted((p, place) for place, p in enumerate(ps) if p is not None)
     found: list[float | None] = [None] * len(ps)
     most = 0.0
@@ -83,7 +83,7 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def end_of(right: bool, n: int) -> float:
-    """The far end of the exact 95 % interval of a share (Clopper and Pearson 1934), where all n items are right, or
+    """The far end of the exact 95% interval of a share (Clopper and Pearson 1934), where all n items are right, or
     all are wrong."""
     least = float(0.025 ** (1 / n))
     return least if right else 1 - least

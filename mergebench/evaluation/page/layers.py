@@ -153,7 +153,7 @@ def _maps(profile: Profile, layers: Mapping[str, Sequence[str]]) -> Gallery:
     ]
     most = max((value for grid in grids for row in grid for value in row if value == value), default=1.0) or 1.0
     drawn = [_map(model, grid, kinds, list(columns), most) for model, grid in zip(profile.models, grids, strict=False)]
-    caption = f"Kept of each tensor, in % of its elements, by model; a stronger colour is more, up to {most:.3g} %."
+    caption = f"Kept of each tensor, in % of its elements, by model; a stronger colour is more, up to {most:.3g}%."
     if len(table) > len(kinds):
         caption += f" The {len(kinds)} largest kinds of tensors of {len(table)}."
     if len(profile.models) > MAPS:

@@ -68,7 +68,7 @@ def finding(results: Results) -> list[str]:
 
     def said(model: str) -> str:
         value = values[model] or 0.0
-        return f"{value:.1%}" if is_relative else f"{number(value, metric)}{' %' * (metric in SHARES)}"
+        return f"{value:.1%}" if is_relative else f"{number(value, metric)}{'%' * (metric in SHARES)}"
 
     def best(among: list[str]) -> str:
         return (max if ways == {"higher"} else min)(among, key=lambda model: values[model] or 0.0)

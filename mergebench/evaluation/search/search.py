@@ -74,7 +74,7 @@ class Found:
         size = f"{signed(by.difference, metric)}{unit} over {items}"
         if by.interval is not None and by.p is not None:
             low, high = (signed(end, metric) for end in by.interval)
-            size += f" (95 % interval {low} to {high}, p {p_of(by.p)})"
+            size += f" (95% interval {low} to {high}, p {p_of(by.p)})"
         if by.p is not None and by.p < 0.05:
             return f"On test the chosen parameters {'beat' if by.difference > 0 else 'lose to'} the given ones: {size}."
         return f"On test the chosen parameters do not differ from the given ones beyond chance: {size}."

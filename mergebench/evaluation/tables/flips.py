@@ -82,7 +82,7 @@ def _family(family: Family, names: dict[str, str]) -> Sheet:
         label = {"baseline": [names[row.new]], "edits": [row.pairs[0].task], "best": [names[row.new], names[row.old]]}
         sides = (row.flips.lost, row.flips.won)
         lost, won = (
-            Cell(f"{len(side)} ({_share(len(side) / row.flips.n)} %)", parts=(str(len(side)),)) for side in sides
+            Cell(f"{len(side)} ({_share(len(side) / row.flips.n)}%)", parts=(str(len(side)),)) for side in sides
         )
         holm = [_p_cell(p)] if adjusted else []
         cells = [_difference_cell(row.flips, unit_of(row.flips, row.metric)), _p_cell(row.flips.p), *holm, lost, won]
@@ -102,7 +102,7 @@ def _family_legend(found: Sequence[Family], tasks: int) -> str:
     counts = sorted({row.flips.n for row in rows})
     of = f" of the {counts[0]} items" if len(counts) == 1 else " of the items"
     partly = any(len(row.pairs) < tasks for family in found if not family.task for row in family.rows)
-    said = "Difference [95 % interval]"
+    said = "Difference [95% interval]"
     if not all(graded):
         said += f": in the share{of} answered right, in %" + ("" if not partly or any(graded) else ", where they are")
     if any(graded):
@@ -173,7 +173,7 @@ def how_to_read(comparison: Comparison) -> str:
     tests += ["a paired bootstrap"] if any(found.both_right is None for found in rows) else []
     lower = "; above 0 is better also where lower values are" if _lower(comparison) else ""
     return (
-        f"Shares in %. Difference [95 % interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
+        f"Shares in %. Difference [95% interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
         "lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of what was; expected: the NFR "
         "if the two erred independently."
     )

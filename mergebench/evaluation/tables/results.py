@@ -96,7 +96,7 @@ def legend(results: Results, *, bold: bool = True) -> str:
     splits = ", ".join(dict.fromkeys(record.split for record in results.records))
     text = f"{names}{',' if len(said) > 1 else ''} ± standard error, {items} {splits} items per task"
     if any(parts_of(record)[2] for record in results.records):
-        text += "; ≥, ≤: the other end of the exact 95 % interval, where every item is right, or wrong"
+        text += "; ≥, ≤: the other end of the exact 95% interval, where every item is right, or wrong"
     if any(value is not None for value in mean_relatives(results).values()):
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):

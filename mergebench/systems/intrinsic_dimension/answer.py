@@ -43,7 +43,8 @@ class Answer:
 
     def sentence(self) -> str:
         """The answer, for a reader."""
-        what = f"{100 * self.share:g} % of full fine-tuning's {self.metric} ({100 * self.line:.1f} of {100 * self.full:.1f} %)"  # noqa: E501
+        numbers = f"{100 * self.line:.1f} of {100 * self.full:.1f}%"
+        what = f"{100 * self.share:g}% of full fine-tuning's {self.metric} ({numbers})"
         if self.dimension is None:
             return f"{self.row}: none of up to {self.below:,} dimensions reaches {what}"
         seeds, known = self.by_seed, [d for d in self.by_seed if d is not None]

@@ -25,7 +25,7 @@ def figure(answers: Sequence[Answer]) -> Figure:
     """A curve a row through the means of its seeds, a dot a run; full fine-tuning's mean and the line."""
     first = answers[0]
     scale = 100.0 if first.metric in SHARES else 1.0
-    names = ["full fine-tuning", f"{100 * first.share:g} % of it", "smallest d that reaches it"]
+    names = ["full fine-tuning", f"{100 * first.share:g}% of it", "smallest d that reaches it"]
     names += [one.row for one in answers]
 
     def draw(width: float) -> Canvas:

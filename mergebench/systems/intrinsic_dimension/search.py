@@ -1,4 +1,4 @@
-"""The intrinsic dimension d90: the smallest subspace in which training reaches 90 % of full fine-tuning's metric.
+"""The intrinsic dimension d90: the smallest subspace in which training reaches 90% of full fine-tuning's metric.
 
 The full fine-tune is trained first. Then d runs through the powers of ten until one reaches the line, and log d is
 halved between the last that did not and the first that did. Every d is trained with all of the config's seeds; their

@@ -62,8 +62,8 @@ def _finding(runs: Runs) -> str:
     """The best method after the last task, and MOS where it is another."""
     last = {name: [run[-1]["accuracy"] for run in by_seed.values()] for name, by_seed in runs.items()}
     top = max(last, key=lambda name: estimate(last[name]).mean)
-    said = f"After the last task the best is {NAMES.get(top, top)}: {_estimated(last[top])} % of all test items right"
-    return said + (f"; MOS has {_estimated(last[MOS])} %." if MOS in last and top != MOS else ".")
+    said = f"After the last task the best is {NAMES.get(top, top)}: {_estimated(last[top])}% of all test items right"
+    return said + (f"; MOS has {_estimated(last[MOS])}%." if MOS in last and top != MOS else ".")
 
 
 def _measured(runs: Runs) -> View:

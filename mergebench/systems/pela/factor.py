@@ -147,7 +147,7 @@ def _check(ratio: float | None, energy: float | None, dtype: str | None) -> None
     if ratio is not None and not 1 <= ratio < math.inf:
         raise RecipeError(f"--ratio: must be at least 1, got {ratio:g}", "how many times fewer parameters: 2 for half")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95 % is 0.95")
+        raise RecipeError(f"--energy: must be above 0, at most 1, got {energy:g}", "a share: 95% is 0.95")
     if dtype is not None and dtype not in (known := [*CONFIG_DTYPE.values()][1:]):
         raise RecipeError(f"--dtype: '{dtype}' is not a stored type", ", ".join(known))
 

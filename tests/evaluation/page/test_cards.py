@@ -221,7 +221,7 @@ def test_a_training_is_drawn_for_the_page(tmp_path: Path, cli: Cli) -> None:
     text = (out / "report.html").read_text(encoding="utf-8")
     tree = Tree(text)
     assert not tree.all("img") and len(tree.all("svg")) == 2 * 2
-    found = "two has the best test accuracy, 80.0 ± 5.0 %; the next of 2 rows, one, has 60.0 ± 10.0 % "
+    found = "two has the best test accuracy, 80.0 ± 5.0%; the next of 2 rows, one, has 60.0 ± 10.0% "
     assert tree.texts["p"][1].replace("\u00a0", " ") == f"{found}(mean of 2 seeds ± its standard error)."
     assert "two 80.0 ± 5.0" in str([one["aria-label"] for one in tree.all("div") if one.get("role") == "img"])
     assert tree.texts["li"] == [f"{row}: base + trained/{row}/seed-0 to trained/{row}/seed-1" for row in ("one", "two")]
@@ -231,7 +231,7 @@ def test_a_training_is_drawn_for_the_page(tmp_path: Path, cli: Cli) -> None:
 
 def test_rows_with_tasks_of_their_own_are_not_ranked() -> None:
     said = report.finding(RUNS, apart=True).replace("\u00a0", " ")
-    assert said.startswith("2 rows, each on a task of its own: test accuracy from 60.0 ± 10.0 % of one to 80.0 ± 5.0 %")
+    assert said.startswith("2 rows, each on a task of its own: test accuracy from 60.0 ± 10.0% of one to 80.0 ± 5.0%")
 
 
 def test_times_and_dates_are_in_words() -> None:

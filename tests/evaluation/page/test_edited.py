@@ -29,7 +29,7 @@ def test_one_edit(tmp_path: Path) -> None:
     assert pairs["share"] == "0.65% of the model's parameters"
     assert pairs["step"].startswith("3.2 times the median norm")
     assert pairs["cosine"] == "-0.210 to -0.051 with the direction"
-    assert pairs["probe"] == "probe.safetensors (layer 25, test accuracy 81.2 %, SHA-256 cdcdcdcdcdcd…)"
+    assert pairs["probe"] == "probe.safetensors (layer 25, test accuracy 81.2%, SHA-256 cdcdcdcdcdcd…)"
     assert pairs["patch"] == "patch.safetensors"
     (figure,) = [one for one in tree.all("div") if one.get("role") == "img"]
     assert figure["aria-label"] == "Edited rows by layer: 0: 12, 3: 1000, 10: 217."

@@ -269,12 +269,12 @@ def test_the_finding() -> None:
     assert sentence.endswith(f"; {len(flips.lost)} items lost, {len(flips.won)} won.")
     rows = {row.model: row.cells[-1].text for row in rows_of(results)}  # no relative: no task's own fine-tune
     (said,) = scores.finding(results)
-    assert said.startswith(f"pcb has {rows['pcb']} % accuracy in the mean; ")
-    assert said.endswith(f"; the base has {rows['base']} %.")
+    assert said.startswith(f"pcb has {rows['pcb']}% accuracy in the mean; ")
+    assert said.endswith(f"; the base has {rows['base']}%.")
     p = compare("linear", "pcb", results).pooled
     assert p is not None and p.p is not None and p.p > 0.05
     assert (
-        f"the best baseline, linear, has {rows['linear']} %: no significant difference (p = {p.p:.3f}); the base"
+        f"the best baseline, linear, has {rows['linear']}%: no significant difference (p = {p.p:.3f}); the base"
         in said.replace("\u00a0", " ")
     )
     results = documents.results(tasks=("tweets", "nouns"))
@@ -284,7 +284,7 @@ def test_the_finding() -> None:
         (row for row in rows_of(documents.results({"x": "input", "y": "input"}))), key=lambda r: r.cells[-1].text
     )
     (found,) = scores.finding(documents.results({"x": "input", "y": "input"}))
-    assert found == f"The best mean is that of {best.model}: {best.cells[-1].text} % accuracy."
+    assert found == f"The best mean is that of {best.model}: {best.cells[-1].text}% accuracy."
 
 
 def test_the_search_in_numbers() -> None:

@@ -110,7 +110,7 @@ def test_the_summary_is_counted_from_the_lines(place: Path, cli: Cli) -> None:
     assert [item["label"] for item in found["items"]] == [line[1] for line in lines.values()]
     assert f"30 items at stage 02: {found['evaluations']:.2f} evaluations and {runs / 30:.2f} runs" in ran.err
     assert "15 of later tasks are not counted" in ran.err
-    assert f"accuracy {100 * found['accuracy']:.1f} ± {100 * found['stderr']:.1f} %" in ran.err
+    assert f"accuracy {100 * found['accuracy']:.1f} ± {100 * found['stderr']:.1f}%" in ran.err
 
 
 def test_labels_are_no_part_of_the_answers(place: Path, cli: Cli) -> None:

@@ -131,7 +131,7 @@ def test_noise_and_single_seeds_are_called_so() -> None:
 def test_the_stages_and_markdown() -> None:
     assert " ".join(cells(report.stages(THREE), "MOS ")) == "100.0 ± 0.0 80.0 ± 5.8"
     text = report.markdown(THREE)
-    assert text.startswith("After the last task the best is MOS: 80.0 ± 5.8 % of all test items right.\n\n| method")
+    assert text.startswith("After the last task the best is MOS: 80.0 ± 5.8% of all test items right.\n\n| method")
     assert r"| **−16.7 \[−31.0, −2.3\]\*** |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [len(one) for one in tables] == [6, 6, 3]

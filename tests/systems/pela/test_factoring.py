@@ -390,7 +390,7 @@ WRONG = [  # arguments, exit code, parts of the message
     (["base", "--ratio", "0.9"], 2, "--ratio: must be at least 1, got 0.9"),
     (["base", "--ratio", "nan"], 2, "--ratio: must be at least 1, got nan"),
     (["base", "--energy", "0"], 2, "--energy: must be above 0, at most 1, got 0"),
-    (["base", "--energy", "1.1"], 2, "95 % is 0.95"),
+    (["base", "--energy", "1.1"], 2, "95% is 0.95"),
     (["base", "--energy", "1"], 2, "nothing to compress: none saves parameters at this energy"),
     (["base", "--ratio", "999"], 2, "nothing to compress: rank 0 at this ratio"),
     (["base", "--ratio", "2", "--omit", "*.weight"], 2, "nothing to compress: omitted by *.weight"),
