@@ -38,7 +38,14 @@ def findings(sources: Sources) -> list[str]:
     found = [sentence for way, source in ways for sentence in _said(way, source)]
     if sources.provenance is not None and not sources.merged:
         return [*filter(None, _said(cards.lead, sources)), *found]
-    return found or ["Nothing was measured."]
+    return found or [*_said(_edited, sources.provenance), "What this does to the model was not measured."]
+
+
+def _edited(provenance: Mapping[str, Any]) -> list[str]:
+    """How much of the model the edits changed."""
+    edits = [edit for edit in provenance.get("edits") or () if not edit.get("reverted")]
+    known = [edit for edit in edits if edit.get("share") is not None]
+    return [f"{edit['edit'].capitalize()} changed {edit['share']:.2%} of the model's parameters." for edit in known]
 
 
 def _said(write: Writer, source: Any) -> list[str]:

@@ -24,6 +24,7 @@ def test_one_edit(tmp_path: Path) -> None:
     tree = tree_of(alone(tmp_path / "d", "mergebench.json", documents.provenance(edits=[documents.edit()])))
     assert tree.texts["h2"] == ["Edit", "Provenance"]
     assert f"2 models merged with pcb, then {SENTENCE}" in tree.texts["p"]
+    assert "Surgery changed 0.65% of the model's parameters." in tree.texts["p"]
     pairs = dict(zip(tree.texts["dt"], tree.texts["dd"], strict=True))
     assert pairs["rows"] == "1,229 of 26,460 rows of gate_proj, in 3 layers"
     assert pairs["share"] == "0.65% of the model's parameters"
