@@ -100,7 +100,7 @@ def _family_legend(found: Sequence[Family], tasks: int) -> str:
     rows = [row for family in found for row in family.rows]
     graded = [row.flips.both_right is None for row in rows]
     counts = sorted({row.flips.n for row in rows})
-    of = f" of the {counts[0]} items" if len(counts) == 1 else " of the items"
+    of = f" of the {counts[0]:,} items" if len(counts) == 1 else " of the items"
     partly = any(len(row.pairs) < tasks for family in found if not family.task for row in family.rows)
     said = "Difference [95% interval]"
     if not all(graded):

@@ -151,7 +151,7 @@ def _seeds(runs: Runs) -> str:
     """Over how many seeds and items; said of the smallest where methods differ."""
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
     items = {sum(run[-1]["items_by_task"]) for by_seed in runs.values() for run in by_seed.values()}
-    of = f"{max(items)} test items"
+    of = f"{max(items):,} test items"
     if len(seeds) < 2:
         return f"One seed, {of}."
     return f"± standard error over {len(seeds)} seeds, each with the same {of}."
