@@ -37,8 +37,16 @@ def findings(sources: Sources) -> list[str]:
     ways += [(scores.finding, sources.results), (flipped.finding, sources.results)]
     found = [sentence for way, source in ways for sentence in _said(way, source)]
     if sources.provenance is not None and not sources.merged:
-        return [*filter(None, _said(cards.lead, sources)), *found]
+        return [*filter(None, _said(_lead, sources)), *found]
     return found or [*_said(_edited, sources.provenance), "What this does to the model was not measured."]
+
+
+def _lead(sources: Sources) -> str:
+    """What was made: a task vector has no card."""
+    recipe = (sources.provenance or {}).get("recipe", {})
+    if "task_vector" in recipe:
+        return f"What {recipe['task_vector']} adds to {recipe['base_model']}."
+    return cards.lead(sources)
 
 
 def _edited(provenance: Mapping[str, Any]) -> list[str]:

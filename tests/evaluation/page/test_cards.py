@@ -159,7 +159,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("args", "title", "said"),
     [
         (["task-vector", "ft", "--base", "base", "--out", "made"],
-         "made: task-vector", "task_vector ft, base_model base"),
+         "made: task-vector", "What ft adds to base."),
         (["adapters", "extract", "--base", "base", "--model", "ft", "--rank", "2", "--out", "made"],
          "made: adapters extract", "What a fine-tune adds to the linear layers of its base"),
     ],
