@@ -70,7 +70,9 @@ class Found:
         metric = unit_of(by, self.results.records[0].metric)
         unit = " percentage points" if by.both_right is not None else ""
         every = sum(record.n for record in self.results.of(self.results.models[-1]).values())
-        items = f"all {by.n:,} test items" if by.n == every else f"the {by.n:,} of {every:,} test items that count alike"
+        items = f"all {by.n:,} test items"
+        if by.n != every:
+            items = f"the {by.n:,} of {every:,} test items that count alike"
         size = f"{signed(by.difference, metric)}{unit} over {items}"
         if by.interval is not None and by.p is not None:
             low, high = (signed(end, metric) for end in by.interval)
