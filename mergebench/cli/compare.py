@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from mergebench.errors import GateFailed, RecipeError
 
 if TYPE_CHECKING:
     from mergebench.evaluation import Comparison
+    from mergebench.evaluation.compare.verdict import Judgement, Policy
 
 
 def compare(
@@ -51,6 +52,12 @@ def compare(
             help="Exit with 4 if a task's accuracy fell by more than this many points, beyond chance.",
         ),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Exit with 4 if the verdict on a policy's limits is BLOCK: docs/evaluation.md."
+        ),
+    ] = None,
     flips: Annotated[int, typer.Option(min=0, help="How many flipped items are shown.")] = 10,
     format_: opt.Format = None,
     json_: opt.Json = False,
@@ -65,7 +72,8 @@ def compare(
     (--suite suite.yaml).
     """
     from mergebench.evaluation.compare.comparison import compare as compare_answers
-    from mergebench.evaluation.tables.flips import difference_of
+    from mergebench.evaluation.compare.verdict import judge
+    from mergebench.evaluation.tables.verdicts import failure, passes
 
     form = opt.check_format(format_, json_)
 
@@ -77,40 +85,45 @@ def compare(
         found = compare_answers(old, new, in_)
     else:
         found = _measured(suite, old, new, split, opt.check_device(device), results, quiet or json_)
-    gate: dict[str, Any] = {}
-    failures, passes = [], []
-    if max_nfr is not None:
-        above = found.above(max_nfr)
-        gate |= {"max_nfr": max_nfr, "above": [pair.task for pair in above]}
-        named = (f"{p.task} {100 * p.flips.nfr:.1f}% ({len(p.flips.lost)} of {p.flips.n})" for p in above)
-        failures += [f"NFR above {100 * max_nfr:g}%: {', '.join(named)}"] if above else []
-        passes.append(f"no task's NFR is above {100 * max_nfr:g}%")
-    if max_drop is not None:
-        if all(pair.flips.both_right is None for pair in found.pairs):
-            raise RecipeError("--max-drop: no task has right and wrong answers", "bound what is lost: --max-nfr")
-        dropped, most = found.dropped(max_drop / 100), f"{max_drop:g} point{'s' * (max_drop != 1)}"
-        gate |= {"max_drop": max_drop, "dropped": [pair.task for pair in dropped]}
-        named = (f"{p.task} {difference_of(p.flips, 'accuracy')}" for p in dropped)
-        failures += [f"accuracy lower by more than {most}: {', '.join(named)}"] if dropped else []
-        passes.append(f"no task's accuracy is lower by more than {most} beyond chance")
+    judgement = judge(found, _policy(found, policy, max_drop, max_nfr))
+    gated = any(limit is not None for limit in (policy, max_drop, max_nfr))
     if json_:
-        say_json(found.to_dict() | ({"gate": {**gate, "passed": not failures}} if gate else {}))
+        say_json(found.to_dict() | {"gate" if gated else "verdict": judgement.to_dict()})
     else:
-        say_text(_text(found, flips, form))
-    if failures:
-        raise GateFailed("; ".join(failures), "--flips N shows more of the lost items, --json all")
-    for line in passes:
-        note(f"passed: {line}", quiet or json_)
+        say_text(_text(found, judgement, flips, form))
+    if gated and not judgement.passed:
+        raise GateFailed(failure(judgement), "--flips N shows more of the lost items, --json all")
+    for line in passes(judgement) if gated else ():
+        note(line, quiet or json_)
 
 
-def _text(found: Comparison, flips: int, form: str | None) -> str:
+def _policy(found: Comparison, policy: Path | None, max_drop: float | None, max_nfr: float | None) -> Policy:
+    from mergebench.evaluation.compare.policy import load_policy
+    from mergebench.evaluation.compare.verdict import POINT, Limits, Policy
+
+    if policy is not None:
+        for option, value in (("--max-drop", max_drop), ("--max-nfr", max_nfr)):
+            if value is not None:
+                raise RecipeError(f"{option} and --policy: two places for a limit", f"write it in {policy}")
+        return load_policy(policy, found)
+    if max_drop is not None and all(pair.flips.both_right is None for pair in found.pairs):
+        raise RecipeError("--max-drop: no task has right and wrong answers", "bound what is lost: --max-nfr")
+    if max_drop is None and max_nfr is None:
+        return Policy()
+    return Policy(Limits(None if max_drop is None else max_drop * POINT, max_nfr))
+
+
+def _text(found: Comparison, judgement: Judgement, flips: int, form: str | None) -> str:
     from mergebench.evaluation.tables import flips as views
     from mergebench.evaluation.tables.sheet import written
+    from mergebench.evaluation.tables.verdicts import verdict_sheet
 
+    verdicts = verdict_sheet(judgement)
     if form is None:
-        return views.comparison_report(found, items=flips, width=width(), styled=sys.stdout.isatty())
+        styled = sys.stdout.isatty()
+        return views.comparison_report(found, verdicts, items=flips, width=width(), styled=styled)
     more = [views.items_sheet(found, flips)] if flips and any(pair.flipped for pair in found.pairs) else []
-    return written([*views.comparison_sheets(found), *more], form)
+    return written([*views.comparison_sheets(found), verdicts, *more], form)
 
 
 def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:

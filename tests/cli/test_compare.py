@@ -64,13 +64,15 @@ def test_the_gate(cli: Cli, bound: str, code: int) -> None:
     assert ran.code == code
     assert " items  5  60.0  40.0 " in ran.out
     if code:
-        assert ran.err.splitlines()[0] == f"error: NFR above {100 * float(bound):g}%: items 20.0% (1 of 5)"
+        why = f"items: NFR 20.0% (1 of 5), at most {100 * float(bound):g}% is allowed"
+        assert ran.err.splitlines()[0] == f"error: BLOCK: {why}"
     else:
-        assert ran.err == f"passed: no task's NFR is above {100 * float(bound):g}%\n"
+        assert ran.err == "passed: every task is within its limits\n"
     as_json = cli("compare", "old.jsonl", "new.jsonl", "--max-nfr", bound, "--json")
     document = json.loads(as_json.out)
     assert (as_json.code, document["tasks"][0]["lost"]) == (code, 1)
-    assert document["gate"] == {"max_nfr": float(bound), "passed": not code, "above": ["items"] * bool(code)}
+    assert document["gate"]["passed"] is (not code)
+    assert document["gate"]["tasks"][0].items() >= {"task": "items", "max_nfr": float(bound), "max_drop": None}.items()
 
 
 @pytest.mark.parametrize(("lost", "bound", "code"), [(10, "9.9", 4), (10, "10", 0), (1, "0.5", 0), (0, "0", 0)])
@@ -82,12 +84,17 @@ def test_the_gate_of_accuracy(cli: Cli, lost: int, bound: str, code: int) -> Non
     ran = cli("compare", "old.jsonl", "new.jsonl", "--max-drop", bound)
     assert ran.code == code
     if code:
-        assert ran.err.startswith("error: accuracy lower by more than 9.9 points: items −10.0 [−17.4, −5.5]\n")
+        assert ran.err.startswith("error: BLOCK: items: −10.0 [−17.4, −5.5], −9.9 is allowed\n")
+    elif lost == 10:
+        change = "items is worse beyond chance, within its limit: −10.0 [−17.4, −5.5]"
+        assert ran.err == f"passed: every task is within its limits\nwarning: {change}\n"
     else:
-        assert ran.err == f"passed: no task's accuracy is lower by more than {bound} points beyond chance\n"
+        told = f"items (100 items show a difference of 4.0, {'−0.5' if lost else '0'} is allowed)"
+        assert ran.err == f"passed, but inconclusive: too few items to tell: {told}\n"
     document = json.loads(cli("compare", "old.jsonl", "new.jsonl", "--max-drop", bound, "--max-nfr", "1", "--json").out)
-    gate = {"max_nfr": 1.0, "above": [], "max_drop": float(bound), "dropped": ["items"] * bool(code)}
-    assert document["gate"] == gate | {"passed": not code}
+    (row,) = document["gate"]["tasks"]
+    assert row["max_drop"] == pytest.approx(float(bound) / 100) and row["max_nfr"] == 1.0
+    assert (row["verdict"] == "BLOCK", document["gate"]["passed"]) == (bool(code), not code)
 
 
 @pytest.mark.parametrize("form", ["markdown", "latex", "csv"])
@@ -106,7 +113,7 @@ def test_other_formats(cli: Cli, form: str) -> None:
         assert float(one["low"]) < -20 < float(one["high"]) and one["NFR"] == "20.0"
     else:
         assert "\\pm" not in ran.out and ran.out.count("both right") == 1
-        assert ran.out.count("\n| ---" if form == "markdown" else r"\begin{tabular}") == 3  # and the items
+        assert ran.out.count("\n| ---" if form == "markdown" else r"\begin{tabular}") == 4  # verdicts, items
 
 
 @pytest.mark.parametrize(

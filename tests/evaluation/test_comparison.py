@@ -155,9 +155,6 @@ def test_rows(results: Results, tmp_path: Path) -> None:
     assert (found.pooled.both_right, found.pooled.both_wrong) == (5, 2)
     assert found.pooled.p == pytest.approx(math.erfc(3 / 7**0.5 / 2**0.5))  # three more won than lost, of seven
     assert found.pooled.lost == (("a", "test", "a-1"), ("a", "test", "a-3"))
-    assert [pair.task for pair in found.above(0.2)] == ["a"]
-    assert found.above(0.25) == []  # at the bound is not above it
-    assert [pair.task for pair in found.above(float("nan"))] == ["a", "b"]  # no bound that anything stays under
 
     save(results, tmp_path)  # from disk, by the names of the table
     for place in (tmp_path, str(tmp_path / "evaluation.json")):

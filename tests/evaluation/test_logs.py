@@ -44,15 +44,18 @@ def test_lm_evals_samples(tmp_path: Path) -> None:
     lost = [str(one["doc_id"]) for one, other in zip(old, new, strict=True) if one["acc"] > other["acc"]]
     files = [next((tmp_path / name).rglob("samples_*.jsonl")) for name in ("old", "new")]
     for pair in (files, [tmp_path / "old", tmp_path / "new"]):
-        (found,) = mergebench.compare(*pair).pairs
+        found, normalised = mergebench.compare(*pair).pairs
         assert (found.task, found.metric, found.direction) == ("local", "acc", "higher")
+        assert (normalised.task, normalised.metric) == ("local", "acc_norm")
+        sums = [sum(one["acc_norm"] for one in samples) for samples in (old, new)]
+        assert normalised.flips.difference == pytest.approx((sums[1] - sums[0]) / 20)
         assert found.flips.n == 20 and sorted(found.flips.lost) == sorted(lost) and lost
         assert found.gold["3"] == "1" and found.old.keys() == {str(i) for i in range(20)}
 
 
 def sample(item: int, score: float, name: str = "none", **more: Any) -> dict[str, Any]:
     return {"doc_id": item, "filter": name, "filtered_resps": ["x"], "target": "x", "metrics": ["exact_match"],
-            "exact_match": score, "doc_hash": f"h{item}"} | more  # fmt: skip
+            "exact_match": score, "doc_hash": f"h{item}", "prompt_hash": f"p{item}"} | more  # fmt: skip
 
 
 def test_filters_tasks_and_later_runs(tmp_path: Path) -> None:
@@ -77,6 +80,7 @@ def test_filters_tasks_and_later_runs(tmp_path: Path) -> None:
     [
         ([sample(1, 1, doc_hash="other")], "item '1' is another one"),
         ([sample(1, 1, target="y")], "item '1' is another one"),
+        ([sample(1, 1, prompt_hash="other")], "item '1' is asked in another way"),
         ([sample(1, 1, metrics=["f1"], f1=1)], "has exact_match, .* has f1"),
         ([sample(1, 1, metrics=["f1"], f1=[1])], r"samples_t.jsonl:1: no metric that is a number"),
         ([sample(1, 1), sample(1, 1)], r":2: doc_id '1' stands before already"),
@@ -110,3 +114,70 @@ def test_inspects_logs(tmp_path: Path) -> None:
     (tmp_path / "bad.eval").write_bytes(b"PK")
     with pytest.raises(RunError, match="not a readable log of inspect"):
         mergebench.compare(tmp_path / "old.json", tmp_path / "bad.eval")
+
+
+def test_scorers_of_inspect_and_their_values(tmp_path: Path) -> None:
+    def log(name: str, values: list[Any], asked: str = "q") -> Path:
+        samples = [
+            {"id": i, "target": "A", "input": [{"id": f"{name}{i}", "role": "user", "content": f"{asked}{i}"}],
+             "scores": {"match": {"value": "C"}, "judge": {"value": {"kind": value, "brief": 1}}}}
+            for i, value in enumerate(values)
+        ]  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps({"eval": {"task": "x"}, "samples": samples}))
+        return tmp_path / f"{name}.json"
+
+    old, new = log("old", [1, 0, 0.5]), log("new", [0, 0, 1])
+    found = {pair.metric: pair.flips for pair in mergebench.compare(old, new).pairs}
+    assert list(found) == ["match", "judge, kind", "judge, brief"]
+    assert (found["judge, kind"].lost, found["judge, kind"].won) == (("0",), ("2",))
+    with pytest.raises(RunError, match="item '0' is asked in another way"):
+        mergebench.compare(old, log("other", [1, 0, 0.5], asked="Q"))
+
+
+def nemo_run(folder: Path, rewards: list[float], repeats: int = 1, **more: Any) -> Path:
+    """A bundle as NeMo Evaluator writes it."""
+    bundle = {"run_id": "eval-1-gpqa", "benchmark": {"name": "gpqa", "samples": len(rewards), "scores": {}}}
+    (folder / "gpqa").mkdir(parents=True)
+    (folder / "gpqa" / "eval-1-gpqa.json").write_text(json.dumps(bundle))
+    rows = [
+        {"problem_idx": i, "repeat": k, "reward": reward, "scorer_rewards": {"scorer:exact": 1 - reward},
+         "prompt": f"q{i}", "model_response": "long", "extracted_answer": "A", "expected_answer": "A"} | more
+        for i, reward in enumerate(rewards) for k in range(repeats)
+    ]  # fmt: skip
+    write_rows(folder / "gpqa" / "results.jsonl", rows)
+    return folder
+
+
+def test_nemo_evaluators_bundles(tmp_path: Path) -> None:
+    old, new = nemo_run(tmp_path / "old", [1, 1, 0, 0]), nemo_run(tmp_path / "new", [0, 1, 1, 1])
+    places = ("", "gpqa/eval-1-gpqa.json", "gpqa/results.jsonl")
+    for pair in ((old / place, new / place) for place in places):
+        rewards, exact = mergebench.compare(*pair).pairs
+        assert (rewards.task, rewards.metric, exact.metric) == ("gpqa", "reward", "scorer:exact")
+        assert (rewards.flips.lost, rewards.flips.won, exact.flips.won) == (("0",), ("2", "3"), ("0",))
+    results = new / "gpqa" / "results.jsonl"
+    again = json.loads(results.read_text().splitlines()[0]) | {"reward": 1}
+    results.write_text(results.read_text() + json.dumps(again) + "\n")  # problem 0 ran again
+    assert mergebench.compare(old, new).pairs[0].flips.lost == ()
+    twice = nemo_run(tmp_path / "twice", [1, 1, 0, 0], repeats=2)
+    assert mergebench.compare(twice, twice).pairs[0].flips.n == 8
+    with pytest.raises(RunError, match="item '0' is asked in another way"):
+        mergebench.compare(old, nemo_run(tmp_path / "other", [1, 1, 0, 0], prompt="?"))
+    with pytest.raises(RunError, match="reward must be a number"):
+        mergebench.compare(old, nemo_run(tmp_path / "none", [1, 1, 0, 0], reward=None))
+    results.unlink()
+    with pytest.raises(RunError, match=r"no results\.jsonl beside it"):
+        mergebench.compare(old, new)
+
+
+def test_runs_of_two_evaluators(tmp_path: Path) -> None:
+    nemo = nemo_run(tmp_path / "nemo", [1, 0])
+    (tmp_path / "run").mkdir()
+    lm_eval = write_rows(tmp_path / "run" / "samples_t.jsonl", [sample(1, 1)])
+    with pytest.raises(RunError, match=r"run was written by lm-eval, .*nemo by NeMo Evaluator"):
+        mergebench.compare(lm_eval.parent, nemo)
+    with pytest.raises(RunError, match=r"is a log of lm-eval, .*own\.jsonl is not"):
+        mergebench.compare(lm_eval, write_rows(tmp_path / "own.jsonl", [{"id": 1, "pred": "a", "gold": "a"}]))
+    write_rows(nemo / "samples_t.jsonl", [sample(1, 1)])
+    with pytest.raises(RunError, match="it holds logs of lm-eval and of NeMo Evaluator"):
+        mergebench.compare(nemo, nemo)

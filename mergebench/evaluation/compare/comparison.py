@@ -10,7 +10,8 @@ from typing import Any
 
 from mergebench.errors import RecipeError, RunError, did_you_mean
 from mergebench.evaluation.compare.flips import Answers, Flips, flips
-from mergebench.evaluation.compare.logs import Log, read_logs
+from mergebench.evaluation.compare.logs import read_logs
+from mergebench.evaluation.compare.logs.log import Log
 from mergebench.evaluation.compare.predictions import read_predictions
 from mergebench.evaluation.results import FILE, Record, Results
 from mergebench.evaluation.tables.layout import short_names
@@ -74,10 +75,12 @@ class Comparison:
 
     @cached_property
     def pooled_pairs(self) -> tuple[Pair, ...]:
-        """The tasks with comparable items: all if they share a metric, else those with right and wrong answers."""
-        if len({(pair.metric, pair.direction) for pair in self.pairs}) == 1:
-            return self.pairs
-        return tuple(pair for pair in self.pairs if pair.flips.both_right is not None)
+        """The tasks with comparable items: all if they share a metric, else those with right and wrong answers. Of a
+        task with several metrics the first counts, so that no item counts twice."""
+        pairs = self.pairs
+        if len({(pair.metric, pair.direction) for pair in pairs}) > 1:
+            pairs = tuple(pair for pair in pairs if pair.flips.both_right is not None)
+        return tuple({(pair.task, pair.split): pair for pair in reversed(pairs)}.values())[::-1]
 
     @cached_property
     def pooled(self) -> Flips | None:
@@ -87,17 +90,6 @@ class Comparison:
         old = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.old.items()}
         new = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.new.items()}
         return flips(old, new, self.pooled_pairs[0].direction)
-
-    def above(self, max_nfr: float) -> list[Pair]:
-        """The tasks with a larger share of negative flips, the worst first."""
-        return sorted((p for p in self.pairs if not p.flips.nfr <= max_nfr), key=lambda p: -p.flips.nfr)
-
-    def dropped(self, most: float) -> list[Pair]:
-        """The tasks of right and wrong answers whose accuracy fell by more than this share, and not by chance
-        (p < 0.05); the worst first."""
-        right_or_wrong = [p for p in self.pairs if p.flips.both_right is not None]
-        fell = [p for p in right_or_wrong if -p.flips.difference > most and p.flips.p is not None and p.flips.p < 0.05]
-        return sorted(fell, key=lambda p: p.flips.difference)
 
     def to_dict(self, items: bool = True) -> dict[str, Any]:
         """Every number by task and pooled, ready for JSON; the ids of flipped items where `items`."""
@@ -122,10 +114,14 @@ def compare(old: str | Path, new: str | Path, evaluation: Results | str | Path |
     if evaluation is not None:
         found = evaluation if isinstance(evaluation, Results) else Results.load(Path(evaluation))
         return _compare_rows(found, str(old), str(new))
-    logs = [read_logs(Path(place)) if Path(place).name != FILE else None for place in (old, new)]
-    if all(log is not None for log in logs):
-        return _compare_logs(str(old), str(new), *(log or {} for log in logs))
-    for file in (old, new):
+    before, after = (read_logs(Path(place)) if Path(place).name != FILE else None for place in (old, new))
+    if before is not None and after is not None:
+        return _compare_logs(str(old), str(new), before, after)
+    for file, logs in ((old, before), (new, after)):
+        if logs is not None:
+            other = new if file is old else old
+            what = f"{file} is a log of {logs[0].tool}, {other} is not"
+            raise RunError(what, "compare runs of one evaluator, or two files of predictions")
         if not Path(file).is_file() or Path(file).name == FILE:
             hint = "rows of an evaluation go with --in DIR, models to be measured with --suite SUITE"
             raise RecipeError(f"{file}: no file of predictions", hint)
@@ -185,26 +181,47 @@ def _compare_files(old: Path, new: Path) -> Comparison:
     return Comparison(str(old), str(new), (_checked(pair, f"{old}, {new}"),))
 
 
-def _compare_logs(old: str, new: str, before: Mapping[str, Log], after: Mapping[str, Log]) -> Comparison:
-    """Task by task; a file on each side is one task, whatever it is called."""
-    if len(before) == len(after) == 1:
-        after = dict(zip(before, after.values(), strict=True))
+def _compare_logs(old: str, new: str, before: Sequence[Log], after: Sequence[Log]) -> Comparison:
+    """Task by task, on the metrics that both have; a single task on each side is one, whatever it is called."""
+    if before[0].tool != after[0].tool:
+        what = f"{old} was written by {before[0].tool}, {new} by {after[0].tool}"
+        raise RunError(what, "compare runs of one evaluator: each asks and scores in its own way")
+    tasks = [list(dict.fromkeys(log.task for log in logs)) for logs in (before, after)]
+    called = dict(zip(*tasks, strict=True)) if len(tasks[0]) == len(tasks[1]) == 1 else {}
+    later = {(log.task, log.metric): log for log in after}
     pairs = []
-    for task in dict.fromkeys([*before, *after]):
-        if task not in before or task not in after:
-            lacking = old if task not in before else new
-            raise RunError(f"{lacking}: no log of task '{task}', the other has one", "compare runs of the same tasks")
-        one, other = before[task], after[task]
-        if (one.metric, one.direction) != (other.metric, other.direction):
-            raise RunError(f"task '{task}': {old} has {one.metric}, {new} has {other.metric}")
-        for here, there in ((one.documents, other.documents), (one.gold, other.gold)):
-            changed = next((item for item, value in here.items() if there.get(item, value) != value), None)
-            if changed is not None:
-                what = f"task '{task}': item '{changed}' is another one in {new} than in {old}"
-                raise RunError(what, "compare answers to the same items")
-        pair = Pair(task, "", one.metric, one.direction, one.answers, other.answers, one.gold, one.texts)
-        pairs.append(_checked(pair, f"task '{task}'"))
+    for task in dict.fromkeys([*tasks[0], *tasks[1]]):
+        there = called.get(task, task)
+        if task not in tasks[0] and task not in called.values():
+            raise RunError(f"{old}: no log of task '{task}', the other has one", "compare runs of the same tasks")
+        if there not in tasks[1]:
+            raise RunError(f"{new}: no log of task '{task}', the other has one", "compare runs of the same tasks")
+        here = [log for log in before if log.task == task]
+        both = [(log, later[there, log.metric]) for log in here if (there, log.metric) in later]
+        if here and not both:
+            names = [", ".join(log.metric for log in logs if log.task in (task, there)) for logs in (before, after)]
+            raise RunError(f"task '{task}': {old} has {names[0]}, {new} has {names[1]}")
+        for log, other in both:
+            pairs.append(_pair_of_logs(log, other, old, new))
     return Comparison(old, new, tuple(pairs))
+
+
+def _pair_of_logs(one: Log, other: Log, old: str, new: str) -> Pair:
+    where = f"task '{one.task}'"
+    if one.direction != other.direction:
+        what = f"{where}: {one.metric}: {one.direction} is better in {old}, {other.direction} in {new}"
+        raise RunError(what)
+    checks = [
+        (one.documents, other.documents, "is another one", "compare answers to the same items"),
+        (one.gold, other.gold, "is another one", "compare answers to the same items"),
+        (one.prompts, other.prompts, "is asked in another way", "compare runs with the same examples and template"),
+    ]
+    for here, there, changed, hint in checks:
+        item = next((item for item, value in here.items() if there.get(item, value) != value), None)
+        if item is not None:
+            raise RunError(f"{where}: item '{item}' {changed} in {new} than in {old}", hint)
+    pair = Pair(one.task, "", one.metric, one.direction, one.answers, other.answers, one.gold, one.texts)
+    return _checked(pair, where)
 
 
 def _row(results: Results, name: str) -> str:

@@ -11,7 +11,9 @@ accuracies, and besides
 
     NFR_mc = mean 1[new wrong, and not with old's answer]     BTC = P(new right | old right) = 1 - NFR / accuracy of old
 
-The difference has a 95% interval and a two-sided p, which come from one test (`inference`).
+The difference has a 95% interval and a two-sided p, which come from one test (`inference`). What so many items can
+show at all is the difference that the test finds four times in five (power 80%): 2.8 standard errors of the paired
+difference, sqrt(flips / n) / sqrt(n) of right and wrong answers, and at least the 4 flips that p < 0.05 takes.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergebench.errors import RunError
-from mergebench.evaluation.compare.inference import Interval, bootstrap, mcnemar, tango
+from mergebench.evaluation.compare.inference import Interval, Z, bootstrap, mcnemar, tango
 from mergebench.evaluation.task import Direction, Prediction
 
+POWER = 0.8416212335729143  # the normal law's 80% quantile
+FEWEST = 4  # items lost and none won, for McNemar's p below 0.05
 Answers = Mapping[Any, Prediction]  # by the items' ids
 
 
@@ -75,6 +79,16 @@ class Flips:
         """The least NFR possible at the new accuracy."""
         return None if self.both_right is None else max(0.0, self.old - self.new)
 
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that so many items show, at p < 0.05 with a power of 80%; None if unknown."""
+        if self.both_right is not None:
+            return max(FEWEST / self.n, (Z + POWER) * math.sqrt(len(self.lost) + len(self.won)) / self.n)
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        return (Z + POWER) * (high - low) / (2 * Z)
+
     def to_dict(self) -> dict[str, Any]:
         """Every number, ready for JSON; items by their count."""
         return {
@@ -87,6 +101,7 @@ class Flips:
             "btc": self.btc,
             "nfr_expected": self.nfr_expected,
             "nfr_least": self.nfr_least,
+            "detectable": self.detectable,
         }
 
 

@@ -24,11 +24,12 @@ ANSWER = 28  # letters of an answer that are shown in a table
 
 
 def comparison_report(
-    comparison: Comparison, *, items: int = 10, width: int | None = None, styled: bool = False
+    comparison: Comparison, *more: Sheet, items: int = 10, width: int | None = None, styled: bool = False
 ) -> str:
-    """Rates, quadrants and that many flipped items as text, at most `width` columns wide (None: as wide as needed)."""
+    """Rates, quadrants, more sheets and that many flipped items as text, at most `width` columns wide (None: as wide as
+    needed)."""
     lines = [f" old: {shown(comparison.old)}", f" new: {shown(comparison.new)}"]
-    for sheet in comparison_sheets(comparison):
+    for sheet in (*comparison_sheets(comparison), *more):
         lines += sheet.terminal(width=width, styled=styled)
     flipped = sum(len(pair.flips.lost) + len(pair.flips.won) for pair in comparison.pairs)
     if items and flipped:
@@ -184,9 +185,14 @@ def _lower(comparison: Comparison) -> bool:
 
 
 def _named(comparison: Comparison) -> list[tuple[str, Pair]]:
-    """Each task under its name, with its split where both splits are there."""
-    count = Counter(pair.task for pair in comparison.pairs)
-    return [(f"{p.task} ({p.split})" if count[p.task] > 1 else p.task, p) for p in comparison.pairs]
+    """Each task under its name, with its split where both splits are there, and its metric where it has several."""
+    splits = Counter(task for task, _ in {(pair.task, pair.split) for pair in comparison.pairs})
+    metrics = Counter((pair.task, pair.split) for pair in comparison.pairs)
+    named = []
+    for pair in comparison.pairs:
+        more = [pair.split] * (splits[pair.task] > 1) + [pair.metric] * (metrics[pair.task, pair.split] > 1)
+        named.append((f"{pair.task} ({', '.join(more)})" if more else pair.task, pair))
+    return named
 
 
 def _rows(comparison: Comparison) -> list[tuple[str, str, Flips]]:
