@@ -114,7 +114,17 @@ def first_line(error: BaseException) -> str:
     if not said:  # an assertion: the line that failed says more than its name
         trace = traceback.extract_tb(error.__traceback__)
         said = f"{type(error).__name__}: {trace[-1].line if trace else ''}"
-    return said.splitlines()[0]
+    first, *rest = [line.strip() for line in said.splitlines()]
+    return f"{first} {rest[-1]}" if rest and first.endswith(":") else first  # of a trace, what was raised
+
+
+def in_words(error: BaseException) -> str:
+    """What any error says, on one line: of the system's, the file and the fault."""
+    if isinstance(error, MergebenchError):
+        return error.message
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return first_line(error)
 
 
 def sendable(error: Exception) -> Exception:

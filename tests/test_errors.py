@@ -30,6 +30,9 @@ def test_long_names_are_cut_in_the_middle() -> None:
 
 def test_another_librarys_error_gives_its_first_line() -> None:
     assert first_line(ValueError("  one\ntwo")) == "one"
+    assert (
+        first_line(ValueError("the server says:\nTrace\n  ValueError: three\n")) == "the server says: ValueError: three"
+    )
     try:
         assert not [1]
     except AssertionError as error:

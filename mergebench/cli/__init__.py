@@ -86,7 +86,7 @@ def main() -> None:
 def _run() -> None:
     from mergebench.cli.app import app
     from mergebench.cli.output import Warnings
-    from mergebench.errors import DiskFull, MergebenchError, out_of_memory
+    from mergebench.errors import DiskFull, MergebenchError, in_words, out_of_memory
 
     logging.getLogger("mergebench").handlers = [Warnings(logging.WARNING)]
     if "mergebench.checkpoint.staging" in sys.modules:  # the program is called as a function, perhaps again
@@ -113,7 +113,7 @@ def _run() -> None:
         if not isinstance(error, OSError):
             raise
         # a disk that fails, a file taken away
-        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None, 1)
+        _fail(in_words(error), None, 1)
 
 
 def _check_temporary() -> None:

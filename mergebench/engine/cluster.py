@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import secrets
 import signal
+import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +23,11 @@ from typing import Any, NamedTuple
 
 from mergebench.checkpoint.files import write_error
 from mergebench.engine.machine import cores
-from mergebench.errors import RecipeError, RunError, first_line
+from mergebench.errors import RecipeError, RunError, in_words
 from mergebench.plugins import need
 
 HERE = "ray"
+PATIENCE = 15.0  # seconds in which a cluster may begin to listen
 STORE = 200_000_000  # bytes of shared memory for what is sent, in a cluster that is started here
 SHARE = "the machines of a cluster must share the storage of inputs and outputs, under the same paths"
 LIBRARIES = ("torch", "transformers", "numpy")  # whose versions decide about bits
@@ -49,7 +53,7 @@ def join(on: str, workers: int | None = None, *, models: bool = False) -> Cluste
     for one per core, or, where each holds a model (`models`), one per GPU, and one on a machine without. Raises
     `RecipeError` if there are fewer cores, or Ray is not installed; `RunError` if no cluster answers.
     """
-    if on != HERE and not on.startswith("ray://"):
+    if on != HERE and not re.fullmatch(r"ray://.+:\d+", on):
         raise RecipeError(f"--on {on}: not an executor", "write ray, or ray://HOST:PORT")
     need("ray", "clusters")
     ray = _joined(on, workers)
@@ -65,8 +69,9 @@ def join(on: str, workers: int | None = None, *, models: bool = False) -> Cluste
 
 def _joined(on: str, workers: int | None) -> Any:
     """Ray, connected."""
-    address = os.environ.get("RAY_ADDRESS") if on == HERE else on
+    address = (os.environ.get("RAY_ADDRESS") or None) if on == HERE else on
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a call after the cluster is lost starts another, here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     token = {}
     if address is None and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
@@ -83,13 +88,18 @@ def _joined(on: str, workers: int | None) -> Any:
         where |= {"num_cpus": max(cores(), workers or 0)}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        _await(address)
         with _silenced():
-            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
+    except SystemExit:  # how Ray's own handler answers SIGTERM
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+        signal.raise_signal(signal.SIGTERM)
+        raise
     except Exception as error:  # of many sorts, by the way it is joined
         where_else = "" if address == on else f" at {address}"
         what = "Ray does not start" if address is None else f"no cluster answers{where_else}"
         hint = "ray status says what runs; a cluster that asks for a token answers where RAY_AUTH_MODE=token is set"
-        raise RunError(f"--on {on}: {what}: {first_line(error)}", hint) from None
+        raise RunError(f"--on {on}: {what}: {in_words(error)}", hint) from None
     finally:
         for number, handler in before.items():  # Ray puts its own in their place
             signal.signal(number, handler)
@@ -100,6 +110,22 @@ def _joined(on: str, workers: int | None) -> Any:
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda data, ignore_prefix: None
     return ray
+
+
+def _await(address: str | None) -> None:
+    """`OSError` if nothing listens at HOST:PORT for a while: Ray would try for ten minutes, and heed no Ctrl-C."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.5)
 
 
 @contextmanager

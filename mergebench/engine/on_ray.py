@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import queue
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ LARGEST = 64  # chunks of a batch: handing one out takes half a millisecond
 
 def _gives_up(died: Died) -> RunError:
     items = (item for call in died.calls for item in call.arguments[3])
-    names = ", ".join(dict.fromkeys(span.tensor for item in items for span in item.spans))
+    tensors = list(dict.fromkeys(span.tensor for item in items for span in item.spans))
+    names = ", ".join([*tensors[:3], *([f"{len(tensors) - 3} more"] if len(tensors) > 3 else [])])
     return RunError(f"{names}: each worker there dies: {died}", "use fewer --workers, and continue with --resume")
 
 
@@ -39,9 +41,7 @@ class OnRay:
     that it did for the task is done again by others."""
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
-        import ray
-
-        self._ray, self._plan, self._progress = ray, plan, progress
+        self._plan, self._progress = plan, progress
         self._marker: Marker | None = None
         self._pool = Pool(plan.cluster, partial(Hand, plan))
         self._tasks = 0
@@ -59,7 +59,7 @@ class OnRay:
     def run(self, task: str, items: Iterator[Item], *arguments: Any) -> Iterator[Any]:
         """The results as they come: each is as large as the statistics of the task."""
         batches = Batches(self._plan, None, items, task, self._progress, self._size)
-        shared = [self._ray.put(arguments)]
+        shared = self._pool.sent(arguments)
         lost: list[Call] = []
 
         def take(worker: pool.Worker) -> Call | None:
@@ -93,8 +93,33 @@ class OnRay:
         self._pool.close(keep=not self._at_work)  # a task that broke off has left threads that wait for batches
 
 
-# One thread for all that a process merges: glibc has a heap for each thread, and every new one's would stay.
-_thread = ThreadPoolExecutor(1, "merging", initializer=torch.set_num_threads, initargs=(1,))
+class Thread(threading.Thread):
+    """Does one thing after another. The process may end while it waits for batches that nobody sends any more, which
+    that of an executor would not allow."""
+
+    def __init__(self) -> None:
+        super().__init__(name="merging", daemon=True)
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        if not self.is_alive():
+            self.start()
+        result: Future[Any] = Future()
+        self._work.put((result, work))
+        return result
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        while True:
+            result, work = self._work.get()
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+            del result, work  # free their memory for the next one
+
+
+_thread = Thread()  # for all that a process merges: glibc has a heap for each thread, and every new one's would stay
 
 
 class Hand:
@@ -137,7 +162,7 @@ class Hand:
         if not self._task:
             self._check_inputs()
         self._task = number
-        self._result = _thread.submit(self._work, task, ray.get(shared[0]))
+        self._result = _thread.submit(partial(self._work, task, ray.get(shared[0])))
 
     def _work(self, task: str, arguments: Sequence[Any]) -> Any:
         with torch.inference_mode():

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-import platform
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from mergebench.engine.cluster import Cluster, Machine, versions
-from mergebench.engine.machine import keep_freed_memory
-from mergebench.errors import RunError, sendable
+from mergebench.engine.resident import Resident
+from mergebench.errors import RunError, first_line
 
 DEATHS = 3  # of workers, after which the piece of work they were at is given up
 BEGUN = 2  # calls that a worker has answered, and is still at
 KILLED = "its process was killed (is the machine out of memory?)"
+AGAIN = "run it again, a merge or a search with --resume: what is done is kept"
 PATIENCE = 20.0  # seconds without a worker until that is said
 Shape = tuple[int, float, bool]  # the cores and GPUs of a worker, and whether it holds a model
 
@@ -32,41 +30,6 @@ class Died(Exception):
     """All workers that tried some calls died at one of them."""
 
     calls: Sequence[Call] = ()
-
-
-class Resident:
-    """In a worker's process: the object that is asked, of one pool at a time."""
-
-    def __init__(self) -> None:
-        self._object, self._number = None, 0
-
-    def versions(self) -> dict[str, str]:
-        return versions()
-
-    def ask(self, number: int, make: list[Any], name: str, *arguments: Any) -> tuple[bool, Any]:
-        """Whether it worked, and what the method returned or raised; of a new pool, `make` makes the object first."""
-        try:
-            if number != self._number:
-                self._begin(*make)
-                self._number = number
-            return True, getattr(self._object, name)(*arguments)
-        except Exception as error:
-            return False, sendable(error)
-
-    def _begin(self, make: Any, folder: str, path: list[str]) -> None:
-        import ray
-
-        self._object, self._number = None, 0
-        gc.collect()
-        sys.path[:] = [*sys.path, *(one for one in path if one not in sys.path)]
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            what = f"{folder}: {platform.node()} cannot enter it: {error.strerror}"
-            hint = "run in a folder that all machines of the cluster share, under the same path"
-            raise RunError(what, hint) from None
-        keep_freed_memory()
-        self._object = ray.get(make)()
 
 
 class Call:
@@ -92,6 +55,18 @@ _numbers = count(1)  # of pools
 _idle: list[Worker] = []  # of pools that are closed: another one need not wait until they have started
 
 
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """`RunError` if the cluster is out of reach."""
+    try:
+        yield
+    except sys.modules["ray"].exceptions.RayError:
+        raise
+    except (ConnectionError, RuntimeError) as error:
+        log.info("%s", first_line(error))
+        raise RunError("the cluster does not answer any more", AGAIN) from None
+
+
 def _end(workers: Sequence[Worker]) -> None:
     """Kill the workers' processes."""
     for worker in workers:
@@ -111,11 +86,10 @@ class Pool:
         import ray
 
         self._ray: Any = ray
-        # in a list: what is put is sent as a reference, and read once in each process
-        self._make = next(_numbers), [ray.put(make), str(Path.cwd()), sys.path]
+        self._make = next(_numbers), [*self.sent(self._ray.cloudpickle.dumps(make)), str(Path.cwd()), sys.path]
         self._starting: dict[Any, Worker] = {}  # by the answer that says that it has started
         self._spare = self._most = DEATHS * sum(machine.workers for machine in cluster)  # deaths until it gives up
-        self._said = time.monotonic()
+        self._said, self._died = time.monotonic(), ""
         self.workers: list[Worker] = []  # alive, started or not
         wanted: list[tuple[Machine, Shape]] = []
         for machine in cluster:
@@ -137,13 +111,30 @@ class Pool:
         cpus, gpus, models = shape
         how: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 1 + models}
         there = NodeAffinitySchedulingStrategy(machine.node, soft=True)
-        made = self._ray.remote(scheduling_strategy=there, **how)(Resident)
-        worker = Worker(made.remote(), machine, shape)
-        self._starting[worker.handle.versions.remote()] = worker
+        with _reaching():
+            made = self._ray.remote(scheduling_strategy=there, **how)(Resident)
+            worker = Worker(made.remote(), machine, shape)
+            self._starting[worker.handle.versions.remote()] = worker
         self.workers.append(worker)
 
+    def sent(self, value: Any) -> list[Any]:
+        """What is sent in place of a value, to be read once in each process: in a list it stays a reference."""
+        with _reaching():
+            return [self._ray.put(value)]
+
     def _ask(self, worker: Worker, name: str, *arguments: Any) -> Any:
-        return worker.handle.ask.remote(*self._make, name, *arguments)
+        with _reaching():
+            return worker.handle.ask.remote(*self._make, name, *arguments)
+
+    def _wait(self, answers: Sequence[Any], seconds: float) -> Sequence[Any]:
+        """Those that have come, after at most so long without any."""
+        with _reaching():
+            come: Sequence[Any] = self._ray.wait(answers, timeout=seconds)[0]
+        return come
+
+    def _get(self, answer: Any) -> Any:
+        with _reaching():
+            return self._ray.get(answer)
 
     def each(
         self,
@@ -196,11 +187,11 @@ class Pool:
         for worker in self.workers:
             if worker.looked is None or worker.looked[0] not in worker.calls.values():
                 worker.looked = None
-            elif not self._ray.wait([worker.looked[1]], timeout=0)[0]:
+            elif not self._wait([worker.looked[1]], 0):
                 continue
             else:
                 with suppress(self._ray.exceptions.RayError):  # it died; its call says so
-                    worked, value = self._ray.get(worker.looked[1])
+                    worked, value = self._get(worker.looked[1])
                     if worked:
                         told(worker.looked[0], value)
             call = next(iter(worker.calls.values()), None)
@@ -225,8 +216,9 @@ class Pool:
     def _answered(self, asked: dict[Any, Worker]) -> Iterator[tuple[Worker, Any]]:
         """The next answers, after at most a second; workers that have started meanwhile are admitted."""
         if not self.workers:
-            raise RunError("the workers of the cluster die again and again", "see its logs; continue with --resume")
-        for answer in self._ray.wait([*asked, *self._starting], timeout=1.0)[0]:
+            what = f"the workers of the cluster die again and again: {self._died}"
+            raise RunError(what, f"Ray's logs say more; {AGAIN}")
+        for answer in self._wait([*asked, *self._starting], 1.0):
             if answer in self._starting:
                 self._admit(self._starting.pop(answer), answer)
             else:
@@ -240,7 +232,7 @@ class Pool:
     def _admit(self, worker: Worker, answer: Any) -> None:
         """A worker that has started, or could not."""
         try:
-            there = self._ray.get(answer)
+            there = self._get(answer)
         except self._ray.exceptions.RayError as error:
             if "creation task" in str(error):  # it will do no better on a second try
                 what = f"{worker.machine.name}: no worker starts: {_last_line(error)}"
@@ -256,7 +248,7 @@ class Pool:
     def _value(self, worker: Worker, answer: Any) -> Any:
         """What the worker answered, or that it died; raises what was raised there."""
         try:
-            worked, value = self._ray.get(answer)
+            worked, value = self._get(answer)
         except self._ray.exceptions.RayTaskError as error:
             raise RunError(f"{worker.machine.name}: {_last_line(error)}") from None
         except self._ray.exceptions.RayError as error:
@@ -273,7 +265,9 @@ class Pool:
         if self._spare:
             self._spare -= 1
             self._start(worker.machine, worker.shape)
-        log.warning("a worker on %s died, its work is done again: %s", worker.machine.name, died)
+        self._died = str(died)
+        if worker.started:
+            log.warning("a worker on %s died, its work is done again: %s", worker.machine.name, died)
         lost = [*worker.held, *worker.calls.values()]
         for call in lost[max(len(worker.held) - BEGUN, 0) :]:
             call.deaths += 1
@@ -285,6 +279,8 @@ class Pool:
 def _reason(error: Exception) -> str:
     """Why a worker died, in Ray's words made short."""
     said = str(error)
+    if "never ran" in said:
+        return "it did not start (RAY_AUTH_MODE must be that of the cluster)"
     if isinstance(error, sys.modules["ray"].exceptions.OutOfMemoryError) or "memory usage threshold" in said:
         return "its machine ran low on memory"
     if "node" in said.lower() and ("died" in said or "terminated" in said) and "worker process has died" not in said:

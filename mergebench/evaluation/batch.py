@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergebench.errors import MergebenchError, RunError, out_of_memory
+from mergebench.errors import MergebenchError, RunError, in_words, out_of_memory
 from mergebench.evaluation.results import Record, Role
 from mergebench.evaluation.suite import Suite, Task
 
@@ -183,9 +183,12 @@ class Batch:
             yield
         except MergebenchError as error:
             self._fail(candidate, tasks, error)
-        except (MemoryError, RuntimeError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
-                raise
+                if not isinstance(error, OSError):
+                    raise
+                self._fail(candidate, tasks, RunError(in_words(error)))  # a disk that fails, a file taken away
+                return
             self._network = None
             names = ", ".join(f"'{task.name}'" for task in tasks)
             what = f"model '{candidate.name}': out of memory on {names}"

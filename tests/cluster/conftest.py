@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 from mergebench.engine.cluster import join, leave
+from tests.evaluation.search.conftest import made, place  # noqa: F401  (fixtures)
+
+
+def kept(folder: str) -> dict[str, int]:
+    """The results in a folder: a file for each model and task, and which one it is."""
+    return {path.name: path.stat().st_ino for path in Path(folder).glob("?" * 40 + ".json")}
 
 
 @pytest.fixture(scope="session")

@@ -18,26 +18,14 @@ from mergebench.engine import pool
 from mergebench.engine.cluster import join
 from mergebench.evaluation import Candidate, Results, Step, evaluate_models, load_suite
 from mergebench.evaluation.search.search import Found, search
-from tests.evaluation.search.conftest import write_search
+from tests.cluster.conftest import kept
 
 pytestmark = pytest.mark.ray
 MODELS = ["base", "one", "two"]
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_search(tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
 def records(found: Results) -> list[Any]:
     return [replace(record, seconds=0.0) for record in found.records]
-
-
-def results() -> list[str]:
-    """What is kept: a file for each model and task."""
-    return sorted(path.name for path in Path("kept").glob("?" * 40 + ".json"))
 
 
 def measured(**more: Any) -> Results:
@@ -51,11 +39,11 @@ def test_the_records_of_one_process(place: Path, cluster: Any) -> None:
     assert records(there) == records(here)
     assert there.made["known"] == 0 and there.made["device"] == "cpu"
     assert steps[-1].done == steps[-1].total == sum(record.n for record in here.records)
-    kept = results()
-    assert len(kept) == len(here.records)
+    before = kept("kept")
+    assert len(before) == len(here.records)
     again = measured(results="kept", on="ray", workers=2)
     assert records(again) == records(here) and again.made["known"] == len(here.records)
-    assert results() == kept
+    assert kept("kept") == before
 
 
 def test_a_merge_with_its_baselines(place: Path, cluster: Any) -> None:
@@ -79,7 +67,7 @@ def test_a_machine_dies(place: Path, cluster: Any, lose: Callable[[], None]) -> 
 
     there = measured(results="kept", on="ray", workers=5, progress=progress)
     assert lost and records(there) == records(here)
-    assert len(results()) == len(here.records)
+    assert len(kept("kept")) == len(here.records)
 
 
 def test_a_model_that_kills_its_workers_stops_no_other(

@@ -304,6 +304,9 @@ def test_what_fails_stops_nobody(encoder: Path, place: Path, entry: Entry) -> No
     def missing() -> Files:
         raise ModelError("model 'gone': no such file or directory", "look for it")
 
+    def taken() -> Files:
+        raise FileNotFoundError(2, "No such file or directory", "there/model.safetensors")
+
     def full(tensors: dict[str, Tensor]) -> None:
         torch.empty(2**60)
 
@@ -312,6 +315,7 @@ def test_what_fails_stops_nobody(encoder: Path, place: Path, entry: Entry) -> No
     results = evaluate_models(
         [
             Candidate("gone", "input", missing),
+            Candidate("taken", "input", taken),
             Candidate("good", "input", Files(encoder)),
             Candidate("poison", "input", poison),
             Candidate("full", "input", Changed(encoder, "f", full)),
@@ -326,6 +330,7 @@ def test_what_fails_stops_nobody(encoder: Path, place: Path, entry: Entry) -> No
     found = [(one["model"], one["tasks"], one["error"]) for one in results.made["failed"]]
     assert found == [
         ("gone", ["a", "wide"], "model 'gone': no such file or directory"),
+        ("taken", ["a", "wide"], "there/model.safetensors: No such file or directory"),
         ("good", ["wide"], f"{wide}'tiny' gives 16"),
         ("poison", ["a"], "model 'p': its outputs are not finite"),
         ("poison", ["wide"], f"{wide}'p' gives 16"),

@@ -12,22 +12,10 @@ import mergebench
 from mergebench.errors import RecipeError
 from mergebench.evaluation.measure import measure_part
 from mergebench.evaluation.part import parse
+from tests.cluster.conftest import kept
 from tests.conftest import Cli
-from tests.evaluation.search.conftest import write_search
 
 MODELS = ["base", "one", "two"]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_search(tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
-def kept() -> dict[str, int]:
-    """What is in the store, and when it was written."""
-    return {path.name: path.stat().st_ino for path in Path("results").glob("?" * 40 + ".json")}
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6, 9])
@@ -35,7 +23,7 @@ def test_parts_are_disjoint_and_whole(count: int, place: Path) -> None:
     before: dict[str, int] = {}
     for number in range(1, count + 1):
         missing = measure_part(f"{number}/{count}", "suite.yaml", MODELS, device="cpu")
-        now = kept()
+        now = kept("results")
         assert before.items() <= now.items(), "a result of another part was measured again"
         assert len(now) == 6 - len(missing) == 6 * number // count
         before = now
@@ -59,7 +47,7 @@ def test_the_last_job_prints_the_table(place: Path, cli: Cli) -> None:
 def test_a_model_that_fails_stops_no_other(place: Path, cli: Cli) -> None:
     ran = cli("eval", "suite.yaml", "base", "nowhere", "two", "--part", "1/1")
     assert ran.code == 3 and "nowhere" in ran.err
-    assert len(kept()) == 4
+    assert len(kept("results")) == 4
     assert cli("eval", "suite.yaml", "base", "two", "--part", "1/1").code == 0
 
 
