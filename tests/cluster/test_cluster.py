@@ -75,3 +75,8 @@ def test_a_worker_that_nobody_asks_any_more_can_end() -> None:
     """As when the command was killed: its process must not wait for batches for ever."""
     waits = "import queue; from mergebench.engine import on_ray; on_ray._thread.submit(queue.Queue().get)"
     subprocess.run([sys.executable, "-c", waits], timeout=60, check=True)
+
+
+def test_a_larger_machine_gets_more_workers() -> None:
+    machines = [clusters.Machine("a", "a", 2, 0), clusters.Machine("b", "b", 6, 0)]
+    assert [machine.workers for machine in clusters._spread(machines, 4, models=False)] == [1, 3]

@@ -106,7 +106,7 @@ def test_a_machine_dies(
     def progress(size: int) -> None:
         nonlocal done
         before, done = done, done + size
-        limit = plan.bytes_read * (0.4 if sweep == "questions" else 0.85)
+        limit = plan.bytes_read * (0.55 if sweep == "questions" else 0.85)  # amid it: workers hold results
         if before < limit <= done:
             lose()
 
@@ -181,8 +181,7 @@ def test_the_driver_dies_and_another_goes_on(on: str | None, large: Path, cluste
     mergebench.merge("recipe.yaml", "alone", workers=1)
     killed = subprocess.run([sys.executable, "-c", DRIVER, "0.9"], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    journal = Path(".out.partial/.mergebench.journal")
-    assert not Path("out").exists() and any(Path(".out.partial").iterdir()), journal
+    assert not Path("out").exists() and any(Path(".out.partial").iterdir())
     read: list[int] = []
     result = mergebench.merge("recipe.yaml", "out", workers=2, on=on, resume=True, progress=read.append)
     assert contents(result.out) == contents(Path("alone"))
