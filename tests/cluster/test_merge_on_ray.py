@@ -116,6 +116,42 @@ def test_a_machine_dies(
     assert contents(result.out) == contents(Path("alone"))
 
 
+HOLDING = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+from mergebench import gram, merge_method
+
+@dataclass(frozen=True)
+class Params:
+    pass
+
+asked = []
+
+@merge_method(takes="task_vectors", paper="none")
+def scaled(tvs, params: Params, ctx):
+    asked.append(1)
+    if len(asked) > 4 and Path("kill").exists() and Path("kill").read_text() != str(os.getpid()):
+        Path("kill").rename(f"killed{os.getpid()}")  # by one worker
+        os.kill(os.getpid(), signal.SIGKILL)
+    dots = yield gram(tvs)
+    return tvs.sum(0) / dots[0, 0].sqrt()
+"""
+
+
+def test_what_a_dead_worker_held_is_gathered_again(large: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dies at a question after it has answered four: every answer counts once, as in one process."""
+    monkeypatch.setattr(on_ray, "BATCH", 1)
+    monkeypatch.setattr(on_ray, "LARGEST", 1)
+    Path("mine.py").write_text(HOLDING)
+    given = recipe("mine.py:scaled", ["ft1", "ft2"], scope="model")
+    mergebench.merge(given, "alone", workers=1)
+    Path("kill").write_text(str(os.getpid()))  # but not this one
+    result = mergebench.run(mergebench.plan(given, workers=2, on="ray", chunk=TILE), "out")
+    assert len(list(Path().glob("killed*"))) == 1
+    assert contents(result.out) == contents(Path("alone"))
+
+
 KILLING = """
 import os, signal, time
 from dataclasses import dataclass
