@@ -30,12 +30,13 @@ def read_logs(place: Path) -> list[Log] | None:
     """
     if not place.is_dir():
         return next((one.read(place) for one in _EVALUATORS if one.is_log(place)), None)
-    files = {one.TOOL: found for one in _EVALUATORS if (found := one.logs_in(place))}
-    if len(files) > 1:
-        raise RunError(f"{place}: it holds logs of {' and of '.join(files)}", "name a folder with the logs of one")
+    found = [(one, files) for one in _EVALUATORS if (files := one.logs_in(place))]
+    if len(found) > 1:
+        tools = " and of ".join(one.TOOL for one, _ in found)
+        raise RunError(f"{place}: it holds logs of {tools}", "name a folder with the logs of one")
     logs: dict[tuple[str, str], Log] = {}
-    for one in _EVALUATORS:
-        for file in files.get(one.TOOL, ()):
+    for one, files in found:
+        for file in files:
             for log in one.read(file):
                 if (log.task, log.metric) in logs:
                     hint = "name the logs to compare"

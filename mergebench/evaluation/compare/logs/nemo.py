@@ -25,7 +25,7 @@ def is_log(file: Path) -> bool:
 
 def logs_in(folder: Path) -> list[Path]:
     """The bundles in a folder and in the folders in it."""
-    return [file for file in sorted(folder.rglob("eval-*.json")) if _benchmark(file) is not None]
+    return _bundles(folder, "**/eval-*.json")
 
 
 def read(file: Path) -> list[Log]:
@@ -60,8 +60,8 @@ def read(file: Path) -> list[Log]:
     return logs
 
 
-def _bundles(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.glob("eval-*.json")) if _benchmark(file) is not None]
+def _bundles(folder: Path, names: str = "eval-*.json") -> list[Path]:
+    return [file for file in sorted(folder.glob(names)) if _benchmark(file) is not None]
 
 
 def _benchmark(file: Path) -> str | None:
