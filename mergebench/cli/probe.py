@@ -83,7 +83,7 @@ def _said(probe: Probe) -> list[str]:
         for one in about["layers"]:
             mark = "  <" if one["layer"] == about["layer"] else ""
             accuracy = f"{share_of(one['cv_accuracy'], about['n_train'])}%"
-            lines.append(f" {one['layer']:5}  {accuracy:>13}  {one['auc']:.3f}{mark}")
+            lines.append(f" {one['layer']:5}  {accuracy:>12}  {one['auc']:.3f}{mark}")
         lines += ["", f" Cross-validated on {about['n_train']} texts, {_share(about['cv_majority'])} of one class.", ""]
     desired, undesired = about["classes"]
     lines += [
