@@ -13,6 +13,7 @@ import pytest
 import mergebench
 from mergebench.errors import RunError
 from mergebench.evaluation import harness
+from mergebench.evaluation.compare.verdict import Policy, judge
 from tests.language import write_rows
 
 
@@ -47,6 +48,8 @@ def test_lm_evals_samples(tmp_path: Path) -> None:
         found, normalised = mergebench.compare(*pair).pairs
         assert (found.task, found.metric, found.direction) == ("local", "acc", "higher")
         assert (normalised.task, normalised.metric) == ("local", "acc_norm")
+        judged = judge(mergebench.compare(*pair), Policy()).rows
+        assert [row.task for row in judged] == ["local (acc)", "local (acc_norm)"]
         sums = [sum(one["acc_norm"] for one in samples) for samples in (old, new)]
         assert normalised.flips.difference == pytest.approx((sums[1] - sums[0]) / 20)
         assert found.flips.n == 20 and sorted(found.flips.lost) == sorted(lost) and lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -72,6 +73,17 @@ class Comparison:
     old: str
     new: str
     pairs: tuple[Pair, ...]
+
+    @property
+    def named(self) -> list[tuple[str, Pair]]:
+        """Each task under its name, with its split where both splits are there, and its metric where it has several."""
+        splits = Counter(task for task, _ in {(pair.task, pair.split) for pair in self.pairs})
+        metrics = Counter((pair.task, pair.split) for pair in self.pairs)
+        named = []
+        for pair in self.pairs:
+            more = [pair.split] * (splits[pair.task] > 1) + [pair.metric] * (metrics[pair.task, pair.split] > 1)
+            named.append((f"{pair.task} ({', '.join(more)})" if more else pair.task, pair))
+        return named
 
     @cached_property
     def pooled_pairs(self) -> tuple[Pair, ...]:

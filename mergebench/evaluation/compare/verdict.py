@@ -53,7 +53,7 @@ class Policy:
 class Judged:
     """A task's verdict."""
 
-    task: str  # `total`: all items together
+    task: str  # as in the table of rates; `total`: all items together
     metric: str
     verdict: Verdict | None  # None: no limit applies to its scores
     limits: Limits
@@ -94,12 +94,12 @@ def judge(comparison: Comparison, policy: Policy) -> Judgement:
     a task of such scores is judged where the policy names it.
     """
     rows = []
-    for pair in comparison.pairs:
+    for name, pair in comparison.named:
         own = policy.tasks.get(pair.task)
         limits = policy.each if own is None else own.over(policy.each)
         if pair.flips.both_right is None and (own is None or own.max_drop is None):
             limits = Limits(None, limits.max_nfr, limits.advisory)
-        rows.append(_judged(pair.task, pair.metric, limits, pair.flips))
+        rows.append(_judged(name, pair.metric, limits, pair.flips))
     measured = {pair.task for pair in comparison.pairs}
     for task, limits in policy.tasks.items():
         if task not in measured:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
@@ -141,7 +140,7 @@ def _quadrants(comparison: Comparison) -> Sheet:
 
 def _turns(comparison: Comparison, most: int) -> list[tuple[str, Pair, Flip]]:
     """The first flipped items, taken from every task by turns, the lost ones first; in the order of the tasks."""
-    named = _named(comparison)
+    named = comparison.named
     sides = [
         [[(place, flip) for flip in pair.flipped if flip.what == what] for place, (_, pair) in enumerate(named)]
         for what in ("lost", "won")
@@ -184,20 +183,9 @@ def _lower(comparison: Comparison) -> bool:
     return any(pair.direction == "lower" for pair in comparison.pairs)
 
 
-def _named(comparison: Comparison) -> list[tuple[str, Pair]]:
-    """Each task under its name, with its split where both splits are there, and its metric where it has several."""
-    splits = Counter(task for task, _ in {(pair.task, pair.split) for pair in comparison.pairs})
-    metrics = Counter((pair.task, pair.split) for pair in comparison.pairs)
-    named = []
-    for pair in comparison.pairs:
-        more = [pair.split] * (splits[pair.task] > 1) + [pair.metric] * (metrics[pair.task, pair.split] > 1)
-        named.append((f"{pair.task} ({', '.join(more)})" if more else pair.task, pair))
-    return named
-
-
 def _rows(comparison: Comparison) -> list[tuple[str, str, Flips]]:
     """Name, metric and flips of each task and, of several, of all their items."""
-    rows = [(name, pair.metric, pair.flips) for name, pair in _named(comparison)]
+    rows = [(name, pair.metric, pair.flips) for name, pair in comparison.named]
     pooled = comparison.pooled_pairs
     if len(pooled) > 1 and comparison.pooled is not None:
         rows.append(("pooled", pooled[0].metric, comparison.pooled))
