@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import platform
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -30,21 +32,19 @@ LARGEST = 64  # chunks of a batch: handing one out takes half a millisecond
 
 
 def _gives_up(died: Died) -> RunError:
-    items = (item for call in died.calls for item in call.arguments[3])
+    items = (item for call in died.calls for item in pickle.loads(call.arguments[2]))
     tensors = list(dict.fromkeys(span.tensor for item in items for span in item.spans))
     names = ", ".join([*tensors[:3], *([f"{len(tensors) - 3} more"] if len(tensors) > 3 else [])])
     return RunError(f"{names}: each worker there dies: {died}", "use fewer --workers, and continue with --resume")
 
 
 class OnRay:
-    """The workers of a run on a cluster. What one has gathered is fetched when the task ends; if it dies before, all
-    that it did for the task is done again by others."""
+    """The workers of a run on a cluster. What one has gathered is fetched when the task ends."""
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self._plan, self._progress = plan, progress
         self._marker: Marker | None = None
         self._pool = Pool(plan.cluster, partial(Hand, plan))
-        self._tasks = 0
         self._at_work = False
         count = sum(machine.workers for machine in plan.cluster)
         self._size = min(max(plan.elements // plan.chunk // (count * BATCHES), BATCH), LARGEST)
@@ -60,31 +60,17 @@ class OnRay:
         """The results as they come: each is as large as the statistics of the task."""
         batches = Batches(self._plan, None, items, task, self._progress, self._size)
         shared = self._pool.sent(arguments)
-        lost: list[Call] = []
 
-        def take(worker: pool.Worker) -> Call | None:
-            if lost:
-                again = lost.pop()
-                again.arguments = (self._tasks, *again.arguments[1:])
-                return again
-            batch = batches.take()
-            return Call(self._tasks, task, shared, batch, self._marker) if batch else None
+        def take(_: pool.Worker) -> Call | None:
+            batch = batches.take()  # pickled here: Ray's own pickler asks Python about each item
+            return Call(task, shared, pickle.dumps(batch), self._marker) if batch else None
 
         self._at_work = True
-        while self._at_work:
-            self._tasks += 1
-            for _, _, answer in self._pool.each("step", take, AHEAD, holds=True):
-                if isinstance(answer, Died):
-                    raise _gives_up(answer)
-            for worker, result in self._pool.every("end", self._tasks):
-                if isinstance(result, Died):
-                    if result.calls:
-                        raise _gives_up(result)
-                    lost += worker.held
-                elif worker.held:
-                    yield result
-                worker.held = []
-            self._at_work = bool(lost)
+        for answer in self._pool.gathered("step", take, AHEAD, "end"):
+            if isinstance(answer, Died):
+                raise _gives_up(answer)
+            yield answer
+        self._at_work = False
 
     def memory(self) -> int:
         return sum(peak for _, peak in self._pool.every("close") if not isinstance(peak, Died))
@@ -128,24 +114,24 @@ class Hand:
     def __init__(self, plan: Plan) -> None:
         self._plan, self._files = plan, Files()
         self._worker = Worker(plan, self._files)
-        self._task = 0
         self._batches: queue.Queue[Sequence[Item]] = queue.Queue(1)
         self._result: Future[Any] | None = None  # of the task at hand
 
-    def step(self, number: int, task: str, shared: list[Any], batch: Sequence[Item], marker: Marker | None) -> None:
-        """Take a batch of the task of that number; waits until the one before it was begun. Raises what failed."""
+    def step(self, task: str, shared: list[Any], sent: bytes, marker: Marker | None) -> None:
+        """Take a batch of a task; waits until the one before it was begun. Raises what failed."""
         if marker is not None:
             marker.check()
-        if number != self._task:
-            self._begin(number, task, shared)
+        if self._result is None:
+            self._check_inputs()
+            self._result = _thread.submit(partial(self._work, task, sys.modules["ray"].get(shared[0])))
+        batch = pickle.loads(sent)
         if task != "sample":
             advise(self._plan, self._files, batch)
         self._put(batch)
 
-    def end(self, number: int) -> Any:
-        """The result of the task's batches; None if there were none."""
-        if number != self._task or self._result is None:
-            return None
+    def end(self) -> Any:
+        """The result of the task's batches."""
+        assert self._result is not None
         self._put(())
         result, self._result = self._result.result(), None
         return result
@@ -155,14 +141,6 @@ class Hand:
         self._files.check()
         self._worker.close()
         return self._worker.peak_memory(())
-
-    def _begin(self, number: int, task: str, shared: list[Any]) -> None:
-        import ray
-
-        if not self._task:
-            self._check_inputs()
-        self._task = number
-        self._result = _thread.submit(partial(self._work, task, ray.get(shared[0])))
 
     def _work(self, task: str, arguments: Sequence[Any]) -> Any:
         with torch.inference_mode():

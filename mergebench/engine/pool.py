@@ -89,6 +89,7 @@ class Pool:
         self._make = next(_numbers), [*self.sent(self._ray.cloudpickle.dumps(make)), str(Path.cwd()), sys.path]
         self._starting: dict[Any, Worker] = {}  # by the answer that says that it has started
         self._spare = self._most = DEATHS * sum(machine.workers for machine in cluster)  # deaths until it gives up
+        self._again: deque[Call] = deque()  # what workers that died were asked
         self._said, self._died = time.monotonic(), ""
         self.workers: list[Worker] = []  # alive, started or not
         wanted: list[tuple[Machine, Shape]] = []
@@ -142,21 +143,18 @@ class Pool:
         take: Callable[[Worker], Call | None],
         depth: int = 1,
         watch: tuple[str, Callable[[Call, Any], None]] | None = None,
-        holds: bool = False,
     ) -> Iterator[tuple[Worker, Call, Any]]:
         """Make all calls that `take` gives to the method `name` of the workers' objects; yields each with its answer,
         as it comes: `Died` where the workers died at it. Raises what the method raises.
 
         take: gives None if there is nothing more. depth: calls that a worker may have open. watch: another method, to
-        be asked every second of workers at work, and what is told its answers. holds: workers keep the results of calls
-        (`Worker.held`), so those of one that dies are made again.
+        be asked every second of workers at work, and what is told its answers.
         """
-        again: deque[Call] = deque()
         while True:
             more = not any(worker.started for worker in self.workers)
             for worker in [one for one in self.workers if one.started]:
                 while len(worker.calls) < depth:
-                    call = again.popleft() if again else take(worker)
+                    call = self._again.popleft() if self._again else take(worker)
                     if call is None:
                         break
                     worker.calls[self._ask(worker, name, *call.arguments)] = call
@@ -172,15 +170,30 @@ class Pool:
                     continue
                 value = self._value(worker, answer)
                 if isinstance(value, Died):
-                    lost = self._bury(worker, value)
-                    again += [one for one in lost if one not in value.calls]
+                    self._bury(worker, value)
                     for one in value.calls:
                         yield worker, one, value
                     continue
                 del worker.calls[answer]
-                worker.held += [call] if holds else []
                 self._spare = self._most
                 yield worker, call, value
+
+    def gathered(self, name: str, take: Callable[[Worker], Call | None], depth: int, end: str) -> Iterator[Any]:
+        """Make calls whose results the workers keep; yields what each answers in the end, to the method `end`, or
+        `Died` as `each`. What a worker that dies has kept is made again by others."""
+        while True:
+            for worker, call, value in self.each(name, take, depth):
+                if isinstance(value, Died):
+                    yield value
+                else:
+                    worker.held.append(call)
+            holding = [worker for worker in self.workers if worker.held]
+            if not holding:
+                return
+            for worker, value in self.every(end, holding):
+                worker.held = []
+                if not isinstance(value, Died) or value.calls:
+                    yield value
 
     def _look(self, name: str, told: Callable[[Call, Any], None]) -> None:
         """Ask the workers at work how they do, and tell what they said when they were asked before."""
@@ -197,9 +210,10 @@ class Pool:
             call = next(iter(worker.calls.values()), None)
             worker.looked = None if call is None else (call, self._ask(worker, name))
 
-    def every(self, name: str, *arguments: Any) -> Iterator[tuple[Worker, Any]]:
-        """Ask every worker that has started once; yields the answers, `Died` of those that do not live."""
-        open_ = {self._ask(one, name, *arguments): one for one in self.workers if one.started}
+    def every(self, name: str, workers: Sequence[Worker] | None = None) -> Iterator[tuple[Worker, Any]]:
+        """Ask workers once, by default all that have started; yields the answers, `Died` of those that do not live."""
+        asked = [one for one in self.workers if one.started] if workers is None else workers
+        open_ = {self._ask(one, name): one for one in asked}
         for answer, worker in open_.items():
             value = self._value(worker, answer)
             if isinstance(value, Died):
@@ -257,9 +271,9 @@ class Pool:
             raise value
         return value
 
-    def _bury(self, worker: Worker, died: Died) -> list[Call]:
-        """Replace a worker; returns the calls whose results are lost. It died at one of the last; `died` gets those at
-        which too many died."""
+    def _bury(self, worker: Worker, died: Died) -> None:
+        """Replace a worker; the calls whose results are lost are made again. It died at one of the last; `died` gets
+        those at which too many died."""
         self.workers.remove(worker)
         _end([worker])  # it may not be dead, but out of reach
         if self._spare:
@@ -272,8 +286,8 @@ class Pool:
         for call in lost[max(len(worker.held) - BEGUN, 0) :]:
             call.deaths += 1
         died.calls = [call for call in lost if call.deaths >= DEATHS]
+        self._again += [call for call in lost if call not in died.calls]
         worker.calls = {}
-        return lost
 
 
 def _reason(error: Exception) -> str:

@@ -121,6 +121,17 @@ import os, signal
 from dataclasses import dataclass
 from pathlib import Path
 from mergebench import gram, merge_method
+from mergebench.engine import on_ray
+
+def die(when):  # the first worker that comes here
+    kill = Path(f"kill {when}")
+    if kill.exists() and kill.read_text() != str(os.getpid()):
+        kill.rename(f"killed{os.getpid()}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if Path("kill at the end").exists():
+    end = on_ray.Hand.end
+    on_ray.Hand.end = lambda hand: die("at the end") or end(hand)
 
 @dataclass(frozen=True)
 class Params:
@@ -131,22 +142,24 @@ asked = []
 @merge_method(takes="task_vectors", paper="none")
 def scaled(tvs, params: Params, ctx):
     asked.append(1)
-    if len(asked) > 4 and Path("kill").exists() and Path("kill").read_text() != str(os.getpid()):
-        Path("kill").rename(f"killed{os.getpid()}")  # by one worker
-        os.kill(os.getpid(), signal.SIGKILL)
+    if len(asked) > 4:
+        die("amid")
     dots = yield gram(tvs)
     return tvs.sum(0) / dots[0, 0].sqrt()
 """
 
 
-def test_what_a_dead_worker_held_is_gathered_again(large: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One dies at a question after it has answered four: every answer counts once, as in one process."""
+@pytest.mark.parametrize("when", ["amid", "at the end"])
+def test_what_a_dead_worker_held_is_gathered_again(
+    when: str, large: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One dies at a question after it has answered four, or when it is asked for all: every answer counts once."""
     monkeypatch.setattr(on_ray, "BATCH", 1)
     monkeypatch.setattr(on_ray, "LARGEST", 1)
     Path("mine.py").write_text(HOLDING)
     given = recipe("mine.py:scaled", ["ft1", "ft2"], scope="model")
     mergebench.merge(given, "alone", workers=1)
-    Path("kill").write_text(str(os.getpid()))  # but not this one
+    Path(f"kill {when}").write_text(str(os.getpid()))  # but not this one
     result = mergebench.run(mergebench.plan(given, workers=2, on="ray", chunk=TILE), "out")
     assert len(list(Path().glob("killed*"))) == 1
     assert contents(result.out) == contents(Path("alone"))
@@ -234,7 +247,7 @@ def test_workers_of_a_killed_run_write_no_more(large: Path, cluster: Any) -> Non
     with Staging(Path("out"), "", False) as staging:
         (staging.directory / marker.file.name).touch()
     with Staging(Path("out"), "", False), pytest.raises(RunError, match="a later run has taken it over"):
-        hand.step(1, "apply", [], [], marker)
+        hand.step("apply", [], b"", marker)
 
 
 def test_storage_that_is_not_shared(large: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +263,7 @@ def test_inputs_of_another_machine(large: Path) -> None:
     hand = on_ray.Hand(mergebench.plan(recipe("linear", ["ft1", "ft2"]), workers=1))
     os.utime("ft2/model.safetensors", ns=(0, 0))
     with pytest.raises(RunError, match=rf"^{platform.node()}: ft2/model.safetensors") as raised:
-        hand.step(1, "apply", [], [], None)
+        hand.step("apply", [], b"", None)
     assert raised.value.hint == clusters.SHARE
 
 
