@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,25 @@ def test_many_batches_on_all_machines(method: str, large: Path, cluster: Any) ->
     result = mergebench.run(plan, "out", progress=seen.append)
     assert contents(result.out) == contents(Path("alone"))
     assert sum(seen) == plan.bytes_read
+
+
+def test_a_command_that_is_no_part_of_the_cluster(large: Path, cluster: Any) -> None:
+    Path("recipe.yaml").write_text("merge_method: linear\nmodels: [{model: ft1}, {model: ft2}]\n")
+    mergebench.merge("recipe.yaml", "alone", workers=1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    server = [sys.executable, "-m", "ray.util.client.server", "--address", cluster.address, "--mode", "proxy"]
+    command = [sys.executable, "-m", "mergebench", "merge", "recipe.yaml", "--out", "out", "--workers", "2"]
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*server, "--host", "127.0.0.1", "--port", port], **quiet) as listening:
+        try:
+            on = ["--on", f"ray://127.0.0.1:{port}"]
+            merged = subprocess.run([*command, *on], capture_output=True, text=True, check=False)
+        finally:
+            listening.terminate()
+    assert merged.returncode == 0, merged.stderr
+    assert contents(Path("out")) == contents(Path("alone"))
+    assert "ray" not in (merged.stdout + merged.stderr).lower().replace("ray://", "")
 
 
 @pytest.mark.parametrize("sweep", ["questions", "apply"])
