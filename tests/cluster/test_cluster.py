@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +41,18 @@ def test_nothing_listens_there(address: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(clusters, "PATIENCE", 0.1)
     with pytest.raises(ConnectionRefusedError):
         clusters._await(address)
+
+
+def test_joining_can_be_ended(tmp_path: Path) -> None:
+    """Where something listens that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        on = f"ray://127.0.0.1:{silent.getsockname()[1]}"
+        joins = f"from mergebench.engine.cluster import join; join({on!r})"
+        with subprocess.Popen([sys.executable, "-c", joins], stderr=subprocess.PIPE, cwd=tmp_path) as joining:
+            silent.accept()[0].close()  # the first look; then Ray's own client comes
+            with silent.accept()[0]:
+                joining.terminate()
+                assert joining.wait(timeout=60) == -signal.SIGTERM
 
 
 class Elsewhere:
