@@ -11,9 +11,10 @@ from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.configs import check_heads, disagreement
 from mergebench.checkpoint.names import is_vocabulary, layer_of
 from mergebench.engine.job import Merge
+from mergebench.recipe.averaging import Entry
 from mergebench.recipe.ends import comes_before
 from mergebench.recipe.open import short_names
-from mergebench.recipe.recipe import Entry, Recipe
+from mergebench.recipe.recipe import Recipe
 
 SHOWN = 3  # names in a note
 
