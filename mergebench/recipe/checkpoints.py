@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mergebench.checkpoint.reference import looked_in
+from mergebench.checkpoint.reference import existing, looked_in
 from mergebench.errors import RecipeError
 from mergebench.recipe.positions import Loc, Places
 
@@ -65,9 +65,7 @@ def _renumber(places: Places, loc: Loc, origins: Sequence[int]) -> None:
 
 
 def _is_pattern(text: str, folders: Sequence[Path]) -> bool:
-    return bool(set("*?") & set(text) or _RANGE.search(text)) and not any(
-        (folder / text).exists() for folder in (Path(), *folders)
-    )
+    return bool(set("*?") & set(text) or _RANGE.search(text)) and existing(text, folders) is None
 
 
 def checkpoints(text: str, folders: Sequence[Path] = ()) -> list[str]:
@@ -101,7 +99,7 @@ def _in_range(pattern: str, folders: Sequence[Path]) -> list[str]:
     numbers = range(int(first), int(last) + (1 if direction > 0 else -1), direction)
     names = [f"{before}{number:0{width}d}{after}" for number in numbers]
     for folder in (Path(), *folders):
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if existing(str(folder / name)) is None]
         if not missing:
             return names
         if len(missing) < len(names):
@@ -156,6 +154,8 @@ def _by_glob(pattern: str, folders: Sequence[Path]) -> list[str]:
 
 def _matches(pattern: str, folder: Path) -> list[str]:
     """Models by a glob: directories and .safetensors files."""
+    if "\0" in pattern:
+        return []
     found = glob.glob(pattern, root_dir=folder)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     return [name for name in found if name.endswith(".safetensors") or (folder / name).is_dir()]
 
