@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergebench.errors import RecipeError
+from mergebench.errors import ModelError
 from mergebench.recipe import schedules
 from mergebench.recipe.averaging import unweighted, weighted
 from mergebench.recipe.checkpoints import steps_of
@@ -32,12 +32,12 @@ def weights_by_step(recipe: Mapping[str, Any]) -> dict[int, float]:
 def window(recipe: Recipe, first: int | None, last: int | None, schedule: Schedule | None) -> Recipe:
     """The recipe with the checkpoints from one step to another alone, and with this schedule.
 
-    None stands for what the recipe has. `RecipeError` if no step is left.
+    None stands for what the recipe has. `ModelError` if no step is left.
     """
     assert recipe.schedule is not None, "only a recipe with a schedule has steps"
     all_steps, one = steps(recipe), schedule or recipe.schedule
     low, high = all_steps[0] if first is None else first, all_steps[-1] if last is None else last
     if low > high:
-        raise RecipeError(f"the first step, {low}, comes after the last, {high}")
+        raise ModelError(f"the first step, {low}, comes after the last, {high}")
     kept = [entry for entry, step in zip(recipe.models, all_steps, strict=True) if low <= step <= high]
     return replace(recipe, models=tuple(weighted(unweighted(kept), one)), schedule=one)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergebench
-from mergebench.errors import RecipeError
+from mergebench.errors import ModelError, RecipeError
 from mergebench.recipe import load
 from mergebench.recipe.windows import steps, window
 from tests.conftest import Cli
@@ -176,7 +176,7 @@ def test_a_window_of_the_run() -> None:
     assert steps(narrow) == [200, 300, 900]
     assert [one.parameters["weight"] for one in narrow.models] == pytest.approx([1 / 3] * 3)
     assert steps(window(recipe, 300, None, None)) == [300, 900, 1000]
-    with pytest.raises(RecipeError, match="the first step, 900, comes after the last, 200"):
+    with pytest.raises(ModelError, match="the first step, 900, comes after the last, 200"):
         window(recipe, 900, 200, None)
 
 
