@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from mergebench.checkpoint import distributed
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
@@ -125,6 +126,10 @@ def open_checkpoint(reference: str, place: Path) -> Model:
 
     Raises `ModelError` if it is not a checkpoint, `RunError` if a file is damaged.
     """
+    if place.is_dir() and find_weights(place) is None and not find_other_weights(place):
+        shards = distributed.find(place)
+        if shards is not None:
+            return _open_sharded(reference, place, shards)
     if place.is_dir():
         directory, headers = place, open_directory(reference, place)
         folders = tuple(f for f in module_folders(place) if any(h.file.parent == place / f for h in headers))
@@ -154,6 +159,14 @@ def open_checkpoint(reference: str, place: Path) -> Model:
     remarks = (doubled[0] + (f" (and {len(doubled) - 1} more)" if doubled[1:] else ""),) if doubled else ()
     vector = holds_vector(headers)
     return Model(reference, directory, headers, tensors, naming, is_task_vector=vector, remarks=remarks)
+
+
+def _open_sharded(reference: str, place: Path, shards: Path) -> Model:
+    """A checkpoint in shards of ranks; its config and tokenizer lie beside the shards, or beside their folder."""
+    read = distributed.read_sharded(shards)
+    beside = place if place != shards or (place / "config.json").is_file() else place.parent
+    directory = beside if (beside / "config.json").is_file() else place
+    return Model(reference, directory, read.headers, read.tensors, remarks=read.remarks)
 
 
 def holds_vector(headers: Iterable[Header]) -> bool:
@@ -249,7 +262,7 @@ def _open_modules(reference: str, directory: Path) -> list[Header]:
     return headers
 
 
-_FSDP = "FSDP's state of a run: `accelerate merge-weights` makes a model of it"
+_FSDP = "these are FSDP's shards of a run without their .metadata: copy that file too"
 _STATES = {  # what a run leaves that is no model yet
     "*.distcp": _FSDP,
     "*/*.distcp": _FSDP,

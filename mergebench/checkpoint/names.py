@@ -123,7 +123,8 @@ def is_vocabulary(name: str) -> bool:
     return bool(_VOCABULARY.search(name))
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A name without what training wrapped around the model: `module.`, `_orig_mod.`, FSDP's."""
     while (bare := _WRAPPERS.sub("", name)) != name:
         name = bare
     return name
@@ -140,7 +141,7 @@ def _fits(name: str, shape: Shape | None, base: Mapping[str, TensorInfo]) -> boo
 def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Each name without wrappers, and with parts that the base does not use replaced by the base's words."""
     wrapped = any(map(_WRAPPERS.search, base))
-    found = {name: name if wrapped else _unwrapped(name) for name in names}
+    found = {name: name if wrapped else unwrapped(name) for name in names}
     if found:
         ours, theirs = "\n".join(base), "\n".join(found)
         for pair in _PARTS:

@@ -41,9 +41,9 @@ class Location:
 
 def locate(text: str, folders: Sequence[Path] = ()) -> Location:
     """Find a model reference; relative paths resolve against the working directory, then `folders`."""
-    if _existing(text, folders) is None:
+    if existing(text, folders) is None:
         for left, right in _splits(text):
-            place = _existing(right, folders)
+            place = existing(right, folders)
             if place is not None:  # the name of a file may contain a plus
                 below = locate(left, folders)
                 return Location(below.checkpoint, (*below.adapters, place))
@@ -81,7 +81,8 @@ def _splits(text: str) -> list[tuple[str, str]]:
     return [(text[:n], text[n + 1 :]) for n in reversed(at) if text[:n] and text[n + 1 :]]
 
 
-def _existing(text: str, folders: Sequence[Path]) -> Path | None:
+def existing(text: str, folders: Sequence[Path] = ()) -> Path | None:
+    """The path of a text in the working directory or a folder; None if there is none."""
     try:
         path = Path(text).expanduser() if text.startswith("~") else Path(text)  # not of './~'
         return next((place for place in [path, *(folder / path for folder in folders)] if place.exists()), None)
@@ -92,7 +93,7 @@ def _existing(text: str, folders: Sequence[Path]) -> Path | None:
 
 
 def _place(text: str, folders: Sequence[Path], what: str) -> Path:
-    path = _existing(text, folders)
+    path = existing(text, folders)
     if path is not None:
         return path
     if set("*?") & set(text):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.distributed import SHARD
 from mergebench.checkpoint.files import DTYPE_NAME, put, write_atomically, write_error
 from mergebench.checkpoint.header import ITEM_SIZE, SINGLE, TensorInfo
 from mergebench.checkpoint.naming import USUAL, Naming, index_of
@@ -88,6 +89,7 @@ def lay_out(
     modules: dict[str, list[OutTensor]] = {}
     file, room = None, 0
     for info in tensors:
+        by_file = by_file and info.file.suffix != SHARD  # a rank's file has parts of many tensors
         dtype = dtypes[info.name]
         out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
         folder = naming.folder_of(info.name)

@@ -69,7 +69,9 @@ def settings(ctx: typer.Context) -> list[str]:
 def dimensions(ctx: typer.Context, incomplete: str) -> list[str]:
     """What --over can vary of the recipe that is named before it, after those of the word that end in a comma."""
     before = incomplete[: incomplete.rfind(",") + 1]
-    _, parameters = _recipe(ctx)
+    written, parameters = _recipe(ctx)
+    if written.get("schedule"):
+        return [before + name for name in ("first", "last", "schedule")]
     each = [f"{name}.*" for name, one in parameters.items() if one.per_model]
     return [before + name for name in [*parameters, *each]]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergebench.cli import options as opt
 from mergebench.cli.merge import Recipe, load, say_notes
 from mergebench.cli.output import say
-from mergebench.cli.plan import each_stage
+from mergebench.cli.plan import averaged, each_stage, say_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,7 @@ def _facts(stage: Stage) -> dict[str, Any]:
         "method": plan.merge.method.name,
         "scope": plan.merge.scope,
         "notes": list(plan.merge.notes),
+        **averaged(plan.merge.recipe),
         "tensors": _tensors(plan),
     }
 
@@ -54,6 +55,9 @@ def _show(stage: Stage, quiet: bool) -> None:
     tensors = _tensors(plan)
     models = [name.replace("|", " or ") for name in plan.merge.names]  # of slices: one or another
     say(f"{plan.merge.method.name}, scope {plan.merge.scope}; models: {', '.join(models)}")
+    for one in averaged(plan.merge.recipe).values():
+        say(f"schedule: {one['name']}")
+        say_weights(one["weights"])
     merged = next(one for one in tensors if "parameters" in one)
     same = {key: value for key, value in merged["parameters"].items() if _everywhere(tensors, key, value)}
     say("everywhere: " + (_written(same) or "no parameters"))

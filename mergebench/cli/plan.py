@@ -14,7 +14,7 @@ from mergebench.cli.output import counted, note, say, say_json
 from mergebench.errors import human
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from mergebench.engine.plan import Plan
     from mergebench.recipe import Stage
@@ -119,6 +119,9 @@ def _show(found: Plan, out: Path, read_gbps: float) -> None:
             zeros = found.zero_share(number)
             extra = f"  {zeros:.1%} of the elements are unchanged" if zeros else ""
             say(f"  model     {model.reference}{extra}")
+        if "schedule" in facts:
+            say(f"  schedule  {facts['schedule']['name']}")
+            say_weights(facts["schedule"]["weights"], "            ")
     say(f"  merged    {counted(facts['merged_tensors'], 'tensor')}, {found.elements / 1e6:.2f} M elements")
     say(f"  copied    {counted(facts['copied_tensors'], 'tensor')} from the base")
     if "tokens" in facts:
@@ -178,6 +181,7 @@ def _facts(plan: Plan, out: Path, read_gbps: float) -> dict[str, Any]:
         "base": base,
         "models": models,
         **({"slices": slices} if slices else {}),
+        **averaged(merge.recipe),
         **_tokens(plan),
         "dtypes": sorted(set(plan.dtypes.values())),
         "merged_tensors": len(plan.alignment.merged),
@@ -200,6 +204,22 @@ def _facts(plan: Plan, out: Path, read_gbps: float) -> dict[str, Any]:
         "seconds_from_disk": time and round(time.disk, 1),
         "zero_share": [plan.zero_share(number) for number in range(len(merge.models))],
     }
+
+
+def averaged(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule of a recipe that averages checkpoints, and the weights by their steps."""
+    from mergebench.recipe import schedules
+    from mergebench.recipe.windows import weights_by_step
+
+    weights = weights_by_step(recipe)
+    return {"schedule": {"name": schedules.read(recipe["schedule"]).label, "weights": weights}} if weights else {}
+
+
+def say_weights(weights: Mapping[int, float], indent: str = "  ") -> None:
+    """A line for each checkpoint: its step and its weight."""
+    width = max(len(str(step)) for step in weights)
+    for step, weight in weights.items():
+        say(f"{indent}step {step:{width}}  weight {weight:.4f}")
 
 
 def _cluster(plan: Plan) -> dict[str, Any]:

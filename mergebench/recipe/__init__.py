@@ -4,7 +4,9 @@
 parameters that the method takes.
 """
 
-from mergebench.recipe.recipe import Baseline, Entry, Evaluation, Recipe, load
+from mergebench.recipe.averaging import Entry
+from mergebench.recipe.measured import Baseline, Evaluation
+from mergebench.recipe.recipe import Recipe, load
 from mergebench.recipe.stages import Stage, load_stages
 
 __all__ = ["Baseline", "Entry", "Evaluation", "Recipe", "Stage", "load", "load_stages"]

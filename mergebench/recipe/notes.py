@@ -9,11 +9,13 @@ from typing import Any
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.configs import check_heads, disagreement
+from mergebench.checkpoint.distributed import SHARD
 from mergebench.checkpoint.names import is_vocabulary, layer_of
 from mergebench.engine.job import Merge
+from mergebench.recipe.averaging import Entry
 from mergebench.recipe.ends import comes_before
 from mergebench.recipe.open import short_names
-from mergebench.recipe.recipe import Entry, Recipe
+from mergebench.recipe.recipe import Recipe
 
 SHOWN = 3  # names in a note
 
@@ -49,6 +51,13 @@ def about_configs(base: Model, models: Sequence[Model], wanted: Callable[[str], 
         check_heads(base, model, wanted)
         notes[name] = disagreement(base, model)
     return tuple(f"{name}: {note}" for name, note in notes.items() if note is not None)
+
+
+def about_no_config(reference: Model) -> tuple[str, ...]:
+    """Note that the result will not load, because nothing beside the shards of a run says what model it is."""
+    shards = any(header.file.suffix == SHARD for header in reference.headers)
+    what = "no config.json lies beside these shards, so the result has none; name the model they began as: base_model"
+    return (f"{reference.reference}: {what}",) if shards and not reference.config else ()
 
 
 def about_heads(merge: Merge) -> tuple[str, ...]:

@@ -13,51 +13,19 @@ from mergebench import methods
 from mergebench.editing.spec import Wanted
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
-from mergebench.recipe import edits, modules, own, parameters, schema, tokens
+from mergebench.recipe import averaging, checkpoints, edits, modules, own, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
+from mergebench.recipe.averaging import Entry
 from mergebench.recipe.chat import chat_template
 from mergebench.recipe.gradients import varies
+from mergebench.recipe.measured import Baseline, Evaluation, evaluation
 from mergebench.recipe.modules import Part
 from mergebench.recipe.positions import Loc, Places
+from mergebench.recipe.schedules import Schedule
 from mergebench.recipe.slices import Slice, Source, check_ranges
 from mergebench.recipe.yaml import Document, plain, read
 
 Scope = Literal["tensor", "model"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One model of the recipe: a model, or a task vector (already a difference), and its own parameters."""
-
-    model: str | None = None
-    task_vector: str | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    as_trained: str | None = None  # nf4: an adapter's base is rounded as in its training
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A method to compare with, at its defaults except for the parameters given here."""
-
-    method: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """`ties`, or `ties density 0.2`."""
-        own = self.method.rpartition(":")[2]  # of FILE.py:NAME
-        return " ".join([own, *(f"{name} {value}" for name, value in self.parameters.items())])
-
-    def to_plain(self) -> str | dict[str, Any]:
-        return {self.method: dict(self.parameters)} if self.parameters else self.method
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What to measure: a suite (a file, or written out), and methods to merge with for comparison."""
-
-    suite: str | dict[str, Any]
-    baselines: tuple[Baseline, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +54,7 @@ class Recipe:
     vocabulary: tokens.Vocabulary | None = None  # None: all models have the base's tokens
     chat_template: str | None = None  # written out, or "auto"
     lines: Scaling | None = None
+    schedule: Schedule | None = None  # the models are checkpoints of one run, and have their weights by it
     edits: tuple[Wanted, ...] = ()  # applied to the merged model, one after another
     evaluate: Evaluation | None = None
     name: str | None = field(default=None, compare=False)  # the name of its result in other documents of the file
@@ -146,10 +115,15 @@ class Recipe:
             parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,
             lines=None,
+            schedule=None,
             edits=(),
             evaluate=None,
             notes=(),
         )
+
+    @property
+    def _written_models(self) -> Sequence[Entry]:
+        return self.models if self.schedule is None else averaging.unweighted(self.models)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every default, ready for JSON; `load` makes an equal recipe from it."""
@@ -158,7 +132,8 @@ class Recipe:
             "name": self.name,
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "models": [] if self.slices else [_given(vars(entry)) for entry in self.models],
+            "models": [] if self.slices else [_given(vars(entry)) for entry in self._written_models],
+            "schedule": self.schedule and self.schedule.to_plain(),
             "slices": [one.to_plain() for one in self.slices],
             "parameters": self.parameters,
             "scope": self.scope,
@@ -206,6 +181,7 @@ def check(
     data, places, path = document.data, document.places, document.path
     changes.apply(data, overrides, places)
     own.read_methods(data, document, method)
+    checkpoints.expand(data, places, document.folders)
     if seed is not None:
         places.move(("seed",), f"--seed {seed}")
         data["seed"] = plain(seed, ("seed",), places)
@@ -226,6 +202,7 @@ def check(
         given, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
         entries.append(Entry(entry.get("model"), entry.get("task_vector"), given, entry.get("as_trained")))
         ignored += more
+    schedule, entries = averaging.schedule(found, method, entries, parts, places)
     slices = []
     for i, one in enumerate(found.get("slices", ())):
         sources = []
@@ -248,7 +225,7 @@ def check(
         merge_method=found["merge_method"],
         base_model=base,
         models=tuple(entries),
-        parameters={**parameters.defaults(method), **common},
+        parameters=averaging.common(schedule, {**parameters.defaults(method), **common}),
         scope=found.get("scope", method.scope),
         slices=tuple(slices),
         include=tuple(found.get("include", ())),
@@ -259,8 +236,9 @@ def check(
         vocabulary=tokens.vocabulary(found, places),
         chat_template=chat_template(found.get("chat_template"), places),
         lines=_scaling(found.get("lines"), method, base, places),
+        schedule=schedule,
         edits=tuple(edits.check(one, ("edits", i), places) for i, one in enumerate(found.get("edits", ()))),
-        evaluate=_evaluation(found.get("evaluate"), places),
+        evaluate=evaluation(found.get("evaluate"), places),
         name=found.get("name"),
         path=path,
         folders=document.folders,
@@ -286,21 +264,6 @@ def _scaling(found: Mapping[str, Any] | None, method: Method, base: str | None, 
     if base is None:
         raise places.error(("lines",), "without a base_model there is no task vector to scale", NEEDS_BASE)
     return Scaling(None if found["alpha"] == "auto" else float(found["alpha"]), float(found["beta"]))
-
-
-def _evaluation(found: Mapping[str, Any] | None, places: Places) -> Evaluation | None:
-    """The evaluate: key, its baselines' parameters checked."""
-    if found is None:
-        return None
-    baselines = []
-    for i, written in enumerate(found.get("baselines", ())):
-        loc: Loc = ("evaluate", "baselines", i)
-        name, given = next(iter(written.items())) if isinstance(written, dict) else (written, {})
-        method = own.get(name, loc, places)
-        if not isinstance(given, dict):
-            raise places.error((*loc, name), "must be a mapping of parameters", "write it as {ties: {density: 0.2}}")
-        baselines.append(Baseline(name, parameters.check(method, given, (*loc, name), places)[0]))
-    return Evaluation(found["suite"], tuple(baselines))
 
 
 def _check_baselines(recipe: Recipe) -> None:

@@ -14,12 +14,20 @@ from mergebench.checkpoint.names import layer_of
 from mergebench.engine.job import Merge
 from mergebench.engine.lines import Lines
 from mergebench.errors import RecipeError
+from mergebench.recipe.averaging import Entry
 from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
-from mergebench.recipe.notes import about_configs, about_gradients, about_heads, about_slices, about_the_base
+from mergebench.recipe.notes import (
+    about_configs,
+    about_gradients,
+    about_heads,
+    about_no_config,
+    about_slices,
+    about_the_base,
+)
 from mergebench.recipe.open import folders, open_named, short_names
 from mergebench.recipe.positions import Loc, dotted
-from mergebench.recipe.recipe import Entry, Recipe
+from mergebench.recipe.recipe import Recipe
 from mergebench.recipe.slices import pieces_of, put_together, take_apart
 
 
@@ -50,7 +58,7 @@ def _resolve(recipe: Recipe) -> Merge:
     models = [model for _, model in entries]
     merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries)
     configs = about_configs(base if base is not None else models[0], models, merge.wanted)
-    return replace(merge, notes=merge.notes + configs)
+    return replace(merge, notes=merge.notes + configs + about_no_config(merge.reference))
 
 
 def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]) -> Merge:

@@ -10,6 +10,7 @@ from typing import Any
 from mergebench import methods
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe.positions import Loc, Places, dotted, show
+from mergebench.recipe.schedules import FORM
 
 DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("tensor", "model")
@@ -119,6 +120,7 @@ RECIPE = {
     "tokenizer": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write tokenizer: {source: union}"),
     "chat_template": Kind("auto, chatml, llama3, mistral, alpaca, exaone or a chat template", _text),
     "lines": Kind("a mapping", MAPPING.accepts, hint=lambda value: LINES_FORM),
+    "schedule": Kind("a schedule", lambda value: _text(value) or isinstance(value, dict), hint=lambda value: FORM),
     "edits": _list("a list of edits", Kind("a mapping", MAPPING.accepts, hint=lambda value: EDITS_FORM), EDITS_FORM),
     "evaluate": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write evaluate: {suite: FILE}"),
 }

@@ -26,6 +26,7 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
 
 
 words = st.text(min_size=1).filter(str.strip)
+references = words.filter(lambda text: not set("*?") & set(text))  # those of a glob are read from the disk
 
 
 @st.composite
@@ -36,7 +37,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     each = st.fixed_dictionaries({}, optional={p.name: values(p) for p in parameters if p.per_model})
     required = {p.name: values(p) for p in parameters if p.required}
     optional = {p.name: values(p) for p in parameters if not p.required}
-    entry = st.fixed_dictionaries({"model": words}, optional={"parameters": each})
+    entry = st.fixed_dictionaries({"model": references}, optional={"parameters": each})
     vector = st.fixed_dictionaries({"task_vector": words}, optional={"parameters": each})
     dtypes = st.sampled_from(["float32", "float16", "bfloat16", "torch.float32"])
     suite = st.dictionaries(st.text(), st.lists(st.text() | st.booleans() | st.integers(-9, 9)), min_size=1)

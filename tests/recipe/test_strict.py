@@ -28,7 +28,7 @@ REFERENCE = "write it as PATH, org/name@revision or MODEL+ADAPTER"
 MODULES = "write it as modules: {NAME: {models: [...]}}"
 KEYS = (
     "base_model, chat_template, dtype, edits, evaluate, exclude, include, lines, merge_method, models, name, out_dtype, parameters, "
-    "scope, seed, slices, tokenizer, tokenizer_source"
+    "schedule, scope, seed, slices, tokenizer, tokenizer_source"
 )
 OWN = "; the method's own go under parameters"
 DENSITY = "share of elements kept, above 0, at most 1"

@@ -4,6 +4,7 @@
 - lambda=0.2:1.2: over a range
 - density=0.05/0.1/0.2: over these values
 - weight.*: one for each model; weight.tweets: of the model of that name
+- first, last, schedule: of a recipe that averages checkpoints: the steps it begins and ends at, the schedule's name
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ from typing import Any
 
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.parameters import Parameter
-from mergebench.recipe import Recipe
+from mergebench.recipe import Recipe, schedules
 from mergebench.recipe.gradients import varies
 from mergebench.recipe.open import short_names
 from mergebench.recipe.positions import show
+from mergebench.recipe.windows import steps, window
 
 FORMS = "write lambda, lambda=0.2:1.2 (a range), density=0.05/0.1/0.2 (values) or weight.* (one a model)"
 OF_UNBOUNDED = (0.2, 1.5)  # times the recipe's value, if the method declares no bounds
 OF_OPEN = 100  # a parameter above zero starts at its upper bound divided by this
+
+WINDOW = {
+    "first": Parameter("first", int, None, "step of the first checkpoint averaged"),
+    "last": Parameter("last", int, None, "step of the last one"),
+    "schedule": Parameter("schedule", str, None, "how they are weighted", choices=schedules.NAMES),
+}
 
 Values = Mapping[str, Any]  # a point: value by the dimension's name
 
@@ -81,6 +89,9 @@ class Dimension:
 
 def at_point(recipe: Recipe, space: Sequence[Dimension], values: Values) -> Recipe:
     """The recipe with these values."""
+    if any(one.name in WINDOW for one in space):
+        first, last, name = (values.get(one) for one in WINDOW)
+        return window(recipe, first, last, None if name is None else schedules.read(name))
     common, own = dict(recipe.parameters), [dict(entry.parameters) for entry in recipe.models]
     for one in space:
         if values[one.name] is not None:
@@ -105,6 +116,10 @@ def parse(over: Sequence[str], recipe: Recipe) -> tuple[Dimension, ...]:
             if one.name in found:
                 raise RecipeError(f"--over {word}: {one.name} is named twice")
             found[one.name] = one
+    counted = recipe.schedule is not None and isinstance(recipe.schedule.value, tuple)
+    if counted and {"first", "last"} & found.keys() and "schedule" not in found:
+        what = "the schedule's numbers are for all checkpoints of the recipe"
+        raise RecipeError(f"--over {next(iter(found))}: {what}", "take a named one: --set schedule=mean")
     for one in found.values():
         if one.model is not None and one.parameter.name in found:
             raise RecipeError(f"--over {one.name}: {one.parameter.name} is searched for all models already")
@@ -115,12 +130,18 @@ def _dimensions(word: str, recipe: Recipe) -> Iterator[Dimension]:
     """What one word of `--over` names."""
     path, given, span = word.partition("=")
     models, where = _models(recipe), f"--over {word}"
+    if path.strip() in WINDOW and recipe.schedule is not None:
+        yield _of_the_window(WINDOW[path.strip()], recipe, given and span, where)
+        return
     name, _, model = _named(path.strip(), models).partition(".")
     parameters = recipe.method.parameters
     if name not in parameters:
         what = f"{where}: '{recipe.merge_method}' has no parameter '{name}'"
-        raise RecipeError(what, did_you_mean(name, parameters) or "there is nothing to search")
+        hint = "the recipe has no schedule, by which checkpoints of one run are averaged" if name in WINDOW else None
+        raise RecipeError(what, hint or did_you_mean(name, parameters) or "there is nothing to search")
     parameter = parameters[name]
+    if name == "weight" and recipe.schedule is not None:
+        raise RecipeError(f"{where}: the schedule gives each checkpoint its weight", "--over first,last,schedule")
     if not model:
         others = [label for label, i in models.items() if name in recipe.models[i].parameters]
         if others:
@@ -137,6 +158,24 @@ def _dimensions(word: str, recipe: Recipe) -> Iterator[Dimension]:
     for label in models if model == "*" else [model]:
         own = recipe.models[models[label]].parameters.get(name, recipe.parameters.get(name, parameter.default))
         yield _ranged(Dimension(f"{name}.{label}", parameter, models[label], own), given and span, where)
+
+
+def _of_the_window(parameter: Parameter, recipe: Recipe, span: str, where: str) -> Dimension:
+    """A step of the checkpoints that are averaged, or their schedule: all that there are, or those written."""
+    if parameter.name == "schedule":
+        assert recipe.schedule is not None, "asked before"
+        own = recipe.schedule.name if recipe.schedule.value is None else None  # its numbers are the recipe's alone
+        return _ranged(Dimension("schedule", parameter, None, own), span, where)
+    there = steps(recipe)
+    own = there[0] if parameter.name == "first" else there[-1]
+    given = _ranged(Dimension(parameter.name, parameter, None, own), span, where) if span else None
+    low, high = (given.low, given.high) if given is not None and not given.choices else (there[0], there[-1])
+    strange = [one for one in (given.choices if given is not None else ()) if one not in there]
+    choices = (given.choices if given is not None else ()) or tuple(one for one in there if low <= one <= high)
+    if strange or len(choices) < 2:
+        shown = ", ".join(map(str, there[:8])) + (", ..." if there[8:] else "")
+        raise RecipeError(f"{where}: the checkpoints do not have two such steps", f"there are {shown}")
+    return Dimension(parameter.name, parameter, None, own, choices)
 
 
 def _named(path: str, models: Mapping[str, int]) -> str:
