@@ -1,4 +1,4 @@
-"""Adapters in formats that are not read here, recognised by the names of their tensors."""
+"""Adapters without a config in the place of a model, recognised by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -38,10 +38,7 @@ def refuse_foreign(where: str, names: Iterable[str]) -> None:
     if what == _PEFT:
         raise ModelError(f"{where}: it is an adapter, not a model: {what}", "name its base: BASE+DIRECTORY")
     if what is not None:
-        raise ModelError(
-            f"{where}: it is an adapter, not a model: {what}",
-            "fold it into its base where it is read (diffusers: load_lora_weights, then fuse_lora) and save that",
-        )
+        raise ModelError(f"{where}: it is an adapter, not a model: {what}", "name its base: BASE+FILE")
 
 
 def refuse_foreign_file(place: Path) -> None:
