@@ -80,12 +80,14 @@ def _as_now(name: str) -> str:
 
 
 def holds_factors(names: Iterable[str]) -> bool:
-    """Whether most tensors of a file are parts of factors that are read here without a config.
+    """Whether most tensors of a file are parts of such an adapter.
 
     Factors named as PEFT names them need a component before the layer's name, or an alpha: else a config has theirs.
     """
     names = list(names)
-    own = [name for name in names if _FACTORS.search(name) or (_FLAT.match(name) and split(name))]
+    if 2 * sum(_FLAT.fullmatch(name.partition(".")[0]) is not None for name in names) > len(names):
+        return True
+    own = [name for name in names if _FACTORS.search(name)]
     beside = sum(split(name) is not None for name in names)
     if not own or 2 * beside <= len(names):
         return False
