@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -75,7 +76,15 @@ def card(
         names = {one.name: Path(one.name).name if Path(one.name).is_absolute() else one.name for one in family}
         said = [f"{code(names[one.name])}: {escape(one.licence or 'not stated here')}" for one in family]
         parts = [*parts, "The models that this was made of have these licences:", listed(said)]
-    return "\n\n".join(["\n".join(["---", *lines, "---", f"# {escape(title or name)}"]), *filter(None, parts)]) + "\n"
+    comment = "\n".join(["<!-- To publish it, from this directory:", *publishing(name, "."), "-->"])
+    head_lines = "\n".join(["---", *lines, "---", f"# {escape(title or name)}"])
+    return "\n\n".join([head_lines, *filter(None, parts), comment]) + "\n"
+
+
+def publishing(name: str, directory: object) -> list[str]:
+    """The commands that put a directory on the hub, under a result's name with what the hub allows in one."""
+    allowed = re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", name, flags=re.ASCII).strip("-.") or "merge"
+    return [f"hf repos create {allowed}", f"hf upload {allowed} {shlex.quote(str(directory))}"]
 
 
 def linked(reference: object, out: Path, folders: Sequence[Path] = ()) -> str:

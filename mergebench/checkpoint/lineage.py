@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergebench.checkpoint.documents import read_bytes, read_json
+from mergebench.checkpoint.naming import MODULES, components, encoder_folder
 from mergebench.checkpoint.reference import reference_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -112,10 +113,20 @@ def _licence(card: Path) -> str | None:
     return None
 
 
+def library_of(directory: Path) -> str:
+    """The hub's name of the library that loads the model that lies here."""
+    if (directory / MODULES).is_file():
+        return "sentence-transformers"
+    with suppress(OSError, ValueError):
+        if components(directory) or "_class_name" in read_json(directory / "config.json", dict[str, Any]):
+            return "diffusers"
+    return "transformers"
+
+
 def pipeline_of(directory: Path) -> str | None:
     """The hub's task of the model whose config lies here."""
     with suppress(OSError, ValueError):
-        config = read_json(directory / "config.json", Any)
+        config = read_json(directory / encoder_folder(directory) / "config.json", Any)
         name = str((config.get("architectures") or [""])[0])
         known = next((task for end, task in _PIPELINES.items() if name.endswith(end)), None)
         return known or ("feature-extraction" if name.endswith("Model") else None)

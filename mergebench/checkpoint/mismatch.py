@@ -9,6 +9,7 @@ from mergebench.checkpoint.align import Alignment, Problem
 from mergebench.checkpoint.configs import alike
 from mergebench.checkpoint.experts import read_experts
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.names import layer_of
 from mergebench.errors import ModelError
 
 _SIZES = (
@@ -57,6 +58,9 @@ def describe(base: Model, models: Sequence[Model], alignment: Alignment) -> Mism
         hint = "their vocabularies differ: add tokenizer_source: union (or base), or exclude the tensor"
     elif first.kind in ("missing", "extra") and len(problems) > 1:
         hint = _parts(base, problems) or hint
+    elif all(problem.kind == "shape" and layer_of(problem.name) is None for problem in problems):
+        globs = sorted({f'"{problem.name.rpartition(".")[0]}.*"' for problem in problems})
+        hint = f"to merge the rest and keep the base's: exclude: [{', '.join(globs)}]" if len(globs) < 4 else hint
     return Mismatch(first.text + more, hint, lines)
 
 
@@ -108,6 +112,10 @@ def _parts(base: Model, problems: Sequence[Problem]) -> str | None:
     fitting = base.tensors.keys() - odd
     globs = set()
     for name in odd:
+        folder = name.rpartition("/")[0]
+        if folder and not any(one.startswith(f"{folder}/") for one in fitting):
+            globs.add(f"{folder}/*")
+            continue
         parts = name.split(".")
         heads = (".".join(parts[: depth + 1]) for depth in range(min(len(parts) - 1, 3)))
         own = next((head for head in heads if not any(one.startswith(f"{head}.") for one in fitting)), None)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -17,7 +18,16 @@ from mergebench.checkpoint import distributed
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.documents import document, read_json
 from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
-from mergebench.checkpoint.naming import USUAL, Naming, find_other_weights, find_weights, module_folders, stem_of
+from mergebench.checkpoint.naming import (
+    USUAL,
+    Naming,
+    components,
+    encoder_folder,
+    find_other_weights,
+    find_weights,
+    module_folders,
+    stem_of,
+)
 from mergebench.errors import ModelError, RunError, counted
 
 if TYPE_CHECKING:
@@ -82,9 +92,14 @@ class Model:
         return config | dict(self.config_changes or {})
 
     @property
+    def config_directory(self) -> Path | None:
+        """Where the model's own config and tokenizer files are; None for a bare file."""
+        return None if self.directory is None else self.directory / self.naming.main
+
+    @property
     def side_directory(self) -> Path:
         """Where config and tokenizer files are."""
-        return self.directory if self.directory is not None else next(iter(self.headers)).file.parent
+        return self.config_directory or next(iter(self.headers)).file.parent
 
     def own_directory(self) -> Path | None:
         """The directory that belongs to this model alone: that of the last adapter, if any."""
@@ -131,9 +146,7 @@ def open_checkpoint(reference: str, place: Path) -> Model:
         if shards is not None:
             return _open_sharded(reference, place, shards)
     if place.is_dir():
-        directory, headers = place, open_directory(reference, place)
-        folders = tuple(f for f in module_folders(place) if any(h.file.parent == place / f for h in headers))
-        naming = Naming(stem_of(headers[0].file.name if headers else ""), folders)
+        directory, (headers, naming) = place, open_weights(reference, place)
     else:
         directory, naming = None, USUAL
         if place.suffix == ".gguf":
@@ -189,7 +202,29 @@ def module_at(place: Path) -> Header | None:
 
 
 def open_directory(reference: str, directory: Path) -> list[Header]:
-    """The headers of a directory's files: one, or the shards that an index names, then those of its modules."""
+    """The headers of a directory's files."""
+    return open_weights(reference, directory)[0]
+
+
+def open_weights(reference: str, directory: Path) -> tuple[list[Header], Naming]:
+    """The headers of a directory's files, and how they are named.
+
+    Folders that belong to the model come after its own weights: there a tensor is called FOLDER/NAME. A pipeline of
+    diffusers has no weights but its components'.
+    """
+    inside, main = components(directory), ""
+    pipeline = bool(inside)
+    if not pipeline:
+        inside, main = module_folders(directory), encoder_folder(directory)
+    parts = {folder: _open_part(reference, directory, folder, pipeline) for folder in inside if folder != main}
+    headers = [] if pipeline and any(parts.values()) else _open_files(reference, directory / main)
+    stem = stem_of(headers[0].file.name) if headers else USUAL.stem
+    stems = {folder: stem_of(found[0].file.name) for folder, found in parts.items() if found}
+    return [*headers, *chain(*parts.values())], Naming(stem, stems, main, pipeline)
+
+
+def _open_files(reference: str, directory: Path) -> list[Header]:
+    """The headers of one file, or of the shards that an index names."""
     weights = find_weights(directory)
     if weights is None:
         files = find_other_weights(directory)
@@ -199,8 +234,7 @@ def open_directory(reference: str, directory: Path) -> list[Header]:
         if not files:
             raise _no_weights(reference, directory)
         weights = files[0]
-    headers = _open_shards(weights) if weights.suffix == ".json" else [read_header(weights)]
-    return [*headers, *_open_modules(reference, directory)]
+    return _open_shards(weights) if weights.suffix == ".json" else [read_header(weights)]
 
 
 def _no_weights(reference: str, directory: Path) -> ModelError:
@@ -244,22 +278,20 @@ def _open_shards(index: Path) -> list[Header]:
     return headers
 
 
-def _open_modules(reference: str, directory: Path) -> list[Header]:
-    """The headers of the modules in folders, each tensor under the name FOLDER/NAME."""
-    headers = []
-    for folder in module_folders(directory):
-        place = directory / folder
-        if (place / SINGLE).exists():
-            header = read_header(place / SINGLE)
-            tensors = [tensor._replace(name=f"{folder}/{tensor.name}") for tensor in header.tensors]
-            headers.append(replace(header, tensors=tensors))
-            continue
-        others = sorted(path.name for pattern in ("*.safetensors", *PICKLES) for path in place.glob(pattern))
-        if others:
-            what = f"its module {folder} has no {SINGLE}, only {others[0]}"
-            hint = "save it again with sentence-transformers: SentenceTransformer(DIR).save_pretrained(NEW)"
-            raise ModelError(f"model '{reference}': {what}", hint)
-    return headers
+def _open_part(reference: str, directory: Path, folder: str, pipeline: bool) -> list[Header]:
+    """The headers of a folder, each tensor under the name FOLDER/NAME; none if it holds no weights."""
+    place = directory / folder
+    stored, pickles = ({p.name for one in some for p in place.glob(one)} for some in (("*.safetensors",), PICKLES))
+    if not pipeline and (stored or pickles) and SINGLE not in stored:  # its library looks for no other name
+        what = f"its module {folder} has no {SINGLE}, only {min(stored or pickles)}"
+        hint = "save it again with sentence-transformers: SentenceTransformer(DIR).save_pretrained(NEW)"
+        raise ModelError(f"model '{reference}': {what}", hint)
+    if pickles and not stored:
+        what = f"its component {folder} has no safetensors file, only {min(pickles)}"
+        hint = "save it again with diffusers: DiffusionPipeline.from_pretrained(DIR).save_pretrained(NEW)"
+        raise ModelError(f"model '{reference}': {what}", hint)
+    headers = _open_files(f"{reference}/{folder}", place) if stored else []
+    return [replace(one, tensors=[t._replace(name=f"{folder}/{t.name}") for t in one.tensors]) for one in headers]
 
 
 _FSDP = "these are FSDP's shards of a run without their .metadata: copy that file too"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergebench.checkpoint.distributed import SHARD
 from mergebench.checkpoint.files import DTYPE_NAME, put, write_atomically, write_error
-from mergebench.checkpoint.header import ITEM_SIZE, SINGLE, TensorInfo
+from mergebench.checkpoint.header import ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.naming import USUAL, Naming, index_of
 from mergebench.errors import RunError
 
@@ -84,26 +84,28 @@ def lay_out(
     naming: Naming = USUAL,
 ) -> list[Shard]:
     """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes; last those
-    of modules in folders, one each."""
-    groups: list[list[OutTensor]] = []
-    modules: dict[str, list[OutTensor]] = {}
+    in folders, a file for each module of sentence-transformers."""
+    groups: dict[str | None, list[list[OutTensor]]] = {}
     file, room = None, 0
     for info in tensors:
         by_file = by_file and info.file.suffix != SHARD  # a rank's file has parts of many tensors
         dtype = dtypes[info.name]
         out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
         folder = naming.folder_of(info.name)
-        if folder is not None:
-            modules.setdefault(folder, []).append(out)
-            continue
-        if (info.file is not file and (by_file or file is None)) or (out.nbytes > room and groups[-1]):
-            groups.append([])
+        own = groups.setdefault(folder, [])
+        whole = folder is not None and not naming.pipeline
+        new_file = info.file is not file and (by_file or file is None)
+        if not own or (not whole and (new_file or (out.nbytes > room and own[-1]))):
+            own.append([])
             file, room = info.file, shard_size
-        groups[-1].append(out)
+        own[-1].append(out)
         room -= out.nbytes
-    groups = groups or [[]]
-    shards = [Shard(name, tuple(group)) for name, group in zip(naming.files(len(groups)), groups, strict=True)]
-    return shards + [Shard(f"{folder}/{SINGLE}", tuple(group)) for folder, group in modules.items()]
+    ordered = sorted(groups or {None: [[]]}, key=lambda folder: folder is not None)
+    found = []
+    for folder in ordered:
+        own = groups.get(folder, [[]])
+        found += [Shard(name, tuple(one)) for name, one in zip(naming.files(len(own), folder), own, strict=True)]
+    return found
 
 
 def create(path: Path, shard: Shard) -> None:
@@ -204,11 +206,14 @@ def as_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def write_index(directory: Path, shards: Iterable[Shard]) -> None:
-    """Write the index that libraries need if there is more than one shard; those of modules are in none."""
-    listed = [shard for shard in shards if "/" not in shard.file]
-    if len(listed) == 1:
-        return
-    weight_map = {tensor.name: shard.file for shard in listed for tensor in shard.tensors}
-    total = sum(shard.nbytes for shard in listed)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(directory / index_of(listed[0].file), json.dumps(index, indent=2) + "\n")
+    """Write the index that libraries need where a folder has more than one shard."""
+    folders: dict[Path, list[Shard]] = {}
+    for shard in shards:
+        folders.setdefault(Path(shard.file).parent, []).append(shard)
+    for folder, listed in folders.items():
+        if len(listed) > 1:
+            files = {Path(shard.file).name: shard.inside for shard in listed}
+            weight_map = {tensor.name: file for file, inside in files.items() for tensor in inside}
+            total = sum(shard.nbytes for shard in listed)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_atomically(directory / folder / index_of(next(iter(files))), json.dumps(index, indent=2) + "\n")

@@ -4,8 +4,8 @@ config, tokenizer, processor, templates, code, licence     copied
 weights: those read, or the same in another format         stay
 the state, logs and scores of the run that made them       stay
 
-In folders, code and templates are copied, and all of this in the modules of sentence-transformers. A folder with
-weights of its own is another model, or another format of this one, and stays.
+In folders, code and templates are copied, and all of this in the modules of sentence-transformers and the components
+of a pipeline. Another folder with weights of its own is another model, or another format of this one, and stays.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from mergebench.checkpoint.documents import open_file
 from mergebench.checkpoint.fp8 import without_scales
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import PICKLES, Model
-from mergebench.checkpoint.naming import module_folders
+from mergebench.checkpoint.naming import part_folders
 from mergebench.checkpoint.reference import LEGAL, SIDE_SUFFIXES
 from mergebench.errors import ModelError
 
@@ -101,9 +101,10 @@ def side_files(source: Model) -> Beside:
     """
     if source.directory is None:
         return Beside([], [])
-    stale = [] if source.tokenizer_files is None else [path.name for path in tokenizer_files(source.directory)]
+    main, place = PurePath(source.naming.main), source.side_directory
+    stale = [] if source.tokenizer_files is None else [str(main / path.name) for path in tokenizer_files(place)]
     if any(info.dtype in FP8 for info in source.tensors.values()):
-        stale.append("hf_quant_config.json")
+        stale.append(str(main / "hf_quant_config.json"))
     read = {header.file for header in source.headers}
     copied: list[str] = []
     left: list[str] = []
@@ -133,28 +134,25 @@ def copy_side_files(
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(source.directory / name, directory / name)
     for name, content in (source.tokenizer_files or {}).items():
+        name = str(PurePath(source.naming.main) / name)
         write_atomically(directory / name, content)
         copied += [name] if name not in copied else []
     scaled = any(info.dtype in FP8 for info in source.tensors.values())
-    config = dict(source.config)
-    changed = bool(source.config_changes)
-    if scaled:
-        plain = without_scales(config)
-        changed |= plain != config
-        config = plain
+    config = without_scales(source.config) if scaled else dict(source.config)
+    changed = bool(source.config_changes) or config != source.config
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     if stored_dtype is not None and (key in config or "model_type" in config):  # that of diffusers names no type
         changed |= config.get(key) != CONFIG_DTYPE[stored_dtype]
         config[key] = CONFIG_DTYPE[stored_dtype]
     if config and changed:
-        write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_atomically(directory / source.naming.main / "config.json", json.dumps(config, indent=2) + "\n")
     return {"side_files": copied, "left_behind": beside.left}
 
 
 def _beside(directory: Path) -> Iterator[tuple[str, bool]]:
     """What stands in a model's directory, by name, and whether it goes along. Hidden files, indexes and what this
     program writes anew are not listed; of a folder that stays only the name is."""
-    modules = module_folders(directory)
+    parts = part_folders(directory)
 
     def inside(folder: Path, start: str, foreign: bool) -> Iterator[tuple[str, bool]]:
         for path in _listed(folder):
@@ -162,13 +160,13 @@ def _beside(directory: Path) -> Iterator[tuple[str, bool]]:
             if path.name.startswith((".", "__pycache__")) or _is_any(path.name, _INDEX) or name in _OURS:
                 continue
             if not path.is_dir():
-                whole = not start or start.rstrip("/") in modules
+                whole = not start or start.rstrip("/") in parts
                 wanted = _goes_along(path.name) and (whole or path.suffix in _IN_FOLDERS)
                 yield name, wanted and not foreign and path.is_file()
             elif path.is_symlink():
                 yield f"{name}/", False
             else:
-                other = name not in modules and any(_is_any(below.name, _WEIGHTS) for below in _listed(path))
+                other = name not in parts and any(_is_any(below.name, _WEIGHTS) for below in _listed(path))
                 below = list(inside(path, f"{name}/", foreign or other))
                 if any(wanted for _, wanted in below):
                     yield from below

@@ -142,8 +142,9 @@ def fold(
     with byte_bar("folding", plan.bytes_read, quiet) as progress:
         result = api.run(plan, out, resume=resume, overwrite=overwrite, progress=progress)
     if not was_there(result.already_done, out, quiet):
-        added = (delta for deltas in plan.merge.reference.deltas.values() for delta in deltas if delta.kind != "nf4")
-        adapted, state = sum(1 for _ in added), "as it is" if as_trained is None else "rounded to NF4"
+        changes = plan.merge.reference.deltas.values()
+        adapted = sum(any(delta.kind != "nf4" for delta in deltas) for deltas in changes)
+        state = "as it is" if as_trained is None else "rounded to NF4"
         seconds = result.provenance["seconds"]
         say_left(result.provenance, quiet)
         note(

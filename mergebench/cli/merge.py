@@ -132,8 +132,19 @@ def merge(
         evaluate.say_results(found, target, results, json_, quiet)
     else:
         say_out(result.out, {}, json_)
+    _say_publishing(result, quiet)
     if found is not None:
         evaluate.check(found)
+
+
+def _say_publishing(result: Result, quiet: bool) -> None:
+    """The commands that upload the model; a task vector is none."""
+    from mergebench.checkpoint.card import publishing
+
+    if not result.already_done and not result.provenance.get("tasks"):
+        create, upload = publishing(result.out.resolve().name, result.out)
+        note(f"to publish it: {create}", quiet)
+        note(f"               {upload}", quiet)
 
 
 def _run_stage(stage: Stage, limits: dict[str, Any], ways: dict[str, Any], quiet: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def open_model(
         raise ModelError(what, f"name its base, BASE+{place.checkpoint}, or multiply them back: {back}")
     if not _is_plain(model, place.checkpoint):
         _refuse_delta(reference, place.checkpoint)
-    refuse_foreign(f"model '{reference}'", model.tensors)
+    refuse_foreign(f"model '{reference}'", model.tensors, place.checkpoint)
     for added in place.adapters:
         header = module_at(added) if to_run else None
         model = put_on(model, added) if header is None else _with_module(model, added, header)

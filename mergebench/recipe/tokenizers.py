@@ -149,7 +149,7 @@ def usual_template(models: Sequence[Model]) -> tuple[str, Model] | None:
     found: Counter[str] = Counter()
     first: dict[str, Model] = {}
     for model in models:
-        files = stored(model.directory) if model.directory is not None else {}
+        files = stored(model.config_directory) if model.config_directory is not None else {}
         own = files.get(_TEMPLATE)
         template: Any = _config(files).get("chat_template") if own is None else own.decode(errors="replace")
         if isinstance(template, list):

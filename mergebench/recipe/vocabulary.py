@@ -52,7 +52,7 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
                     f"tokenizer: task vector '{model.reference}' has no tokens of its own",
                     "name the model it belongs to with model:",
                 )
-        loaded = [tokenizers.load(model.directory, model.reference) for model in models]
+        loaded = [tokenizers.load(model.config_directory, model.reference) for model in models]
         tokens, files = _tokens(recipe, wanted, models, [tokenizer for tokenizer, _ in loaded])
         changed = [
             model if remark is None else replace(model, remarks=(*model.remarks, remark))
@@ -65,10 +65,10 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
     source = models[0]
     if template == "auto":
         template, source = tokenizers.usual_template(models) or (None, source)
-    if template is not None and models[0].directory is not None:
-        files = tokenizers.with_template(files or tokenizers.stored(models[0].directory), template)
-        if source is not models[0] and source.directory is not None:  # turns end by the tokens named there
-            ends = tokenizers.taken(source.directory, source.directory.glob(GENERATION))
+    if template is not None and models[0].config_directory is not None:
+        files = tokenizers.with_template(files or tokenizers.stored(models[0].config_directory), template)
+        if source is not models[0] and source.config_directory is not None:  # turns end by the tokens named there
+            ends = tokenizers.taken(source.config_directory, source.config_directory.glob(GENERATION))
             files |= ends
             remark = f"{' and '.join(['the chat template', *ends])}: those of {source.reference}"
             changed[0] = replace(changed[0], remarks=(*changed[0].remarks, remark))
@@ -85,7 +85,7 @@ def _tokens(
     base = tokenizers.without_unused(original := loaded[0], sizes[0], models[0].reference)
     each = [base, *loaded[1:]]
     vocabularies = [tokenizers.tokens_of(tokenizer) for tokenizer in each]
-    place = models[0].directory
+    place = models[0].config_directory
     if wanted.source == "base":
         out = base
         files = None if base is original else tokenizers.saved(base, place)

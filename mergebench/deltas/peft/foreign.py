@@ -1,4 +1,4 @@
-"""Adapters in formats that are not read here, recognised by the names of their tensors."""
+"""Adapters without a config in the place of a model, recognised by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -32,16 +32,13 @@ def foreign_format(names: Collection[str]) -> str | None:
     return None
 
 
-def refuse_foreign(where: str, names: Iterable[str]) -> None:
-    """`ModelError` if tensors of these names are an adapter in a format that is not read."""
+def refuse_foreign(where: str, names: Iterable[str], place: object) -> None:
+    """`ModelError` if tensors of these names are an adapter; place: what stands after the '+' then."""
     what = foreign_format(list(names))
     if what == _PEFT:
         raise ModelError(f"{where}: it is an adapter, not a model: {what}", "name its base: BASE+DIRECTORY")
     if what is not None:
-        raise ModelError(
-            f"{where}: it is an adapter, not a model: {what}",
-            "fold it into its base where it is read (diffusers: load_lora_weights, then fuse_lora) and save that",
-        )
+        raise ModelError(f"{where}: it is an adapter, not a model: {what}", f"name its base: BASE+{place}")
 
 
 def refuse_foreign_file(place: Path) -> None:
@@ -51,4 +48,4 @@ def refuse_foreign_file(place: Path) -> None:
             names = [tensor.name for tensor in read_header(place).tensors]
         except MergebenchError:  # damaged: whoever reads it says so
             return
-        refuse_foreign(str(place), names)
+        refuse_foreign(str(place), names, place)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoint.card import card, code, escape, fence, linked, listed
-from mergebench.checkpoint.lineage import as_from, pipeline_of, place_of
+from mergebench.checkpoint.lineage import as_from, library_of, pipeline_of, place_of
 from mergebench.errors import counted
 from mergebench.recipe.open import models_of
 
@@ -51,7 +51,7 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "", directo
         out.name,
         parts,
         tags=["merge", "mergebench"],
-        library=None if provenance.get("tasks") else "transformers",
+        library=None if provenance.get("tasks") else library_of(directory or out),
         relation="finetune" if only(provenance) is not None else "merge",
         models=[base, *models],
         pipeline=pipeline_of(directory or out),

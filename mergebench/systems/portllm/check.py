@@ -224,7 +224,7 @@ def _depth(item: tuple[str, Sums]) -> tuple[bool, str, int]:
 
 def _tokens(opened: Opened) -> str:
     """How the tokenizers compare, in a line."""
-    new, old = opened.new.directory, opened.old.directory
+    new, old = opened.new.config_directory, opened.old.config_directory
     if new is None or old is None:
         return "no tokenizers: bare files"
     if not tokenizer_files(new) and not tokenizer_files(old):

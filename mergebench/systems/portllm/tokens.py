@@ -33,11 +33,13 @@ def under_new_tokens(
         if name in model.tensors and model.tensors[name].shape[1:] == new.tensors[name].shape[1:]
         and model.tensors[name].shape != new.tensors[name].shape
     ]  # fmt: skip
-    places = [model.directory for model in every]
+    places = [model.config_directory for model in every]
     if not resized and (None in places or len({tokenizer_hash(place) for place in places if place is not None}) == 1):
         return list(models), []
     try:
-        vocabularies = [tokenizers.tokens_of(tokenizers.load(model.directory, model.reference)[0]) for model in every]
+        vocabularies = [
+            tokenizers.tokens_of(tokenizers.load(model.config_directory, model.reference)[0]) for model in every
+        ]
     except ModelError as error:
         if not resized:
             return list(models), []  # nothing to compare, and nothing that shows a difference
