@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergebench.checkpoint.model import Model
-from mergebench.deltas import verbs
-
 if TYPE_CHECKING:
     from mergebench.networks.loadable import LoadableModel
 
@@ -15,6 +12,9 @@ if TYPE_CHECKING:
 def bytes_of(model: LoadableModel | Mapping[str, LoadableModel]) -> int | None:
     """Of a model on a base (`BASE+ADAPTER`), what is added to the base; of one for each task, what they have together.
     None of a model that is not made of files."""
+    from mergebench.checkpoint.model import Model
+    from mergebench.deltas import verbs  # torch comes with it
+
     models = list(model.values()) if isinstance(model, Mapping) else [model]
     known = [one for one in models if isinstance(one, Model)]
     if len(known) < len(models):
