@@ -84,7 +84,6 @@ def written(directory: Place, form: str, plots: Plots = no_plots) -> str:
     """The tables of the page, without those to be opened, as markdown, latex or csv; raises as `write`."""
     from mergebench.evaluation.page import cards, searched, side_by_side
     from mergebench.evaluation.tables.results import sheets
-    from mergebench.evaluation.tables.sheet import Sheet
     from mergebench.evaluation.tables.sheet import written as as_text
 
     sources = read_all(directory, plots)
@@ -92,7 +91,7 @@ def written(directory: Place, form: str, plots: Plots = no_plots) -> str:
         return as_text(side_by_side.tables(sources), form)
     writers = [searched.sections] * (sources.search is not None) + [cards.sections]
     parts = [part for writer in writers for section in writer(sources) for part in section.parts]
-    found = [Sheet(part.heads, part.rows, part.caption, part.words) for part in parts if isinstance(part, Table)]
+    found = [part.sheet for part in parts if isinstance(part, Table)]
     found += [] if sources.results is None else sheets(sources.results)
     if not found:
         raise RecipeError(f"{sources.directory}: it has no table", "the page shows what there is: leave out --format")
