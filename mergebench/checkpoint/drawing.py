@@ -180,6 +180,6 @@ def bytes_across(axes: Axes) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(low / 1.15, high * 1.15)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(lambda value, _: human(round(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())

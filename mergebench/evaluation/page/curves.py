@@ -47,7 +47,7 @@ def by_size(results: Results, looks: Mapping[str, Look]) -> list[Figure]:
         listed = ", ".join(f"{dot.name} {human(size)}: {_said(score)}" for dot in dots for size, score in dot.points)
         alt = f"{label} against size on disk. {listed}."
         found.append(drawn(figures.slug("size", what), alt, "size on disk", label, dots, sizes=True))
-    return found
+    return _beside(found)
 
 
 def by_parameter(results: Results, name: str, values: Mapping[str, float]) -> list[Figure]:
@@ -69,16 +69,16 @@ def by_parameter(results: Results, name: str, values: Mapping[str, float]) -> li
         alt = f"{label} against {name}. {listed}."
         slug = figures.slug("curve", name, *([] if alike else [what]))
         lines = [one for _, _, one, _ in group]
-        ylabel = label.removeprefix("mean ") if alike else label
-        found.append(drawn(slug, alt, name, ylabel, lines, across=reached))
-    return found
+        title = label.removeprefix("mean ") if alike else label
+        found.append(drawn(slug, alt, name, title, lines, across=reached))
+    return _beside(found)
 
 
 def drawn(
     name: str,
     alt: str,
     xlabel: str,
-    ylabel: str,
+    title: str,
     lines: Sequence[Line],
     *,
     across: Score | None = None,
@@ -106,15 +106,20 @@ def drawn(
             if sizes:
                 drawing.bytes_across(axes)
             axes.set_xlabel(drawing.short(xlabel, 40))
-            axes.set_ylabel(ylabel)
+            axes.set_title(drawing.short(title, int(width / 7)))
             drawing.legend(canvas, width)
         return canvas
 
-    return Figure(name, alt, draw, wide=True)
+    return Figure(name, alt, draw)
+
+
+def _beside(found: Sequence[Figure]) -> list[Figure]:
+    """Several in rows of two."""
+    return [figure._replace(wide=len(found) == 1) for figure in found]
 
 
 def _scores(results: Results, each: bool = False) -> list[tuple[str, str, dict[str, Score]]]:
-    """What, the label of its axis, and the models' scores. each: of every task, then of their mean if there is one;
+    """What, its title, and the models' scores. each: of every task, then of their mean if there is one;
     else of the mean, or where there is none of every task."""
     means = mean_values(results)
     metric = results.records[0].metric

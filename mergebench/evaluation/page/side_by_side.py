@@ -71,9 +71,9 @@ def sections(sources: Sources) -> Iterator[Section]:
     """The runs as columns: recipes, then scores; scores against size, and against the one parameter that differs."""
     results = sources.results
     assert results is not None
-    about, scores = (Table(sheet.heads, sheet.rows, sheet.legend) for sheet in _columns(sources))
+    *about, scores = (Table(sheet.heads, sheet.rows, sheet.legend) for sheet in _columns(sources))
     scores = scores._replace(caption=scores.caption.replace("; bold: the", "; bold with a star: the"))
-    yield Section("Side by side", [about, scores])
+    yield Section("Side by side", [*about, scores])
     parameter = varied(sources)
     if parameter is not None:
         figures = curves.by_parameter(results, *parameter)
@@ -125,18 +125,18 @@ def _columns(sources: Sources) -> list[Sheet]:
     changes = _changes(sources)
     place = {name: number for number, name in enumerate(sources.origins)}
 
-    def listed(values: Sequence[Any], base: str = NONE) -> list[str]:
-        return [_said(values[place[row.model]]) if row.model in place else base for row in rows]
+    def listed(values: Sequence[Any]) -> list[str]:
+        return [_said(values[place[row.model]]) if row.model in place else NONE for row in rows]
 
-    facts = [(key.removeprefix("parameters."), listed(values)) for key, values in changes.items()]
+    facts = [(key.removeprefix("parameters."), *listed(values)) for key, values in changes.items()]
     sizes = results.made["bytes"]
     if sizes:
-        facts.append(("size", [human(sizes[row.model]) if row.model in sizes else NONE for row in rows]))
-    facts.append(("from", listed([str(sources.runs[number].directory) for number in sources.origins.values()])))
-    note = "What the recipes differ in" if changes else "Recipes that do not differ, or none"
-    note += ", and where the results lie." + (" An adapter's size is without its base." if sizes else "")
-    about = Sheet(heads, [cells(key, *values) for key, values in facts], note)
-    return [about, _scores(results, rows, heads, sources.runs)]
+        facts.append(("size", *(human(sizes[row.model]) if row.model in sizes else NONE for row in rows)))
+    note = "What the recipes differ in." if changes else "No recipe differs in anything."
+    about = Sheet(
+        heads, [cells(*fact) for fact in facts], note + " An adapter's size is without its base." * bool(sizes)
+    )
+    return [about] * bool(facts) + [_scores(results, rows, heads, sources.runs)]
 
 
 def _scores(results: Results, rows: Sequence[Row], heads: Sequence[str], runs: Sequence[Sources]) -> Sheet:
