@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergebench.checkpoint.files import write_atomically
+from mergebench.errors import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,3 +171,15 @@ def heat(axes: Axes, values: Sequence[Sequence[float]], most: float) -> None:
     axes.set_ylim(len(values), 0)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def bytes_across(axes: Axes) -> None:
+    """A logarithmic axis across, of sizes."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.15, high * 1.15)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: human(round(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -24,6 +24,7 @@ def run(
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
+    format_: opt.Format = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -34,7 +35,7 @@ def run(
     from mergebench.systems.mos.config import load_config
     from mergebench.systems.mos.run import run_sequence
 
-    quiet = quiet or json_
+    quiet, form = quiet or json_, opt.check_format(format_, json_)
     target = out or Path("banks") / config.stem
     loaded = load_config(config)
     with work_bar(quiet) as progress:
@@ -52,7 +53,7 @@ def run(
     if json_:
         say_json({"out": str(done.out), **done.results})
     else:
-        _show(done.results["records"])
+        _show(done.results["records"], form)
 
 
 @app.command("eval")
@@ -63,6 +64,7 @@ def evaluate(
     ] = None,
     backbone: opt.Backbone = None,
     device: opt.Device = "auto",
+    format_: opt.Format = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -72,6 +74,7 @@ def evaluate(
     """
     from mergebench.systems.mos.evaluate import evaluate_banks
 
+    form = opt.check_format(format_, json_)
     with work_bar(quiet or json_) as progress:
         records = evaluate_banks(
             banks, test=test, backbone=backbone, device=opt.check_device(device), progress=progress
@@ -79,12 +82,16 @@ def evaluate(
     if json_:
         say_json({"banks": [str(bank) for bank in banks], "records": records})
     else:
-        _show(records)
+        _show(records, form)
 
 
-def _show(records: list[dict[str, object]]) -> None:
+def _show(records: list[dict[str, object]], form: str | None) -> None:
+    from mergebench.evaluation.tables.sheet import written
     from mergebench.systems.mos import report
 
+    if form is not None:
+        say_text(written(report.sheets(records), form))
+        return
     styled = sys.stdout.isatty()
     say_text(report.stages(records, width=width(), styled=styled) + "\n")
     say_text(report.table(records, width=width(), styled=styled))

@@ -106,7 +106,7 @@ def _policy(found: Comparison, policy: Path | None, max_drop: float | None, max_
             if value is not None:
                 raise RecipeError(f"{option} and --policy: two places for a limit", f"write it in {policy}")
         return load_policy(policy, found)
-    if max_drop is not None and all(pair.flips.both_right is None for pair in found.pairs):
+    if max_drop is not None and not any(pair.flips.share for pair in found.pairs):
         raise RecipeError("--max-drop: no task has right and wrong answers", "bound what is lost: --max-nfr")
     if max_drop is None and max_nfr is None:
         return Policy()
@@ -123,7 +123,7 @@ def _text(found: Comparison, judgement: Judgement, flips: int, form: str | None)
         styled = sys.stdout.isatty()
         return views.comparison_report(found, verdicts, items=flips, width=width(), styled=styled)
     more = [views.items_sheet(found, flips)] if flips and any(pair.flipped for pair in found.pairs) else []
-    return written([*views.comparison_sheets(found), verdicts, *more], form)
+    return written([*views.comparison_sheets(found, named=True), verdicts, *more], form)
 
 
 def _measured(suite: Path, old: str, new: str, split: str | None, device: str, kept: Path, quiet: bool) -> Comparison:

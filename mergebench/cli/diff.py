@@ -21,6 +21,7 @@ def diff(
         str | None, typer.Option(metavar="MODEL", help="The base of both: then their task vectors are compared.")
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="How many of the most changed tensors to show; 0 for all.")] = 20,
+    format_: opt.Format = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -32,6 +33,7 @@ def diff(
     """
     from mergebench.evaluation.weights import differences
 
+    form = opt.check_format(format_, json_)
     with count_bar("comparing", quiet or json_) as progress:
         found = differences(a, b, base, progress)
     for name, sizes in found.left_out.items():
@@ -53,9 +55,12 @@ def diff(
     for row in [*shown, found.total]:
         cells = [f"{row.norm_ratio:.4f}", f"{row.cosine:.4f}", f"{row.relative_distance:.2e}", f"{row.changed:.1%}"]
         table.add_row(row.tensor, *cells, *([f"{row.sign_conflict:.1%}"] if base else []))
-    print_table(table)
     most = f"; the {top} most changed are shown" if len(shown) < len(found.rows) else ""
-    say(f"{count}, {same} equal{most}")
+    print_table(table, form=form)
+    if form is None:
+        say(f"{count}, {same} equal{most}")
+    else:
+        note(f"{count}, {same} equal{most}", quiet)
 
 
 def _plain(row: Difference) -> dict[str, Any]:

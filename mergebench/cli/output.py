@@ -306,11 +306,13 @@ def _unless_unknown(column: Any, value: str, *args: Any) -> Any:
     return Known(*args)
 
 
-def print_table(table: Any, optional: Sequence[str] = ()) -> None:
-    """A table on stdout, in a form that fits; `optional` columns go first where a terminal is narrow."""
+def print_table(table: Any, optional: Sequence[str] = (), form: str | None = None) -> None:
+    """A table on stdout, in a form that fits, where `optional` columns go first; or as markdown, latex or csv."""
     from mergebench.cli import terminal
-    from mergebench.evaluation.tables.fitted import fitted
+    from mergebench.evaluation.tables import fitted, sheet
 
+    if form is not None:
+        return say_text(sheet.written([sheet.of(table)], form))
     console = terminal.out()
-    for part in fitted(table, console, optional):
+    for part in fitted.fitted(table, console, optional):
         console.print(part)

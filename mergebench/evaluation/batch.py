@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.errors import MergebenchError, RunError, in_words, out_of_memory
 from mergebench.evaluation.results import Record, Role
+from mergebench.evaluation.size import bytes_of
 from mergebench.evaluation.suite import Suite, Task
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Outcome:
     failed: list[dict[str, Any]] = field(default_factory=list)
     errors: list[MergebenchError] = field(default_factory=list)
     by_task: list[str] = field(default_factory=list)  # candidates with a model for each task
+    sizes: dict[str, int] = field(default_factory=dict)  # of candidates on disk, in bytes
     notes: list[str] = field(default_factory=list)  # about how models were read
     known: int = 0  # results that were in the store
 
@@ -73,6 +75,7 @@ class Outcome:
         self.failed += other.failed
         self.errors += other.errors
         self.by_task += [one for one in other.by_task if one not in self.by_task]
+        self.sizes |= other.sizes
         self.notes += [one for one in other.notes if one not in self.notes]
         self.known += other.known
 
@@ -100,6 +103,8 @@ class Batch:
         with self._failing(candidate, every):
             model = candidate.model() if callable(candidate.model) else candidate.model
             part.by_task += [candidate.name] if isinstance(model, Mapping) else []
+            size = bytes_of(model)
+            part.sizes |= {} if size is None else {candidate.name: size}
             each = model if isinstance(model, Mapping) else {task.name: model for task in every}
             sharing: dict[tuple[str, int], list[Task]] = {}
             for task in every:

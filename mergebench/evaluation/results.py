@@ -67,6 +67,7 @@ class Made(TypedDict, total=False):
     """What is read of the origin of results."""
 
     by_task: list[str]
+    bytes: dict[str, int]  # by model: what it takes on disk, of an adapter without its base
     unedited: dict[str, list[str]]
     baseline: str | None
     failed: list[Failed]

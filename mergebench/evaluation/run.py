@@ -56,6 +56,7 @@ def evaluate_models(
     made = {**versions(), "suite": suite.to_dict(), "device": used}
     made |= {"date": date.isoformat(timespec="seconds"), "known": found.known}
     made |= {"by_task": found.by_task} if found.by_task else {}
+    made |= {"bytes": found.sizes} if found.sizes else {}
     made |= {"failed": found.failed} if found.failed else {}
     made |= {"notes": found.notes} if found.notes else {}
     made["seconds"] = round(time.perf_counter() - start, 3)

@@ -497,6 +497,9 @@ def test_diff_in_words(base: Tensors, cli: Cli) -> None:
     assert lines[3].split()[0] == "all" and len({len(line) for line in lines[:4]}) == 1  # numbers end where titles do
     assert lines[-1] == "6 tensors, 0 equal; the 2 most changed are shown"
     assert len(cli("diff", "base", "ft2", "--top", "0", "--base", "ft1").out.splitlines()) == 9
+    code, out, err = cli("diff", "base", "ft2", "--top", "2", "--format", "csv")
+    assert out.splitlines()[0] == "tensor,|B|/|A|,cosine,|B-A|/|A|,changed" and len(out.splitlines()) == 4
+    assert code == 0 and err.endswith("the 2 most changed are shown\n")
     assert "sign conflict" in cli("diff", "base", "ft2", "--base", "ft1").out
     assert cli("diff", "base", "base").out == "6 tensors, all equal\n"
 

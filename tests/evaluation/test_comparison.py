@@ -336,7 +336,7 @@ def test_scores_in_the_report(files: Callable[..., None]) -> None:
     files([row("x", "a", score=0.5), row("y", "b", score=1.5)], [row("x", "c", score=0.25), row("y", "b", score=2)])
     text = comparison_report(mergebench.compare("old.jsonl", "new.jsonl"))
     assert "+0.125 [−0.25, +0.5]" in text and "paired bootstrap" in text
-    assert " items, x: lost by 0.25: a → c" in text and " items, y: won by 0.5: b → b" in text
+    assert " items, x: lost, 0.5 → 0.25: a → c" in text and " items, y: won, 1.5 → 2: b → b" in text
     assert ["items", "–", "1", "1", "–", "–", "0.25", "0.5"] in [line.split() for line in text.splitlines()]
 
 

@@ -150,7 +150,7 @@ def test_ready_for_json() -> None:
 
     document: dict[str, Any] = json.loads(json.dumps(table(2, 3, 1, 1, 1).to_dict()))
     assert document.keys() == {
-        "n", "old", "new", "difference", "interval", "p", "lost", "won", "regression", "gain", "both_right",
+        "n", "share", "old", "new", "difference", "interval", "p", "lost", "won", "regression", "gain", "both_right",
         "both_wrong", "wrong_differently", "nfr", "pfr", "nfr_mc", "btc", "nfr_expected", "nfr_least", "detectable",
     }  # fmt: skip
     assert (document["lost"], document["won"], document["wrong_differently"]) == (3, 1, 1)

@@ -53,7 +53,7 @@ def test_lm_evals_samples(tmp_path: Path) -> None:
         sums = [sum(one["acc_norm"] for one in samples) for samples in (old, new)]
         assert normalised.flips.difference == pytest.approx((sums[1] - sums[0]) / 20)
         assert found.flips.n == 20 and sorted(found.flips.lost) == sorted(lost) and lost
-        assert found.gold["3"] == "1" and found.old.keys() == {str(i) for i in range(20)}
+        assert found.gold["3"] == "bcd" and found.old.keys() == {str(i) for i in range(20)}
 
 
 def sample(item: int, score: float, name: str = "none", **more: Any) -> dict[str, Any]:
@@ -71,10 +71,11 @@ def test_filters_tasks_and_later_runs(tmp_path: Path) -> None:
         times = {"metrics": ["bits_per_byte", "wer"], "bits_per_byte": [-6.0, 3]}
         write_rows(folder / "samples_text_2026-01-02T10-00-00.5.jsonl", [sample(7, 0, **times)])
     found = mergebench.compare(tmp_path / "old", tmp_path / "new")
-    by_task = {pair.task: pair for pair in found.pairs}
-    assert by_task.keys() == {"gsm8k, strict", "gsm8k, flexible", "text"}
-    assert len(by_task["gsm8k, strict"].flips.lost) == 3
-    text = by_task["text"]
+    pairs = {(pair.task, pair.metric): pair for pair in found.pairs}
+    names = {("gsm8k", "exact_match,strict"), ("gsm8k", "exact_match,flexible")}
+    assert pairs.keys() == names | {("text", "bits_per_byte")}
+    assert len(pairs["gsm8k", "exact_match,strict"].flips.lost) == 3
+    text = pairs["text", "bits_per_byte"]
     assert text.direction == "lower" and text.old["7"].score == pytest.approx(2 / 0.6931471805599453)
 
 
@@ -113,7 +114,7 @@ def test_inspects_logs(tmp_path: Path) -> None:
             archive.writestr(f"samples/{one['id']}_epoch_{one['epoch']}.json", json.dumps(one))
     (found,) = mergebench.compare(tmp_path / "old.json", tmp_path / "new.eval").pairs
     assert (found.task, found.metric) == ("x", "match")
-    assert sorted(found.flips.lost) == [f"{i}, epoch {e}" for i in (0, 1) for e in (1, 2)]
+    assert sorted(found.flips.lost) == ["0", "1"] and found.flips.n == 4  # its epochs are one item
     (tmp_path / "bad.eval").write_bytes(b"PK")
     with pytest.raises(RunError, match="not a readable log of inspect"):
         mergebench.compare(tmp_path / "old.json", tmp_path / "bad.eval")
@@ -135,6 +136,77 @@ def test_scorers_of_inspect_and_their_values(tmp_path: Path) -> None:
     assert (found["judge, kind"].lost, found["judge, kind"].won) == (("0",), ("2",))
     with pytest.raises(RunError, match="item '0' is asked in another way"):
         mergebench.compare(old, log("other", [1, 0, 0.5], asked="Q"))
+
+
+def inspect_log(folder: Path, grades: list[Any], **more: Any) -> Path:
+    """A log of inspect with so many samples, in a folder of its own."""
+    samples = [
+        {"id": i, "target": "A", "input": f"q{i}", "messages": [], "scores": {"match": {"value": grade}}}
+        | (more if i == 1 else {}) for i, grade in enumerate(grades)
+    ]  # fmt: skip
+    about = {"task": "x", "model": more.get("model", "m"), "created": more.get("created", "2026-01-01")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{len(list(folder.iterdir()))}.json").write_text(json.dumps({"eval": about, "samples": samples}))
+    return folder
+
+
+def test_what_inspect_reads_as_a_number(tmp_path: Path) -> None:
+    old = inspect_log(tmp_path / "old", ["C", "P", "I", "N", True, "yes", "No", "0.25", 1])
+    (pair,) = mergebench.compare(old, old).pairs
+    assert [answer.score for answer in pair.old.values()] == [1, 0.5, 0, 0, 1, 1, 0, 0.25, 1]
+    with pytest.raises(RunError, match=r"sample 1 .id '0'.: its score must be"):
+        mergebench.compare(old, inspect_log(tmp_path / "new", ["A"]))
+
+
+def test_samples_of_inspect_that_failed(tmp_path: Path) -> None:
+    old, new = inspect_log(tmp_path / "old", ["C", "C"]), tmp_path / "new"
+    inspect_log(new, ["C", "C"], scores={}, error={"message": "TimeoutError()"})
+    with pytest.raises(RunError, match=r"sample 2 .id '1'. failed: TimeoutError") as failed:
+        mergebench.compare(old, new)
+    assert str(failed.value.hint).startswith("run it again: inspect eval-retry")
+    assert mergebench.compare(old, inspect_log(tmp_path / "again", ["C", "I"], created="2026-01-02")).pairs
+
+
+def test_a_system_message_is_part_of_the_prompt(tmp_path: Path) -> None:
+    """Where a solver puts it, the sample's input is the same."""
+
+    def said(name: str, system: str, answer: str) -> Path:
+        roles = [
+            ("system", system, {}),
+            ("user", "q1", {"source": "input"}),
+            ("assistant", answer, {"source": "generate"}),
+        ]
+        messages = [
+            {"id": f"{name}{i}", "role": role, "content": text} | more for i, (role, text, more) in enumerate(roles)
+        ]
+        return inspect_log(tmp_path / name, ["C", "C"], messages=messages)
+
+    old = said("old", "Be brief.", "A")
+    assert mergebench.compare(old, said("new", "Be brief.", "B")).pairs
+    with pytest.raises(RunError, match="item '1' is asked in another way"):
+        mergebench.compare(old, said("other", "Be long.", "A"))
+
+
+def test_runs_of_inspect_in_one_folder(tmp_path: Path) -> None:
+    old = inspect_log(tmp_path / "old", ["C", "C"], created="2026-01-02")
+    inspect_log(old, ["I", "I"], created="2026-01-01")
+    assert mergebench.compare(old, old).pairs[0].flips.old == 1
+    with pytest.raises(RunError, match="several models on task 'x': m, other"):
+        mergebench.compare(old, inspect_log(old, ["C", "C"], model="other", created="2026-01-03"))
+
+
+def test_a_share_over_repeats_is_judged_in_points(tmp_path: Path) -> None:
+    """What repeats leave between right and wrong is an accuracy still; a graded reward is not."""
+    old, new = (nemo_run(tmp_path / name, [1.0, 1, 1, 1, 0, 1, 1, 1], repeats=2) for name in ("old", "new"))
+    results = new / "gpqa" / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    write_rows(results, [row | {"reward": row["reward"] * (row["repeat"] == 0)} for row in rows])
+    found = mergebench.compare(old, new)
+    row = judge(found, Policy()).rows[0]
+    assert found.pairs[0].flips.difference == pytest.approx(-7 / 16) and found.pairs[0].flips.both_right is None
+    assert (row.verdict, row.limits.max_drop) == ("BLOCK", 0.01)
+    graded = mergebench.compare(*(nemo_run(tmp_path / f"{n}", [1, 0.5, n, 0.25]) for n in (0.75, 0.5)))
+    assert judge(graded, Policy()).rows[0].verdict is None
 
 
 def nemo_run(folder: Path, rewards: list[float], repeats: int = 1, **more: Any) -> Path:
@@ -163,7 +235,7 @@ def test_nemo_evaluators_bundles(tmp_path: Path) -> None:
     results.write_text(results.read_text() + json.dumps(again) + "\n")  # problem 0 ran again
     assert mergebench.compare(old, new).pairs[0].flips.lost == ()
     twice = nemo_run(tmp_path / "twice", [1, 1, 0, 0], repeats=2)
-    assert mergebench.compare(twice, twice).pairs[0].flips.n == 8
+    assert mergebench.compare(twice, twice).pairs[0].flips.n == 4
     with pytest.raises(RunError, match="item '0' is asked in another way"):
         mergebench.compare(old, nemo_run(tmp_path / "other", [1, 1, 0, 0], prompt="?"))
     with pytest.raises(RunError, match="reward must be a number"):

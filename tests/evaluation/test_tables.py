@@ -195,6 +195,17 @@ def test_csv_is_read_back(results: Results) -> None:
 
 def test_latex_has_no_special_letters() -> None:
     sheet = Sheet(["a_b", "50%"], [[Cell("x & y", best=True), Cell("−1 ± 2 <3\\")]], "100% {sure}")
+    assert Sheet(["|a|"], [[Cell("[1]")], [Cell("* → ×")]], "two\nlines").latex().splitlines() == [
+        "% two lines",
+        r"\begin{tabular}{l}",
+        r"\toprule",
+        r"\textbar{}a\textbar{} \\",
+        r"\midrule",
+        r"{[}1] \\",  # else it would be how far below the line before
+        r"{*} $\rightarrow$ $\times$ \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
     assert sheet.latex().splitlines() == [
         "% 100% {sure}",
         r"\begin{tabular}{lr}",

@@ -45,10 +45,11 @@ class Pair:
     new: Answers = field(repr=False)
     gold: Mapping[str, str] = field(default_factory=dict, repr=False)  # the right answers, where they are known
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)  # what the items ask, cut, where it is known
+    share: bool = False  # whether scores are shares of right answers, as `flips` has it
 
     @cached_property
     def flips(self) -> Flips:
-        return flips(self.old, self.new, self.direction)
+        return flips(self.old, self.new, self.direction, share=self.share)
 
     @property
     def flipped(self) -> list[Flip]:
@@ -87,11 +88,11 @@ class Comparison:
 
     @cached_property
     def pooled_pairs(self) -> tuple[Pair, ...]:
-        """The tasks with comparable items: all if they share a metric, else those with right and wrong answers. Of a
-        task with several metrics the first counts, so that no item counts twice."""
+        """The tasks with comparable items: all if they share a metric, else those of right answers. Of a task with
+        several metrics the first counts, so that no item counts twice."""
         pairs = self.pairs
         if len({(pair.metric, pair.direction) for pair in pairs}) > 1:
-            pairs = tuple(pair for pair in pairs if pair.flips.both_right is not None)
+            pairs = tuple(pair for pair in pairs if pair.flips.share)
         return tuple({(pair.task, pair.split): pair for pair in reversed(pairs)}.values())[::-1]
 
     @cached_property
@@ -101,7 +102,8 @@ class Comparison:
             return None
         old = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.old.items()}
         new = {(p.task, p.split, item): answer for p in self.pooled_pairs for item, answer in p.new.items()}
-        return flips(old, new, self.pooled_pairs[0].direction)
+        share = all(pair.flips.share for pair in self.pooled_pairs)
+        return flips(old, new, self.pooled_pairs[0].direction, share=share)
 
     def to_dict(self, items: bool = True) -> dict[str, Any]:
         """Every number by task and pooled, ready for JSON; the ids of flipped items where `items`."""
@@ -232,7 +234,8 @@ def _pair_of_logs(one: Log, other: Log, old: str, new: str) -> Pair:
         item = next((item for item, value in here.items() if there.get(item, value) != value), None)
         if item is not None:
             raise RunError(f"{where}: item '{item}' {changed} in {new} than in {old}", hint)
-    pair = Pair(one.task, "", one.metric, one.direction, one.answers, other.answers, one.gold, one.texts)
+    share = one.share and other.share
+    pair = Pair(one.task, "", one.metric, one.direction, one.answers, other.answers, one.gold, one.texts, share)
     return _checked(pair, where)
 
 

@@ -37,7 +37,8 @@ class Flips:
     """A new model's answers compared with an old model's; made by `flips`. Rates are shares of all n items."""
 
     n: int
-    old: float  # mean score; for right and wrong the accuracy
+    share: bool  # whether scores are shares of right answers: 1 or 0, or the mean of several answers to an item
+    old: float  # mean score; of shares the accuracy
     new: float
     difference: float  # mean D
     interval: Interval | None  # of the difference, 95%; None if there is only one item to resample
@@ -105,10 +106,11 @@ class Flips:
         }
 
 
-def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
+def flips(old: Answers, new: Answers, direction: Direction = "higher", *, share: bool = False) -> Flips:
     """Compare two models' answers to the same items; `RunError` if their items differ, or there are none.
 
-    direction: which scores are better. Scores that are all 0 or 1, where higher is better, mean wrong and right.
+    direction: which scores are better. Scores that are all 0 or 1, where higher is better, mean wrong and right; share:
+    others are means of such.
     """
     for here, there, name in ((old, new, "new"), (new, old, "old")):
         missing = [str(item) for item in here if item not in there]
@@ -135,6 +137,7 @@ def flips(old: Answers, new: Answers, direction: Direction = "higher") -> Flips:
         interval, p = bootstrap(tuple(change.values()))
     return Flips(
         n=len(old),
+        share=bool(quadrants) or (share and direction == "higher"),
         old=_mean([one.score for one in old.values()]),
         new=_mean([one.score for one in new.values()]),
         difference=_mean(list(change.values())),

@@ -43,7 +43,11 @@ class _Reader:
     def __init__(self, path: Path, comparison: Comparison) -> None:
         self.places = Places({(): str(path)})
         self.data = parse(text_of(path), str(path), self.places)
-        self.graded = {pair.task for pair in comparison.pairs if pair.flips.both_right is None}
+        self.shares: dict[str, set[bool]] = {}  # whether a name's scores are shares of right answers
+        for label, pair in comparison.named:
+            for name in (label, pair.task):
+                self.shares.setdefault(name, set()).add(pair.flips.share)
+        self.labels = [label for label, _ in comparison.named]
 
     def policy(self) -> Policy:
         data = self.mapping(self.data, (), (*LIMITS, "inconclusive", "total", "tasks"))
@@ -62,13 +66,18 @@ class _Reader:
 
     def limits(self, value: Any, loc: Loc, task: str | None, more: tuple[str, ...] = ("advisory",)) -> Limits:
         given = self.mapping(value, loc, (*LIMITS, *more))
-        drop = self.number(given, "max_drop", loc, 100 if task not in self.graded else math.inf)
+        shares = self.shares.get(task or "", {True})
+        drop = self.number(given, "max_drop", loc, 100 if shares == {True} else math.inf)
+        if drop is not None and len(shares) > 1:
+            own = ", ".join(f"'{label}'" for label in self.labels if label.startswith(f"{task} ("))
+            raise self.places.error(
+                (*loc, "max_drop"), "its metrics have several units", f"bound them one by one: {own}"
+            )
         share = self.number(given, "max_nfr", loc, 1)
         advisory = given.get("advisory", False)
         if not isinstance(advisory, bool):
             raise self.places.error((*loc, "advisory"), f"must be true or false, got {show(advisory)}")
-        points = drop is not None and task not in self.graded
-        return Limits(drop * POINT if points and drop is not None else drop, share, advisory)
+        return Limits(drop if drop is None or shares != {True} else drop * POINT, share, advisory)
 
     def number(self, given: Mapping[str, Any], key: str, loc: Loc, most: float) -> float | None:
         value = given.get(key)

@@ -44,7 +44,7 @@ class Policy:
     """Limits of every task, of single ones, and of all items together."""
 
     each: Limits = Limits(max_drop=POINT)
-    tasks: Mapping[str, Limits] = field(default_factory=dict)  # each must have been measured
+    tasks: Mapping[str, Limits] = field(default_factory=dict)  # as the table of rates names them, or all metrics of one
     total: Limits | None = None
     inconclusive_blocks: bool = False
 
@@ -95,12 +95,12 @@ def judge(comparison: Comparison, policy: Policy) -> Judgement:
     """
     rows = []
     for name, pair in comparison.named:
-        own = policy.tasks.get(pair.task)
+        own = policy.tasks.get(name, policy.tasks.get(pair.task))
         limits = policy.each if own is None else own.over(policy.each)
-        if pair.flips.both_right is None and (own is None or own.max_drop is None):
+        if not pair.flips.share and (own is None or own.max_drop is None):
             limits = Limits(None, limits.max_nfr, limits.advisory)
         rows.append(_judged(name, pair.metric, limits, pair.flips))
-    measured = {pair.task for pair in comparison.pairs}
+    measured = {known for name, pair in comparison.named for known in (name, pair.task)}
     for task, limits in policy.tasks.items():
         if task not in measured:
             rows.append(Judged(task, "", "BLOCK", limits.over(policy.each), None, ("missing",)))

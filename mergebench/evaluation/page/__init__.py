@@ -1,6 +1,6 @@
-"""The report page: the merge, evaluation or search in a directory as `report.html`.
+"""The report page: the merge, evaluation or search in a directory as `report.html`; several beside each other.
 
-    write(directory)                   write_figures(directory, folder)
+    write(directory)    write_figures(directory, folder)    write([directory, directory], file)
 
 The page is one self-contained file: no script, no font, no request. A section appears if it has something to show.
 """
@@ -13,29 +13,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergebench.errors import RecipeError
 from mergebench.evaluation.page.figures import Drawn, Figure
-from mergebench.evaluation.page.parts import Gallery, Part, Section, Text
+from mergebench.evaluation.page.parts import Gallery, Part, Section, Table, Text
 from mergebench.evaluation.page.sources import Plots, Sources, no_plots, read
 
 if TYPE_CHECKING:
     from mergebench.recipe import Recipe
 
-FILE = "report.html"
+FILE, OF_SEVERAL = "report.html", "side-by-side.html"
 Writer = Callable[[Sources], Iterator[Section]]
+Place = str | Path | Sequence[str | Path]
 
 
-def write(directory: str | Path, out: str | Path | None = None, plots: Plots = no_plots) -> Path:
+def write(directory: Place, out: str | Path | None = None, plots: Plots = no_plots) -> Path:
     """Write the page, by default as `report.html` in the directory; returns its path.
 
-    plots: what draws a result that no recipe made; else the page has the pictures of its card.
+    directory: or several, whose results stand beside each other, by default in `side-by-side.html` here. plots: what
+    draws a result that no recipe made; else the page has the pictures of its card.
 
-    Raises `RecipeError` if there is nothing to show, `RunError` if a document is damaged or the disk is full.
+    Raises `RecipeError` if there is nothing to show, or no task that all have; `RunError` if a document is damaged or
+    the disk is full.
     """
     from mergebench.checkpoint.files import write_atomically, write_error
 
-    directory = Path(directory)
-    target = directory / FILE if out is None else Path(out)
-    text = render(read(directory, plots)).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+    sources = read_all(directory, plots)
+    target = Path(out or (OF_SEVERAL if sources.runs else sources.directory / FILE))
+    text = render(sources).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -44,7 +48,16 @@ def write(directory: str | Path, out: str | Path | None = None, plots: Plots = n
     return target
 
 
-def write_figures(directory: str | Path, out: str | Path, plots: Plots = no_plots) -> list[Path]:
+def read_all(directory: Place, plots: Plots = no_plots) -> Sources:
+    """What there is to show of a directory, or of several beside each other; raises as `write`."""
+    from mergebench.evaluation.page import side_by_side
+
+    places = [directory] if isinstance(directory, str | Path) else directory
+    found = [read(Path(place), plots) for place in places]
+    return found[0] if len(found) == 1 else side_by_side.join(found)
+
+
+def write_figures(directory: Place, out: str | Path, plots: Plots = no_plots) -> list[Path]:
     """Write every plot of the page into the folder `out`, as NAME.pdf and NAME.png; returns the files.
 
     Raises as `write`.
@@ -58,13 +71,38 @@ def write_figures(directory: str | Path, out: str | Path, plots: Plots = no_plot
             files.extend(figure.save(folder))
         return []
 
-    sources = read(Path(directory), plots)
+    sources = read_all(directory, plots)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from None
     _sections(sources, save)
     return files
+
+
+def written(directory: Place, form: str, plots: Plots = no_plots) -> str:
+    """The tables of the page, without those to be opened, as markdown, latex or csv; raises as `write`."""
+    from mergebench.evaluation.page import cards, searched, side_by_side
+    from mergebench.evaluation.tables.results import sheets
+    from mergebench.evaluation.tables.sheet import written as as_text
+
+    sources = read_all(directory, plots)
+    if sources.runs:
+        return as_text(side_by_side.tables(sources), form)
+    writers = [searched.sections] * (sources.search is not None) + [cards.sections]
+    parts = [part for writer in writers for section in writer(sources) for part in section.parts]
+    found = [part.sheet for part in parts if isinstance(part, Table)]
+    found += [] if sources.results is None else sheets(sources.results)
+    if not found:
+        raise RecipeError(f"{sources.directory}: it has no table", "the page shows what there is: leave out --format")
+    return as_text(found, form)
+
+
+def document(directory: Sequence[str | Path]) -> dict[str, Any]:
+    """Several results beside each other, ready for JSON; raises as `write`."""
+    from mergebench.evaluation.page import side_by_side
+
+    return side_by_side.to_dict(side_by_side.join([read(Path(place)) for place in directory]))
 
 
 def attempt(directory: Path) -> None:
@@ -111,12 +149,14 @@ def render(sources: Sources) -> str:
 def _sections(sources: Sources, use: Callable[[Sequence[Figure]], Sequence[Drawn]]) -> list[Section]:
     """What there is to show, with plots as `use` gives them, each under a name of its own. A section that fails says
     so; the others are unaffected."""
-    from mergebench.evaluation.page import cards, edited, flipped, layers, origin, scores, searched
+    from mergebench.evaluation.page import cards, edited, flipped, layers, origin, scores, searched, side_by_side
 
     writers: list[Writer] = [
         scores.sections, searched.sections, flipped.sections, edited.sections, layers.sections, cards.sections,
         origin.sections,
     ]  # fmt: skip
+    if sources.runs:
+        writers = [side_by_side.sections, scores.sections, flipped.sections]
     found: list[Section] = []
     names: Counter[str] = Counter()
 

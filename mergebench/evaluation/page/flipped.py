@@ -52,7 +52,7 @@ def finding(results: Results) -> list[str]:
         assert one.pooled is not None
         flips, names = one.pooled, short_names(results.models)
         unit = unit_of(flips, one.pooled_pairs[0].metric)
-        what = " percentage points" if flips.both_right is not None else " in the mean of the items"
+        what = " percentage points" if flips.share else " in the mean of the items"
         size = f"{difference_of(flips, unit)}{what}, {p_said(flips.p)}"
         count = f"{len(flips.lost):,} items lost, {len(flips.won):,} won"
         found.append(f"{names[one.new]} against {names[one.old]} over {flips.n:,} items: {size}; {count}.")

@@ -18,6 +18,8 @@ Writer = Callable[[Any], str | list[str]]
 
 def title(sources: Sources) -> str:
     """The directory's name, and what it is."""
+    if sources.runs:
+        return " · ".join(sources.origins)
     name = sources.directory.resolve().name
     about = sources.provenance or {}
     made = "edit" if only(about) is not None else "merge" if sources.merged else _command(about)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mergebench.evaluation.page.figures import Drawn, Figure
-from mergebench.evaluation.tables.results import Cell
+from mergebench.evaluation.tables.sheet import Cell, Sheet
 
 
 class Text(NamedTuple):
@@ -45,6 +46,18 @@ class Table(NamedTuple):
             if self.grouped and firsts[place] == firsts[place - 1]:
                 spans[place - 1], spans[place] = spans[place - 1] + spans[place], 0
         return spans
+
+    @property
+    def sheet(self) -> Sheet:
+        """The same for other programs: what has an error makes two columns of CSV."""
+        errors = {place for row in self.rows for place, cell in enumerate(row) if " ± " in cell.text}
+        rows = [
+            [replace(cell, parts=tuple(cell.text.split(" ± "))) if place in errors else cell
+             for place, cell in enumerate(row)]
+            for row in self.rows
+        ]  # fmt: skip
+        parts: dict[int, tuple[str, ...]] = {place: (self.heads[place], f"{self.heads[place]} ±") for place in errors}
+        return Sheet(self.heads, rows, self.caption, self.words, parts=parts)
 
     @property
     def starred(self) -> bool:

@@ -10,7 +10,7 @@ from mergebench.checkpoint import drawing
 from mergebench.checkpoint.drawing import LINE, Look
 from mergebench.errors import MergebenchError
 from mergebench.evaluation.compare.comparison import compare
-from mergebench.evaluation.page import figures
+from mergebench.evaluation.page import curves, figures
 from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Gallery, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
@@ -21,6 +21,8 @@ from mergebench.evaluation.tables.results import Cell, heads_of, legend, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
+
+SIZES = "Scores against what each model takes on disk, an adapter without its base. Whiskers are the standard error."
 
 
 def sections(sources: Sources) -> Iterator[Section]:
@@ -41,13 +43,19 @@ def sections(sources: Sources) -> Iterator[Section]:
         note = f"{note[:-1]}; bold with a star: the best merge."
     table = Table(["model", "role", *heads_of(results)], rows, note, words=2)
     differences = [Table(one.heads, one.rows, one.legend, words=one.left) for one in difference_sheets(results)]
-    yield Section("Results", [table, *differences])
+    if sources.runs:  # whose table stands there already, with the models as columns
+        yield Section("Differences", differences)
+    else:
+        yield Section("Results", [table, *differences])
+    sizes = curves.by_size(results, sources.looks)
+    if sizes:
+        yield Section("Size", [Gallery(sizes, SIZES)])
     drawn = [_bars(results, task, sources.looks) for task in results.tasks]
     ways = {record.direction for record in results.records}
     note = "Bars begin at zero; whiskers are the standard error" + ("." if ways == {"higher"} else "; ")
     if "lower" in ways:
         note += "lower is better where the title says so."
-    if any(record.relative is not None for record in results.records):
+    if any(record.role == "input" and record.relative == 1.0 for record in results.records):
         note += " Dashed: the base. Solid: the task's own fine-tune (hatched)."
     yield Section("Task by task", [Gallery(drawn, note)])
     if len(results.tasks) > 1 and len(results.models) > 1:

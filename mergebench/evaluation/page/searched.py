@@ -89,10 +89,12 @@ def sections(sources: Sources) -> Iterator[Section]:
         return
     names = list(dict.fromkeys(name for point in points for name in point["values"]))
     moved = [name for name in names if len({_value(point["values"].get(name)) for point in points}) > 1]
-    drawn = [_against(search, name) for name in moved]
+    tasks = search.tasks if len(moved) == 1 and search.one_scale and search.objective == "mean" else []
+    drawn = [_against(search, name, tasks) for name in moved]
     caption = f"Each dot is one of {len(points)} merges, measured on validation data. Star: the best."
     caption += " Diamond: the recipe as given." if best is not points[0] else ""
     caption += " Whiskers are the standard error." if any(point.get("stderr") for point in points) else ""
+    caption += " Lines: the tasks." if len(tasks) > 1 else ""
     pair = _apart(points, search.tasks) if search.one_scale else None
     if pair is not None:
         drawn.append(_trade_off(search, *pair))
@@ -150,8 +152,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _against(search: Search, name: str) -> Figure:
-    """The objective over one parameter; words are set side by side."""
+def _against(search: Search, name: str, tasks: Sequence[str]) -> Figure:
+    """The objective over one parameter, and the tasks that it is the mean of; words are set side by side."""
     known = [point for point in search.points if name in point["values"]]
     raw = [point["values"][name] for point in known]
     numeric = all(map(_is_number, raw))
@@ -160,13 +162,23 @@ def _against(search: Search, name: str) -> Figure:
     unit = search.unit(search.objective_metric)
     ys = [(unit * point["objective"], _times(unit, point.get("stderr"))) for point in known]
 
+    lines = list(tasks) if numeric and len(tasks) > 1 else []
+
     def draw(width: float) -> Canvas:
-        with figures.plot(width, 220) as (canvas, axes):
+        with figures.plot(width, 220 + drawing.legend_height(lines, width)) as (canvas, axes):
+            for place, task in enumerate(lines):
+                there = sorted((x, unit * one["tasks"][task]) for x, one in zip(xs, known, strict=True))
+                look = drawing.look(place + 1)
+                style: Any = {"color": look.colour, "marker": look.mark, "linestyle": look.dashes, "markersize": 4}
+                axes.plot(*zip(*there, strict=True), label=drawing.short(task), linewidth=1.2, **style)
             _dots(search, axes, known, [(x, None) for x in xs], ys)
+            if lines:
+                drawing.legend(canvas, width)
             if not numeric:
                 axes.set_xticks(range(len(words)), [drawing.short(word) for word in words])
             axes.set_xlabel(drawing.short(name, 40))
-            what = f"{search.objective}, %" if unit == 100 else search.objective
+            what = search.objective_metric if lines else search.objective
+            what += ", %" if unit == 100 else ""
             axes.set_ylabel(what + ("" if search.higher else " (lower is better)"))
         return canvas
 

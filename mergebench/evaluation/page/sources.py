@@ -35,6 +35,8 @@ class Sources:
     search: Mapping[str, Any] | None
     profile: Profile | None
     plots: Mapping[str, Figure] = field(default_factory=dict)  # by the name of the file that the command wrote too
+    runs: tuple[Sources, ...] = ()  # that these results were joined from
+    origins: Mapping[str, int] = field(default_factory=dict)  # the run that each model but the base is from
 
     @property
     def merged(self) -> bool:

@@ -68,7 +68,7 @@ class Found:
             return "The test results of the chosen and the given parameters cannot be compared item by item."
         by = self.difference
         metric = unit_of(by, self.results.records[0].metric)
-        unit = " percentage points" if by.both_right is not None else ""
+        unit = " percentage points" if by.share else ""
         every = sum(record.n for record in self.results.of(self.results.models[-1]).values())
         items = f"all {by.n:,} test items"
         if by.n != every:

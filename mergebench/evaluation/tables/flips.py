@@ -38,24 +38,30 @@ def comparison_report(
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def comparison_sheets(comparison: Comparison) -> list[Sheet]:
-    """Rates and quadrants."""
+def comparison_sheets(comparison: Comparison, *, named: bool = False) -> list[Sheet]:
+    """Rates and quadrants; named: the legend says which models they are of."""
     rows = _rows(comparison)
     end = frozenset([len(comparison.pairs) - 1] if len(rows) > len(comparison.pairs) else [])  # before the pooled one
     rates = [list(map(Cell, row)) for row in rate_rows(comparison)]
     for (_, metric, found), row in zip(rows, rates, strict=True):
         row[4:6] = _difference_cell(found, unit_of(found, metric)), _p_cell(found.p)
-    return [Sheet(RATES, rates, how_to_read(comparison), 1, end, {4: ENDS}), _quadrants(comparison)]
+    models = f"old: {comparison.old}; new: {comparison.new}. " if named else ""
+    return [Sheet(RATES, rates, models + how_to_read(comparison), 1, end, {4: ENDS}), _quadrants(comparison)]
 
 
 def items_sheet(comparison: Comparison, most: int) -> Sheet:
     """The first flipped items of every task by turns."""
     heads = ["task", "item", "", "old", "new", "right", "text"]
     rows = [
-        (name, flip.item, flip.what, flip.old, flip.new, flip.gold or NONE, flip.text or NONE)
+        (name, flip.item, flip.what, *_answers(flip), flip.gold or NONE, flip.text or NONE)
         for name, _, flip in _turns(comparison, most)
     ]
     return Sheet(heads, [[Cell(" ".join(str(cell).split())) for cell in row] for row in rows], "", len(heads))
+
+
+def _answers(flip: Flip) -> tuple[str, str]:
+    """What each said, or, where that is nothing, such as of a perplexity, its score."""
+    return flip.old or number(flip.old_score, ""), flip.new or number(flip.new_score, "")
 
 
 def difference_sheets(results: Results) -> list[Sheet]:
@@ -154,7 +160,7 @@ def _listed(comparison: Comparison, most: int, across: int) -> list[str]:
     lines = []
     for name, pair, flip in _turns(comparison, most):
         graded = pair.flips.both_right is None
-        change = f" by {number(abs(flip.new_score - flip.old_score), '')}" if graded else ""
+        change = f", {number(flip.old_score, '')} → {number(flip.new_score, '')}" if graded else ""
         answers = f": {_shown(flip.old)} → {_shown(flip.new)}" if flip.old or flip.new else ""
         right = "" if flip.gold is None else f" (right: {_shown(flip.gold)})"
         about = f"{name}, {flip.item}: {flip.what}{change}{answers}{right}"
@@ -168,14 +174,16 @@ def _listed(comparison: Comparison, most: int, across: int) -> list[str]:
 
 def how_to_read(comparison: Comparison) -> str:
     """A legend of `RATES`."""
-    rows = [found for _, _, found in _rows(comparison)]
+    named = _rows(comparison)
+    rows = [found for *_, found in named]
+    units = [f"; {name}: {metric}" for name, metric, found in named if not found.share and metric not in name]
     tests = ["McNemar's test"] if any(found.both_right is not None for found in rows) else []
     tests += ["a paired bootstrap"] if any(found.both_right is None for found in rows) else []
     lower = "; above 0 is better also where lower values are" if _lower(comparison) else ""
     return (
-        f"Shares in %. Difference [95% interval], p by {' or '.join(tests)}{lower}; NFR, PFR: items the new model "
-        "lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of what was; expected: the NFR "
-        "if the two erred independently."
+        f"Shares in %{''.join(units)}. Difference [95% interval], p by {' or '.join(tests)}{lower}; NFR, PFR: "
+        "items the new model lost and won; NFR_mc: lost, or wrong in another way; BTC: what is still right of what "
+        "was; expected: the NFR if the two erred independently."
     )
 
 
@@ -193,8 +201,8 @@ def _rows(comparison: Comparison) -> list[tuple[str, str, Flips]]:
 
 
 def unit_of(found: Flips, metric: str) -> str:
-    """Right and wrong are counted in percent, whatever the metric's name."""
-    return metric if found.both_right is None else "accuracy"
+    """Right answers are counted in percent, whatever the metric's name."""
+    return "accuracy" if found.share else metric
 
 
 def _difference_cell(found: Flips, unit: str) -> Cell:

@@ -7,17 +7,21 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergebench.checkpoint.card import escape
 from mergebench.errors import shown
 from mergebench.evaluation.tables.layout import NONE, literal, markdown_line, render
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMATS = ("markdown", "latex", "csv")
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$",
     "–": "--", "…": r"\ldots{}", "<": r"\textless{}", ">": r"\textgreater{}", "λ": r"$\lambda$",
+    "|": r"\textbar{}", "→": r"$\rightarrow$", "×": r"$\times$", "★": r"$\star$", "\u00a0": "~",
 }  # fmt: skip
 
 
@@ -70,7 +74,7 @@ class Sheet:
     def latex(self) -> str:
         """A tabular for the package booktabs; the legend as a comment."""
         columns = "l" * self.left + "r" * (len(self.heads) - self.left)
-        lines = [f"% {self.legend}"] if self.legend else []
+        lines = [f"% {' '.join(self.legend.split())}"] if self.legend else []
         lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_line([_latex(head) for head in self.heads])]
         lines.append(r"\midrule")
         for place, row in enumerate(self.rows):
@@ -94,6 +98,14 @@ class Sheet:
         return out.getvalue().rstrip("\n")
 
 
+def of(table: Table) -> Sheet:
+    """A table that was made for the terminal."""
+    columns = table.columns
+    left = next((place for place, column in enumerate(columns) if column.justify == "right"), len(columns))
+    rows = zip(*(map(str, column.cells) for column in columns), strict=True)
+    return Sheet([str(column.header) for column in columns], [list(map(Cell, row)) for row in rows], left=left)
+
+
 def written(sheets: Sequence[Sheet], form: str) -> str:
     """Tables one after another in one of `FORMATS`. CSV holds the first one only: a file has one line of heads."""
     if form == "csv":
@@ -107,7 +119,10 @@ def _plain(text: str) -> str:
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in shown(text))
+    found = "".join(_LATEX.get(letter, letter) for letter in shown(text))
+    if found.startswith(("[", "*")):  # which the end of the line before would take
+        return f"{{{found[0]}}}{found[1:]}"
+    return found
 
 
 def _latex_line(cells: Sequence[str]) -> str:

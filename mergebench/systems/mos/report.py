@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, zip_longest
 
 from mergebench.checkpoint.card import escape
-from mergebench.evaluation.tables.layout import NONE, literal, markdown_line, number, render
+from mergebench.evaluation.tables.layout import NONE, number
+from mergebench.evaluation.tables.sheet import Cell, Sheet, written
 from mergebench.systems.mos.metrics import (
     MOS,
     NAMES,
@@ -22,19 +21,16 @@ from mergebench.systems.mos.metrics import (
     runs_of,
 )
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["markdown", "stages", "table"]
+__all__ = ["markdown", "sheets", "stages", "table"]
 
 
-@dataclass(frozen=True)
-class View:
-    """A table with one row a method, and how to read it."""
+AGAINST = "A_B against MOS"
 
-    heads: Sequence[str]
-    rows: dict[str, list[str]]  # by method; none where there is nothing to show
-    legend: str
+
+def sheets(records: Iterable[Record]) -> list[Sheet]:
+    """The measures of every method, its accuracy task by task, its retrieval. Raises as `table`."""
+    runs = runs_of(records)
+    return [sheet for sheet in (_measured(runs), _staged(runs), _retrieved(runs)) if sheet.rows]
 
 
 def table(records: Iterable[Record], *, width: int | None = None, styled: bool = False) -> str:
@@ -53,9 +49,8 @@ def stages(records: Iterable[Record], *, width: int | None = None, styled: bool 
 
 def markdown(records: Iterable[Record]) -> str:
     """What was found in a sentence, and the same tables, for GitHub."""
-    runs = runs_of(records)
-    views = [view for view in (_measured(runs), _staged(runs), _retrieved(runs)) if view.rows]
-    return "\n".join([escape(_finding(runs)), "", *map(_markdown, views)])
+    known = list(records)
+    return "\n\n".join([escape(_finding(runs_of(known))), written(sheets(known), "markdown")]) + "\n"
 
 
 def _finding(runs: Runs) -> str:
@@ -66,7 +61,7 @@ def _finding(runs: Runs) -> str:
     return said + (f"; MOS has {_estimated(last[MOS])}%." if MOS in last and top != MOS else ".")
 
 
-def _measured(runs: Runs) -> View:
+def _measured(runs: Runs) -> Sheet:
     """Ā, A_B, forgetting, and the difference of A_B to that of MOS."""
     found = {name: {seed: measures(run) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
     last = {name: {seed: one.last for seed, one in by_seed.items()} for name, by_seed in found.items()}
@@ -90,21 +85,21 @@ def _measured(runs: Runs) -> View:
         legend += "; against MOS: seed by seed [95% interval, Student's t]: none leaves out 0, each may be noise"
     elif known:
         legend += "; against MOS: of one seed, so nothing says which differences are noise"
-    heads = ["Ā", "A_B", "forgetting", *(["A_B against MOS"] if differences else [])]
-    return View(heads, rows, f"{legend}. {_seeds(runs)}")
+    heads = ["Ā", "A_B", "forgetting", *([AGAINST] if differences else [])]
+    return _sheet(heads, rows, f"{legend}. {_seeds(runs)}")
 
 
-def _staged(runs: Runs) -> View:
+def _staged(runs: Runs) -> Sheet:
     """The accuracy on all classes so far, a column a task."""
     rows = {}
     for name, by_seed in runs.items():
         curves = ([record["accuracy"] for record in run] for run in by_seed.values())
         rows[name] = [_estimated(values) for values in zip(*curves, strict=True)]
     heads = [f"{task} task{'s' if task > 1 else ''}" for task in range(1, 1 + max(map(len, rows.values())))]
-    return View(heads, rows, f"Accuracy on all classes so far after each task, in %. {_seeds(runs)}")
+    return _sheet(heads, rows, f"Accuracy on all classes so far after each task, in %. {_seeds(runs)}")
 
 
-def _retrieved(runs: Runs) -> View:
+def _retrieved(runs: Runs) -> Sheet:
     """How the adapters were found, after the last task, of the methods that looked for them."""
     rows = {}
     for name, by_seed in runs.items():
@@ -122,7 +117,7 @@ def _retrieved(runs: Runs) -> View:
         "n: the same after n refinements; evaluations: of adapters per item, on average, at most 4; cycles: items "
         "whose guesses repeat; agreement: items whose last adapter predicts its own task. "
     )
-    return View(heads, rows, legend + _seeds(runs))
+    return _sheet(heads, rows, legend + _seeds(runs))
 
 
 def _estimated(values: Sequence[float | None], *, share: bool = True) -> str:
@@ -157,36 +152,24 @@ def _seeds(runs: Runs) -> str:
     return f"± standard error over {len(seeds)} seeds, each with the same {of}."
 
 
-def _text(views: Sequence[View], width: int | None, styled: bool) -> str:
-    lines = [
-        line for view in views if view.rows for line in render(_rich(view), view.legend, width=width, styled=styled)
-    ]
+def _text(sheets: Sequence[Sheet], width: int | None, styled: bool) -> str:
+    lines = [line for sheet in sheets if sheet.rows for line in sheet.terminal(width=width, styled=styled)]
     return "\n".join(lines).strip("\n")
 
 
-def _rich(view: View) -> Table:
-    from rich import box
-    from rich.table import Table
+def _sheet(heads: Sequence[str], rows: Mapping[str, Sequence[str]], legend: str) -> Sheet:
+    """A table with one row a method, and how to read it; no rows where there is nothing to show."""
+    names = list(rows)
+    ends = frozenset(place for place, (one, after) in enumerate(pairwise(names)) if _section(one) != _section(after))
+    errors = {place: head for place, head in enumerate(heads, 1) if head != AGAINST}
+    parts: dict[int, tuple[str, ...]] = {place: (head, f"{head} ±") for place, head in errors.items()}
+    cells = [[Cell(NAMES.get(name, name)), *map(_cell, rows[name])] for name in names]
+    return Sheet(["method", *heads], cells, legend, 1, ends, parts)
 
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    out.add_column("method", overflow="fold", min_width=8)
-    for head in view.heads:
-        out.add_column(literal(head), justify="right", overflow="fold")
-    names = list(view.rows)
-    for name, after in zip_longest(names, names[1:]):
-        ends = after is not None and _section(name) != _section(after)
-        cells = [literal(cell, style="bold" if cell.endswith("*") else "") for cell in view.rows[name]]
-        out.add_row(literal(NAMES.get(name, name)), *cells, end_section=ends)
-    return out
+
+def _cell(text: str) -> Cell:
+    return Cell(text, best=text.endswith("*"), parts=tuple(text.split(" ± ")) if text[-1:].isdigit() else None)
 
 
 def _section(name: str) -> int:
     return next((i for i, section in enumerate(SECTIONS) if name in section), -1)
-
-
-def _markdown(view: View) -> str:
-    lines = [markdown_line(["method", *map(escape, view.heads)]), markdown_line(["---", *["---:"] * len(view.heads)])]
-    for name, cells in view.rows.items():
-        shown = (f"**{escape(cell)}**" if cell.endswith("*") else escape(cell) for cell in cells)
-        lines.append(markdown_line([escape(NAMES.get(name, name)), *shown]))
-    return "\n".join([*lines, "", escape(view.legend), ""])

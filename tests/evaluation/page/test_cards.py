@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -225,6 +227,12 @@ def test_a_training_is_drawn_for_the_page(tmp_path: Path, cli: Cli) -> None:
     assert tree.texts["p"][1].replace("\u00a0", " ") == f"{found}(mean of 2 seeds ± its standard error)."
     assert "two 80.0 ± 5.0" in str([one["aria-label"] for one in tree.all("div") if one.get("role") == "img"])
     assert tree.texts["li"] == [f"{row}: base + trained/{row}/seed-0 to trained/{row}/seed-1" for row in ("one", "two")]
+    rows = csv.DictReader(io.StringIO(cli("report", out, "--format", "csv").out))
+    assert [(row["row"], row["test"], row["test ±"]) for row in rows] == [
+        ("one", "60.0", "10.0"),
+        ("two", "80.0", "5.0"),
+    ]
+    assert r"80.0 $\pm$ 5.0" in cli("report", out, "--format", "latex").out
     page.write(out)  # which knows of no plots: the card's pictures
     assert len(Tree((out / "report.html").read_text()).all("img")) == 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from itertools import pairwise
 from typing import Any
@@ -12,6 +14,7 @@ from scipy import stats
 
 from mergebench.checkpoint import drawing
 from mergebench.errors import RunError
+from mergebench.evaluation.tables.sheet import written
 from mergebench.systems.mos import plot, report
 from mergebench.systems.mos.metrics import NAMES, difference, estimate, forgetting, measures, runs_of
 
@@ -136,6 +139,12 @@ def test_the_stages_and_markdown() -> None:
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [len(one) for one in tables] == [6, 6, 3]
     assert all(line.count("|") == one[0].count("|") for one in tables for line in one)
+
+
+def test_csv_has_errors_apart() -> None:
+    rows = list(csv.DictReader(io.StringIO(written(report.sheets(THREE), "csv"))))
+    mos = next(row for row in rows if row["method"] == "MOS")
+    assert (mos["A_B"], mos["A_B ±"]) == ("80.0", "5.8") and "A_B against MOS" in mos and "A_B against MOS ±" not in mos
 
 
 def test_the_plot_holds_every_point() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,53 @@ from mergebench.networks.items import records
 
 TOOL = "lm-eval"
 _SAMPLES = re.compile(r"samples_(.+?)(?:_(\d{4}-\d\d-\d\dT[\d.:-]+))?\.jsonl")
-_LOWER = ("perplexity", "bits_per_byte", "ter", "brier_score", "loss", "wer", "cer")  # ends of names
+_LOWER = re.compile(r"(.*_)?(perplexity|bits_per_byte|ter|brier_score|loss|wer|cer)")
+BITS = "bits_per_byte"  # of an item, from its log-likelihood and its bytes
+_BY_LENGTH: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
 _ABOUT = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}
 
 
-def is_log(file: Path) -> bool:
+def files(folder: Path) -> Iterable[Path]:
+    """The last run of each task by each model, which names the folder."""
+    newest: dict[tuple[str, str], Path] = {}
+    for file in sorted(folder.rglob("samples_*.jsonl"), key=_date):
+        newest[file.parent.name, _task(file)] = file
+    return sorted(newest.values())
+
+
+def read(file: Path) -> list[Log] | None:
+    """A log for each metric that is a number for each item; of a task that reads its answers through several filters,
+    for each filter, as METRIC,FILTER: lm-eval's own name for it."""
+    if not _is_log(file):
+        return None
+    found: dict[str, list[Log]] = {}
+    task, model, date = _task(file), file.parent.name, _date(file)
+    for where, record in records(file):
+        if "doc_id" not in record or "filtered_resps" not in record:
+            raise RunError(f"{where}: no sample of lm-eval: it has {', '.join(record)}", "write it with --log_samples")
+        name, item = str(record.get("filter", "none")), str(record["doc_id"])
+        scores = _scores(record, where)
+        logs = found.setdefault(name, [Log(TOOL, task, one, _direction(file, one), model, date) for one in scores])
+        for log in logs:
+            if log.metric not in scores:
+                raise RunError(f"{where}: it has {', '.join(scores)}, those before it have {log.metric}")
+            if item in log.answers:
+                raise RunError(f"{where}: doc_id '{item}' stands before already", "each item needs an id of its own")
+            answer, gold = ("", None) if log.metric == BITS else _answer(record, log.metric)
+            asked = _parts(next(iter(_parts(record.get("arguments"))), None))
+            log.add(item, Prediction(answer, scores[log.metric]), gold, asked[0] if asked else None)
+            for key, hashes in (("doc_hash", log.documents), ("prompt_hash", log.prompts)):
+                if key in record:
+                    hashes[item] = str(record[key])
+    if not found:
+        raise RunError(f"{file}: it holds no samples")
+    for name, logs in found.items() if len(found) > 1 else ():
+        for log in logs:
+            log.metric = f"{log.metric},{name}"
+    return [log for logs in found.values() for log in logs]
+
+
+def _is_log(file: Path) -> bool:
     """Whether a file is called as samples are, or has their columns under another name."""
     if _SAMPLES.fullmatch(file.name):
         return True
@@ -33,42 +75,6 @@ def is_log(file: Path) -> bool:
         return False
 
 
-def logs_in(folder: Path) -> list[Path]:
-    """The last run of each task."""
-    newest: dict[str, Path] = {}
-    for file in sorted(folder.rglob("samples_*.jsonl"), key=_date):
-        newest[_task(file)] = file
-    return list(newest.values())
-
-
-def read(file: Path) -> list[Log]:
-    """A log for each metric that is a number for each item; of a task that reads its answers through several filters,
-    for each filter, as TASK, FILTER."""
-    found: dict[str, list[Log]] = {}
-    for where, record in records(file):
-        if "doc_id" not in record or "filtered_resps" not in record:
-            raise RunError(f"{where}: no sample of lm-eval: it has {', '.join(record)}", "write it with --log_samples")
-        name, item = str(record.get("filter", "none")), str(record["doc_id"])
-        scores = _scores(record, where)
-        logs = found.setdefault(name, [Log(TOOL, "", metric, _direction(file, metric)) for metric in scores])
-        for log in logs:
-            if log.metric not in scores:
-                raise RunError(f"{where}: it has {', '.join(scores)}, those before it have {log.metric}")
-            if item in log.answers:
-                raise RunError(f"{where}: doc_id '{item}' stands before already", "each item needs an id of its own")
-            answer = Prediction(_answer(record["filtered_resps"]), scores[log.metric])
-            log.add(item, answer, record.get("target"), _first(_first(record.get("arguments"))))
-            for key, hashes in (("doc_hash", log.documents), ("prompt_hash", log.prompts)):
-                if key in record:
-                    hashes[item] = str(record[key])
-    if not found:
-        raise RunError(f"{file}: it holds no samples")
-    for name, logs in found.items():
-        for log in logs:
-            log.task = _task(file) if len(found) == 1 else f"{_task(file)}, {name}"
-    return [log for logs in found.values() for log in logs]
-
-
 def _scores(record: Mapping[str, Any], where: str) -> dict[str, float]:
     """The value of every metric that is a number for each item."""
     named = record.get("metrics")
@@ -78,7 +84,7 @@ def _scores(record: Mapping[str, Any], where: str) -> dict[str, float]:
         value = record.get(name)
         if isinstance(value, bool | int | float) and math.isfinite(value):
             scores[str(name)] = float(value)
-        elif name == "bits_per_byte" and isinstance(value, list) and len(value) == 2:  # a log-likelihood and a count
+        elif name == BITS and isinstance(value, list) and len(value) == 2:  # a log-likelihood and a count
             scores[str(name)] = -float(value[0]) / float(value[1]) / math.log(2)
     if not scores:
         what = f"no metric that is a number for each item, it has {', '.join(map(str, names)) or 'none'}"
@@ -95,7 +101,7 @@ def _direction(file: Path, metric: str) -> Direction:
             continue
         if isinstance(said, bool):
             return "higher" if said else "lower"
-    return "lower" if metric.endswith(_LOWER) else "higher"
+    return "lower" if _LOWER.fullmatch(metric) else "higher"
 
 
 def _date(file: Path) -> str:
@@ -108,20 +114,27 @@ def _task(file: Path) -> str:
     return found[1] if found else file.stem
 
 
-def _answer(responses: Any) -> str:
-    """The text, or of likelihoods of several choices the number of the likeliest."""
-    if not isinstance(responses, list) or not responses:
-        return text_of(responses)
-    if len(responses) == 1:
-        return text_of(responses[0])
+def _answer(record: Mapping[str, Any], metric: str) -> tuple[str, Any]:
+    """The text, and the right one. Where choices have likelihoods: the choice that the metric takes, as a text if the
+    choices differ in theirs, else as its number."""
+    responses, gold = record["filtered_resps"], record.get("target")
+    if not isinstance(responses, list) or len(responses) < 2:
+        return text_of(responses[0] if isinstance(responses, list) and responses else responses), gold
     try:
         chances = [float(one[0] if isinstance(one, list) else one) for one in responses]
     except (ValueError, TypeError, IndexError):
-        return text_of(responses)
-    return str(chances.index(max(chances)))
+        return text_of(responses), gold
+    asked = [_parts(one) for one in _parts(record.get("arguments"))][: len(chances)]
+    texts = [one[1].removeprefix(" ") for one in asked if len(one) > 1 and isinstance(one[1], str)]
+    if len(set(texts)) < len(chances) or not all(texts):
+        return str(chances.index(max(chances))), gold
+    if metric in _BY_LENGTH:
+        chances = [chance / _BY_LENGTH[metric](text) for chance, text in zip(chances, texts, strict=True)]
+    place = str(gold)
+    gold = texts[int(place)] if place.isdecimal() and place not in texts and int(place) < len(texts) else gold
+    return texts[chances.index(max(chances))], gold
 
 
-def _first(value: Any) -> Any:
-    """The first part: lm-eval's arguments are {"gen_args_0": {"arg_0": the context, ...}, ...}, before 0.4.3 lists."""
-    parts = list(value.values()) if isinstance(value, dict) else value
-    return parts[0] if isinstance(parts, list) and parts else None
+def _parts(value: Any) -> list[Any]:
+    """lm-eval's arguments are {"gen_args_0": {"arg_0": the context, "arg_1": a choice}, ...}, before 0.4.3 lists."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

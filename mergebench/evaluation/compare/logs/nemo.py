@@ -4,6 +4,7 @@ its reward and what each scorer gave."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,18 @@ RESULTS = "results.jsonl"
 REWARD = "reward"
 
 
-def is_log(file: Path) -> bool:
-    """Whether a file is a bundle, or the results beside one."""
-    return _benchmark(file) is not None or (file.name == RESULTS and bool(_bundles(file.parent)))
-
-
-def logs_in(folder: Path) -> list[Path]:
+def files(folder: Path) -> Iterable[Path]:
     """The bundles in a folder and in the folders in it."""
-    return _bundles(folder, "**/eval-*.json")
+    return sorted(folder.rglob("eval-*.json"))
 
 
-def read(file: Path) -> list[Log]:
+def read(file: Path) -> list[Log] | None:
     """A log of the rewards and of each scorer that scored every problem; of one that ran again the last line counts."""
-    bundle = file if file.name != RESULTS else _bundles(file.parent)[0]
+    beside = sorted(file.parent.glob("eval-*.json")) if file.name == RESULTS else [file]
+    known = [(one, about) for one in beside if (about := _bundle(one)) is not None]
+    if not known:
+        return None
+    bundle, about = known[-1]
     results = bundle.parent / RESULTS
     if not results.is_file():
         raise RunError(f"{bundle}: no {RESULTS} beside it", "copy it there: flips are counted problem by problem")
@@ -41,12 +41,13 @@ def read(file: Path) -> list[Log]:
         rows[str(record["problem_idx"]), str(record.get("repeat", 0))] = where, record
     if not rows:
         raise RunError(f"{results}: it holds no problems")
-    several = len({repeat for _, repeat in rows}) > 1
-    task = str(_benchmark(bundle))
     scorers = [set(record.get("scorer_rewards") or {}) for _, record in rows.values()]
-    logs = [Log(TOOL, task, metric) for metric in [REWARD, *sorted(set.intersection(*scorers))]]
-    for (problem, repeat), (where, record) in rows.items():
-        item = f"{problem}, repeat {repeat}" if several else problem
+    config = about.get("config")
+    model = str(config.get("model", "")) if isinstance(config, dict) else ""
+    metrics = [REWARD, *sorted(set.intersection(*scorers))]
+    task, date = about["benchmark"]["name"], str(about.get("timestamp", ""))
+    logs = [Log(TOOL, task, metric, model=model, date=date) for metric in metrics]
+    for (item, _), (where, record) in rows.items():
         answer = next((record[key] for key in ("extracted_answer", "model_response") if record.get(key)), "")
         for log in logs:
             value = record.get(REWARD) if log.metric == REWARD else record["scorer_rewards"][log.metric]
@@ -60,16 +61,12 @@ def read(file: Path) -> list[Log]:
     return logs
 
 
-def _bundles(folder: Path, names: str = "eval-*.json") -> list[Path]:
-    return [file for file in sorted(folder.glob(names)) if _benchmark(file) is not None]
-
-
-def _benchmark(file: Path) -> str | None:
-    """The benchmark that a bundle names."""
+def _bundle(file: Path) -> dict[str, Any] | None:
+    """A bundle, which names its benchmark."""
     if file.suffix != ".json" or not file.name.startswith("eval-"):
         return None
     try:
-        found = read_json(file, Any)["benchmark"]["name"]
+        found = read_json(file)
+        return found if isinstance(found["benchmark"]["name"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, str) else None

@@ -1,0 +1,27 @@
+"""What a measured model takes on disk: the bytes of its own tensors, as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergebench.networks.loadable import LoadableModel
+
+
+def bytes_of(model: LoadableModel | Mapping[str, LoadableModel]) -> int | None:
+    """Of a model on a base (`BASE+ADAPTER`), what is added to the base; of one for each task, what they have together.
+    None of a model that is not made of files."""
+    from mergebench.checkpoint.model import Model
+    from mergebench.deltas import verbs  # torch comes with it
+
+    models = list(model.values()) if isinstance(model, Mapping) else [model]
+    known = [one for one in models if isinstance(one, Model)]
+    if len(known) < len(models):
+        return None
+    added = [delta for one in known for deltas in one.deltas.values() for delta in deltas]
+    beside = sum(file.stat().st_size for file in {file for one in known for file in one.modules})
+    if added or beside:
+        return verbs.size(added).nbytes + beside
+    own = {(info.file, info.offset): info.nbytes for one in known for info in one.tensors.values()}
+    return sum(own.values())
