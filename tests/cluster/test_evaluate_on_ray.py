@@ -23,7 +23,7 @@ from mergebench.evaluation import Candidate, Results, Step, evaluate_models, loa
 from mergebench.evaluation.search.search import Found, search
 from tests.cluster.conftest import kept
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("cluster")]  # one cluster for all
 MODELS = ["base", "one", "two"]
 
 

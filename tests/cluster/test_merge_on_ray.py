@@ -26,7 +26,7 @@ from tests.deltas.kinds import WIDTH, write_world
 from tests.editing.conftest import write_probe
 from tests.models import fine_tuned, hashes, read_model, write_model
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("cluster")]  # one cluster for all
 SURGERY = {"edit": "surgery", "probe": "probe.safetensors", "target": "*.square.weight", "rows": "30%", "alpha": 2.0}
 
 
