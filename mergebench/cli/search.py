@@ -26,7 +26,7 @@ def search(
         list[str],
         typer.Option(
             metavar="WHAT",
-            help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*; commas between.",
+            help="lambda, lambda=0.2:1.2, density=0.05/0.1/0.2, weight.*, first, last, schedule; commas between.",
             autocompletion=complete.dimensions,
         ),
     ],

@@ -113,7 +113,7 @@ NO_MODEL = {  # files, and what is said of them
         "{0}/unet, {0}/vae",
     ),
     "an encoder in a folder": (["modules.json", "0_Transformer/model.safetensors"], "no .safet", "{0}/0_Transformer"),
-    "FSDP": (["pytorch_model_fsdp_0/__0_0.distcp"], "no .safet", "accelerate merge-weights"),
+    "FSDP": (["pytorch_model_fsdp_0/__0_0.distcp"], "no .safet", "without their .metadata"),
     "DeepSpeed": (["latest", "global_step5/mp_rank_00_model_states.pt"], "no .safet", "zero_to_fp32.py"),
 }
 
