@@ -7,7 +7,7 @@ MiniLM, all its weights, with a linear head on the mean of its tokens, learns th
 their glosses: 480 steps of 16, every gloss read once, AdamW, and from step 48 on a constant learning rate. A checkpoint
 is kept every 20 steps from 240 on. The decayed run is the same up to step 320; from there its rate falls linearly to
 zero at step 480, on the same batches. The recipes below average the checkpoints. Loss and accuracy are on 1,000 glosses
-that no run has read.
+that no run has read; differences are paired, with their standard error over the glosses of all seeds.
 
 Prints Markdown. Checkpoints and measurements are kept in FOLDER, so that a run that was killed goes on; take another
 folder when the code has changed. About 25 minutes of one core for three seeds, and 4 GB of disk.
@@ -50,6 +50,9 @@ SCHEDULES: dict[str, Any] = {
     "minus-sqrt": "minus-sqrt",
 }
 WINDOWS = {400: ["mean"], 320: list(SCHEDULES), 240: ["mean"]}  # the first step, to the last of the run
+
+
+Measured = tuple[list[float], list[int]]
 
 
 class Classifier(nn.Module):
@@ -163,18 +166,19 @@ def keep(model: Classifier, place: Path) -> None:
 
 
 @torch.inference_mode()
-def measure(place: Path, texts: Texts, classes: int) -> tuple[float, float]:
-    """Loss in nats and accuracy."""
+def measure(place: Path, texts: Texts, classes: int) -> Measured:
+    """Each text's loss in nats, and whether it is classified right."""
     model = Classifier(classes).eval()
     model.load_state_dict(load_file(place / "model.safetensors"))
-    loss, right = 0.0, 0
+    losses: list[float] = []
+    right: list[int] = []
     order = sorted(range(len(texts.ids)), key=lambda number: len(texts.ids[number]))
     for at in range(0, len(order), 64):
         ids, mask, labels = texts.batch(order[at : at + 64])
         logits = model(ids, mask)
-        loss += float(cross_entropy(logits, labels, reduction="sum"))
-        right += int((logits.argmax(1) == labels).sum())
-    return loss / len(order), right / len(order)
+        losses += cross_entropy(logits, labels, reduction="none").tolist()
+        right += (logits.argmax(1) == labels).int().tolist()
+    return losses, right
 
 
 def averaged(folder: Path, first: int, schedule: Any) -> Path:
@@ -189,10 +193,10 @@ def averaged(folder: Path, first: int, schedule: Any) -> Path:
     return out
 
 
-def figures(folder: Path, texts: Texts, classes: int) -> dict[str, tuple[float, float]]:
-    """Loss and accuracy of what one seed gave, each measured once."""
+def figures(folder: Path, texts: Texts, classes: int) -> dict[str, Measured]:
+    """What one seed gave, each measured once."""
     kept = folder / "measured.json"
-    found: dict[str, tuple[float, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    found: dict[str, Measured] = json.loads(kept.read_text()) if kept.is_file() else {}
     rows = {"last checkpoint": folder / f"checkpoint-{STEPS}", "decayed run": folder / "decayed"}
     for first, names in WINDOWS.items():
         count = (STEPS - first) // EVERY + 1
@@ -222,17 +226,20 @@ def main() -> None:
             seeds.append(figures(folder, test, classes))
     if not seeds:
         return
-    print("| what | loss | accuracy | loss − last checkpoint's |\n|---|---|---|---|")
+    print("| what | loss | accuracy | loss - last checkpoint's | loss - decayed run's |\n|---|---|---|---|---|")
     for label in seeds[0]:
-        losses, rights = ([one[label][k] for one in seeds] for k in (0, 1))
-        gains = [one[label][0] - one["last checkpoint"][0] for one in seeds]
-        print(f"| {label} | {said(losses)} | {said(rights)} | {said(gains)} |")
+        losses, rights = ([value for one in seeds for value in one[label][k]] for k in (0, 1))
+        row = [f"{statistics.fmean(losses):.3f}", f"{statistics.fmean(rights):.3f}"]
+        for other in ("last checkpoint", "decayed run"):
+            theirs = [value for one in seeds for value in one[other][0]]
+            row.append(said([loss - their for loss, their in zip(losses, theirs, strict=True)]))
+        print(f"| {label} | {' | '.join(row)} |")
 
 
-def said(values: Sequence[float]) -> str:
-    """The mean over the seeds, with its standard error."""
-    mean = statistics.fmean(values)
-    return f"{mean:.3f}" + (f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else "")
+def said(differences: Sequence[float]) -> str:
+    """The mean over the texts, with its standard error."""
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return "" if error == 0 else f"{mean:+.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

@@ -74,9 +74,12 @@ def inspect(
         return
     from rich.table import Table
 
+    from mergebench.checkpoint.distributed import SHARD
+
     elements = sum(t.numel for t in found.tensors.values())
     size = sum(t.nbytes for t in found.tensors.values())
-    files = counted(len({t.file for t in found.tensors.values()}), "file")
+    shards = {header.file for header in found.headers if header.file.suffix == SHARD}
+    files = counted(len({t.file for t in found.tensors.values()} | shards), "file")
     kind = _architecture(found.config) or "no config"
     places = ", ".join(map(str, found.adapters))
     adapted = f", {len(found.deltas)} changed by {places}" if found.deltas else ""

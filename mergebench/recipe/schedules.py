@@ -50,7 +50,7 @@ def mean(n: int) -> Weights:
     return [1 / n] * n
 
 
-def ema(n: int, decay: float = 0.8) -> Weights:
+def ema(n: int, decay: float = DECAY.default) -> Weights:
     """c_j = (1 - decay) decay^(k - j), and decay^k for the first: arXiv:2505.12082, eq. 4, with decay = 1 - alpha.
 
     The paper tries alpha 0.1 and 0.2, of which 0.2 did better early in training.
@@ -58,7 +58,7 @@ def ema(n: int, decay: float = 0.8) -> Weights:
     return [decay ** (n - 1), *((1 - decay) * decay ** (n - 1 - j) for j in range(1, n))]
 
 
-def wsm(n: int, decay: str | Sequence[float] = "cosine") -> Weights:
+def wsm(n: int, decay: str | Sequence[float]) -> Weights:
     """c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k: WSM, arXiv:2507.17634, its theorem solved for the weights.
 
     decay: w_1, ..., w_k, from 1 to 0, or a curve f with w_j = f(j / n). That the curve reaches zero one interval after
@@ -74,6 +74,7 @@ def minus_sqrt(n: int) -> Weights:
     return wsm(n, "minus-sqrt")
 
 
+DEFAULTS = {"ema": DECAY.default, "wsm": "cosine"}
 NAMES = ("mean", "ema", "wsm", "minus-sqrt")
 FORM = "write schedule: mean, ema, wsm, minus-sqrt, {ema: {decay: 0.9}}, {wsm: {decay: linear}} or {weights: [1, 2, 3]}"
 
@@ -88,9 +89,9 @@ class Schedule:
     @property
     def label(self) -> str:
         """`ema, decay 0.8`."""
-        if self.name == "weights" or self.value is None:
-            return {"ema": f"ema, decay {DECAY.default}", "wsm": "wsm, decay cosine"}.get(self.name, self.name)
-        return f"{self.name}, decay {self.value if isinstance(self.value, (str, float)) else list(self.value)}"
+        if self.value is None or self.name == "weights":
+            return self.name
+        return f"{self.name}, decay {list(self.value) if isinstance(self.value, tuple) else self.value}"
 
     def weights(self, n: int) -> Weights:
         """The weights of n checkpoints by their steps; `RecipeError` if it is written for another number."""
@@ -120,7 +121,7 @@ def read(written: Any) -> Schedule:
         if written not in NAMES:
             hint = "give them: schedule: {weights: [1, 2, 3]}" if written == "weights" else did_you_mean(written, NAMES)
             raise RecipeError(f"'{written}' is no schedule", hint)
-        return Schedule(written)
+        return Schedule(written, DEFAULTS.get(written))
     if not (isinstance(written, dict) and len(written) == 1):
         raise RecipeError(f"must be a schedule, got {show(written)}", FORM)
     ((name, given),) = written.items()
@@ -129,7 +130,7 @@ def read(written: Any) -> Schedule:
     if name not in NAMES or not isinstance(given, dict) or given.keys() - {"decay"}:
         raise RecipeError(f"{name}: no such schedule, or no such parameter of it", FORM)
     if "decay" not in given or given["decay"] is None:
-        return Schedule(name)
+        return Schedule(name, DEFAULTS.get(name))
     if name == "wsm":
         return Schedule(name, _decay(given["decay"]))
     if name != "ema":

@@ -159,6 +159,21 @@ def test_the_merge_has_the_schedules_weights() -> None:
     torch.testing.assert_close(load_file("out/model.safetensors")["w"], torch.full((3,), 225.0))
 
 
+def test_the_mean_of_a_trainers_checkpoints_is_exact() -> None:
+    """In float32, rounded once to their bfloat16; nothing of the run's state goes along."""
+    values = {step: torch.randn(50, generator=torch.Generator().manual_seed(step)).bfloat16() for step in STEPS}
+    for step, one in values.items():
+        save_file({"w": one}, f"run/checkpoint-{step}/model.safetensors")
+        torch.save({}, f"run/checkpoint-{step}/optimizer.pt")
+        Path(f"run/checkpoint-{step}/trainer_state.json").write_text("{}")
+
+    mergebench.merge({"merge_method": "linear", "models": "run/checkpoint-*", "schedule": "mean"}, "out")
+
+    assert not {"optimizer.pt", "trainer_state.json"} & {path.name for path in Path("out").iterdir()}
+    wanted = torch.stack([one.double() for one in values.values()]).mean(0).float().bfloat16()
+    assert torch.equal(load_file("out/model.safetensors")["w"], wanted)
+
+
 def test_a_result_is_made_again_though_the_run_went_on() -> None:
     mergebench.merge({"merge_method": "linear", "models": "run/checkpoint-{100..1000}", "schedule": "ema"}, "out")
     Path("run/checkpoint-950").mkdir()

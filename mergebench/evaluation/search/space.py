@@ -164,7 +164,7 @@ def _of_the_window(parameter: Parameter, recipe: Recipe, span: str, where: str) 
     """A step of the checkpoints that are averaged, or their schedule: all that there are, or those written."""
     if parameter.name == "schedule":
         assert recipe.schedule is not None, "asked before"
-        name = recipe.schedule.name if recipe.schedule.value is None else None  # its numbers are the recipe's alone
+        name = next((one for one in schedules.NAMES if schedules.read(one) == recipe.schedule), None)
         return _ranged(Dimension("schedule", parameter, None, name), span, where)
     there = steps(recipe)
     own = there[0] if parameter.name == "first" else there[-1]
