@@ -98,10 +98,13 @@ class Schedule:
         if self.name == "weights":
             self._check_count(len(self.value), n, "weights")
             return [one / sum(self.value) for one in self.value]
-        if self.name == "wsm" and isinstance(self.value, tuple):
-            self._check_count(len(self.value) + 1, n, "factors, one for each interval between two,")
-        own = () if self.value is None else (self.value,)
-        return {"mean": mean, "ema": ema, "wsm": wsm, "minus-sqrt": minus_sqrt}[self.name](n, *own)
+        if self.name == "ema":
+            return ema(n, self.value)
+        if self.name == "wsm":
+            if isinstance(self.value, tuple):
+                self._check_count(len(self.value) + 1, n, "factors, one for each interval between two,")
+            return wsm(n, self.value)
+        return mean(n) if self.name == "mean" else minus_sqrt(n)
 
     def _check_count(self, given: int, n: int, what: str) -> None:
         if given != n:
