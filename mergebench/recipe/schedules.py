@@ -62,7 +62,7 @@ def wsm(n: int, decay: str | Sequence[float]) -> Weights:
     """c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k: WSM, arXiv:2507.17634, its theorem solved for the weights.
 
     decay: w_1, ..., w_k, from 1 to 0, or a curve f with w_j = f(j / n). That the curve reaches zero one interval after
-    the last checkpoint is Megatron-LM's choice.
+    the last checkpoint is Megatron-LM's choice; the cosine as the default is ours.
     """
     factors = [CURVES[decay](j / n) for j in range(1, n)] if isinstance(decay, str) else list(decay)
     ends = [1.0, *factors, 0.0]
