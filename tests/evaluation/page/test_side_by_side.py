@@ -19,6 +19,7 @@ from mergebench.evaluation import Results, page, save
 from mergebench.evaluation.page import curves, side_by_side
 from mergebench.evaluation.page.figures import FULL
 from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.search.candidates import Merged
 from mergebench.evaluation.size import bytes_of
 from mergebench.evaluation.task import Item
 from tests.conftest import Cli
@@ -137,6 +138,7 @@ def test_bytes_of_models_and_of_what_is_added(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
     assert bytes_of(open_model(str(base))) == sum(value.nbytes for value in tiny_tensors().values())
     assert bytes_of(open_model(f"{base}+{tmp_path / 'adapter'}")) == 4 * 32
+    assert bytes_of(Merged("m", base, {"w": torch.ones(3, dtype=torch.bfloat16)})) == 6
 
 
 def test_what_cannot_stand_side_by_side(tmp_path: Path, runs: list[Path], cli: Cli) -> None:
@@ -171,6 +173,15 @@ def test_tasks_that_not_all_have_and_other_items(tmp_path: Path, runs: list[Path
     )
     assert [sheet.legend[:10] for sheet in more] == ["What the r"]  # no differences of answers
     assert "base" not in scores.heads  # it answered other items
+
+
+def test_a_search_has_its_recipe_with_what_it_chose(runs: list[Path]) -> None:
+    about = json.loads((runs[0] / "mergebench.json").read_text())["recipe"]
+    (runs[0] / "mergebench.json").unlink()
+    made = {"recipe": about | {"parameters": {"lambda": 1.0, "density": 0.1}}, "objective": "mean"}
+    points = [{"number": n, "values": {"lambda": 1 - 0.1 * n}, "tasks": {}, "objective": 0.5} for n in range(3)]
+    (runs[0] / "search.json").write_text(json.dumps({"made": made, "points": points, "best": 2}))
+    assert page.document(runs)["recipes"] == {"parameters.lambda": {"a": 0.8, "b": 0.6, "c": 0.9}}
 
 
 def test_models_of_an_evaluation_are_columns(tmp_path: Path, runs: list[Path]) -> None:
