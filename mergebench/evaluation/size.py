@@ -24,5 +24,5 @@ def bytes_of(model: LoadableModel | Mapping[str, LoadableModel]) -> int | None:
     beside = sum(file.stat().st_size for file in {file for one in known for file in one.modules})
     if added or beside:
         return verbs.size(added).nbytes + beside
-    own = {(info.file, info.offset): info.nbytes for one in known for info in one.tensors.values()}
+    own = {(info.file, info.offset, name): info.nbytes for one in known for name, info in one.tensors.items()}
     return sum(own.values())
