@@ -16,8 +16,8 @@ import mergebench
 from mergebench.deltas.open import open_model
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import Results, page, save
-from mergebench.evaluation.page import curves, side_by_side
-from mergebench.evaluation.page.figures import FULL
+from mergebench.evaluation.page import curves, searched, side_by_side
+from mergebench.evaluation.page.figures import FULL, WIDTH
 from mergebench.evaluation.page.sources import Sources
 from mergebench.evaluation.search.candidates import Merged
 from mergebench.evaluation.size import bytes_of
@@ -111,6 +111,20 @@ def test_one_parameter_or_none(tmp_path: Path, runs: list[Path]) -> None:
         about["recipe"]["models"] = [{"model": "x", "parameters": {"weight": value}} for _ in range(2)]
         (place / "mergebench.json").write_text(json.dumps(about))
     assert side_by_side.varied(page.read_all(runs)) == ("weight", {"a": 1, "b": 2, "c": 3})
+
+
+def test_a_search_over_one_parameter_shows_the_tasks() -> None:
+    found = searched.read(documents.search(words=False))
+    (figure,) = [searched._against(found, "lambda", found.tasks)]
+    (axes,) = figure.draw(WIDTH).axes
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in documents.TASKS}
+    at = sorted(found.points, key=lambda point: point["values"]["lambda"])
+    for task, line in lines.items():
+        assert list(line.get_xdata()) == [point["values"]["lambda"] for point in at]
+        assert list(line.get_ydata()) == pytest.approx([100 * point["tasks"][task] for point in at])
+    assert lines.keys() == set(documents.TASKS)
+    (bare,) = searched._against(found, "lambda", []).draw(WIDTH).axes
+    assert not {line.get_label() for line in bare.lines} & {*documents.TASKS}
 
 
 def test_bytes_across(runs: list[Path]) -> None:
