@@ -167,6 +167,13 @@ def test_samples_of_inspect_that_failed(tmp_path: Path) -> None:
     assert mergebench.compare(old, inspect_log(tmp_path / "again", ["C", "I"], created="2026-01-02")).pairs
 
 
+def test_logs_of_inspect_without_samples(tmp_path: Path) -> None:
+    """As `--no-log-samples` writes them: no key `samples` at all."""
+    (tmp_path / "log.json").write_text(json.dumps({"version": 2, "status": "success", "eval": {"task": "x"}}))
+    with pytest.raises(RunError, match="it holds no samples"):
+        mergebench.compare(tmp_path / "log.json", tmp_path / "log.json")
+
+
 def test_a_system_message_is_part_of_the_prompt(tmp_path: Path) -> None:
     """Where a solver puts it, the sample's input is the same."""
 

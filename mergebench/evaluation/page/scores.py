@@ -55,8 +55,9 @@ def sections(sources: Sources) -> Iterator[Section]:
     note = "Bars begin at zero; whiskers are the standard error" + ("." if ways == {"higher"} else "; ")
     if "lower" in ways:
         note += "lower is better where the title says so."
+    note += " Dashed: the base." * any(record.role == "base" for record in results.records)
     if any(record.role == "input" and record.relative == 1.0 for record in results.records):
-        note += " Dashed: the base. Solid: the task's own fine-tune (hatched)."
+        note += " Solid: the task's own fine-tune (hatched)."
     yield Section("Task by task", [Gallery(drawn, note)])
     if len(results.tasks) > 1 and len(results.models) > 1:
         yield Section("Across tasks", [_across(results, sources.looks)])

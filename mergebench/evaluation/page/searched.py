@@ -94,7 +94,7 @@ def sections(sources: Sources) -> Iterator[Section]:
     caption = f"Each dot is one of {len(points)} merges, measured on validation data. Star: the best."
     caption += " Diamond: the recipe as given." if best is not points[0] else ""
     caption += " Whiskers are the standard error." if any(point.get("stderr") for point in points) else ""
-    caption += " Lines: the tasks." if len(tasks) > 1 else ""
+    caption += " Lines: the tasks, whose mean the other marks are." if len(tasks) > 1 else ""
     pair = _apart(points, search.tasks) if search.one_scale else None
     if pair is not None:
         drawn.append(_trade_off(search, *pair))

@@ -165,12 +165,15 @@ def _changes(sources: Sources) -> dict[str, list[Any]]:
 
 
 def _recipe(run: Sources) -> dict[str, Any]:
-    """What made a run, flat: `parameters.lambda`; of a search the values that it chose."""
-    if run.search is not None:
-        best = next((p for p in run.search.get("points", ()) if p["number"] == run.search.get("best")), None)
-        return dict(best["values"]) if best else {}
-    recipe = (run.provenance or {}).get("recipe")
-    return dict(_flat({k: v for k, v in recipe.items() if k != "evaluate"})) if isinstance(recipe, dict) else {}
+    """What made a run, flat: `parameters.lambda`; of a search with the values that it chose."""
+    search = run.search or {}
+    recipe = (search.get("made", {}) if search else run.provenance or {}).get("recipe")
+    found = dict(_flat({k: v for k, v in recipe.items() if k != "evaluate"})) if isinstance(recipe, dict) else {}
+    best: dict[str, Any] = next(
+        (point for point in search.get("points", ()) if point["number"] == search.get("best")), {"values": {}}
+    )
+    chosen = {f"parameters.{key}" if f"parameters.{key}" in found else key: one for key, one in best["values"].items()}
+    return found | chosen
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -138,7 +138,8 @@ def _quadrants(comparison: Comparison) -> Sheet:
     cells = []
     for name, metric, found in rows:
         counts = (found.both_right, len(found.lost), len(found.won), found.both_wrong, found.wrong_differently)
-        sizes = [NONE if one is None else number(one, unit_of(found, metric)) for one in (found.regression, found.gain)]
+        means = (None, None) if found.both_right is not None else (found.regression, found.gain)  # else 1 each
+        sizes = [NONE if one is None else number(one, unit_of(found, metric)) for one in means]
         listed = [NONE if count is None else str(count) for count in counts]
         cells.append([Cell(text) for text in (name, *listed, *(sizes if graded else ()))])
     return Sheet([*heads, *(["mean loss", "mean gain"] if graded else [])], cells)

@@ -16,9 +16,10 @@ import mergebench
 from mergebench.deltas.open import open_model
 from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation import Results, page, save
-from mergebench.evaluation.page import curves, side_by_side
-from mergebench.evaluation.page.figures import FULL
+from mergebench.evaluation.page import curves, searched, side_by_side
+from mergebench.evaluation.page.figures import FULL, WIDTH
 from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.search.candidates import Merged
 from mergebench.evaluation.size import bytes_of
 from mergebench.evaluation.task import Item
 from tests.conftest import Cli
@@ -112,6 +113,20 @@ def test_one_parameter_or_none(tmp_path: Path, runs: list[Path]) -> None:
     assert side_by_side.varied(page.read_all(runs)) == ("weight", {"a": 1, "b": 2, "c": 3})
 
 
+def test_a_search_over_one_parameter_shows_the_tasks() -> None:
+    found = searched.read(documents.search(words=False))
+    (figure,) = [searched._against(found, "lambda", found.tasks)]
+    (axes,) = figure.draw(WIDTH).axes
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in documents.TASKS}
+    at = sorted(found.points, key=lambda point: point["values"]["lambda"])
+    for task, line in lines.items():
+        assert list(line.get_xdata()) == [point["values"]["lambda"] for point in at]
+        assert list(line.get_ydata()) == pytest.approx([100 * point["tasks"][task] for point in at])
+    assert lines.keys() == set(documents.TASKS)
+    (bare,) = searched._against(found, "lambda", []).draw(WIDTH).axes
+    assert not {line.get_label() for line in bare.lines} & {*documents.TASKS}
+
+
 def test_bytes_across(runs: list[Path]) -> None:
     results = documents.results(bytes={"base": 90_000_000, "base+a/tweets": 600_000, "pcb": 90_000_000})
     looks = Sources(Path(), results, None, None, None).looks
@@ -137,6 +152,7 @@ def test_bytes_of_models_and_of_what_is_added(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
     assert bytes_of(open_model(str(base))) == sum(value.nbytes for value in tiny_tensors().values())
     assert bytes_of(open_model(f"{base}+{tmp_path / 'adapter'}")) == 4 * 32
+    assert bytes_of(Merged("m", base, {"w": torch.ones(3, dtype=torch.bfloat16)})) == 6
 
 
 def test_what_cannot_stand_side_by_side(tmp_path: Path, runs: list[Path], cli: Cli) -> None:
@@ -171,6 +187,15 @@ def test_tasks_that_not_all_have_and_other_items(tmp_path: Path, runs: list[Path
     )
     assert [sheet.legend[:10] for sheet in more] == ["What the r"]  # no differences of answers
     assert "base" not in scores.heads  # it answered other items
+
+
+def test_a_search_has_its_recipe_with_what_it_chose(runs: list[Path]) -> None:
+    about = json.loads((runs[0] / "mergebench.json").read_text())["recipe"]
+    (runs[0] / "mergebench.json").unlink()
+    made = {"recipe": about | {"parameters": {"lambda": 1.0, "density": 0.1}}, "objective": "mean"}
+    points = [{"number": n, "values": {"lambda": 1 - 0.1 * n}, "tasks": {}, "objective": 0.5} for n in range(3)]
+    (runs[0] / "search.json").write_text(json.dumps({"made": made, "points": points, "best": 2}))
+    assert page.document(runs)["recipes"] == {"parameters.lambda": {"a": 0.8, "b": 0.6, "c": 0.9}}
 
 
 def test_models_of_an_evaluation_are_columns(tmp_path: Path, runs: list[Path]) -> None:

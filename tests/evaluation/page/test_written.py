@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from mergebench.errors import RunError
 from mergebench.evaluation import page
@@ -35,6 +36,10 @@ def test_eval_leaves_a_page(place: Path, cli: Cli) -> None:
     assert cli("eval", "suite.yaml", "base", "x", "--against", "base", "-q").code == 0
     text = (place / "evaluations" / "suite" / "report.html").read_text(encoding="utf-8")
     assert "Flips against base" in text and "Not drawn" not in text
+    weights = (place / name / "model.safetensors" for name in ("base", "x"))
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in weights]
+    found = json.loads((place / "evaluations" / "suite" / "evaluation.json").read_text())["made"]["bytes"]
+    assert found == dict(zip(("base", "x"), sizes, strict=True))
 
 
 def test_without_a_page_the_rest_is_there(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def read(file: Path) -> list[Log] | None:
     if file.suffix == ".eval":
         head, samples = _archive(file)
     elif (document := _document(file)) is not None:
-        head, samples = document, document["samples"]
+        head, samples = document, document.get("samples") or []
     else:
         return None
     about = head["eval"] if isinstance(head.get("eval"), dict) else {}
@@ -92,7 +92,7 @@ def _grade(value: Any, where: str) -> float:
         if (grade := _GRADES.get(value, _GRADES.get(value.lower()))) is not None:
             return grade
         if re.fullmatch(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", value, re.IGNORECASE):
-            return float(value)
+            value = float(value)
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
     raise RunError(f"{where}: its score must be C, I, P, N or a number, got {json.dumps(value)[:60]}")
@@ -106,7 +106,9 @@ def _document(file: Path) -> dict[str, Any] | None:
         found = read_json(file, Any)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("samples"), list) and "eval" in found else None
+    if not isinstance(found, dict) or not isinstance(found.get("eval"), dict) or "task" not in found["eval"]:
+        return None
+    return found if isinstance(found.get("samples"), list | None) else None
 
 
 def _archive(file: Path) -> tuple[dict[str, Any], list[Any]]:
