@@ -86,6 +86,11 @@ class Assembled:
             if box.source.made is not None:
                 box.source.made.settle(files)
 
+    def resident(self) -> int:
+        """Bytes of the longest piece that is kept because it is needed for many chunks."""
+        kept = [box.span for box in self._pieces.boxes if not box.is_run]
+        return max(kept, default=0) * ITEM_SIZE[self.dtype]
+
     @cached_property
     def _pieces(self) -> Pieces:
         return Pieces(self.laid)

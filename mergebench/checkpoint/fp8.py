@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # torch is imported to read values, not to read headers
 BLOCK = (128, 128)
 SETTINGS = ("quantization_config", "compression_config")  # keys of config.json about scales
 _ENDS = ("_scale_inv", "_scale")
-_ACTIVATIONS = re.compile(r"(^|\.)(input_scale|input_scale_ub|output_scale|activation_scale|[qkv]_scale)$")
+_ACTIVATIONS = re.compile(
+    r"(^|\.)(input_scale|input_scale_ub|input_global_scale|output_scale|activation_scale|[qkv]_scale)$"
+)
 
 
 def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from mergebench.checkpoint.documents import open_file
 from mergebench.checkpoint.fp8 import without_scales
-from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import PICKLES, Model
 from mergebench.checkpoint.naming import part_folders
 from mergebench.checkpoint.reference import LEGAL, SIDE_SUFFIXES
@@ -103,7 +102,7 @@ def side_files(source: Model) -> Beside:
         return Beside([], [])
     main, place = PurePath(source.naming.main), source.side_directory
     stale = [] if source.tokenizer_files is None else [str(main / path.name) for path in tokenizer_files(place)]
-    if any(info.dtype in FP8 for info in source.tensors.values()):
+    if any(info.is_quantized for info in source.tensors.values()):
         stale.append(str(main / "hf_quant_config.json"))
     read = {header.file for header in source.headers}
     copied: list[str] = []
@@ -137,7 +136,7 @@ def copy_side_files(
         name = str(PurePath(source.naming.main) / name)
         write_atomically(directory / name, content)
         copied += [name] if name not in copied else []
-    scaled = any(info.dtype in FP8 for info in source.tensors.values())
+    scaled = any(info.is_quantized for info in source.tensors.values())
     config = without_scales(source.config) if scaled else dict(source.config)
     changed = bool(source.config_changes) or config != source.config
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"

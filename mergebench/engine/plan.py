@@ -177,14 +177,19 @@ class Plan:
 
     @cached_property
     def delta_bytes(self) -> int:
-        """The most bytes of one worker's open deltas: those of one tensor, for all models and the base."""
-        held = [0]
-        if not any(model.deltas for model in [self.merge.reference, *self.merge.models]):
+        """The most bytes that one worker's open deltas and tensors made of others hold: those of one tensor, for all
+        models and the base."""
+        held, models = [0], [self.merge.reference, *self.merge.models]
+        if not any(model.deltas or any(info.made for info in model.tensors.values()) for model in models):
             return 0
-        for name in {**self.operands, **self.merge.reference.deltas}:
+        for name in self.merge.reference.tensors:
             operands = self.operands.get(name, ())
-            deltas = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()
-            held.append(sum(delta.resident() for delta in [*deltas, *(d for one in operands for d in one.deltas)]))
+            stored, deltas = self.base_of(name)
+            alone = not operands or self.needs_base(name, apply=True)
+            opened = [*(deltas if alone else ()), *(delta for one in operands for delta in one.deltas)]
+            read = [*([stored] if alone else []), *(one.stored for one in operands if one.stored is not None)]
+            made = {id(info.made): info.made.resident() for info in read if info.made is not None}
+            held.append(sum(delta.resident() for delta in opened) + sum(made.values()))
         return max(held)
 
     @property

@@ -585,6 +585,19 @@ def _(s: Setup) -> None:
     s.rewrite(s.ft1, layers__0__weight=fp8, layers__0__weight_scale=torch.tensor([float("nan")]))
 
 
+@case("an MXFP4 scale that is no number", FAILED, "layers.0.experts.x", "ft1", "nan at [0, 0, 0]", leaves_partial=True)
+def _(s: Setup) -> None:
+    blocks = {"layers__0__experts__x_blocks": torch.ones(1, 2, 1, 16, dtype=torch.uint8)}
+    for place, scale in ((s.base, 120), (s.ft1, 255), (s.ft2, 120)):
+        scales = torch.full((1, 2, 1), scale, dtype=torch.uint8)
+        s.rewrite(place, **blocks, layers__0__experts__x_scales=scales)
+
+
+@case("MXFP4 without its scales", MODEL, "experts.x_blocks", "ft1 has MXFP4", hint="layers.0.experts.x_scales")
+def _(s: Setup) -> None:
+    s.rewrite(s.ft1, layers__0__experts__x_blocks=torch.ones(1, 2, 1, 16, dtype=torch.uint8))
+
+
 @case("adapter for another base", MODEL, "lora", "'other.weight'", hint="another model")
 def _(s: Setup) -> None:
     lora = s.adapter()
