@@ -156,7 +156,7 @@ class Packed:
         """Scales as float32."""
         raw = self._bytes(files, self.scales, start, count)
         if self.form.kind == "MXFP4":
-            found: NDArray[np.float32] = _powers()[raw]
+            found: NDArray[np.float32] = powers()[raw]
             return found
         import torch
 
@@ -188,7 +188,7 @@ def _pairs() -> NDArray[np.uint64]:
 
 
 @cache
-def _powers() -> NDArray[np.float32]:
+def powers() -> NDArray[np.float32]:
     """The scale of every e8m0 byte."""
     import numpy as np
 

@@ -44,11 +44,12 @@ def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mappi
         elif settings is not None:
             wanted = " or ".join(name + end for end in _ENDS)
             raise ModelError(f"{name}: {reference} has {info.dtype} and no scale", f"it would be called {wanted}")
-    return {
-        name: info
-        for name, info in found.items()
-        if name not in used and not (info.numel == 1 and _ACTIVATIONS.search(name))
-    }
+    return {name: info for name, info in found.items() if name not in used and not is_of_activations(info)}
+
+
+def is_of_activations(info: TensorInfo) -> bool:
+    """Whether a tensor is a scale of a layer's input or output, which says nothing of its weight."""
+    return info.numel == 1 and _ACTIVATIONS.search(info.name) is not None
 
 
 def without_scales(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class Scaler:
             if size == columns:
                 size = (len(out) - at) // columns * columns
             piece = out[at : at + size]
-            factors = self.scale[self._rows(row, row + -(-size // columns))]
+            factors = self.scale[self.rows(row, row + -(-size // columns))]
             if self.scale.shape[1] == 1:
                 piece.view(len(factors), -1).mul_(factors)
             elif size >= columns and columns % self.blocks[-1] == 0:
@@ -116,7 +117,7 @@ class Scaler:
                 piece.view(len(factors), -1).mul_(wide)
             at += size
 
-    def _rows(self, first: int, stop: int) -> Tensor:
+    def rows(self, first: int, stop: int) -> Tensor:
         """The rows of the scale for rows of the tensor; all dimensions but the last are flattened."""
         import torch
 

@@ -31,6 +31,7 @@ ITEM_SIZE = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+ENCODINGS = ("float8_e4m3", "mxfp4")  # what a result may be rounded to, with scales
 _ARE_FLOATS = FLOATS | FP8
 GGUF_HINT = "GGUF files are made for running a model: merge the safetensors model it was made from"
 _OTHER_FILES = {

@@ -149,3 +149,16 @@ def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) ->
                 if old in theirs and old not in ours and new in ours:
                     found = {name: newer.replace(old, new) for name, newer in found.items()}
     return found
+
+
+def kind_of_module(name: str) -> str:
+    """What a tensor's module is: experts, attention, mlp or other."""
+    found = (kind for kind, words in _KINDS_OF_MODULE.items() if words.search(name))
+    return next(found, "other")
+
+
+_KINDS_OF_MODULE = {
+    "experts": re.compile(r"experts?\b"),
+    "attention": re.compile(r"att(entio)?n|\b[qkvo]_proj\b|\bqkv", re.IGNORECASE),
+    "mlp": re.compile(r"mlp|feed_forward|ffn|\b(gate|up|down)_proj\b|\bfc\d", re.IGNORECASE),
+}
