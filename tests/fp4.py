@@ -50,7 +50,8 @@ def tiny_gpt_oss(**more: Any) -> Any:
 
 def write_mxfp4(directory: Path, model: Any, seed: int) -> dict[str, Tensor]:
     """A gpt-oss model with random experts in MXFP4; returns what its tensors stand for, as bfloat16."""
-    config = json.loads(model.config.to_json_string()) | {"quantization_config": MXFP4, "dtype": "bfloat16"}
+    about = {"architectures": ["GptOssForCausalLM"], "quantization_config": MXFP4, "dtype": "bfloat16"}
+    config = json.loads(model.config.to_json_string()) | about
     tensors: dict[str, Tensor] = {}
     real: dict[str, Tensor] = {}
     for number, (name, value) in enumerate(model.state_dict().items()):

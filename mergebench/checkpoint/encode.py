@@ -257,5 +257,5 @@ def _four(groups: NDArray[np.float32], exponents: NDArray[np.uint8]) -> tuple[ND
 
 
 def _rounding(values: Tensor, back: Tensor) -> Rounding:
-    moved, size = (back - values).double().square().sum(), values.double().square().sum()
+    moved, size = ((one * one).sum(dtype=torch.float64) for one in (back - values, values))
     return Rounding(float(moved), float(size))

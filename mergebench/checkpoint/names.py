@@ -151,14 +151,16 @@ def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) ->
     return found
 
 
-def kind_of_module(name: str) -> str:
-    """What a tensor's module is: experts, attention, mlp or other."""
-    found = (kind for kind, words in _KINDS_OF_MODULE.items() if words.search(name))
-    return next(found, "other")
+def module_kind(name: str) -> str:
+    """The kind of module that a tensor belongs to, by its name: attention, MLP, experts, embeddings, norms, head."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
 
 
-_KINDS_OF_MODULE = {
-    "experts": re.compile(r"experts?\b"),
-    "attention": re.compile(r"att(entio)?n|\b[qkvo]_proj\b|\bqkv", re.IGNORECASE),
-    "mlp": re.compile(r"mlp|feed_forward|ffn|\b(gate|up|down)_proj\b|\bfc\d", re.IGNORECASE),
+_KINDS = {
+    "experts": re.compile(r"experts?\."),
+    "head": re.compile(r"(^|\.)(lm_head|embed_out|output_layer|score|classifier|qa_outputs|cls)\."),
+    "norms": re.compile(r"norm|(^|\.)ln_|\.ln\d", re.IGNORECASE),
+    "embeddings": re.compile(r"embed|(^|\.)(wte|wpe|shared)\."),
+    "attention": re.compile(r"attn|attention|mixer", re.IGNORECASE),
+    "MLP": re.compile(r"mlp|ffn|feed_forward|fc\d|intermediate|output\.dense|DenseReluDense"),
 }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -185,8 +186,9 @@ class ShardFiles:
         raw, width = rows.contiguous().view(-1).numpy().data, rows.shape[1]
         try:
             file = self._file(path)
-            for number in range(len(rows)):
-                put(file, raw[number * width : (number + 1) * width], at + start + number * stride)
+            for first, place in zip(range(0, len(raw), width), count(at + start, stride), strict=False):
+                if (done := os.pwrite(file, raw[first : first + width], place)) < width:
+                    put(file, raw[first + done : first + width], place + done)
         except OSError as error:
             raise write_error(path, error) from None
 

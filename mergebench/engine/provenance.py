@@ -17,7 +17,7 @@ import torch
 from mergebench import __version__
 from mergebench.checkpoint.content import sample_of, sha256_of
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.names import kind_of_module
+from mergebench.checkpoint.names import module_kind
 from mergebench.engine.answers import key_of
 from mergebench.engine.lines import alpha_of
 from mergebench.engine.plan import Plan
@@ -89,7 +89,7 @@ def rounding(plan: Plan, moved: Mapping[str, Sequence[float]]) -> dict[str, Any]
     kinds: dict[str, list[Sequence[float]]] = {}
     for name in plan.encoded.tensors:
         if name in moved:
-            kinds.setdefault(kind_of_module(name), []).append(moved[name])
+            kinds.setdefault(module_kind(name), []).append(moved[name])
     error = {}
     for kind, sums in sorted(kinds.items()):
         change, size = (math.fsum(column) for column in zip(*sums, strict=True))

@@ -232,7 +232,7 @@ def test_fp8_of_a_plain_base(architecture: str) -> None:
         }
         attention = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
         assert set(settings.pop("modules_to_not_convert")) == attention | {"lm_head"}
-        assert rounding().keys() == {"mlp"}
+        assert rounding().keys() == {"MLP"}
     else:
         assert len(eight) == 2 * 3 + 4 and settings.pop("modules_to_not_convert") == ["lm_head"]
         assert rounding().keys() == {"attention", "experts"}
