@@ -169,8 +169,11 @@ class Four:
         groups = columns // self.form.group
         codes = (*lead, rows, groups, self.form.group // 2) if self.form.turned else (*lead, rows, columns // 2)
         given = (codes, (*lead, rows, groups))
-        names = [self.name + end for end in self.form.ends]
-        return tuple(OutTensor(n, "U8", shape, int(np.prod(shape))) for n, shape in zip(names, given, strict=True))
+        types = ("U8", "U8" if self.base is None else self.base.scales.dtype)
+        return tuple(
+            OutTensor(self.name + end, dtype, shape, int(np.prod(shape)))
+            for end, dtype, shape in zip(self.form.ends, types, given, strict=True)
+        )
 
     @property
     def step(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mergebench.checkpoint.encode import Eight, Encoding, Four
 from mergebench.checkpoint.fp4 import GPT_OSS, Packed
-from mergebench.checkpoint.fp8 import BLOCK, SETTINGS, is_of_activations, without_scales
+from mergebench.checkpoint.fp8 import BLOCK, ENDS, SETTINGS, is_of_activations, without_scales
 from mergebench.checkpoint.header import FP8, ITEM_SIZE, TensorInfo
 from mergebench.checkpoint.layouts import build, in_memory, renamed
 from mergebench.checkpoint.model import Model
@@ -74,7 +74,8 @@ def _as_stored(base: Model, scaled: Mapping[str, TensorInfo]) -> Encoded:
     for name, info in scaled.items():
         assert info.scale is not None
         stored, grid, blocks = info.scale
-        scale = OutTensor(stored.name, stored.dtype, stored.shape, stored.nbytes)
+        end = next(end for end in ENDS if stored.name.endswith(end))  # in slices, layers have other numbers
+        scale = OutTensor(name + end, stored.dtype, stored.shape, stored.nbytes)
         found[name] = Eight(name, info.shape, scale, grid, blocks, info)
     config = dict(base.config)
     settings: Mapping[str, Any] = next((config[key] for key in SETTINGS if isinstance(config.get(key), dict)), {})

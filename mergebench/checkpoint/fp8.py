@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported to read values, not to read headers
 
 BLOCK = (128, 128)
 SETTINGS = ("quantization_config", "compression_config")  # keys of config.json about scales
-_ENDS = ("_scale_inv", "_scale")
+ENDS = ("_scale_inv", "_scale")
 _ACTIVATIONS = re.compile(
     r"(^|\.)(input_scale|input_scale_ub|input_global_scale|output_scale|activation_scale|[qkv]_scale)$"
 )
@@ -37,12 +37,12 @@ def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mappi
     for name, info in tensors.items():
         if info.dtype not in FP8:
             continue
-        scale = next((tensors[name + end] for end in _ENDS if name + end in tensors), None)
+        scale = next((tensors[name + end] for end in ENDS if name + end in tensors), None)
         if scale is not None:
             used.add(scale.name)
             found[name] = info._replace(scale=_fitted(reference, info, scale, settings or {}))
         elif settings is not None:
-            wanted = " or ".join(name + end for end in _ENDS)
+            wanted = " or ".join(name + end for end in ENDS)
             raise ModelError(f"{name}: {reference} has {info.dtype} and no scale", f"it would be called {wanted}")
     return {name: info for name, info in found.items() if name not in used and not is_of_activations(info)}
 

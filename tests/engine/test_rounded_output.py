@@ -18,6 +18,7 @@ from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp4 import GPT_OSS
 from mergebench.checkpoint.shards import OutTensor
 from mergebench.deltas.open import open_model
+from mergebench.engine.run import run_plan
 from mergebench.errors import MergebenchError
 
 
@@ -246,6 +247,40 @@ def test_fp8_of_a_plain_base(architecture: str) -> None:
     Path("out").rename("eight")
     again = merged({"models": [{"model": "eight"}], "out_dtype": "float8_e4m3"}, chunk=5000)
     assert all(torch.equal(value.float(), found[name].float()) for name, value in again.items())
+
+
+def test_slices_and_resume() -> None:
+    """Layers under other numbers have their scales under them too; a resumed run knows what rounding moved."""
+    random = torch.Generator().manual_seed(0)
+    eight, four = {}, {}
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.experts.down_proj"
+        eight[f"{name}.weight"] = torch.randn(9, 5, generator=random).to(torch.float8_e4m3fn)
+        eight[f"{name}.weight_scale_inv"] = torch.rand(9, 1, generator=random)
+        four[f"{name}_blocks"], four[f"{name}_scales"] = blocks((2, 6, 64), layer)
+    for tensors, out in ((eight, "float8_e4m3"), (four, "mxfp4")):
+        write_model(Path(out), tensors, config=CONFIG | {"num_hidden_layers": 2})
+        turned = [{"sources": [{"model": out, "layer_range": [layer, layer + 1]}]} for layer in (1, 0)]
+        recipe = {"merge_method": "passthrough", "slices": turned, "out_dtype": out}
+        found = merged(recipe)
+        assert found.keys() == tensors.keys()
+        for name, value in found.items():
+            other = name.replace("layers.0", "layers.x").replace("layers.1", "layers.0").replace("layers.x", "layers.1")
+            assert torch.equal(value.view(torch.uint8), tensors[other].view(torch.uint8))
+    write_model(Path("plain"), {name: means(four[f"{name}_blocks"], four[f"{name}_scales"]) for name in (
+        f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)
+    )})  # fmt: skip
+    recipe = {"models": [{"model": "mxfp4"}, {"model": "plain", "parameters": {"weight": 0.3}}], "out_dtype": "mxfp4"}
+    plan = mergebench.plan(mergebench.load({"merge_method": "linear", "parameters": {"normalize": False}} | recipe))
+    wanted = mergebench.run(plan, "whole").provenance["rounding"]
+
+    def stop(directory: Path, provenance: dict[str, Any]) -> None:
+        raise MergebenchError("stopped")
+
+    with pytest.raises(MergebenchError, match="stopped"):
+        run_plan(plan, Path("part"), finish=stop)
+    assert run_plan(plan, Path("part"), resume=True).provenance["rounding"] == wanted
+    assert wanted["by_kind"]["experts"]["relative_error"] > 0.01
 
 
 def test_refused() -> None:
