@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergebench.checkpoint.header import ITEM_SIZE, Reader, Scale, TensorInfo
+from mergebench.checkpoint.held import Held
 from mergebench.errors import ModelError
 
 if TYPE_CHECKING:  # torch and NumPy are imported to read values, not to read headers
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch and NumPy are imported to read values, not to read he
     from torch import Tensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_last = threading.local()  # a turned matrix is needed for many chunks: those of one tensor's models stay in memory
+_held = Held()  # turned matrices
 
 
 class Form(NamedTuple):
@@ -108,7 +108,7 @@ class Packed:
         matrices, rows, columns = self.sides
         if not self.form.turned:
             return 3 * 4 * 2 * columns
-        return (self.codes.nbytes + self.scales.nbytes) // max(matrices, 1) + 3 * 4 * 2 * self.form.group * rows
+        return (self.codes.nbytes + 4 * self.scales.numel) // max(matrices, 1) + 3 * 4 * 2 * self.form.group * rows
 
     def read(self, files: Reader, start: int, out: Tensor) -> None:
         """Fill the flat `out` (of this tensor's type) with elements `start` onwards."""
@@ -133,24 +133,17 @@ class Packed:
             out[at : at + stop - begin].copy_(turned[first : first + stop - begin])
             at += stop - begin
 
-    def stored_scales(self, files: Reader, start: int, count: int) -> NDArray[np.uint8]:
-        """The bytes of scales."""
-        return self._bytes(files, self.scales, start, count)
-
     def _matrix(self, files: Reader, number: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """The bytes of a turned matrix, [rows, columns / 2], and its scales, [rows, groups]."""
-        if getattr(_last, "name", None) != self.name:
-            _last.name, _last.held = self.name, {}
-        place = self.codes.file, self.codes.offset
-        number_held, *held = _last.held.get(place, (None,))
-        if number_held != number:
-            _, rows, columns = self.sides
-            groups = columns // self.form.group
+        _, rows, columns = self.sides
+        groups = columns // self.form.group
+
+        def make() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
             codes = self._bytes(files, self.codes, number * rows * columns // 2, rows * columns // 2)
             scales = self._scales(files, number * rows * groups, rows * groups)
-            held = [codes.reshape(rows, -1), scales.reshape(rows, -1)]
-            _last.held[place] = (number, *held)
-        return held[0], held[1]
+            return codes.reshape(rows, -1), scales.reshape(rows, -1)
+
+        return _held.get(self.name, (self.codes.file, self.codes.offset), (number, self.codes.stamp), make)
 
     def _scales(self, files: Reader, start: int, count: int) -> NDArray[np.float32]:
         """Scales as float32."""

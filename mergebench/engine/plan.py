@@ -39,7 +39,7 @@ MB = 10**6
 DEFAULT_MEMORY = 400 * MB
 SHARD_SIZE = 4_000_000_000
 SEVERAL = 4  # groups of a chunk that the file has turned: each row of a group is a write
-ENCODING = 24  # bytes that rounding to eight or four bits takes for each element of a chunk
+ENCODING = 48  # bytes that rounding to eight or four bits takes for each element of a chunk
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -113,7 +113,10 @@ class Plan:
         step, columns = self.encoded.tensors[name].step, self.merge.reference.tensors[name].shape[-1]
         if self.merge.cut == "row":
             step = math.lcm(step, columns)
-        return max(self.chunk, SEVERAL * step if step > columns else step) // step * step
+        models = len(self.merge.models)
+        each = 2 * self.workers * (buffer_bytes(models) + temporary_bytes(models) + ENCODING)
+        several = min(max(self.memory // (each * step), 1), SEVERAL if step > columns else 1)
+        return max(self.chunk, several * step) // step * step
 
     @cached_property
     def bytes_read(self) -> int:
