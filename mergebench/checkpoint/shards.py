@@ -102,7 +102,7 @@ def lay_out(
     parts: Mapping[str, tuple[OutTensor, ...]] = MappingProxyType({}),
 ) -> list[Shard]:
     """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes; last those
-    in folders, a file for each module of sentence-transformers. parts: what the file has in the place of some tensors."""
+    in folders, a file for each module of sentence-transformers. parts: what files have in the place of some tensors."""
     groups: dict[str | None, list[list[OutTensor]]] = {}
     file, room = None, 0
     for info in tensors:
