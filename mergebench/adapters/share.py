@@ -7,7 +7,6 @@ estimate within a few percent, for a small part of the time that a merge takes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,20 +16,13 @@ from mergebench.checkpoint.delta import Chain, Delta, matrix_shape, tile_rows
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.names import module_kind
 from mergebench.checkpoint.values import CPU, Stored
 from mergebench.deltas.verbs import closed_energy
 from mergebench.engine.machine import one_thread
 
 TILES = 4  # measured of a tensor, evenly spread
 NEARLY_NOTHING = 1e-5  # of |W|: far less than bfloat16 can store
-_KINDS = {
-    "experts": re.compile(r"experts?\."),
-    "head": re.compile(r"(^|\.)(lm_head|embed_out|output_layer|score|classifier|qa_outputs|cls)\."),
-    "norms": re.compile(r"norm|(^|\.)ln_|\.ln\d", re.IGNORECASE),
-    "embeddings": re.compile(r"embed|(^|\.)(wte|wpe|shared)\."),
-    "attention": re.compile(r"attn|attention|mixer", re.IGNORECASE),
-    "MLP": re.compile(r"mlp|ffn|feed_forward|fc\d|intermediate|output\.dense|DenseReluDense"),
-}
 
 
 class Share(NamedTuple):
@@ -38,11 +30,6 @@ class Share(NamedTuple):
 
     tensors: int
     share: float  # |W' - W| / |W|
-
-
-def module_kind(name: str) -> str:
-    """The kind of module that a tensor belongs to, by its name: attention, MLP, experts, embeddings, norms, head."""
-    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
 
 
 def changed_share(model: Model) -> dict[str, Share]:

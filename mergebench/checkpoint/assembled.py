@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from mergebench.checkpoint.boxes import Box, Laid, cut_flat
 from mergebench.checkpoint.files import TORCH_DTYPE, whole
 from mergebench.checkpoint.fp8 import Scaler
 from mergebench.checkpoint.header import ITEM_SIZE, Reader, TensorInfo
+from mergebench.checkpoint.held import Held
 from mergebench.checkpoint.stack import stack
 from mergebench.errors import ModelError
 
-_last = threading.local()  # a transposed piece is needed for many chunks: the last one stays in memory
+_held = Held()  # transposed pieces
 
 
 class Pieces:
@@ -60,6 +60,7 @@ def place(piece: Box, first: int, out: Tensor, source: Tensor, start: int) -> No
 class Assembled:
     """Pieces of stored tensors: a `Made`."""
 
+    name: str
     laid: Laid  # of the stored tensors
 
     @property
@@ -86,6 +87,11 @@ class Assembled:
             if box.source.made is not None:
                 box.source.made.settle(files)
 
+    def resident(self) -> int:
+        """Bytes of the longest piece that is kept because it is needed for many chunks."""
+        kept = [box.span for box in self._pieces.boxes if not box.is_run]
+        return max(kept, default=0) * ITEM_SIZE[self.dtype]
+
     @cached_property
     def _pieces(self) -> Pieces:
         return Pieces(self.laid)
@@ -100,14 +106,13 @@ class Assembled:
 
     def _span(self, files: Reader, box: Box) -> Tensor:
         """All elements of the source from a box's first to its last."""
-        key = box.source.place, box.start, box.span
-        if getattr(_last, "key", None) != key:
-            _last.key = _last.values = None
+
+        def make() -> Tensor:
             span = torch.empty(box.span, dtype=TORCH_DTYPE[self.dtype])
             self._stored(files, box.source, box.start, span)
-            _last.key, _last.values = key, span
-        values: Tensor = _last.values
-        return values
+            return span
+
+        return _held.get(self.name, id(self), (box.source.place, box.source.stamp, box.start, box.span), make)
 
     def _stored(self, files: Reader, info: TensorInfo, start: int, out: Tensor) -> None:
         """Fill the flat `out` with a stored tensor's elements from `start`, times their scales."""
@@ -136,7 +141,7 @@ def assemble(name: str, laid: Laid, tensors: Mapping[str, TensorInfo]) -> Tensor
             return stack(name, parts, laid.shape)
         return parts[0]._replace(name=name, shape=laid.shape)
     placed = tuple(box._replace(source=info) for box, info in zip(boxes, sources, strict=True))
-    made = Assembled(Laid(laid.shape, placed))
+    made = Assembled(name, Laid(laid.shape, placed))
     info = sources[0]._replace(name=name, dtype=made.dtype, shape=laid.shape, scale=None, made=made)
     return info._replace(nbytes=info.numel * ITEM_SIZE[made.dtype])
 

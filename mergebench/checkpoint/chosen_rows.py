@@ -115,6 +115,10 @@ class Rows:
         total /= torch.from_numpy((chosen >= 0).sum(axis=0).clip(1).astype(np.float32)).unsqueeze(1)
         out.copy_(total.view(-1)[start - first * columns :][: len(out)])
 
+    def resident(self) -> int:
+        """The mean of all rows, if one is padding."""
+        return 4 * self.columns * bool(self.padding)
+
     def settle(self, files: Reader) -> None:
         """Compute now what all workers need: where runs start, and the padding row, which takes a sweep."""
         _ = self._starts

@@ -182,7 +182,7 @@ def _fuse(reference: str, prefix: str, experts: Mapping[tuple[int, int], TensorI
     gate = experts[0, 0].shape
     for (number, which), info in experts.items():
         expected = gate if which < 2 else gate[::-1]
-        if len(gate) != 2 or info.shape != expected or not info.is_float or info.made:
+        if len(gate) != 2 or info.shape != expected or not info.is_float:
             raise ModelError(
                 f"{info.name}: {reference} has {info.dtype} {list(info.shape)}, expert 0's gate is {list(gate)}: "
                 f"expert {number} cannot be read as a part of a fused tensor"

@@ -21,8 +21,10 @@ if TYPE_CHECKING:  # torch is imported to read values, not to read headers
 
 BLOCK = (128, 128)
 SETTINGS = ("quantization_config", "compression_config")  # keys of config.json about scales
-_ENDS = ("_scale_inv", "_scale")
-_ACTIVATIONS = re.compile(r"(^|\.)(input_scale|input_scale_ub|output_scale|activation_scale|[qkv]_scale)$")
+ENDS = ("_scale_inv", "_scale")
+_ACTIVATIONS = re.compile(
+    r"(^|\.)(input_scale|input_scale_ub|input_global_scale|output_scale|activation_scale|[qkv]_scale)$"
+)
 
 
 def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -35,18 +37,19 @@ def find_scales(reference: str, tensors: Mapping[str, TensorInfo], config: Mappi
     for name, info in tensors.items():
         if info.dtype not in FP8:
             continue
-        scale = next((tensors[name + end] for end in _ENDS if name + end in tensors), None)
+        scale = next((tensors[name + end] for end in ENDS if name + end in tensors), None)
         if scale is not None:
             used.add(scale.name)
             found[name] = info._replace(scale=_fitted(reference, info, scale, settings or {}))
         elif settings is not None:
-            wanted = " or ".join(name + end for end in _ENDS)
+            wanted = " or ".join(name + end for end in ENDS)
             raise ModelError(f"{name}: {reference} has {info.dtype} and no scale", f"it would be called {wanted}")
-    return {
-        name: info
-        for name, info in found.items()
-        if name not in used and not (info.numel == 1 and _ACTIVATIONS.search(name))
-    }
+    return {name: info for name, info in found.items() if name not in used and not is_of_activations(info)}
+
+
+def is_of_activations(info: TensorInfo) -> bool:
+    """Whether a tensor is a scale of a layer's input or output, which says nothing of its weight."""
+    return info.numel == 1 and _ACTIVATIONS.search(info.name) is not None
 
 
 def without_scales(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class Scaler:
             if size == columns:
                 size = (len(out) - at) // columns * columns
             piece = out[at : at + size]
-            factors = self.scale[self._rows(row, row + -(-size // columns))]
+            factors = self.scale[self.rows(row, row + -(-size // columns))]
             if self.scale.shape[1] == 1:
                 piece.view(len(factors), -1).mul_(factors)
             elif size >= columns and columns % self.blocks[-1] == 0:
@@ -114,7 +117,7 @@ class Scaler:
                 piece.view(len(factors), -1).mul_(wide)
             at += size
 
-    def _rows(self, first: int, stop: int) -> Tensor:
+    def rows(self, first: int, stop: int) -> Tensor:
         """The rows of the scale for rows of the tensor; all dimensions but the last are flattened."""
         import torch
 

@@ -31,6 +31,7 @@ ITEM_SIZE = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+ENCODINGS = ("float8_e4m3", "mxfp4")  # what a result may be rounded to, with scales
 _ARE_FLOATS = FLOATS | FP8
 GGUF_HINT = "GGUF files are made for running a model: merge the safetensors model it was made from"
 _OTHER_FILES = {
@@ -66,6 +67,8 @@ class Made(Protocol):
     def settle(self, files: Reader) -> None: ...  # compute now what all workers need
 
     def digest(self) -> str: ...  # what identifies it
+
+    def resident(self) -> int: ...  # bytes that one worker holds to read it
 
 
 class Stamp(NamedTuple):
@@ -105,8 +108,18 @@ class TensorInfo(NamedTuple):
 
     @property
     def stored_dtype(self) -> str:
-        """The type on disk; a tensor made of several may be read as float32."""
-        return self.dtype if self.made is None else self.made.own.dtype
+        """The type on disk, bfloat16 for four bits; a tensor made of several may be read as float32."""
+        return self.dtype if self.made is None else self.made.own.stored_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its values are in eight bits or fewer."""
+        return self.made.own.is_quantized if self.made is not None else self.scale is not None or self.dtype in FP8
+
+    @property
+    def copied_dtype(self) -> str:
+        """The type that a copy without scales has."""
+        return "BF16" if self.scale is not None or (self.made is not None and self.is_quantized) else self.dtype
 
     @property
     def is_float(self) -> bool:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from mergebench.checkpoint import distributed
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.documents import document, read_json
-from mergebench.checkpoint.header import FP8, GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
+from mergebench.checkpoint.fp4 import find_packed
+from mergebench.checkpoint.header import GGUF_HINT, INDEX, SINGLE, Header, TensorInfo, damaged, read_header
 from mergebench.checkpoint.naming import (
     USUAL,
     Naming,
@@ -165,7 +166,9 @@ def open_checkpoint(reference: str, place: Path) -> Model:
     if not tensors:
         raise ModelError(f"model '{reference}': it holds no tensors")
     config = Model(reference, directory, headers, tensors, naming).config  # a damaged one fails here, not at the end
-    if any(info.dtype in FP8 for info in tensors.values()):
+    if any(info.dtype == "U8" for info in tensors.values()):
+        tensors = find_packed(reference, tensors, config)
+    if any(info.is_quantized for info in tensors.values()):
         from mergebench.checkpoint.fp8 import find_scales  # this import loads torch
 
         tensors = find_scales(reference, tensors, config)

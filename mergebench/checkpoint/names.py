@@ -149,3 +149,18 @@ def _in_the_bases_words(names: Iterable[str], base: Mapping[str, TensorInfo]) ->
                 if old in theirs and old not in ours and new in ours:
                     found = {name: newer.replace(old, new) for name, newer in found.items()}
     return found
+
+
+def module_kind(name: str) -> str:
+    """The kind of module that a tensor belongs to, by its name: attention, MLP, experts, embeddings, norms, head."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
+
+
+_KINDS = {
+    "experts": re.compile(r"experts?\."),
+    "head": re.compile(r"(^|\.)(lm_head|embed_out|output_layer|score|classifier|qa_outputs|cls)\."),
+    "norms": re.compile(r"norm|(^|\.)ln_|\.ln\d", re.IGNORECASE),
+    "embeddings": re.compile(r"embed|(^|\.)(wte|wpe|shared)\."),
+    "attention": re.compile(r"attn|attention|mixer", re.IGNORECASE),
+    "MLP": re.compile(r"mlp|ffn|feed_forward|fc\d|intermediate|output\.dense|DenseReluDense"),
+}

@@ -1,7 +1,7 @@
 """Refuse checkpoints with packed integer weights (GPTQ, AWQ, bitsandbytes, ...), recognised by names, types and config.
 
-Packed weights do not merge: the codes mean nothing without scales and tables, and are rounded. FP8 checkpoints are read
-by `fp8.py`.
+Packed weights do not merge: the codes mean nothing without scales and tables, and are rounded. FP8 and FP4 checkpoints
+are read by `fp8.py` and `fp4.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from mergebench.errors import ModelError
 _ENDS = {
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ",
     ".SCB": "bitsandbytes", ".absmax": "bitsandbytes", ".quant_map": "bitsandbytes",
-    ".weight_packed": "compressed-tensors", "_blocks": "MXFP4", ".W_q": "HQQ", ".codes": "AQLM",
+    ".weight_packed": "compressed-tensors", "_blocks": "MXFP4", ".blocks": "MXFP4", ".W_q": "HQQ", ".codes": "AQLM",
     ".weight._data": "quanto",
 }  # fmt: skip
 _ALL_ENDS = tuple(_ENDS)
+_WEIGHTS = ("weight", ".gate_up_proj", ".down_proj")
 _PACKED = ("U8", "I8", "I16", "I32")
 _WAY_OUT = "merge the models it was made from, and quantize the result; or exclude its tensors"
 
@@ -30,7 +31,7 @@ def check_not_packed(model: Model, wanted: Callable[[str], bool]) -> None:
     for name, info in model.tensors.items():
         sign = name.endswith(_ALL_ENDS) and next(kind for end, kind in _ENDS.items() if name.endswith(end))
         if not sign or (sign != "bitsandbytes" and info.is_float):
-            weight = info.dtype in _PACKED and len(info.shape) >= 2 and name.endswith("weight")
+            weight = info.dtype in _PACKED and len(info.shape) >= 2 and name.endswith(_WEIGHTS)
             if settings is None or not weight:
                 continue
         if not wanted(name):

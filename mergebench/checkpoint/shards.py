@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +31,18 @@ ALIGN = 64  # the data of a shard start at a multiple of this many bytes
 
 
 class OutTensor(NamedTuple):
-    """One tensor of the output: name, stored dtype, shape."""
+    """One tensor of the output: name, stored dtype, shape; `parts` if the file has several in its place."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    parts: tuple[OutTensor, ...] = ()
+
+    @property
+    def stored(self) -> tuple[OutTensor, ...]:
+        """The tensors of the file."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,17 @@ class Shard:
         """The tensors under their names in the file: those of a module in a folder are without its name."""
         folder = self.file.rpartition("/")[0]
         if not folder:
-            return list(self.tensors)
-        return [tensor._replace(name=tensor.name.removeprefix(f"{folder}/")) for tensor in self.tensors]
+            return self.stored
+        return [tensor._replace(name=tensor.name.removeprefix(f"{folder}/")) for tensor in self.stored]
+
+    @cached_property
+    def stored(self) -> list[OutTensor]:
+        """The tensors of the file, in order: where bytes stand among larger elements, those first, so that all are
+        aligned."""
+        listed = [part for tensor in self.tensors for part in tensor.stored]
+        if any(tensor.parts for tensor in self.tensors):
+            listed.sort(key=lambda tensor: -ITEM_SIZE[tensor.dtype])
+        return listed
 
     @cached_property
     def header(self) -> bytes:
@@ -73,7 +90,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.stored)
 
 
 def lay_out(
@@ -82,24 +99,26 @@ def lay_out(
     shard_size: int,
     by_file: bool = True,
     naming: Naming = USUAL,
+    parts: Mapping[str, tuple[OutTensor, ...]] = MappingProxyType({}),
 ) -> list[Shard]:
     """The output's shards: the base's layout (`by_file`), cut where a shard would exceed `shard_size` bytes; last those
-    in folders, a file for each module of sentence-transformers."""
+    in folders, a file for each module of sentence-transformers. parts: what files have in the place of some tensors."""
     groups: dict[str | None, list[list[OutTensor]]] = {}
     file, room = None, 0
     for info in tensors:
         by_file = by_file and info.file.suffix != SHARD  # a rank's file has parts of many tensors
         dtype = dtypes[info.name]
-        out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype])
+        out = OutTensor(info.name, dtype, info.shape, info.numel * ITEM_SIZE[dtype], parts.get(info.name, ()))
+        size = sum(part.nbytes for part in out.stored)
         folder = naming.folder_of(info.name)
         own = groups.setdefault(folder, [])
         whole = folder is not None and not naming.pipeline
         new_file = info.file is not file and (by_file or file is None)
-        if not own or (not whole and (new_file or (out.nbytes > room and own[-1]))):
+        if not own or (not whole and (new_file or (size > room and own[-1]))):
             own.append([])
             file, room = info.file, shard_size
         own[-1].append(out)
-        room -= out.nbytes
+        room -= size
     ordered = sorted(groups or {None: [[]]}, key=lambda folder: folder is not None)
     found = []
     for folder in ordered:
@@ -148,7 +167,7 @@ class ShardFiles:
         self._open: dict[Path, int] = {}
         for shard in shards:
             path, at = directory / shard.file, len(shard.header)
-            for tensor in shard.tensors:
+            for tensor in shard.stored:
                 self._place[tensor.name] = (path, at)
                 at += tensor.nbytes
 
@@ -156,6 +175,22 @@ class ShardFiles:
         """Put the flat `values` (already of the stored dtype) at element `start` of a tensor."""
         path, at = self._place[name]
         self._put(path, at + start * values.element_size(), values)
+
+    def write_rows(self, name: str, start: int, stride: int, rows: Tensor) -> None:
+        """Put rows of bytes [rows, bytes] into a tensor, the first at byte `start`, each `stride` after the one before
+        it."""
+        path, at = self._place[name]
+        if len(rows) == 1 or stride == rows.shape[1]:
+            self._put(path, at + start, rows.reshape(-1))
+            return
+        raw, width = rows.contiguous().view(-1).numpy().data, rows.shape[1]
+        try:
+            file = self._file(path)
+            for first, place in zip(range(0, len(raw), width), count(at + start, stride), strict=False):
+                if (done := os.pwrite(file, raw[first : first + width], place)) < width:
+                    put(file, raw[first + done : first + width], place + done)
+        except OSError as error:
+            raise write_error(path, error) from None
 
     def write_all(self, tensors: Sequence[tuple[str, int]], values: Tensor) -> None:
         """Put the flat `values` into whole tensors, given with their sizes, one after another; neighbours at once."""
@@ -171,12 +206,16 @@ class ShardFiles:
 
     def _put(self, path: Path, at: int, values: Tensor) -> None:
         try:
-            if path not in self._open:
-                self.close()
-                self._open[path] = os.open(path, os.O_WRONLY)
-            put(self._open[path], values.view(torch.uint8).numpy().data, at)
+            put(self._file(path), values.view(torch.uint8).numpy().data, at)
         except OSError as error:
             raise write_error(path, error) from None
+
+    def _file(self, path: Path) -> int:
+        """A file's descriptor; another file is closed."""
+        if path not in self._open:
+            self.close()
+            self._open[path] = os.open(path, os.O_WRONLY)
+        return self._open[path]
 
     def close(self) -> None:
         for file in self._open.values():
@@ -193,7 +232,7 @@ def write_shard(directory: Path, shard: Shard, values: Callable[[str], Tensor]) 
     """Make a shard's file and write its tensors in order, each asked for when it is written."""
     create(directory / shard.file, shard)
     with closing(ShardFiles(directory, [shard])) as written:
-        for tensor in shard.tensors:
+        for tensor in shard.stored:
             written.write(tensor.name, 0, values(tensor.name).contiguous().reshape(-1))
 
 

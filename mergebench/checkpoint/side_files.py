@@ -11,15 +11,14 @@ of a pipeline. Another folder with weights of its own is another model, or anoth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mergebench.checkpoint.documents import open_file
 from mergebench.checkpoint.fp8 import without_scales
-from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.model import PICKLES, Model
 from mergebench.checkpoint.naming import part_folders
 from mergebench.checkpoint.reference import LEGAL, SIDE_SUFFIXES
@@ -94,8 +93,10 @@ class Beside(NamedTuple):
     left: list[str]
 
 
-def side_files(source: Model) -> Beside:
+def side_files(source: Model, keeps_scales: bool = False) -> Beside:
     """What is copied along with a model's weights, and what stays behind.
+
+    keeps_scales: the result is in eight or four bits, as the model is.
 
     `ModelError` for a link out of the model's directory among those copied. To be asked before the work.
     """
@@ -103,7 +104,7 @@ def side_files(source: Model) -> Beside:
         return Beside([], [])
     main, place = PurePath(source.naming.main), source.side_directory
     stale = [] if source.tokenizer_files is None else [str(main / path.name) for path in tokenizer_files(place)]
-    if any(info.dtype in FP8 for info in source.tensors.values()):
+    if any(info.is_quantized for info in source.tensors.values()) and not keeps_scales:
         stale.append(str(main / "hf_quant_config.json"))
     read = {header.file for header in source.headers}
     copied: list[str] = []
@@ -117,11 +118,16 @@ def side_files(source: Model) -> Beside:
 
 
 def copy_side_files(
-    source: Model, directory: Path, stored_dtype: str | None, beside: Beside | None = None
+    source: Model,
+    directory: Path,
+    stored_dtype: str | None,
+    beside: Beside | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, list[str]]:
     """Copy what goes along with `source`, byte by byte; config.json names the stored type.
 
-    beside: as `side_files` told it before the work.
+    beside: as `side_files` told it before the work. config: instead of the model's, if the result is in eight or four
+    bits.
     Returns for the provenance what was copied, `side_files`, and what stayed, `left_behind`.
     """
     from mergebench.checkpoint.files import copy_file, write_atomically  # this import loads torch
@@ -137,8 +143,10 @@ def copy_side_files(
         name = str(PurePath(source.naming.main) / name)
         write_atomically(directory / name, content)
         copied += [name] if name not in copied else []
-    scaled = any(info.dtype in FP8 for info in source.tensors.values())
-    config = without_scales(source.config) if scaled else dict(source.config)
+    scaled = any(info.is_quantized for info in source.tensors.values())
+    if config is None:
+        config = without_scales(source.config) if scaled else source.config
+    config = dict(config)
     changed = bool(source.config_changes) or config != source.config
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     if stored_dtype is not None and (key in config or "model_type" in config):  # that of diffusers names no type

@@ -47,12 +47,16 @@ class Stack:
 
     def digest(self) -> str:
         """A hash of the parts and their order."""
-        listed = [(part.name, part.offset, str(part.file)) for part in self.parts]
+        listed = [(part.name, part.place) for part in self.parts]
         return hashlib.sha256(repr(listed).encode()).hexdigest()
 
     def settle(self, files: Reader) -> None:
         """Compute where the parts start."""
         _ = self._starts
+
+    def resident(self) -> int:
+        """Of its parts, one is read at a time."""
+        return max((part.made.resident() for part in self.parts if part.made is not None), default=0)
 
     def read(self, files: Reader, start: int, out: Tensor) -> None:
         """Fill the flat `out` (of this tensor's type) with elements `start` onwards."""

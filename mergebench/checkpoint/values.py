@@ -65,7 +65,7 @@ class Values:
         """Elements `start` onwards, flat, in the type of a copy of the model: scaled FP8 becomes bfloat16."""
         info = self.tensors[name]
         stored, deltas = split(info, self.deltas.get(name, ()))
-        if not deltas and stored.scale is None and stored.dtype == info.dtype:
+        if not deltas and stored.dtype == info.dtype == stored.copied_dtype:
             values = torch.empty(numel, dtype=TORCH_DTYPE[info.dtype])
             self.files.read_elements(stored, start, values)
             return values
@@ -75,8 +75,7 @@ class Values:
 
     def copied_type(self, name: str) -> torch.dtype:
         """The type that a copy of the model stores a tensor in."""
-        info = self.tensors[name]
-        return torch.bfloat16 if info.scale is not None else TORCH_DTYPE[info.dtype]
+        return TORCH_DTYPE[self.tensors[name].copied_dtype]
 
     def whole(self, name: str) -> Tensor:
         """A tensor of the model: a float as float32, any other as stored."""

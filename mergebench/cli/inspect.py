@@ -33,6 +33,7 @@ def inspect(
 
     Example: mergebench inspect BASE+LORA
     """
+    from mergebench.checkpoint.fp4 import kind_of
     from mergebench.checkpoint.model import module_at
     from mergebench.checkpoint.reference import locate
     from mergebench.deltas.formats.native import is_delta_file
@@ -51,7 +52,7 @@ def inspect(
             return
     found = open_model(model)
     tensors: list[dict[str, Any]] = [
-        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
+        {"name": t.name, "dtype": kind_of(t), "shape": list(t.shape), "file": t.file.name, "bytes": t.nbytes}
         | _changed(found.deltas.get(t.name, ()))
         for t in found.tensors.values()
     ]

@@ -189,6 +189,10 @@ def _summary(plan: Plan) -> str:
 def _say_done(result: Result, quiet: bool) -> None:
     if was_there(result.already_done, result.out, quiet):
         return
+    rounding = result.provenance.get("rounding")
+    if rounding is not None:
+        errors = ", ".join(f"{kind} {one['relative_error']:.2%}" for kind, one in rounding["by_kind"].items())
+        note(f"rounded to {rounding['to']}, by |W - Q(W)| / |W|: {errors}", quiet)
     kept = ", ".join(f"{model} {share:.2%}" for model, share in result.provenance["kept"].items())
     note(f"kept at or above the thresholds: {kept}", quiet or not kept)
     lines = result.provenance.get("lines")

@@ -128,6 +128,9 @@ def _show(found: Plan, out: Path, read_gbps: float) -> None:
         tokens = facts["tokens"]
         have = ", ".join(f"{model} {size}" for model, size in tokens["of"].items())
         say(f"  tokens    {tokens['source']}: {tokens['count']} rows; {have}")
+    if "out_dtype" in facts:
+        more = "; merged twice, the first time for their scales" if found.measured else ""
+        say(f"  rounded   {counted(facts['out_dtype']['tensors'], 'tensor')} to {merge.encoding}{more}")
     if merge.lines is not None:
         alpha = merge.lines.alpha
         asked = "auto (asked about the whole model, last)" if alpha is None else f"{alpha:g}"
@@ -183,7 +186,8 @@ def _facts(plan: Plan, out: Path, read_gbps: float) -> dict[str, Any]:
         **({"slices": slices} if slices else {}),
         **averaged(merge.recipe),
         **_tokens(plan),
-        "dtypes": sorted(set(plan.dtypes.values())),
+        "dtypes": sorted({part.dtype for shard in plan.shards for part in shard.stored}),
+        **({"out_dtype": {"kind": merge.encoding, "tensors": len(plan.encoded.tensors)}} if merge.encoding else {}),
         "merged_tensors": len(plan.alignment.merged),
         "copied_tensors": len(plan.copied),
         "elements": plan.elements,

@@ -79,7 +79,7 @@ class Batches:
         """Bytes read for a chunk; tensors that share one have the same types."""
         name, numel = item.spans[0].tensor, sum(span.numel for span in item.spans)
         info = self._plan.merge.reference.tensors[name]
-        whole = info.nbytes if item.unit < 0 else self._plan.sweep_bytes(name, self._task == "apply")
+        whole = info.nbytes if item.unit < 0 else self._plan.sweep_bytes(name, self._task in ("apply", "measure"))
         return whole * numel // info.numel
 
 

@@ -66,6 +66,9 @@ class _Held:
     def read(self, files: Reader, start: int, out: Tensor) -> None:
         out.copy_(self.flat[start : start + len(out)])
 
+    def resident(self) -> int:
+        return 0
+
     def settle(self, files: Reader) -> None:
         """Does nothing: the tensor is in memory."""
 

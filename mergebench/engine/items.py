@@ -59,7 +59,9 @@ def items_of(plan: Plan, tensors: Iterable[tuple[str, int]], apply: bool = False
 def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0, apply: bool = False) -> Iterator[Item]:
     """A merged tensor in chunks; `tile` is the number of its first tile in the unit."""
     info, size = plan.merge.reference.tensors[name], plan.chunk
-    if plan.merge.cut == "row":
+    if apply and name in plan.encoded.tensors and name not in plan.whole:
+        size = plan.piece(name)
+    elif plan.merge.cut == "row":
         columns = info.shape[-1] if info.shape else 1
         size = max(size // max(columns, 1), 1) * columns
     elif name in plan.whole:
@@ -74,5 +76,6 @@ def chunks_of(plan: Plan, name: str, unit: int, tile: int = 0, apply: bool = Fal
 def copies_of(plan: Plan, name: str) -> Iterator[Item]:
     """A copied tensor in pieces; a zero difference needs none, since files start as zeros."""
     numel = plan.merge.reference.tensors[name].numel if name in plan.copied else 0
-    for start in range(0, numel, COPIED):
-        yield Item(-1, (Span(name, start, min(start + COPIED, numel)),), 0)
+    size = plan.piece(name) if name in plan.encoded.tensors else COPIED
+    for start in range(0, numel, size):
+        yield Item(-1, (Span(name, start, min(start + size, numel)),), 0)

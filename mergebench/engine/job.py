@@ -31,6 +31,7 @@ class Merge:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     dtype: str | None = None  # stored type; None keeps each tensor's own
+    encoding: str | None = None  # float8_e4m3 or mxfp4: of the tensors that have a layout for it
     by_tensor: Mapping[str, Any] = field(default_factory=dict)  # parameters that vary: gradients and filters
     lines: Lines | None = None  # scaling of the method's result by layer
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved, for provenance

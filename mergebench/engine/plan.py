@@ -6,6 +6,7 @@ Reads headers only. Every error that is detectable before the first tensor is re
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,25 +17,29 @@ import torch
 from mergebench.checkpoint import mismatch
 from mergebench.checkpoint.align import Alignment, align
 from mergebench.checkpoint.delta import Delta
+from mergebench.checkpoint.encode import Eight
+from mergebench.checkpoint.encoded import Encoded
 from mergebench.checkpoint.header import FP8, TensorInfo
 from mergebench.checkpoint.naming import USUAL
-from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.checkpoint.shards import Shard, lay_out
 from mergebench.checkpoint.values import split
 from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import trace
 from mergebench.engine.brackets import BYTES
+from mergebench.engine.checks import check_models, encoded_of
 from mergebench.engine.cluster import Cluster
 from mergebench.engine.groups import Group, grouped
 from mergebench.engine.job import Merge, Operand, operands_of, stored_type
 from mergebench.engine.machine import check_descriptors, cores, device_of
 from mergebench.engine.noise import TILE
 from mergebench.engine.sizes import buffer_bytes, chunk_size, least_chunk, temporary_bytes
-from mergebench.errors import ModelError, RecipeError, counted, human
+from mergebench.errors import RecipeError, counted, human
 
 MB = 10**6
 DEFAULT_MEMORY = 400 * MB
 SHARD_SIZE = 4_000_000_000
+SEVERAL = 4  # groups of a chunk that the file has turned: each row of a group is a write
+ENCODING = 48  # bytes that rounding to eight or four bits takes for each element of a chunk
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -57,6 +62,7 @@ class Plan:
     memory: int  # bytes for buffers and statistics, on each machine
     device: torch.device
     cluster: Cluster = ()  # empty: this machine alone
+    encoded: Encoded = Encoded()  # what is written in eight or four bits
 
     def __repr__(self) -> str:
         models = counted(len(self.merge.models), "model")
@@ -98,10 +104,28 @@ class Plan:
         return frozenset(name for name in self.alignment.copied if model or not tensors[name].is_float)
 
     @cached_property
+    def measured(self) -> dict[str, Eight]:
+        """Tensors that are merged twice: before their scales are known, and to be written."""
+        return {name: one for name, one in self.encoded.tensors.items() if isinstance(one, Eight)}
+
+    def piece(self, name: str) -> int:
+        """Elements of a chunk of a tensor in eight or four bits."""
+        step, columns = self.encoded.tensors[name].step, self.merge.reference.tensors[name].shape[-1]
+        if self.merge.cut == "row":
+            step = math.lcm(step, columns)
+        models = len(self.merge.models)
+        each = 2 * self.workers * (buffer_bytes(models) + temporary_bytes(models) + ENCODING)
+        several = min(max(self.memory // (each * step), 1), SEVERAL if step > columns else 1)
+        return max(self.chunk, several * step) // step * step
+
+    @cached_property
     def bytes_read(self) -> int:
         """All sweeps together; the samples before a sweep (about 1%) are not counted."""
-        copied = sum(self.merge.reference.tensors[name].nbytes for name in self.copied)
-        return copied + sum(
+        tensors = self.merge.reference.tensors
+        total = sum(tensors[name].nbytes for name in self.copied)
+        for name in self.measured:
+            total += self.sweep_bytes(name, apply=True) if name in self.asked else tensors[name].nbytes
+        return total + sum(
             (sweeps and sweeps * self.sweep_bytes(name, apply=False)) + self.sweep_bytes(name, apply=True)
             for name, sweeps in zip(self.asked, map(self.sweeps_to_ask, self.asked), strict=True)
         )
@@ -131,7 +155,7 @@ class Plan:
     def _way(self, name: str) -> tuple[Any, ...] | None:
         merge = self.merge
         apart = merge.method.gives == "deltas" or (merge.scope == "model" and not self.blind)
-        if apart or not self._is_plain(name):
+        if apart or name in self.encoded.tensors or not self._is_plain(name):
             return None
         rows = [(one.stored and one.stored.dtype, one.base) for one in self.operands[name]]
         return (merge.params_for(name), self.dtypes[name], merge.reference.tensors[name].dtype, *rows)
@@ -162,13 +186,16 @@ class Plan:
     @cached_property
     def longest(self) -> int:
         """Elements of the largest chunk."""
-        return max([self.chunk, *(self.merge.reference.tensors[name].numel for name in self.whole)])
+        tensors = self.merge.reference.tensors
+        pieces = (min(self.piece(name), tensors[name].numel) for name in self.encoded.tensors)
+        return max([self.chunk, *pieces, *(tensors[name].numel for name in self.whole)])
 
     @cached_property
     def buffer_bytes(self) -> int:
         """Memory of all workers' buffers and temporaries."""
         models, workspace = len(self.merge.models), self.merge.method.workspace
         temporaries = temporary_bytes(models) * (self.chunk if workspace else self.longest)
+        temporaries += ENCODING * self.longest if self.encoded.tensors else 0
         if workspace:  # added, because freed memory is kept; includes the merged chunk plus base in the stored type
             wholes = [(self.merge.reference.tensors[name], self.merge.params_for(name)) for name in self.whole]
             taken = [workspace(info.shape, models, params) + 3 * 4 * info.numel for info, params in wholes]
@@ -177,14 +204,19 @@ class Plan:
 
     @cached_property
     def delta_bytes(self) -> int:
-        """The most bytes of one worker's open deltas: those of one tensor, for all models and the base."""
-        held = [0]
-        if not any(model.deltas for model in [self.merge.reference, *self.merge.models]):
+        """The most bytes that one worker's open deltas and tensors made of others hold: those of one tensor, for all
+        models and the base."""
+        held, models = [0], [self.merge.reference, *self.merge.models]
+        if not any(model.deltas or any(info.made for info in model.tensors.values()) for model in models):
             return 0
-        for name in {**self.operands, **self.merge.reference.deltas}:
+        for name in self.merge.reference.tensors:
             operands = self.operands.get(name, ())
-            deltas = self.base_of(name)[1] if not operands or self.needs_base(name, apply=True) else ()
-            held.append(sum(delta.resident() for delta in [*deltas, *(d for one in operands for d in one.deltas)]))
+            stored, deltas = self.base_of(name)
+            alone = not operands or self.needs_base(name, apply=True)
+            opened = [*(deltas if alone else ()), *(delta for one in operands for delta in one.deltas)]
+            read = [*([stored] if alone else []), *(one.stored for one in operands if one.stored is not None)]
+            made = {id(info.made): info.made.resident() for info in read if info.made is not None}
+            held.append(sum(delta.resident() for delta in opened) + sum(made.values()))
         return max(held)
 
     @property
@@ -227,7 +259,7 @@ def plan_merge(
     `chunk` (elements) is for tests: results do not depend on it. cluster: its machines, with their workers.
     """
     method, tensors, stored = merge.method, merge.reference.tensors, _STORED.get(merge.dtype or "")
-    _check_models(merge)
+    check_models(merge)
     alignment = align(merge.reference, merge.models, merge.wanted)
     if alignment.problems:
         raise mismatch.describe(merge.reference, merge.models, alignment)
@@ -237,7 +269,10 @@ def plan_merge(
     operands = operands_of(merge, alignment.sources)
     dtypes = {info.name: stored_type(info, stored, merge.wanted(info.name)) for info in tensors.values()}
     naming = merge.reference.naming if method.gives == "model" else USUAL
-    shards = lay_out(tensors.values(), dtypes, shard_size, not merge.reference.sliced, naming)
+    to_encode = encoded_of(merge)
+    dtypes |= dict.fromkeys(to_encode.tensors, "F32")  # before they are rounded
+    parts = {name: one.parts for name, one in to_encode.tensors.items()}
+    shards = lay_out(tensors.values(), dtypes, shard_size, not merge.reference.sliced, naming, parts)
     if method.gives == "deltas":
         numels = {name: tensors[name].numel for name in alignment.merged}
         shards = [with_tasks(shard, merge.tasks, numels) for shard in shards]
@@ -265,6 +300,7 @@ def plan_merge(
         memory=memory,
         device=where,
         cluster=cluster,
+        encoded=to_encode,
     )
     check_descriptors(merge.files + workers * (2 + len(shards[0].files)))  # a worker has a pipe, and writes one shard
     needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)
@@ -281,26 +317,3 @@ def plan_merge(
 
 def _stored_bytes(deltas: Sequence[Delta]) -> int:
     return sum(info.nbytes for delta in deltas for info in delta.stored)
-
-
-def _check_models(merge: Merge) -> None:
-    method, count = merge.method, len(merge.models)
-    if method.needs_base and merge.base is None:
-        raise RecipeError(f"base_model: '{method.name}' merges task vectors and needs a base")
-    vector = next((model for model in merge.models if model.is_task_vector), None)
-    if merge.base is None and vector is not None:
-        raise RecipeError(f"base_model: missing, '{vector.reference}' is a difference to it")
-    if merge.base is not None and merge.base.is_task_vector:
-        raise RecipeError(f"base_model: '{merge.base.reference}' is a difference to a base, no model")
-    if method.models is not None and count != method.models:
-        wanted = f"{method.models} model{'s' * (method.models > 1)}"
-        beside = " besides the base" if merge.from_base else ""
-        hint = "base_model counts as one of them" if merge.base is not None and not merge.from_base else None
-        raise RecipeError(f"models: '{method.name}' takes exactly {wanted}{beside}, got {count}", hint)
-    if count == 0:
-        raise RecipeError("models: no model to merge")
-    for model in [*merge.models, merge.reference]:
-        check_not_packed(model, merge.wanted)
-        for info in model.tensors.values():
-            if info.dtype.startswith("F8") and not info.is_float and merge.wanted(info.name):
-                raise ModelError(f"{info.name}: {model.reference} has {info.dtype}: this type is not supported yet")

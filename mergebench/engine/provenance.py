@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from mergebench import __version__
 from mergebench.checkpoint.content import sample_of, sha256_of
 from mergebench.checkpoint.model import Model
+from mergebench.checkpoint.names import module_kind
 from mergebench.engine.answers import key_of
 from mergebench.engine.lines import alpha_of
 from mergebench.engine.plan import Plan
@@ -77,6 +79,23 @@ def _lines(plan: Plan, of_all: Any) -> dict[str, Any]:
         return {}
     alpha = alpha_of(of_all, len(plan.merge.models)) if lines.alpha is None else lines.alpha
     return {"lines": {"alpha": alpha, "beta": lines.beta}}
+
+
+def rounding(plan: Plan, moved: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """How far values were moved that are written in eight or four bits, |W - Q(W)| / |W| in the Frobenius norm, by kind
+    of module; moved: sums of squares by tensor."""
+    if not plan.encoded.tensors:
+        return {}
+    kinds: dict[str, list[Sequence[float]]] = {}
+    for name in plan.encoded.tensors:
+        if name in moved:
+            kinds.setdefault(module_kind(name), []).append(moved[name])
+    error = {}
+    for kind, sums in sorted(kinds.items()):
+        change, size = (math.fsum(column) for column in zip(*sums, strict=True))
+        # six digits do not depend on chunks, whose sums are added in any order
+        error[kind] = {"tensors": len(sums), "relative_error": float(f"{math.sqrt(change / (size or 1.0)):.6g}")}
+    return {"rounding": {"to": plan.merge.encoding, "by_kind": error}}
 
 
 def peak_memory() -> int:

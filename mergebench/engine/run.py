@@ -25,7 +25,7 @@ from mergebench.engine.groups import Group
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.machine import keep_freed_memory
 from mergebench.engine.plan import Plan
-from mergebench.engine.provenance import as_text, fingerprint_of, peak_memory, places, record
+from mergebench.engine.provenance import as_text, fingerprint_of, peak_memory, places, record, rounding
 from mergebench.engine.sweep import Sweeper
 from mergebench.errors import ModelError, RunError
 
@@ -68,7 +68,7 @@ def run_plan(
         return Result(out, done, already_done=True)
     check_target(out, places(plan), overwrite)
     check_room(out, plan.bytes_written)
-    beside = side_files(plan.merge.reference)
+    beside = side_files(plan.merge.reference, keeps_scales=plan.encoded.config == plan.merge.reference.config)
     check_inputs(plan)
     # workers start first, so that none inherits the lock, which must end with this process
     with (
@@ -88,16 +88,17 @@ def run_plan(
         _check_written(plan, staging.directory)
         write_index(staging.directory, plan.shards)
         tasks = _write_tasks(plan, staging, sweeper, of_all) if plan.merge.method.gives == "deltas" else {}
-        kinds = {plan.dtypes[name] for name in plan.alignment.merged}
+        kinds = {plan.dtypes[name] for name in plan.alignment.merged if name not in plan.encoded.tensors}
         files_beside: dict[str, list[str]] = {"side_files": []}
         if not tasks:  # a task vector with a config beside it would load as a model
             kind = kinds.pop() if len(kinds) == 1 else None
-            files_beside = copy_side_files(plan.merge.reference, staging.directory, kind, beside)
+            files_beside = copy_side_files(plan.merge.reference, staging.directory, kind, beside, plan.encoded.config)
         changed = change(staging)
         provenance = portable(record(plan, fingerprint, staging.journal["answers"], of_all, hash_inputs), out) | {
             **changed,
             **files_beside,
             **({"tasks": tasks} if tasks else {}),
+            **rounding(plan, staging.journal.get("rounding", {})),
             "extra_sweeps": sweeper.extra_sweeps,
             "seconds": round(time.perf_counter() - started, 3),
             "stages": {stage: round(seconds, 3) for stage, seconds in sweeper.seconds.items()},
@@ -161,6 +162,7 @@ def _work(plan: Plan, staging: Staging, sweeper: Sweeper, group: Group, of_all: 
             if not (staging.directory / file.file).exists():
                 create(staging.directory / file.file, file)
         keep(plan, staging, group, known, sweeper.apply(group, known, names, staging.directory))
+        staging.journal.setdefault("rounding", {}).update(sweeper.rounded)
         if not shard.tensors or names[-1] == shard.tensors[-1].name:  # groups are in the order of the shards
             for file in shard.files:
                 if sync:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergebench.checkpoint.encode import NONE, Blocks, Rounding
 from mergebench.checkpoint.files import Files
 from mergebench.engine.batches import BATCH, Progress
 from mergebench.engine.brackets import Miss, Sample
@@ -42,7 +43,8 @@ class Sweeper:
     """The sweeps of one run; `target`: receives the result instead of files."""
 
     def __init__(self, plan: Plan, files: Files, progress: Progress, target: InMemory | None = None) -> None:
-        self.plan = plan
+        self.plan, self.files = plan, files
+        self.rounded: dict[str, Rounding] = {}  # how far the values of tensors in eight or four bits were moved
         self.workers = start_workers(plan, files, progress, target)
         self.seconds = {"questions": 0.0, "apply": 0.0}
         self.extra_sweeps = 0  # because a bracket missed
@@ -189,11 +191,25 @@ class Sweeper:
         """Merge (or copy) the tensors `written` into the shards in `directory`, or the target; known: all answers but
         those about units of one tile, which are found on the way and returned."""
         number_of = {name: number for number, unit in enumerate(group.units) for name in unit.tensors}
-        items = items_of(self.plan, ((name, number_of.get(name, -1)) for name in written), apply=True)
+        items = items_of(self.plan, [(name, number_of.get(name, -1)) for name in written], apply=True)
         started = time.perf_counter()
-        found = dict(itertools.chain.from_iterable(self.workers.run("apply", items, group.units, known, directory)))
+        measured = [(name, number_of.get(name, -1)) for name in written if name in self.plan.measured]
+        scales = self._scales(group, known, measured) if measured else {}
+        answers: Missing = {}
+        for found, rounded in self.workers.run("apply", items, group.units, known, directory, scales):
+            answers |= dict(found)
+            for name, change in rounded.items():
+                self.rounded[name] = change + self.rounded.get(name, NONE)
         self.seconds["apply"] += time.perf_counter() - started
-        return found
+        return answers
+
+    def _scales(self, group: Group, known: Known, tensors: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        """The scales of tensors in eight bits, each given with its unit's number: they are merged once for them."""
+        blocks: dict[str, list[Blocks]] = {name: [] for name, _ in tensors}
+        items = items_of(self.plan, tensors, apply=True)
+        for name, block in itertools.chain.from_iterable(self.workers.run("measure", items, group.units, known)):
+            blocks[name].append(block)
+        return {name: self.plan.measured[name].scales(self.files, found) for name, found in blocks.items()}
 
     def _piece(self, unit: Unit) -> int:
         """Length of a sampled piece: many short pieces over several tensors, fewer reads within one tensor."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergebench.checkpoint.encode import NONE, Blocks, Rounding
 from mergebench.checkpoint.files import TORCH_DTYPE, Files
 from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.shards import ShardFiles
@@ -21,6 +21,7 @@ from mergebench.engine.context import Context
 from mergebench.engine.groups import Unit
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.items import Item
+from mergebench.engine.machine import unshared_memory
 from mergebench.engine.method import Tasks
 from mergebench.engine.plan import Plan
 from mergebench.engine.profile import Counts, counts
@@ -31,6 +32,7 @@ from mergebench.engine.statistics import OrderStatistics, Statistic, decode
 from mergebench.errors import RunError
 
 Known = Sequence[Sequence[Mapping[str, Any]]]  # the answers so far, [unit][question], encoded
+Merged = tuple[Tensor, Sequence[Tensor]]  # a chunk, and the tasks' masks
 Found = list[tuple[int, list[dict[str, Any]]]]  # the number of a unit, and the answers that were missing
 
 
@@ -105,10 +107,30 @@ class Worker:
             self._finish(item, values, units, known, found)
         return found
 
-    def apply(self, items: Iterable[Item], units: Sequence[Unit], known: Known, directory: Path | None) -> Found:
-        """Merge or copy, and write into the shards in `directory`, or into the target; returns the missing answers, of
-        units of one tile."""
+    def measure(self, items: Iterable[Item], units: Sequence[Unit], known: Known) -> list[tuple[str, Blocks]]:
+        """What the scales of tensors in eight bits depend on, by the chunk; each chunk is merged, or copied."""
+        found = []
+        for item in items:
+            span = item.spans[0]
+            values = self._to_encode(item, units, known, [])
+            found.append((span.tensor, self.plan.measured[span.tensor].measure(self.files, span.start, values)))
+        return found
+
+    def apply(
+        self,
+        items: Iterable[Item],
+        units: Sequence[Unit],
+        known: Known,
+        directory: Path | None,
+        scales: Mapping[str, Tensor],
+    ) -> tuple[Found, dict[str, Rounding]]:
+        """Merge or copy, and write into the shards in `directory`, or into the target.
+
+        scales: of the tensors that were measured. Returns the missing answers, of units of one tile, and how far the
+        values of tensors in eight or four bits were moved.
+        """
         found: Found = []
+        rounded: dict[str, Rounding] = {}
         if directory is not None and not self._outputs:
             columns = zip(*(shard.files for shard in self.plan.shards), strict=True)
             self._outputs = [ShardFiles(directory, column) for column in columns]
@@ -116,6 +138,15 @@ class Worker:
         for item in items:
             span = item.spans[0]
             masks: Sequence[Tensor] = ()
+            encoding = self.plan.encoded.tensors.get(span.tensor)
+            if encoding is not None:
+                assert isinstance(output, ShardFiles), "what is measured in memory is not rounded"
+                values = self._to_encode(item, units, known, found)
+                strips, change = encoding.encode(self.files, span.start, values, scales.get(span.tensor))
+                for strip in strips:
+                    output.write_rows(*strip)
+                rounded[span.tensor] = change + rounded.get(span.tensor, NONE)
+                continue
             if item.unit < 0:
                 stored = self._copied(span)
             else:
@@ -126,7 +157,7 @@ class Worker:
             output.write(span.tensor, span.start, stored)
             for task, mask in zip(tasks, masks, strict=item.unit >= 0):
                 task.write(span.tensor, span.start // 8, mask)
-        return found
+        return found, rounded
 
     def profile(
         self, items: Iterable[Item], units: Sequence[Unit], known: Known, replayed: bool
@@ -143,8 +174,26 @@ class Worker:
             found.append((span.tensor, span.start, counts(method, values, params, context, answers)))
         return found
 
-    def _merged(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> tuple[Tensor, Sequence[Tensor]]:
+    def _to_encode(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> Tensor:
+        """The values of a chunk that is written in eight or four bits, float32."""
+        values = self._copied(item.spans[0]) if item.unit < 0 else self._result_of(item, units, known, found)[0].float()
+        if not math.isfinite(values.sum()) and not torch.isfinite(values).all():
+            if item.unit < 0:
+                raise RunError(f"{item.spans[0].tensor}: the base's has a value that is not finite")
+            self._check_stored(item, values, "F32")
+        return values
+
+    def _merged(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> Merged:
         """The merged chunk in its stored type; for tasks, the vector, and the masks as bits."""
+        merged, masks = self._result_of(item, units, known, found)
+        dtype = self.plan.dtypes[item.spans[0].tensor]
+        stored = merged.to(TORCH_DTYPE[dtype])
+        if not math.isfinite(stored.sum(dtype=torch.float32)):
+            self._check_stored(item, stored, dtype)
+        return stored.cpu(), masks
+
+    def _result_of(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> Merged:
+        """The merged chunk in float32, or as all models store it; for tasks, the vector, and the masks as bits."""
         masks: Sequence[Tensor] = ()
         name = item.spans[0].tensor
         merged = self.reader.unchanged(item.spans) if self.plan.keeps(name) else None
@@ -157,11 +206,7 @@ class Worker:
                 merged, masks = merged.vector, torch.from_numpy(bits).unbind()
             if self.plan.merge.onto_base:
                 merged = merged + base
-        dtype = self.plan.dtypes[name]
-        stored = merged.to(TORCH_DTYPE[dtype])
-        if not math.isfinite(stored.sum(dtype=torch.float32)):
-            self._check_stored(item, stored, dtype)
-        return stored.cpu(), masks
+        return merged, masks
 
     def _finish(self, item: Item, values: Tensor, units: Sequence[Unit], known: Known, found: Found) -> list[Any]:
         """The method's result on a chunk, part by part if it sees the tensors apart; adds the missing answers."""
@@ -227,10 +272,7 @@ class Worker:
 
     def note_memory(self) -> None:
         """Record the peak of this process's unshared memory."""
-        with suppress(OSError):  # some sandboxes hide it
-            rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-            private = sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Private_"))
-            self._peak = max(self._peak, private)
+        self._peak = max(self._peak, unshared_memory())
 
     def peak_memory(self, items: Iterable[Item]) -> int:
         """Peak bytes of this process's unshared memory."""

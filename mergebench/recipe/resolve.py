@@ -10,6 +10,7 @@ from typing import Any
 
 from mergebench.checkpoint import Model, adopt
 from mergebench.checkpoint.align import with_head
+from mergebench.checkpoint.header import ENCODINGS
 from mergebench.checkpoint.names import layer_of
 from mergebench.engine.job import Merge
 from mergebench.engine.lines import Lines
@@ -164,7 +165,8 @@ def _merge(
         include=recipe.include,
         exclude=recipe.exclude,
         seed=recipe.seed,
-        dtype=recipe.out_dtype or recipe.dtype,
+        dtype=recipe.dtype if recipe.out_dtype in (None, *ENCODINGS) else recipe.out_dtype,
+        encoding=recipe.out_dtype if recipe.out_dtype in ENCODINGS else None,
         recipe=recipe.to_dict(),
         folders=tuple(str(folder.resolve()) for folder in [Path(), *folders(recipe)]),
         notes=(*notes, *remarks),

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergebench import methods
+from mergebench.checkpoint.header import ENCODINGS
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe.positions import Loc, Places, dotted, show
 from mergebench.recipe.schedules import FORM
 
 DTYPES = ("float32", "float16", "bfloat16")
+OUT_DTYPES = (*DTYPES, *ENCODINGS)
 SCOPES = ("tensor", "model")
 LIST_SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 LIST_MODELS = "list the models to merge as '- model: PATH'"
 EDITS_FORM = "write it as '- {edit: surgery, probe: FILE, rows: 4.65%, alpha: 1.08}'"
 LINES_FORM = "write lines: {alpha: auto, beta: 0.5}"
 SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
+SHORT_OUT = SHORT | {"fp8": "float8_e4m3", "float8_e4m3fn": "float8_e4m3", "float8": "float8_e4m3", "fp4": "mxfp4"}
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,25 @@ VOCABULARY = Kind("base, union or a model", _text)
 SCOPE = Kind("tensor or model", lambda value: value in SCOPES)
 NUMBER = Kind("a number", _number)
 SEED = Kind("a whole number, at least 0", _whole)
-DTYPE = Kind(
-    f"one of {', '.join(DTYPES)}",
-    lambda value: isinstance(value, str) and value.removeprefix("torch.") in DTYPES,
-    hint=lambda value: f"did you mean '{SHORT[value]}'?" if _text(value) and value in SHORT else None,
-    plain=lambda value: value.removeprefix("torch."),
-)
+
+
+def _stored_type(names: tuple[str, ...], short: Mapping[str, str]) -> Kind:
+    return Kind(
+        f"one of {', '.join(names)}",
+        lambda value: isinstance(value, str) and value.removeprefix("torch.") in names,
+        hint=lambda value: _near(value, short) if _text(value) else None,
+        plain=lambda value: value.removeprefix("torch."),
+    )
+
+
+def _near(value: str, short: Mapping[str, str]) -> str | None:
+    if value.removeprefix("torch.") in short:
+        return f"did you mean '{short[value.removeprefix('torch.')]}'?"
+    other = SHORT_OUT.get(value.removeprefix("torch."), value)
+    return f"did you mean out_dtype: {other}?" if other in ENCODINGS else None
+
+
+DTYPE, OUT_DTYPE = _stored_type(DTYPES, SHORT), _stored_type(OUT_DTYPES, SHORT_OUT)
 
 RECIPE = {
     "name": STAGE,
@@ -115,7 +131,7 @@ RECIPE = {
     "exclude": GLOBS,
     "seed": SEED,
     "dtype": DTYPE,
-    "out_dtype": DTYPE,
+    "out_dtype": OUT_DTYPE,
     "tokenizer_source": VOCABULARY,
     "tokenizer": Kind("a mapping", MAPPING.accepts, hint=lambda value: "write tokenizer: {source: union}"),
     "chat_template": Kind("auto, chatml, llama3, mistral, alpaca, exaone or a chat template", _text),

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from mergebench.checkpoint import Model, TensorInfo
 from mergebench.checkpoint.align import Ties
 from mergebench.checkpoint.chosen_rows import choose
-from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.names import is_vocabulary, layer_of
 from mergebench.checkpoint.side_files import GENERATION
 from mergebench.errors import RecipeError, did_you_mean
@@ -206,7 +205,7 @@ def _remap(models: Sequence[Model], tokens: Tokens) -> list[Model]:
                     f"tokenizer: {name}: '{model.reference}' has an adapter on it, which is not supported yet",
                     "merge the adapter into its model first, or leave tokenizer out",
                 )
-            if own.dtype in FP8:
+            if own.is_quantized:
                 raise RecipeError(
                     f"tokenizer: {name}: '{model.reference}' stores it as {own.dtype}, which is not supported yet",
                     "leave tokenizer out, or convert the model to bfloat16 first",

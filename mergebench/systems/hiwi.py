@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergebench.adapters.share import module_kind
+from mergebench.checkpoint.names import module_kind
 from mergebench.deltas.peanut import Network, peanut
 from mergebench.errors import RecipeError
 from mergebench.parameters import param

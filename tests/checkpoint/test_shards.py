@@ -86,7 +86,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path, tensors: list[OutTen
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     found = read_header(file)
-    assert [(t.name, t.dtype, t.shape, t.nbytes) for t in found.tensors] == tensors
+    assert [(t.name, t.dtype, t.shape, t.nbytes) for t in found.tensors] == [one[:4] for one in tensors]
     assert found.tensors[0].offset % ALIGN == 0
 
 

@@ -374,6 +374,7 @@ PACKED: dict[str, tuple[Any, dict[str, torch.Tensor], str]] = {
     "bitsandbytes, 8 bits": (None, {"weight": CODES.char(), "SCB": FACTORS}, "(bitsandbytes)"),
     "compressed-tensors": (COMPRESSED, {"weight_packed": CODES.int(), "weight_scale": FACTORS}, "(compressed-tensors)"),
     "modelopt": (MODELOPT, {"weight": CODES, "weight_scale": FACTORS}, "(NVFP4)"),
+    "OpenAI's own MXFP4": (None, {"weight.blocks": CODES, "weight.scales": CODES}, "(MXFP4)"),
     "MXFP4": (None, {"gate_up_proj_blocks": CODES, "gate_up_proj_scales": CODES + 1}, "(MXFP4)"),
 }
 for what, (settings, parts, says) in PACKED.items():
@@ -583,6 +584,19 @@ for what, scale in {"shape": torch.ones(3, 1), "sides": torch.ones(2, 2, 2), "ty
 def _(s: Setup) -> None:
     fp8 = torch.ones(8, 8).to(torch.float8_e4m3fn)
     s.rewrite(s.ft1, layers__0__weight=fp8, layers__0__weight_scale=torch.tensor([float("nan")]))
+
+
+@case("an MXFP4 scale that is no number", FAILED, "layers.0.experts.x", "ft1", "nan at [0, 0, 0]", leaves_partial=True)
+def _(s: Setup) -> None:
+    blocks = {"layers__0__experts__x_blocks": torch.ones(1, 2, 1, 16, dtype=torch.uint8)}
+    for place, scale in ((s.base, 120), (s.ft1, 255), (s.ft2, 120)):
+        scales = torch.full((1, 2, 1), scale, dtype=torch.uint8)
+        s.rewrite(place, **blocks, layers__0__experts__x_scales=scales)
+
+
+@case("MXFP4 without its scales", MODEL, "experts.x_blocks", "ft1 has MXFP4", hint="layers.0.experts.x_scales")
+def _(s: Setup) -> None:
+    s.rewrite(s.ft1, layers__0__experts__x_blocks=torch.ones(1, 2, 1, 16, dtype=torch.uint8))
 
 
 @case("adapter for another base", MODEL, "lora", "'other.weight'", hint="another model")

@@ -84,7 +84,7 @@ def emr(directory: Path, base: Base) -> Deltas:
 
 def with_tasks(shard: Shard, tasks: Sequence[str], merged: Collection[str]) -> Shard:
     """A shard of a vector, with the masks of these tasks in files beside it; merged: names of tensors with masks."""
-    sizes = [(name, mask_bytes(math.prod(shape))) for name, _, shape, _ in shard.tensors if name in merged]
+    sizes = [(name, mask_bytes(math.prod(shape))) for name, _, shape, *_ in shard.tensors if name in merged]
     masks = tuple(OutTensor(name, "U8", (size,), size) for name, size in sizes)
     beside = tuple(Shard(f"{FOLDER}/{task}/{shard.file}", masks) for task in tasks)
     return replace(shard, metadata=VECTOR, beside=beside)

@@ -92,6 +92,8 @@ class Candidates:
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def _stays(self, plan: Plan) -> bool:
+        if plan.encoded.tensors:
+            return False  # to be read as it is written
         if self._in_memory is None:
             free = available_memory()
             self._in_memory = free is None or plan.bytes_written * SHARE <= free

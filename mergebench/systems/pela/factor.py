@@ -59,7 +59,7 @@ class _Job:
         info = self.model.tensors[name]
         if not info.is_float:
             return info.dtype
-        return self.dtype or ("BF16" if info.scale is not None else info.dtype)
+        return self.dtype or info.copied_dtype
 
     def part(self, name: str) -> str:
         """The file of one layer's factors, until all are known."""

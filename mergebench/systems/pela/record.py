@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergebench.adapters.share import module_kind
 from mergebench.checkpoint import card as markdown
 from mergebench.checkpoint.card import code, linked, listed
+from mergebench.checkpoint.names import module_kind
 from mergebench.checkpoint.shards import Shard
 from mergebench.deltas.formats.compressed import RECORD
 from mergebench.errors import human

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergebench.adapters.share import module_kind
 from mergebench.checkpoint.content import identity, tokenizer_hash
 from mergebench.checkpoint.delta import Delta, matrix_shape
 from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.fp8 import Scales
 from mergebench.checkpoint.model import Model
-from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.names import layer_of, module_kind
 from mergebench.checkpoint.side_files import tokenizer_files
 from mergebench.checkpoint.values import chain
 from mergebench.deltas.open import open_model

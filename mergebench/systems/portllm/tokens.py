@@ -10,7 +10,6 @@ import numpy as np
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.chosen_rows import choose
 from mergebench.checkpoint.content import tokenizer_hash
-from mergebench.checkpoint.header import FP8
 from mergebench.checkpoint.mismatch import few
 from mergebench.checkpoint.names import is_vocabulary
 from mergebench.errors import ModelError
@@ -73,7 +72,7 @@ def _moved(model: Model, new: Model, names: Sequence[str], rows: Mapping[int, in
         own, shape = model.tensors.get(name), new.tensors[name].shape
         if own is None or own.shape[1:] != shape[1:]:
             continue  # tied, or reported as a mismatch
-        if name in model.deltas or own.dtype in FP8:
+        if name in model.deltas or own.is_quantized:
             why = "an adapter is on it" if name in model.deltas else f"it is stored as {own.dtype}"
             raise ModelError(f"{name}: {model.reference}'s tokens are others than {new.reference}'s, and {why}",
                              f"--exclude '{name}' keeps the new base's")  # fmt: skip
