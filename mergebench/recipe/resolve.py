@@ -26,6 +26,7 @@ from mergebench.recipe.notes import (
     about_the_base,
 )
 from mergebench.recipe.open import folders, open_named, short_names
+from mergebench.recipe.padding import share_padding
 from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Recipe
 from mergebench.recipe.slices import pieces_of, put_together, take_apart
@@ -122,14 +123,15 @@ def _with_tokens(
     recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
 ) -> tuple[Model | None, list[tuple[Entry, Model]]]:
     """The models under the vocabulary, and with the chat template, that the recipe asks for."""
-    if recipe.vocabulary is None and recipe.chat_template is None:
-        return base, entries
-    from mergebench.recipe.vocabulary import share_vocabulary
-
     models = {} if base is None else {_key(base): base}  # a base listed twice is one model
     for _, model in entries:
         models.setdefault(_key(model), model)
-    shared = dict(zip(models, share_vocabulary(recipe, list(models.values())), strict=True))
+    changed = list(models.values()) if recipe.vocabulary is not None else share_padding(list(models.values()))
+    if recipe.vocabulary is not None or recipe.chat_template is not None:
+        from mergebench.recipe.vocabulary import share_vocabulary  # this import loads torch
+
+        changed = share_vocabulary(recipe, changed)
+    shared = dict(zip(models, changed, strict=True))
     return base and shared[_key(base)], [(entry, shared[_key(model)]) for entry, model in entries]
 
 
