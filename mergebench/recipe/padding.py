@@ -60,15 +60,18 @@ def _differ(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _tokens(base: Model, model: Model) -> int | None:
     """The number of rows that their tokens need; None if they have other tokens, or nothing tells."""
-    from mergebench.checkpoint.content import tokenizer_hash  # this import loads torch
-
-    places = base.config_directory, model.config_directory
-    if places[0] is None or places[1] is None:
-        return None
     try:
-        ours = tokenizers.tokens_of(tokenizers.load(places[0], base.reference)[0])
-        same = tokenizer_hash(places[0]) == tokenizer_hash(places[1])
-        theirs = ours if same else tokenizers.tokens_of(tokenizers.load(places[1], model.reference)[0])
+        ours, theirs = (_vocabulary(one) for one in (base, model))
     except ModelError:
         return None
     return max(ours.values(), default=-1) + 1 if ours == theirs else None
+
+
+def _vocabulary(model: Model) -> dict[str, int]:
+    """The tokens of a model by its tokenizer.json, which decides, and their ids."""
+    from tokenizers import Tokenizer
+
+    try:
+        return dict(Tokenizer.from_file(str(model.side_directory / "tokenizer.json")).get_vocab())
+    except Exception:  # none, or damaged: any error of the library
+        return tokenizers.tokens_of(tokenizers.load(model.config_directory, model.reference)[0])

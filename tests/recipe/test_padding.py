@@ -24,7 +24,13 @@ def model(place: Path, rows: int, *, tied: bool = False, words: int = TOKENS) ->
     random = torch.Generator().manual_seed(rows)
     tensors = {EMBEDDING: torch.randn(rows, 4, generator=random), "model.norm.weight": torch.ones(4)}
     tensors |= {} if tied else {HEAD: torch.randn(rows, 4, generator=random)}
-    config = {"model_type": "llama", "vocab_size": rows, "tie_word_embeddings": tied, "hidden_size": 4}
+    config = {
+        "hidden_size": 4,
+        "model_type": "llama",
+        "vocab_size": rows,
+        "tie_word_embeddings": tied,
+        "num_attention_heads": 2,
+    }
     write_model(place, tensors, config=config)
     vocabulary = {f"w{number}": number for number in range(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
