@@ -19,6 +19,7 @@ from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
 from mergebench.recipe.notes import (
     about_configs,
+    about_files,
     about_gradients,
     about_heads,
     about_no_config,
@@ -58,8 +59,10 @@ def _resolve(recipe: Recipe) -> Merge:
     base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
     models = [model for _, model in entries]
     merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries)
-    configs = about_configs(base if base is not None else models[0], models, merge.wanted)
-    return replace(merge, notes=merge.notes + configs + about_no_config(merge.reference))
+    first = base if base is not None else models[0]
+    notes = about_configs(first, models, merge.wanted) + about_no_config(merge.reference)
+    notes += about_files(first, models, recipe.chat_template is not None)
+    return replace(merge, notes=merge.notes + notes)
 
 
 def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]) -> Merge:
