@@ -93,7 +93,7 @@ def _cached_id(directory: Path) -> str | None:
     """
     path = os.path.realpath(directory)
     reference = reference_of(Path(path))
-    return None if reference == path else reference.partition("@")[0]
+    return None if reference == path else "/".join(reference.partition("@")[0].split("/")[:2])
 
 
 def front_matter(card: Path) -> tuple[list[str], list[str]]:

@@ -1,7 +1,8 @@
 """Find the path on this machine for a model reference that a user writes.
 
-A reference is an existing path first (a directory or a `.safetensors` file), else `org/name[@revision]`
-on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's directory, a patch or another delta on top.
+A reference is an existing path first (a directory or a `.safetensors` file), else `org/name[@revision]` or a component
+of it, `org/name/unet[@revision]`, on the hub (the local cache, or a download). Each `+DELTA` puts an adapter's
+directory, a patch or another delta on top.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergebench.checkpoint.documents import read_json
-from mergebench.errors import ModelError, first_line
+from mergebench.errors import ModelError, did_you_mean, first_line
 
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm", ".bpe", ".codes")
 LEGAL = ("license", "licence", "notice", "policy")  # in the names of files that go with every copy of a model
 _ANY_CASE = ["".join(f"[{letter}{letter.upper()}]" for letter in word) for word in LEGAL]
+_COMPONENT = re.compile(  # folders of models on the hub
+    r"unet|transformer(_2)?|vae|text_encoder(_[23])?|image_encoder|prior|decoder|controlnet|safety_checker|\d_\w+"
+)
 _MODULES = "[0-9]_*/pytorch_model.bin"  # never loaded: it tells that a module has weights
 HUB_FILES = [
     *("*.safetensors", "tokenizer*", "vocab*", _MODULES, "README.md"),  # the card has the licence
@@ -59,20 +63,20 @@ def locate_delta(text: str | Path, folders: Sequence[Path] = ()) -> Path:
 
 
 def reference_of(place: Path) -> str:
-    """What finds a path again: `org/name@COMMIT` of a snapshot in the hub's cache, else the path."""
+    """What finds a path again: `org/name@COMMIT` of a snapshot in the hub's cache, or a folder of it, else the path."""
     found = _SNAPSHOT.search(str(place))
-    return str(place) if found is None else f"{found[1]}/{found[2]}@{found[3]}"
+    return str(place) if found is None else f"{found[1]}/{found[2]}{found[4]}@{found[3]}"
 
 
 def name_of(place: Path) -> str:
     """The last part of a path; of a snapshot in the hub's cache the repository's name."""
     found = _SNAPSHOT.search(str(place))
-    if found is not None:
+    if found is not None and not found[4]:
         return found[2]
     return (place.resolve() if place.name in ("", "..") else place).name  # a link keeps its own name
 
 
-_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
+_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})((?:/[\w-]+)*)$")
 
 
 def _splits(text: str) -> list[tuple[str, str]]:
@@ -106,12 +110,20 @@ def _place(text: str, folders: Sequence[Path], what: str) -> Path:
     name, _, revision = text.partition("@")
     parts = name.split("/")
     looks_like_hub = len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))
+    if len(parts) == 3 and _COMPONENT.fullmatch(parts[2]):  # else it is a path
+        looks_like_hub = all(parts) and not any((place / parts[0]).exists() for place in [Path(), *folders])
     near = neighbour(text, folders)
     if not looks_like_hub or name.endswith(".safetensors"):
         if near is None and len(parts) == 1:
             near = f"a hub {what} is written org/name"
         raise ModelError(f"{what} '{text}': no such file or directory", near or looked_in(text, folders))
-    return _from_hub(f"{what} '{text}'", name, revision or None, near)
+    found = _from_hub(f"{what} '{text}'", "/".join(parts[:2]), revision or None, near, "/".join(parts[2:]))
+    if not found.exists():
+        inside = sorted(file.name for file in found.parent.iterdir()) if found.parent.is_dir() else []
+        raise ModelError(
+            f"{what} '{text}': '{'/'.join(parts[:2])}' has no such folder", did_you_mean(found.name, inside)
+        )
+    return found
 
 
 def looked_in(text: str, folders: Sequence[Path] = ()) -> str | None:
@@ -132,18 +144,19 @@ def neighbour(text: str, folders: Sequence[Path] = ()) -> str | None:
     return None
 
 
-def _from_hub(what: str, name: str, revision: str | None, near: str | None) -> Path:
+def _from_hub(what: str, name: str, revision: str | None, near: str | None, folder: str = "") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    files = [f"{folder}/{pattern}" for pattern in HUB_FILES] if folder else HUB_FILES
     try:
-        cached = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-        if _has_weights(cached):
-            return cached
+        cached = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        if _has_weights(cached / folder):
+            return cached / folder
     except (LocalEntryNotFoundError, ValueError):
         pass  # not in the cache (or a malformed name, which the second call words better)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files)) / folder
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
             f"{what}: not found locally, in the hub cache or on the hub: {first_line(error)}",
@@ -155,10 +168,10 @@ def _has_weights(snapshot: Path) -> bool:
     """Whether a cached snapshot has weights: another tool may have fetched only config and tokenizer."""
     try:
         shards = [
-            file
-            for index in snapshot.glob("*.safetensors.index.json")
+            index.parent / file
+            for index in snapshot.rglob("*.safetensors.index.json")
             for file in read_json(index)["weight_map"].values()
         ]
-        return any(snapshot.glob("*.safetensors")) and all((snapshot / file).exists() for file in shards)
+        return any(snapshot.rglob("*.safetensors")) and all(file.exists() for file in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True  # opening it will report the fault

@@ -65,4 +65,5 @@ def renormed(p: Renormed, tile: slice, base: Tensor | None) -> Tensor:
     if p.columns:
         assert p.norms is not None
         return base * (p.magnitude / p.norms).repeat_interleave(p.columns) - base
-    return base * (p.magnitude[tile] / torch.linalg.vector_norm(base, dim=1))[:, None] - base
+    factors: Tensor = p.magnitude[tile] / torch.linalg.vector_norm(base, dim=1)
+    return base * factors[:, None] - base

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergebench.checkpoint import Model
 from mergebench.checkpoint.align import Ties
+from mergebench.checkpoint.beside import other_files
 from mergebench.checkpoint.configs import check_heads, disagreement
 from mergebench.checkpoint.distributed import SHARD
 from mergebench.checkpoint.names import is_vocabulary, layer_of
@@ -58,6 +59,13 @@ def about_no_config(reference: Model) -> tuple[str, ...]:
     shards = any(header.file.suffix == SHARD for header in reference.headers)
     what = "no config.json lies beside these shards, so the result has none; name the model they began as: base_model"
     return (f"{reference.reference}: {what}",) if shards and not reference.config else ()
+
+
+def about_files(base: Model, models: Sequence[Model], chosen: bool) -> tuple[str, ...]:
+    """Note the files beside the weights that differ from the base's; chosen: whether the recipe names a template."""
+    named = zip(short_names([model.reference for model in models]), models, strict=True)
+    notes = {name: other_files(base, model, chosen) for name, model in named}
+    return tuple(f"{name}: {note}" for name, note in notes.items() if note is not None)
 
 
 def about_heads(merge: Merge) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
 from mergebench.recipe.notes import (
     about_configs,
+    about_files,
     about_gradients,
     about_heads,
     about_no_config,
@@ -27,6 +28,7 @@ from mergebench.recipe.notes import (
     about_the_base,
 )
 from mergebench.recipe.open import folders, open_named, short_names
+from mergebench.recipe.padding import share_padding
 from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Recipe
 from mergebench.recipe.slices import pieces_of, put_together, take_apart
@@ -58,8 +60,10 @@ def _resolve(recipe: Recipe) -> Merge:
     base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
     models = [model for _, model in entries]
     merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries)
-    configs = about_configs(base if base is not None else models[0], models, merge.wanted)
-    return replace(merge, notes=merge.notes + configs + about_no_config(merge.reference))
+    first = base if base is not None else models[0]
+    notes = about_configs(first, models, merge.wanted) + about_no_config(merge.reference)
+    notes += about_files(first, models, recipe.chat_template is not None)
+    return replace(merge, notes=merge.notes + notes)
 
 
 def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]) -> Merge:
@@ -123,14 +127,15 @@ def _with_tokens(
     recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]
 ) -> tuple[Model | None, list[tuple[Entry, Model]]]:
     """The models under the vocabulary, and with the chat template, that the recipe asks for."""
-    if recipe.vocabulary is None and recipe.chat_template is None:
-        return base, entries
-    from mergebench.recipe.vocabulary import share_vocabulary
-
     models = {} if base is None else {_key(base): base}  # a base listed twice is one model
     for _, model in entries:
         models.setdefault(_key(model), model)
-    shared = dict(zip(models, share_vocabulary(recipe, list(models.values())), strict=True))
+    changed = list(models.values()) if recipe.vocabulary is not None else share_padding(list(models.values()))
+    if recipe.vocabulary is not None or recipe.chat_template is not None:
+        from mergebench.recipe.vocabulary import share_vocabulary  # this import loads torch
+
+        changed = share_vocabulary(recipe, changed)
+    shared = dict(zip(models, changed, strict=True))
     return base and shared[_key(base)], [(entry, shared[_key(model)]) for entry, model in entries]
 
 

@@ -58,6 +58,10 @@ def share_vocabulary(recipe: Recipe, models: Sequence[Model]) -> list[Model]:
             for model, (_, remark) in zip(_remap(models, tokens), loaded, strict=True)
         ]
         size = tokens.count + tokens.padding
+        rows = _rows(models[0])
+        if rows is not None and rows != size:
+            remark = f"{rows} rows for tokens become {size}: the tokenizer has {tokens.count} tokens"
+            changed[0] = replace(changed[0], remarks=(*changed[0].remarks, remark))
         changes = tokenizers.with_vocab_size(models[0].config, size)
         if changes:
             changed[0] = replace(changed[0], config_changes=changes)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from mergebench.checkpoint.reference import locate
+from mergebench.checkpoint.reference import locate, name_of, reference_of
+from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError
 
 
@@ -23,6 +26,32 @@ def test_a_pattern_is_no_reference_and_not_looked_up_on_the_hub(
         locate("org/model-?")
     assert caught.value.hint == "a reference names one model, no pattern"
     assert locate("out/[x]*").checkpoint == Path("out/[x]*")
+
+
+def test_a_component_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached pipeline has weights in folders alone; a folder of it is a reference of its own."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    commit, repository = "0" * 40, tmp_path / "hub/models--org--pipe"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    (snapshot / "unet").mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, snapshot / "unet/diffusion_pytorch_model.safetensors")
+    (snapshot / "model_index.json").write_text('{"unet": ["diffusers", "A"]}')
+    assert locate("org/pipe").checkpoint == snapshot
+    assert locate("org/pipe/unet").checkpoint == snapshot / "unet"
+    assert reference_of(snapshot / "unet") == f"org/pipe/unet@{commit}"
+    assert locate(f"org/pipe/unet@{commit}").checkpoint == snapshot / "unet"
+    assert list(open_model("org/pipe").tensors) == ["unet/w"] and name_of(snapshot / "unet") == "unet"
+    with pytest.raises(ModelError):
+        locate("org/pipe/vae")
+    Path("org").mkdir()
+    with pytest.raises(ModelError, match="no such file or directory"):
+        locate("org/pipe/unet")
 
 
 def test_a_directory_called_tilde_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def kohya(place: Path, base: Base) -> Deltas:
     placing, after = Placing(file, base, {}), Placing(file, base, {})
     blocks: dict[str, dict[int, Delta]] = {}
     with Files() as files:
-        numbers = {
+        numbers: dict[str, dict[str, float]] = {
             name: {part: float(whole(files, parts[part])) for part in ("alpha", "scalar") if part in parts}
             for name, parts in layers.items()
         }
