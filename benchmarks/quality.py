@@ -127,6 +127,7 @@ METHODS = [
 SKIPPED = {
     **dict.fromkeys(("slerp", "nuslerp", "nearswap", "arcee_fusion"), "merges two models"),
     "passthrough": "merges nothing",
+    **dict.fromkeys(("fisher", "regmean", "regmean_plusplus", "adamerging"), "reads texts: quality_data.py"),
     **dict.fromkeys(("tall_mask", "emr"), "gives a model for each task, not one for all"),
 }
 CURVES = ("pcb", "ties")

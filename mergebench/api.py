@@ -54,8 +54,7 @@ def plan(
     recipe: what `load` returns, or takes. method: a function made with `@merge_method`, in place of the method that a
     recipe's file or mapping names. memory: bytes for buffers and statistics. workers: processes or threads (None: one
     per core). device: auto, cpu, cuda or cuda:N. shard_size: bytes of an output file. chunk: elements, for tests;
-    results do not depend on it. on: `ray` or `ray://HOST:PORT` merges on the machines of that cluster; `memory` is then
-    each machine's, and `workers` are all of them together.
+    results do not depend on it. on: `ray` or `ray://HOST:PORT`, a cluster: `memory` of each machine, `workers` of all.
     """
     if not isinstance(recipe, Recipe):
         recipe = load(recipe, method=method)
@@ -64,7 +63,21 @@ def plan(
     how: Any = {"memory": memory, "workers": workers, "device": device, "shard_size": shard_size, "chunk": chunk}
     how["cluster"] = () if on is None else join(on, workers)
     with no_collection():
-        return with_edits(plan_merge(resolve(recipe), **how), recipe)
+        merge = resolve(recipe)
+        if merge.data:
+            from mergebench.systems.on_data.prepare import with_data  # this import loads transformers
+
+            merge = with_data(merge, recipe)
+        return with_edits(plan_merge(merge, **how), recipe)
+
+
+def prepare(plan: Plan, out: str | Path, **how: Any) -> Plan:
+    """The plan once its models have run over their `data:`; how: resume, overwrite, progress (texts done, of all)."""
+    if not plan.merge.data:
+        return plan
+    from mergebench.systems.on_data.prepare import prepare as make  # this import loads transformers
+
+    return make(plan, Path(out), **how)
 
 
 def with_edits(plan: Plan, recipe: Recipe) -> Plan:
@@ -107,6 +120,7 @@ def run(
     of bytes just read, perhaps from several threads.
     """
     target = Path(out)
+    plan = prepare(plan, target, resume=resume, overwrite=overwrite)
     if verify and plan.merge.method.gives == "deltas":
         what = f"--verify: '{plan.merge.method.name}' writes no model that transformers loads"
         raise RecipeError(what, "leave it out; BASE+OUT/tasks/NAME with merge_method: passthrough is one")
@@ -300,6 +314,7 @@ __all__ = [
     "plan_fold",
     "plan_patch",
     "plan_task_vector",
+    "prepare",
     "run",
     "task_vector",
 ]

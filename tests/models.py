@@ -71,6 +71,24 @@ def write_model(
     return directory
 
 
+def write_statistics(place: Path, method: str, model: Path) -> Path:
+    """Made-up statistics of a model, of the kind that a method reads."""
+    from mergebench import methods
+    from mergebench.checkpoint.content import identity
+    from mergebench.checkpoint.measured import FILE, write_measured
+    from mergebench.deltas.open import open_model
+    from mergebench.testing.methods import length_of, statistics_of
+
+    opened = open_model(str(model))
+    floats = {name: value for name, value in opened.state_dict().items() if value.is_floating_point()}
+    made = statistics_of(methods.get(method), floats)
+    about = {"kind": methods.get(method).statistics, "model": {"identity": identity(opened)}}
+    place.mkdir(parents=True, exist_ok=True)
+    shapes = {name: tuple(value.shape) for name, value in made.items()}
+    write_measured(place / FILE, shapes, made.__getitem__, {**about, "data": {}, "norm": length_of(made)})
+    return place
+
+
 def read_model(directory: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint directory, read by the safetensors library."""
     if (directory / SINGLE).exists():

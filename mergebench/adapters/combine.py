@@ -95,7 +95,8 @@ def is_known(name: str) -> bool:
 
 def merges(method: Method) -> bool:
     """Whether a merge method makes one task vector of any number of them."""
-    return method.takes == "task_vectors" and method.gives == "model" and method.models is None
+    one = method.gives == "model" and method.models is None and method.statistics is None
+    return method.takes == "task_vectors" and one
 
 
 def merged(files: Files, job: Job, module: str, shape: tuple[int, int], rank: int) -> Product:

@@ -69,7 +69,12 @@ def portable(provenance: Mapping[str, Any], out: Path) -> dict[str, Any]:
         return f"{cached[1].replace('--', '/', 1)}@{cached[2]}/{cached[3]}" if cached else as_from(file, out)
 
     inputs = [{**one, "file": named(one["file"])} if "file" in one else one for one in provenance["inputs"]]
-    return {**provenance, "inputs": inputs}
+    given = [dict(one) for one in provenance.get("statistics", ())]
+    for one in given:
+        one["data"] = {key: named(text) if key == "file" else text for key, text in one["data"].items()}
+        settings = one.get("settings", {})
+        one["settings"] = {**settings, **({"head": named(settings["head"])} if "head" in settings else {})}
+    return {**provenance, "inputs": inputs, **({"statistics": given} if given else {})}
 
 
 def _parent(name: str, folders: Sequence[Path]) -> Parent:

@@ -32,6 +32,7 @@ from mergebench.cli import (
     results,
     search,
     side,
+    statistics,
     task_vector,
     train,
 )
@@ -70,6 +71,7 @@ app.command("plan", rich_help_panel=MERGE)(plan.plan)
 app.command("init", rich_help_panel=MERGE)(init.init)
 app.command("explain", rich_help_panel=MERGE)(explain.explain)
 app.command("search", rich_help_panel=MERGE)(search.search)
+app.command("statistics", cls=statistics.StatisticsCommand, was="--model", rich_help_panel=MERGE)(statistics.statistics)
 app.command("task-vector", rich_help_panel=MERGE)(task_vector.task_vector)
 app.command("eval", rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("compare", rich_help_panel=MEASURE)(compare.compare)

@@ -90,6 +90,8 @@ def say_results(found: Results, target: Path, kept: Path, json_: bool, quiet: bo
 
     for line in found.made.get("notes", ()):
         note(f"note: {line}", quiet)
+    for line in found.made.get("seen", ()):
+        note(f"warning: {line}", quiet)
     known = found.made.get("known", 0)
     note(f"{known} of {len(found.records)} results were in {kept}/ already", quiet or not known)
     shown = (target / "report.html").is_file()

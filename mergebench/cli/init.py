@@ -53,6 +53,8 @@ def _recipe(name: str, method: Method, given: list[str]) -> Iterator[str]:
     each = ", ".join(f"{p.name}: {_value(p)}" for p in method.parameters.values() if p.per_model)
     for number, model in enumerate(models[based:]):
         yield f"  - model: {_text(model)}"
+        if method.statistics is not None:
+            yield f"    statistics: STATISTICS_{number + 1}  # of kind {method.statistics}; or data: FILE, its texts"
         if each and number == 0:
             yield f"    # parameters: {{{each}}}  # of this model alone"
     if method.parameters:

@@ -9,7 +9,7 @@ import typer
 
 from mergebench.cli import edit, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import byte_bar, counted, item_bar, note, say_json, say_left, say_out, was_there
+from mergebench.cli.output import byte_bar, count_bar, counted, item_bar, note, say_json, say_left, say_out, was_there
 from mergebench.errors import RecipeError, human
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ def merge(
     say_notes(plan, quiet)
     say_changes(plan, quiet)
     note(f"{plan.merge.method.name}: {_summary(plan)}", quiet)
+    if plan.merge.data:
+        with count_bar("running the models", quiet) as done:
+            plan = api.prepare(plan, target, resume=resume, overwrite=overwrite, progress=done)
     with byte_bar("merging", plan.bytes_read, quiet, _sweeps(plan)) as progress:
         result = api.run(plan, target, **ways, progress=progress)
     _say_done(result, quiet)

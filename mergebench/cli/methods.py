@@ -102,7 +102,8 @@ def _show(entry: dict[str, Any], text: str) -> None:
     say_prose(text)
     if entry["kind"] == "method":
         say_prose(NOTATION)
-        say(f"takes {entry['takes'].replace('_', ' ')}; statistics over the {entry['scope']}")
+        of_models = "" if entry["reads"] is None else f" and each model's statistics on texts ({entry['reads']})"
+        say(f"takes {entry['takes'].replace('_', ' ')}{of_models}; statistics over the {entry['scope']}")
         say()
     table = Table("parameter", "default", "range", Column("meaning", ratio=1), box=None, header_style="bold")
     for parameter in entry["parameters"]:
@@ -122,7 +123,7 @@ def _described(one: Method | Edit, package: str) -> dict[str, Any]:
 def _method(method: Method) -> dict[str, Any]:
     cut = "by its parameters" if callable(method.cut) else method.cut
     more = {"group": method.group, "takes": method.takes, "scope": method.scope, "cut": cut}
-    return {"kind": "method", **_about(method), **more}
+    return {"kind": "method", **_about(method), **more, "reads": method.statistics}
 
 
 def _edit(edit: Edit) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,13 +16,25 @@ if TYPE_CHECKING:  # listing the methods must not wait for torch
     from torch import Tensor
 
 
+class OnData(NamedTuple):
+    """What the models did on data, for the chunk: the statistics that a method declares.
+
+    values: of kind fisher and coefficients [models, elements], of kind gram [models, inputs, inputs]. norms: of each
+    model's statistics as a whole. inputs_first: the weight is stored as [inputs, outputs].
+    """
+
+    values: Tensor
+    norms: tuple[float, ...]
+    inputs_first: bool = False
+
+
 @dataclass(frozen=True)
 class Context:
     """The context of a chunk.
 
     numel: elements that the statistics cover (of the tensor, or of the whole model), the papers' d. models: the models'
     names, in recipe order: the rows of the chunk. spans: which elements the chunk's columns are. shape: the tensor's,
-    for methods cut by row or tensor.
+    for methods cut by row or tensor. on_data: the models' statistics; None for a tensor without any.
     """
 
     numel: int
@@ -32,6 +44,7 @@ class Context:
     scope: str
     seed: int
     device: torch.device
+    on_data: OnData | None = None
 
     def bernoulli(self, shares: Sequence[float] | Tensor) -> Tensor:
         """Random bool [models, elements], true with probability `shares[i]` for model i, or each element's own.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mergebench.checkpoint.delta import Delta
 from mergebench.checkpoint.header import FP8, TensorInfo
+from mergebench.checkpoint.measured import Measured
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.values import split
 from mergebench.engine.lines import Lines
@@ -39,6 +40,9 @@ class Merge:
     notes: tuple[str, ...] = ()  # notes for the user
     edits: tuple[Any, ...] = ()  # applied to the result before it is published; the engine only carries them
     adds_base: bool = True  # else the result of a method on task vectors is written as a task vector
+    statistics: tuple[Measured, ...] = ()  # of the models, for a method that reads them
+    data: tuple[Any, ...] = ()  # what to make them of before the merge; the engine only carries it, as `resolve` gives
+    # it the numbers of the recipe's entries
     copies: bool = False  # nothing to merge: the result is a copy, to be edited
 
     @property
@@ -54,7 +58,8 @@ class Merge:
     @property
     def files(self) -> int:
         """The number of files that are read."""
-        return len({header.file for model in [*self.models, self.reference] for header in model.headers})
+        files = {header.file for model in [*self.models, self.reference] for header in model.headers}
+        return len(files | {one.file for one in self.statistics})
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:

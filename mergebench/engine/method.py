@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+from mergebench.checkpoint.measured import MeasuredKind
 from mergebench.parameters import Parameter, make_params, parameters_of, params_of
 from mergebench.plugins import named
 
@@ -71,6 +72,7 @@ GROUPS = {  # of methods, as lists and docs show them
     "Two models": "from one model towards another",
     "Task vectors": "differences to base_model",
     "Whole matrices": "one weight matrix at a time; other tensors are averaged",
+    "With data": "weights, and what the models do on texts",
 }
 Identity = Literal["one model", "equal models", "order"]  # what `mergebench doctor` expects of any method
 
@@ -96,6 +98,7 @@ class Method:
     params: type
     parameters: Mapping[str, Parameter]
     bases: Bases | None  # for a method on matrices that may run in the models' own bases
+    statistics: MeasuredKind | None  # what it reads of each model beside the weights
     exempt: Mapping[Identity, str]  # identities that do not hold by its definition, and why
 
     def __call__(self, *args: Any) -> Any:
@@ -123,6 +126,8 @@ class Method:
     @property
     def group(self) -> str:
         """Which of `GROUPS` it belongs to, by what it takes."""
+        if self.statistics is not None:
+            return "With data"
         if self.cut == "tensor":
             return "Whole matrices"
         if self.models == 2 or (self.models == 1 and self.needs_base):
@@ -171,6 +176,7 @@ def merge_method(
     base_counts: bool = False,
     keeps_base: bool = False,
     bases: Bases | None = None,
+    statistics: MeasuredKind | None = None,
     exempt: Mapping[Identity, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a function `(chunk, params, ctx)` as a merge method.
@@ -186,7 +192,8 @@ def merge_method(
     `optional_base`: without a base, the weights themselves are merged. `base_counts`: a base that is not listed counts
     as one more model. `keeps_base`: a chunk of zero task vectors gives zeros, of either sign, whatever the parameters
     and the answers; so the engine copies what no model changed. `bases`: with cut "tensor", the method may run in the
-    models' own bases. `exempt`: identities that do not hold by definition, and why: `one model` (a single model comes
+    models' own bases. `statistics`: the kind of statistics that it reads of each model, in `ctx.on_data`. `exempt`:
+    identities that do not hold by definition, and why: `one model` (a single model comes
     out unchanged), `equal models` (so do equal models with weights that add up to one), `order` (of the models, with
     their weights).
     """
@@ -214,6 +221,7 @@ def merge_method(
             params=params,
             parameters=parameters_of(params),
             bases=bases,
+            statistics=statistics,
             exempt=dict(exempt or {}),
         )
 

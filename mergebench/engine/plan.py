@@ -24,7 +24,7 @@ from mergebench.checkpoint.naming import USUAL
 from mergebench.checkpoint.shards import Shard, lay_out
 from mergebench.checkpoint.values import split
 from mergebench.deltas.formats.emr import with_tasks
-from mergebench.engine import trace
+from mergebench.engine import on_data, trace
 from mergebench.engine.brackets import BYTES
 from mergebench.engine.checks import check_models, encoded_of
 from mergebench.engine.cluster import Cluster
@@ -69,6 +69,11 @@ class Plan:
         return (
             f"<Plan: {self.merge.method.name} of {models}, {self.elements:,} elements, {counted(self.sweeps, 'sweep')}>"
         )
+
+    @cached_property
+    def on_data(self) -> on_data.Found:
+        """The models' statistics of each merged tensor that has some."""
+        return on_data.find(self.merge, self.alignment.sources)
 
     @cached_property
     def passes(self) -> int:
@@ -137,6 +142,7 @@ class Plan:
             total += 0 if operand.stored is None else operand.stored.nbytes
             total += _stored_bytes(operand.added) if operand.deltas else 0
             based = based or operand.base != 0
+        total += sum(info.nbytes for info in self.on_data.get(name, ()))
         if based:
             stored, deltas = self.base_of(name)
             total += stored.nbytes + _stored_bytes(deltas)
@@ -303,6 +309,7 @@ def plan_merge(
         encoded=to_encode,
     )
     check_descriptors(merge.files + workers * (2 + len(shards[0].files)))  # a worker has a pipe, and writes one shard
+    assert plan.on_data is not None  # errors appear now
     needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)
     if needed > memory and chunk is None:
         raise RecipeError(

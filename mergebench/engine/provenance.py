@@ -16,6 +16,7 @@ import torch
 
 from mergebench import __version__
 from mergebench.checkpoint.content import sample_of, sha256_of
+from mergebench.checkpoint.measured import Measured
 from mergebench.checkpoint.model import Model
 from mergebench.checkpoint.names import module_kind
 from mergebench.engine.answers import key_of
@@ -47,6 +48,7 @@ def record(
         "answers": answers,
         "kept": _kept(plan, answers),
         **_lines(plan, of_all),
+        **({"statistics": [dict(one.about) for one in plan.merge.statistics]} if plan.merge.statistics else {}),
         "sweeps": plan.sweeps,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
@@ -106,7 +108,7 @@ def peak_memory() -> int:
 
 def places(plan: Plan) -> list[Path]:
     """The paths of the models, which must not be written to."""
-    return places_of([*plan.merge.models, plan.merge.reference])
+    return places_of([*plan.merge.models, plan.merge.reference]) + [one.file for one in plan.merge.statistics]
 
 
 def places_of(models: Iterable[Model]) -> list[Path]:
@@ -123,12 +125,12 @@ def inputs(plan: Plan, hash_inputs: bool) -> list[dict[str, Any]]:
 
     `RunError` if a file is not the one that was planned with any more.
     """
-    return inputs_of([plan.merge.reference, *plan.merge.models], hash_inputs)
+    return inputs_of([plan.merge.reference, *plan.merge.models], hash_inputs, plan.merge.statistics)
 
 
-def inputs_of(models: Iterable[Model], hash_inputs: bool) -> list[dict[str, Any]]:
-    """Every file of models once, as `inputs`."""
-    headers = {h.file: h for model in models for h in model.headers}
+def inputs_of(models: Iterable[Model], hash_inputs: bool, statistics: Iterable[Measured] = ()) -> list[dict[str, Any]]:
+    """Every file of models and of their statistics once, as `inputs`."""
+    headers = {h.file: h for model in models for h in model.headers} | {one.file: one.header for one in statistics}
     found = []
     for file, header in sorted(headers.items()):
         entry = {

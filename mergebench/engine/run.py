@@ -27,7 +27,7 @@ from mergebench.engine.machine import keep_freed_memory
 from mergebench.engine.plan import Plan
 from mergebench.engine.provenance import as_text, fingerprint_of, peak_memory, places, record, rounding
 from mergebench.engine.sweep import Sweeper
-from mergebench.errors import ModelError, RunError
+from mergebench.errors import ModelError, RecipeError, RunError
 
 BLOCK = 1 << 20  # bytes compared or hashed at a time
 
@@ -134,6 +134,10 @@ class _Notes:
 
 def check_inputs(plan: Plan) -> None:
     """Before the first sweep, check what headers do not show, and compute what all workers need."""
+    method = plan.merge.method
+    if method.statistics is not None and not plan.merge.statistics:
+        what = f"'{method.name}' needs what its data: tell, which only its own merge learns"
+        raise RecipeError(what, "give each model its statistics: DIR, or merge it by itself")
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergebench.engine.context import Context
 from mergebench.engine.job import Merge
+from mergebench.engine.on_data import toy as on_data_of
 from mergebench.engine.span import Span
 from mergebench.engine.statistics import Norms, OrderStatistics, Statistic
 from mergebench.errors import MergebenchError, RecipeError
@@ -97,7 +98,9 @@ def toy(merge: Merge, shape: tuple[int, ...] = (61,)) -> tuple[Tensor, Context]:
     models, numel = len(merge.models), math.prod(shape)
     values = torch.sin(torch.arange(1.0, models * numel + 1)).reshape(models, numel) * 0.01
     spans = (Span("toy", 0, numel),)
-    return values, Context(numel, merge.names, spans, shape, merge.scope, merge.seed, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    on_data = on_data_of(merge, shape, numel, cpu)
+    return values, Context(numel, merge.names, spans, shape, merge.scope, merge.seed, cpu, on_data)
 
 
 def count(merge: Merge, merged: Sequence[str]) -> tuple[dict[str, int], bool, bool]:

@@ -23,6 +23,7 @@ from mergebench.engine.inmemory import InMemory
 from mergebench.engine.items import Item
 from mergebench.engine.machine import unshared_memory
 from mergebench.engine.method import Tasks
+from mergebench.engine.on_data import DataReader, toy
 from mergebench.engine.plan import Plan
 from mergebench.engine.profile import Counts, counts
 from mergebench.engine.read import ChunkReader
@@ -49,13 +50,15 @@ def replay_chunk(
     return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, known, answer)
 
 
-def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...]) -> Context:
-    """The context of a chunk."""
+def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...], reader: DataReader | None = None) -> Context:
+    """The context of a chunk; without a reader of statistics, those of a toy."""
     merge, aliases = plan.merge, plan.alignment.aliases
     shape = merge.reference.tensors[spans[0].tensor].shape
+    on_data = toy(merge, shape, sum(span.numel for span in spans), plan.device) if reader is None else None
+    on_data = reader.read(spans) if reader is not None and merge.statistics else on_data
     if aliases:  # tied tensors stored twice must draw the same noise to stay equal
         spans = tuple(span._replace(tensor=aliases.get(span.tensor, span.tensor)) for span in spans)
-    return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, plan.device)
+    return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, plan.device, on_data)
 
 
 class Worker:
@@ -64,6 +67,7 @@ class Worker:
     def __init__(self, plan: Plan, files: Files, target: InMemory | None = None) -> None:
         self.plan, self.files = plan, files
         self.reader = ChunkReader(plan, files)
+        self._on_data = DataReader(plan.merge, plan.on_data, files, plan.device)
         self._copies = plan.merge.reference.values(files)
         self._outputs: list[ShardFiles | InMemory] = [] if target is None else [target]  # then each task's masks
         self._peak = 0
@@ -77,7 +81,7 @@ class Worker:
         found = []
         for item in items:
             values, _ = self.reader.load(item.spans, apply=False)
-            context = context_of(self.plan, units[item.unit], item.spans)
+            context = self._context(units[item.unit], item.spans)
             statistic = replay_chunk(self.plan, values, context, known[item.unit])
             assert isinstance(statistic, OrderStatistics)
             found.append((item.tile, item.unit, statistic.keyed()))
@@ -92,7 +96,7 @@ class Worker:
             values, _ = self.reader.load(item.spans, apply=False, alike=True)
             if not known[item.unit]:
                 self._check_finite(item, values)
-            context = context_of(self.plan, units[item.unit], item.spans)
+            context = self._context(units[item.unit], item.spans)
             statistic = replay_chunk(self.plan, values, context, known[item.unit])
             assert isinstance(statistic, Statistic), "the method asked fewer questions than it did on the toy chunk"
             several = len(item.spans) > 1
@@ -168,11 +172,14 @@ class Worker:
         for item in items:
             (span,) = item.spans
             values, _ = self.reader.load(item.spans, apply=False)
-            context = context_of(self.plan, units[item.unit], item.spans)
+            context = self._context(units[item.unit], item.spans)
             params = self.plan.merge.params_for(span.tensor)
             answers = [decode(answer, self.plan.device) for answer in known[item.unit]]
             found.append((span.tensor, span.start, counts(method, values, params, context, answers)))
         return found
+
+    def _context(self, unit: Unit, spans: tuple[Span, ...]) -> Context:
+        return context_of(self.plan, unit, spans, self._on_data)
 
     def _to_encode(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> Tensor:
         """The values of a chunk that is written in eight or four bits, float32."""
@@ -233,7 +240,7 @@ class Worker:
             told.append(statistic.at_once())
             return decode(told[-1], self.plan.device)
 
-        merged = replay_chunk(self.plan, values, context_of(self.plan, unit, spans), known, answer)
+        merged = replay_chunk(self.plan, values, self._context(unit, spans), known, answer)
         if told:
             found.append((number, told))
         assert not isinstance(merged, Statistic)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mergebench.errors import RecipeError
 from mergebench.evaluation.batch import Batch, Candidate, Meter, Outcome, Step
 from mergebench.evaluation.results import Results, with_relatives
+from mergebench.evaluation.seen import seen
 from mergebench.evaluation.suite import Suite
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def evaluate_models(
     made |= {"bytes": found.sizes} if found.sizes else {}
     made |= {"failed": found.failed} if found.failed else {}
     made |= {"notes": found.notes} if found.notes else {}
+    known_texts = seen(candidates, suite)
+    made |= {"seen": known_texts} if known_texts else {}
     made["seconds"] = round(time.perf_counter() - start, 3)
     items = {task.name: task.ready.asked for task in suite.tasks if task.ready.asked}
     return Results(made, with_relatives(found.records, homes_of(candidates, suite)), items)

@@ -22,6 +22,8 @@ class Entry:
     task_vector: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     as_trained: str | None = None  # nf4: an adapter's base is rounded as in its training
+    statistics: str | None = None  # what it does on data, for a method that reads it
+    data: str | dict[str, Any] | None = None  # or the texts to make that of
 
 
 OWN_WEIGHTS = "the schedule gives each checkpoint its weight"

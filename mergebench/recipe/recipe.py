@@ -13,7 +13,7 @@ from mergebench import methods
 from mergebench.editing.spec import Wanted
 from mergebench.engine.method import Method
 from mergebench.errors import RecipeError
-from mergebench.recipe import averaging, checkpoints, edits, modules, own, parameters, schema, tokens
+from mergebench.recipe import averaging, checkpoints, edits, modules, on_data, own, parameters, schema, tokens
 from mergebench.recipe import overrides as changes
 from mergebench.recipe.averaging import Entry
 from mergebench.recipe.chat import chat_template
@@ -110,7 +110,7 @@ class Recipe:
         return replace(
             self,
             merge_method=baseline.method,
-            models=tuple(replace(entry, parameters={}) for entry in self.models),
+            models=tuple(on_data.for_method(method, replace(entry, parameters={})) for entry in self.models),
             slices=tuple(Slice(tuple(replace(source, parameters={}) for source in one.sources)) for one in self.slices),
             parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,
@@ -197,10 +197,11 @@ def check(
             what = f"'{method.name}' writes differences to the base, which must be the one on disk"
             raise places.error((key,), what, "make that base first, by a merge of its own")
     common, more = parameters.check(method, found.get("parameters", {}), ("parameters",), places)
+    on_data.check(method, found, places)
     entries, ignored = [], [*habits, *more]
     for i, entry in enumerate(found.get("models", ())):
         given, more = parameters.check(method, entry.get("parameters", {}), ("models", i, "parameters"), places)
-        entries.append(Entry(entry.get("model"), entry.get("task_vector"), given, entry.get("as_trained")))
+        entries.append(Entry(**{**entry, "parameters": given}))
         ignored += more
     schedule, entries = averaging.schedule(found, method, entries, parts, places)
     slices = []

@@ -11,10 +11,12 @@ from typing import Any
 from mergebench.checkpoint import Model, adopt
 from mergebench.checkpoint.align import with_head
 from mergebench.checkpoint.header import ENCODINGS
+from mergebench.checkpoint.measured import MAKE, Measured, read_measured_of
 from mergebench.checkpoint.names import layer_of
+from mergebench.checkpoint.reference import looked_in
 from mergebench.engine.job import Merge
 from mergebench.engine.lines import Lines
-from mergebench.errors import RecipeError
+from mergebench.errors import MergebenchError, RecipeError
 from mergebench.recipe.averaging import Entry
 from mergebench.recipe.gradients import depths
 from mergebench.recipe.modules import check_parts
@@ -32,6 +34,7 @@ from mergebench.recipe.padding import share_padding
 from mergebench.recipe.positions import Loc, dotted
 from mergebench.recipe.recipe import Recipe
 from mergebench.recipe.slices import pieces_of, put_together, take_apart
+from mergebench.recipe.yaml import find
 
 
 def resolve(recipe: Recipe) -> Merge:
@@ -56,18 +59,21 @@ def resolve(recipe: Recipe) -> Merge:
 
 def _resolve(recipe: Recipe) -> Merge:
     opened = open_all(recipe)
+    statistics = [_open_statistics(recipe, number, *pair) for number, pair in enumerate(opened[1])]
     check_parts(recipe.parts, (opened[0] or opened[1][0][1]).tensors, recipe.places)
     base, entries = _with_tokens(recipe, *_under_one_name(recipe, *opened))
     models = [model for _, model in entries]
-    merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries)
+    merge = _sliced(recipe, base, models) if recipe.slices else _whole(recipe, base, entries, statistics)
     first = base if base is not None else models[0]
     notes = about_configs(first, models, merge.wanted) + about_no_config(merge.reference)
     notes += about_files(first, models, recipe.chat_template is not None)
     return replace(merge, notes=merge.notes + notes)
 
 
-def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]]) -> Merge:
-    """Models merged whole, the base in its place among them."""
+def _whole(
+    recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]], statistics: Sequence[Measured | None]
+) -> Merge:
+    """Models merged whole, the base in its place among them; statistics: of the recipe's models."""
     method, notes = recipe.method, recipe.notes
     if base is not None:
         listed = [pair for pair in entries if _same(pair[1], base)]
@@ -80,10 +86,14 @@ def _whole(recipe: Recipe, base: Model | None, entries: list[tuple[Entry, Model]
     models = tuple(model for _, model in entries)
     merge = _merge(recipe, notes, base, models, method.make_params(recipe.params([entry for entry, _ in entries])))
     merge = replace(merge, notes=merge.notes + about_heads(merge))
+    own = [entry for entry, _ in entries]
+    if method.statistics is not None:
+        read = [statistics[recipe.models.index(entry)] for entry in own]
+        data = tuple(recipe.models.index(entry) for entry in own if entry.data is not None)
+        merge = replace(merge, statistics=tuple(one for one in read if one is not None), data=data)
     if not recipe.varies:
         return merge
     depth = depths(merge.reference.tensors)
-    own = [entry for entry, _ in entries]
     merged = [name for name, info in merge.reference.tensors.items() if info.is_float and merge.wanted(name)]
     values = {name: recipe.params(own, name, depth.get(name, 0.0)) for name in merged}
     gradients = about_gradients(merged, lambda name, depth: recipe.params(own, name, depth))
@@ -257,3 +267,19 @@ def _open(recipe: Recipe, entry: Entry, loc: Loc) -> Model:
 def _same(model: Model, base: Model) -> bool:
     """Whether a model is the base, listed again."""
     return not model.is_task_vector and _key(model) == _key(base)
+
+
+def _open_statistics(recipe: Recipe, number: int, entry: Entry, model: Model) -> Measured | None:
+    """The statistics that a model of the recipe names; None if it names data."""
+    kind = recipe.method.statistics
+    if kind is None or entry.statistics is None:
+        return None
+    try:
+        text, places = entry.statistics, folders(recipe)
+        place = find(text, places, folder=True) or find(text, places)
+        if place is None:
+            raise RecipeError(f"no such file or folder: {text}", looked_in(text, places) or MAKE)
+        return read_measured_of(place, model, kind, recipe.method.name)
+    except MergebenchError as error:
+        where = recipe.where("models", number, "statistics")
+        raise type(error)(f"{where}: {error.message}", error.hint) from None

@@ -19,6 +19,7 @@ SCOPES = ("tensor", "model")
 LIST_SLICES = "write it as '- sources: [{model: PATH, layer_range: [0, 8]}]'"
 LIST_MODELS = "list the models to merge as '- model: PATH'"
 EDITS_FORM = "write it as '- {edit: surgery, probe: FILE, rows: 4.65%, alpha: 1.08}'"
+DATA_FORM = "write data: FILE, or data: {file: FILE, text: COLUMN}"
 LINES_FORM = "write lines: {alpha: auto, beta: 0.5}"
 SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
 SHORT_OUT = SHORT | {"fp8": "float8_e4m3", "float8_e4m3fn": "float8_e4m3", "float8": "float8_e4m3", "fp4": "mxfp4"}
@@ -154,6 +155,10 @@ ENTRY = {
     "model": MODEL,
     "task_vector": Kind("a path", _text),
     "as_trained": Kind("nf4", lambda value: value == "nf4"),
+    "statistics": Kind("a path", _text),
+    "data": Kind(
+        "a file or a mapping", lambda value: _text(value) or isinstance(value, dict), hint=lambda _: DATA_FORM
+    ),
     "parameters": MAPPING,
 }
 EVALUATE = {

@@ -156,6 +156,8 @@ def _negative(trial: Trial) -> None:
     _several(trial)
     if not trial.weighted:
         raise Inapplicable("it takes no weights")
+    if trial.method.parameters["weight"].complaint(-1.0) is not None:
+        raise Inapplicable("its weights are not negative")
     base, count = make_base(), trial.count(2)
     plain = {name: False for name in trial.method.parameters if name.startswith("normalize")}
     params = trial.params(count, KEEP_ALL, [1.0, -1.0, *[0.0] * (count - 2)], **plain)

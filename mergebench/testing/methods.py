@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergebench.checkpoint import Model
+from mergebench.checkpoint.measured import Measured, read_measured, write_measured
 from mergebench.deltas.open import open_model
 from mergebench.engine import trace
-from mergebench.engine.context import Context
+from mergebench.engine.context import Context, OnData
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import one_thread
 from mergebench.engine.method import Method
@@ -42,6 +44,38 @@ SMALL = {"matrix": (13, 11), "bias": (23,), "scale": ()}
 LARGE = {"matrix": (2, TILE + 465), "bias": (300,), "scale": (), "long": (7 * TILE + 5,)}
 
 
+def statistics_of(method: Method, tensors: Tensors) -> dict[str, Tensor]:
+    """Made-up statistics of a model, of the kind that the method reads: equal for equal models."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        generator = torch.Generator().manual_seed(int(tensor.double().abs().sum() * 1e6) % 2**31)
+        if method.statistics == "fisher":
+            found[name] = torch.randn(shape, generator=generator).square_()
+        elif method.statistics == "coefficients":
+            found[name] = torch.randn((), generator=generator)
+        elif method.statistics == "gram" and method.whole(name, shape):
+            inputs = torch.randn(3 * shape[1], shape[1], generator=generator)
+            found[name] = inputs.T @ inputs / len(inputs)
+    return found
+
+
+def length_of(statistics: Tensors) -> float:
+    """The L2 norm of all statistics of a model."""
+    return math.sqrt(sum(float(one.double().square().sum()) for one in statistics.values()))
+
+
+def _on_data(method: Method, statistics: Sequence[Tensors], sizes: Mapping[str, int]) -> OnData | None:
+    """What the method sees of the statistics of these tensors, whole."""
+    norms = tuple(length_of(one) for one in statistics)
+    if method.statistics is None or any(name not in statistics[0] for name in sizes):
+        return None
+    if method.statistics == "gram":
+        return OnData(torch.stack([one[name] for one in statistics for name in sizes]), norms)
+    rows = [torch.cat([one[name].reshape(-1).expand(size) for name, size in sizes.items()]) for one in statistics]
+    return OnData(torch.stack(rows), norms)
+
+
 def in_memory(
     method: Method, base: Tensors, models: Sequence[Tensors], params: Any, scope: str = "", seed: int = 0
 ) -> dict[str, Tensor]:
@@ -52,6 +86,7 @@ def in_memory(
     base, models: float tensors by name. params: the method's own dataclass.
     """
     scope = scope or method.scope
+    statistics = [statistics_of(method, tensors) for tensors in models]
     units = [list(base)] if scope == "model" else [[name] for name in base]
     lengths: list[Tensor] = []  # if the method asks about all units together, the answers for each unit
 
@@ -73,7 +108,8 @@ def in_memory(
         spans = tuple(Span(name, 0, size) for name, size in zip(names, sizes, strict=True))
         labels = tuple(f"model{number}" for number in range(len(models)))
         shape = tuple(base[names[0]].shape)
-        context = Context(values.shape[1], labels, spans, shape, scope, seed, torch.device("cpu"))
+        on_data = _on_data(method, statistics, dict(zip(names, sizes, strict=True)))
+        context = Context(values.shape[1], labels, spans, shape, scope, seed, torch.device("cpu"), on_data)
         result = run_at_once(method, values, params, context, partial(answer, sizes=sizes, of_all=of_all))
         result = result + origin if method.takes == "task_vectors" and method.gives == "model" else result
         parts = zip(names, torch.split(result, sizes), strict=True)
@@ -132,9 +168,11 @@ def check_cuts(
     """Assert that chunks and workers change nothing; returns the bench of the `large` tensors; `cuts` are their chunk
     sizes."""
     for name, shapes, chunks in (("small", SMALL, (7, TILE)), ("large", large, cuts)):
+        if method.statistics == "gram":  # [inputs, inputs] of a wide matrix would fill the memory
+            shapes = {key: shape[::-1] for key, shape in shapes.items()}
         base, models = _sample(shapes, method.models or 3)
         bench = Bench(method, params, base, models, place / name)
-        if method.keeps_base and shapes is SMALL:
+        if method.keeps_base and name == "small":
             bench.check_kept()
         # sums are taken over whole tiles, so only methods without them can be cut anywhere
         sums = any(isinstance(kind, type) for kind in trace.asked(bench.merge(bench.opened), params))
@@ -192,7 +230,18 @@ class Bench:
 
     def merge(self, models: Sequence[Model]) -> Merge:
         names = tuple(f"model{number}" for number in range(len(models)))
-        return Merge(self.method, self.params, self.origin, tuple(models), names, scope=self.method.scope)
+        statistics = tuple(self._measured(model) for model in models) if self.method.statistics else ()
+        scope = self.method.scope
+        return Merge(self.method, self.params, self.origin, tuple(models), names, scope=scope, statistics=statistics)
+
+    def _measured(self, model: Model) -> Measured:
+        """Made-up statistics of a model beside its file."""
+        file = model.headers[0].file.with_suffix(".statistics")
+        if not file.exists():
+            made = statistics_of(self.method, load_file(model.headers[0].file))
+            about: dict[str, Any] = {"kind": self.method.statistics, "model": {}, "data": {}, "norm": length_of(made)}
+            write_measured(file, {name: tuple(one.shape) for name, one in made.items()}, made.__getitem__, about)
+        return read_measured(file)
 
     def streamed(self, models: Sequence[Model], chunk: int, workers: int) -> dict[str, Tensor]:
         plan = plan_merge(self.merge(models), chunk=chunk, workers=workers, device="cpu")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import fine_tuned, tiny_tensors, write_model
+from models import fine_tuned, tiny_tensors, write_model, write_statistics
 
 import mergebench
 from mergebench import methods
@@ -94,6 +94,8 @@ def test_a_recipe_to_start_from(name: str, cli: Cli, tmp_path: Path, monkeypatch
     base = tiny_tensors()
     for number, place in enumerate(("BASE", "MODEL", "MODEL_1", "MODEL_2")):
         write_model(Path(place), fine_tuned(base, number))
+        if methods.get(name).statistics is not None and place[-1].isdigit():
+            write_statistics(Path(f"STATISTICS_{place[-1]}"), name, Path(place))
     code, out, err = cli("init", name)
     assert (code, err) == (0, "")
     Path("recipe.yaml").write_text(out)

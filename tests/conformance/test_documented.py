@@ -107,7 +107,7 @@ def test_declared_options_are_named_and_have_help(words: str) -> None:
     for below in COMMANDS[words].declared([]).values():
         for option, parameter in below.items():
             assert parameter.help, option
-            assert named(option, code(TEXT["surgery.md"])), option
+            assert named(option, code(GUIDE)), option
 
 
 def typed(text: str) -> Iterator[list[str]]:
@@ -278,6 +278,7 @@ ELSEWHERE = {
     "inspect": "tests/cli/test_cli.py::test_inspect",
     "diff": "tests/cli/test_cli.py::test_diff_by_hand",
     "generate": "tests/networks/test_generation.py::test_the_likeliest_token_each_time",
+    "statistics": "tests/systems/on_data/test_statistics.py::test_the_command",
     "methods": "tests/cli/test_cli.py::test_methods",
     "doctor": "tests/testing/test_doctor.py::test_json",
     "probe fit": "tests/editing/test_fit.py::test_equal_to_a_fit_by_hand",

@@ -26,11 +26,12 @@ from mergebench import methods
 from mergebench.checkpoint.files import Files
 from mergebench.engine import replay
 from mergebench.engine.brackets import Sample
-from mergebench.engine.context import Context
+from mergebench.engine.context import Context, OnData
 from mergebench.engine.noise import TILE
 from mergebench.engine.read import ChunkReader
 from mergebench.engine.span import Span
 from mergebench.engine.statistics import OrderStatistics, Statistic, decode, encode
+from mergebench.testing.methods import statistics_of
 from mergebench.testing.trial import Trial
 
 GPU = torch.device("cuda", 0)
@@ -110,7 +111,13 @@ def merged(name: str, device: torch.device, ask: Callable[[Statistic], Any], pla
     chosen = {"density": 0.4, "epsilon": 0.1, "select_topk": 0.4, "gamma": 0.05, "steps": 3}
     params = trial.params(count, chosen)
     models = tuple(f"m{number}" for number in range(count))
-    context = Context(numel, models, (Span("layers.0.up.weight", 0, numel),), SHAPE, "tensor", 0, device)
+    on_data = None
+    if trial.method.statistics is not None:
+        name, rows = "layers.0.up.weight", values.view(count, *SHAPE)
+        made = [statistics_of(trial.method, {name: row})[name] for row in rows]
+        wide = [one if trial.method.statistics == "gram" else one.expand(SHAPE).reshape(-1) for one in made]
+        on_data = OnData(torch.stack(wide).to(device), (1.0,) * count)
+    context = Context(numel, models, (Span("layers.0.up.weight", 0, numel),), SHAPE, "tensor", 0, device, on_data)
     return replay.run_at_once(trial.method, values.to(device), params, context, ask)
 
 

@@ -18,7 +18,7 @@ import mergebench
 from mergebench import methods
 from tests.deltas.kinds import CHANGES, WIDTH, write_world
 from tests.editing.conftest import write_probe
-from tests.models import hashes, write_model
+from tests.models import hashes, write_model, write_statistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 import mergekit_tokens
@@ -36,6 +36,9 @@ def smallest(name: str) -> Recipe:
         base, models = "base", tuned[: method.models]
     else:
         base, models = ("base", tuned[:1]) if method.models == 2 else (None, tuned[: method.models])
+    if method.statistics is not None:
+        read = [str(write_statistics(Path(f"{one}-read"), name, Path(one))) for one in tuned]
+        return recipe(name, [{"model": one, "statistics": at} for one, at in zip(tuned, read, strict=True)], "base")
     parameters = {key: REQUIRED[key] for key in method.parameters if key in REQUIRED}
     return recipe(name, models, base, **({"parameters": parameters} if parameters else {}))
 

@@ -37,7 +37,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     each = st.fixed_dictionaries({}, optional={p.name: values(p) for p in parameters if p.per_model})
     required = {p.name: values(p) for p in parameters if p.required}
     optional = {p.name: values(p) for p in parameters if not p.required}
-    entry = st.fixed_dictionaries({"model": references}, optional={"parameters": each})
+    read = {"statistics": words} if method.statistics is not None else {}
+    entry = st.fixed_dictionaries({"model": references, **read}, optional={"parameters": each})
     vector = st.fixed_dictionaries({"task_vector": words}, optional={"parameters": each})
     dtypes = st.sampled_from(["float32", "float16", "bfloat16", "torch.float32"])
     suite = st.dictionaries(st.text(), st.lists(st.text() | st.booleans() | st.integers(-9, 9)), min_size=1)
@@ -50,7 +51,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             {
                 "merge_method": st.just(method.name),
                 "base_model": words,
-                "models": st.lists(entry | vector, min_size=1, max_size=4),
+                "models": st.lists(entry if read else entry | vector, min_size=1, max_size=4),
                 "parameters": st.fixed_dictionaries(required, optional=optional),
             },
             optional={

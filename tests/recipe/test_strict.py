@@ -50,7 +50,7 @@ AFTER_START = [
     ("    dtype: float32", "7:5", "models.1.dtype: is in the wrong place", "write it at the top of the recipe"),
     ("parameters: {dtype: float32}", "7:14", "parameters.dtype: is in the wrong place", "write it at the top of the recipe"),
     ("pad_to_multiple_of: 8", "7:1", "pad_to_multiple_of: is in the wrong place", "write it under tokenizer: {source: union, pad_to_multiple_of: 8}"),
-    ("    wieght: 1", "7:5", "models.1.wieght: no such key", f"known: as_trained, model, parameters, task_vector{OWN}"),
+    ("    wieght: 1", "7:5", "models.1.wieght: no such key", f"known: as_trained, data, model, parameters, statistics, task_vector{OWN}"),
     ("    parameters: {wieght: 1}", "7:18", "models.1.parameters.wieght: 'ties' has no such parameter", "did you mean 'weight' (weight of the model)?"),
     ("evaluate: {suit: a}", "7:12", "evaluate.suit: no such key", "did you mean 'suite'?"),
     ("evaluate: {x: a}", "7:12", "evaluate.x: no such key", "known: baselines, suite"),

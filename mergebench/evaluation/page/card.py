@@ -32,6 +32,9 @@ def text(out: Path, provenance: Mapping[str, Any], evaluation: str = "", directo
     parts.append(listed(f"{role}: {linked(one, out, folders)}" for role, one in inputs))
     if provenance.get("notes"):
         parts += ["## Notes", listed(map(escape, provenance["notes"]))]
+    if provenance.get("statistics"):
+        told = (f"{one['kind']} of model {n}: {_texts(one)}" for n, one in enumerate(provenance["statistics"], 1))
+        parts += ["## What the models do on data", listed(map(escape, told))]
     if provenance.get("tasks"):
         parts.append("The tensors are a difference to the base, for all tasks. The model of a task, for mergebench:")
         parts.append(listed(code(f"{as_from(base, out)}+{out.name}/tasks/{task}") for task in provenance["tasks"]))
@@ -111,3 +114,9 @@ def _flowing(value: Any) -> Any:
     if not any(isinstance(one, (dict, list)) for one in value):
         found.fa.set_flow_style()
     return found
+
+
+def _texts(statistics: Mapping[str, Any]) -> str:
+    """Which texts a model's statistics are of."""
+    file = Path(str(statistics.get("data", {}).get("file", "")))
+    return f"{counted(int(statistics.get('items', 0)), 'text')} of {file.name}"

@@ -101,6 +101,8 @@ def legend(results: Results, *, bold: bool = True) -> str:
         text += "; relative: mean share of what each task's own fine-tune reaches"
     if results.made.get("by_task"):
         text += f"; {', '.join(results.made['by_task'])}: each task on the model made for it"
+    for one in results.made.get("seen", ()):
+        text += f"; {one}"
     for name, edits in results.made.get("unedited", {}).items():
         text += f"; {name}: before {', then '.join(edits)}"
     if bold and any(cell.best for row in rows_of(results) for cell in row.cells):
