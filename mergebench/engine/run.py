@@ -136,8 +136,10 @@ def check_inputs(plan: Plan) -> None:
     """Before the first sweep, check what headers do not show, and compute what all workers need."""
     method = plan.merge.method
     if method.statistics is not None and not plan.merge.statistics:
-        what = f"'{method.name}' needs what its data: tell, which only its own merge learns"
-        raise RecipeError(what, "give each model its statistics: DIR, or merge it by itself")
+        what = f"'{method.name}' reads statistics, and only `merge` makes them of data:"
+        raise RecipeError(
+            what, "name them, statistics: DIR; `mergebench statistics` makes them, a merge in OUT.statistics"
+        )
     with Files() as files:
         for model, alias, tensor in plan.alignment.must_equal:
             check_equal(files, model, alias, tensor)
