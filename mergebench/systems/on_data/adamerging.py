@@ -15,7 +15,7 @@ from mergebench.networks.loadable import Tick
 from mergebench.networks.network import Network
 from mergebench.systems.on_data.answers import Answers, answers_of
 from mergebench.systems.on_data.texts import Data
-from mergebench.systems.on_data.weights import Weights
+from mergebench.systems.on_data.weights import Weights, check_memory
 
 
 class Learnt(NamedTuple):
@@ -36,6 +36,9 @@ def learn(plan: Plan, data: Sequence[Data], device: torch.device, tick: Tick) ->
     tokens = [network.tokenize(one.texts, asked.max_length) for one, asked in zip(data, answers, strict=True)]
     with Files() as files:
         weights = Weights(plan, files, network)
+        differ = [name for name in weights.names if any(one.stored or one.added for one in plan.operands[name])]
+        sizes = [merge.reference.tensors[name].numel for name in differ]
+        check_memory(merge.reference, 4 * (len(data) + 1) * sum(sizes))
         changed = {name: weights.rows(name) - weights.base(name) for name in weights.names}
         changed = {name: rows.to(device) for name, rows in changed.items() if rows.any()}
         base = {name: weights.base(name).to(device) for name in changed}

@@ -17,7 +17,7 @@ from mergebench.networks.network import Network
 from mergebench.systems.on_data.answers import LONGEST
 from mergebench.systems.on_data.gram import Linears, grams
 from mergebench.systems.on_data.texts import Data
-from mergebench.systems.on_data.weights import Weights
+from mergebench.systems.on_data.weights import Weights, check_memory
 
 
 def grams_of_merged(
@@ -31,6 +31,7 @@ def grams_of_merged(
     merge = plan.merge
     network = Network(merge.reference, "AutoModel", device, packed=False)
     linears, blocks = Linears(network), network.blocks
+    check_memory(merge.reference, 4 * len(data) * sum(linears.width(name) ** 2 for name in linears.modules))
     tokens = [network.tokenize(one.texts, one.settings.max_length or LONGEST) for one in data]
     found: list[dict[str, Tensor]] = [{} for _ in data]
     with Files() as files:

@@ -15,7 +15,6 @@ from mergebench.checkpoint.files import write_error
 from mergebench.checkpoint.measured import FILE, Measured, read_measured, write_measured
 from mergebench.checkpoint.model import Model
 from mergebench.deltas.open import open_model
-from mergebench.engine.machine import available_memory
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.networks.device import device_of, versions
 from mergebench.networks.loadable import Tick
@@ -26,6 +25,7 @@ from mergebench.systems.on_data.fisher import fisher_of
 from mergebench.systems.on_data.gram import Linears, grams
 from mergebench.systems.on_data.settings import Settings
 from mergebench.systems.on_data.texts import Data, read_data
+from mergebench.systems.on_data.weights import check_memory
 
 KINDS = ("fisher", "gram")
 Progress = Callable[[int, int], None]  # texts done, of all
@@ -76,14 +76,14 @@ def measured(
     if kind == "gram":
         network = Network(model, "AutoModel", device, packed=False)
         linears, tokens = Linears(network), network.tokenize(data.texts, data.settings.max_length or LONGEST)
-        _check_memory(model, 4 * sum(linears.width(name) ** 2 for name in linears.modules))
+        check_memory(model, 4 * sum(linears.width(name) ** 2 for name in linears.modules))
         values = grams(network, linears, linears.modules, tokens, tick)
         about["inputs_first"] = linears.inputs_first
     else:
         answers = answers_of(model, data.settings)
         network = Network(model, answers.auto_class, device, packed=False)
         tokens = network.tokenize(data.texts, answers.max_length)
-        _check_memory(model, 8 * sum(value.numel() for value in network.module.parameters()))
+        check_memory(model, 8 * sum(value.numel() for value in network.module.parameters()))
         values = fisher_of(network, answers, data, tokens, tick)
         floats = {name: info.shape for name, info in model.tensors.items() if info.is_float and "/" not in name}
         values |= {name: torch.zeros(shape) for name, shape in floats.items() if name not in values}
@@ -123,10 +123,3 @@ def check_one_stack(model: Model) -> None:
         raise ModelError(what, "statistics are made of a model that is one stack of blocks")
     if model.modules:
         raise ModelError(f"model '{model.reference}': it has a module beside it", "merge the model without it")
-
-
-def _check_memory(model: Model, need: int) -> None:
-    free = available_memory()
-    if free is not None and need > free:
-        what = f"its statistics take {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-        raise RunError(f"model '{model.reference}': {what}", "make them where there is more")

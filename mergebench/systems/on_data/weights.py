@@ -1,4 +1,4 @@
-"""The tensors of a merge in the network that runs them."""
+"""The tensors of a merge in the network that runs them, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from mergebench.checkpoint.files import Files
+from mergebench.checkpoint.model import Model
+from mergebench.engine.machine import available_memory
 from mergebench.engine.plan import Plan
+from mergebench.errors import RunError
 from mergebench.networks.network import Network
 
 
@@ -44,3 +47,11 @@ class Weights:
         """The tensors that a block holds."""
         modules = {id(module) for module in block.modules()}
         return [name for name in self.names if id(self._network.places[name][0][0]) in modules]
+
+
+def check_memory(model: Model, need: int) -> None:
+    """`RunError` if this many bytes, beside the model itself, are more than there are."""
+    free = available_memory()
+    if free is not None and need > free:
+        what = f"what it does on texts takes {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        raise RunError(f"model '{model.reference}': {what}", "merge where there is more, or another way")
