@@ -42,10 +42,16 @@ def _check_entry(method: Method, entry: Mapping[str, Any], loc: Loc, places: Pla
         raise places.error((*loc, "task_vector"), "is no model that runs", "name the model itself")
 
 
-def for_method(method: Method, entry: Any) -> Any:
-    """An entry without the keys that a method does not read; `RecipeError` if it lacks what the method reads."""
+def for_method(method: Method, entry: Any, given: str | None) -> Any:
+    """An entry without the keys that a method does not read; `RecipeError` if it lacks what the method reads.
+
+    given: the kind of the entry's statistics.
+    """
     if method.statistics is None:
         return dataclasses.replace(entry, statistics=None, data=None)
-    if entry.statistics is None:
-        raise RecipeError(f"'{method.name}' needs statistics: of each model", "merge it by itself, or leave it out")
+    if entry.statistics is None or method.statistics != given:
+        raise RecipeError(
+            f"'{method.name}' needs statistics: of each model, of kind {method.statistics}",
+            "merge it by itself, or leave it out",
+        )
     return entry

@@ -100,7 +100,7 @@ class Recipe:
 
     def with_method(self, baseline: Baseline) -> Recipe:
         """The same models merged by another method, with that method's defaults: a baseline to compare with."""
-        method = methods.get(baseline.method)
+        method, reads = methods.get(baseline.method), self.method.statistics
         if method.needs_base and self.base_model is None:
             raise RecipeError(f"'{method.name}' merges task vectors, and the recipe has no base_model", NEEDS_BASE)
         needed = [p.name for p in method.parameters.values() if p.required and p.name not in baseline.parameters]
@@ -110,7 +110,7 @@ class Recipe:
         return replace(
             self,
             merge_method=baseline.method,
-            models=tuple(on_data.for_method(method, replace(entry, parameters={})) for entry in self.models),
+            models=tuple(on_data.for_method(method, replace(one, parameters={}), reads) for one in self.models),
             slices=tuple(Slice(tuple(replace(source, parameters={}) for source in one.sources)) for one in self.slices),
             parameters={**parameters.defaults(method), **baseline.parameters},
             scope=method.scope,

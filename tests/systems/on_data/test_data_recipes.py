@@ -268,6 +268,8 @@ def test_what_is_wrong_is_said_in_one_line(files: Path, tmp_path: Path) -> None:
         (RecipeError, "the weights add up to zero", {**fisher, "parameters": {"weight": 0.0}}),
         (RecipeError, "'fisher' needs statistics: of each model",
          {**told, "evaluate": {"suite": "s.yaml", "baselines": ["fisher"]}}),
+        (RecipeError, "of each model, of kind fisher",
+         {**regmean, "evaluate": {"suite": "s.yaml", "baselines": ["regmean_plusplus", "fisher"]}}),
     ]  # fmt: skip
     for error, words, source in cases:
         with pytest.raises(error) as caught:
