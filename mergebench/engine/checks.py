@@ -5,7 +5,8 @@ from __future__ import annotations
 from mergebench.checkpoint.encoded import Encoded, encoded
 from mergebench.checkpoint.quantized import check_not_packed
 from mergebench.engine.job import Merge
-from mergebench.errors import ModelError, RecipeError
+from mergebench.engine.method import Method
+from mergebench.errors import ModelError, RecipeError, human
 
 
 def check_models(merge: Merge) -> None:
@@ -43,3 +44,10 @@ def encoded_of(merge: Merge) -> Encoded:
     if merge.reference.is_task_vector:
         raise RecipeError(f"out_dtype: {merge.encoding}: the result is a difference, no model", "leave it out")
     return encoded(merge.reference, merge.encoding)
+
+
+def check_memory(method: Method, needed: int, memory: int) -> None:
+    """`RecipeError` if a merge needs more bytes than it is given."""
+    if needed > memory:
+        what = f"--memory {human(memory).replace(' ', '')}: '{method.name}' needs at least {-(-needed // 10**6)}MB here"
+        raise RecipeError(what, "give it more memory, or fewer --workers")

@@ -26,7 +26,7 @@ from mergebench.checkpoint.values import split
 from mergebench.deltas.formats.emr import with_tasks
 from mergebench.engine import on_data, trace
 from mergebench.engine.brackets import BYTES
-from mergebench.engine.checks import check_models, encoded_of
+from mergebench.engine.checks import check_memory, check_models, encoded_of
 from mergebench.engine.cluster import Cluster
 from mergebench.engine.groups import Group, grouped
 from mergebench.engine.job import Merge, Operand, operands_of, stored_type
@@ -137,12 +137,11 @@ class Plan:
 
     def sweep_bytes(self, name: str, apply: bool) -> int:
         """Bytes read of one tensor in one sweep."""
-        total, based = 0, apply and self.merge.onto_base
+        total, based = sum(one.nbytes for one in self.on_data.get(name, ())), apply and self.merge.onto_base
         for operand in self.operands[name]:
             total += 0 if operand.stored is None else operand.stored.nbytes
             total += _stored_bytes(operand.added) if operand.deltas else 0
             based = based or operand.base != 0
-        total += sum(info.nbytes for info in self.on_data.get(name, ()))
         if based:
             stored, deltas = self.base_of(name)
             total += stored.nbytes + _stored_bytes(deltas)
@@ -309,13 +308,8 @@ def plan_merge(
         encoded=to_encode,
     )
     check_descriptors(merge.files + workers * (2 + len(shards[0].files)))  # a worker has a pipe, and writes one shard
-    assert plan.on_data is not None  # errors appear now
-    needed = plan.buffer_bytes + (2 * MB if plan.passes else 0)
-    if needed > memory and chunk is None:
-        raise RecipeError(
-            f"--memory {human(memory).replace(' ', '')}: '{method.name}' needs at least {-(-needed // MB)}MB here",
-            "give it more memory, or fewer --workers",
-        )
+    if chunk is None:
+        check_memory(method, plan.buffer_bytes + (2 * MB if plan.passes else 0), memory)
     for note in merge.notes:
         log.info("note: %s", note)
     log.info("%s: %d tensors, %s to read", method.name, len(alignment.merged), human(plan.bytes_read))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,7 @@ def replay_chunk(
     answers: Sequence[Mapping[str, Any]],
     answer: Callable[[Statistic], Any] | None = None,
 ) -> Statistic | Tensor | Tasks:
-    """Run the method with the answers known so far; returns the next question, or the merged chunk. `answer` answers
-    further questions."""
+    """Run the method with known answers: its next question, or the merged chunk; `answer` answers further questions."""
     known = [decode(one, plan.device) for one in answers]
     return replay(plan.merge.method, values, plan.merge.params_for(ctx.spans[0].tensor), ctx, known, answer)
 
@@ -54,8 +54,7 @@ def context_of(plan: Plan, unit: Unit, spans: tuple[Span, ...], reader: DataRead
     """The context of a chunk; without a reader of statistics, those of a toy."""
     merge, aliases = plan.merge, plan.alignment.aliases
     shape = merge.reference.tensors[spans[0].tensor].shape
-    on_data = toy(merge, shape, sum(span.numel for span in spans), plan.device) if reader is None else None
-    on_data = reader.read(spans) if reader is not None and merge.statistics else on_data
+    on_data = reader.read(spans) if reader else toy(merge, shape, sum(one.numel for one in spans), plan.device)
     if aliases:  # tied tensors stored twice must draw the same noise to stay equal
         spans = tuple(span._replace(tensor=aliases.get(span.tensor, span.tensor)) for span in spans)
     return Context(unit.numel, merge.names, spans, shape, merge.scope, merge.seed, plan.device, on_data)
@@ -67,7 +66,7 @@ class Worker:
     def __init__(self, plan: Plan, files: Files, target: InMemory | None = None) -> None:
         self.plan, self.files = plan, files
         self.reader = ChunkReader(plan, files)
-        self._on_data = DataReader(plan.merge, plan.on_data, files, plan.device)
+        self._context = partial(context_of, plan, reader=DataReader(plan.merge, plan.on_data, files, plan.device))
         self._copies = plan.merge.reference.values(files)
         self._outputs: list[ShardFiles | InMemory] = [] if target is None else [target]  # then each task's masks
         self._peak = 0
@@ -177,9 +176,6 @@ class Worker:
             answers = [decode(answer, self.plan.device) for answer in known[item.unit]]
             found.append((span.tensor, span.start, counts(method, values, params, context, answers)))
         return found
-
-    def _context(self, unit: Unit, spans: tuple[Span, ...]) -> Context:
-        return context_of(self.plan, unit, spans, self._on_data)
 
     def _to_encode(self, item: Item, units: Sequence[Unit], known: Known, found: Found) -> Tensor:
         """The values of a chunk that is written in eight or four bits, float32."""
