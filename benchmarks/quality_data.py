@@ -9,8 +9,8 @@ The models run over texts that the fine-tunes were trained on (recipes/systems/c
 accuracy on the quickstart's 300 validation texts a task and reported on its 300 test texts; none of these is among the
 others.
 
-Prints Markdown. Statistics and measurements are kept in FOLDER, so that a run that was killed goes on. About 20 minutes
-on one core.
+Prints Markdown. Statistics and measurements are kept in FOLDER, so that a run that was killed goes on. About ten
+minutes on one core.
 """
 
 from __future__ import annotations
