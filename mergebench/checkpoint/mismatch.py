@@ -49,7 +49,7 @@ def describe(base: Model, models: Sequence[Model], alignment: Alignment) -> Mism
                 read_experts(base, model)
             except ModelError as error:
                 return Mismatch(error.message, error.hint, lines)
-            strange = _strange_names(model, own)
+            strange = _component(base, model) or _component(model, base) or _strange_names(model, own)
             if strange is not None:
                 return Mismatch(*strange, lines)
     hint = "only models of one architecture merge; exclude the tensor to copy the base's"
@@ -85,6 +85,15 @@ def _other_model(base: Model, model: Model, problems: Sequence[Problem]) -> str 
         return f"{model.reference} is of another size than base: {', '.join(sizes[:_SHOWN])}"
     if sizes and all(problem.kind in ("missing", "extra") for problem in problems):
         return f"{model.reference} has other layers than base: {', '.join(sizes[:_SHOWN])}"
+    return None
+
+
+def _component(pipeline: Model, part: Model) -> tuple[str, str] | None:
+    """The message for a pipeline and a component of one by itself."""
+    for folder in pipeline.naming.folders if pipeline.naming.pipeline else ():
+        if all(f"{folder}/{name}" in pipeline.tensors for name in part.tensors):
+            what = f"{part.reference} is a component, {pipeline.reference} a pipeline of several"
+            return what, f"merge it with {pipeline.reference}/{folder}, or name the whole pipeline that it is of"
     return None
 
 

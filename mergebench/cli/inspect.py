@@ -81,7 +81,8 @@ def inspect(
     size = sum(t.nbytes for t in found.tensors.values())
     shards = {header.file for header in found.headers if header.file.suffix == SHARD}
     files = counted(len({t.file for t in found.tensors.values()} | shards), "file")
-    kind = _architecture(found.config) or "no config"
+    parts = ", ".join(found.naming.folders)
+    kind = f"pipeline of {parts}" if found.naming.pipeline else _architecture(found.config) or "no config"
     places = ", ".join(map(str, found.adapters))
     adapted = f", {len(found.deltas)} changed by {places}" if found.deltas else ""
     say(

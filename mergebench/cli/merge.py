@@ -88,6 +88,7 @@ def merge(
     stages = load(recipe, set_, seed, out or place)
     *earlier, last = stages
     loaded, target = last.recipe, last.out
+    name = target.resolve().name  # the result may replace the working directory
     limits: dict[str, Any] = {
         "memory": opt.parse_size(memory, "--memory"),
         "workers": workers,
@@ -135,17 +136,17 @@ def merge(
         evaluate.say_results(found, target, results, json_, quiet)
     else:
         say_out(result.out, {}, json_)
-    _say_publishing(result, quiet)
+    _say_publishing(result, name, quiet)
     if found is not None:
         evaluate.check(found)
 
 
-def _say_publishing(result: Result, quiet: bool) -> None:
+def _say_publishing(result: Result, name: str, quiet: bool) -> None:
     """The commands that upload the model; a task vector is none."""
     from mergebench.checkpoint.card import publishing
 
     if not result.already_done and not result.provenance.get("tasks"):
-        create, upload = publishing(result.out.resolve().name, result.out)
+        create, upload = publishing(name, result.out)
         note(f"to publish it: {create}", quiet)
         note(f"               {upload}", quiet)
 

@@ -13,6 +13,8 @@ from mergebench.errors import RecipeError, RunError, first_line
 def check_known(model: Model) -> None:
     """`RecipeError` if transformers has no models of this kind, so that their merges cannot be verified."""
     config, name = model.config, f"'{model.reference}'"
+    if model.naming.pipeline:
+        raise RecipeError(f"--verify: transformers cannot load {name}: it is a pipeline of diffusers", "leave it out")
     if not config:
         what = f"--verify needs a config.json, and none goes along with {name}"
         raise RecipeError(what, "leave it out, or name a directory that has one")
@@ -57,7 +59,8 @@ def _loading_info(directory: Path) -> dict[str, Any]:
         def to(self, *where: Any, dtype: torch.dtype | None = None, **how: Any) -> torch.Tensor:
             return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    model = open_model(str(directory))
+    config = transformers.AutoConfig.from_pretrained(model.side_directory, trust_remote_code=False)
     architectures = getattr(config, "architectures", None)
     name = str(architectures[0] if isinstance(architectures, list) and architectures else "AutoModel")
     loader: Any = getattr(transformers, name, None)
@@ -65,7 +68,7 @@ def _loading_info(directory: Path) -> dict[str, Any]:
         raise ValueError(f"it has no model class {name!r:.60}")
     tensors = {
         name: torch.empty(info.shape, dtype=TORCH_DTYPE[info.dtype], device="meta").as_subclass(OnMeta)
-        for name, info in open_model(str(directory)).tensors.items()
+        for name, info in model.tensors.items()
         if "/" not in name  # of a module in a folder
     }
     _, info = loader.from_pretrained(

@@ -15,7 +15,9 @@ from torch import Tensor
 import mergebench
 from mergebench.checkpoint.naming import components, encoder_folder
 from mergebench.deltas.open import open_model
-from mergebench.errors import ModelError
+from mergebench.errors import ModelError, RecipeError
+from mergebench.networks.verify import check_known
+from tests.conftest import Cli
 from tests.models import write_model
 
 UNET, VAE, TEXT = "unet", "vae", "text_encoder"
@@ -121,6 +123,18 @@ def test_components_are_chosen_by_their_folder(tmp_path: Path) -> None:
         "README.md", "config.json", f"{STEM}.safetensors", "mergebench.json",
     ]  # fmt: skip
     equal(load_file(out / f"{STEM}.safetensors"), means(a[UNET], b[UNET]))
+
+
+def test_a_component_is_no_pipeline(tmp_path: Path, cli: Cli) -> None:
+    pipeline(tmp_path / "a", 1)
+    for pair in (["a", "a/vae"], ["a/vae", "a"]):
+        with pytest.raises(ModelError, match=r"a/vae is a component, .*a a pipeline of several") as caught:
+            merged(tmp_path / "out", [tmp_path / name for name in pair])
+        assert f"merge it with {tmp_path}/a/vae" in (caught.value.hint or "")
+    code, out, _ = cli("inspect", tmp_path / "a")
+    assert code == 0 and out.startswith("pipeline of unet, vae, text_encoder: 5 tensors")
+    with pytest.raises(RecipeError, match="it is a pipeline of diffusers"):
+        check_known(open_model(str(tmp_path / "a")))
 
 
 def test_shards_of_a_component_are_cut(tmp_path: Path) -> None:

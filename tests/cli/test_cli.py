@@ -133,7 +133,8 @@ def test_stdout_is_the_result(base: Tensors, cli: Cli) -> None:
     assert re.fullmatch(
         r"ties: 2 models, 0\.0 M elements, 1 sweep, [\d.]+ kB to read\n"
         r"kept at or above the thresholds: ft1 4\d\.\d\d%, ft2 4\d\.\d\d%\n"
-        r"wrote out in \d+\.\d s, peak memory \d+ MB\n",
+        r"wrote out in \d+\.\d s, peak memory \d+ MB\n"
+        r"to publish it: hf repos create out\n {15}hf upload out out\n",
         err,
     )
 
@@ -226,7 +227,7 @@ def test_plain_lines_where_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr(output, "EVERY", 0.0)
     _, out, err = cli("merge", "recipe.yaml", "--out", "out")
-    lines = err.splitlines()[1:-2]
+    lines = err.splitlines()[1:-4]
     assert out == "out\n" and lines
     total = document(cli("plan", "recipe.yaml", "--json").out)["bytes_read"]
     for line in lines:
