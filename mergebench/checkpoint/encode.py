@@ -123,6 +123,9 @@ class Eight:
             exact[first:stop] = torch.minimum(exact[first:stop], same)
         stored = TORCH_DTYPE[self.scale.dtype]
         fresh = torch.where(largest > 0, (largest / LARGEST).clamp(min=_TINY), 1.0)
+        if stored == torch.float8_e8m0fnu:  # the next power of two, so that no value is cut
+            mantissa, exponent = torch.frexp(fresh)
+            fresh = torch.ldexp(torch.ones_like(fresh), exponent - (mantissa == 0.5).int())
         known = self._stored_scale(files, largest.device)
         if known is not None:
             fresh = torch.where(exact > 0, known, fresh)

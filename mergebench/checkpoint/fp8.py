@@ -75,7 +75,7 @@ def _fitted(reference: str, info: TensorInfo, scale: TensorInfo, settings: Mappi
     for side, count, block in zip(info.shape, shape, usual, strict=False):
         blocks.append(max(side, 1) if count == 1 else 1 if count == side else block)
     if (
-        scale.dtype not in FLOATS
+        scale.dtype not in FLOATS | {"F8_E8M0"}  # powers of two
         or len(shape) != len(info.shape)
         or any(-(-side // block) != count for side, block, count in zip(info.shape, blocks, shape, strict=True) if side)
     ):

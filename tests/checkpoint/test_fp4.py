@@ -92,6 +92,17 @@ def test_gpt_oss(how: dict[str, Any]) -> None:
     assert all(torch.equal(back[name], value) for name, value in found.items())
 
 
+def test_the_plan_counts_turned_matrices() -> None:
+    """A worker holds a matrix of each model to read rows of what the files have as columns."""
+    for place, seed in (("a", 1), ("b", 2)):
+        codes, scales = blocks((2, 640, 1024), seed)
+        write_model(Path(place), {f"{NAME}_blocks": codes, f"{NAME}_scales": scales})
+    plan = mergebench.plan(mergebench.load({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}))
+    matrices = 2 * (640 * 1024 // 2 + 4 * 640 * 32)
+    assert matrices <= plan.delta_bytes <= 3 * matrices
+    assert plan.buffer_bytes >= plan.workers * plan.delta_bytes
+
+
 def test_lora_on_experts() -> None:
     """An adapter on experts in MXFP4 gives what it gives on the same experts in float32."""
     codes, scales = blocks((2, 6, 64), 1)

@@ -207,6 +207,24 @@ def test_fp8_as_the_base_stores_it(how: dict[str, Any]) -> None:
     assert json.loads(Path("out/config.json").read_text())["quantization_config"] == FP8
 
 
+def test_fp8_with_powers_of_two() -> None:
+    """Scales in e8m0 are read, stay where they hold every value, and else are the next power of two."""
+    codes, exponents = (30 * torch.randn(130, 200)).to(torch.float8_e4m3fn), torch.randint(110, 120, (2, 2)).byte()
+    scale = exponents.view(torch.float8_e8m0fnu)
+    write_model(Path("a"), {"x.weight": codes, "x.weight_scale_inv": scale})
+    real = codes.float() * expanded(2.0 ** (exponents.float() - 127), (130, 200))
+    assert torch.equal(open_model("a").state_dict()["x.weight"], real)
+    found = merged({"models": [{"model": "a"}], "out_dtype": "float8_e4m3"})
+    assert torch.equal(found["x.weight_scale_inv"].view(torch.uint8), exponents)
+    write_model(Path("b"), {"x.weight": real * 1.7})
+    found = merged({"models": [{"model": "a"}, {"model": "b"}], "out_dtype": "float8_e4m3"})
+    given, merge = found["x.weight_scale_inv"].float(), (real + real * 1.7) / 2
+    for row in range(2):
+        for column in range(2):
+            largest = merge[128 * row : 128 * row + 128, 128 * column : 128 * column + 128].abs().max()
+            assert given[row, column] == 2.0 ** (largest.double() / 448).log2().ceil()
+
+
 def tiny(name: str, **sizes: Any) -> Any:
     import transformers
 

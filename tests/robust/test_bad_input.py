@@ -374,7 +374,7 @@ PACKED: dict[str, tuple[Any, dict[str, torch.Tensor], str]] = {
     "bitsandbytes, 8 bits": (None, {"weight": CODES.char(), "SCB": FACTORS}, "(bitsandbytes)"),
     "compressed-tensors": (COMPRESSED, {"weight_packed": CODES.int(), "weight_scale": FACTORS}, "(compressed-tensors)"),
     "modelopt": (MODELOPT, {"weight": CODES, "weight_scale": FACTORS}, "(NVFP4)"),
-    "OpenAI's own MXFP4": (None, {"weight.blocks": CODES, "weight.scales": CODES}, "(MXFP4)"),
+    "OpenAI's own MXFP4": (None, {"weight.blocks": CODES, "weight.scales": CODES + 1}, "(MXFP4)"),
     "MXFP4": (None, {"gate_up_proj_blocks": CODES, "gate_up_proj_scales": CODES + 1}, "(MXFP4)"),
 }
 for what, (settings, parts, says) in PACKED.items():
