@@ -21,6 +21,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless t
 
 # Public names and where they live; each is imported on first use, so that `import mergebench` costs nothing.
 _PUBLIC = {
+    "auto": "mergebench.automatic",
     "load": "mergebench.recipe",
     "load_stages": "mergebench.recipe",
     "merge": "mergebench.api",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
         truncate_adapter,
     )
     from mergebench.api import merge, plan, plan_edit, plan_fold, plan_patch, plan_task_vector, run, task_vector
+    from mergebench.automatic import auto
     from mergebench.checkpoint.kind import delta_kind
     from mergebench.editing.edit import Rows, edit
     from mergebench.editing.probes.fit import fit_probe
@@ -112,6 +114,7 @@ __all__ = [
     "Weights",
     "__version__",
     "adapter_drift",
+    "auto",
     "check_port",
     "compare",
     "compress",

@@ -21,6 +21,7 @@ from mergebench.engine.cluster import assigned_cores
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import available_memory
+from mergebench.engine.method import Method
 from mergebench.engine.plan import Plan, plan_merge
 from mergebench.engine.provenance import fingerprint_of
 from mergebench.engine.replay import run_at_once
@@ -52,7 +53,8 @@ class Merged:
 
 
 class Candidates:
-    """The merges of one recipe with other parameters, in a folder of their own for what must be files.
+    """The merges of a recipe with other parameters, one after another, in a folder of their own for what must be files;
+    then those of a recipe with another method of the same models.
 
     Where lambda is the last thing that a method multiplies by (which is tried on toy chunks), what it gives at lambda 1
     is kept: another lambda is then a scaled task vector added to the base, bit for bit what the method would give.
@@ -61,7 +63,11 @@ class Candidates:
 
     def __init__(self, folder: Path, device: str, in_memory: bool | None = None, **limits: Any) -> None:
         self._folder, self._in_memory, self._limits = folder, in_memory, {"device": device, **limits}
-        self._known = Known()
+        self._begin(None)
+
+    def _begin(self, method: Method | None) -> None:
+        """Forget what was kept of the merges of another method."""
+        self._method, self._known = method, Known()
         self._target: InMemory | None = None
         self._vector: tuple[Any, InMemory, Plan] | None = None  # the parameters it was made with, but for lambda
 
@@ -75,6 +81,8 @@ class Candidates:
 
     def merge(self, plan: Plan, name: str) -> LoadableModel:
         """Merge; the model is good until the next one. Raises `RunError` where the method refuses or gives NaN."""
+        if plan.merge.method is not self._method:
+            self._begin(plan.merge.method)
         if not self._stays(plan):
             return open_model(str(run_plan(plan, self._folder / "model", overwrite=True, known=self._known).out))
         if self._target is None:

@@ -1,0 +1,286 @@
+"""The automatic mode: a few merge methods tried on validation tasks, the best measured on test tasks and written.
+
+    found = auto("base", ["a", "b"], "suite.yaml")
+    print(found.verdict)                              # what it found, and how sure that is
+
+What is chosen is the simplest method that cannot be told apart from the best one on the validation items.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergebench import __version__
+from mergebench.checkpoint.target import finished
+from mergebench.errors import ModelError, RecipeError, RunError
+from mergebench.evaluation.search.history import BEST, WORK, History, Point, held
+from mergebench.evaluation.search.verdict import CERTAIN, told_apart, verdict
+from mergebench.recipe import Recipe, load
+
+if TYPE_CHECKING:
+    import os
+
+    from mergebench.evaluation import Candidate, Results, Step, Suite
+    from mergebench.evaluation.search.candidates import Candidates
+    from mergebench.evaluation.search.loop import Arm
+
+MODEL = "model"  # the checkpoint's directory, in the output directory
+AVERAGE = "linear"
+# The methods from the simplest to the most intricate, with what is varied of each, around the values that did well on
+# four fine-tunes of an encoder (benchmarks/RESULTS.md): lambda decides more than the method does.
+METHODS: Mapping[str, tuple[dict[str, float], str]] = {
+    AVERAGE: ({}, ""),
+    "task_arithmetic": ({"lambda": 0.4}, "lambda=0.3/0.4/0.5/0.7/1"),
+    "ties": ({"density": 0.4, "lambda": 1.0}, "density=0.2/0.4,lambda=0.7/1/1.4"),
+    "pcb": ({"density": 0.3, "lambda": 1.0}, "density=0.1/0.3,lambda=0.7/1/1.4"),
+    "tsv_m": ({"lambda": 0.7}, "lambda=0.4/0.7/1"),
+}
+
+
+def budget() -> int:
+    """How many candidates are tried, where every method can merge the models."""
+    return sum(prod(word.count("/") + 1 for word in over.split(",")) for _, over in METHODS.values())
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What the automatic mode found, and where it lies."""
+
+    out: Path
+    history: History
+    chosen: Point
+    results: Results | None  # on the test tasks; None where the suite has none
+    verdict: str  # a line: what was found, and how sure that is
+    notes: tuple[str, ...] = ()
+    resumed: int = 0  # points that an earlier run had measured
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint."""
+        return self.out / MODEL
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole of it, ready for JSON."""
+        from mergebench.evaluation import document_of
+
+        return {
+            "out": str(self.out),
+            "model": str(self.model),
+            **self.history.to_dict(),
+            "chosen": self.chosen.number,
+            "evaluation": None if self.results is None else document_of(self.results),
+            "notes": list(self.notes),
+            "verdict": self.verdict,
+        }
+
+
+def auto(
+    base: str,
+    models: Sequence[str],
+    suite: Suite | str | os.PathLike[str],
+    *,
+    out: str | Path = "auto",
+    device: str = "auto",
+    memory: int | None = None,
+    workers: int | None = None,
+    on: str | None = None,
+    results: str | Path | None = "results",
+    resume: bool = False,
+    overwrite: bool = False,
+    searched: Callable[[Point, History], None] = lambda point, history: None,
+    progress: Callable[[Step], None] | None = None,
+) -> Auto:
+    """Merge the models by a handful of methods, choose on the suite's validation tasks, report on its test tasks.
+
+    base, models: as a recipe names them. out: the directory of what is written: `model/`, the checkpoint with its card
+    and page; `best.yaml`, its recipe; `search.json`, every candidate. device, memory, workers, on, results, searched,
+    progress: as of `mergebench.search`.
+
+    Raises `RecipeError` for a suite without validation tasks or fewer than two models, `ModelError` where the models
+    do not fit together, `RunError` where nothing can be measured.
+    """
+    from mergebench.engine.cluster import join
+    from mergebench.evaluation import Suite, load_suite, page
+    from mergebench.evaluation.measure import inputs_of
+    from mergebench.evaluation.search.candidates import Candidates
+    from mergebench.evaluation.search.search import about, look
+    from mergebench.evaluation.store import Store
+
+    if len(models) < 2:
+        raise RecipeError(
+            f"auto merges two models or more, got {len(models)}", "mergebench auto BASE A B --suite SUITE"
+        )
+    whole = suite if isinstance(suite, Suite) else load_suite(suite)
+    validation = whole.only("validation")
+    target = Path(out)
+    store = None if results is None else Store(Path(results))
+    cluster = () if on is None else join(on, workers, models=True)
+    limits: dict[str, Any] = {"workers": None if cluster else workers} | ({} if memory is None else {"memory": memory})
+    candidates = Candidates(target / WORK, device, **limits)
+    arms, notes = _arms(base, models, candidates)
+    inputs = inputs_of(arms[0].recipe, _labels(arms))
+    how: dict[str, Any] = {"device": device, "store": store, "cluster": cluster}
+    with held(target, resume=resume, overwrite=overwrite):
+        made = {
+            "mergebench": __version__,
+            "recipe": arms[0].recipe.to_dict(),
+            "over": [{"name": dict(arm.named)["method"], "over": [d.to_plain() for d in arm.space]} for arm in arms],
+            "strategy": "grid",
+            "budget": budget(),
+            "seed": 0,
+            "objective": "",
+            "start": "plain average",
+            "suite": about(validation),
+            "merge": candidates.key(candidates.plan(arms[0].recipe)),
+        }
+        try:
+            alone = _evaluate(inputs, validation, how, progress)
+            objective = "mean" if len({(r.metric, r.direction) for r in alone.records}) == 1 else "relative"
+            made["objective"] = objective
+            history = History(target, made)
+            if resume:
+                history.resume()
+            resumed = look(arms, validation, [objective], inputs, candidates, history, searched, how)
+            chosen, why = _choose(arms, history, validation, candidates, how)
+            single = _best(alone, [one for one in inputs if one.role == "input"])
+            label = label_of(chosen)
+            found = None
+            if any(task.split == "test" for task in whole.tasks):
+                rows = [*inputs, *_rows(arms, [*_average(history, chosen), chosen], candidates)]
+                found = _evaluate(rows, whole.only("test"), how, progress)
+                found = replace(found, made={**found.made, "baseline": single, "chosen": label})
+            made_by = _arm(arms, chosen)
+            write_model(made_by.at(chosen.values), target, limits, device, found, resume)
+        finally:
+            shutil.rmtree(target / WORK, ignore_errors=True)
+        said = verdict(label, single, found, tried=len(history.points), why=why, average=AVERAGE)
+        page.attempt(target)
+    return Auto(target, history, chosen, found, said, tuple(notes), resumed)
+
+
+def label_of(point: Point) -> str:
+    """`ties density 0.4 lambda 1`."""
+    values = dict(point.values)
+    name = values.pop("method", None) or values.pop("edit", "")
+    return " ".join([str(name), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                                  for key, value in values.items())])  # fmt: skip
+
+
+def _arms(base: str, models: Sequence[str], candidates: Candidates) -> tuple[list[Arm], list[str]]:
+    """A search of each method that can merge these models, and notes on those that cannot."""
+    from mergebench.evaluation.search.loop import Arm
+    from mergebench.evaluation.search.space import parse
+
+    arms: list[Arm] = []
+    notes: list[str] = []
+    for name, (parameters, over) in METHODS.items():
+        entries = [{"model": model} for model in models]
+        recipe = load({"merge_method": name, "base_model": base, "models": entries, "parameters": parameters})
+        try:
+            candidates.plan(recipe)
+        except (RunError, RecipeError, ModelError) as error:
+            if not arms:  # what the average cannot be planned for, nothing can
+                raise
+            notes.append(f"{name} is left out: {error.message}")
+            continue
+        space = parse([over], recipe) if over else ()
+        points = prod(len(dimension.choices) for dimension in space)
+        arms.append(Arm(recipe, space, "grid", points + 1, (("method", name),)))
+    return arms, notes
+
+
+def _labels(arms: Sequence[Arm]) -> list[str]:
+    """Names that no input may have in the table."""
+    return [str(value) for arm in arms for _, value in arm.named]
+
+
+def _arm(arms: Sequence[Arm], point: Point) -> Arm:
+    from mergebench.evaluation.search.loop import arm_of
+
+    return arm_of(arms, point.values)
+
+
+def _rows(arms: Sequence[Arm], points: Sequence[Point], candidates: Candidates) -> list[Candidate]:
+    """Points as rows of a table, the last one as what was merged."""
+    from mergebench.evaluation import Candidate
+
+    rows = []
+    for point in points:
+        label, plan = label_of(point), candidates.plan(_arm(arms, point).at(point.values))
+        merged = partial(candidates.merge, plan, label)
+        rows.append(Candidate(label, "baseline", merged, key=candidates.key(plan)))
+    return [*rows[:-1], replace(rows[-1], role="merged")]
+
+
+def _evaluate(
+    rows: Sequence[Candidate], suite: Suite, how: dict[str, Any], progress: Callable[[Step], None] | None
+) -> Results:
+    from mergebench.evaluation import evaluate_models
+
+    found = evaluate_models(rows, suite, progress=progress, **how)
+    for failed in found.made.get("failed", ()):  # nothing can be chosen without it
+        raise RunError(f"{failed['model']} on {', '.join(failed['tasks'])}: {failed['error']}", failed["hint"])
+    return found
+
+
+def _best(found: Results, models: Sequence[Candidate]) -> str:
+    """The model of the best mean; where tasks have different metrics, of the best mean rank."""
+    ranks = {one.name: 0.0 for one in models}
+    same = len({(record.metric, record.direction) for record in found.records}) == 1
+    for task in found.tasks:
+        records = {name: found.of(name)[task] for name in ranks}
+        sign = -1.0 if next(iter(records.values())).direction == "higher" else 1.0
+        for name, record in records.items():
+            better = sum(sign * other.value < sign * record.value for other in records.values())
+            ranks[name] += sign * record.value if same else better
+    return min(ranks, key=lambda name: ranks[name])
+
+
+def _average(history: History, chosen: Point) -> list[Point]:
+    """The plain average, where it is not what was chosen and could be measured."""
+    first = history.points[0]
+    return [] if first.number == chosen.number or first.objective is None else [first]
+
+
+def _choose(
+    arms: Sequence[Arm], history: History, validation: Suite, candidates: Candidates, how: dict[str, Any]
+) -> tuple[Point, str]:
+    """The simplest arm's best point that the validation items do not tell apart from the best of all, and a clause on
+    why."""
+    best = history.best
+    assert best is not None
+    tops = [next((p for p in history.ranked if _arm(arms, p) is arm), None) for arm in arms]
+    simpler = [top for top in tops if top is not None][: [a is _arm(arms, best) for a in arms].index(True)]
+    simpler = [top for top in simpler if _arm(arms, top) is not _arm(arms, best)]
+    if not simpler:
+        return best, ""
+    found = _evaluate(_rows(arms, [*simpler, best], candidates), validation, how, None)
+    for top in simpler:
+        by = told_apart(label_of(top), label_of(best), found)
+        if by is not None and (by.p is None or by.p >= CERTAIN):
+            return top, f"simpler than {label_of(best)}, which validation does not tell apart from it"
+    return best, ""
+
+
+def write_model(
+    recipe: Recipe, target: Path, limits: dict[str, Any], device: str, found: Results | None, resume: bool
+) -> None:
+    """The checkpoint with its card, evaluation and page in `model/`, its recipe beside it."""
+    from mergebench import api
+    from mergebench.evaluation import measure, save
+    from mergebench.evaluation.search.best import write_recipe
+
+    out = target / MODEL
+    write_recipe(recipe, target / BEST, f"mergebench merge {target / BEST}\n\nChosen by mergebench auto.")
+    plan = api.plan(recipe, device=device, **limits)
+    api.run(plan, out, resume=resume, overwrite=finished(out) is not None)
+    if found is not None:
+        save(found, target)
+        save(found, out)
+        measure.show(recipe, out, found)
