@@ -23,7 +23,6 @@ from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import no_format, open_model
 from mergebench.deltas.peft.foreign import refuse_foreign_file
 from mergebench.deltas.peft.refused import why_refused
-from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
 from mergebench.engine.cluster import join
 from mergebench.engine.job import Merge
@@ -31,10 +30,10 @@ from mergebench.engine.machine import no_collection, settled
 from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
-from mergebench.errors import MergebenchError, ModelError, RecipeError
+from mergebench.errors import ModelError, RecipeError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, load
-from mergebench.recipe.open import find_file, folders
+from mergebench.recipe.edits import with_edits
 from mergebench.recipe.resolve import resolve
 
 
@@ -65,28 +64,6 @@ def plan(
     how["cluster"] = () if on is None else join(on, workers)
     with no_collection():
         return with_edits(plan_merge(resolve(recipe), **how), recipe)
-
-
-def with_edits(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with the recipe's edits of the merged model, checked against that model."""
-    if not recipe.edits:
-        return plan
-    from mergebench.editing.plan import plan_edit
-
-    reference = plan.merge.reference
-    tensors = {
-        info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.tensors.values()
-    }
-    planned = []
-    for number, wanted in enumerate(recipe.edits):
-        try:
-            probe = find_file(wanted.probe, folders(recipe))
-            planned.append(plan_edit(wanted, edits.get(wanted.edit), probe, tensors, reference.config))
-        except MergebenchError as error:
-            where = recipe.where("edits", number)
-            place = "" if recipe.path is None else f"{where}: edits.{number}: "
-            raise type(error)(f"{place}{error.message}", error.hint) from None
-    return replace(plan, merge=replace(plan.merge, edits=tuple(planned)))
 
 
 def run(

@@ -140,20 +140,21 @@ def auto(
             "merge": candidates.key(candidates.plan(arms[0].recipe)),
         }
         try:
-            alone = _evaluate(inputs, validation, how, progress)
-            objective = "mean" if len({(r.metric, r.direction) for r in alone.records}) == 1 else "relative"
+            average = _row(arms, arms[0].given, candidates)
+            records = _evaluate([average], validation, how, progress).records
+            objective = "mean" if len({(record.metric, record.direction) for record in records}) == 1 else "relative"
             made["objective"] = objective
             history = History(target, made)
             if resume:
                 history.resume()
             resumed = look(arms, validation, [objective], inputs, candidates, history, searched, how)
             chosen, why = _choose(arms, history, validation, candidates, how)
-            single = _best(alone, [one for one in inputs if one.role == "input"])
-            label = label_of(chosen)
-            found = None
+            label, single, found = label_of(chosen.values), "", None
             if any(task.split == "test" for task in whole.tasks):
-                rows = [*inputs, *_rows(arms, [*_average(history, chosen), chosen], candidates)]
+                rows = [*inputs, *(_row(arms, point.values, candidates) for point in _average(history, chosen))]
+                rows.append(replace(_row(arms, chosen.values, candidates), role="merged"))
                 found = _evaluate(rows, whole.only("test"), how, progress)
+                single = _best(found, [one for one in inputs if one.role == "input"])
                 found = replace(found, made={**found.made, "baseline": single, "chosen": label})
             made_by = _arm(arms, chosen)
             write_model(made_by.at(chosen.values), target, limits, device, found, resume)
@@ -164,9 +165,9 @@ def auto(
     return Auto(target, history, chosen, found, said, tuple(notes), resumed)
 
 
-def label_of(point: Point) -> str:
-    """`ties density 0.4 lambda 1`."""
-    values = dict(point.values)
+def label_of(point: Mapping[str, Any]) -> str:
+    """`ties density 0.4 lambda 1`, of a point's values."""
+    values = dict(point)
     name = values.pop("method", None) or values.pop("edit", "")
     return " ".join([str(name), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                                   for key, value in values.items())])  # fmt: skip
@@ -206,16 +207,13 @@ def _arm(arms: Sequence[Arm], point: Point) -> Arm:
     return arm_of(arms, point.values)
 
 
-def _rows(arms: Sequence[Arm], points: Sequence[Point], candidates: Candidates) -> list[Candidate]:
-    """Points as rows of a table, the last one as what was merged."""
+def _row(arms: Sequence[Arm], values: Mapping[str, Any], candidates: Candidates) -> Candidate:
+    """A point as a row of a table."""
     from mergebench.evaluation import Candidate
+    from mergebench.evaluation.search.loop import arm_of
 
-    rows = []
-    for point in points:
-        label, plan = label_of(point), candidates.plan(_arm(arms, point).at(point.values))
-        merged = partial(candidates.merge, plan, label)
-        rows.append(Candidate(label, "baseline", merged, key=candidates.key(plan)))
-    return [*rows[:-1], replace(rows[-1], role="merged")]
+    label, plan = label_of(values), candidates.plan(arm_of(arms, values).at(values))
+    return Candidate(label, "baseline", partial(candidates.merge, plan, label), key=candidates.key(plan))
 
 
 def _evaluate(
@@ -260,11 +258,12 @@ def _choose(
     simpler = [top for top in simpler if _arm(arms, top) is not _arm(arms, best)]
     if not simpler:
         return best, ""
-    found = _evaluate(_rows(arms, [*simpler, best], candidates), validation, how, None)
+    rows = [_row(arms, point.values, candidates) for point in [*simpler, best]]
+    found, name = _evaluate(rows, validation, how, None), label_of(best.values)
     for top in simpler:
-        by = told_apart(label_of(top), label_of(best), found)
+        by = told_apart(label_of(top.values), name, found)
         if by is not None and (by.p is None or by.p >= CERTAIN):
-            return top, f"simpler than {label_of(best)}, which validation does not tell apart from it"
+            return top, f"simpler than {name}, which validation does not tell apart from it"
     return best, ""
 
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.side_files import copy_side_files, decisive_files
 from mergebench.deltas.open import open_model
+from mergebench.editing.apply import write_planned
 from mergebench.engine import trace
 from mergebench.engine.answers import Known
 from mergebench.engine.cluster import assigned_cores
@@ -30,6 +32,7 @@ from mergebench.engine.statistics import Statistic
 from mergebench.errors import MergebenchError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe
+from mergebench.recipe.edits import with_edits
 from mergebench.recipe.resolve import resolve
 
 if TYPE_CHECKING:
@@ -70,19 +73,22 @@ class Candidates:
         self._method, self._known = method, Known()
         self._target: InMemory | None = None
         self._vector: tuple[Any, InMemory, Plan] | None = None  # the parameters it was made with, but for lambda
+        self._before_edits: str | None = None  # what lies in the folder
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it begins anew, in a folder of its own, with the cores that the process has."""
         return _elsewhere, (self._folder, self._in_memory, self._limits)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """The merge of a recipe; raises what planning it raises."""
-        return plan_merge(resolve(recipe), **self._limits)
+        """The merge of a recipe with its edits; raises what planning them raises."""
+        return with_edits(plan_merge(resolve(recipe), **self._limits), recipe)
 
     def merge(self, plan: Plan, name: str) -> LoadableModel:
         """Merge; the model is good until the next one. Raises `RunError` where the method refuses or gives NaN."""
         if plan.merge.method is not self._method:
             self._begin(plan.merge.method)
+        if plan.merge.edits:
+            return self._edited(plan, name)
         if not self._stays(plan):
             return open_model(str(run_plan(plan, self._folder / "model", overwrite=True, known=self._known).out))
         if self._target is None:
@@ -92,6 +98,32 @@ class Candidates:
         plan = self._scaled(plan) if _ends_with_lambda(plan.merge) else plan
         run_in_memory(plan, self._target, self._known)
         return Merged(name, self._folder, self._target.tensors)
+
+    def _edited(self, plan: Plan, name: str) -> Merged:
+        """The merge, which is made anew only if it is another, with a patch for each edit on top: in all bits what its
+        edited files would hold."""
+        place = self._folder / "model"
+        recipe = {key: value for key, value in plan.merge.recipe.items() if key != "edits"}
+        merge = replace(plan, merge=replace(plan.merge, edits=(), recipe=recipe))
+        made = fingerprint_of(merge)
+        if made != self._before_edits:
+            self._before_edits = None  # it is overwritten
+            run_plan(merge, place, overwrite=True, known=self._known)
+            self._before_edits = made
+        model = open_model(str(place))
+        for number, edit in enumerate(plan.merge.edits):
+            patch = self._folder / f"patch-{number}.safetensors"
+            if write_planned(edit, model, patch)["rows"]:
+                model = open_model(f"{model.reference}+{patch}")
+        with Files() as files:
+            values = model.values(files)
+            tensors = {
+                info.name: values.elements(info.name, 0, info.numel).view(info.shape)
+                if info.is_float
+                else values.whole(info.name)
+                for info in model.tensors.values()
+            }
+        return Merged(name, place, tensors)
 
     def key(self, plan: Plan) -> str:
         """What tells the merge of a plan, with its config and tokenizer, from all others: for stored results."""

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 GIVEN, CHOSEN = "as given", "chosen"  # what follows the method's name in the table
 
 
+def rows_of(recipe: Recipe) -> tuple[str, str]:
+    """What the recipe as given and as chosen are called; where a model is only edited, by the edits."""
+    only = recipe.merge_method == "passthrough" and recipe.edits
+    name = " ".join(edit.edit for edit in recipe.edits) if only else recipe.merge_method
+    return f"{name} {GIVEN}", f"{name} {CHOSEN}"
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search found, and where it lies."""
@@ -128,15 +135,12 @@ def search(
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     if recipe.method.gives != "model":
         raise RecipeError(f"'{recipe.merge_method}' makes a model for each task: search looks for one for all tasks")
-    if recipe.edits:
-        raise recipe.places.error(
-            ("edits",), "search measures merges in memory, before any edit", "search without them"
-        )
     if budget < 2:
         raise RecipeError(f"--budget {budget}: the recipe as given is the first point", "give it at least 2")
     space = parse(over, recipe)
     whole = _suite(recipe, suite)
     validation = whole.only("validation")
+    check_tasks(whole)
     names = objectives.read(objective, validation)
     strategy = choose(strategy, space, len(names))
     target = Path(out) if out is not None else Path("searches") / default_out(recipe).name
@@ -175,6 +179,14 @@ def search(
             save(found, target)
         page.attempt(target)
     return Found(target, history, found, None if found is None else _difference(recipe, found), resumed)
+
+
+def check_tasks(suite: Suite) -> None:
+    """Refuse tasks that wait for the patches of a merge: a search has others at every point."""
+    waiting = next((task.name for task in suite.tasks if task.ready.on_patches is not None), None)
+    if waiting is not None:
+        what = f"{suite.path or 'suite'}: task '{waiting}' is of one patch, a search makes another at every point"
+        raise RecipeError(what, "name its patch (patch: FILE), or take the task out")
 
 
 def look(
@@ -259,7 +271,7 @@ def _on_test(
 
     if all(task.split != "test" for task in suite.tasks):
         return None
-    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    given, chosen = rows_of(recipe)
     rows = inputs_of(recipe, (given, chosen))
     points = [(given, "baseline", as_given(space))] if best.number != GIVEN_POINT else []
     for name, role, values in [*points, (given if best.number == GIVEN_POINT else chosen, "merged", best.values)]:
@@ -274,7 +286,7 @@ def _difference(recipe: Recipe, found: Results) -> Flips | None:
     """Of the chosen parameters to the given ones, over the items of all tasks that count alike."""
     from mergebench.evaluation.compare.comparison import compare
 
-    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    given, chosen = rows_of(recipe)
     if not {given, chosen} <= {*found.models} or found.of(given).keys() != found.of(chosen).keys():
         return None  # one failed, on some task
     return compare(given, chosen, found).pooled
