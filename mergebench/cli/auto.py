@@ -11,19 +11,25 @@ import typer
 from mergebench.cli import options as opt
 from mergebench.cli.output import note, say, say_json, say_text, search_bar, width
 from mergebench.cli.points import head_of, points_sheet
+from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mergebench.automatic import Auto
+    from mergebench.evaluation.search.auto import Auto
 
 
 def auto(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="The base first, then two or more fine-tunes of it.")
+        list[str],
+        typer.Argument(metavar="MODEL", help="The base, then two or more fine-tunes of it; with --edit one model."),
     ],
     suite: Annotated[
-        Path,
-        typer.Option(metavar="SUITE", help="A YAML file of tasks, for validation to choose on, for test to report."),
-    ],
+        Path | None,
+        typer.Option(metavar="SUITE", help="A YAML file of tasks: validation to choose on, test to report on."),
+    ] = None,
+    edit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Edit the model instead, away from these texts: a text and a label each."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory.", file_okay=False)] = Path("auto"),
     device: opt.Device = "auto",
     memory: opt.Memory = "400MB",
@@ -38,17 +44,23 @@ def auto(
     """Merge fine-tunes without a recipe: a few methods tried on a suite's validation tasks, the best measured on test.
 
     Example: mergebench auto BASE A B C --suite suite.yaml
-    """
-    from mergebench.automatic import auto as automatic
-    from mergebench.automatic import budget
 
+    With --edit a model is edited: mergebench auto --edit behaviour.jsonl MODEL
+    """
+    from mergebench import api
+    from mergebench.evaluation.search.auto import METHODS, budget
+    from mergebench.evaluation.search.auto_edit import EDITS
+
+    if suite is None and edit is None:
+        raise RecipeError("--suite: missing", "a merge is chosen on a suite's validation tasks: docs/evaluation.md")
     quiet = quiet or json_
     note(f"joining the cluster: {on}", quiet or on is None)
-    with search_bar(budget(), quiet) as (searched, step):
-        found = automatic(
+    with search_bar(budget(METHODS) if edit is None else 1 + budget(EDITS), quiet) as (searched, step):
+        found = api.auto(
             models[0],
             models[1:],
             suite,
+            edit=edit,
             out=out,
             device=opt.check_device(device),
             memory=opt.parse_size(memory, "--memory"),
@@ -83,4 +95,6 @@ def _say(found: Auto, json_: bool, quiet: bool) -> None:
         say_text(report(found.results, width=width(), styled=sys.stdout.isatty()))
         say()
     say(found.verdict)
-    say(f"The merge is {found.model}; its recipe: {found.out / 'best.yaml'}")
+    say(f"The checkpoint is {found.model}, its recipe {found.out / 'best.yaml'}")
+    if found.history.several:
+        say(f"Another point of the front: mergebench merge {found.out}/point-N.yaml")

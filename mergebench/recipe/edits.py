@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergebench.editing.spec import COMMON, Wanted
-from mergebench.errors import MergebenchError, RecipeError, did_you_mean
+from mergebench.errors import RecipeError, did_you_mean
 from mergebench.recipe import parameters
 from mergebench.recipe.positions import Loc, Places, show
 from mergebench.recipe.schema import EDITS_FORM
-
-if TYPE_CHECKING:
-    from mergebench.engine.plan import Plan
-    from mergebench.recipe.recipe import Recipe
 
 
 def check(data: Mapping[str, Any], loc: Loc, places: Places) -> Wanted:
@@ -58,27 +53,3 @@ def _word(value: Any, help: str, loc: Loc, places: Places) -> str:
     if not (isinstance(value, str) and value.strip()):
         raise places.error(loc, f"must be text, got {show(value)}", help)
     return value
-
-
-def with_edits(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with the recipe's edits of the merged model, checked against that model."""
-    if not recipe.edits:
-        return plan
-    from mergebench.editing import edits
-    from mergebench.editing.plan import plan_edit
-    from mergebench.recipe.open import find_file, folders
-
-    reference = plan.merge.reference
-    tensors = {
-        info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.tensors.values()
-    }
-    planned = []
-    for number, wanted in enumerate(recipe.edits):
-        try:
-            probe = find_file(wanted.probe, folders(recipe))
-            planned.append(plan_edit(wanted, edits.get(wanted.edit), probe, tensors, reference.config))
-        except MergebenchError as error:
-            where = recipe.where("edits", number)
-            place = "" if recipe.path is None else f"{where}: edits.{number}: "
-            raise type(error)(f"{place}{error.message}", error.hint) from None
-    return replace(plan, merge=replace(plan.merge, edits=tuple(planned)))

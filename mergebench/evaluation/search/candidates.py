@@ -32,7 +32,7 @@ from mergebench.engine.statistics import Statistic
 from mergebench.errors import MergebenchError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe
-from mergebench.recipe.edits import with_edits
+from mergebench.recipe.edited import with_edits
 from mergebench.recipe.resolve import resolve
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergebench.errors import counted
@@ -9,6 +10,7 @@ from mergebench.errors import counted
 if TYPE_CHECKING:
     from mergebench.evaluation import Results
     from mergebench.evaluation.compare.flips import Flips
+    from mergebench.evaluation.search.history import History
 
 CERTAIN = 0.05  # p below which two models are told apart
 
@@ -43,6 +45,34 @@ def verdict(label: str, single: str, found: Results | None, *, tried: int, why: 
     if beside is not None:
         line += f"; against the plain average {_size(beside, found)}"
     return f"{line}{tail}."
+
+
+def edit_verdict(label: str, model: str, names: Sequence[str], found: Results | None, history: History) -> str:
+    """What the chosen edit does to the behaviour and elsewhere, on the test items, and how sure that is.
+
+    model: the row of the model before. names: the tasks of the behaviour and of the damage.
+    """
+    from mergebench.evaluation.compare.comparison import compare
+    from mergebench.evaluation.tables.flips import difference_of, p_of, unit_of
+    from mergebench.evaluation.tables.layout import number
+
+    front = counted(len(history.front), "point")
+    tail = f"chosen from a front of {front}; {counted(len(history.points), 'candidate')} tried"
+    best = history.best
+    if best is not None and best.number == 0:
+        return f"No edit: what is gained of {names[0]} is not worth the damage; {tail}."
+    if found is None or not {label, model} <= {*found.models}:
+        return f"{label}: the suite has no test items to say what it is worth; {tail}."
+    parts = []
+    for pair in compare(model, label, found).pairs:
+        if pair.task in names:
+            by, unit = pair.flips, unit_of(pair.flips, pair.metric)
+            size = f"{difference_of(by, unit)}, p {p_of(by.p)}"
+            chance = ", beyond chance" if by.p is not None and by.p < CERTAIN else ", not beyond chance"
+            better = "" if pair.task != names[0] else chance
+            values = f"{number(by.new, unit)} against {number(by.old, unit)}"
+            parts.append(f"{pair.task} {values} of the model ({size}{better})")
+    return f"{label}: {'; '.join(parts)}; {tail}."
 
 
 def _value(value: float, by: Flips, found: Results) -> str:

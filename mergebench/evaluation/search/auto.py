@@ -1,7 +1,4 @@
-"""The automatic mode: a few merge methods tried on validation tasks, the best measured on test tasks and written.
-
-    found = auto("base", ["a", "b"], "suite.yaml")
-    print(found.verdict)                              # what it found, and how sure that is
+"""The automatic choice of a merge: a few methods tried on validation tasks, the best measured on test tasks.
 
 What is chosen is the simplest method that cannot be told apart from the best one on the validation items.
 """
@@ -17,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench import __version__
-from mergebench.checkpoint.target import finished
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.evaluation.search.history import BEST, WORK, History, Point, held
 from mergebench.evaluation.search.verdict import CERTAIN, told_apart, verdict
@@ -43,9 +39,9 @@ METHODS: Mapping[str, tuple[dict[str, float], str]] = {
 }
 
 
-def budget() -> int:
-    """How many candidates are tried, where every method can merge the models."""
-    return sum(prod(word.count("/") + 1 for word in over.split(",")) for _, over in METHODS.values())
+def budget(tried: Mapping[str, tuple[Mapping[str, Any], str]] = METHODS) -> int:
+    """How many candidates there are, where every method can merge the models."""
+    return sum(prod(word.count("/") + 1 for word in over.split(",")) for _, over in tried.values())
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ class Auto:
     out: Path
     history: History
     chosen: Point
+    recipe: Recipe  # of what was chosen
     results: Results | None  # on the test tasks; None where the suite has none
     verdict: str  # a line: what was found, and how sure that is
     notes: tuple[str, ...] = ()
@@ -80,12 +77,12 @@ class Auto:
         }
 
 
-def auto(
+def choose_merge(
     base: str,
     models: Sequence[str],
-    suite: Suite | str | os.PathLike[str],
+    suite: Suite | str | os.PathLike[str] | None,
     *,
-    out: str | Path = "auto",
+    out: str | Path,
     device: str = "auto",
     memory: int | None = None,
     workers: int | None = None,
@@ -96,18 +93,14 @@ def auto(
     searched: Callable[[Point, History], None] = lambda point, history: None,
     progress: Callable[[Step], None] | None = None,
 ) -> Auto:
-    """Merge the models by a handful of methods, choose on the suite's validation tasks, report on its test tasks.
+    """Try merges of the models on the suite's validation tasks, and measure the chosen one on its test tasks.
 
-    base, models: as a recipe names them. out: the directory of what is written: `model/`, the checkpoint with its card
-    and page; `best.yaml`, its recipe; `search.json`, every candidate. device, memory, workers, on, results, searched,
-    progress: as of `mergebench.search`.
-
-    Raises `RecipeError` for a suite without validation tasks or fewer than two models, `ModelError` where the models
-    do not fit together, `RunError` where nothing can be measured.
+    As `mergebench.auto`, which writes what was chosen.
     """
     from mergebench.engine.cluster import join
-    from mergebench.evaluation import Suite, load_suite, page
+    from mergebench.evaluation import Suite, load_suite, page, save
     from mergebench.evaluation.measure import inputs_of
+    from mergebench.evaluation.search.best import write_recipe
     from mergebench.evaluation.search.candidates import Candidates
     from mergebench.evaluation.search.search import about, look
     from mergebench.evaluation.store import Store
@@ -116,6 +109,8 @@ def auto(
         raise RecipeError(
             f"auto merges two models or more, got {len(models)}", "mergebench auto BASE A B --suite SUITE"
         )
+    if suite is None:
+        raise RecipeError("auto: no suite, so there is nothing to choose by", "name it: --suite FILE")
     whole = suite if isinstance(suite, Suite) else load_suite(suite)
     validation = whole.only("validation")
     target = Path(out)
@@ -156,13 +151,24 @@ def auto(
                 found = _evaluate(rows, whole.only("test"), how, progress)
                 single = _best(found, [one for one in inputs if one.role == "input"])
                 found = replace(found, made={**found.made, "baseline": single, "chosen": label})
-            made_by = _arm(arms, chosen)
-            write_model(made_by.at(chosen.values), target, limits, device, found, resume)
+            recipe = _arm(arms, chosen).at(chosen.values)
+            write_recipe(recipe, target / BEST, f"mergebench merge {target / BEST}\n\nChosen by mergebench auto.")
+            if found is not None:
+                save(found, target)
         finally:
             shutil.rmtree(target / WORK, ignore_errors=True)
         said = verdict(label, single, found, tried=len(history.points), why=why, average=AVERAGE)
         page.attempt(target)
-    return Auto(target, history, chosen, found, said, tuple(notes), resumed)
+    return Auto(target, history, chosen, recipe, found, said, tuple(notes), resumed)
+
+
+def show(found: Auto) -> None:
+    """Write the evaluation, the card's table and the page into the directory of the checkpoint, once it is there."""
+    from mergebench.evaluation import measure, save
+
+    if found.results is not None:
+        save(found.results, found.model)
+        measure.show(found.recipe, found.model, found.results)
 
 
 def label_of(point: Mapping[str, Any]) -> str:
@@ -186,8 +192,8 @@ def _arms(base: str, models: Sequence[str], candidates: Candidates) -> tuple[lis
         try:
             candidates.plan(recipe)
         except (RunError, RecipeError, ModelError) as error:
-            if not arms:  # what the average cannot be planned for, nothing can
-                raise
+            if not arms:  # what the average cannot be planned for, nothing can; there is no recipe to look into
+                raise type(error)(error.message.removeprefix("recipe: "), error.hint) from None
             notes.append(f"{name} is left out: {error.message}")
             continue
         space = parse([over], recipe) if over else ()
@@ -265,21 +271,3 @@ def _choose(
         if by is not None and (by.p is None or by.p >= CERTAIN):
             return top, f"simpler than {name}, which validation does not tell apart from it"
     return best, ""
-
-
-def write_model(
-    recipe: Recipe, target: Path, limits: dict[str, Any], device: str, found: Results | None, resume: bool
-) -> None:
-    """The checkpoint with its card, evaluation and page in `model/`, its recipe beside it."""
-    from mergebench import api
-    from mergebench.evaluation import measure, save
-    from mergebench.evaluation.search.best import write_recipe
-
-    out = target / MODEL
-    write_recipe(recipe, target / BEST, f"mergebench merge {target / BEST}\n\nChosen by mergebench auto.")
-    plan = api.plan(recipe, device=device, **limits)
-    api.run(plan, out, resume=resume, overwrite=finished(out) is not None)
-    if found is not None:
-        save(found, target)
-        save(found, out)
-        measure.show(recipe, out, found)
