@@ -55,6 +55,7 @@ def auto(
         raise RecipeError("--suite: missing", "a merge is chosen on a suite's validation tasks: docs/evaluation.md")
     quiet = quiet or json_
     note(f"joining the cluster: {on}", quiet or on is None)
+    note(f"fitting a probe on {models[0]}", quiet or edit is None)
     with search_bar(budget(METHODS) if edit is None else 1 + budget(EDITS), quiet) as (searched, step):
         found = api.auto(
             models[0],
