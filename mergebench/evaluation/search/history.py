@@ -116,6 +116,12 @@ class History:
         error = "" if stderr is None else f" ± {number(stderr, self.metric(name))}"
         return f"{number(value, self.metric(name))}{error}"
 
+    def all_said(self, point: Point) -> str:
+        """As `said`; of several objectives each with its name."""
+        if not self.several:
+            return self.said(point)
+        return ", ".join(f"{name} {self.said(point, name)}" for name in self.objectives)
+
     def costs(self, point: Point) -> Costs:
         """The objectives, negated where higher is better; above all others if the point failed."""
         ways = list(self.directions.items()) or [("", self.direction)]
