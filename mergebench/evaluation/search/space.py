@@ -202,7 +202,8 @@ def _of_edit(path: str, recipe: Recipe, where: str) -> Dimension:
     spelt = {f"edits.{place}.{name}": (place, name) for place, name in every}
     keys = [spelt[path]] if path in spelt else [key for key in every if key[1] == path]
     if not keys:
-        what = f"{where}: '{recipe.merge_method}' has no parameter '{path}'" + ", nor has an edit" * bool(every)
+        spelling, beside = (path, ", nor has an edit") if every else (path.partition(".")[0], "")
+        what = f"{where}: '{recipe.merge_method}' has no parameter '{spelling}'{beside}"
         known = dict.fromkeys([*recipe.method.parameters, *(name for _, name in every), *spelt])
         raise RecipeError(what, did_you_mean(path, known) or "there is nothing to search")
     if len(keys) > 1:

@@ -161,6 +161,7 @@ def test_models_that_do_not_fit(place: Path, cli: Cli) -> None:
     assert ran.code == 3 and "other" in ran.err and "hint:" in ran.err and not Path("auto").exists()
 
 
+@pytest.mark.slow
 def test_an_edit_from_end_to_end(tmp_path: Path, few: None, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chosen checkpoint is what its recipe makes; its parts of the texts are disjoint; the front is written."""
     pytest.importorskip("sklearn")
