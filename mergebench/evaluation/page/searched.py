@@ -42,14 +42,12 @@ class Search:
 
     @property
     def start(self) -> str:
-        """What the first point is."""
         return str(self.made.get("start") or "recipe as given")
 
     def reached(self, point: Point, name: str) -> tuple[float, float | None]:
         """An objective of a point, and its standard error."""
-        if name in point.get("objectives", {}):
-            return point["objectives"][name], point.get("stderrs", {}).get(name)
-        return point["objective"], point.get("stderr")
+        several = point.get("objectives") or {name: point["objective"]}
+        return several[name], (point.get("stderrs") or {name: point.get("stderr")}).get(name)
 
     @property
     def objective(self) -> str:
@@ -74,7 +72,6 @@ class Search:
         return str(self.made.get("metrics", {}).get(task, ""))
 
     def metric_of(self, name: str) -> str:
-        """An objective's: a mean and a task have the tasks' own, all else is a share of what the fine-tunes reach."""
         return metric_of(name, self.made.get("metrics", {}))
 
     @property
@@ -133,8 +130,8 @@ def sections(sources: Sources) -> Iterator[Section]:
     tasks = [task for task in search.tasks if task not in search.objectives]
     heads = ["point", *names, *search.objectives, *tasks]
     parts: list[Part] = [Gallery(drawn, caption)] if drawn else []
-    shown = order if several else order[:SHOWN]
-    parts += [Table(heads, [_row(search, point, names, tasks) for point in shown], note), *failed]
+    rows = [_row(search, point, names, tasks) for point in (order if several else order[:SHOWN])]
+    parts += [Table(heads, rows, note), *failed]
     yield Section("Search", parts)
 
 
@@ -157,8 +154,8 @@ def finding(document: Mapping[str, Any]) -> list[str]:
         )
         return [f"{front}; chosen: {_values(search.best)} ({values})."]
     given = search.points[0]
-    beside = f"; {search.start.removeprefix('recipe ')} {search.said(given['objective'])}"
-    beside = beside if given is not search.best else f", the {search.start}"
+    first = f"; {search.start.removeprefix('recipe ')} {search.said(given['objective'])}"
+    beside = first if given is not search.best else f", the {search.start}"
     value = search.said(search.best["objective"])
     return [f"Best of {len(search.points)} on validation: {_values(search.best)} ({search.objective} {value}{beside})."]
 
@@ -282,14 +279,12 @@ def _front_of(search: Search) -> Figure:
         with figures.plot(width, 260) as (canvas, axes):
             axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=1, zorder=1)
             _dots(search, axes, search.points, places(search.points, x), places(search.points, y))
-            ways = search.made["directions"]
             for name, named in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
                 unit = ", %" if search.metric_of(name) in SHARES else ""
-                named(f"{drawing.short(name, 30)}{unit} ({ways[name]} is better)")
+                named(f"{drawing.short(name, 30)}{unit} ({search.made['directions'][name]} is better)")
         return canvas
 
-    alt = f"{y} against {x} of {len(search.points)} points; {len(search.front)} of them are the front."
-    return Figure("search-front", alt, draw, wide=True)
+    return Figure("search-front", f"{y} against {x}; {len(search.front)} points are the front.", draw, wide=True)
 
 
 def _front(places: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
