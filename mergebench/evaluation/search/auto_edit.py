@@ -118,13 +118,16 @@ def choose_edit(
 
                 plan = candidates.plan(arm.at(chosen.values))
                 edited = partial(candidates.merge, plan, label)
-                rows = [replace(inputs[0], role="base"), Candidate(label, "merged", edited, key=candidates.key(plan))]
+                rows = [
+                    replace(inputs[0], name="base", role="base"),
+                    Candidate(label, "merged", edited, key=candidates.key(plan)),
+                ]
                 found = evaluate_models(rows, whole.only("test"), progress=progress, **how)
                 found = replace(found, made={**found.made, "chosen": label})
                 save(found, target)
         finally:
             shutil.rmtree(target / WORK, ignore_errors=True)
-        said = edit_verdict(label, inputs[0].name, names, found, history)
+        said = edit_verdict(label, "base", names, found, history)
         page.attempt(target)
     return Auto(target, history, chosen, arm.at(chosen.values), found, said, (), resumed)
 

@@ -111,7 +111,7 @@ def test_an_interrupted_front_goes_on_to_the_same(place: Path) -> None:
         if point.number == 1:
             raise Enough
 
-    how = {"over": ["strength=0:1", "layers=all/0/1", "direction=row1/diff"], "budget": 6}
+    how = {"over": ["strength=0:1", "layers=all/0/1", "direction=row1/diff"], "budget": 4}
     search("whole", **how)
     with pytest.raises(Enough):
         search("parts", **how, searched=stop)
