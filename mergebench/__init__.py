@@ -21,6 +21,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless t
 
 # Public names and where they live; each is imported on first use, so that `import mergebench` costs nothing.
 _PUBLIC = {
+    "auto": "mergebench.api",
     "load": "mergebench.recipe",
     "load_stages": "mergebench.recipe",
     "merge": "mergebench.api",
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
         merge_sequence,
         truncate_adapter,
     )
-    from mergebench.api import merge, plan, plan_edit, plan_fold, plan_patch, plan_task_vector, run, task_vector
+    from mergebench.api import auto, merge, plan, plan_edit, plan_fold, plan_patch, plan_task_vector, run, task_vector
     from mergebench.checkpoint.kind import delta_kind
     from mergebench.editing.edit import Rows, edit
     from mergebench.editing.probes.fit import fit_probe
@@ -112,6 +113,7 @@ __all__ = [
     "Weights",
     "__version__",
     "adapter_drift",
+    "auto",
     "check_port",
     "compare",
     "compress",

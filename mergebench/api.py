@@ -2,17 +2,16 @@
 
 plan = plan_edit("org/model", "probe.safetensors", rows="4.65%", step=0.75)
 run(plan, "edited")                                        # beside the model, edited/patch.safetensors
-run(plan_patch("edited", "edited/patch.safetensors", revert=True), "as-it-was")
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoint import adopt
 from mergebench.checkpoint.files import write_atomically
@@ -23,7 +22,6 @@ from mergebench.deltas.formats import format_of, peft_types
 from mergebench.deltas.open import no_format, open_model
 from mergebench.deltas.peft.foreign import refuse_foreign_file
 from mergebench.deltas.peft.refused import why_refused
-from mergebench.editing import edits
 from mergebench.editing.patches import open_patch
 from mergebench.engine.cluster import join
 from mergebench.engine.job import Merge
@@ -31,11 +29,14 @@ from mergebench.engine.machine import no_collection, settled
 from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
 from mergebench.engine.run import Result, run_plan
-from mergebench.errors import MergebenchError, ModelError, RecipeError
+from mergebench.errors import ModelError, RecipeError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, load
-from mergebench.recipe.open import find_file, folders
+from mergebench.recipe.edited import with_edits
 from mergebench.recipe.resolve import resolve
+
+if TYPE_CHECKING:
+    from mergebench.evaluation.search.auto import Auto
 
 
 def plan(
@@ -78,28 +79,6 @@ def prepare(plan: Plan, out: str | Path, **how: Any) -> Plan:
     from mergebench.systems.on_data.prepare import prepare as make  # this import loads transformers
 
     return make(plan, Path(out), **how)
-
-
-def with_edits(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with the recipe's edits of the merged model, checked against that model."""
-    if not recipe.edits:
-        return plan
-    from mergebench.editing.plan import plan_edit
-
-    reference = plan.merge.reference
-    tensors = {
-        info.name: info._replace(dtype=plan.dtypes[info.name], scale=None) for info in reference.tensors.values()
-    }
-    planned = []
-    for number, wanted in enumerate(recipe.edits):
-        try:
-            probe = find_file(wanted.probe, folders(recipe))
-            planned.append(plan_edit(wanted, edits.get(wanted.edit), probe, tensors, reference.config))
-        except MergebenchError as error:
-            where = recipe.where("edits", number)
-            place = "" if recipe.path is None else f"{where}: edits.{number}: "
-            raise type(error)(f"{place}{error.message}", error.hint) from None
-    return replace(plan, merge=replace(plan.merge, edits=tuple(planned)))
 
 
 def run(
@@ -172,6 +151,41 @@ def merge(
 ) -> Result:
     """Merge a recipe into the directory `out`: `run(plan(recipe, ...), out, **how)`."""
     return run(plan(recipe, method=method, memory=memory, workers=workers, device=device, on=on), out, **how)
+
+
+def auto(
+    base: str,
+    models: Sequence[str] = (),
+    suite: str | PathLike[str] | None = None,
+    *,
+    edit: str | Path | None = None,
+    out: str | Path = "auto",
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    **how: Any,
+) -> Auto:
+    """Merge models without a recipe: a handful of methods are tried on the suite's validation tasks, and the chosen
+    merge is measured on its test tasks and written. Or, with a file of labelled texts `edit`, edit the model `base`.
+
+    out: the directory of what is written: `model/`, the checkpoint with its card and page; `best.yaml`, its recipe;
+    `search.json`, every candidate. suite: with `edit`, its first validation task is the behaviour (None: what a probe
+    sees of it). how: `on`, `results`, `searched` and `progress`, as of `mergebench.search`.
+
+    Raises `RecipeError` for a suite without validation tasks, fewer than two models, or texts of one class.
+    """
+    from mergebench.evaluation.search import auto as merges
+    from mergebench.evaluation.search import auto_edit as edits
+
+    limits: Any = {"memory": memory, "workers": workers, "device": device}
+    ways: Any = {**limits, **how, "out": out, "resume": resume, "overwrite": overwrite}
+    given = (base, models, suite)
+    found = merges.choose_merge(*given, **ways) if edit is None else edits.choose_edit(*given, edit, **ways)
+    run(plan(found.recipe, **limits), found.model, resume=resume, overwrite=found.model.exists())
+    merges.show(found)
+    return found
 
 
 def task_vector(model: str, base: str, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Result:
@@ -308,6 +322,7 @@ def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int
 
 __all__ = [
     "Result",
+    "auto",
     "merge",
     "plan",
     "plan_edit",

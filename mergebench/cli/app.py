@@ -9,6 +9,7 @@ import typer
 from mergebench import __version__
 from mergebench.cli import (
     adapters,
+    auto,
     cil,
     compare,
     compress,
@@ -72,6 +73,7 @@ app.command("init", rich_help_panel=MERGE)(init.init)
 app.command("explain", rich_help_panel=MERGE)(explain.explain)
 app.command("search", rich_help_panel=MERGE)(search.search)
 app.command("statistics", cls=statistics.StatisticsCommand, was="--model", rich_help_panel=MERGE)(statistics.statistics)
+app.command("auto", rich_help_panel=MERGE)(auto.auto)
 app.command("task-vector", rich_help_panel=MERGE)(task_vector.task_vector)
 app.command("eval", rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("compare", rich_help_panel=MEASURE)(compare.compare)

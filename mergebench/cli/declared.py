@@ -94,7 +94,7 @@ def _help(parameter: Parameter) -> str:
     text, default = f"{parameter.help[:1].upper()}{parameter.about()[1:]}.", parameter.default
     if parameter.required:
         return f"{text} Required."
-    if default is None or default is False:
+    if default is None or default is False or default == "":
         return text
     return f"{text} Default: {'true' if default is True else default}."
 

@@ -158,7 +158,8 @@ def show(report: Mapping[str, Any]) -> None:
     say("  rows by layer")
     longest = max(report["by_layer"].values()) or 1
     for layer, count in report["by_layer"].items():
-        say(f"  {layer:>4} {count:>6} {'█' * round(BAR * count / longest)}".rstrip())
+        place = "emb." if layer == "embeddings" else layer
+        say(f"  {place:>4} {count:>6} {'█' * round(BAR * count / longest)}".rstrip())
 
 
 def _about(probe: Mapping[str, Any]) -> str:

@@ -133,7 +133,7 @@ def _edit(edit: Edit) -> dict[str, Any]:
     common = [
         {
             "name": key,
-            "default": getattr(Wanted(edit.name, ""), key),
+            "default": getattr(Wanted(edit.name, "", target=edit.target), key),
             "required": key == "probe",
             "range": "",
             "per_model": False,

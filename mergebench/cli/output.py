@@ -209,8 +209,9 @@ def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, Hist
 
     def line(point: Point, history: History) -> None:
         values = ", ".join(f"{name} {value}" for name, value in point.values.items())
-        got = point.error if point.objective is None else history.said(point)
+        got = point.error if point.objective is None else history.all_said(point)
         best = "" if history.best is None else f" (best {history.said(history.best)}, point {history.best.number})"
+        best = f" (a front of {len(history.front)})" if history.several else best
         note(f"searching: point {point.number} ({point.number + 1} of {budget}): {values}: {got}{best}")
 
     if quiet or not sys.stderr.isatty():
@@ -220,7 +221,7 @@ def search_bar(budget: int, quiet: bool) -> Iterator[tuple[Callable[[Point, Hist
     with _item_bar("searching: measuring the recipe as given") as update:
 
         def searched(point: Point, history: History) -> None:
-            best = "" if history.best is None else f": best {history.said(history.best)}"
+            best = "" if history.best is None else f": best {history.all_said(history.best)}"
             update(f"searching{best}", point.number + 1, budget)
 
         yield searched, lambda step: update(f"evaluating {step.model}, task {step.task}", step.done, step.total)

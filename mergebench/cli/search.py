@@ -11,13 +11,11 @@ import typer
 from mergebench.cli import complete, evaluate
 from mergebench.cli import options as opt
 from mergebench.cli.output import note, say, say_json, say_text, search_bar, width
+from mergebench.cli.points import head_of, points_sheet
 from mergebench.errors import counted
 
 if TYPE_CHECKING:
     from mergebench.evaluation.search.search import Found
-    from mergebench.evaluation.tables.sheet import Sheet
-
-SHOWN = 8  # points in the table, beside the recipe as given
 
 
 def search(
@@ -46,7 +44,7 @@ def search(
         str,
         typer.Option(
             metavar="NAME",
-            help="mean, relative or worst, of the validation tasks.",
+            help="mean, relative or worst, of the validation tasks, or a task; A,B for a front.",
             autocompletion=complete.words("mean", "relative", "worst"),
         ),
     ] = "mean",
@@ -122,36 +120,14 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -
         say_json(found.to_dict())
         return
     if form is not None:
-        tables = [_sheet(found, None), *(sheets(found.results) if found.results is not None else ())]
+        tables = [points_sheet(found.history, None), *(sheets(found.results) if found.results is not None else ())]
         say_text(written(tables, form))
         note(found.verdict(), quiet)
         return
-    lines = _sheet(found).terminal(width=width())
-    say_text("\n".join(["On validation, the best points:", *lines]).rstrip() + "\n")
+    lines = points_sheet(found.history).terminal(width=width())
+    say_text("\n".join([head_of(found.history), *lines]).rstrip() + "\n")
     if found.results is not None:
         say_text(report(found.results, width=width(), styled=sys.stdout.isatty()))
         say()
     say(found.verdict())
     say(f"To merge it: mergebench merge {found.out / 'best.yaml'}")
-
-
-def _sheet(found: Found, shown: int | None = SHOWN) -> Sheet:
-    """The best points, and where among them the recipe as given stands; shown: None for all."""
-    from mergebench.evaluation.search.history import GIVEN_POINT
-    from mergebench.evaluation.tables.layout import number
-    from mergebench.evaluation.tables.sheet import Cell, Sheet
-
-    history = found.history
-    ranked, metrics = history.ranked, history.metrics
-    objective = history.made["objective"]
-    heads = ["point", "", *ranked[0].values, *metrics, objective]
-    rows = []
-    for place, point in enumerate(ranked):
-        if shown is None or place < shown or point.number == GIVEN_POINT:
-            given = "as given" if point.number == GIVEN_POINT else ""
-            values = ["" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
-                      for value in point.values.values()]  # fmt: skip
-            tasks = [number(value, metrics[task]) for task, value in point.tasks.items()]
-            reached = Cell(history.said(point), parts=tuple(history.said(point).split(" ± ")))
-            rows.append([*map(Cell, (str(point.number), given, *values, *tasks)), reached])
-    return Sheet(heads, rows, left=0, parts={1: ("given",), len(heads) - 1: (objective, f"{objective} ±")})

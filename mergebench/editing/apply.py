@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,21 +92,22 @@ def _carry_out(edit: Planned | PutIn, name: str, staging: Staging, copied: Model
     if name not in made:
         doubts = edit.doubts(copied or model)  # about the model before this edit
         first = not made  # no stored model is the base of a later patch
-        report = _plan_on(edit, model, staging, name, identity(copied) if copied is not None and first else None)
+        base = identity(copied) if copied is not None and first else None
+        report = write_planned(edit, model, staging.directory / name, base)
         made[name] = {"patch": name, **report, "warnings": doubts + report["warnings"]}
         staging.complete(name)
     PutIn(open_patch(staging.directory / name)).make(model)
     return made[name]
 
 
-def _plan_on(edit: Planned, model: Model, staging: Staging, name: str, base: str | None) -> dict[str, Any]:
-    """Find the rows and write the patch; returns its report."""
+def write_planned(edit: Planned, model: Model, file: Path, base: str | None = None) -> dict[str, Any]:
+    """Find an edit's rows in a model and write its patch; returns the report. base: as of `write_patch`."""
     found = scan(edit, model)
     changes = found.changes()
     report = found.report()
     columns = frozenset(target.tensor for target in edit.targets if target.transposed) & changes.keys()
     about = {key: value for key, value in report.items() if key not in ("by_layer", "cosine")}
-    write_patch(staging.directory / name, model, edit.direction, changes, columns, about, base)
+    write_patch(file, model, edit.direction, changes, columns, about, base)
     return report
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # editing rows imports torch; listing an edit's parameters mu
     from torch import Tensor
 
 
+GATE = "gate_proj"
+
+
 @dataclass(frozen=True)
 class Rows:
     """The properties of the N candidate rows of a model, in the order of layers, experts and rows."""
@@ -70,6 +73,7 @@ class Edit:
     paper: str
     params: type
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    target: str = GATE  # whose rows it is about, where nobody says
 
     def __reduce__(self) -> tuple[Any, ...]:
         return named, (self.function.__module__, self.function.__qualname__)
@@ -93,11 +97,12 @@ class Edit:
         return make_params(self.params, values)
 
 
-def edit(*, paper: str) -> Callable[[Callable[..., Tensor]], Edit]:
-    """Declare a function `(rows, params: a dataclass) -> amounts` as an edit; `paper`: its source."""
+def edit(*, paper: str, target: str = GATE) -> Callable[[Callable[..., Tensor]], Edit]:
+    """Declare a function `(rows, params: a dataclass) -> amounts` as an edit; `paper`: its source, `target`: whose rows
+    it is about, where nobody says."""
 
     def declare(function: Callable[..., Tensor]) -> Edit:
         params = params_of(function, 2, "an edit takes (rows, params: a dataclass)")
-        return Edit(function.__name__, function, paper, params, parameters_of(params))
+        return Edit(function.__name__, function, paper, params, parameters_of(params), target)
 
     return declare

@@ -17,7 +17,7 @@ from mergebench.checkpoint.values import Values
 from mergebench.editing.edit import Rows
 from mergebench.editing.neurons import Neurons
 from mergebench.editing.plan import Planned
-from mergebench.editing.targets import Target, describe
+from mergebench.editing.targets import EMBEDDINGS, Target, describe
 from mergebench.engine.machine import cores, one_thread
 from mergebench.errors import RunError
 
@@ -61,9 +61,11 @@ class Found:
         cosines, width = rows.cosine[chosen], planned.probe.width
         amounts, median = self.amounts[chosen], float(rows.norm.median())
         about = planned.probe.about
-        step = float(self.amounts[self.amounts.abs().argmax()]) * rows.length / median if median else math.inf
+        even = len(amounts) > 0 and bool((amounts.abs() == amounts[0].abs()).all())
+        step = float(amounts[0]) * rows.length / median if even and median else math.inf
         weakest = float(cosines[cosines.abs().argmin()]) if len(cosines) else 0.0
         z = weakest * width**0.5
+        selects = not bool((chosen | (rows.cosine == 0)).all())  # else there is no row that may be chosen by chance
         found = {
             "edit": planned.wanted.edit,
             "probe": {
@@ -79,7 +81,8 @@ class Found:
             "rows": int(chosen.sum()),
             "of": len(rows),
             "by_layer": {
-                str(layer): int((chosen & (rows.layer == layer)).sum()) for layer in sorted(set(rows.layer.tolist()))
+                "embeddings" if layer == EMBEDDINGS else str(layer): int((chosen & (rows.layer == layer)).sum())
+                for layer in sorted(set(rows.layer.tolist()))
             },
             "share": int(chosen.sum()) * width / planned.elements,
             "alpha": float(amounts[0]) if len(amounts) and bool((amounts == amounts[0]).all()) else None,
@@ -88,11 +91,11 @@ class Found:
                 "candidates": _quantiles(rows.cosine),
                 **({"least": float(cosines.min()), "most": float(cosines.max())} if len(cosines) else {}),
             },
-            "z": z,
+            "z": z if selects else None,
             "width": width,
         }
         doubts = _doubts(step) if len(cosines) else []
-        if len(cosines) and planned.wanted.values.get("select") != "random" and abs(z) < NOISE:
+        if len(cosines) and selects and planned.wanted.values.get("select") != "random" and abs(z) < NOISE:
             doubts.append(f"the selection is noise at its end: a row with z = {z:.2f} is as near as a random vector")
         return found | {"warnings": doubts}
 

@@ -16,7 +16,7 @@ class Wanted:
     edit: str
     probe: str = param(help="the probe's file, as `mergebench probe fit` writes it")
     direction: str = param("row1", "what of the probe is added: row1, diff, unit-diff or mean-diff")
-    target: str = param("gate_proj", "which matrices' rows: gate_proj, another role, or a glob of tensor names")
+    target: str = param("", "whose rows: gate_proj, residual, another role, a glob; by default the edit's own")
     layers: str = param("all", "which layers: all, 0-15, '3,5,7', '!0-7'; negative ones count from the end")
     values: Mapping[str, Any] = field(default_factory=dict)  # the edit's own
 

@@ -8,6 +8,9 @@ its role and the model's type do. The role of a matrix follows from its name and
     gate_proj  up_proj  down_proj     down(act(gate x) * up x); also called wi_0 wi_1 wo, w1 w3 w2, ...
     gate_up_proj        down_proj     gate and up in one: as many elements as two of down; under any name
     fc1                 fc2           no gate: fc1 is up, and what goes into the activation function
+
+The role residual is of all matrices that write to the residual stream: down, o, and the embeddings, whose rows are what
+tokens and positions write.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ _HEADS = {
     "v_proj": ("v_proj", "value", "v", "v_lin", "value_proj", "wv"),
     "o_proj": ("o_proj", "out_proj", "o", "out_lin", "dense", "c_proj", "wo", "Wo"),
 }
-ROLES = (GATE, UP, DOWN, *_HEADS)
+RESIDUAL = "residual"  # all that writes to the residual stream: the next two, and the embeddings
+ROLES = (GATE, UP, DOWN, *_HEADS, RESIDUAL)
 _WRITE = (DOWN, "o_proj")
+EMBEDDINGS = -1  # in the place of a layer
 _GATED = (
     (GATE, UP, DOWN), ("wi_0", "wi_1", "wo"), ("w1", "w3", "w2"), ("w1", "v1", "w2"), ("fc1", "fc3", "fc2"),
 )  # fmt: skip
@@ -53,6 +58,7 @@ _EXPERTS_IN_OUT = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_t
 _TEXT = re.compile(r"(^|\.)(language_model|text_model)\.")
 _OTHERS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|projector)")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_EMBEDDING = re.compile(r"(^|[._])(embed|embed_(in|tokens|positions)|(\w+_)?embeddings?|wte|wpe|shared)(\.weight)?$")
 _EXPERT = re.compile(r"expert[s_.]*(\d+)")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "embed_dim")
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
@@ -94,6 +100,8 @@ def find_targets(
     """
     known = _roles(tensors)
     parts = _of_role(known, role) if role in ROLES else _of_glob(tensors, role)
+    if role == RESIDUAL and parts:
+        parts |= {name: [_Part(RESIDUAL)] for name in _embeddings(tensors)}
     if not parts:
         raise _nothing(tensors, role)
     width = width or _width(config)
@@ -127,6 +135,7 @@ def choose_layers(written: str | None, existing: set[int]) -> set[int]:
     """
     if written is None or written.strip() == "all":
         return existing
+    existing = existing - {EMBEDDINGS}
     text, last = written.replace(" ", ""), max(existing)
     chosen: set[int] = set()
     for item in text.removeprefix("!").split(","):
@@ -153,9 +162,11 @@ def describe(role: str, targets: Iterable[Target]) -> list[str]:
         kinds.setdefault((name, target.role, target.transposed), []).append(target)
     lines = []
     for (name, found, transposed), ones in kinds.items():
-        count, layers = sum(len(one.numbers) for one in ones), len({one.layer for one in ones})
-        line = f"{name}: {count:,} {'columns' if transposed else 'rows'} in {layers} layer{'s' * (layers > 1)}"
-        lines.append(line + (" (no gate there: what the activation function takes)" if found != role else ""))
+        count, layers = sum(len(one.numbers) for one in ones), len({one.layer for one in ones} - {EMBEDDINGS})
+        line = f"{name}: {count:,} {'columns' if transposed else 'rows'}"
+        line += f" in {layers} layer{'s' * (layers > 1)}" if layers else ""
+        other = role == GATE and found != role
+        lines.append(line + (" (no gate there: what the activation function takes)" if other else ""))
     return lines
 
 
@@ -190,11 +201,18 @@ def _roles(tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Part]]:
 
 def _of_role(known: Mapping[str, list[_Part]], role: str) -> dict[str, list[_Part]]:
     """Parts of that role; for the gate of an MLP without one, the part that goes into its activation function."""
+    wanted = _WRITE if role == RESIDUAL else (role,)
     chosen = {
-        name: [part for part in parts if part.role == role or (role == GATE and part.activated)]
+        name: [part for part in parts if part.role in wanted or (role == GATE and part.activated)]
         for name, parts in known.items()
     }
     return {name: parts for name, parts in chosen.items() if parts}
+
+
+def _embeddings(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Matrices outside the layers with a vector for each token or position; the heads are none."""
+    plain = (name for name, info in tensors.items() if len(info.shape) == 2 and not _LAYER.search(name))
+    return [name for name in plain if _EMBEDDING.search(name)]
 
 
 def _of_glob(tensors: Mapping[str, TensorInfo], glob: str) -> dict[str, list[_Part]]:
@@ -243,8 +261,7 @@ def _targets(
 ) -> Iterator[tuple[tuple[int, int, str, int], Target]]:
     """A tensor's part as one target per expert, with sort keys."""
     match, expert = _LAYER.search(info.name), _EXPERT.search(info.name)
-    assert match is not None
-    layer, side = int(match[1]), info.shape[-1 if transposed else -2]
+    layer, side = EMBEDDINGS if match is None else int(match[1]), info.shape[-1 if transposed else -2]
     for number in range(info.shape[0] if len(info.shape) == 3 else 1):
         first, stop, step = number * side, (number + 1) * side, 1
         if part.half is not None and interleaved:

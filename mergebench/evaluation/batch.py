@@ -172,10 +172,11 @@ class Batch:
         """The model in memory, in the place of the one before it."""
         from mergebench.networks.network import Network
 
-        if self._held is model and self._network is not None:
+        alike = self._network is not None and self._network.auto_class == auto_class
+        if self._held is model and self._network is not None and alike:
             return self._network
         network, self._network = self._network, None
-        if network is None or network.auto_class != auto_class or not network.take(model):
+        if network is None or not alike or not network.take(model):
             del network  # before the next one is loaded
             network = Network(model, auto_class, self.device)
         self._network, self._held = network, model

@@ -70,6 +70,7 @@ class Made(TypedDict, total=False):
     bytes: dict[str, int]  # by model: what it takes on disk, of an adapter without its base
     unedited: dict[str, list[str]]
     baseline: str | None
+    chosen: str | None
     failed: list[Failed]
 
 

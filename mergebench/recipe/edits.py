@@ -41,6 +41,7 @@ def check(data: Mapping[str, Any], loc: Loc, places: Places) -> Wanted:
             raise places.error(here, f"'{name}' has no such parameter", hint)
     if "probe" not in common:
         raise places.error((*loc, "probe"), f"missing, '{name}' needs it", COMMON["probe"])
+    common.setdefault("target", edit.target)
     missing = next((p for p in edit.parameters.values() if p.required and p.name not in own), None)
     if missing is not None:
         raise places.error((*loc, missing.name), f"missing, '{name}' needs it", missing.about() or None)

@@ -67,7 +67,7 @@ class Trial:
 
     def planned(self, model: Path) -> Planned:
         opened = open_model(str(model))
-        wanted = Wanted(self.edit.name, str(self.probe.file), values=self.values)
+        wanted = Wanted(self.edit.name, str(self.probe.file), target="gate_proj", values=self.values)
         return plan_edit(wanted, self.edit, self.probe.file, opened.tensors, CONFIG)
 
 

@@ -274,6 +274,7 @@ ELSEWHERE = {
     "results": "tests/cli/test_results_command.py::test_a_look",
     "report": "tests/evaluation/page/test_page.py::test_the_command",
     "task-vector": "tests/cli/test_cli.py::test_task_vector",
+    "auto": "tests/evaluation/search/test_auto.py::test_from_end_to_end",
     "search": "tests/evaluation/search/test_search.py::test_the_test_table_has_everything_and_says_who_wins",
     "inspect": "tests/cli/test_cli.py::test_inspect",
     "diff": "tests/cli/test_cli.py::test_diff_by_hand",

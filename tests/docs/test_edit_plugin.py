@@ -1,4 +1,4 @@
-"""The edit of docs/plugins.md, from Python and from the command line: what it takes out is gone."""
+"""The edit of docs/plugins.md, from Python and from the command line: what it turns round is turned."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ def test_the_edit_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     exec(code, module.__dict__)
-    check_edit(module.ablate)
-    monkeypatch.setattr(edits, "get", lambda name: {"ablate": module.ablate}[name])
+    check_edit(module.reflect)
+    monkeypatch.setattr(edits, "get", lambda name: {"reflect": module.reflect}[name])
     model = write_model(tmp_path / "model", gated(torch.float32), config=CONFIG)
     probe = write_probe(
         tmp_path / "probe.safetensors", torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(7))
     )
-    step = {"edit": "ablate", "probe": str(probe), "target": "down_proj"}
+    step = {"edit": "reflect", "probe": str(probe)}
     recipe = mergebench.load({"merge_method": "passthrough", "models": [{"model": str(model)}], "edits": [step]})
     mergebench.run(mergebench.plan(recipe), tmp_path / "out")
     before, after, v = read_model(model), read_model(tmp_path / "out"), load_file(probe)["weight"][1]
 
     for name, tensor in before.items():
         if "down_proj" in name:  # what neurons write: columns
-            assert (after[name].T @ v).abs().max() < 1e-4 < (tensor.T @ v).abs().max()
-            torch.testing.assert_close(tensor - torch.outer(v, v @ tensor) / (v @ v), after[name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(after[name].T @ v, -(tensor.T @ v), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                tensor - 2 * torch.outer(v, v @ tensor) / (v @ v), after[name], rtol=0, atol=1e-5
+            )
         else:
             assert torch.equal(tensor, after[name])
 
@@ -63,7 +65,7 @@ def test_the_edit_of_the_page_from_the_command_line(package: Path, tmp_path: Pat
     """Its parameters are options, with its help and range; those of another edit are refused in one line."""
     write_model(tmp_path / "model", gated(torch.float32), config=CONFIG)
     write_probe(tmp_path / "p.safetensors", torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(7)))
-    command = ["edit", "--model", "model", "--probe", "p.safetensors", "--edit", "ablate", "--target", "down_proj"]
+    command = ["edit", "--model", "model", "--probe", "p.safetensors", "--edit", "reflect"]
 
     def run(*more: str) -> Ran:
         path = f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -72,13 +74,13 @@ def test_the_edit_of_the_page_from_the_command_line(package: Path, tmp_path: Pat
     shown = run("--help")
     assert shown.code == 0 and "--rows" not in shown.out
     for text in (
-        "Options of ablate",
+        "Options of reflect",
         "--strength",
-        "Share of the direction that is taken out, at least 0, at most 1. De",
+        "Share of the way to the mirror image, at least 0, at most 1. De",
     ):
         assert text in shown.out
     for wrong, says in (
-        (["--rows", "3"], "error: --rows: ablate has no such option"),
+        (["--rows", "3"], "error: --rows: reflect has no such option"),
         (["--strength", "2"], "error: --strength: must be at least 0, at most 1, got 2"),
         (["--strength", "some"], "error: --strength: must be a number, at least 0, at most 1, got 'some'"),
     ):
@@ -89,5 +91,5 @@ def test_the_edit_of_the_page_from_the_command_line(package: Path, tmp_path: Pat
     before, after = read_model(tmp_path / "model"), read_model(tmp_path / "out")
     v = load_file(tmp_path / "p.safetensors")["weight"][1]
     for name, tensor in before.items():
-        taken = 0.5 * torch.outer(v, v @ tensor) / (v @ v) if "down_proj" in name else torch.zeros(())
+        taken = torch.outer(v, v @ tensor) / (v @ v) if "down_proj" in name else torch.zeros(())
         torch.testing.assert_close(tensor - taken, after[name], rtol=0, atol=1e-5)

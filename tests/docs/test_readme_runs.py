@@ -27,12 +27,22 @@ def commands() -> list[list[str]]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [re.sub(r"\s+# .*", "", line) for line in re.findall(r"^    (mergebench .*)", text, re.MULTILINE)]
     others = {"train", "patch"}  # they continue from lines with placeholders, or train
-    return [words for line in lines if not (PLACEHOLDER.search(line) or others & set(words := shlex.split(line)))]
+    return [words for line in lines if not (PLACEHOLDER.search(line) or others & set(words := split(line)))]
+
+
+def split(line: str) -> list[str]:
+    """The words of a line as bash has them, with braces expanded."""
+    words = []
+    for word in shlex.split(line):
+        before, brace, rest = word.partition("{")
+        inside, _, after = rest.partition("}")
+        words += [f"{before}{one}{after}" for one in inside.split(",")] if brace else [word]
+    return words
 
 
 def test_there_are_some() -> None:
     found = {words[1] for words in commands()}
-    assert {"plan", "merge", "explain", "methods", "eval", "compare", "search", "report"} <= found
+    assert {"plan", "merge", "explain", "methods", "eval", "compare", "search", "auto", "report"} <= found
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,9 +210,16 @@ def test_a_recipes_edits(what: str, folder: Path, cli: Cli) -> None:
     assert hashes(folder) == before
 
 
+SPLITS = ("validation", "test")
+
+
 def test_an_edit_and_search_or_tasks(folder: Path, cli: Cli) -> None:
     step = [{"edit": "surgery", "probe": "probe.safetensors"}]
     write_recipe(folder / "emr.yaml", "emr", ["model"], "model", edits=step)
     refused(cli("merge", "emr.yaml"), USAGE, ["edits"])
-    write_recipe(folder / "ties.yaml", "ties", ["model"], "model", edits=step, evaluate={"suite": "s.yaml"})
-    refused(cli("search", "ties.yaml", "--over", "density"), USAGE, ["edits", "before any edit"])
+    tasks = [{"name": "fires", "kind": "firing", "data": f"{split}.jsonl", "split": split} for split in SPLITS]
+    for split in SPLITS:
+        (folder / f"{split}.jsonl").write_text(json.dumps({"id": split, "text": split}))
+    write_recipe(folder / "ties.yaml", "ties", ["model"], "model", edits=step, evaluate={"suite": {"tasks": tasks}})
+    ran = cli("search", "ties.yaml", "--over", "density,step=0.2:1")
+    refused(ran, USAGE, ["task 'fires' is of one patch, a search makes another", "name its patch (patch: FILE)"])

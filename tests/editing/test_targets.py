@@ -438,6 +438,24 @@ def test_what_is_printed(zoo: Zoo) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "outside", "inside"),
+    [
+        ("llama", {"embed_tokens"}, 2 * 2),
+        ("gpt2", {"wte", "wpe"}, 2 * 2),
+        ("gpt-neox", {"embed_in"}, 2 * 2),
+        ("mixtral", {"embed_tokens"}, 2 * (1 + 3)),
+        ("opt", {"embed_tokens", "embed_positions"}, 2 * 2),
+    ],
+)
+def test_all_that_writes_to_the_residual_stream(name: str, outside: set[str], inside: int, zoo: Zoo) -> None:
+    """The embeddings, no head, and of each layer the attention's output and every expert's."""
+    targets = found(zoo.path(name), "residual")
+    assert {target.tensor.split(".")[-2] for target in targets if target.layer < 0} == outside
+    assert len([target for target in targets if target.layer >= 0]) == inside
+    assert all(target.layer >= 0 for target in found(zoo.path(name), "residual", "0,1"))
+
+
 def test_every_role_has_its_neurons(zoo: Zoo) -> None:
     counts = {role: sum(len(target.numbers) for target in found(zoo.path("llama"), role)) for role in ROLES}
-    assert counts == dict(zip(ROLES, (48, 48, 48, 32, 16, 16, 32), strict=True))
+    assert counts == dict(zip(ROLES, (48, 48, 48, 32, 16, 16, 32, 128), strict=True))

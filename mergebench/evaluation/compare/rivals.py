@@ -33,7 +33,8 @@ class Difference(NamedTuple):
 class Family:
     """Differences that are read together: of several models, p is adjusted for all of them."""
 
-    kind: str  # baseline: against it; best: each against the best other; edits: one model's, task by task
+    kind: str  # baseline: against it; chosen: that model against each; best: each against the best other; edits: one
+    # model's, task by task
     rows: tuple[Difference, ...]
     task: str = ""  # where the rows are of one task: its name
 
@@ -50,24 +51,33 @@ class Family:
 
 def families(results: Results) -> list[Family]:
     """All that there is to show, without empty families."""
-    first = against(results)
+    first = _first(results)
     return _families(results, first, rivals(results, first))
+
+
+def _first(results: Results) -> list[Comparison]:
+    """Every model against the baseline, or the chosen one against every other."""
+    chosen = results.made.get("chosen")
+    if chosen not in results.models:
+        return against(results)
+    return [one for other in results.models for one in compared(results, other, [chosen])]
 
 
 def _families(results: Results, first: list[Comparison], best: list[Comparison]) -> list[Family]:
     roles = {record.model: record.role for record in results.records}
+    kind = "chosen" if results.made.get("chosen") in results.models else "baseline"
     edited = [one for one in first if one.old in before(results) and roles[one.new] == "merged"]
     if edited:
         rows = [Difference(one.old, one.new, (pair,), pair.flips) for one in edited[:1] for pair in one.pairs]
         found = [Family("edits", tuple(rows))]
     else:
-        found = [Family("baseline", _pooled(first))]
+        found = [Family(kind, _pooled(first))]
         apart: dict[str, list[Difference]] = {}
         for one in first:
             for pair in one.pairs:
                 if pair not in one.pooled_pairs:
                     apart.setdefault(pair.task, []).append(Difference(one.old, one.new, (pair,), pair.flips))
-        found += [Family("baseline", tuple(rows), task) for task, rows in apart.items()]
+        found += [Family(kind, tuple(rows), task) for task, rows in apart.items()]
     found.append(Family("best", _pooled(best)))
     return [one for one in found if one.rows]
 
@@ -109,7 +119,7 @@ def before(results: Results) -> Mapping[str, Any]:
 
 def documents(results: Results) -> list[dict[str, Any]]:
     """Every comparison with all its numbers, ready for JSON; `p_holm`: the pooled p, adjusted within its family."""
-    first = against(results)
+    first = _first(results)
     best = rivals(results, first)
     adjusted = {
         (row.old, row.new): p

@@ -14,6 +14,7 @@ from mergebench.evaluation.page import figures
 from mergebench.evaluation.page.figures import Figure
 from mergebench.evaluation.page.parts import Fold, Gallery, Part, Section, Table, cells
 from mergebench.evaluation.page.sources import Sources
+from mergebench.evaluation.search.history import metric_of
 from mergebench.evaluation.tables.layout import NONE, SHARES, number
 from mergebench.evaluation.tables.results import Cell
 
@@ -33,6 +34,20 @@ class Search:
     points: Sequence[Point]  # that were measured, in their order
     failed: Sequence[Point]
     best: Point | None
+    front: Sequence[Point] = ()  # of several objectives
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.made.get("directions", {})) or [self.objective]
+
+    @property
+    def start(self) -> str:
+        return str(self.made.get("start") or "recipe as given")
+
+    def reached(self, point: Point, name: str) -> tuple[float, float | None]:
+        """An objective of a point, and its standard error."""
+        several = point.get("objectives") or {name: point["objective"]}
+        return several[name], (point.get("stderrs") or {name: point.get("stderr")}).get(name)
 
     @property
     def objective(self) -> str:
@@ -56,11 +71,12 @@ class Search:
     def metric(self, task: str) -> str:
         return str(self.made.get("metrics", {}).get(task, ""))
 
+    def metric_of(self, name: str) -> str:
+        return metric_of(name, self.made.get("metrics", {}))
+
     @property
     def objective_metric(self) -> str:
-        """A mean is in the tasks' own unit, all else a share of what the fine-tunes reach."""
-        own = self.metric(self.tasks[0]) if self.tasks else ""
-        return own if self.objective == "mean" else "accuracy"
+        return self.metric_of(self.objectives[0])
 
     def unit(self, metric: str) -> float:
         return 100.0 if metric in SHARES else 1.0
@@ -75,7 +91,8 @@ def read(document: Mapping[str, Any]) -> Search:
     measured = [point for point in points if point.get("objective") is not None]
     failed = [point for point in points if point.get("objective") is None]
     best = next((point for point in measured if point["number"] == document.get("best")), None)
-    return Search(document.get("made", {}), measured, failed, best)
+    front = [point for point in measured if point["number"] in document.get("front", ())]
+    return Search(document.get("made", {}), measured, failed, best, front)
 
 
 def sections(sources: Sources) -> Iterator[Section]:
@@ -89,13 +106,18 @@ def sections(sources: Sources) -> Iterator[Section]:
         return
     names = list(dict.fromkeys(name for point in points for name in point["values"]))
     moved = [name for name in names if len({_value(point["values"].get(name)) for point in points}) > 1]
-    tasks = search.tasks if len(moved) == 1 and search.one_scale and search.objective == "mean" else []
-    drawn = [_against(search, name, tasks) for name in moved]
+    several = len(search.objectives) > 1
+    lines = search.tasks if len(moved) == 1 and search.one_scale and search.objective == "mean" else []
+    drawn = [] if several else [_against(search, name, lines) for name in moved]
     caption = f"Each dot is one of {len(points)} merges, measured on validation data. Star: the best."
-    caption += " Diamond: the recipe as given." if best is not points[0] else ""
+    caption += f" Diamond: the {search.start}." if best is not points[0] else ""
     caption += " Whiskers are the standard error." if any(point.get("stderr") for point in points) else ""
-    caption += " Lines: the tasks, whose mean the other marks are." if len(tasks) > 1 else ""
-    pair = _apart(points, search.tasks) if search.one_scale else None
+    caption += " Lines: the tasks, whose mean the other marks are." if len(lines) > 1 else ""
+    if several:
+        drawn.append(_front_of(search))
+        caption += f" The front of {_and(search.objectives)}: {len(search.front)} of {len(points)} points, which no "
+        caption += "other beats in one without losing in another; the star is the nearest to the best of each."
+    pair = _apart(points, search.tasks) if search.one_scale and not several else None
     if pair is not None:
         drawn.append(_trade_off(search, *pair))
         caption += f" The last plot: {pair[0]} and {pair[1]}, the two tasks that pull apart most; "
@@ -103,9 +125,13 @@ def sections(sources: Sources) -> Iterator[Section]:
     sign = -1 if search.higher else 1
     order = sorted(points, key=lambda point: (point is not best, sign * point["objective"]))
     note = f"The best {min(SHOWN, len(points))} of {len(points)} points; all are in search.json."
-    heads = ["point", *names, search.objective, *search.tasks]
+    if several:
+        order, note = [*search.front], "The points of the front, with standard errors; all are in search.json."
+    tasks = [task for task in search.tasks if task not in search.objectives]
+    heads = ["point", *names, *search.objectives, *tasks]
     parts: list[Part] = [Gallery(drawn, caption)] if drawn else []
-    parts += [Table(heads, [_row(search, point, names) for point in order[:SHOWN]], note), *failed]
+    rows = [_row(search, point, names, tasks) for point in (order if several else order[:SHOWN])]
+    parts += [Table(heads, rows, note), *failed]
     yield Section("Search", parts)
 
 
@@ -121,16 +147,34 @@ def finding(document: Mapping[str, Any]) -> list[str]:
     search = read(document)
     if search.best is None:
         return ["No point of the search could be measured."]
+    if len(search.objectives) > 1:
+        values = ", ".join(f"{name} {_said(search, search.best, name)}" for name in search.objectives)
+        front = (
+            f"The front of {_and(search.objectives)} has {counted(len(search.front), 'point')} of {len(search.points)}"
+        )
+        return [f"{front}; chosen: {_values(search.best)} ({values})."]
     given = search.points[0]
-    beside = f"; as given {search.said(given['objective'])}" if given is not search.best else ", the recipe as given"
+    first = f"; {search.start.removeprefix('recipe ')} {search.said(given['objective'])}"
+    beside = first if given is not search.best else f", the {search.start}"
     value = search.said(search.best["objective"])
     return [f"Best of {len(search.points)} on validation: {_values(search.best)} ({search.objective} {value}{beside})."]
 
 
-def _row(search: Search, point: Point, names: Sequence[str]) -> list[Cell]:
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]])
+
+
+def _said(search: Search, point: Point, name: str) -> str:
+    value, error = search.reached(point, name)
+    beside = "" if error is None or len(search.objectives) < 2 else f" ± {number(error, search.metric_of(name))}"
+    return f"{number(value, search.metric_of(name))}{beside}"
+
+
+def _row(search: Search, point: Point, names: Sequence[str], tasks: Sequence[str]) -> list[Cell]:
     values = [_value(point["values"].get(name)) for name in names]
-    scores = [number(point["tasks"][t], search.metric(t)) if t in point["tasks"] else NONE for t in search.tasks]
-    return [Cell(str(point["number"]), point is search.best), *cells(*values, search.said(point["objective"]), *scores)]
+    scores = [number(point["tasks"][t], search.metric(t)) if t in point["tasks"] else NONE for t in tasks]
+    reached = [_said(search, point, name) for name in search.objectives]
+    return [Cell(str(point["number"]), point is search.best), *cells(*values, *reached, *scores)]
 
 
 def _failures(failed: Sequence[Point]) -> Fold:
@@ -218,6 +262,29 @@ def _trade_off(search: Search, x: str, y: str) -> Figure:
 
     alt = f"{y} against {x} for {len(known)} points; {len(front)} are not beaten in both."
     return Figure("search-trade-off", alt, draw)
+
+
+def _front_of(search: Search) -> Figure:
+    """The first two objectives against each other, with standard errors; the front's points on a line."""
+    x, y = search.objectives[:2]
+
+    def places(points: Sequence[Point], name: str) -> list[tuple[float, float | None]]:
+        unit = search.unit(search.metric_of(name))
+        reached = [search.reached(point, name) for point in points]
+        return [(unit * value, _times(unit, error)) for value, error in reached]
+
+    line = sorted((a, b) for (a, _), (b, _) in zip(places(search.front, x), places(search.front, y), strict=True))
+
+    def draw(width: float) -> Canvas:
+        with figures.plot(width, 260) as (canvas, axes):
+            axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=1, zorder=1)
+            _dots(search, axes, search.points, places(search.points, x), places(search.points, y))
+            for name, named in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
+                unit = ", %" if search.metric_of(name) in SHARES else ""
+                named(f"{drawing.short(name, 30)}{unit} ({search.made['directions'][name]} is better)")
+        return canvas
+
+    return Figure("search-front", f"{y} against {x}; {len(search.front)} points are the front.", draw, wide=True)
 
 
 def _front(places: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:

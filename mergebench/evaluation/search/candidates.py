@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergebench.checkpoint.content import sha256_of
+from mergebench.checkpoint.files import Files
 from mergebench.checkpoint.side_files import copy_side_files, decisive_files
 from mergebench.deltas.open import open_model
+from mergebench.editing.apply import write_planned
 from mergebench.engine import trace
 from mergebench.engine.answers import Known
 from mergebench.engine.cluster import assigned_cores
 from mergebench.engine.inmemory import InMemory
 from mergebench.engine.job import Merge
 from mergebench.engine.machine import available_memory
+from mergebench.engine.method import Method
 from mergebench.engine.plan import Plan, plan_merge
 from mergebench.engine.provenance import fingerprint_of
 from mergebench.engine.replay import run_at_once
@@ -29,6 +32,7 @@ from mergebench.engine.statistics import Statistic
 from mergebench.errors import MergebenchError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe
+from mergebench.recipe.edited import with_edits
 from mergebench.recipe.resolve import resolve
 
 if TYPE_CHECKING:
@@ -52,7 +56,8 @@ class Merged:
 
 
 class Candidates:
-    """The merges of one recipe with other parameters, in a folder of their own for what must be files.
+    """The merges of a recipe with other parameters, one after another, in a folder of their own for what must be files;
+    then those of a recipe with another method of the same models.
 
     Where lambda is the last thing that a method multiplies by (which is tried on toy chunks), what it gives at lambda 1
     is kept: another lambda is then a scaled task vector added to the base, bit for bit what the method would give.
@@ -61,20 +66,29 @@ class Candidates:
 
     def __init__(self, folder: Path, device: str, in_memory: bool | None = None, **limits: Any) -> None:
         self._folder, self._in_memory, self._limits = folder, in_memory, {"device": device, **limits}
-        self._known = Known()
+        self._begin(None)
+
+    def _begin(self, method: Method | None) -> None:
+        """Forget what was kept of the merges of another method."""
+        self._method, self._known = method, Known()
         self._target: InMemory | None = None
         self._vector: tuple[Any, InMemory, Plan] | None = None  # the parameters it was made with, but for lambda
+        self._before_edits: str | None = None  # what lies in the folder
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it begins anew, in a folder of its own, with the cores that the process has."""
         return _elsewhere, (self._folder, self._in_memory, self._limits)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """The merge of a recipe; raises what planning it raises."""
-        return plan_merge(resolve(recipe), **self._limits)
+        """The merge of a recipe with its edits; raises what planning them raises."""
+        return with_edits(plan_merge(resolve(recipe), **self._limits), recipe)
 
     def merge(self, plan: Plan, name: str) -> LoadableModel:
         """Merge; the model is good until the next one. Raises `RunError` where the method refuses or gives NaN."""
+        if plan.merge.method is not self._method:
+            self._begin(plan.merge.method)
+        if plan.merge.edits:
+            return self._edited(plan, name)
         if not self._stays(plan):
             return open_model(str(run_plan(plan, self._folder / "model", overwrite=True, known=self._known).out))
         if self._target is None:
@@ -84,6 +98,32 @@ class Candidates:
         plan = self._scaled(plan) if _ends_with_lambda(plan.merge) else plan
         run_in_memory(plan, self._target, self._known)
         return Merged(name, self._folder, self._target.tensors)
+
+    def _edited(self, plan: Plan, name: str) -> Merged:
+        """The merge, which is made anew only if it is another, with a patch for each edit on top: in all bits what its
+        edited files would hold."""
+        place = self._folder / "model"
+        recipe = {key: value for key, value in plan.merge.recipe.items() if key != "edits"}
+        merge = replace(plan, merge=replace(plan.merge, edits=(), recipe=recipe))
+        made = fingerprint_of(merge)
+        if made != self._before_edits:
+            self._before_edits = None  # it is overwritten
+            run_plan(merge, place, overwrite=True, known=self._known)
+            self._before_edits = made
+        model = open_model(str(place))
+        for number, edit in enumerate(plan.merge.edits):
+            patch = self._folder / f"patch-{number}.safetensors"
+            if write_planned(edit, model, patch)["rows"]:
+                model = open_model(f"{model.reference}+{patch}")
+        with Files() as files:
+            values = model.values(files)
+            tensors = {
+                info.name: values.elements(info.name, 0, info.numel).view(info.shape)
+                if info.is_float
+                else values.whole(info.name)
+                for info in model.tensors.values()
+            }
+        return Merged(name, place, tensors)
 
     def key(self, plan: Plan) -> str:
         """What tells the merge of a plan, with its config and tokenizer, from all others: for stored results."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from mergebench.errors import RecipeError, RunError
 from mergebench.evaluation.tables.layout import number
 
 FAILED = 1e300
+Costs = tuple[float, ...]  # of a point, by objective; lower is better
 GIVEN_POINT = 0  # the number of the recipe as given
 FILE, BEST, WORK = "search.json", "best.yaml", ".candidate"
 
@@ -30,10 +32,18 @@ class Point:
     number: int  # from 0, the recipe as given
     values: Mapping[str, Any]  # by dimension
     tasks: Mapping[str, float]  # what was measured on each validation task
-    objective: float | None  # None: it failed
+    objective: float | None  # None: it failed; the first of several
     seconds: float
     error: str | None = None
     stderr: float | None = None  # of the objective, where every task has one
+    objectives: Mapping[str, float] = field(default_factory=dict)  # by name, where there are several
+    stderrs: Mapping[str, float | None] = field(default_factory=dict)
+
+    def of(self, name: str) -> tuple[float | None, float | None]:
+        """An objective, and its standard error."""
+        if name in self.objectives:
+            return self.objectives[name], self.stderrs.get(name)
+        return self.objective, self.stderr
 
 
 class _PointEntry(TypedDict):
@@ -49,14 +59,20 @@ class PointEntry(_PointEntry, total=False):
     """A point in `search.json`."""
 
     stderr: float | None
+    objectives: dict[str, float]
+    stderrs: dict[str, float | None]
 
 
-class Made(TypedDict):
-    """What is read of the settings of a search."""
-
+class _Made(TypedDict):
     objective: str
     direction: Literal["higher", "lower"]
     metrics: dict[str, str]
+
+
+class Made(_Made, total=False):
+    """What is read of the settings of a search."""
+
+    directions: dict[str, Literal["higher", "lower"]]  # by objective, where there are several
 
 
 class Document(TypedDict):
@@ -76,33 +92,65 @@ class History:
     direction: str = "higher"  # which objectives are better
     metrics: dict[str, str] = field(default_factory=dict)  # by task; known after the first measured point
     points: list[Point] = field(default_factory=list)
+    directions: dict[str, str] = field(default_factory=dict)  # by objective, where there are several
 
     @property
-    def metric(self) -> str:
-        """What the objective is counted in: as accuracies, where it is a share of what the fine-tunes reach."""
-        return next(iter(self.metrics.values()), "") if self.made["objective"] == "mean" else "accuracy"
+    def several(self) -> bool:
+        """Whether there are several objectives."""
+        return len(self.directions) > 1
 
-    def said(self, point: Point) -> str:
-        """A point's objective as tables show it, with its standard error; nothing if it failed."""
-        if point.objective is None:
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.directions) if self.several else [str(self.made["objective"])]
+
+    def metric(self, name: str) -> str:
+        """What an objective is counted in: as accuracies, where it is a share of what the fine-tunes reach."""
+        return metric_of(name, self.metrics)
+
+    def said(self, point: Point, name: str | None = None) -> str:
+        """A point's objective (None: the first) as tables show it, with its standard error; nothing if it failed."""
+        name = self.objectives[0] if name is None else name
+        value, stderr = point.of(name)
+        if value is None:
             return ""
-        error = "" if point.stderr is None else f" ± {number(point.stderr, self.metric)}"
-        return f"{number(point.objective, self.metric)}{error}"
+        error = "" if stderr is None else f" ± {number(stderr, self.metric(name))}"
+        return f"{number(value, self.metric(name))}{error}"
 
-    def cost(self, point: Point) -> float:
-        """The objective, negated if higher is better; above all others if the point failed."""
+    def all_said(self, point: Point) -> str:
+        """As `said`; of several objectives each with its name."""
+        if not self.several:
+            return self.said(point)
+        return ", ".join(f"{name} {self.said(point, name)}" for name in self.objectives)
+
+    def costs(self, point: Point) -> Costs:
+        """The objectives, negated where higher is better; above all others if the point failed."""
+        ways = list(self.directions.items()) or [("", self.direction)]
         if point.objective is None:
-            return FAILED
-        return -point.objective if self.direction == "higher" else point.objective
+            return (FAILED,) * len(ways)
+        values = [(way, point.objectives.get(name, point.objective)) for name, way in ways]
+        return tuple(-value if way == "higher" else value for way, value in values)
 
     @property
     def ranked(self) -> list[Point]:
-        """The measured points, the best first; of equal points, the earlier."""
+        """The measured points, the best first; of equal points, the earlier. Of several objectives, the front first."""
         found = [point for point in self.points if point.objective is not None]
-        return sorted(found, key=lambda point: (self.cost(point), point.number))
+        if not self.several:
+            return sorted(found, key=lambda point: (self.costs(point), point.number))
+        front = {point.number for point in self.front}
+        return sorted(found, key=lambda point: (point.number not in front, self.costs(point), point.number))
+
+    @property
+    def front(self) -> list[Point]:
+        """The points that no other beats in one objective without losing in another; of equal points the first."""
+        found = [(self.costs(point), point) for point in self.points if point.objective is not None]
+        kept = pareto([costs for costs, _ in found])
+        return [found[place][1] for place in kept]
 
     @property
     def best(self) -> Point | None:
+        """The first of the ranked; of several objectives the front's knee."""
+        if self.several and self.front:
+            return self.front[knee([self.costs(point) for point in self.front])]
         return next(iter(self.ranked), None)
 
     def add(self, point: Point) -> None:
@@ -116,9 +164,11 @@ class History:
         """The whole document, ready for JSON."""
         best = self.best
         return {
-            "made": {**self.made, "direction": self.direction, "metrics": self.metrics},
+            "made": {**self.made, "direction": self.direction, "metrics": self.metrics}
+            | ({"directions": self.directions} if self.several else {}),
             "points": [vars(point) for point in self.points],
             "best": None if best is None else best.number,
+            **({"front": [point.number for point in self.front]} if self.several else {}),
         }
 
     def resume(self) -> None:
@@ -131,8 +181,42 @@ class History:
                 what = f"{self.folder}: it holds a search with another {SETTINGS[name]}"
                 raise RecipeError(what, "run it as before, choose another --out, or start afresh with --overwrite")
         self.direction, self.metrics = found["made"]["direction"], found["made"]["metrics"]
+        self.directions = found["made"].get("directions", {})
         known = Point.__annotations__.keys()
         self.points = [Point(**{name: point[name] for name in known & point.keys()}) for point in found["points"]]
+
+
+def metric_of(objective: str, metrics: Mapping[str, str]) -> str:
+    """What an objective is counted in, from the tasks' metrics."""
+    if objective == "mean":
+        return next(iter(metrics.values()), "")
+    return metrics.get(objective, "accuracy")
+
+
+def pareto(costs: Sequence[Costs]) -> list[int]:
+    """The places of costs that no other is as low as everywhere, and lower somewhere; of equal ones the first. Sorted
+    by the first cost."""
+
+    def beaten(place: int) -> bool:
+        mine = costs[place]
+        others = ((other, one) for other, one in enumerate(costs) if other != place)
+        return any(
+            all(a <= b for a, b in zip(one, mine, strict=True)) and (one != mine or other < place)
+            for other, one in others
+        )
+
+    return sorted((place for place in range(len(costs)) if not beaten(place)), key=lambda place: costs[place])
+
+
+def knee(front: Sequence[Costs]) -> int:
+    """The place on a front that is nearest to the best of every cost, each scaled by its range on the front."""
+    low, high = (tuple(map(way, zip(*front, strict=True))) for way in (min, max))
+
+    def distance(costs: Costs) -> float:
+        scaled = [(c - a) / (b - a) if b > a else 0.0 for c, a, b in zip(costs, low, high, strict=True)]
+        return math.hypot(*scaled)
+
+    return min(range(len(front)), key=lambda place: distance(front[place]))
 
 
 SETTINGS = {

@@ -15,7 +15,7 @@ from mergebench.errors import DiskFull, MergebenchError, ModelError, RunError
 from mergebench.evaluation import Candidate, Record, Suite
 from mergebench.evaluation.batch import Batch
 from mergebench.evaluation.search.candidates import Candidates
-from mergebench.evaluation.search.history import History, Point
+from mergebench.evaluation.search.history import Costs, History, Point
 from mergebench.evaluation.search.objective import Objective
 from mergebench.evaluation.search.space import Dimension, as_given, at_point
 from mergebench.evaluation.search.strategies import STRATEGIES
@@ -28,11 +28,38 @@ Measured = tuple[list[Record] | MergebenchError, float]  # on each task, or what
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Merges points of a recipe, and measures them on the tasks of a suite."""
+class Arm:
+    """A recipe that is searched, over `space`, with so many points of the budget, its own first."""
 
     recipe: Recipe
-    space: Sequence[Dimension]
+    space: tuple[Dimension, ...]
+    strategy: str
+    budget: int
+    named: tuple[tuple[str, Any], ...] = ()  # what tells its points from those of other arms
+
+    @property
+    def given(self) -> Values:
+        """The point of the recipe as given."""
+        return self.point(as_given(self.space))
+
+    def point(self, values: Values) -> Values:
+        return {**dict(self.named), **values}
+
+    def at(self, values: Values) -> Recipe:
+        """The recipe at a point."""
+        return at_point(self.recipe, self.space, values)
+
+
+def arm_of(arms: Sequence[Arm], values: Values) -> Arm:
+    """The arm that a point is of."""
+    return next(arm for arm in arms if dict(arm.named).items() <= values.items())
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Merges points of recipes, and measures them on the tasks of a suite."""
+
+    arms: Sequence[Arm]
     candidates: Candidates
     batch: Batch
 
@@ -49,7 +76,7 @@ class Trial:
         return found, round(time.perf_counter() - start, 3)
 
     def _records(self, values: Values, name: str) -> list[Record]:
-        plan = self.candidates.plan(at_point(self.recipe, self.space, values))
+        plan = self.candidates.plan(arm_of(self.arms, values).at(values))
         model = self.candidates.merge(plan, name)
         part = self.batch.measure(Candidate(name, "merged", model, key=self.candidates.key(plan)))
         if part.errors:
@@ -61,18 +88,17 @@ class Trial:
 
 
 class Search:
-    """A recipe's search over `space`; `run` continues from the history to the end of the budget.
+    """The search of one arm after another; `run` continues from the history to the end of each budget.
 
     cluster: machines whose workers try the points of a generation side by side. The points and their order depend on
-    recipe and seed alone.
+    recipes and seed alone.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        space: Sequence[Dimension],
+        arms: Sequence[Arm],
         suite: Suite,
-        objective: Objective,
+        objectives: Sequence[Objective],
         candidates: Candidates,
         history: History,
         *,
@@ -81,8 +107,8 @@ class Search:
         progress: Callable[[Point], None],
         cluster: Cluster = (),
     ) -> None:
-        self.space, self.objective, self.history, self.progress = space, objective, history, progress
-        make = partial(_trial, recipe, space, candidates, suite, device, store)
+        self.arms, self.objectives, self.history, self.progress = arms, objectives, history, progress
+        make = partial(_trial, arms, candidates, suite, device, store)
         self._try = _Cluster(cluster, make) if cluster else _Here(make())
         self.resumed = 0  # points that were there
         self._left = list(history.points)  # of an earlier run, to be taken instead of measured again
@@ -90,39 +116,42 @@ class Search:
 
     def run(self) -> None:
         """Raises the first point's error if no point could be measured."""
-        made, given = self.history.made, as_given(self.space)
-        start = [one.place(given[one.name]) for one in self.space]
         try:
-            self._costs([given])
-            strategy = STRATEGIES[made["strategy"]](self.space, start, made["budget"] - 1, made["seed"])
-            asked, costs = 0, None
-            while asked < PATIENCE * made["budget"] and len(self.history.points) < made["budget"]:
-                try:
-                    generation = next(strategy) if costs is None else strategy.send(costs)
-                except StopIteration:  # a grid ends, and so does CMA-ES when nothing improves
-                    break
-                asked += len(generation)
-                costs = self._costs(
-                    [
-                        {one.name: one.at(place) for one, place in zip(self.space, places, strict=True)}
-                        for places in generation
-                    ]
-                )
+            for arm in self.arms:
+                self._run(arm, len(self.history.points) + arm.budget)
         finally:
             self._try.close()
         if self.history.best is None:
             error = self.history.points[0].error
-            raise RunError(f"no point could be measured; the recipe as given: {error}")
+            raise RunError(f"no point could be measured; the first: {error}")
 
-    def _costs(self, generation: Sequence[Values]) -> list[float]:
+    def _run(self, arm: Arm, limit: int) -> None:
+        """Points of one arm, until there are `limit`."""
+        start = [one.place(one.own) for one in arm.space]
+        self._costs([arm.given], limit)
+        way = "front" if arm.strategy == "cmaes" and len(self.objectives) > 1 else arm.strategy
+        strategy = STRATEGIES[way](arm.space, start, arm.budget - 1, self.history.made["seed"])
+        asked, costs = 0, None
+        while asked < PATIENCE * arm.budget and len(self.history.points) < limit:
+            try:
+                generation = next(strategy) if costs is None else strategy.send(costs)
+            except StopIteration:  # a grid ends, and so does CMA-ES when nothing improves
+                break
+            asked += len(generation)
+            points = [
+                arm.point({one.name: one.at(place) for one, place in zip(arm.space, places, strict=True)})
+                for places in generation
+            ]
+            costs = self._costs(points, limit)
+
+    def _costs(self, generation: Sequence[Values], limit: int) -> list[Costs]:
         """The costs of points: measured, or known from the history; up to the first that the budget does not cover."""
         known = {_key(point.values): point for point in self.history.points}
         new: list[Values] = []
-        room = self.history.made["budget"] - len(known)
         for values in generation:
             if _key(values) in known or any(_key(one) == _key(values) for one in new):
                 continue
-            if len(new) == room:
+            if len(self.history.points) + len(new) == limit:
                 break
             new.append(values)
         while new and (again := self._again(new[0])) is not None:
@@ -138,7 +167,7 @@ class Search:
                 self.history.add(point)
                 self.progress(point)
         known = {_key(point.values): point for point in self.history.points}
-        return [self.history.cost(known[_key(values)]) for values in generation if _key(values) in known]
+        return [self.history.costs(known[_key(values)]) for values in generation if _key(values) in known]
 
     def _again(self, values: Values) -> Point | None:
         """The point from an earlier run."""
@@ -148,29 +177,34 @@ class Search:
         return point
 
     def _point(self, values: Values, found: list[Record] | MergebenchError, seconds: float) -> Point:
-        number, objective, error, stderr = len(self.history.points), None, None, None
-        records: list[Record] = []
+        number, error, records = len(self.history.points), None, list[Record]()
+        values_of: dict[str, float] = {}
+        stderrs: dict[str, float | None] = {}
         try:
             if isinstance(found, MergebenchError):
                 raise found
             records = found
-            objective, self.history.direction = self.objective.of(records)
-            stderr = self.objective.stderr(records)
+            reached = {one.name: one.of(records) for one in self.objectives}
+            values_of = {name: value for name, (value, _) in reached.items()}
+            stderrs = {one.name: one.stderr(records) for one in self.objectives}
+            directions = {name: direction for name, (_, direction) in reached.items()}
+            self.history.direction = next(iter(directions.values()))
+            self.history.directions = directions if len(directions) > 1 else {}
             self.history.metrics |= {record.task: record.metric for record in records}
         except (RunError, ModelError) as failure:
-            error = failure.message
+            values_of, stderrs, error = {}, {}, failure.message
         tasks = {record.task: record.value for record in records}
-        return Point(number, dict(values), tasks, objective, seconds, error, stderr)
+        objective, stderr = next(iter(values_of.values()), None), next(iter(stderrs.values()), None)
+        more = (values_of, stderrs) if len(values_of) > 1 else ()
+        return Point(number, dict(values), tasks, objective, seconds, error, stderr, *more)
 
 
 def _key(values: Values) -> tuple[Any, ...]:
     return tuple(sorted(values.items()))
 
 
-def _trial(
-    recipe: Recipe, space: Sequence[Dimension], candidates: Candidates, suite: Suite, device: str, store: Store | None
-) -> Trial:
-    return Trial(recipe, space, candidates, Batch(suite, device, store))
+def _trial(arms: Sequence[Arm], candidates: Candidates, suite: Suite, device: str, store: Store | None) -> Trial:
+    return Trial(arms, candidates, Batch(suite, device, store))
 
 
 class _Here:

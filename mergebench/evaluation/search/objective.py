@@ -1,4 +1,4 @@
-"""The objective of a search: one number from a model's values on the validation tasks."""
+"""The objectives of a search: numbers from a model's values on the validation tasks, usually one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """One of `NAMES`. own: for the last two, the value of each task's own fine-tune, or of the best model if the
-    fine-tune is not known."""
+    """One of `NAMES`, or a task by its name. own: for the last two of `NAMES`, the value of each task's own fine-tune,
+    or of the best model if the fine-tune is not known."""
 
     name: str
     own: Mapping[str, float]
 
     def of(self, records: Sequence[Record]) -> tuple[float, str]:
         """The objective of one model's records, and its direction: whether higher or lower is better."""
+        if self.name not in NAMES:
+            return self._task(records).value, self._task(records).direction
         if self.name == "mean":
             metrics = {(record.metric, record.direction) for record in records}
             if len(metrics) > 1:
@@ -45,7 +47,9 @@ class Objective:
     def stderr(self, records: Sequence[Record]) -> float | None:
         """The standard error of the objective: tasks have other items, so their errors are independent. The fine-tunes'
         values, of `relative`, and which task is the worst, are taken as known. None where a task has no error."""
-        errors = []
+        errors: list[float] = []
+        if self.name not in NAMES:
+            return self._task(records).stderr
         for record in records:
             if record.stderr is None:
                 return None
@@ -55,6 +59,9 @@ class Objective:
             return errors[min(range(len(records)), key=lambda place: self._share(records[place]))]
         return math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
+    def _task(self, records: Sequence[Record]) -> Record:
+        return next(record for record in records if record.task == self.name)
+
     def _share(self, record: Record) -> float:
         parts = (record.value, self.own[record.task])
         value, own = parts if record.direction == "higher" else parts[::-1]
@@ -63,16 +70,28 @@ class Objective:
         return value / own
 
 
-def check(name: str) -> None:
-    if name not in NAMES:
-        raise RecipeError(f"--objective: '{name}' is none", did_you_mean(name, NAMES))
+def read(text: str, suite: Suite) -> tuple[str, ...]:
+    """The names in `mean` or `profanity,news`: of `NAMES`, or of tasks of the suite, which may hold commas."""
+    known = dict.fromkeys([*NAMES, *(task.name for task in suite.tasks)])
+    words, found = text.split(","), list[str]()
+    while words:
+        ways = [",".join(words[:count]).strip() for count in range(len(words), 0, -1)]
+        name = next((one for one in ways if one in known), None)
+        if name is None:
+            near = did_you_mean(ways[-1], known) or f"{', '.join(known)}, or two of them for a front: A,B"
+            raise RecipeError(f"--objective: '{ways[-1]}' is none", near)
+        if name in found:
+            raise RecipeError(f"--objective {text}: {name} is named twice", "name two different ones for a front")
+        found.append(name)
+        del words[: name.count(",") + 1]
+    return tuple(found)
 
 
 def make_objective(
     name: str, inputs: Sequence[Candidate], suite: Suite, device: str, store: Store | None, cluster: Cluster = ()
 ) -> Objective:
     """The objective of that name; if it needs the models' values, they are measured first."""
-    if name == "mean":
+    if name not in ("relative", "worst"):
         return Objective(name, {})
     homes = homes_of(inputs, suite)
     own: dict[str, float] = {}

@@ -21,12 +21,20 @@ from mergebench.recipe.stages import default_out
 if TYPE_CHECKING:
     import os
 
-    from mergebench.evaluation import Results, Step, Suite
+    from mergebench.evaluation import Candidate, Results, Step, Suite
     from mergebench.evaluation.compare.flips import Flips
     from mergebench.evaluation.search.candidates import Candidates
+    from mergebench.evaluation.search.loop import Arm
     from mergebench.evaluation.search.space import Dimension
 
 GIVEN, CHOSEN = "as given", "chosen"  # what follows the method's name in the table
+
+
+def rows_of(recipe: Recipe) -> tuple[str, str]:
+    """What the recipe as given and as chosen are called; where a model is only edited, by the edits."""
+    only = recipe.merge_method == "passthrough" and recipe.edits
+    name = " ".join(edit.edit for edit in recipe.edits) if only else recipe.merge_method
+    return f"{name} {GIVEN}", f"{name} {CHOSEN}"
 
 
 @dataclass(frozen=True)
@@ -117,28 +125,24 @@ def search(
     """
     from mergebench.engine.cluster import join
     from mergebench.evaluation import page, save
-    from mergebench.evaluation.search.best import write_recipe
+    from mergebench.evaluation.search import objective as objectives
     from mergebench.evaluation.search.candidates import Candidates
-    from mergebench.evaluation.search.loop import Search
-    from mergebench.evaluation.search.objective import check, make_objective
-    from mergebench.evaluation.search.space import at_point, parse
+    from mergebench.evaluation.search.loop import Arm
+    from mergebench.evaluation.search.space import parse
     from mergebench.evaluation.search.strategies import choose
     from mergebench.evaluation.store import Store
 
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     if recipe.method.gives != "model":
         raise RecipeError(f"'{recipe.merge_method}' makes a model for each task: search looks for one for all tasks")
-    if recipe.edits:
-        raise recipe.places.error(
-            ("edits",), "search measures merges in memory, before any edit", "search without them"
-        )
     if budget < 2:
         raise RecipeError(f"--budget {budget}: the recipe as given is the first point", "give it at least 2")
-    check(objective)
     space = parse(over, recipe)
-    strategy = choose(strategy, space)
     whole = _suite(recipe, suite)
     validation = whole.only("validation")
+    check_tasks(whole)
+    names = objectives.read(objective, validation)
+    strategy = choose(strategy, space, len(names))
     target = Path(out) if out is not None else Path("searches") / default_out(recipe).name
     store = None if results is None else Store(Path(results))
     cluster = () if on is None else join(on, workers, models=True)
@@ -153,8 +157,8 @@ def search(
             "strategy": strategy,
             "budget": budget,
             "seed": seed,
-            "objective": objective,
-            "suite": [_about(task) for task in validation.to_dict()["tasks"]],
+            "objective": ",".join(names),
+            "suite": about(validation),
             "merge": candidates.key(plan),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -162,22 +166,61 @@ def search(
         if resume:
             history.resume()
         try:
-            goal = make_objective(objective, inputs_of(recipe), validation, device, store, cluster)
-            tell = partial(_tell, searched, history)
-            parts = (recipe, space, validation, goal, candidates, history)
-            running = Search(*parts, device=device, store=store, progress=tell, cluster=cluster)
-            running.run()
+            arm = Arm(recipe, space, strategy, budget)
+            how = {"device": device, "store": store, "cluster": cluster}
+            resumed = look([arm], validation, names, inputs_of(recipe), candidates, history, searched, how)
             best = history.best
             assert best is not None
-            write_recipe(at_point(recipe, space, best.values), target / BEST, _comment(history, best))
-            how = {"device": device, "store": store, "progress": progress, "cluster": cluster}
-            found = _on_test(recipe, space, whole, best, candidates, how)
+            write_best([arm], history, target / BEST)
+            found = _on_test(recipe, space, whole, best, candidates, how | {"progress": progress})
         finally:
             shutil.rmtree(target / WORK, ignore_errors=True)
         if found is not None:
             save(found, target)
         page.attempt(target)
-    return Found(target, history, found, None if found is None else _difference(recipe, found), running.resumed)
+    return Found(target, history, found, None if found is None else _difference(recipe, found), resumed)
+
+
+def check_tasks(suite: Suite) -> None:
+    """Refuse tasks that wait for the patches of a merge: a search has others at every point."""
+    waiting = next((task.name for task in suite.tasks if task.ready.on_patches is not None), None)
+    if waiting is not None:
+        what = f"{suite.path or 'suite'}: task '{waiting}' is of one patch, a search makes another at every point"
+        raise RecipeError(what, "name its patch (patch: FILE), or take the task out")
+
+
+def look(
+    arms: Sequence[Arm],
+    validation: Suite,
+    names: Sequence[str],
+    inputs: Sequence[Candidate],
+    candidates: Candidates,
+    history: History,
+    searched: Callable[[Point, History], None],
+    how: dict[str, Any],
+) -> int:
+    """Search the arms for the objectives of these names; returns the points that an earlier run had measured."""
+    from mergebench.evaluation.search.loop import Search
+    from mergebench.evaluation.search.objective import make_objective
+
+    goals = [make_objective(name, inputs, validation, how["device"], how["store"], how["cluster"]) for name in names]
+    tell = partial(_tell, searched, history)
+    running = Search(arms, validation, goals, candidates, history, progress=tell, **how)
+    running.run()
+    return running.resumed
+
+
+def write_best(arms: Sequence[Arm], history: History, file: Path) -> None:
+    """The best point as a recipe, and each of a front beside it."""
+    from mergebench.evaluation.search.best import write_recipe
+    from mergebench.evaluation.search.loop import arm_of
+
+    best = history.best
+    assert best is not None
+    write_recipe(arm_of(arms, best.values).at(best.values), file, _comment(history, best, file))
+    for point in history.front if history.several else ():
+        place = file.with_name(front_file(point))
+        write_recipe(arm_of(arms, point.values).at(point.values), place, _comment(history, point, place))
 
 
 def _suite(recipe: Recipe, given: Suite | str | os.PathLike[str] | None) -> Suite:
@@ -190,21 +233,25 @@ def _suite(recipe: Recipe, given: Suite | str | os.PathLike[str] | None) -> Suit
     return given if isinstance(given, Suite) else load_suite(given, folders(recipe))
 
 
-def _about(task: dict[str, Any]) -> dict[str, Any]:
-    """What a task is, wherever its files lie."""
-    return {**task, "sha256": list(task["sha256"].values())}
+def about(suite: Suite) -> list[dict[str, Any]]:
+    """What its tasks are, wherever their files lie."""
+    return [{**task, "sha256": list(task["sha256"].values())} for task in suite.to_dict()["tasks"]]
 
 
 def _tell(searched: Callable[[Point, History], None], history: History, point: Point) -> None:
     searched(point, history)
 
 
-def _comment(history: History, best: Point) -> str:
-    made, values = history.made, ", ".join(f"{name} {value}" for name, value in best.values.items())
-    how = (
-        f"{made['objective']} {history.said(best)} on validation, point {best.number} of 0 to {len(history.points) - 1}"
-    )
-    return f"mergebench merge {history.folder / BEST}\n\nChosen by mergebench search: {values} ({how})."
+def front_file(point: Point) -> str:
+    """The name of the recipe of a front's point."""
+    return f"point-{point.number}.yaml"
+
+
+def _comment(history: History, point: Point, file: Path) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in point.values.items())
+    got = ", ".join(f"{name} {history.said(point, name)}" for name in history.objectives)
+    how = f"{got} on validation, point {point.number} of 0 to {len(history.points) - 1}"
+    return f"mergebench merge {file}\n\nChosen by mergebench search: {values} ({how})."
 
 
 def _on_test(
@@ -224,7 +271,7 @@ def _on_test(
 
     if all(task.split != "test" for task in suite.tasks):
         return None
-    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    given, chosen = rows_of(recipe)
     rows = inputs_of(recipe, (given, chosen))
     points = [(given, "baseline", as_given(space))] if best.number != GIVEN_POINT else []
     for name, role, values in [*points, (given if best.number == GIVEN_POINT else chosen, "merged", best.values)]:
@@ -239,7 +286,7 @@ def _difference(recipe: Recipe, found: Results) -> Flips | None:
     """Of the chosen parameters to the given ones, over the items of all tasks that count alike."""
     from mergebench.evaluation.compare.comparison import compare
 
-    given, chosen = (f"{recipe.merge_method} {word}" for word in (GIVEN, CHOSEN))
+    given, chosen = rows_of(recipe)
     if not {given, chosen} <= {*found.models} or found.of(given).keys() != found.of(chosen).keys():
         return None  # one failed, on some task
     return compare(given, chosen, found).pooled

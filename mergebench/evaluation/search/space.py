@@ -5,6 +5,7 @@
 - density=0.05/0.1/0.2: over these values
 - weight.*: one for each model; weight.tweets: of the model of that name
 - first, last, schedule: of a recipe that averages checkpoints: the steps it begins and ends at, the schedule's name
+- step, or edits.0.step: of an edit
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mergebench.editing.spec import COMMON, OF_ANY
 from mergebench.errors import RecipeError, did_you_mean
 from mergebench.parameters import Parameter
 from mergebench.recipe import Recipe, schedules
@@ -37,7 +39,7 @@ Values = Mapping[str, Any]  # a point: value by the dimension's name
 
 @dataclass(frozen=True)
 class Dimension:
-    """One parameter: of all models, or of one."""
+    """One parameter: of all models, of one, or of an edit."""
 
     name: str
     parameter: Parameter
@@ -46,6 +48,7 @@ class Dimension:
     choices: tuple[Any, ...] = ()
     low: float = 0.0
     high: float = 1.0
+    edit: int | None = None  # place among the recipe's edits
 
     @property
     def levels(self) -> int | None:
@@ -93,11 +96,16 @@ def at_point(recipe: Recipe, space: Sequence[Dimension], values: Values) -> Reci
         first, last, name = (values.get(one) for one in WINDOW)
         return window(recipe, first, last, None if name is None else schedules.read(name))
     common, own = dict(recipe.parameters), [dict(entry.parameters) for entry in recipe.models]
+    edits = list(recipe.edits)
     for one in space:
-        if values[one.name] is not None:
+        if values[one.name] is not None and one.edit is not None:
+            name, value, edit = one.parameter.name, values[one.name], edits[one.edit]
+            changed = {name: value} if name in COMMON else {"values": {**edit.values, name: value}}
+            edits[one.edit] = replace(edit, **changed)
+        elif values[one.name] is not None:
             (common if one.model is None else own[one.model])[one.parameter.name] = values[one.name]
     models = tuple(replace(entry, parameters=given) for entry, given in zip(recipe.models, own, strict=True))
-    return replace(recipe, parameters=common, models=models)
+    return replace(recipe, parameters=common, models=models, edits=tuple(edits))
 
 
 def as_given(space: Sequence[Dimension]) -> dict[str, Any]:
@@ -135,10 +143,13 @@ def _dimensions(word: str, recipe: Recipe) -> Iterator[Dimension]:
         return
     name, _, model = _named(path.strip(), models).partition(".")
     parameters = recipe.method.parameters
-    if name not in parameters:
-        what = f"{where}: '{recipe.merge_method}' has no parameter '{name}'"
-        hint = "the recipe has no schedule, by which checkpoints of one run are averaged" if name in WINDOW else None
-        raise RecipeError(what, hint or did_you_mean(name, parameters) or "there is nothing to search")
+    if name not in parameters or path.strip().startswith("edits."):
+        if name in WINDOW:
+            hint = "the recipe has no schedule, by which checkpoints of one run are averaged"
+            raise RecipeError(f"{where}: '{recipe.merge_method}' has no parameter '{name}'", hint)
+        edit = _of_edit(path.strip(), recipe, where)
+        yield _ranged(edit, given and span, where)
+        return
     parameter = parameters[name]
     if name == "weight" and recipe.schedule is not None:
         raise RecipeError(f"{where}: the schedule gives each checkpoint its weight", "--over first,last,schedule")
@@ -176,6 +187,32 @@ def _of_the_window(parameter: Parameter, recipe: Recipe, span: str, where: str) 
         shown = ", ".join(map(str, there[:8])) + (", ..." if there[8:] else "")
         raise RecipeError(f"{where}: the checkpoints do not have two such steps", f"there are {shown}")
     return Dimension(parameter.name, parameter, None, own, choices)
+
+
+def _of_edit(path: str, recipe: Recipe, where: str) -> Dimension:
+    """A parameter of an edit: `step` where one edit has it, `edits.0.step` else."""
+    from mergebench.editing import edits
+
+    every = {
+        (place, name): parameter
+        for place, wanted in enumerate(recipe.edits)
+        for name, parameter in {**OF_ANY, **edits.get(wanted.edit).parameters}.items()
+        if name != "probe"
+    }
+    spelt = {f"edits.{place}.{name}": (place, name) for place, name in every}
+    keys = [spelt[path]] if path in spelt else [key for key in every if key[1] == path]
+    if not keys:
+        spelling, beside = (path, ", nor has an edit") if every else (path.partition(".")[0], "")
+        what = f"{where}: '{recipe.merge_method}' has no parameter '{spelling}'{beside}"
+        known = dict.fromkeys([*recipe.method.parameters, *(name for _, name in every), *spelt])
+        raise RecipeError(what, did_you_mean(path, known) or "there is nothing to search")
+    if len(keys) > 1:
+        ways = " or ".join(f"edits.{place}.{name}" for place, name in keys)
+        raise RecipeError(f"{where}: several edits have it", f"say which: {ways}")
+    place, name = keys[0]
+    wanted, parameter = recipe.edits[place], every[keys[0]]
+    own = getattr(wanted, name) if name in COMMON else wanted.values.get(name, parameter.default)
+    return Dimension(path, parameter, None, own, edit=place)
 
 
 def _named(path: str, models: Mapping[str, int]) -> str:

@@ -1,8 +1,8 @@
 """Search strategies: which points to try, a generation after the other.
 
 A strategy is a generator. It yields points that may be tried side by side, each as one place from 0 to 1 per dimension,
-and is sent their costs (lower is better). It continues while it is asked. All strategies are deterministic in their
-seed.
+and is sent their costs, a number for each objective (lower is better). It continues while it is asked. All strategies
+are deterministic in their seed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Generator, Sequence
 
 from mergebench.errors import RecipeError, did_you_mean
+from mergebench.evaluation.search.history import FAILED, Costs
 from mergebench.evaluation.search.space import Dimension
 
 Places = Sequence[float]
-Strategy = Generator[Sequence[Places], Sequence[float], None]
+Strategy = Generator[Sequence[Places], Sequence[Costs], None]
 Start = Sequence[float]  # the recipe as given
 
 
@@ -65,18 +66,40 @@ def cmaes(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> S
     while not optimizer.should_stop():
         points = [optimizer.ask() for _ in range(optimizer.population_size)]
         costs = yield [point.tolist() for point in points]
-        optimizer.tell(list(zip(points, costs, strict=True)))
+        optimizer.tell([(point, cost) for point, (cost, *_) in zip(points, costs, strict=True)])
+
+
+def front(space: Sequence[Dimension], start: Start, budget: int, seed: int) -> Strategy:
+    """COMO-CatCMA with margin (arXiv:2504.07884): evolution strategies side by side, each after another part of the
+    front of two objectives."""
+    from cmaes import COMOCatCMAwM
+
+    kernels = min(max(2, budget // 10), 10)
+    optimizer = COMOCatCMAwM(x_space=[[0.0, 1.0]] * len(space), kernel_size=kernels, seed=seed % 2**32)
+    worst = [0.0, 0.0]  # what a failed point counts as
+    while True:
+        points = list(optimizer.ask_iter())
+        costs = yield [point.x.tolist() for point in points]
+        known = [cost for cost in costs if FAILED not in cost]
+        worst = [max(values) for values in zip(worst, *known, strict=True)] if known else worst
+        told = [worst if FAILED in cost else list(cost) for cost in costs]
+        optimizer.tell(list(zip(points, told, strict=True)))
 
 
 STRATEGIES: dict[str, Callable[[Sequence[Dimension], Start, int, int], Strategy]] = {
-    "grid": grid, "random": random, "cmaes": cmaes,
+    "grid": grid, "random": random, "cmaes": cmaes, "front": front,
 }  # fmt: skip
 
 
-def choose(name: str | None, space: Sequence[Dimension]) -> str:
+NAMES = ("grid", "random", "cmaes")  # cmaes of two objectives is `front`
+
+
+def choose(name: str | None, space: Sequence[Dimension], objectives: int = 1) -> str:
     """A strategy by name; None: a grid over one or two dimensions, evolution over more."""
     if name is None:
-        return "grid" if len(space) <= 2 else "cmaes"
-    if name not in STRATEGIES:
-        raise RecipeError(f"--strategy: '{name}' is none", did_you_mean(name, STRATEGIES))
+        name = "grid" if len(space) <= 2 else "cmaes" if objectives <= 2 else "random"
+    if name not in NAMES:
+        raise RecipeError(f"--strategy: '{name}' is none", did_you_mean(name, NAMES))
+    if name == "cmaes" and objectives > 2:
+        raise RecipeError(f"--strategy cmaes: it follows two objectives, not {objectives}", "take grid or random")
     return name

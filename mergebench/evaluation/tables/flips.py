@@ -80,12 +80,18 @@ def _family(family: Family, names: dict[str, str]) -> Sheet:
     change = ["difference", "p", *(["Holm"] if adjusted else []), "lost", "won"]
     heads = {
         "baseline": [f"against {names[first.old]}" + (f": {family.task}, {_scores(first)}" if family.task else "")],
+        "chosen": [f"{names[first.new]} against" + (f": {family.task}, {_scores(first)}" if family.task else "")],
         "edits": [f"{names[first.new]} against {names[first.old]}"],
         "best": ["model", "against the best other"],
     }[family.kind]
     rows = []
     for row, p in zip(family.rows, family.holm, strict=True):
-        label = {"baseline": [names[row.new]], "edits": [row.pairs[0].task], "best": [names[row.new], names[row.old]]}
+        label = {
+            "baseline": [names[row.new]],
+            "chosen": [names[row.old]],
+            "edits": [row.pairs[0].task],
+            "best": [names[row.new], names[row.old]],
+        }
         sides = (row.flips.lost, row.flips.won)
         lost, won = (
             Cell(f"{len(side)} ({_share(len(side) / row.flips.n)}%)", parts=(str(len(side)),)) for side in sides

@@ -46,7 +46,7 @@ def test_the_best_is_the_first_of_equal_ones(direction: str, order: list[int], t
     points = [Point(i, {}, {}, value, 0.0, None if value else "nan") for i, value in enumerate(objectives)]
     history = History(tmp_path, {}, direction, {}, points)
     assert [point.number for point in history.ranked] == order
-    costs = [history.cost(point) for point in points]
+    costs = [history.costs(point) for point in points]
     assert sorted(range(4), key=costs.__getitem__) == [*order, 2]
     assert history.best is points[order[0]] and history.to_dict()["best"] == order[0]
 

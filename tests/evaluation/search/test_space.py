@@ -148,7 +148,7 @@ def points(name: str, over: str, budget: int, cost: Callable[..., float] = lambd
             break
         assert all(0 <= place <= 1 for places in generation for place in places)
         new = [tuple(one.at(place) for one, place in zip(space, places, strict=True)) for places in generation]
-        costs = [cost(*values) for values in new]
+        costs = [(cost(*values),) for values in new]
         found += new
     return found[:budget]
 
