@@ -28,7 +28,8 @@ from mergebench.engine.job import Merge
 from mergebench.engine.machine import no_collection, settled
 from mergebench.engine.method import Method
 from mergebench.engine.plan import DEFAULT_MEMORY, SHARD_SIZE, Plan, plan_merge
-from mergebench.engine.run import Result, run_plan
+from mergebench.engine.run import Result as Result
+from mergebench.engine.run import run_plan
 from mergebench.errors import ModelError, RecipeError
 from mergebench.methods import get as get_method
 from mergebench.recipe import Recipe, load
@@ -289,8 +290,7 @@ def plan_patch(
     """
     from mergebench.editing.apply import PutIn
 
-    put_in = PutIn(open_patch(patch), revert)
-    plan = _plan_copy(load(_copy(model)), memory, workers, shard_size)
+    plan, put_in = _plan_copy(load(_copy(model)), memory, workers, shard_size), PutIn(open_patch(patch), revert)
     put_in.check(plan.merge.reference)
     return replace(plan, merge=replace(plan.merge, edits=(put_in,)))
 
@@ -318,18 +318,3 @@ def _plan_copy(recipe: Recipe, memory: int, workers: int | None, shard_size: int
     changed = tuple(glob.escape(name) for name in merge.reference.deltas)
     merge = replace(merge, include=changed, exclude=() if changed else ("*",), copies=True)
     return plan_merge(merge, memory=memory, workers=workers, shard_size=shard_size, device="cpu")
-
-
-__all__ = [
-    "Result",
-    "auto",
-    "merge",
-    "plan",
-    "plan_edit",
-    "plan_fold",
-    "plan_patch",
-    "plan_task_vector",
-    "prepare",
-    "run",
-    "task_vector",
-]

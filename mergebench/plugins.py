@@ -84,14 +84,14 @@ class Registry(Generic[T]):
         return "mergebench" if name in self._builtin else _package(self._plugins[name])
 
     def read(self, text: str, folders: Sequence[Path] = ()) -> str:
-        """The name of the object that a user's `FILE.py:NAME` means; any other text as it is.
+        """The name of the object that a user's `FILE.py:NAME`, or any other name, means.
 
         Runs the file, which is looked up from the working directory, then from `folders`. `RecipeError` if there is
         none, if it fails, or if it has no such object.
         """
         match = IN_FILE.fullmatch(text)
         if match is None:
-            return text
+            return text.replace("++", "_plusplus")  # as the papers spell what Python cannot
         file, name = Path(os.path.expanduser(match[1])), match[2]  # noqa: PTH111 - it never fails
         path = next((place for place in [file, *(folder / file for folder in folders)] if place.is_file()), None)
         if path is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="What any command of mergebench wrote; several: side by side."),
+        typer.Argument(metavar="DIR", help="What any command of mergebench wrote; several: side by side."),
     ],
     out: Annotated[
         Path | None,

@@ -53,7 +53,7 @@ def test_merge(models: list[Tensors], cli: Cli) -> None:
     assert (code, out) == (0, "merged/recipe\n")
     first, *rest = err.splitlines()
     assert re.fullmatch(r"stage pair: merged/recipe\.stages/pair: wrote it in \d+\.\d s", first)
-    assert [line.split()[0] for line in rest] == ["linear:", "wrote"]
+    assert [line.split()[0] for line in rest] == ["linear:", "wrote", "to", "hf"]
     check("merged/recipe", models)
     provenance = json.loads(Path("merged/recipe.stages/pair/mergebench.json").read_text())
     assert provenance["recipe"]["name"] == "pair"

@@ -487,4 +487,4 @@ def test_a_name_whatever_its_case(cli: Cli) -> None:
     assert "did you mean 'ties'?" in cli("methods", "TIES").err
     assert "did you mean 'surgery'?" in cli("methods", "surgry").err
     ran = cli("methods", "nope")
-    assert ran.code == 2 and "known: arcee_fusion, " in ran.err and "FILE.py:NAME" in ran.err
+    assert ran.code == 2 and "known: adamerging, " in ran.err and "FILE.py:NAME" in ran.err
