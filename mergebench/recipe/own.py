@@ -42,9 +42,9 @@ def get(name: str, loc: Loc, places: Places) -> Method:
 
 def _read(written: Any, loc: Loc, document: Document) -> Any:
     places = document.places
-    if not isinstance(written, str) or not methods.in_file(written):
+    if not isinstance(written, str):
         return written
-    if not document.given and not places.where(loc).startswith("--"):
+    if methods.in_file(written) and not document.given and not places.where(loc).startswith("--"):
         what = f"'{written}' is code, and a directory's recipe runs none"
         raise places.error(loc, what, f"if you trust it, name it yourself: --set {loc[0]}={written}")
     try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mergebench import methods
 from mergebench.engine.context import Context, OnData
 from mergebench.engine.span import Span
+from mergebench.recipe import load
 
 NAME = "encoder.layer.0.dense.weight"
 
@@ -114,3 +115,8 @@ def test_adamerging_adds_the_task_vectors_with_its_factors() -> None:
     values, factors = noise(2, 3, 4), torch.tensor([0.25, 0.75])
     got = run("adamerging", values, OnData(factors[:, None].expand(2, 12), (0.0, 0.0)))
     torch.testing.assert_close(got, 0.25 * values[0] + 0.75 * values[1])
+
+
+def test_regmean_plusplus_as_the_paper_spells_it() -> None:
+    recipe = load({"merge_method": "regmean++", "models": [{"model": one, "data": "x.jsonl"} for one in ("a", "b")]})
+    assert recipe.merge_method == "regmean_plusplus"
