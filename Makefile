@@ -17,7 +17,7 @@ quickstart: $(VENV)/base.stamp
 	@printf '%s\n' 'next:' "    source '$(BIN)/activate'" '    mergebench report merged/quickstart --open'
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n logical --dist loadgroup
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

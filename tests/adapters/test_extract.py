@@ -328,7 +328,7 @@ def contents(out: Path) -> dict[str, Any]:
     return hashes(out) | {"mergebench.json": {key: value for key, value in made.items() if key != "seconds"}}
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_at_every_step(server: Server, work: Path, tmp_path: Path, every: int) -> None:
     """Killed at each change to the file system in turn, or each other one, then resumed: the same bytes, and no module
     done twice."""

@@ -111,7 +111,6 @@ OWN = {  # what reads no file that another program may have written
     "cli/streams.py": "/dev/null",
     "engine/cluster.py": "/dev/null",
     "engine/machine.py": "the kernel's files",
-    "engine/worker.py": "the kernel's files",
     "training/memory.py": "the kernel's files",
     "checkpoint/target.py": "the kernel's list of mounts",
     "checkpoint/staging.py": "a directory, to wait for the disk",

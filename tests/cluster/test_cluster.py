@@ -15,7 +15,7 @@ from mergebench.engine import cluster as clusters
 from mergebench.engine.pool import Call, Pool
 from mergebench.errors import RecipeError, RunError
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("cluster")]  # one cluster for all
+pytestmark = pytest.mark.ray
 
 
 @pytest.mark.parametrize(("on", "workers", "message"), [

@@ -23,7 +23,7 @@ from mergebench.evaluation import Candidate, Results, Step, evaluate_models, loa
 from mergebench.evaluation.search.search import Found, search
 from tests.cluster.conftest import kept
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("cluster")]  # one cluster for all
+pytestmark = pytest.mark.ray
 MODELS = ["base", "one", "two"]
 
 
@@ -49,6 +49,7 @@ def test_the_records_of_one_process(place: Path, cluster: Any) -> None:
     assert kept("kept") == before
 
 
+@pytest.mark.slow
 def test_a_merge_with_its_baselines(place: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = mergebench.load("recipe.yaml")
     for out in ("here", "there"):

@@ -26,7 +26,7 @@ from tests.deltas.kinds import WIDTH, write_world
 from tests.editing.conftest import write_probe
 from tests.models import fine_tuned, hashes, read_model, write_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("cluster")]  # one cluster for all
+pytestmark = pytest.mark.ray
 SURGERY = {"edit": "surgery", "probe": "probe.safetensors", "target": "*.square.weight", "rows": "30%", "alpha": 2.0}
 
 
@@ -93,6 +93,7 @@ def test_many_batches_on_all_machines(method: str, large: Path, cluster: Any) ->
     assert sum(seen) == plan.bytes_read
 
 
+@pytest.mark.slow
 def test_a_command_that_is_no_part_of_the_cluster(large: Path, cluster: Any) -> None:
     Path("recipe.yaml").write_text("merge_method: linear\nmodels: [{model: ft1}, {model: ft2}]\n")
     mergebench.merge("recipe.yaml", "alone", workers=1)
@@ -242,7 +243,7 @@ mergebench.run(plan, "out", progress=progress)
 """
 
 
-@pytest.mark.parametrize("on", ["ray", None])
+@pytest.mark.parametrize("on", [pytest.param("ray", marks=pytest.mark.slow), None])
 def test_the_driver_dies_and_another_goes_on(on: str | None, large: Path, cluster: Any) -> None:
     Path("recipe.yaml").write_text(
         "merge_method: ties\nbase_model: base\nmodels: [{model: ft1}, {model: ft2}]\nscope: model\n"

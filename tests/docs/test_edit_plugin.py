@@ -61,6 +61,7 @@ def package(tmp_path: Path) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_the_edit_of_the_page_from_the_command_line(package: Path, tmp_path: Path, shell: Cli) -> None:
     """Its parameters are options, with its help and range; those of another edit are refused in one line."""
     write_model(tmp_path / "model", gated(torch.float32), config=CONFIG)

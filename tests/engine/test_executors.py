@@ -38,6 +38,7 @@ PARENT = os.getpid()
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "FORK_FROM", 0)
+    monkeypatch.setattr(executors, "joined", lambda: False)  # tests of clusters may have run here before
 
 
 @pytest.mark.parametrize("name, parameters", [

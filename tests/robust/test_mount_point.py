@@ -159,7 +159,7 @@ KILLED = [pytest.param(way, marks=pytest.mark.slow) for way in ("ties", "port")]
 
 
 @pytest.mark.parametrize("way", ["task_arithmetic", *KILLED])
-@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("over", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_every_move(server: Server, tmp_path: Path, volume: Path, way: str, over: bool) -> None:
     """Nothing half moved is taken for a result; the next run ends with the bits of one that was not killed."""
     work = volume.parent

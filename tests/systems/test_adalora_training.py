@@ -154,6 +154,7 @@ def trained(folder: Path, out: str, *, resume: bool = False, stop: int | None = 
     return train(load_config(config), folder / out, device="cpu", resume=resume, progress=progress)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     students, kept = [], once.fit
     monkeypatch.setattr(once, "fit", lambda student, *a, **more: students.append(student) or kept(student, *a, **more))

@@ -58,6 +58,7 @@ def config(folder: Path, **more: Any) -> dict[str, Any]:
     return classify(folder, **({"max_steps": 2} | {"rows": rows} | more))
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(module, "CLOSE", 9)
     loaded = load_config(config(tmp_path, seeds=[3]))

@@ -462,6 +462,7 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     assert code == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     config = classify(tmp_path, delta={"kind": "ladder", "reduction": 2, "dropout": 0.1}, epochs=2)
     train(load_config(config), tmp_path / "whole", device="cpu")

@@ -25,7 +25,6 @@ from mergebench.training.peft_adapters import PeftAdapter
 from mergebench.training.student import Student
 from tests.conftest import Cli
 
-pytestmark = pytest.mark.xdist_group("every kind")  # trained once
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {  # a kind that is not named here is trained with its defaults
     "adalora": {"init_rank": 4, "target_rank": 2, "warmup": 0},

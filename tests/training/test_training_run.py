@@ -110,6 +110,7 @@ def test_one_seed_gives_one_result(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_damaged_is_trained_again(tmp_path: Path) -> None:
     config = load_config(classify(tmp_path, delta="bias", seeds=[0, 1], max_steps=2))
     whole = train(config, tmp_path / "whole", device="cpu")
