@@ -279,7 +279,7 @@ ELSEWHERE = {
     "inspect": "tests/cli/test_cli.py::test_inspect",
     "diff": "tests/cli/test_cli.py::test_diff_by_hand",
     "generate": "tests/networks/test_generation.py::test_the_likeliest_token_each_time",
-    "statistics": "tests/systems/on_data/test_statistics.py::test_the_command",
+    "statistics": "tests/systems/on_data/test_statistics_of_models.py::test_the_command",
     "methods": "tests/cli/test_cli.py::test_methods",
     "doctor": "tests/testing/test_doctor.py::test_json",
     "probe fit": "tests/editing/test_fit.py::test_equal_to_a_fit_by_hand",
