@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say, say_json, say_text, search_bar, width
-from mergebench.cli.points import head_of, points_sheet
+from mergebench.cli.output import note, say, say_json, search_bar
+from mergebench.cli.points import note_points, say_points
 from mergebench.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -77,24 +76,14 @@ def auto(
 
 
 def _say(found: Auto, json_: bool, quiet: bool) -> None:
-    from mergebench.evaluation import report
-
-    points = found.history.points
     for line in found.notes:
         note(f"note: {line}", quiet)
-    note(f"{found.resumed} of {len(points)} candidates were measured before", quiet or not found.resumed)
-    failed = [point for point in points if point.objective is None]
-    if failed:
-        note(f"{len(failed)} of {len(points)} candidates failed, the first: {failed[0].error}", quiet)
+    note_points(found.history, found.resumed, "candidate", quiet)
     note(f"wrote {found.out}/: model, best.yaml, search.json, report.html", quiet)
     if json_:
         say_json(found.to_dict())
         return
-    lines = points_sheet(found.history).terminal(width=width())
-    say_text("\n".join([head_of(found.history), *lines]).rstrip() + "\n")
-    if found.results is not None:
-        say_text(report(found.results, width=width(), styled=sys.stdout.isatty()))
-        say()
+    say_points(found.history, found.results)
     say(found.verdict)
     say(f"The checkpoint is {found.model}, its recipe {found.out / 'best.yaml'}")
     if found.history.several:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
+from mergebench.cli.output import note, say, say_text, width
+from mergebench.errors import counted
+
 if TYPE_CHECKING:
+    from mergebench.evaluation import Results
     from mergebench.evaluation.search.history import History
     from mergebench.evaluation.tables.sheet import Sheet
 
 SHOWN = 8  # points in the table, beside the recipe as given and those of a front
 
 
-def head_of(history: History) -> str:
+def note_points(history: History, resumed: int, word: str, quiet: bool) -> None:
+    """How many points came from an earlier run, and how many failed; word: what a point is called."""
+    points = history.points
+    of = counted(len(points), word)
+    note(f"{resumed} of {of} were measured before", quiet or not resumed)
+    failed = [point for point in points if point.objective is None]
+    if failed:
+        note(f"{len(failed)} of {of} failed, the first: {failed[0].error}", quiet)
+
+
+def say_points(history: History, results: Results | None) -> None:
+    """The best points, and what was measured on test tasks."""
+    from mergebench.evaluation import report
+
+    lines = points_sheet(history).terminal(width=width())
+    say_text("\n".join([_head(history), *lines]).rstrip() + "\n")
+    if results is not None:
+        say_text(report(results, width=width(), styled=sys.stdout.isatty()))
+        say()
+
+
+def _head(history: History) -> str:
     """What stands above the table."""
     if not history.several:
         return "On validation, the best points:"

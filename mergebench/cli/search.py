@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,8 @@ import typer
 
 from mergebench.cli import complete, evaluate
 from mergebench.cli import options as opt
-from mergebench.cli.output import note, say, say_json, say_text, search_bar, width
-from mergebench.cli.points import head_of, points_sheet
-from mergebench.errors import counted
+from mergebench.cli.output import note, say, say_json, say_text, search_bar
+from mergebench.cli.points import note_points, points_sheet, say_points
 
 if TYPE_CHECKING:
     from mergebench.evaluation.search.search import Found
@@ -106,14 +104,10 @@ def search(
 
 def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -> None:
     """The best points, the test table and whether it was worth it; or all of it as JSON."""
-    from mergebench.evaluation import report, sheets
+    from mergebench.evaluation import sheets
     from mergebench.evaluation.tables.sheet import written
 
-    points = found.history.points
-    note(f"{found.resumed} of {counted(len(points), 'point')} were measured before", quiet or not found.resumed)
-    failed = [point for point in points if point.objective is None]
-    if failed:
-        note(f"{len(failed)} of {counted(len(points), 'point')} failed, the first: {failed[0].error}", quiet)
+    note_points(found.history, found.resumed, "point", quiet)
     files = ["best.yaml", "search.json", "evaluation.json", "evaluation.md", "report.html"]
     note(f"wrote {found.out}/: {', '.join(name for name in files if (found.out / name).is_file())}", quiet)
     if json_:
@@ -124,10 +118,6 @@ def _say(found: Found, kept: Path, json_: bool, quiet: bool, form: str | None) -
         say_text(written(tables, form))
         note(found.verdict(), quiet)
         return
-    lines = points_sheet(found.history).terminal(width=width())
-    say_text("\n".join([head_of(found.history), *lines]).rstrip() + "\n")
-    if found.results is not None:
-        say_text(report(found.results, width=width(), styled=sys.stdout.isatty()))
-        say()
+    say_points(found.history, found.results)
     say(found.verdict())
     say(f"To merge it: mergebench merge {found.out / 'best.yaml'}")

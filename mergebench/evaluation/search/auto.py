@@ -97,13 +97,11 @@ def choose_merge(
 
     As `mergebench.auto`, which writes what was chosen.
     """
-    from mergebench.engine.cluster import join
     from mergebench.evaluation import Suite, load_suite, page, save
     from mergebench.evaluation.measure import inputs_of
     from mergebench.evaluation.search.best import write_recipe
-    from mergebench.evaluation.search.candidates import Candidates
-    from mergebench.evaluation.search.search import about, look
-    from mergebench.evaluation.store import Store
+    from mergebench.evaluation.search.loop import arm_of
+    from mergebench.evaluation.search.search import about, look, set_up
 
     if len(models) < 2:
         raise RecipeError(
@@ -114,13 +112,9 @@ def choose_merge(
     whole = suite if isinstance(suite, Suite) else load_suite(suite)
     validation = whole.only("validation")
     target = Path(out)
-    store = None if results is None else Store(Path(results))
-    cluster = () if on is None else join(on, workers, models=True)
-    limits: dict[str, Any] = {"workers": None if cluster else workers} | ({} if memory is None else {"memory": memory})
-    candidates = Candidates(target / WORK, device, **limits)
+    candidates, how = set_up(target, device, memory, workers, on, results)
     arms, notes = _arms(base, models, candidates)
     inputs = inputs_of(arms[0].recipe, _labels(arms))
-    how: dict[str, Any] = {"device": device, "store": store, "cluster": cluster}
     with held(target, resume=resume, overwrite=overwrite):
         made = {
             "mergebench": __version__,
@@ -135,7 +129,7 @@ def choose_merge(
             "merge": candidates.key(candidates.plan(arms[0].recipe)),
         }
         try:
-            average = _row(arms, arms[0].given, candidates)
+            average = row_of(arms, arms[0].given, candidates)
             records = _evaluate([average], validation, how, progress).records
             objective = "mean" if len({(record.metric, record.direction) for record in records}) == 1 else "relative"
             made["objective"] = objective
@@ -146,12 +140,12 @@ def choose_merge(
             chosen, why = _choose(arms, history, validation, candidates, how)
             label, single, found = label_of(chosen.values), "", None
             if any(task.split == "test" for task in whole.tasks):
-                rows = [*inputs, *(_row(arms, point.values, candidates) for point in _average(history, chosen))]
-                rows.append(replace(_row(arms, chosen.values, candidates), role="merged"))
+                rows = [*inputs, *(row_of(arms, point.values, candidates) for point in _average(history, chosen))]
+                rows.append(replace(row_of(arms, chosen.values, candidates), role="merged"))
                 found = _evaluate(rows, whole.only("test"), how, progress)
                 single = _best(found, [one for one in inputs if one.role == "input"])
                 found = replace(found, made={**found.made, "baseline": single, "chosen": label})
-            recipe = _arm(arms, chosen).at(chosen.values)
+            recipe = arm_of(arms, chosen.values).at(chosen.values)
             write_recipe(recipe, target / BEST, f"mergebench merge {target / BEST}\n\nChosen by mergebench auto.")
             if found is not None:
                 save(found, target)
@@ -181,9 +175,6 @@ def label_of(point: Mapping[str, Any]) -> str:
 
 def _arms(base: str, models: Sequence[str], candidates: Candidates) -> tuple[list[Arm], list[str]]:
     """A search of each method that can merge these models, and notes on those that cannot."""
-    from mergebench.evaluation.search.loop import Arm
-    from mergebench.evaluation.search.space import parse
-
     arms: list[Arm] = []
     notes: list[str] = []
     for name, (parameters, over) in METHODS.items():
@@ -196,10 +187,17 @@ def _arms(base: str, models: Sequence[str], candidates: Candidates) -> tuple[lis
                 raise type(error)(error.message.removeprefix("recipe: "), error.hint) from None
             notes.append(f"{name} is left out: {error.message}")
             continue
-        space = parse([over], recipe) if over else ()
-        points = prod(len(dimension.choices) for dimension in space)
-        arms.append(Arm(recipe, space, "grid", points + 1, (("method", name),)))
+        arms.append(grid_arm(recipe, over, ("method", name)))
     return arms, notes
+
+
+def grid_arm(recipe: Recipe, over: str, named: tuple[str, str]) -> Arm:
+    """The search of all of a grid; over: as of `search`, empty for the recipe alone."""
+    from mergebench.evaluation.search.loop import Arm
+    from mergebench.evaluation.search.space import parse
+
+    space = parse([over], recipe) if over else ()
+    return Arm(recipe, space, "grid", prod(len(one.choices) for one in space) + 1, (named,))
 
 
 def _labels(arms: Sequence[Arm]) -> list[str]:
@@ -207,13 +205,7 @@ def _labels(arms: Sequence[Arm]) -> list[str]:
     return [str(value) for arm in arms for _, value in arm.named]
 
 
-def _arm(arms: Sequence[Arm], point: Point) -> Arm:
-    from mergebench.evaluation.search.loop import arm_of
-
-    return arm_of(arms, point.values)
-
-
-def _row(arms: Sequence[Arm], values: Mapping[str, Any], candidates: Candidates) -> Candidate:
+def row_of(arms: Sequence[Arm], values: Mapping[str, Any], candidates: Candidates) -> Candidate:
     """A point as a row of a table."""
     from mergebench.evaluation import Candidate
     from mergebench.evaluation.search.loop import arm_of
@@ -257,14 +249,16 @@ def _choose(
 ) -> tuple[Point, str]:
     """The simplest arm's best point that the validation items do not tell apart from the best of all, and a clause on
     why."""
+    from mergebench.evaluation.search.loop import arm_of
+
     best = history.best
     assert best is not None
-    tops = [next((p for p in history.ranked if _arm(arms, p) is arm), None) for arm in arms]
-    simpler = [top for top in tops if top is not None][: [a is _arm(arms, best) for a in arms].index(True)]
-    simpler = [top for top in simpler if _arm(arms, top) is not _arm(arms, best)]
+    ranked = [(arms.index(arm_of(arms, point.values)), point) for point in history.ranked]
+    simpler = [next(point for at, point in ranked if at == place) for place in sorted({at for at, _ in ranked})]
+    simpler = simpler[: simpler.index(best)]
     if not simpler:
         return best, ""
-    rows = [_row(arms, point.values, candidates) for point in [*simpler, best]]
+    rows = [row_of(arms, point.values, candidates) for point in [*simpler, best]]
     found, name = _evaluate(rows, validation, how, None), label_of(best.values)
     for top in simpler:
         by = told_apart(label_of(top.values), name, found)

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from mergebench.checkpoint.files import write_atomically
 from mergebench.editing.probes.fit import fit_probe
 from mergebench.editing.probes.labels import Labelled, read_labelled
 from mergebench.errors import RecipeError
-from mergebench.evaluation.search.auto import Auto, label_of
+from mergebench.evaluation.search.auto import Auto, grid_arm, label_of, row_of
 from mergebench.evaluation.search.history import BEST, WORK, History, Point, held
 from mergebench.evaluation.search.verdict import edit_verdict
 from mergebench.recipe import load
@@ -60,22 +59,17 @@ def choose_edit(
     The behaviour is the suite's first validation task; without a suite the probe's score of undesired texts that it
     was not fitted on. The damage is the divergence of the next tokens on desired texts.
     """
-    from mergebench.engine.cluster import join
     from mergebench.evaluation import evaluate_models, page, save
     from mergebench.evaluation.measure import inputs_of
-    from mergebench.evaluation.search.candidates import Candidates
-    from mergebench.evaluation.search.search import about, check_tasks, look, write_best
-    from mergebench.evaluation.store import Store
+    from mergebench.evaluation.search.loop import arm_of
+    from mergebench.evaluation.search.search import about, check_tasks, look, set_up, write_best
 
     if models:
         raise RecipeError(f"auto --edit edits one model, got {len(models) + 1}", "mergebench auto --edit FILE MODEL")
     data = read_labelled(Path(behaviour))
     _check(Path(behaviour), data)
     target = Path(out)
-    store = None if results is None else Store(Path(results))
-    cluster = () if on is None else join(on, workers, models=True)
-    limits: dict[str, Any] = {"workers": None if cluster else workers} | ({} if memory is None else {"memory": memory})
-    candidates = Candidates(target / WORK, device, **limits)
+    candidates, how = set_up(target, device, memory, workers, on, results)
     with held(target, resume=resume, overwrite=overwrite):
         files = _parts(data, target / "data")
         probe = target / PROBE
@@ -104,24 +98,17 @@ def choose_edit(
         history = History(target, made)
         if resume:
             history.resume()
-        how: dict[str, Any] = {"device": device, "store": store, "cluster": cluster}
         inputs = inputs_of(arms[0].recipe, list(EDITS))
         try:
             resumed = look(arms, validation, names, inputs, candidates, history, searched, how)
             chosen = history.best
             assert chosen is not None
             write_best(arms, history, target / BEST)
-            arm = next(one for one in arms if dict(one.named).items() <= chosen.values.items())
+            recipe = arm_of(arms, chosen.values).at(chosen.values)
             label, found = label_of(chosen.values), None
             if any(task.split == "test" for task in whole.tasks):
-                from mergebench.evaluation import Candidate
-
-                plan = candidates.plan(arm.at(chosen.values))
-                edited = partial(candidates.merge, plan, label)
-                rows = [
-                    replace(inputs[0], name="base", role="base"),
-                    Candidate(label, "merged", edited, key=candidates.key(plan)),
-                ]
+                edited = replace(row_of(arms, chosen.values, candidates), role="merged")
+                rows = [replace(inputs[0], name="base", role="base"), edited]
                 found = evaluate_models(rows, whole.only("test"), progress=progress, **how)
                 found = replace(found, made={**found.made, "chosen": label})
                 save(found, target)
@@ -129,7 +116,7 @@ def choose_edit(
             shutil.rmtree(target / WORK, ignore_errors=True)
         said = edit_verdict(label, "base", names, found, history)
         page.attempt(target)
-    return Auto(target, history, chosen, arm.at(chosen.values), found, said, (), resumed)
+    return Auto(target, history, chosen, recipe, found, said, (), resumed)
 
 
 def _check(file: Path, data: Labelled) -> None:
@@ -188,13 +175,7 @@ def _suite(model: str, given: Suite | str | os.PathLike[str] | None, probe: Path
 
 def _arm(model: str, name: str, probe: Path) -> Arm:
     """The search of one edit."""
-    from math import prod
-
-    from mergebench.evaluation.search.loop import Arm
-    from mergebench.evaluation.search.space import parse
-
     values, over = EDITS[name]
     step = {"edit": name, "probe": str(probe), **values}
     recipe = load({"merge_method": "passthrough", "models": [{"model": model}], "edits": [step]})
-    space = parse([over], recipe)
-    return Arm(recipe, space, "grid", prod(len(one.choices) for one in space) + 1, (("edit", name),))
+    return grid_arm(recipe, over, ("edit", name))

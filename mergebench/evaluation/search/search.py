@@ -123,14 +123,11 @@ def search(
     Writes `search.json` after every point, then `best.yaml`, `evaluation.json`, `evaluation.md` and `report.html`.
     Raises `RecipeError` for what cannot be searched, `RunError` where no point can be measured.
     """
-    from mergebench.engine.cluster import join
     from mergebench.evaluation import page, save
     from mergebench.evaluation.search import objective as objectives
-    from mergebench.evaluation.search.candidates import Candidates
     from mergebench.evaluation.search.loop import Arm
     from mergebench.evaluation.search.space import parse
     from mergebench.evaluation.search.strategies import choose
-    from mergebench.evaluation.store import Store
 
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     if recipe.method.gives != "model":
@@ -144,10 +141,7 @@ def search(
     names = objectives.read(objective, validation)
     strategy = choose(strategy, space, len(names))
     target = Path(out) if out is not None else Path("searches") / default_out(recipe).name
-    store = None if results is None else Store(Path(results))
-    cluster = () if on is None else join(on, workers, models=True)
-    limits: dict[str, Any] = {"workers": None if cluster else workers} | ({} if memory is None else {"memory": memory})
-    candidates = Candidates(target / WORK, device, **limits)
+    candidates, how = set_up(target, device, memory, workers, on, results)
     plan = candidates.plan(recipe)
     with held(target, resume=resume, overwrite=overwrite):
         made = {
@@ -167,7 +161,6 @@ def search(
             history.resume()
         try:
             arm = Arm(recipe, space, strategy, budget)
-            how = {"device": device, "store": store, "cluster": cluster}
             resumed = look([arm], validation, names, inputs_of(recipe), candidates, history, searched, how)
             best = history.best
             assert best is not None
@@ -187,6 +180,20 @@ def check_tasks(suite: Suite) -> None:
     if waiting is not None:
         what = f"{suite.path or 'suite'}: task '{waiting}' is of one patch, a search makes another at every point"
         raise RecipeError(what, "name its patch (patch: FILE), or take the task out")
+
+
+def set_up(
+    target: Path, device: str, memory: int | None, workers: int | None, on: str | None, results: str | Path | None
+) -> tuple[Candidates, dict[str, Any]]:
+    """What merges the points of a search, and how they are measured; the arguments are those of `search`."""
+    from mergebench.engine.cluster import join
+    from mergebench.evaluation.search.candidates import Candidates
+    from mergebench.evaluation.store import Store
+
+    store = None if results is None else Store(Path(results))
+    cluster = () if on is None else join(on, workers, models=True)
+    limits: dict[str, Any] = {"workers": None if cluster else workers} | ({} if memory is None else {"memory": memory})
+    return Candidates(target / WORK, device, **limits), {"device": device, "store": store, "cluster": cluster}
 
 
 def look(
