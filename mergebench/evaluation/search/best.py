@@ -37,7 +37,7 @@ def _moved(value: Any, places: Sequence[Path], to: Path, key: str = "") -> Any:
         return {name: one if name == "parameters" else _moved(one, places, to, name) for name, one in value.items()}
     if isinstance(value, list):
         return [_moved(one, places, to, key) for one in value]
-    named = key in ("base_model", "model", "task_vector", "probe")
+    named = key in ("base_model", "model", "task_vector", "probe", "statistics")
     named = named or (key == "source" and value not in ("base", "union"))
     return _reference(value, places, to) if named and isinstance(value, str) else value
 
