@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 Tick = Callable[[int], None]  # called with the number of items just done
 
 
+def ticking(progress: Callable[[int, int], None], total: int) -> Tick:
+    """Tells `progress` the items done so far, at most the total, and the total."""
+    done = 0
+
+    def tick(items: int) -> None:
+        nonlocal done
+        done += items
+        progress(min(done, total), total)
+
+    return tick
+
+
 class LoadableModel(Protocol):
     """The interface of a model that can be measured; implemented by `mergebench.checkpoint.Model`."""
 

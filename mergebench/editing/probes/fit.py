@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mergebench.editing.probes.probe import Probe
 from mergebench.editing.probes.settings import Settings
 from mergebench.errors import RecipeError, RunError, out_of_memory
 from mergebench.networks.device import device_of, versions
+from mergebench.networks.loadable import ticking
 from mergebench.parameters import parameters_of
 from mergebench.plugins import need
 
@@ -187,15 +189,8 @@ def _apart(learnt: Labelled, tested: Labelled) -> tuple[Array, Array]:
 
 
 def _features(keeper: Keeper, texts: list[str], progress: Progress) -> Features:
-    done = 0
-
-    def tick(items: int) -> None:
-        nonlocal done
-        done += items
-        progress("reading texts", done, len(texts))
-
     try:
-        return keeper.features(texts, tick)
+        return keeper.features(texts, ticking(partial(progress, "reading texts"), len(texts)))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mergebench.checkpoint.files import Files
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError, RecipeError, first_line
 from mergebench.networks.batch import CPU_TOKENS, GPU_TOKENS, batches, run_batches
+from mergebench.networks.loadable import ticking
 from mergebench.networks.module import NOISE
 from mergebench.networks.network import Network
 from mergebench.parameters import param
@@ -116,13 +118,7 @@ class _Ladder(Attached):
         file = directory / f"states-{processes.number()}"
         kept = Activations(file, len(made.layers), network.hidden)
         parts = {part: task.lengths(network, part) for part in PARTS if part in task.parts}
-        done, total = 0, sum(map(len, parts.values()))
-
-        def tick(items: int) -> None:
-            nonlocal done
-            done += items
-            progress("reading the base", done, total)
-
+        tick = ticking(partial(progress, "reading the base"), sum(map(len, parts.values())))
         network.module.eval()
         made.recorder = kept
         for part, lengths in parts.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergebench.errors import ModelError
 from mergebench.networks.device import device_of
+from mergebench.networks.loadable import ticking
 from mergebench.systems.mos.bank import Bank, read_bank
 from mergebench.systems.mos.inference import open_encoder, read_items
 from mergebench.systems.mos.manifest import MANIFEST
@@ -49,12 +51,7 @@ def _score(
         what = "it does not say what it is tested on" if file is None else f"no such file: {file}"
         raise ModelError(f"{bank.directory}: {what}", "name the items with --test FILE")
     data = read_items(bank, file, labelled=True)
-    encoder, done = open_encoder(bank, device_of(device), backbone), 0
+    encoder = open_encoder(bank, device_of(device), backbone)
     total = len(data.rows) * (len(bank.tasks) + 1)
-
-    def tick(items: int) -> None:
-        nonlocal done
-        done += items
-        progress(f"scoring {bank.directory}", min(done, total), total)
-
+    tick = ticking(partial(progress, f"scoring {bank.directory}"), total)
     return score(bank, encoder, data.inputs.held(encoder.network), data.labels, tick)

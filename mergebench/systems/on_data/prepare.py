@@ -25,6 +25,7 @@ from mergebench.engine.plan import Plan
 from mergebench.engine.provenance import places
 from mergebench.errors import MergebenchError, RecipeError
 from mergebench.networks.device import versions
+from mergebench.networks.loadable import ticking
 from mergebench.parameters import Parameter, param, parameters_of
 from mergebench.recipe import Recipe
 from mergebench.recipe.declared import Reader
@@ -103,18 +104,12 @@ def prepare(
 
 def _make(plan: Plan, files: Sequence[Path], digest: str, progress: Progress) -> None:
     merge, data, device = plan.merge, plan.merge.data, plan.device
-    texts, done = sum(len(one.texts) for one in data), 0
-    kind, total = merge.method.statistics, texts
+    kind, total = merge.method.statistics, sum(len(one.texts) for one in data)
     if merge.method.name == "regmean_plusplus":
         total *= int(merge.reference.config.get("num_hidden_layers") or 1)
     elif kind == "coefficients":
         total = merge.params.steps * merge.params.batch * len(data)
-
-    def tick(items: int) -> None:
-        nonlocal done
-        done += items
-        progress(min(done, total), total)
-
+    tick = ticking(progress, total)
     if merge.method.name == "regmean_plusplus":
         found, inputs_first = grams_of_merged(plan, data, device, tick)
         for number, file in enumerate(files):

@@ -17,7 +17,7 @@ from mergebench.checkpoint.model import Model
 from mergebench.deltas.open import open_model
 from mergebench.errors import ModelError, RecipeError, RunError
 from mergebench.networks.device import device_of, versions
-from mergebench.networks.loadable import Tick
+from mergebench.networks.loadable import Tick, ticking
 from mergebench.networks.network import Network
 from mergebench.parameters import make_params
 from mergebench.systems.on_data.answers import LONGEST, answers_of, needs_labels
@@ -56,14 +56,7 @@ def make_statistics(
     given = make_params(Settings, settings)
     opened = open_model(model, to_run=True)
     texts = read_data(Path(data), given, needs_labels(opened, kind, given))
-    done = 0
-
-    def tick(items: int) -> None:
-        nonlocal done
-        done += items
-        progress(done, len(texts.texts))
-
-    return measured(opened, texts, kind, file, device_of(device), tick)
+    return measured(opened, texts, kind, file, device_of(device), ticking(progress, len(texts.texts)))
 
 
 def measured(
