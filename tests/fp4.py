@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import write_model
+from models import read_model, write_model
 from torch import Tensor
+
+import mergebench
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+
+
+def merged(recipe: dict[str, Any], **how: Any) -> dict[str, Tensor]:
+    """The tensors of a merge into `out`."""
+    plan = mergebench.plan(mergebench.load({"merge_method": "linear"} | recipe), **how)
+    return read_model(mergebench.run(plan, "out", overwrite=True).out)
 
 
 def unpacked(codes: Tensor) -> Tensor:

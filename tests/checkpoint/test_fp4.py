@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fp4 import E2M1, blocks, means, nvfp4, tiny_gpt_oss, write_mxfp4
-from models import CONFIG, read_model, write_model
+from fp4 import E2M1, blocks, means, merged, nvfp4, tiny_gpt_oss, write_mxfp4
+from models import CONFIG, write_model
 from safetensors.torch import save_file
-from torch import Tensor
 
 import mergebench
 from mergebench.checkpoint.fp4 import find_packed
@@ -25,11 +24,6 @@ NAME = "model.layers.0.mlp.experts.gate_up_proj"
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def merged(recipe: dict[str, Any], **how: Any) -> dict[str, Tensor]:
-    plan = mergebench.plan(mergebench.load({"merge_method": "linear"} | recipe), **how)
-    return read_model(mergebench.run(plan, "out", overwrite=True).out)
 
 
 def test_every_code_and_scale() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp4 import E2M1, blocks, means, tiny_gpt_oss, write_mxfp4
+from fp4 import E2M1, blocks, means, merged, tiny_gpt_oss, write_mxfp4
 from models import CONFIG, read_model, write_model
 from torch import Tensor
 
@@ -25,11 +25,6 @@ from mergebench.errors import MergebenchError
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def merged(recipe: dict[str, Any], **how: Any) -> dict[str, Tensor]:
-    plan = mergebench.plan(mergebench.load({"merge_method": "linear"} | recipe), **how)
-    return read_model(mergebench.run(plan, "out", overwrite=True).out)
 
 
 def rounding() -> dict[str, float]:
